@@ -1,0 +1,77 @@
+"""Dtype names. Inside the package a dtype is its torch attribute name ("bfloat16"), so that headers can be read,
+checked and planned without importing torch; `torch_dtype` turns a name into the object at the last moment.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FLOATING", "ITEMSIZE", "dtype_name", "parse_dtype", "torch_dtype"]
+
+#: Bytes per element. float4_e2m1fn_x2 packs two values into one byte, which torch counts as one element.
+ITEMSIZE: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "uint64": 8,
+    "int64": 8,
+    "float4_e2m1fn_x2": 1,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+}
+
+#: What a requested dtype applies to. Packed fp4, integers, bool and complex stay as they are in the file.
+FLOATING = frozenset(name for name in ITEMSIZE if name.startswith(("float", "bfloat")) and "x2" not in name)
+
+_ALIASES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "double": "float64",
+}
+
+
+def parse_dtype(text: str) -> str:
+    """Canonical name of a floating dtype given as bf16, fp16, fp32 or a torch name; `OptionError` if it is none."""
+    name = _ALIASES.get(text.lower(), text.lower())
+    if name not in FLOATING:
+        raise OptionError(f"unknown dtype {text!r}: use bf16, fp16, fp32 or a floating torch dtype name")
+    return name
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """Canonical name of what a caller passed as `dtype=`; None stays None."""
+    if dtype is None:
+        return None
+    return parse_dtype(str(dtype).removeprefix("torch."))
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype object of a canonical name."""
+    import torch
+
+    return getattr(torch, name)

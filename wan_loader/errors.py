@@ -1,0 +1,73 @@
+"""The error tree. Every error that wan_loader raises on purpose is one of these.
+
+    WanLoaderError
+    ├── CheckpointError(ValueError)            a file is damaged, foreign, unsafe, or changed while it was read
+    │   └── MissingFileError(FileNotFoundError)  a checkpoint, a shard or a directory is not there
+    ├── KeyMismatchError(KeyError)             checkpoint and module disagree about names or shapes
+    ├── DeviceError(ValueError)                the device does not exist or cannot be used
+    ├── DeviceMemoryError(MemoryError)         the weights do not fit on the device
+    ├── HostMemoryError(MemoryError)           the machine or its cgroup cannot give the memory asked for
+    ├── CacheError(OSError)                    the converted cache cannot be used
+    ├── OutputError(OSError)                   a result cannot be written where it was asked for
+    └── OptionError(ValueError)                a setting that makes no sense
+
+A message says what happened, to which file or tensor, and what to do. An error is also the builtin that a
+caller would catch.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CacheError",
+    "CheckpointError",
+    "DeviceError",
+    "DeviceMemoryError",
+    "HostMemoryError",
+    "KeyMismatchError",
+    "MissingFileError",
+    "OptionError",
+    "OutputError",
+    "WanLoaderError",
+]
+
+
+class WanLoaderError(Exception):
+    """Root of all expected errors."""
+
+
+class CheckpointError(WanLoaderError, ValueError):
+    """A checkpoint file is damaged, foreign, unsafe, or changed while it was read."""
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A checkpoint, one of its shards, or its directory is not there."""
+
+
+class KeyMismatchError(WanLoaderError, KeyError):
+    """Checkpoint and module disagree about names or shapes; the message lists all of them."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes, newlines escaped
+
+
+class DeviceError(WanLoaderError, ValueError):
+    """The device does not exist or cannot be used."""
+
+
+class DeviceMemoryError(WanLoaderError, MemoryError):
+    """The weights do not fit into what is free on the device."""
+
+
+class HostMemoryError(WanLoaderError, MemoryError):
+    """The machine, or the cgroup this process runs in, cannot give the memory asked for."""
+
+
+class CacheError(WanLoaderError, OSError):
+    """The converted cache cannot be read or written."""
+
+
+class OutputError(WanLoaderError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
+class OptionError(WanLoaderError, ValueError):
+    """A setting that makes no sense, alone or with the others."""

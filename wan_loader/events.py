@@ -1,0 +1,94 @@
+"""Spans: what happened when, told to an observer. The one place of the package that reads a clock.
+
+Code that does work opens a span at each stage border; what becomes of it is the observer's business. Without an
+observer a span costs nothing. Closing a span never synchronises a device: device time comes from events that are
+resolved after the final synchronise and is recorded like any other span.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ["PHASES", "Observer", "Recorder", "Span", "busy_ns", "clock_ns", "span"]
+
+#: Every span is named after one of these phases of a start-up.
+PHASES = (
+    "import",  # importing torch and friends
+    "cuda_init",  # making the CUDA context
+    "header",  # reading and checking headers and indexes
+    "init",  # planning, allocating device memory and staging
+    "register",  # pinning page-cache pages for the GPU
+    "read",  # bytes coming off storage or out of the page cache
+    "wait",  # a reader waiting for its staging slot to be free
+    "h2d",  # copies to the target
+    "cast",  # dtype conversion
+    "assign",  # binding tensors to names and modules
+    "shard",  # collectives
+    "other",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One interval of work on one track (a thread or a device stream)."""
+
+    name: str
+    """One of `PHASES`."""
+    start_ns: int
+    end_ns: int
+    nbytes: int = 0
+    """Bytes of the checkpoint that passed through in this interval, 0 where bytes make no sense."""
+    track: str = ""
+
+
+class Observer(Protocol):
+    """Told of spans, from any thread, while the work goes on; must be quick and must not raise."""
+
+    def record(self, span: Span) -> None: ...
+
+
+class Recorder:
+    """The observer that keeps everything: a list of spans in the order in which they ended."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def record(self, span: Span) -> None:
+        self.spans.append(span)  # list.append is atomic
+
+
+def clock_ns() -> int:
+    """Nanoseconds on the monotonic clock that all spans share."""
+    return time.perf_counter_ns()
+
+
+@contextlib.contextmanager
+def span(
+    observer: Observer | None, name: str, nbytes: int = 0, *, clock: Callable[[], int] = clock_ns
+) -> Iterator[None]:
+    """Record the body as a span of this thread, also when it raises."""
+    if observer is None:
+        yield
+        return
+    start_ns = clock()
+    try:
+        yield
+    finally:
+        observer.record(Span(name, start_ns, clock(), nbytes, threading.current_thread().name))
+
+
+def busy_ns(spans: Iterable[Span]) -> int:
+    """Length of the union of the spans' intervals: overlapping spans count once."""
+    total, frontier = 0, 0
+    for start_ns, end_ns in sorted((s.start_ns, s.end_ns) for s in spans):
+        if end_ns > frontier:
+            total += end_ns - max(start_ns, frontier)
+            frontier = end_ns
+    return total

@@ -1,0 +1,175 @@
+"""From a path to one checkpoint: a file, an index, a directory that holds one, or a list of files.
+
+Decides what the path means and joins the facts of its files. Paths inside an index are untrusted: a shard must lie
+in the index's own directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, stat_file
+from wan_loader.formats.safetensors import read_safetensors
+from wan_loader.formats.torchpickle import read_torch_pickle
+from wan_loader.formats.torchzip import UnplannedError, is_zip, read_torch_zip
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.types import StrPath
+
+__all__ = ["open_checkpoint"]
+
+_MAX_INDEX_BYTES = 100_000_000
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
+    """Read the headers of a checkpoint and return its facts; no weight is read.
+
+    path: a .safetensors, .pth, .pt or .bin file, a *.index.json, a directory holding exactly one checkpoint, or a
+    list of files that together are one. Costs a few small reads per file (about 1 ms for 1000 tensors). Does not
+    import torch, except for pickles that only torch can read (legacy ones, tensor subclasses).
+
+    Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
+    for what is not there.
+    """
+    if isinstance(path, str | os.PathLike):
+        target = os.fspath(path)
+        if os.path.isdir(target):
+            target = _only_checkpoint(target)
+        if target.endswith(".json"):
+            return _open_index(target)
+        return _join(target, _complete_shards(target))
+    files = [os.fspath(p) for p in path]
+    if not files:
+        raise CheckpointError("an empty list of files is no checkpoint")
+    return _join(files[0] if len(files) == 1 else os.path.dirname(files[0]) or ".", files)
+
+
+def _only_checkpoint(directory: str) -> str:
+    """The one checkpoint in a directory: an index, a file, or the first of a complete set of shards."""
+    names = sorted(os.listdir(directory))
+    found = [n for n in names if n.endswith(_INDEX_SUFFIXES)]
+    indexed = {_SHARD.sub(r"\g<stem>\g<suffix>", n.removesuffix(".index.json")) for n in found}
+    shard_sets: set[str] = set()
+    for name in names:
+        if not name.endswith(_FILE_SUFFIXES):
+            continue
+        shard = _SHARD.fullmatch(name)
+        whole = shard["stem"] + shard["suffix"] if shard else name
+        if (shard and whole in indexed) or whole in shard_sets:
+            continue
+        if shard:
+            shard_sets.add(whole)
+        found.append(name)
+    if not found:
+        hint = "; it has subdirectories: name one of them" if _has_directories(directory, names) else ""
+        raise MissingFileError(
+            f"{directory} holds no checkpoint (*.index.json, {', '.join('*' + s for s in _FILE_SUFFIXES)}){hint}"
+        )
+    if len(found) > 1:
+        raise CheckpointError(f"{directory} holds {len(found)} checkpoints: name one of {', '.join(found)}")
+    return os.path.join(directory, found[0])
+
+
+def _has_directories(directory: str, names: list[str]) -> bool:
+    return any(os.path.isdir(os.path.join(directory, n)) for n in names)
+
+
+def _complete_shards(path: str) -> list[str]:
+    """All files of the shard set that `path` is the first of; otherwise the file alone."""
+    directory, name = os.path.split(path)
+    shard = _SHARD.fullmatch(name)
+    if shard is None or int(shard["number"]) != 1 or int(shard["count"]) > 10_000:
+        return [path]
+    count, stem, suffix = shard["count"], shard["stem"], shard["suffix"]
+    return [os.path.join(directory, f"{stem}-{i + 1:05d}-of-{count}{suffix}") for i in range(int(count))]
+
+
+def _open_index(path: str) -> Checkpoint:
+    weight_map = _read_index(path)
+    directory = os.path.dirname(path) or "."
+    for name, shard in weight_map.items():
+        if os.path.basename(shard) != shard or shard in (".", "..", ""):
+            raise CheckpointError(f"{path}: tensor {name!r} points to {shard!r}, outside the index's own directory")
+    checkpoint = _join(path, [os.path.join(directory, shard) for shard in sorted(set(weight_map.values()))])
+    held = {
+        t.name: os.path.basename(checkpoint.files[checkpoint.storages[t.storage].file].path) for t in checkpoint.tensors
+    }
+    for name, shard in weight_map.items():
+        if held.get(name) != shard:
+            raise CheckpointError(f"{path}: tensor {name!r} should be in {shard}, which lacks it")
+    extra = sorted(set(held) - set(weight_map))
+    if not extra:
+        return checkpoint
+    # The index is the list of contents (as it is for transformers and diffusers): others are not part of it.
+    note = f"{len(extra)} tensors in the shards are not in the index and are left out, the first is {extra[0]!r}"
+    return replace(
+        checkpoint,
+        tensors=tuple(t for t in checkpoint.tensors if t.name in weight_map),
+        warnings=(*checkpoint.warnings, note),
+    )
+
+
+def _read_index(path: str) -> dict[str, str]:
+    file = stat_file(path)
+    if file.nbytes > _MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index")
+    try:
+        with open(path, encoding="utf-8") as f:
+            index: Any = json.load(f)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): damaged, or still being downloaded") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map of tensor names to files: not a checkpoint index")
+    return weight_map
+
+
+def _join(path: str, paths: list[str]) -> Checkpoint:
+    """One checkpoint of several files; every tensor name may stand in one file only."""
+    if missing := [p for p in paths if not os.path.exists(p)]:
+        more = f" (and {len(missing) - 1} more of {len(paths)} files)" if len(missing) > 1 else ""
+        raise MissingFileError(f"{missing[0]} does not exist{more}: check the path, or finish the download")
+    if len(paths) == 1:
+        return replace(_open_file(paths[0]), path=path)
+    files: list[FileFacts] = []
+    storages: list[StorageFacts] = []
+    tensors: list[TensorFacts] = []
+    owner: dict[str, str] = {}
+    parts = [_open_file(p) for p in paths]
+    if len({part.format for part in parts}) > 1:
+        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({p.format for p in parts})}")
+    for part in parts:
+        for tensor in part.tensors:
+            if other := owner.get(tensor.name):
+                raise CheckpointError(f"tensor {tensor.name!r} stands in both {other} and {part.path}")
+            owner[tensor.name] = part.path
+        tensors += [replace(t, storage=t.storage + len(storages)) for t in part.tensors]
+        storages += [replace(s, file=s.file + len(files)) for s in part.storages]
+        files += part.files
+    warnings = tuple(w for part in parts for w in part.warnings)
+    metadata = parts[0].metadata
+    return Checkpoint(path, parts[0].format, tuple(files), tuple(storages), tuple(tensors), metadata, warnings)
+
+
+def _open_file(path: str) -> Checkpoint:
+    if path.endswith(".safetensors") or not path.endswith(_FILE_SUFFIXES):
+        file, storages, tensors, metadata = read_safetensors(path)
+        return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
+    stat_file(path)
+    if is_zip(path):
+        try:
+            file, storages, tensors = read_torch_zip(path)
+            return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors))
+        except UnplannedError as reason:
+            return read_torch_pickle(path, f"{path} cannot be planned ({reason})")
+    return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint")

@@ -1,0 +1,115 @@
+"""What a checkpoint's headers say: which bytes of which file make up which tensor. Facts only, no weights.
+
+A *storage* is a contiguous byte range of one file; a *tensor* is a view of one storage. Safetensors has one storage
+per tensor; a torch zip checkpoint may let several tensors share one, and keeps strides.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from wan_loader.dtypes import ITEMSIZE
+from wan_loader.errors import CheckpointError, MissingFileError
+
+__all__ = ["Checkpoint", "FileFacts", "StorageFacts", "TensorFacts", "contiguous_strides", "stat_file"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """A file and the identity it had when its header was read."""
+
+    path: str
+    nbytes: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if the path now leads to another or a modified file. Costs one stat."""
+        now = stat_file(self.path)
+        if now != self:
+            what = "replaced" if (now.inode, now.device) != (self.inode, self.device) else "modified"
+            raise CheckpointError(
+                f"{self.path} was {what} while it was being loaded "
+                f"({self.nbytes} bytes before, {now.nbytes} now): nothing was handed out; load it again"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StorageFacts:
+    """Bytes `start` to `start + nbytes` of file number `file`."""
+
+    file: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """A tensor: a view of storage number `storage`. `stride` and `offset` count elements."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    storage: int
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements (not of the storage it may share)."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Facts about a checkpoint: names, dtypes, shapes, byte ranges. Holds no open file and no weight."""
+
+    path: str
+    format: str
+    """"safetensors", "torch-zip" or "torch-pickle" (which cannot be planned and goes through torch.load)."""
+    files: tuple[FileFacts, ...]
+    storages: tuple[StorageFacts, ...]
+    tensors: tuple[TensorFacts, ...]
+    """In file order: by file, then by position."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, in file order."""
+        return tuple(t.name for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages, shared ones once."""
+        return sum(s.nbytes for s in self.storages)
+
+    @property
+    def nbytes_file(self) -> int:
+        """Bytes of all files, headers included."""
+        return sum(f.nbytes for f in self.files)
+
+
+def stat_file(path: str) -> FileFacts:
+    """Identity of a regular file; `MissingFileError` or `CheckpointError` if it is none."""
+    try:
+        st = os.stat(path)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} does not exist: check the path, or download the missing file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is not a regular file")
+    return FileFacts(path, st.st_size, st.st_mtime_ns, st.st_ino, st.st_dev)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides in elements, as torch counts them (a dimension of size 0 counts as 1)."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
