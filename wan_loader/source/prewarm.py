@@ -1,0 +1,153 @@
+"""Warming the page cache in the background, before and while the program that needs the bytes is still importing.
+
+A few threads read blocks in the order of first use and throw the bytes away; what the kernel keeps is what counts.
+Blocks that are resident already cost a system call and no read. It never takes more memory than is available, can be
+stopped within one block, and gives single files up to whoever starts to load them. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from wan_loader.errors import OptionError
+from wan_loader.linux import cached_bytes
+from wan_loader.machine import available_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import TracebackType
+
+    from wan_loader.types import StrPath
+
+__all__ = ["Prewarm", "prewarm_files"]
+
+BLOCK_BYTES = 8 << 20
+#: Share of the available memory that may be filled; the rest is for the program that is starting.
+_MEMORY_SHARE = 0.8
+_MAX_THREADS = 64
+
+
+class Prewarm:
+    """A running warm-up. Ends by itself; `stop` ends it early. A context manager that stops."""
+
+    def __init__(self, files: Sequence[str], *, threads: int, budget_nbytes: int) -> None:
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._stopped = False
+        self._skipped: set[str] = set()
+        self._reading: dict[str, int] = {}
+        self._budget_nbytes = budget_nbytes
+        self.nbytes_read = 0
+        """Bytes brought into the page cache."""
+        self.nbytes_resident = 0
+        """Bytes that were there already."""
+        self._blocks = _blocks(files)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"prewarm {i}", daemon=True) for i in range(max(1, threads))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Prewarm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is read any more."""
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything is read; False if that took longer."""
+        for thread in self._threads:
+            thread.join(timeout_s)
+        return self.done
+
+    def stop(self) -> None:
+        """End within the block that each thread is reading, and wait for that."""
+        with self._lock:
+            self._stopped = True
+        self.wait()
+
+    def skip(self, files: Iterable[StrPath]) -> None:
+        """Leave these files to someone else; returns when none of them is being read any more."""
+        with self._lock:
+            self._skipped |= {os.fspath(f) for f in files}
+            while not self._stopped and any(self._reading.get(f) for f in self._skipped):
+                self._idle.wait()
+
+    def _run(self) -> None:
+        with mmap.mmap(-1, BLOCK_BYTES) as memory, memoryview(memory) as buffer:
+            while (block := self._take()) is not None:
+                path, start, nbytes = block
+                try:
+                    self._read(path, start, nbytes, buffer)
+                finally:
+                    with self._lock:
+                        self._reading[path] -= 1
+                        self._idle.notify_all()
+
+    def _take(self) -> tuple[str, int, int] | None:
+        with self._lock:
+            while not self._stopped and self.nbytes_read < self._budget_nbytes:
+                block = next(self._blocks, None)
+                if block is None or block[0] not in self._skipped:
+                    if block is not None:
+                        self._reading[block[0]] = self._reading.get(block[0], 0) + 1
+                    return block
+        return None
+
+    def _read(self, path: str, start: int, nbytes: int, buffer: memoryview) -> None:
+        """Best effort: a file that vanished or cannot be read is for the load to report."""
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                resident = _resident(fd, start, nbytes)
+                if not resident:
+                    os.preadv(fd, [buffer[:nbytes]], start)
+            finally:
+                os.close(fd)
+            with self._lock:
+                if resident:
+                    self.nbytes_resident += nbytes
+                else:
+                    self.nbytes_read += nbytes
+
+
+def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
+    """Start reading files into the page cache, in the order given, and return at once.
+
+    limit_nbytes: read at most so much; never more than 80 % of the available memory. Files that cannot be read are
+    left out. The threads are daemons: they do not keep a program from ending.
+    """
+    if not 1 <= threads <= _MAX_THREADS:
+        raise OptionError(f"threads={threads}: use 1 to {_MAX_THREADS}")
+    budget = int(available_memory() * _MEMORY_SHARE)
+    return Prewarm(
+        [os.fspath(f) for f in files],
+        threads=threads,
+        budget_nbytes=budget if limit_nbytes is None else min(budget, limit_nbytes),
+    )
+
+
+def _blocks(files: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    for path in files:
+        try:
+            size = os.stat(path).st_size
+        except OSError:
+            continue
+        for start in range(0, size, BLOCK_BYTES):
+            yield path, start, min(BLOCK_BYTES, size - start)
+
+
+def _resident(fd: int, start: int, nbytes: int) -> bool:
+    try:
+        return cached_bytes(fd, start, nbytes) == nbytes
+    except OSError:
+        return False

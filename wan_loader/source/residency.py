@@ -1,0 +1,45 @@
+"""Which parts of a checkpoint lie in the page cache: measured, never guessed from the file system's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wan_loader.linux import cached_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from wan_loader.plan import Extent
+
+__all__ = ["Residency"]
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Asks the kernel about byte ranges of open files."""
+
+    fds: Sequence[int]
+
+    def is_resident(self, file: int, start: int, end: int) -> bool:
+        """Whether every page of the range is in the page cache; False also where the kernel cannot say."""
+        try:
+            return cached_bytes(self.fds[file], start, end - start) == end - start
+        except OSError:
+            return False
+
+    def total(self, extents: Iterable[Extent]) -> int:
+        """Bytes of all extents that are in the page cache, in whole pages; 0 where the kernel cannot say.
+
+        Extents that touch are asked for together: one system call for a file that is wanted whole.
+        """
+        spans: list[list[int]] = []
+        for extent in sorted(extents, key=lambda e: (e.file, e.start)):
+            if spans and spans[-1][0] == extent.file and extent.start <= spans[-1][2]:
+                spans[-1][2] = max(spans[-1][2], extent.end)
+            else:
+                spans.append([extent.file, extent.start, extent.end])
+        try:
+            return sum(cached_bytes(self.fds[file], start, end - start) for file, start, end in spans)
+        except OSError:
+            return 0

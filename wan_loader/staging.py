@@ -1,0 +1,58 @@
+"""Staging memory: a bounded number of slots that bytes pass through between a file and the target.
+
+One anonymous mapping, asked to be of huge pages (`pin_memory=True` faults 4 KiB pages in one by one, ten times slower),
+cut into page-aligned slots. A slot belongs to one thread at a time; who holds it may write it once `pending.wait()`
+has returned. The memory is unmapped by `close`, which must come after the last copy out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wan_loader.plan import PAGE
+
+if TYPE_CHECKING:
+    from wan_loader.transfer.base import Ticket
+
+__all__ = ["Slot", "Staging"]
+
+
+@dataclass(slots=True)
+class Slot:
+    """`view` is the slot's memory at `address`; `data_start` is where the bytes last read into it begin."""
+
+    address: int
+    view: memoryview
+    pending: Ticket | None = None
+    """Copies out of the slot that may still be running."""
+    data_start: int = field(default=0)
+    pinned: bool = False
+
+
+class Staging:
+    """`n_slots` slots, each of `block_bytes` and one page, so that any block fits with both ends rounded to pages."""
+
+    def __init__(self, block_bytes: int, n_slots: int) -> None:
+        self.slot_bytes = block_bytes + PAGE
+        self.nbytes = self.slot_bytes * n_slots
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages do as well
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._map)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.slots = [
+            Slot(base + offset, self._view[offset : offset + self.slot_bytes])
+            for offset in range(0, self.nbytes, self.slot_bytes)
+        ]
+
+    def close(self) -> None:
+        """Give the memory back. Views still held elsewhere keep it until they go."""
+        for slot in self.slots:
+            slot.view.release()
+        self._view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()

@@ -1,0 +1,61 @@
+"""What a target is: the memory that weights end up in, and how bytes get there.
+
+Two implementations: `CudaTarget` copies asynchronously over PCIe, `CpuTarget` is its twin in host memory. A target is
+used by one thread only, the one that carries out the plan; readers never touch it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.plan import Piece
+
+__all__ = ["Destination", "PinError", "Target", "Ticket"]
+
+
+class PinError(Exception):
+    """The driver refused to register host memory; the message says why. Never reaches a caller of the library."""
+
+
+class Ticket(Protocol):
+    """Submitted copies that may still be running."""
+
+    def wait(self) -> None:
+        """Return once the source bytes are no longer needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a storage ends up: the 1-D tensor `flat` owns (or views the whole of) its memory.
+
+    `source_dtype` is the dtype in the file where the bytes are converted on the way, else None: they are copied.
+    """
+
+    flat: Any
+    address: int
+    source_dtype: Any = None
+
+
+class Target(Protocol):
+    """The memory that weights end up in."""
+
+    can_pin: bool
+
+    def bind(self, destinations: Sequence[Destination]) -> None:
+        """Say where storages go, once, before the first `submit`."""
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
+        """Register host memory for fast copies; raises `PinError`."""
+
+    def unpin(self, address: int) -> None:
+        """Undo `pin`, after the last copy from it."""
+
+    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> Ticket | None:
+        """Start copying pieces; byte `file_start` of their file lies at `address`. None: already done."""
+
+    def finish(self) -> None:
+        """Return when everything submitted has arrived."""

@@ -1,0 +1,66 @@
+"""The CPU twin of the CUDA target: copies at once, converts with torch's own bounded thread pool.
+
+Runs in the one carrying thread, so that conversions never oversubscribe the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from wan_loader.events import span
+from wan_loader.transfer.base import Destination, PinError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.events import Observer
+    from wan_loader.plan import Piece
+
+__all__ = ["CpuTarget"]
+
+
+class CpuTarget:
+    """Ordinary host memory."""
+
+    can_pin = False
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._destinations: Sequence[Destination] = ()
+        self._observer = observer
+
+    def bind(self, destinations: Sequence[Destination]) -> None:
+        """Say where storages go."""
+        self._destinations = destinations
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
+        """There is nothing to register memory with."""
+        raise PinError("host memory needs no pinning for a CPU target")
+
+    def unpin(self, address: int) -> None:
+        """Nothing to undo."""
+
+    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> None:
+        """Copy or convert the pieces now."""
+        for piece in pieces:
+            destination = self._destinations[piece.storage]
+            source = address + piece.file_start - file_start
+            if destination.source_dtype is None:
+                with span(self._observer, "h2d", piece.nbytes):
+                    ctypes.memmove(destination.address + piece.storage_start, source, piece.nbytes)
+            else:
+                with span(self._observer, "cast", piece.nbytes):
+                    _convert(destination, source, piece)
+
+    def finish(self) -> None:
+        """Everything has arrived already."""
+
+
+def _convert(destination: Destination, source: int, piece: Piece) -> None:
+    import torch
+
+    first, count = piece.storage_start // piece.itemsize, piece.nbytes // piece.itemsize
+    raw = torch.frombuffer((ctypes.c_char * piece.nbytes).from_address(source), dtype=torch.uint8)
+    if source % piece.itemsize:  # torch's kernels may assume aligned elements
+        raw = raw.clone()
+    destination.flat[first : first + count].copy_(raw.view(destination.source_dtype))

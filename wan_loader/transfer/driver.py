@@ -1,0 +1,62 @@
+"""The four CUDA driver calls that torch does not offer, by ctypes.
+
+The driver library is the same for every CUDA version that torch may be built with. ctypes releases the interpreter
+lock during a call. The caller must have made torch's context current in this thread (`torch.cuda.set_device`).
+Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemcpyHtoDAsync.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import DeviceError
+from wan_loader.transfer.base import PinError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["copy_to_device", "register", "unregister"]
+
+_PORTABLE = 0x01
+_READ_ONLY = 0x08
+
+
+@cache
+def _driver() -> Any:
+    lib = ctypes.CDLL("libcuda.so.1")
+    lib.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+    lib.cuMemHostUnregister.argtypes = [ctypes.c_void_p]
+    lib.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    lib.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+    return lib
+
+
+def _name(result: int) -> str:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorName(result, ctypes.byref(text))
+    return text.value.decode() if text.value else f"CUDA error {result}"
+
+
+def register(address: int, nbytes: int, *, read_only: bool) -> None:
+    """Pin host memory for the GPU; `read_only` allows pages of a read-only file mapping. Raises `PinError`."""
+    result = _driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY if read_only else _PORTABLE)
+    if result:
+        raise PinError(f"cuMemHostRegister of {nbytes} bytes: {_name(result)}")
+
+
+def unregister(address: int) -> None:
+    """Undo `register`. Errors are ignored: at exit the context may be gone already."""
+    _driver().cuMemHostUnregister(address)
+
+
+def copy_to_device(copies: Iterable[tuple[int, int, int]], stream: int) -> None:
+    """Queue copies (destination, source, nbytes) on a stream.
+
+    Asynchronous from registered memory; from other memory the driver stages the bytes before it returns.
+    """
+    copy = _driver().cuMemcpyHtoDAsync_v2
+    for destination, source, nbytes in copies:
+        if result := copy(destination, source, nbytes, stream):
+            raise DeviceError(f"copy of {nbytes} bytes to the device failed: {_name(result)}")
