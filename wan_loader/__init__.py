@@ -1,0 +1,81 @@
+"""wan-loader: huge generative models, started as fast as the hardware allows.
+
+Importing this package does not import torch; the first call that needs it does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wan_loader._version import __version__
+
+if TYPE_CHECKING:
+    from wan_loader.errors import (
+        CacheError,
+        CheckpointError,
+        DeviceError,
+        DeviceMemoryError,
+        HostMemoryError,
+        KeyMismatchError,
+        MissingFileError,
+        OptionError,
+        OutputError,
+        WanLoaderError,
+    )
+    from wan_loader.events import Observer, Recorder, Span
+    from wan_loader.formats import Checkpoint, open_checkpoint
+    from wan_loader.loader.api import load, load_file, load_into
+
+_LAZY = {
+    "CacheError": "wan_loader.errors",
+    "Checkpoint": "wan_loader.formats",
+    "CheckpointError": "wan_loader.errors",
+    "DeviceError": "wan_loader.errors",
+    "DeviceMemoryError": "wan_loader.errors",
+    "HostMemoryError": "wan_loader.errors",
+    "KeyMismatchError": "wan_loader.errors",
+    "MissingFileError": "wan_loader.errors",
+    "Observer": "wan_loader.events",
+    "OptionError": "wan_loader.errors",
+    "OutputError": "wan_loader.errors",
+    "Recorder": "wan_loader.events",
+    "Span": "wan_loader.events",
+    "WanLoaderError": "wan_loader.errors",
+    "load": "wan_loader.loader.api",
+    "load_file": "wan_loader.loader.api",
+    "load_into": "wan_loader.loader.api",
+    "open_checkpoint": "wan_loader.formats",
+}
+
+__all__ = [
+    "CacheError",
+    "Checkpoint",
+    "CheckpointError",
+    "DeviceError",
+    "DeviceMemoryError",
+    "HostMemoryError",
+    "KeyMismatchError",
+    "MissingFileError",
+    "Observer",
+    "OptionError",
+    "OutputError",
+    "Recorder",
+    "Span",
+    "WanLoaderError",
+    "__version__",
+    "load",
+    "load_file",
+    "load_into",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,124 @@
+"""The public calls: `load_file` for a dict of tensors, `load_into` for a module."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from wan_loader.dtypes import dtype_name
+from wan_loader.events import clock_ns, span
+from wan_loader.formats import open_checkpoint
+from wan_loader.loader.binding import bind, match
+from wan_loader.loader.dtype_rule import DtypeRule
+from wan_loader.loader.load import Loaded, LoadOptions, load_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from wan_loader.events import Observer
+    from wan_loader.loader.binding import KeyMap
+    from wan_loader.report import LoadReport
+    from wan_loader.types import IoMode, StrPath
+
+__all__ = ["load", "load_file", "load_into"]
+
+
+def load_file(
+    path: StrPath | Sequence[StrPath],
+    *,
+    device: str | int | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    io: IoMode = "auto",
+    threads: int | None = None,
+    cache: bool = False,
+    cache_dir: StrPath | None = None,
+    observer: Observer | None = None,
+) -> dict[str, torch.Tensor]:
+    """Load a checkpoint into a dict of tensors: `safetensors.torch.load_file` and `torch.load` in one, and faster.
+
+    path: a .safetensors, .pth/.pt/.bin file, a *.index.json, a directory holding one checkpoint, or a list of files.
+    device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
+    dtype: floating tensors are converted to it on the target, bit for bit as `.to(dtype)` does; None keeps the file's.
+    io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one way.
+    threads: readers, 1 to 64; None chooses.
+    observer: told of each span of work, from several threads.
+
+    Returns contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
+    CPU, tensors that need no conversion are private mappings of the file: free, lazily read, and writable without
+    changing the file; as with any mapping, shortening the file later takes the memory away (io="buffered" copies).
+    On CUDA, everything has arrived when this returns. Staging takes at most 512 MiB of host memory.
+
+    Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
+    then nothing stays allocated.
+    """
+    return load(path, device=device, dtype=dtype, io=io, threads=threads, observer=observer).tensors
+
+
+def load(
+    path: StrPath | Sequence[StrPath],
+    *,
+    device: str | int | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    io: IoMode = "auto",
+    threads: int | None = None,
+    observer: Observer | None = None,
+) -> Loaded:
+    """As `load_file`, and returns the report along with the tensors."""
+    start_ns = clock_ns()
+    with span(observer, "header"):
+        checkpoint = open_checkpoint(path)
+    rule = DtypeRule(dtype_name(dtype))
+    options = LoadOptions(device=device, rule=rule, io=io, threads=threads, observer=observer)
+    return load_checkpoint(checkpoint, checkpoint.tensors, options, start_ns=start_ns)
+
+
+def load_into(
+    module: torch.nn.Module,
+    path: StrPath | Sequence[StrPath],
+    *,
+    device: str | int | torch.device,
+    dtype: torch.dtype | str | None = None,
+    key_map: KeyMap | None = None,
+    strict: bool = True,
+    keep_fp32: Sequence[str] = (),
+    io: IoMode = "auto",
+    threads: int | None = None,
+    cache: bool = False,
+    cache_dir: StrPath | None = None,
+    observer: Observer | None = None,
+) -> LoadReport:
+    """Fill a module's parameters and persistent buffers from a checkpoint, in place.
+
+    module: may be on the meta device (build it under `torch.device("meta")`: no memory, no random initialisation).
+        Parameters that are one object under several names stay so; `requires_grad` is kept; non-persistent buffers
+        are left alone, and reported if they are still on meta.
+    key_map: checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to None
+        is left out.
+    strict: missing or unexpected names are an error. Wrong shapes always are.
+    keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
+    device, dtype, io, threads, observer: as for `load_file`.
+
+    Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
+    `load_file` raises; the module is changed only when everything has arrived.
+    """
+    start_ns = clock_ns()
+    with span(observer, "header"):
+        checkpoint = open_checkpoint(path)
+        found = match(module, checkpoint, key_map, strict=strict)
+    rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
+    options = LoadOptions(device=device, rule=rule, io=io, threads=threads, observer=observer)
+    loaded = load_checkpoint(checkpoint, found.facts, options, start_ns=start_ns)
+    with span(observer, "assign"):
+        left_on_meta = bind(module, found, loaded.tensors)
+    notes = [
+        f"{title}: {', '.join(names)}"
+        for title, names in (
+            ("not in the checkpoint", found.missing),
+            ("in the checkpoint, but not in the module", found.unexpected),
+            ("still on the meta device, compute them before use", left_on_meta),
+        )
+        if names
+    ]
+    return replace(loaded.report, warnings=(*loaded.report.warnings, *notes))

@@ -1,0 +1,27 @@
+"""Which dtype each tensor gets: a pure rule, the same as diffusers and transformers apply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wan_loader.dtypes import FLOATING
+
+__all__ = ["DtypeRule"]
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeRule:
+    """`dtype` applies to floating tensors; None leaves every tensor as it is in the file."""
+
+    dtype: str | None = None
+    keep_fp32: tuple[str, ...] = ()
+    """Tensors whose name contains one of these as whole dotted parts ("norm2", "blocks.0.norm2") become float32
+    when a dtype is asked for, as diffusers' `_keep_in_fp32_modules`."""
+
+    def target(self, name: str, source: str) -> str:
+        """The dtype that a tensor of dtype `source` gets."""
+        if self.dtype is None or source not in FLOATING:
+            return source
+        if any(f".{part}." in f".{name}." for part in self.keep_fp32):
+            return "float32"
+        return self.dtype

@@ -1,0 +1,241 @@
+"""From facts to filled tensors: decides the ways, allocates, has the engine carry it out, and reports.
+
+The order is: device, memory, files opened and checked, plan, bytes. Everything that can fail without reading a weight
+fails before the first one is read, and nothing is handed out unless everything arrived.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wan_loader.dtypes import torch_dtype
+from wan_loader.engine import Carried, carry_out
+from wan_loader.events import Recorder, clock_ns, span
+from wan_loader.formats.torchpickle import load_torch_pickle
+from wan_loader.loader.devices import device_card, device_peak_bytes, keep_stream, reset_device_peak, resolve_device
+from wan_loader.loader.placement import allocate, check_memory, lay_out, plan_storages
+from wan_loader.loader.route import choose_way, explain
+from wan_loader.loader.settings import block_bytes, check_io, engine_settings
+from wan_loader.machine import machine_card, memory_limit, peak_resident, processors, reset_peak_resident
+from wan_loader.plan import Way, make_plan
+from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
+from wan_loader.source.reader import Reader
+from wan_loader.source.residency import Residency
+from wan_loader.transfer.cpu import CpuTarget
+from wan_loader.transfer.cuda import CudaTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from wan_loader.events import Observer, Span
+    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.loader.dtype_rule import DtypeRule
+    from wan_loader.loader.placement import Placement, StoragePlan
+    from wan_loader.transfer.base import Target
+
+__all__ = ["LoadOptions", "Loaded", "load_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load."""
+
+    device: str | int | torch.device
+    rule: DtypeRule
+    io: str = "auto"
+    threads: int | None = None
+    observer: Observer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Filled tensors by checkpoint name, and the report."""
+
+    tensors: dict[str, torch.Tensor]
+    report: LoadReport
+
+
+@dataclass(slots=True)
+class _Moved:
+    """What moving the bytes came to."""
+
+    tensors: dict[str, torch.Tensor]
+    nbytes: int
+    """Bytes loaded."""
+    carried: Carried = field(default_factory=Carried)
+    resident_before: int = 0
+    reason: str = ""
+    settings: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Tee:
+    """Records spans, and passes them on to the caller's observer."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self.recorder = Recorder()
+        self._observer = observer
+
+    def record(self, span: Span) -> None:
+        self.recorder.record(span)
+        if self._observer is not None:
+            self._observer.record(span)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, tensors: Sequence[TensorFacts], options: LoadOptions, *, start_ns: int | None = None
+) -> Loaded:
+    """Load `tensors` of a checkpoint, the most urgent first. `start_ns`: when the timed call began."""
+    start_ns = clock_ns() if start_ns is None else start_ns
+    check_io(options.io)
+    tee = _Tee(options.observer)
+    with _paused_gc():
+        return _load(checkpoint, tensors, options, tee, start_ns)
+
+
+@contextmanager
+def _paused_gc() -> Iterator[None]:
+    """Keep the cycle collector away: it walks all of torch's objects, 50 ms at a time, while every thread waits."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _load(
+    checkpoint: Checkpoint, tensors: Sequence[TensorFacts], options: LoadOptions, tee: _Tee, start_ns: int
+) -> Loaded:
+    reset_peak_resident()
+    device = resolve_device(options.device, tee)
+    reset_device_peak(device)
+    with span(tee, "init"):
+        plans = plan_storages(tensors, options.rule)
+    move = _move_through_torch if checkpoint.format == "torch-pickle" else _move
+    moved = move(checkpoint, plans, options, device, tee)
+    with span(tee, "assign"):
+        _convert_late(moved.tensors, plans, options.rule)
+        ordered = {t.name: moved.tensors[t.name] for t in tensors}
+    seconds = (clock_ns() - start_ns) / 1e9
+    report = _report(checkpoint, plans, options, device, moved, tee, seconds)
+    if device.type == "cuda":  # unregistering takes time that nobody has to wait for
+        threading.Thread(target=moved.carried.release, name="release", daemon=True).start()
+    else:
+        moved.carried.release()
+    return Loaded(ordered, report)
+
+
+def _move(
+    checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
+) -> _Moved:
+    """Plan, and have the engine fill the tensors; they are allocated while the first bytes are on their way."""
+    cuda = device.type == "cuda"
+    with Reader(checkpoint.files) as reader:
+        with span(observer, "init"):
+            layout = lay_out(checkpoint, plans, views=not cuda and options.io in ("auto", "mapped"))
+            check_memory(layout, device, checkpoint.path)
+            residency = Residency(reader.fds)
+            resident = residency.total((*layout.extents, *layout.viewed_extents))
+            way = choose_way(options.io, cuda=cuda, reader=reader, residency=residency)
+            plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
+            settings = engine_settings(
+                plan,
+                io=options.io,
+                threads=options.threads,
+                memory_limit=memory_limit(),
+                processors=processors(),
+                cuda=cuda,
+            )
+        target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
+
+        on_stream = keep_stream(device)
+
+        def prepare() -> Placement:
+            with on_stream(), span(observer, "init"):
+                return allocate(checkpoint, layout, device)
+
+        placement, carried = carry_out(plan, reader, target, settings, prepare, observer)
+        for file in checkpoint.files:
+            file.check_unchanged()
+    carried.nbytes[Way.MAPPED] += sum(e.end - e.start for e in layout.viewed_extents)
+    used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
+    reason = explain(options.io, resident, layout.nbytes_read)
+    return _Moved(placement.tensors, layout.nbytes_loaded, carried, resident, reason, used, list(layout.warnings))
+
+
+def _move_through_torch(
+    checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
+) -> _Moved:
+    """The way for pickles that cannot be planned."""
+    with span(observer, "read", sum(checkpoint.storages[p.storage].nbytes for p in plans)):
+        state = load_torch_pickle(checkpoint.files[0].path, str(device))
+    tensors = {}
+    with span(observer, "cast"):
+        for plan in plans:
+            for facts in plan.tensors:
+                target = options.rule.target(facts.name, facts.dtype)
+                tensors[facts.name] = (
+                    state[facts.name].to(torch_dtype(target)) if target != facts.dtype else state[facts.name]
+                )
+    nbytes = sum(t.untyped_storage().nbytes() for t in tensors.values())
+    return _Moved(tensors, nbytes, reason="the file cannot be planned: torch.load read it")
+
+
+def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypeRule) -> None:
+    """Tensors that share a storage but need different dtypes part here."""
+    for facts in (t for plan in plans if plan.late for t in plan.tensors):
+        tensors[facts.name] = tensors[facts.name].to(torch_dtype(rule.target(facts.name, facts.dtype)))
+
+
+def _report(
+    checkpoint: Checkpoint,
+    plans: Sequence[StoragePlan],
+    options: LoadOptions,
+    device: torch.device,
+    moved: _Moved,
+    tee: _Tee,
+    seconds: float,
+) -> LoadReport:
+    phases = summarize(tee.recorder.spans)
+    ways = [way for way in Way if moved.carried.nbytes[way]]
+    return LoadReport(
+        command="load",
+        target=checkpoint.path,
+        device=str(device),
+        dtype=options.rule.dtype,
+        seconds=seconds,
+        nbytes_file=sum(checkpoint.storages[p.storage].nbytes for p in plans),
+        nbytes_device=moved.nbytes,
+        n_tensors=len(moved.tensors),
+        io=IoReport(
+            "+".join(way.value for way in ways) or "none",
+            moved.reason,
+            moved.resident_before,
+            *(moved.carried.nbytes[way] for way in (Way.MAPPED, Way.DIRECT, Way.BUFFERED)),
+        ),
+        phases=phases,
+        bottleneck=_bottleneck(phases),
+        memory=MemoryReport(
+            peak_resident(), moved.carried.pinned_nbytes, device_peak_bytes(device), moved.carried.registered_nbytes
+        ),
+        machine={**machine_card(), **device_card(device)},
+        settings={"io": options.io, **moved.settings},
+        warnings=(*checkpoint.warnings, *moved.warnings, *moved.carried.refusals),
+    )
+
+
+def _bottleneck(phases: Sequence[Phase]) -> Bottleneck:
+    """The busiest phase that does work (waiting is a symptom)."""
+    working = [p for p in phases if p.name != "wait"]
+    if not working:
+        return Bottleneck("other", "nothing was measured")
+    busiest = max(working, key=lambda p: p.busy_s)
+    return Bottleneck(busiest.name, f"{busiest.name} was busy for {busiest.busy_s:.3f} s, longer than any other phase")

@@ -1,0 +1,54 @@
+"""Which way each range travels, from what is measured: residency in the page cache, and what the system allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wan_loader.plan import Way
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from wan_loader.source.reader import Reader
+    from wan_loader.source.residency import Residency
+
+__all__ = ["choose_way", "explain"]
+
+
+def choose_way(io: str, *, cuda: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
+    """The rule for `make_plan`.
+
+    Resident pages are mapped for the GPU, and read with ordinary calls for the CPU, where a mapped file that shrinks
+    would kill the process. Cold ranges are read with O_DIRECT, which leaves the page cache as it was.
+    """
+
+    def direct(file: int) -> Way:
+        return Way.DIRECT if reader.open_direct(file) else Way.BUFFERED
+
+    def auto(file: int, start: int, end: int) -> Way:
+        if residency.is_resident(file, start, end):
+            return Way.MAPPED if cuda else Way.BUFFERED
+        return direct(file)
+
+    match io:
+        case "mapped":
+            return lambda file, start, end: Way.MAPPED
+        case "direct":
+            return lambda file, start, end: direct(file)
+        case "buffered":
+            return lambda file, start, end: Way.BUFFERED
+    return auto
+
+
+def explain(io: str, resident: int, nbytes: int) -> str:
+    """One sentence on why the bytes travel as they do."""
+    if io != "auto":
+        return f"io={io} was asked for"
+    if nbytes == 0:
+        return "there are no bytes to move"
+    share = resident / nbytes
+    if share >= 1:
+        return "everything is in the page cache"
+    if resident == 0:
+        return "nothing is in the page cache"
+    return f"{share:.0%} is in the page cache"

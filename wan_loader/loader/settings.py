@@ -1,0 +1,75 @@
+"""How many threads, how much staging: pure decisions from the plan and the machine's limits. Defaults live here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wan_loader.engine import EngineSettings
+from wan_loader.errors import HostMemoryError, OptionError
+from wan_loader.plan import PAGE, Way
+from wan_loader.types import IO_MODES
+
+if TYPE_CHECKING:
+    from wan_loader.plan import Plan
+
+__all__ = ["MAX_STAGING_BYTES", "MAX_THREADS", "SLOT_BYTES", "block_bytes", "check_io", "engine_settings"]
+
+MiB = 1 << 20
+
+MAX_THREADS = 64
+MAX_STAGING_BYTES = 512 * MiB
+#: Reads of this size keep any storage busy, and the interpreter out of the way.
+SLOT_BYTES = 8 * MiB
+#: Blocks are the unit of residency and of registration. Larger ones register no faster.
+MAX_BLOCK_BYTES = 128 * MiB
+
+_READERS = 8
+#: Readers that send resident blocks through staging while others are being registered, which is what limits the
+#: mapped way: six bring the most speed, one the most speed for its CPU time (docs/design/mapped-and-staged.md).
+_HELPERS_AUTO = 6
+_HELPERS_MAPPED = 1
+_SLOTS_PER_READER = 4
+
+
+def block_bytes(nbytes: int) -> int:
+    """Size of the plan's blocks for a load of `nbytes`: small loads get smaller ones, so that stages overlap."""
+    size = SLOT_BYTES
+    while size < MAX_BLOCK_BYTES and size * 64 < nbytes:
+        size *= 2
+    return size
+
+
+def check_io(io: str) -> None:
+    """`OptionError` unless `io` is one of the modes."""
+    if io not in IO_MODES:
+        raise OptionError(f"io={io!r}: use one of {', '.join(IO_MODES)}")
+
+
+def engine_settings(
+    plan: Plan, *, io: str, threads: int | None, memory_limit: int, processors: int, cuda: bool
+) -> EngineSettings:
+    """Settings for one load.
+
+    threads: readers asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never more than a quarter
+    of `memory_limit` (bytes); where that allows fewer slots than readers, there are fewer readers.
+    """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"threads={threads}: use 1 to {MAX_THREADS}")
+    mapped_only = all(block.way is Way.MAPPED for block in plan.blocks)
+    readers = threads or _readers(io, processors, mapped_only=mapped_only)
+    affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (SLOT_BYTES + PAGE)
+    if affordable < 1:
+        raise HostMemoryError(
+            f"staging needs {SLOT_BYTES + PAGE} bytes, more than a quarter of the {memory_limit} bytes of memory that "
+            "are allowed here: allow more memory"
+        )
+    n_slots = min(readers * _SLOTS_PER_READER, affordable)
+    return EngineSettings(
+        threads=min(readers, n_slots), slot_bytes=SLOT_BYTES, n_slots=n_slots, may_steal=cuda and mapped_only
+    )
+
+
+def _readers(io: str, processors: int, *, mapped_only: bool) -> int:
+    if not mapped_only:
+        return _READERS
+    return _HELPERS_MAPPED if io == "mapped" else min(_HELPERS_AUTO, max(1, processors // 2))

@@ -1,0 +1,134 @@
+"""What a load reports: one frozen value, and the JSON document of it that other tools rely on.
+
+Phases are computed from spans. They overlap, so their busy times do not add up to the wall time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.events import PHASES, Span, busy_ns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["SCHEMA_VERSION", "Bottleneck", "IoReport", "LoadReport", "MemoryReport", "Phase", "summarize"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a load. `busy_s` is the union of its intervals over all threads and streams."""
+
+    name: str
+    busy_s: float
+    nbytes: int
+
+    @property
+    def gbps(self) -> float:
+        """GB/s while busy; 0 where bytes make no sense."""
+        return self.nbytes / self.busy_s / 1e9 if self.busy_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class IoReport:
+    """How the bytes travelled, and why so."""
+
+    mode: str
+    reason: str
+    resident_before: int
+    """Bytes of the wanted ranges that lay in the page cache before the load."""
+    nbytes_mapped: int = 0
+    nbytes_direct: int = 0
+    nbytes_buffered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Peaks in bytes. `host_peak_bytes` is the process's resident size; pages of mapped files count in it."""
+
+    host_peak_bytes: int
+    pinned_bytes: int
+    """Pinned staging. Registered page-cache pages are not in it: they are the page cache's own."""
+    device_peak_bytes: int
+    registered_bytes: int = 0
+    """Page-cache pages registered for the GPU, until shortly after the load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """The phase that set the pace, against what it could do at best, where that was measured."""
+
+    phase: str
+    why: str
+    ceiling_gbps: float | None = None
+    reached: float | None = None
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What one load did."""
+
+    command: str
+    target: str
+    device: str
+    dtype: str | None
+    seconds: float
+    nbytes_file: int
+    """Bytes of tensor data in the files."""
+    nbytes_device: int
+    """Bytes of the tensors once loaded."""
+    n_tensors: int
+    io: IoReport
+    phases: tuple[Phase, ...]
+    bottleneck: Bottleneck
+    memory: MemoryReport
+    machine: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def gbps(self) -> float:
+        """File bytes over wall time, in GB/s."""
+        return self.nbytes_file / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `--json`: bytes as integers, seconds as floats."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "target": self.target,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seconds": self.seconds,
+            "nbytes_file": self.nbytes_file,
+            "nbytes_device": self.nbytes_device,
+            "gbps": self.gbps,
+            "n_tensors": self.n_tensors,
+            "io": _fields(self.io),
+            "phases": [{**_fields(p), "gbps": p.gbps} for p in self.phases],
+            "bottleneck": {**_fields(self.bottleneck), "advice": list(self.bottleneck.advice)},
+            "memory": _fields(self.memory),
+            "machine": self.machine,
+            "settings": self.settings,
+            "warnings": list(self.warnings),
+        }
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+def summarize(spans: Iterable[Span]) -> tuple[Phase, ...]:
+    """Phases that occurred, in the order of `PHASES`."""
+    by_name: dict[str, list[Span]] = {}
+    for span in spans:
+        by_name.setdefault(span.name, []).append(span)
+    return tuple(
+        Phase(name, busy_ns(by_name[name]) / 1e9, sum(s.nbytes for s in by_name[name]))
+        for name in PHASES
+        if name in by_name
+    )
