@@ -1,0 +1,63 @@
+"""The `wan-loader` command: its subcommands, and the one place where errors become exit codes.
+
+0 fine, 1 an expected error (one message on stderr, no traceback unless -v), 2 usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from wan_loader import __version__
+from wan_loader.cli import options
+from wan_loader.cli.inspect import inspect
+from wan_loader.cli.load import load, profile
+from wan_loader.cli.synth import synth
+from wan_loader.errors import WanLoaderError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="wan-loader",
+    help="Start huge generative models as fast as the hardware allows, and see where the start-up time goes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (inspect, load, profile):
+    app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(synth)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"wan-loader {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Global options."""
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except WanLoaderError as error:
+        if options.verbose():
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

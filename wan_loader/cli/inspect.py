@@ -1,0 +1,104 @@
+"""`wan-loader inspect`: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import JsonOut, PathArgument, Verbose
+
+if TYPE_CHECKING:
+    from wan_loader.formats import Checkpoint
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    path: PathArgument,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show tensors, bytes, dtypes, files, and how much lies in the page cache. Reads headers only.
+
+    Examples:
+
+        wan-loader inspect Wan2.2-T2V-A14B/high_noise_model
+
+        wan-loader inspect model.safetensors --tensors
+    """
+    from wan_loader.cli.output import print_json
+    from wan_loader.formats import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    document = _document(checkpoint, tensors=tensors)
+    if json:
+        print_json(document)
+    else:
+        _print(checkpoint, document)
+
+
+def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
+    counts = Counter(t.dtype for t in checkpoint.tensors)
+    nbytes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors:
+        nbytes[tensor.dtype] += tensor.nbytes
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "command": "inspect",
+        "target": checkpoint.path,
+        "format": checkpoint.format,
+        "n_tensors": len(checkpoint.tensors),
+        "nbytes": checkpoint.nbytes,
+        "nbytes_file": checkpoint.nbytes_file,
+        "dtypes": [{"dtype": d, "n_tensors": counts[d], "nbytes": nbytes[d]} for d, _ in nbytes.most_common()],
+        "files": [{"path": f.path, "nbytes": f.nbytes, "resident": _resident(f.path)} for f in checkpoint.files],
+        "warnings": list(checkpoint.warnings),
+    }
+    if tensors:
+        document["tensors"] = [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "nbytes": t.nbytes} for t in checkpoint.tensors
+        ]
+    return document
+
+
+def _resident(path: str) -> int:
+    from wan_loader.linux import cached_bytes
+
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return cached_bytes(fd, 0, os.fstat(fd).st_size)
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+
+
+def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from wan_loader.cli.render import format_bytes, output_console, print_warnings
+
+    console = output_console()
+    console.print(f"[bold]{checkpoint.path}[/bold]")
+    console.print(f"{document['format']}, {document['n_tensors']} tensors, {format_bytes(document['nbytes'])}\n")
+    dtypes = Table("dtype", "tensors", "bytes", box=None, pad_edge=False, header_style="bold")
+    for row in document["dtypes"]:
+        dtypes.add_row(row["dtype"], str(row["n_tensors"]), format_bytes(row["nbytes"]))
+    console.print(dtypes)
+    files = Table("\nfile", "\nbytes", "in the\npage cache", box=None, pad_edge=False, header_style="bold")
+    for row in document["files"]:
+        share = row["resident"] / row["nbytes"] if row["nbytes"] else 0.0
+        files.add_row(os.path.basename(row["path"]), format_bytes(row["nbytes"]), f"{share:.0%}")
+    console.print(files)
+    if "tensors" in document:
+        listing = Table("\ntensor", "\ndtype", "\nshape", "\nbytes", box=None, pad_edge=False, header_style="bold")
+        for row in document["tensors"]:
+            listing.add_row(
+                row["name"], row["dtype"], str(row["shape"]).replace("[", r"\["), format_bytes(row["nbytes"])
+            )
+        console.print(listing)
+    print_warnings(document["warnings"])

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "Device",
+    "Dtype",
+    "Force",
+    "Io",
+    "IoChoice",
+    "JsonOut",
+    "OutFile",
+    "PathArgument",
+    "Threads",
+    "Verbose",
+    "verbose",
+]
+
+
+class IoChoice(enum.StrEnum):
+    """Ways for bytes to travel."""
+
+    AUTO = "auto"
+    MAPPED = "mapped"
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+
+
+def verbose() -> bool:
+    """Whether -v stands on the command line."""
+    return any(word in ("-v", "--verbose") for word in sys.argv[1:])
+
+
+PathArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="A .safetensors, .pth, .pt or .bin file, a *.index.json, or a directory holding one checkpoint.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Convert floating tensors to bf16, fp16 or fp32 on the target.", show_default="as in the file"),
+]
+Io = Annotated[IoChoice, typer.Option(help="Way to read; auto chooses from what lies in the page cache.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=64, help="Reader threads.", show_default="chosen from the plan")
+]
+JsonOut = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
+OutFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON document to a file.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")]

@@ -1,0 +1,116 @@
+"""Reports as text for a terminal. Results go to stdout, progress and warnings to stderr."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from wan_loader.events import Observer, Span
+    from wan_loader.report import LoadReport
+
+__all__ = ["error_console", "format_bytes", "output_console", "print_load", "print_warnings", "reading_progress"]
+
+
+def output_console() -> Console:
+    """For results."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def error_console() -> Console:
+    """For progress and warnings."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def format_bytes(nbytes: float) -> str:
+    """Decimal units, as disks and links are sold: 28.58 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """With three significant digits: 0.71 s, 3.2 ms."""
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1000:.3g} ms"
+
+
+class _ReadProgress:
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("reading", total=total)
+
+    def record(self, span: Span) -> None:
+        if span.name == "read":
+            self._progress.advance(self._task, span.nbytes)
+
+
+@contextmanager
+def reading_progress(total: int) -> Iterator[Observer | None]:
+    """An observer that shows a progress bar, where stderr is a terminal."""
+    console = error_console()
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _ReadProgress(progress, total)
+
+
+def print_load(report: LoadReport) -> None:
+    """The summary and the phase table."""
+    console = output_console()
+    console.print(
+        f"[bold]{report.target}[/bold]\n"
+        f"{report.n_tensors} tensors, {format_bytes(report.nbytes_file)} -> "
+        f"{format_bytes(report.nbytes_device)} on {report.device}"
+        f"{f' as {report.dtype}' if report.dtype else ''} in [bold]{format_seconds(report.seconds)}[/bold]"
+        f" = [bold]{report.gbps:.1f} GB/s[/bold]"
+    )
+    console.print(f"way: {report.io.mode} ({report.io.reason})\n")
+    console.print(_phase_table(report))
+    console.print("phases overlap, so they do not add up to the whole", style="dim")
+    memory = report.memory
+    parts = [f"host peak {format_bytes(memory.host_peak_bytes)}", f"pinned {format_bytes(memory.pinned_bytes)}"]
+    if memory.registered_bytes:
+        parts.append(f"page cache registered {format_bytes(memory.registered_bytes)}")
+    if memory.device_peak_bytes:
+        parts.append(f"device peak {format_bytes(memory.device_peak_bytes)}")
+    console.print(f"memory: {', '.join(parts)}")
+    console.print(f"slowest: {report.bottleneck.why}")
+
+
+def _phase_table(report: LoadReport) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("phase", "busy", "bytes", "GB/s", "share of wall"):
+        table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
+    for phase in report.phases:
+        share = phase.busy_s / report.seconds if report.seconds else 0.0
+        table.add_row(
+            phase.name,
+            format_seconds(phase.busy_s),
+            format_bytes(phase.nbytes) if phase.nbytes else "",
+            f"{phase.gbps:.1f}" if phase.nbytes else "",
+            f"{share:.0%}",
+        )
+    return table
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """To stderr, one a line."""
+    console = error_console()
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)

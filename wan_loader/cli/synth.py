@@ -1,0 +1,28 @@
+"""`wan-loader synth`: hands over to `wan-pipeline synth`, which knows the model's shapes.
+
+A separate process, because this package never imports `wan_pipeline`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+import typer
+
+from wan_loader.errors import OptionError
+
+__all__ = ["synth"]
+
+
+def synth(context: typer.Context) -> None:
+    """Make a WAN2.2-shaped checkpoint of random weights (needs the pipeline extra).
+
+    Example:
+
+        wan-loader synth /tmp/wan --layout native --size tiny
+    """
+    if find_spec("wan_pipeline") is None or find_spec("diffusers") is None:
+        raise OptionError("synth needs the pipeline extra: pip install 'wan-loader[pipeline]'")
+    os.execv(sys.executable, [sys.executable, "-m", "wan_pipeline", "synth", *context.args])
