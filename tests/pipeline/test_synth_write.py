@@ -1,0 +1,134 @@
+"""Writing synthetic checkpoints: refusals, failures, memory, progress, and the command line."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from wan_loader.errors import OptionError, OutputError
+from wan_pipeline.cli import main
+from wan_pipeline.synth import synth
+from wan_pipeline.synth.fill import Pool
+
+# --- writing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "torch"}, "layout is 'torch'; it must be one of native, diffusers"),
+        ({"size": "huge"}, "size is 'huge'"),
+        ({"task": "i2v"}, "task is 'i2v'"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"blocks": 0}, "blocks is 0; t2v-A14B in size tiny has 1 to 4"),
+        ({"blocks": 41, "size": "full"}, "has 1 to 40"),
+        ({"components": ["transformer"]}, "t2v-A14B has no transformer"),
+        ({"components": []}, "no component is wanted"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, options, message):
+    with pytest.raises(OptionError, match=message):
+        synth(tmp_path / "ckpt", **options)
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_full_directory_is_refused_or_added_to(tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(OutputError, match="is not empty"):
+        synth(tmp_path, components=["vae"])
+    report = synth(tmp_path, components=["vae"], force=True)
+    assert (tmp_path / "mine").read_text() == "keep"
+    assert {*tmp_path.rglob("*")} >= {*report.files}
+    assert report.nbytes == sum(file.stat().st_size for file in report.files)
+    with pytest.raises(OutputError, match="is not a directory"):
+        synth(tmp_path / "mine", force=True)
+
+
+def test_too_little_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    with pytest.raises(OutputError, match=r"needs 0\.01 GB, and .* has 0\.00 GB free"):
+        synth(tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch, error):
+    whole = Pool.data
+
+    def failing(self, tensor):
+        yield from whole(self, tensor)
+        if tensor.name.startswith("blocks.2"):
+            raise error
+
+    monkeypatch.setattr(Pool, "data", failing)
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        synth(tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+    assert not [t for t in threading.enumerate() if t.name.startswith(("synth", "crc"))]
+
+
+def test_progress_ends_at_the_total(tmp_path):
+    calls = []
+    report = synth(tmp_path / "ckpt", progress=lambda *call: calls.append((*call, threading.current_thread())))
+    assert calls[-1][:2] == (report.nbytes, report.nbytes)
+    assert {call[2] for call in calls} == {threading.current_thread()}
+    assert [call[0] for call in calls] == sorted(call[0] for call in calls)
+
+
+def test_memory_is_bounded(tmp_path):
+    code = f"""
+import resource
+from wan_pipeline.synth import plan_synth, synth
+options = dict(size="full", components=["high_noise"], blocks=1, dtype="bf16")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+plan_synth(**options)
+before = peak()
+report = synth({str(tmp_path / "big")!r}, **options)
+print(report.nbytes, peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shutil.rmtree(tmp_path / "big")
+    nbytes, grown = map(int, run.stdout.split())
+    assert nbytes > 1_100_000_000
+    assert grown < 256 << 20
+
+
+# --- the command line
+
+
+def run_cli(monkeypatch, *args: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["wan-pipeline", *args])
+    try:
+        main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+def test_cli(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "ckpt"
+    arguments = ["synth", str(target), "--layout", "diffusers", "--component", "vae", "--component", "high_noise"]
+    assert run_cli(monkeypatch, *arguments, "--blocks", "1", "--dtype", "bf16", "--seed", "3") == 0
+    files = [file for file in target.rglob("*") if file.is_file()]
+    nbytes = sum(file.stat().st_size for file in files)
+    assert capsys.readouterr() == (f"{target}: {len(files)} files, {nbytes} bytes\n", "")
+    assert run_cli(monkeypatch, *arguments) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert run_cli(monkeypatch, *arguments, "--force") == 0
+    assert run_cli(monkeypatch, *arguments, "--size", "huge") == 2
+
+
+def test_cli_starts_light():
+    code = "import sys, wan_pipeline.cli; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "transformers", "numpy", "rich.progress"} & set(modules)

@@ -1,0 +1,286 @@
+"""From a directory to the parts of a WAN checkpoint: which files, which names, which configuration, which dtypes.
+
+Both published layouts lead to the same facts, under the names that diffusers' pipeline has for its parts:
+
+    text_encoder      umT5 encoder
+    transformer       the high-noise expert (of TI2V-5B: the only transformer)
+    transformer_2     the low-noise expert
+    vae               the VAE
+
+Reads headers and small JSON files only, so that whatever is wrong with a checkpoint is found in milliseconds, before
+any weight is read and before torch is imported. It builds no module and loads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wan_loader import open_checkpoint
+from wan_loader.errors import CheckpointError, MissingFileError
+from wan_pipeline import configs
+from wan_pipeline.keymap import keymap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.types import StrPath
+    from wan_pipeline.keymap import MapName
+
+__all__ = ["TITLES", "Component", "ComponentName", "WanCheckpoint", "open_wan"]
+
+ComponentName = Literal["text_encoder", "transformer", "transformer_2", "vae"]
+
+#: What messages call the parts.
+TITLES: dict[str, str] = {
+    "text_encoder": "text encoder",
+    "transformer": "high-noise expert",
+    "transformer_2": "low-noise expert",
+    "vae": "VAE",
+}
+#: Parts of names that stay fp32 when an expert is converted, in either layout's words: as diffusers keeps them.
+_KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm2", "time_embedding", "modulation", "norm3")
+_EXPERT_DIRS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+_TOKENIZER_DIR = "google/umt5-xxl"
+_VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_BOUNDARY = 0.875
+_MAX_JSON_BYTES = 10_000_000
+#: The scheduler as both repositories publish it for diffusers.
+_SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One network of a checkpoint."""
+
+    name: ComponentName
+    source: str
+    """What `wan_loader` opens: a file, an index, or a directory."""
+    facts: Checkpoint = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    """Arguments of diffusers' or transformers' class."""
+    key_map: Callable[[str], str | None] | None = field(default=None, repr=False)
+    """Name in the file -> name in the module; None where they are the same."""
+    keep_fp32: tuple[str, ...] = ()
+
+    def nbytes(self, dtype: str | None, *, decoder_only: bool = False) -> int:
+        """Bytes once loaded as `dtype` ("bfloat16", "float32"; None: as in the file)."""
+        sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+        total = 0
+        for tensor in self.facts.tensors:
+            if decoder_only and self.name == "vae" and tensor.name.startswith(("encoder.", "conv1.", "quant_conv.")):
+                continue
+            kept = dtype is not None and any(f".{part}." in f".{tensor.name}." for part in self.keep_fp32)
+            target = "float32" if kept else dtype or tensor.dtype
+            total += tensor.nbytes // sizes.get(tensor.dtype, 1) * sizes.get(target, 1)
+        return total
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of all files."""
+        return tuple(file.path for file in self.facts.files)
+
+
+@dataclass(frozen=True, slots=True)
+class WanCheckpoint:
+    """A complete WAN checkpoint: its parts in the order of first use, and the small things around them."""
+
+    directory: Path
+    layout: Literal["native", "diffusers"]
+    components: tuple[Component, ...]
+    tokenizer: Path
+    scheduler: Mapping[str, Any]
+    """diffusers' scheduler configuration."""
+    boundary_ratio: float | None
+    """From which share of the noise schedule on the high-noise expert runs; None where there is one expert."""
+
+    @property
+    def task(self) -> Literal["t2v-A14B", "ti2v-5B"]:
+        """Which model this is."""
+        return "ti2v-5B" if self.boundary_ratio is None else "t2v-A14B"
+
+    @property
+    def vae_scale(self) -> tuple[int, int]:
+        """How many frames, and how many pixels in a row, one latent stands for."""
+        return int(self["vae"].config.get("scale_factor_temporal", 4)), int(
+            self["vae"].config.get("scale_factor_spatial", 8)
+        )
+
+    def __getitem__(self, name: str) -> Component:
+        return next(c for c in self.components if c.name == name)
+
+    @property
+    def names(self) -> tuple[ComponentName, ...]:
+        """Names of the parts, in the order of first use."""
+        return tuple(c.name for c in self.components)
+
+
+def open_wan(directory: StrPath) -> WanCheckpoint:
+    """The facts of a WAN2.2 checkpoint in either layout. Reads headers only and imports no torch.
+
+    Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise MissingFileError(f"{root} is no directory: name the directory of a WAN2.2 checkpoint")
+    if (root / "model_index.json").exists():
+        return _open_diffusers(root)
+    if any((root / name).exists() for name in (*_EXPERT_DIRS.values(), _TEXT_FILE, *_VAE_FILES)):
+        return _open_native(root)
+    held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"{root} is no WAN2.2 checkpoint: neither model_index.json (diffusers layout) nor high_noise_model/ and "
+        f"{_TEXT_FILE} (native layout) is there; it holds {held}"
+    )
+
+
+def _open_native(root: Path) -> WanCheckpoint:
+    is_5b = (root / _VAE_FILES[1]).exists() or (root / _INDEX).exists()
+    experts = {"transformer": root} if is_5b else {name: root / d for name, d in _EXPERT_DIRS.items()}
+    vae_file = _VAE_FILES[is_5b]
+    tokenizer = root / _TOKENIZER_DIR
+    missing = [name for name in (_TEXT_FILE, vae_file) if not (root / name).exists()]
+    missing += [part for path in experts.values() for part in _missing_parts(root, path, _INDEX)]
+    _require(root, "native", missing + _missing_tokenizer(root, tokenizer))
+    components = [_text_encoder(root / _TEXT_FILE, None, str(root / _TEXT_FILE))]
+    components += [_expert(name, path) for name, path in experts.items()]
+    components.append(_vae(root / vae_file, None))
+    return _checked(WanCheckpoint(root, "native", tuple(components), tokenizer, _SCHEDULER, None if is_5b else _BOUNDARY))
+
+
+def _open_diffusers(root: Path) -> WanCheckpoint:
+    index = _read_json(root / "model_index.json")
+    if (kind := index.get("_class_name")) != "WanPipeline":
+        raise CheckpointError(f"{root}/model_index.json describes a {kind!r}, not a WanPipeline: it is another model")
+    boundary = index.get("boundary_ratio")
+    experts = ["transformer"] if boundary is None else list(_EXPERT_DIRS)
+    indices = {"text_encoder": "model.safetensors.index.json", **dict.fromkeys([*experts, "vae"], _INDEX)}
+    missing = [part for name, file in indices.items() for part in _missing_parts(root, root / name, file)]
+    missing += _missing_tokenizer(root, root / "tokenizer")
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    missing += [] if scheduler.exists() else [str(scheduler.relative_to(root))]
+    _require(root, "diffusers", missing)
+    text = root / "text_encoder"
+    components = [_text_encoder(text, _read_json(text / "config.json"), str(text))]
+    components += [_expert(name, root / name) for name in experts]
+    components.append(_vae(root / "vae", _read_json(root / "vae" / "config.json")))
+    return _checked(
+        WanCheckpoint(root, "diffusers", tuple(components), root / "tokenizer", _read_json(scheduler), boundary)
+    )
+
+
+def _missing_parts(root: Path, path: Path, index: str) -> list[str]:
+    """Files that the config or the index of a part promises and that are not there, relative to `root`."""
+    if not path.is_dir():
+        return [f"{path.relative_to(root)}/"]
+    missing = [] if (path / "config.json").exists() else [str((path / "config.json").relative_to(root))]
+    if (path / index).exists():
+        weight_map = _read_json(path / index).get("weight_map")
+        shards = {Path(str(s)).name for s in weight_map.values()} if isinstance(weight_map, dict) else set()
+        missing += sorted(str((path / s).relative_to(root)) for s in shards if not (path / s).exists())
+    elif not list(path.glob("*.safetensors")):
+        missing.append(str((path / index).relative_to(root)))
+    return missing
+
+
+def _missing_tokenizer(root: Path, path: Path) -> list[str]:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return [str((path / name).relative_to(root)) for name in names if not (path / name).exists()]
+
+
+def _require(root: Path, layout: str, missing: list[str]) -> None:
+    if missing:
+        raise MissingFileError(
+            f"{root} is an incomplete checkpoint ({layout} layout); missing: {', '.join(missing)}: finish the download"
+        )
+
+
+def _expert(name: str, path: Path) -> Component:
+    facts = open_checkpoint(path / _INDEX if (path / _INDEX).exists() else path)
+    shapes = configs.native_shapes("dit", _shapes(facts), str(path))
+    config = configs.dit_config(_read_json(path / "config.json"), shapes, str(path))
+    configs.check_dit(config, shapes, str(path))
+    return _component(name, facts, config, "dit", keep_fp32=_KEEP_FP32)
+
+
+def _text_encoder(path: Path, config: Mapping[str, Any] | None, where: str) -> Component:
+    facts = open_checkpoint(path)
+    shapes = configs.native_shapes("text_encoder", _shapes(facts), where)
+    return _component("text_encoder", facts, configs.text_encoder_config(config, shapes, where), "text_encoder")
+
+
+def _vae(path: Path, config: Mapping[str, Any] | None) -> Component:
+    facts = open_checkpoint(path)
+    new = bool(config.get("is_residual")) if config is not None else path.name == _VAE_FILES[1]
+    map_name: MapName = "vae2.2" if new else "vae2.1"
+    shapes = configs.native_shapes(map_name, _shapes(facts), str(path))
+    return _component("vae", facts, configs.vae_config(config, shapes, str(path)), map_name)
+
+
+def _component(
+    name: str, facts: Checkpoint, config: Mapping[str, Any], map_name: MapName, keep_fp32: tuple[str, ...] = ()
+) -> Component:
+    mapped = keymap(map_name)
+    native = all(mapped.native.rename(tensor.name) is not None for tensor in facts.tensors)
+    key_map = partial(_rename, mapped.native.rename) if native else None
+    return Component(name, facts.path, facts, config, key_map, keep_fp32)  # type: ignore[arg-type]
+
+
+def _rename(table: Callable[[str], str | None], name: str) -> str:
+    return table(name) or name
+
+
+def _checked(checkpoint: WanCheckpoint) -> WanCheckpoint:
+    """The parts must fit each other, too."""
+    text, expert = checkpoint["text_encoder"], checkpoint["transformer"]
+    if (wants := expert.config["text_dim"]) != (gives := text.config["d_model"]):
+        raise CheckpointError(
+            f"{expert.source} takes text of width {wants}, {text.source} gives {gives}: parts of different models"
+        )
+    if (wants := expert.config["in_channels"]) != (gives := checkpoint["vae"].config.get("z_dim", 16)):
+        raise CheckpointError(
+            f"{expert.source} takes {wants} latent channels, the VAE has {gives}: parts of different models"
+        )
+    if checkpoint.boundary_ratio is not None:
+        _check_pair(expert, checkpoint["transformer_2"])
+    return checkpoint
+
+
+def _check_pair(high: Component, low: Component) -> None:
+    shapes, others = _shapes(high.facts), _shapes(low.facts)
+    for name in sorted({*shapes, *others}):
+        if shapes.get(name) != others.get(name):
+            raise CheckpointError(
+                f"{low.source} is an expert of another model than {high.source}: {name} is {others.get(name)} in one, "
+                f"{shapes.get(name)} in the other"
+            )
+
+
+def _shapes(facts: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in facts.tensors}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a configuration")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): damaged, or still being downloaded") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object: damaged, or another file")
+    return value

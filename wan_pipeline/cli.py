@@ -1,0 +1,98 @@
+"""`wan-pipeline`: the command line of the text-to-video pipeline.
+
+Thin on purpose: parse, call the public API, print. Everything heavy is imported inside the commands, so that `--help`
+answers at once. Results go to stdout, progress and errors to stderr; an expected error is one message and exit code 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast, get_args
+
+import typer
+
+from wan_loader.errors import WanLoaderError
+from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_COMPONENTS = f"One of {', '.join(get_args(Component))}."
+
+
+@app.callback()
+def _app() -> None:
+    """Text to video with WAN2.2, started as fast as the hardware allows."""
+
+
+@app.command()
+def synth(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where the checkpoint goes; empty or not there yet.")
+    ],
+    layout: Annotated[Layout, typer.Option(help="The files as in the native or the diffusers repository.")] = "native",
+    size: Annotated[Size, typer.Option(help="tiny: a few MB, runs on a CPU; full: the published shapes.")] = "tiny",
+    task: Annotated[Task, typer.Option(help="Which model.")] = "t2v-A14B",
+    blocks: Annotated[int | None, typer.Option(help="Only the first N blocks of each expert.")] = None,
+    component: Annotated[list[str] | None, typer.Option(help=f"Only this part; may be repeated. {_COMPONENTS}")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Dtype of the experts' files; published: fp32.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights in both layouts.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace files in a directory that is not empty.")] = False,
+) -> None:
+    """Write a checkpoint of random weights in the exact layout of WAN2.2.
+
+    \b
+    wan-pipeline synth /tmp/tiny --layout diffusers           5 MB, plain diffusers runs it
+    wan-pipeline synth /data/wan --size full                  126 GB, as published
+    wan-pipeline synth /data/part --size full --blocks 4 --component high_noise --dtype bf16
+    """
+    from wan_pipeline.synth import synth as write
+
+    with _progress(f"writing {directory}") as progress:
+        report = write(
+            directory,
+            layout=layout,
+            size=size,
+            task=task,
+            blocks=blocks,
+            components=cast("list[Component]", component) if component else None,
+            dtype=dtype,
+            seed=seed,
+            force=force,
+            progress=progress,
+        )
+    typer.echo(f"{report.directory}: {len(report.files)} files, {report.nbytes} bytes")
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr that takes (done, total) bytes; nothing where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def main() -> None:
+    """Entry point of `wan-pipeline`."""
+    try:
+        app()
+    except WanLoaderError as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: WanLoaderError) -> int:
+    typer.echo(f"wan-pipeline: {error}", err=True)
+    return 1

@@ -1,0 +1,203 @@
+"""Configurations of the networks, from a config file or from the shapes in a checkpoint, and whether the two agree.
+
+The native layout keeps a config for the experts only, and an incomplete one; what is missing there follows from shapes.
+A checkpoint that disagrees with its config, or holds another model, is found here, from headers alone.
+
+Pure: no file is opened, and neither torch nor diffusers is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import CheckpointError, KeyMismatchError
+from wan_pipeline.keymap import keymap
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from wan_pipeline.keymap import MapName
+
+__all__ = ["check_dit", "dit_config", "native_shapes", "text_encoder_config", "vae_config"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+_PATCH = (1, 2, 2)
+
+# Mean and deviation of each latent channel of VAE 2.2, as published with it; those of VAE 2.1 are diffusers' defaults.
+_VAE22_MEAN = (
+    "-.2289 -.0052 -.1323 -.2339 -.2799 .0174 .1838 .1557 -.1382 .0542 .2813 .0891 .1570 -.0098 .0375 -.1825 "
+    "-.2246 -.1207 -.0698 .5109 .2665 -.2108 -.2158 .2502 -.2055 -.0322 .1109 .1567 -.0729 .0899 -.2799 -.1230 "
+    "-.0313 -.1649 .0117 .0723 -.2839 -.2083 -.0520 .3748 .0152 .1957 .1433 -.2944 .3573 -.0548 -.1681 -.0667"
+)
+_VAE22_STD = (
+    ".4765 1.0364 .4514 1.1677 .5313 .4990 .4818 .5013 .8158 1.0344 .5894 1.0901 .6885 .6165 .8454 .4978 "
+    ".5759 .3523 .7135 .6804 .5833 1.4146 .8986 .5659 .7069 .5338 .4889 .4917 .4069 .4999 .6866 .4093 "
+    ".5709 .6065 .6415 .4944 .5726 1.2042 .5458 1.6887 .3971 1.0600 .3943 .5537 .5444 .4089 .7468 .7744"
+)
+
+
+def native_shapes(name: MapName, shapes: Mapping[str, tuple[int, ...]], where: str) -> Shapes:
+    """The shapes under native names, whichever layout's names they have. `CheckpointError` for a foreign name."""
+    table = keymap(name)
+    out: Shapes = {}
+    for key, shape in shapes.items():
+        try:
+            table.to_diffusers(key)
+            out[key] = shape
+        except KeyMismatchError:
+            try:
+                out[table.to_native(key)] = shape
+            except KeyMismatchError:
+                raise CheckpointError(f"{where} holds {key!r}, which no WAN {name} has: it is another model") from None
+    return out
+
+
+def dit_config(config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[str, Any]:
+    """diffusers' configuration of an expert, from the config file of either layout."""
+    _of_class(config, ("WanModel", "WanTransformer3DModel"), where)
+    if "dim" not in config:
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+    if (kind := config.get("model_type", "t2v")) not in ("t2v", "ti2v"):
+        raise CheckpointError(f"{where}/config.json: model_type is {kind!r}: only text-to-video models run here")
+    try:
+        head_dim, rest = divmod(config["dim"], config["num_heads"])
+        found = {
+            "attention_head_dim": head_dim,
+            "cross_attn_norm": True,
+            "eps": config["eps"],
+            "ffn_dim": config["ffn_dim"],
+            "freq_dim": config["freq_dim"],
+            "in_channels": config["in_dim"],
+            "num_attention_heads": config["num_heads"],
+            "num_layers": config["num_layers"],
+            "out_channels": config["out_dim"],
+            "patch_size": list(_PATCH),
+            "qk_norm": "rms_norm_across_heads",
+            "text_dim": _shape(shapes, "text_embedding.0.weight", where)[1],
+        }
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}/config.json: {error} is missing or no number") from None
+    if rest:
+        raise CheckpointError(f"{where}/config.json: dim {config['dim']} is no multiple of {config['num_heads']} heads")
+    return found
+
+
+def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
+    """`CheckpointError` if the tensors of an expert are not those that its config describes."""
+    try:
+        expected = _dit_shapes(config)
+        layers = int(config["num_layers"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}/config.json: {error} is missing or no number") from None
+    for name, shape in expected.items():
+        if (found := _shape(shapes, name, where)) != shape:
+            raise CheckpointError(
+                f"{where}: config.json disagrees with the weights: {name} is {list(found)}, {list(shape)} by the config"
+            )
+    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    if blocks != set(range(layers)):
+        raise CheckpointError(
+            f"{where}: config.json disagrees with the weights: {layers} blocks by the config, {len(blocks)} in the files"
+        )
+    _check_complete(shapes, layers, where)
+
+
+def _check_complete(shapes: Shapes, layers: int, where: str) -> None:
+    """Every block has the tensors of block 0, in the same shapes, and all tensors outside of blocks are there."""
+    table = keymap("dit").native
+    names = [*table.outer, *(f"blocks.{i}.{leaf}" for i in range(layers) for leaf in table.inner)]
+    if missing := [name for name in names if name not in shapes]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{where} lacks {missing[0]}{more}: the wrong checkpoint, or a damaged one")
+    for leaf in table.inner:
+        first = shapes[f"blocks.0.{leaf}"]
+        for i in range(layers):
+            if (shape := shapes[f"blocks.{i}.{leaf}"]) != first:
+                raise CheckpointError(f"{where}: blocks.{i}.{leaf} is {list(shape)}, {list(first)} in block 0")
+
+
+def _dit_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The tensors that pin every number of the config."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    ffn, patch = config["ffn_dim"], math.prod(config["patch_size"])
+    return {
+        "patch_embedding.weight": (dim, config["in_channels"], *config["patch_size"]),
+        "text_embedding.0.weight": (dim, config["text_dim"]),
+        "time_embedding.0.weight": (dim, config["freq_dim"]),
+        "head.head.weight": (config["out_channels"] * patch, dim),
+        "blocks.0.ffn.0.weight": (ffn, dim),
+        "blocks.0.ffn.2.weight": (dim, ffn),
+        "blocks.0.self_attn.q.weight": (dim, dim),
+        "blocks.0.cross_attn.k.weight": (dim, dim),
+        "blocks.0.modulation": (1, 6, dim),
+    }
+
+
+def text_encoder_config(config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> dict[str, Any]:
+    """transformers' configuration of the text encoder; from the shapes alone if there is no file."""
+    vocab, d_model = _shape(shapes, "token_embedding.weight", where)
+    buckets, heads = _shape(shapes, "blocks.0.pos_embedding.embedding.weight", where)
+    found = {
+        "d_ff": _shape(shapes, "blocks.0.ffn.gate.0.weight", where)[0],
+        "d_kv": _shape(shapes, "blocks.0.attn.q.weight", where)[0] // heads,
+        "d_model": d_model,
+        "num_heads": heads,
+        "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "relative_attention_num_buckets": buckets,
+        "vocab_size": vocab,
+    }
+    if config is None:
+        return {**found, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128}
+    if config.get("model_type", "umt5") != "umt5":
+        raise CheckpointError(f"{where}/config.json describes a {config.get('model_type')!r}, not a umT5 encoder")
+    for key, value in found.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(
+                f"{where}: config.json disagrees with the weights: {key} is {config[key]} there, {value} by the shapes"
+            )
+    return dict(config)
+
+
+def vae_config(config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> dict[str, Any]:
+    """diffusers' configuration of the VAE; from the shapes alone if there is no file."""
+    base, z = _shape(shapes, "encoder.conv1.weight", where)[0], _shape(shapes, "conv2.weight", where)[0]
+    if config is not None:
+        _of_class(config, ("AutoencoderKLWan",), where)
+        for key, value in (("base_dim", base), ("z_dim", z)):
+            if config.get(key, value) != value:
+                raise CheckpointError(
+                    f"{where}: config.json disagrees with the weights: {key} is {config[key]} there, "
+                    f"{value} by the shapes"
+                )
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+    found: dict[str, Any] = {"base_dim": base, "z_dim": z}
+    if not is_vae22(shapes):
+        return found
+    return found | {
+        "decoder_base_dim": _shape(shapes, "decoder.conv1.weight", where)[0] // 4,
+        "in_channels": 12,
+        "is_residual": True,
+        "latents_mean": [float(x) for x in _VAE22_MEAN.split()],
+        "latents_std": [float(x) for x in _VAE22_STD.split()],
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    }
+
+
+def is_vae22(shapes: Shapes) -> bool:
+    """Whether native names are those of VAE 2.2, which nests its levels."""
+    return any(".downsamples." in name and name.count("samples.") > 1 for name in shapes)
+
+
+def _of_class(config: Mapping[str, Any], classes: tuple[str, ...], where: str) -> None:
+    if (found := config.get("_class_name", classes[0])) not in classes:
+        raise CheckpointError(f"{where}/config.json describes a {found!r}, not a {classes[-1]}: it is another model")
+
+
+def _shape(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise CheckpointError(f"{where} lacks {name}: it is another model, or a damaged file")
+    return shapes[name]

@@ -1,0 +1,205 @@
+"""Start-up presets: `profiles/*.toml` as frozen values, and what they mean for memory.
+
+A preset says which networks may lie on the device together in each phase of a generation. From that, the sizes of the
+networks and the working memory of a phase follow the peak, before anything is loaded: a preset that cannot fit is an
+error with the numbers, and `choose` takes the fastest that fits and says why. The same phases drive `residency`, so
+what is checked is what happens.
+
+Pure, but for reading the TOML files: no torch, no device is touched.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from wan_loader.errors import DeviceMemoryError, HostMemoryError, OptionError
+from wan_pipeline.checkpoint import TITLES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["PRESETS", "Limits", "Phase", "Preset", "check_fit", "choose", "load_preset", "peak", "phases"]
+
+#: Fastest first: the order in which `choose` tries them.
+PRESETS = ("fastest", "balanced", "min-memory", "multi-gpu")
+
+Residency = Literal["everything", "next", "one"]
+_DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """How a start and a generation use memory."""
+
+    name: str
+    description: str
+    device_memory_gb: float
+    """The contract: the device never holds more than this, working memory included."""
+    residency: Residency
+    """"everything": all networks stay. "next": text encoder and first expert together, later one at a time. "one":
+    one at a time from the beginning."""
+    text_encoder: Literal["device", "cpu"] = "device"
+    warm_ahead: bool = True
+    """Read what comes next into the page cache while a network runs, as far as memory allows."""
+    dtype: str = "bf16"
+    vae_dtype: str = "fp32"
+    sharded: bool = False
+    """Weights are divided over the processes of a distributed run."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("residency", self.residency, get_args(Residency)),
+            ("text_encoder", self.text_encoder, ("device", "cpu")),
+            ("dtype", self.dtype, _DTYPES),
+            ("vae_dtype", self.vae_dtype, _DTYPES),
+        ):
+            if value not in allowed:
+                raise OptionError(f"preset {self.name}: {name} is {value!r}; use one of {', '.join(allowed)}")
+        if not self.device_memory_gb > 0:
+            raise OptionError(f"preset {self.name}: device_memory_gb is {self.device_memory_gb}; it must be positive")
+
+    def adapted(self, *, t5_cpu: bool = False, offload_model: bool | None = None, dtype: str | None = None) -> Preset:
+        """The preset with what was asked for on top of it."""
+        residency: Residency = self.residency
+        if offload_model is not None:
+            residency = "everything" if not offload_model else "one" if residency == "one" else "next"
+        where: Literal["device", "cpu"] = "cpu" if t5_cpu else self.text_encoder
+        return replace(self, residency=residency, text_encoder=where, dtype=dtype or self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a generation: the network it runs, and all that may be in memory meanwhile, in order of first use."""
+
+    uses: str
+    resident: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the machine allows, in bytes."""
+
+    device: str
+    """Its name, for messages."""
+    device_nbytes: int | None
+    """Free on the device; None if it is the CPU, which has no memory of its own."""
+    host_nbytes: int
+    """What this process may still take on the host."""
+    world_size: int = 1
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by its name, or from a TOML file of one's own (a path that ends in .toml)."""
+    path = Path(name) if name.endswith(".toml") else _profiles() / f"{name}.toml"
+    if not name.endswith(".toml") and name not in PRESETS:
+        raise OptionError(f"no preset is called {name!r}; there are auto, {', '.join(PRESETS)}, or a .toml file")
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text())
+        unknown = sorted(set(table) - {field.name for field in fields(Preset)})
+        if unknown:
+            raise OptionError(f"{path} has unknown settings: {', '.join(unknown)}")
+        return Preset(**{"name": path.stem, **table})
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{path} is no preset: {error}") from error
+
+
+def _profiles() -> Path:
+    """The presets' directory: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "profiles"
+    return installed if installed.is_dir() else package.parent / "profiles"
+
+
+def phases(preset: Preset, names: Sequence[str]) -> tuple[Phase, ...]:
+    """The phases of a generation with the networks `names`, given in the order of first use."""
+    if preset.residency == "everything":
+        return tuple(Phase(name, tuple(names)) for name in names)
+    if preset.residency == "one":
+        return tuple(Phase(name, (name,)) for name in names)
+    text, first, *_, last = names
+    return (
+        Phase(text, (text, first)),
+        *(Phase(name, (name, last)) for name in names[1:-1]),
+        Phase(last, (last,)),
+    )
+
+
+def peak(preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], world_size: int = 1) -> tuple[int, str]:
+    """Bytes on the device in the phase that needs most, and a sentence that adds them up.
+
+    sizes: bytes of each network, in the order of first use. workspace: bytes for running each.
+    """
+    share = world_size if preset.sharded else 1
+    worst = (0, "")
+    for phase in phases(preset, list(sizes)):
+        held = {
+            name: sizes[name] if name == "vae" else sizes[name] // share
+            for name in phase.resident
+            if not (name == "text_encoder" and preset.text_encoder == "cpu")
+        }
+        total = sum(held.values()) + workspace.get(phase.uses, 0)
+        parts = [f"{TITLES[name]} {_gb(n)}" for name, n in held.items()]
+        text = f"{' + '.join([*parts, f'{_gb(workspace.get(phase.uses, 0))} to work in'])}"
+        worst = max(worst, (total, f"{_gb(total)} while the {TITLES[phase.uses]} runs ({text})"))
+    return worst
+
+
+def check_fit(
+    preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], host_nbytes: int, limits: Limits
+) -> str:
+    """One sentence on why the preset fits; `DeviceMemoryError` or `HostMemoryError` with the numbers if it does not.
+
+    host_nbytes: what the load takes on the host beyond the page cache.
+    """
+    if host_nbytes > limits.host_nbytes:
+        raise HostMemoryError(
+            f"preset {preset.name} needs {_gb(host_nbytes)} of host memory, {_gb(limits.host_nbytes)} are available "
+            "here: allow more memory"
+        )
+    if limits.device_nbytes is None:
+        return f"{preset.name}: {limits.device} has no memory of its own, weights are mapped where they need no cast"
+    needed, where = peak(preset, sizes, workspace, limits.world_size)
+    contract = int(preset.device_memory_gb * 1e9)
+    if needed > (allowed := min(contract, limits.device_nbytes)):
+        what = f"its contract is {_gb(contract)}" if contract < limits.device_nbytes else ""
+        free = f"{_gb(limits.device_nbytes)} are free on {limits.device}"
+        raise DeviceMemoryError(
+            f"preset {preset.name} needs {where}; {' and '.join(filter(None, (what, free)))}: "
+            "use a smaller preset (--preset min-memory), a smaller size, or fewer frames"
+        )
+    return f"{preset.name}: {where}, {_gb(allowed)} allowed on {limits.device}"
+
+
+def choose(
+    sizes: Mapping[str, int],
+    workspace: Mapping[str, int],
+    host_nbytes: int,
+    limits: Limits,
+    *,
+    t5_cpu: bool = False,
+    offload_model: bool | None = None,
+    dtype: str | None = None,
+) -> tuple[Preset, str]:
+    """The fastest preset that fits, and why it was taken; the error of the smallest if none does."""
+    names = ("multi-gpu",) if limits.world_size > 1 else PRESETS[:3]
+    refused: list[str] = []
+    for name in names:
+        preset = load_preset(name).adapted(t5_cpu=t5_cpu, offload_model=offload_model, dtype=dtype)
+        try:
+            why = check_fit(preset, sizes, workspace, host_nbytes, limits)
+        except DeviceMemoryError as error:
+            if name == names[-1]:
+                raise
+            refused.append(str(error).partition(":")[0])
+        else:
+            return preset, "; ".join([why, *refused])
+    raise AssertionError("unreachable: the last preset fits or raises")
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"

@@ -1,0 +1,112 @@
+"""Checkpoints of random weights in the exact layout, names, shapes and dtypes of WAN2.2.
+
+The published checkpoints are 126 GB and not always at hand; what a start-up costs depends on their layout, not on
+their values. `synth` makes one in either layout, whole ("full") or so small that a pipeline built from it runs on a
+CPU within a second ("tiny"). The same seed gives the same weights in both layouts.
+
+    synth("ckpt", layout="diffusers", size="tiny")                       # 4 MB, plain diffusers runs it
+    synth("ckpt", size="full", blocks=4, components=["high_noise"])      # 6 GB of one expert
+    plan_synth(layout="native", size="full").nbytes                      # 126 GB, nothing written
+
+It does not make weights that generate anything but noise, and its tokenizer knows a few hundred pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from wan_loader.errors import OptionError
+from wan_pipeline.synth.arch import ARCHS, Component, DType, Layout, Size, Task
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from wan_pipeline.synth.arch import Arch
+    from wan_pipeline.synth.layout import Plan
+
+__all__ = ["Component", "DType", "Layout", "Size", "SynthReport", "Task", "plan_synth", "synth"]
+
+
+@dataclass(frozen=True, slots=True)
+class SynthReport:
+    """What was written."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    nbytes: int
+
+
+def plan_synth(
+    *,
+    layout: Layout = "native",
+    size: Size = "tiny",
+    task: Task = "t2v-A14B",
+    blocks: int | None = None,
+    components: Sequence[Component] | None = None,
+    dtype: DType | None = None,
+) -> Plan:
+    """The files that `synth` would write, with their tensors and exact sizes. Takes seconds: it imports diffusers."""
+    arch = _arch(layout, size, task, blocks, dtype)
+    return _plan(arch, layout, components, dtype)
+
+
+def synth(
+    directory: str | os.PathLike[str],
+    *,
+    layout: Layout = "native",
+    size: Size = "tiny",
+    task: Task = "t2v-A14B",
+    blocks: int | None = None,
+    components: Sequence[Component] | None = None,
+    dtype: DType | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> SynthReport:
+    """Write a checkpoint of random weights.
+
+    `blocks` keeps the first blocks of each expert only; `components` writes some parts only; `dtype` is that of the
+    experts' files, published as fp32 (the text encoder is always bf16, the VAE fp32). `force` allows a directory that
+    is not empty: files of the same names are replaced, others stay. `progress(done, total)` is called in this thread
+    with bytes. Memory: about 100 MB on top of the imports, whatever the size. Files appear under their names only
+    when all are complete.
+
+    Raises `OptionError` for settings that make no sense, `OutputError` for a directory that is not empty, is too
+    small, or cannot be written.
+    """
+    from wan_pipeline.synth.fill import Pool
+    from wan_pipeline.synth.write import check_target, write_plan
+
+    arch = _arch(layout, size, task, blocks, dtype)
+    if not 0 <= seed < 1 << 63:
+        raise OptionError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
+    target = Path(directory)
+    plan = _plan(arch, layout, components, dtype)
+    check_target(target, plan.nbytes, force=force)
+    pool = Pool(arch, seed, {tensor.dtype for file in plan.weights for tensor in file.tensors})
+    files = write_plan(plan, target, pool.data, progress)
+    return SynthReport(target, files, plan.nbytes)
+
+
+def _arch(layout: Layout, size: Size, task: Task, blocks: int | None, dtype: DType | None) -> Arch:
+    choices = (("layout", layout, Layout), ("size", size, Size), ("task", task, Task))
+    for option, value, choice in (*choices, ("dtype", dtype or "fp32", DType)):
+        if value not in get_args(choice):
+            raise OptionError(f"{option} is {value!r}; it must be one of {', '.join(get_args(choice))}")
+    return ARCHS[task, size].with_blocks(blocks)
+
+
+def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dtype: DType | None) -> Plan:
+    from wan_pipeline.synth.layout import plan_files
+
+    wanted = arch.components if components is None else tuple(components)
+    if unknown := sorted({*wanted} - {*arch.components}):
+        raise OptionError(f"{arch.task} has no {', '.join(unknown)}; its components: {', '.join(arch.components)}")
+    if not wanted:
+        raise OptionError(f"no component is wanted; {arch.task} has {', '.join(arch.components)}")
+    dtypes: dict[Component, DType] = {"text_encoder": "bf16", "vae": "fp32"}
+    dtypes |= dict.fromkeys(arch.experts, dtype or "fp32")
+    return plan_files(arch, layout, [c for c in arch.components if c in wanted], dtypes)

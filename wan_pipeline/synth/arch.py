@@ -1,0 +1,221 @@
+"""The architectures: every number that the synthetic checkpoints are made from, in one place.
+
+`ARCHS` holds one `Arch` for each task and size; the functions below turn it into the configurations that the layouts
+keep in files. "full" is what is published, "tiny" has the same parts, names and depth of nesting, and runs on a CPU
+within a second. No torch, no diffusers: shapes come from `tensors.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from wan_loader.errors import OptionError
+
+__all__ = ["ARCHS", "Arch", "Component", "DType", "Dit", "Layout", "Size", "Task", "Text", "Vae"]
+
+Layout = Literal["native", "diffusers"]
+Size = Literal["tiny", "full"]
+Task = Literal["t2v-A14B", "ti2v-5B"]
+DType = Literal["fp32", "bf16", "fp16"]
+Component = Literal["text_encoder", "high_noise", "low_noise", "transformer", "vae"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dit:
+    """A WAN diffusion transformer."""
+
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    layers: int
+    channels: int
+    """Latent channels, in and out."""
+    text_dim: int = 4096
+    freq_dim: int = 256
+
+    def diffusers_config(self) -> dict[str, Any]:
+        return {
+            "added_kv_proj_dim": None,
+            "attention_head_dim": self.head_dim,
+            "cross_attn_norm": True,
+            "eps": 1e-06,
+            "ffn_dim": self.ffn_dim,
+            "freq_dim": self.freq_dim,
+            "image_dim": None,
+            "in_channels": self.channels,
+            "num_attention_heads": self.heads,
+            "num_layers": self.layers,
+            "out_channels": self.channels,
+            "patch_size": [1, 2, 2],
+            "pos_embed_seq_len": None,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024,
+            "text_dim": self.text_dim,
+        }
+
+    def native_config(self, model_type: str) -> dict[str, Any]:
+        """The published keys and no others: `text_dim` is not among them."""
+        return {
+            "_class_name": "WanModel",
+            "dim": self.heads * self.head_dim,
+            "eps": 1e-06,
+            "ffn_dim": self.ffn_dim,
+            "freq_dim": self.freq_dim,
+            "in_dim": self.channels,
+            "model_type": model_type,
+            "num_heads": self.heads,
+            "num_layers": self.layers,
+            "out_dim": self.channels,
+            "text_len": 512,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A umT5 encoder."""
+
+    vocab: int
+    d_model: int
+    d_kv: int
+    heads: int
+    d_ff: int
+    layers: int
+
+    def transformers_config(self) -> dict[str, Any]:
+        return {
+            "d_ff": self.d_ff,
+            "d_kv": self.d_kv,
+            "d_model": self.d_model,
+            "dropout_rate": 0.1,
+            "feed_forward_proj": "gated-gelu",
+            "num_heads": self.heads,
+            "num_layers": self.layers,
+            "relative_attention_max_distance": 128,
+            "relative_attention_num_buckets": 32,
+            "vocab_size": self.vocab,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vae:
+    """A WAN VAE: 2.1, or 2.2 where `decoder_base` is given."""
+
+    base: int
+    z: int
+    decoder_base: int | None = None
+
+    @property
+    def version(self) -> Literal["vae2.1", "vae2.2"]:
+        return "vae2.1" if self.decoder_base is None else "vae2.2"
+
+    def diffusers_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "attn_scales": [],
+            "base_dim": self.base,
+            "dim_mult": [1, 2, 4, 4],
+            "dropout": 0.0,
+            "num_res_blocks": 2,
+            "temperal_downsample": [False, True, True],
+            "z_dim": self.z,
+        }
+        if self.decoder_base is not None:
+            # the published statistics of the latents belong to the published weights; random ones have none
+            config |= {
+                "decoder_base_dim": self.decoder_base,
+                "in_channels": 12,
+                "is_residual": True,
+                "latents_mean": [0.0] * self.z,
+                "latents_std": [1.0] * self.z,
+                "out_channels": 12,
+                "patch_size": 2,
+                "scale_factor_spatial": 16,
+            }
+        return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arch:
+    """One task at one size."""
+
+    task: Task
+    size: Size
+    dit: Dit
+    text: Text
+    vae: Vae
+    experts: tuple[Component, ...]
+    """The diffusion transformers, in the order in which they run."""
+    boundary_ratio: float | None
+    """The share of the noise schedule from which on the high-noise expert runs."""
+    std: float
+    """Standard deviation of the weights: small against 1/sqrt(fan-in) overflows nothing, large against it saturates."""
+    pool_elements: int
+    """Random values made; every tensor is a window of them. Odd, so that no repeat falls on a page border."""
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return ("text_encoder", *self.experts, "vae")
+
+    def with_blocks(self, blocks: int | None) -> Arch:
+        """The same with only the first `blocks` blocks of each diffusion transformer."""
+        if blocks is None:
+            return self
+        if not 1 <= blocks <= self.dit.layers:
+            raise OptionError(f"blocks is {blocks}; {self.task} in size {self.size} has 1 to {self.dit.layers}")
+        return replace(self, dit=replace(self.dit, layers=blocks))
+
+
+_EXPERTS: tuple[Component, ...] = ("high_noise", "low_noise")
+_TEXT = Text(vocab=256384, d_model=4096, d_kv=64, heads=64, d_ff=10240, layers=24)
+_TINY_TEXT = Text(vocab=512, d_model=32, d_kv=8, heads=4, d_ff=64, layers=2)
+_FULL_POOL, _TINY_POOL = (1 << 24) - 3, (1 << 18) - 5
+
+ARCHS: dict[tuple[Task, Size], Arch] = {
+    (arch.task, arch.size): arch
+    for arch in (
+        Arch(
+            task="t2v-A14B",
+            size="full",
+            dit=Dit(heads=40, head_dim=128, ffn_dim=13824, layers=40, channels=16),
+            text=_TEXT,
+            vae=Vae(base=96, z=16),
+            experts=_EXPERTS,
+            boundary_ratio=0.875,
+            std=0.02,
+            pool_elements=_FULL_POOL,
+        ),
+        Arch(
+            task="t2v-A14B",
+            size="tiny",
+            dit=Dit(heads=8, head_dim=12, ffn_dim=192, layers=4, channels=16, text_dim=32, freq_dim=64),
+            text=_TINY_TEXT,
+            vae=Vae(base=4, z=16),
+            experts=_EXPERTS,
+            boundary_ratio=0.875,
+            std=0.05,
+            pool_elements=_TINY_POOL,
+        ),
+        Arch(
+            task="ti2v-5B",
+            size="full",
+            dit=Dit(heads=24, head_dim=128, ffn_dim=14336, layers=30, channels=48),
+            text=_TEXT,
+            vae=Vae(base=160, decoder_base=256, z=48),
+            experts=("transformer",),
+            boundary_ratio=None,
+            std=0.02,
+            pool_elements=_FULL_POOL,
+        ),
+        Arch(
+            task="ti2v-5B",
+            size="tiny",
+            dit=Dit(heads=8, head_dim=12, ffn_dim=192, layers=4, channels=48, text_dim=32, freq_dim=64),
+            text=_TINY_TEXT,
+            vae=Vae(base=4, decoder_base=4, z=48),
+            experts=("transformer",),
+            boundary_ratio=None,
+            std=0.05,
+            pool_elements=_TINY_POOL,
+        ),
+    )
+}

@@ -1,0 +1,204 @@
+"""Which files a checkpoint consists of: pure facts about both layouts, nothing is written.
+
+The layouts are those of the published repositories; shards are filled in the order of the module up to a limit, as
+the Hugging Face libraries do. In size "tiny" each sharded component has two shards.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from wan_pipeline.synth.formats import no_data, pth_stream, safetensors_stream, stream_nbytes
+from wan_pipeline.synth.tensors import component_tensors, meta_module, native_tensors
+from wan_pipeline.synth.tokenizer import tokenizer_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from wan_pipeline.synth.arch import Arch, Component, DType, Layout
+    from wan_pipeline.synth.formats import Buffer, Data
+    from wan_pipeline.synth.tensors import Tensor
+
+__all__ = ["Plan", "TextFile", "WeightFile", "plan_files"]
+
+_SHARD_NBYTES: dict[Layout, int] = {"native": 10_000_000_000, "diffusers": 5_000_000_000}
+_TINY_SHARDS = 2
+_FLOW_SHIFT = 3.0
+_NATIVE_EXPERTS = {"high_noise": "high_noise_model/", "low_noise": "low_noise_model/", "transformer": ""}
+_DIFFUSERS_DIRS = {"high_noise": "transformer", "low_noise": "transformer_2"}
+_CLASSES = {
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file of tensors: a zip checkpoint if it ends in .pth, safetensors otherwise."""
+
+    path: str
+    """Relative to the checkpoint's directory."""
+    tensors: tuple[Tensor, ...]
+
+    def stream(self, data: Data) -> Iterator[Buffer]:
+        """The file's bytes in order."""
+        if self.path.endswith(".pth"):
+            return pth_stream(self.tensors, PurePosixPath(self.path).stem, data)
+        return safetensors_stream(self.tensors, data)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact length of the file."""
+        return stream_nbytes(self.stream(no_data)) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A small file whose content is known."""
+
+    path: str
+    content: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All files of a checkpoint."""
+
+    weights: tuple[WeightFile, ...]
+    texts: tuple[TextFile, ...]
+
+    @property
+    def files(self) -> tuple[WeightFile | TextFile, ...]:
+        return *self.weights, *self.texts
+
+    @property
+    def nbytes(self) -> int:
+        """Exact length of all files together."""
+        return sum(file.nbytes for file in self.files)
+
+
+def plan_files(arch: Arch, layout: Layout, components: Sequence[Component], dtypes: dict[Component, DType]) -> Plan:
+    """The files of the given components, and the small files that every checkpoint has."""
+    files = _native(arch, components, dtypes) if layout == "native" else _diffusers(arch, components, dtypes)
+    found = tuple(files)
+    return Plan(
+        tuple(file for file in found if isinstance(file, WeightFile)),
+        tuple(file for file in found if isinstance(file, TextFile)),
+    )
+
+
+def _native(
+    arch: Arch, components: Sequence[Component], dtypes: dict[Component, DType]
+) -> Iterator[WeightFile | TextFile]:
+    for component in components:
+        tensors = native_tensors(arch, component, component_tensors(arch, component, dtypes[component]))
+        if component == "text_encoder":
+            yield WeightFile("models_t5_umt5-xxl-enc-bf16.pth", tensors)
+        elif component == "vae":
+            yield WeightFile(f"Wan{arch.vae.version.removeprefix('vae')}_VAE.pth", tensors)
+        else:
+            prefix = _NATIVE_EXPERTS[component]
+            model_type = arch.task.partition("-")[0]
+            yield TextFile(f"{prefix}config.json", _json(arch.dit.native_config(model_type)))
+            yield from _sharded(f"{prefix}diffusion_pytorch_model", tensors, _shard_limit(arch, "native", tensors))
+    for name, content in tokenizer_files().items():
+        yield TextFile(f"google/umt5-xxl/{name}", content)
+
+
+def _diffusers(
+    arch: Arch, components: Sequence[Component], dtypes: dict[Component, DType]
+) -> Iterator[WeightFile | TextFile]:
+    for component in components:
+        folder = _DIFFUSERS_DIRS.get(component, component)
+        tensors = component_tensors(arch, component, dtypes[component])
+        yield TextFile(f"{folder}/config.json", _module_config(arch, component).encode())
+        if component == "vae":
+            yield WeightFile(f"{folder}/diffusion_pytorch_model.safetensors", tensors)
+        else:
+            stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+            yield from _sharded(f"{folder}/{stem}", tensors, _shard_limit(arch, "diffusers", tensors))
+    for name, content in tokenizer_files().items():
+        yield TextFile(f"tokenizer/{name}", content)
+    yield TextFile("scheduler/scheduler_config.json", _scheduler_config().encode())
+    yield TextFile("model_index.json", _json(_model_index(arch, components)))
+
+
+def _sharded(stem: str, tensors: Sequence[Tensor], limit_nbytes: int) -> Iterator[WeightFile | TextFile]:
+    """Shards and their index; a single file needs no index."""
+    shards = _split(tensors, limit_nbytes)
+    if len(shards) == 1:
+        yield WeightFile(f"{stem}.safetensors", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        path = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {tensor.name: PurePosixPath(path).name for tensor in shard}
+        yield WeightFile(path, shard)
+    total = sum(tensor.nbytes for tensor in tensors)
+    yield TextFile(
+        f"{stem}.safetensors.index.json", _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
+
+
+def _shard_limit(arch: Arch, layout: Layout, tensors: Sequence[Tensor]) -> int:
+    if arch.size == "full":
+        return _SHARD_NBYTES[layout]
+    nbytes = [tensor.nbytes for tensor in tensors]
+    return sum(nbytes) // _TINY_SHARDS + max(nbytes)
+
+
+def _split(tensors: Sequence[Tensor], limit_nbytes: int) -> list[tuple[Tensor, ...]]:
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > limit_nbytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return [tuple(shard) for shard in shards]
+
+
+def _module_config(arch: Arch, component: Component) -> str:
+    if component == "text_encoder":
+        config = meta_module(arch, "text_encoder").config
+        config.architectures, config.dtype = ["UMT5EncoderModel"], "bfloat16"
+        return str(config.to_json_string())
+    return str(meta_module(arch, arch.vae.version if component == "vae" else "dit").to_json_string())
+
+
+def _scheduler_config() -> str:
+    import diffusers
+
+    cls: Any = diffusers.UniPCMultistepScheduler
+    scheduler = cls(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_FLOW_SHIFT)
+    return str(scheduler.to_json_string())
+
+
+def _model_index(arch: Arch, components: Sequence[Component]) -> dict[str, Any]:
+    """Parts that are not written are null, which diffusers takes for the experts as "given later"."""
+    import diffusers
+
+    folders = {_DIFFUSERS_DIRS.get(component, component) for component in components}
+    return {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "boundary_ratio": arch.boundary_ratio,
+        "expand_timesteps": arch.task == "ti2v-5B",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        **{folder: cls if folder in folders else [None, None] for folder, cls in _CLASSES.items()},
+    }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,86 @@
+"""Names and shapes: taken from the classes of diffusers and transformers, built on the meta device.
+
+The classes are the authority; nothing is listed by hand. Building even the largest takes about a second and no memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from wan_pipeline.keymap import MapName, keymap
+
+if TYPE_CHECKING:
+    from wan_pipeline.synth.arch import Arch, Component, DType
+
+__all__ = ["ITEMSIZE", "Tensor", "component_tensors", "map_name", "meta_module", "native_tensors"]
+
+ITEMSIZE: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint file that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    seed_name: str
+    """What its values depend on: the component and the diffusers name, so that the layouts hold the same values."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def is_scale(self) -> bool:
+        """Multiplies what a norm has normalised, so belongs near 1."""
+        *_, owner, leaf = ("", *self.seed_name.split("."))
+        return leaf == "gamma" or (leaf == "weight" and "norm" in owner)
+
+
+def map_name(arch: Arch, component: Component) -> MapName:
+    """The key map of a component."""
+    if component == "vae":
+        return arch.vae.version
+    return "text_encoder" if component == "text_encoder" else "dit"
+
+
+def component_tensors(arch: Arch, component: Component, dtype: DType) -> tuple[Tensor, ...]:
+    """The tensors of one component under their diffusers names, in the order of the module; aliases left out."""
+    name = map_name(arch, component)
+    aliases = keymap(name).aliases
+    state = meta_module(arch, name).state_dict()
+    return tuple(
+        Tensor(key, tuple(tensor.shape), dtype, f"{component}.{key}")
+        for key, tensor in state.items()
+        if key not in aliases
+    )
+
+
+def native_tensors(arch: Arch, component: Component, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same tensors under their native names."""
+    names = keymap(map_name(arch, component))
+    return tuple(Tensor(names.to_native(t.name), t.shape, t.dtype, t.seed_name) for t in tensors)
+
+
+@functools.lru_cache(maxsize=8)
+def meta_module(arch: Arch, name: MapName) -> Any:
+    """The module of one component on the meta device: `.config` and names, no weights."""
+    import torch
+
+    with torch.device("meta"):
+        if name == "text_encoder":
+            from transformers import UMT5Config, UMT5EncoderModel
+
+            return UMT5EncoderModel(UMT5Config(**arch.text.transformers_config()))
+        import diffusers
+
+        cls: Any = diffusers.WanTransformer3DModel if name == "dit" else diffusers.AutoencoderKLWan
+        return cls(**(arch.dit if name == "dit" else arch.vae).diffusers_config())
