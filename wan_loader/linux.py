@@ -5,18 +5,13 @@ Each function raises OSError with the errno. Addresses are plain ints; whoever m
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import ctypes.util
 import errno
 import mmap
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["cached_bytes", "forget", "mapped_file", "populate"]
+__all__ = ["cached_bytes", "forget", "map_file", "populate", "unmap"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
@@ -53,17 +48,18 @@ def _check(result: int, what: str) -> None:
         raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
-@contextlib.contextmanager
-def mapped_file(fd: int, start: int, nbytes: int) -> Iterator[int]:
-    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; yields the address."""
+def map_file(fd: int, start: int, nbytes: int) -> int:
+    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; returns the address."""
     address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
     if address is None or address == _MAP_FAILED:
         code = ctypes.get_errno()
         raise OSError(code, f"mmap: {os.strerror(code)}")
-    try:
-        yield address
-    finally:
-        _libc.munmap(address, nbytes)
+    return int(address)
+
+
+def unmap(address: int, nbytes: int) -> None:
+    """Undo `map_file`."""
+    _libc.munmap(address, nbytes)
 
 
 def populate(address: int, nbytes: int) -> None:
@@ -102,6 +98,9 @@ def cached_bytes(fd: int, start: int, nbytes: int) -> int:
 
 def _mincore(fd: int, start: int, nbytes: int) -> int:
     vector = (ctypes.c_ubyte * (nbytes // _PAGE))()
-    with mapped_file(fd, start, nbytes) as address:
+    address = map_file(fd, start, nbytes)
+    try:
         _check(_libc.mincore(address, nbytes, vector), "mincore")
+    finally:
+        unmap(address, nbytes)
     return sum(flag & 1 for flag in bytes(vector))

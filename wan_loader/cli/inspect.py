@@ -80,10 +80,10 @@ def _resident(path: str) -> int:
 def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from wan_loader.cli.render import format_bytes, output_console, print_warnings
+    from wan_loader.cli.render import format_bytes, output_console, plain, print_warnings
 
     console = output_console()
-    console.print(f"[bold]{checkpoint.path}[/bold]")
+    console.print(f"[bold]{plain(checkpoint.path)}[/bold]")
     console.print(f"{document['format']}, {document['n_tensors']} tensors, {format_bytes(document['nbytes'])}\n")
     dtypes = Table("dtype", "tensors", "bytes", box=None, pad_edge=False, header_style="bold")
     for row in document["dtypes"]:
@@ -92,13 +92,12 @@ def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
     files = Table("\nfile", "\nbytes", "in the\npage cache", box=None, pad_edge=False, header_style="bold")
     for row in document["files"]:
         share = row["resident"] / row["nbytes"] if row["nbytes"] else 0.0
-        files.add_row(os.path.basename(row["path"]), format_bytes(row["nbytes"]), f"{share:.0%}")
+        files.add_row(plain(os.path.basename(row["path"])), format_bytes(row["nbytes"]), f"{share:.0%}")
     console.print(files)
     if "tensors" in document:
         listing = Table("\ntensor", "\ndtype", "\nshape", "\nbytes", box=None, pad_edge=False, header_style="bold")
         for row in document["tensors"]:
-            listing.add_row(
-                row["name"], row["dtype"], str(row["shape"]).replace("[", r"\["), format_bytes(row["nbytes"])
-            )
+            shape = "x".join(map(str, row["shape"])) or "scalar"
+            listing.add_row(plain(row["name"]), row["dtype"], shape, format_bytes(row["nbytes"]))
         console.print(listing)
     print_warnings(document["warnings"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ def check_output(path: Path | None, *, force: bool) -> None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write to a temporary file in the same directory, then rename."""
+    """Write beside the place, then rename: nobody sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-            json.dump(document, f, indent=2)
-            f.write("\n")
-        Path(f.name).replace(path)
+        beside.write_text(json.dumps(document, indent=2) + "\n")
+        beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 

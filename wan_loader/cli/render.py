@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer, Span
     from wan_loader.report import LoadReport
 
-__all__ = ["error_console", "format_bytes", "output_console", "print_load", "print_warnings", "reading_progress"]
+__all__ = [
+    "error_console",
+    "format_bytes",
+    "format_seconds",
+    "output_console",
+    "plain",
+    "print_load",
+    "print_warnings",
+    "reading_progress",
+]
 
 
 def output_console() -> Console:
@@ -35,6 +45,11 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.4g} TB"
+
+
+def plain(text: str) -> str:
+    """Text of a checkpoint, safe to print: no markup, no control characters."""
+    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 def format_seconds(seconds: float) -> str:
@@ -74,7 +89,7 @@ def print_load(report: LoadReport) -> None:
     """The summary and the phase table."""
     console = output_console()
     console.print(
-        f"[bold]{report.target}[/bold]\n"
+        f"[bold]{plain(report.target)}[/bold]\n"
         f"{report.n_tensors} tensors, {format_bytes(report.nbytes_file)} -> "
         f"{format_bytes(report.nbytes_device)} on {report.device}"
         f"{f' as {report.dtype}' if report.dtype else ''} in [bold]{format_seconds(report.seconds)}[/bold]"

@@ -12,13 +12,15 @@ each registration. The first failure of any thread cancels the others and is rai
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from time import sleep
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from wan_loader.engine.board import Board, CancelledError, Filled, Window
 from wan_loader.events import clock_ns, span
-from wan_loader.linux import forget, mapped_file, populate
+from wan_loader.linux import forget, map_file, populate, unmap
 from wan_loader.plan import Way
 from wan_loader.staging import Slot, Staging
 from wan_loader.transfer.base import PinError
@@ -70,11 +72,18 @@ class Carried:
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
     refusals: list[str] = field(default_factory=list)
-    _release: ExitStack = field(default_factory=ExitStack)
+    cleanups: list[Callable[[], object]] = field(default_factory=list)
+    """What unregisters and unmaps the places that the copies came from, to be called last first."""
 
-    def release(self) -> None:
-        """Unregister and unmap what the copies came from. In any thread, after the target has finished."""
-        self._release.close()
+    def release(self, pause_s: float = 0.0) -> None:
+        """Unregister and unmap. In any thread, after the target has finished.
+
+        Pauses between the steps leave the driver's lock to whoever else uses the device.
+        """
+        while self.cleanups:
+            self.cleanups.pop()()
+            if pause_s:
+                sleep(pause_s)
 
 
 def carry_out(
@@ -176,7 +185,8 @@ class _Load(Generic[P]):
         start, nbytes = block.page_start, block.page_end - block.page_start
         with span(self._observer, "read", block.nbytes):
             try:
-                address = self._carried._release.enter_context(mapped_file(self._reader.fds[block.file], start, nbytes))
+                address = map_file(self._reader.fds[block.file], start, nbytes)
+                self._carried.cleanups.append(partial(unmap, address, nbytes))
                 populate(address, nbytes)
             except OSError as error:
                 raise self._reader.failed(block.file, start, nbytes, error) from error
@@ -206,7 +216,7 @@ class _Load(Generic[P]):
 
     def _add_staging(self) -> None:
         self._staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
-        self._carried._release.callback(self._staging.close)
+        self._carried.cleanups.append(self._staging.close)
         self._carried.staging_nbytes = self._staging.nbytes
         self._board.add_slots(self._staging.slots)
 
@@ -229,7 +239,7 @@ class _Load(Generic[P]):
         else:
             slot.pinned = True
             self._carried.pinned_nbytes += len(slot.view)
-            self._carried._release.callback(self._target.unpin, slot.address)
+            self._carried.cleanups.append(partial(self._target.unpin, slot.address))
 
     def _pin_window(self, window: Window) -> None:
         block, nbytes = window.block, window.block.page_end - window.block.page_start
@@ -240,7 +250,7 @@ class _Load(Generic[P]):
             self._refused(window, refusal)
             return
         self._carried.registered_nbytes += nbytes
-        self._carried._release.callback(self._target.unpin, window.address)
+        self._carried.cleanups.append(partial(self._target.unpin, window.address))
         self._board.pinned(window)
 
     def _submit_window(self, window: Window) -> None:

@@ -6,15 +6,15 @@ in the index's own directory.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, stat_file
 from wan_loader.formats.safetensors import read_safetensors
+from wan_loader.formats.strict_json import parse_object
 from wan_loader.formats.torchpickle import read_torch_pickle
 from wan_loader.formats.torchzip import UnplannedError, is_zip, read_torch_zip
 
@@ -55,29 +55,26 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
 
 
 def _only_checkpoint(directory: str) -> str:
-    """The one checkpoint in a directory: an index, a file, or the first of a complete set of shards."""
+    """The one checkpoint in a directory: an index, a file, or the first of a set of shards."""
     names = sorted(os.listdir(directory))
-    found = [n for n in names if n.endswith(_INDEX_SUFFIXES)]
-    indexed = {_SHARD.sub(r"\g<stem>\g<suffix>", n.removesuffix(".index.json")) for n in found}
-    shard_sets: set[str] = set()
+    found = {n for n in names if n.endswith(_INDEX_SUFFIXES)}
+    indexed = {n.removesuffix(".index.json") for n in found}
     for name in names:
         if not name.endswith(_FILE_SUFFIXES):
             continue
         shard = _SHARD.fullmatch(name)
-        whole = shard["stem"] + shard["suffix"] if shard else name
-        if (shard and whole in indexed) or whole in shard_sets:
-            continue
-        if shard:
-            shard_sets.add(whole)
-        found.append(name)
+        if shard is None:
+            found.add(name)
+        elif shard["stem"] + shard["suffix"] not in indexed:
+            found.add(f"{shard['stem']}-00001-of-{shard['count']}{shard['suffix']}")
     if not found:
         hint = "; it has subdirectories: name one of them" if _has_directories(directory, names) else ""
         raise MissingFileError(
             f"{directory} holds no checkpoint (*.index.json, {', '.join('*' + s for s in _FILE_SUFFIXES)}){hint}"
         )
     if len(found) > 1:
-        raise CheckpointError(f"{directory} holds {len(found)} checkpoints: name one of {', '.join(found)}")
-    return os.path.join(directory, found[0])
+        raise CheckpointError(f"{directory} holds {len(found)} checkpoints: name one of {', '.join(sorted(found))}")
+    return os.path.join(directory, found.pop())
 
 
 def _has_directories(directory: str, names: list[str]) -> bool:
@@ -88,7 +85,7 @@ def _complete_shards(path: str) -> list[str]:
     """All files of the shard set that `path` is the first of; otherwise the file alone."""
     directory, name = os.path.split(path)
     shard = _SHARD.fullmatch(name)
-    if shard is None or int(shard["number"]) != 1 or int(shard["count"]) > 10_000:
+    if shard is None or int(shard["number"]) != 1 or not 1 <= int(shard["count"]) <= 10_000:
         return [path]
     count, stem, suffix = shard["count"], shard["stem"], shard["suffix"]
     return [os.path.join(directory, f"{stem}-{i + 1:05d}-of-{count}{suffix}") for i in range(int(count))]
@@ -98,8 +95,10 @@ def _open_index(path: str) -> Checkpoint:
     weight_map = _read_index(path)
     directory = os.path.dirname(path) or "."
     for name, shard in weight_map.items():
-        if os.path.basename(shard) != shard or shard in (".", "..", ""):
-            raise CheckpointError(f"{path}: tensor {name!r} points to {shard!r}, outside the index's own directory")
+        if os.path.basename(shard) != shard or shard in (".", "..", "") or not shard.isprintable():
+            raise CheckpointError(
+                f"{path}: tensor {name!r} points to {shard!r}: not a plain file name, or outside its directory"
+            )
     checkpoint = _join(path, [os.path.join(directory, shard) for shard in sorted(set(weight_map.values()))])
     held = {
         t.name: os.path.basename(checkpoint.files[checkpoint.storages[t.storage].file].path) for t in checkpoint.tensors
@@ -123,12 +122,9 @@ def _read_index(path: str) -> dict[str, str]:
     file = stat_file(path)
     if file.nbytes > _MAX_INDEX_BYTES:
         raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index")
-    try:
-        with open(path, encoding="utf-8") as f:
-            index: Any = json.load(f)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): damaged, or still being downloaded") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    with open(path, "rb") as f:
+        index = parse_object(f.read(), path=path, what="the index")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map of tensor names to files: not a checkpoint index")
     return weight_map

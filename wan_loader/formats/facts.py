@@ -9,11 +9,17 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError, MissingFileError
 
-__all__ = ["Checkpoint", "FileFacts", "StorageFacts", "TensorFacts", "contiguous_strides", "stat_file"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Checkpoint", "FileFacts", "StorageFacts", "TensorFacts", "check_shape", "contiguous_strides", "stat_file"]
+
+_MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,12 @@ def stat_file(path: str) -> FileFacts:
     if not os.path.isfile(path):
         raise CheckpointError(f"{path} is not a regular file")
     return FileFacts(path, st.st_size, st.st_mtime_ns, st.st_ino, st.st_dev)
+
+
+def check_shape(shape: Sequence[int], where: str) -> None:
+    """Raise `CheckpointError` for shapes that no tensor can have: too many dimensions, or elements beyond 2**63."""
+    if len(shape) > _MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) >= 2**63:
+        raise CheckpointError(f"{where}: a shape of {len(shape)} dimensions is larger than any tensor: damaged file")
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,14 +7,14 @@ and shape. Reads the header bytes only.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from typing import Any
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, contiguous_strides, stat_file
+from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, contiguous_strides, stat_file
+from wan_loader.formats.strict_json import parse_object
 
 __all__ = ["MAX_HEADER_BYTES", "parse_header", "read_safetensors"]
 
@@ -76,7 +76,7 @@ def parse_header(
     header: bytes, *, path: str, nbytes_data: int
 ) -> tuple[list[StorageFacts], list[TensorFacts], dict[str, str]]:
     """Check header JSON against the size of the data section and return facts; `path` only names it in errors."""
-    entries = _load_json(header, path)
+    entries = parse_object(header, path=path, what="the header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
@@ -103,24 +103,6 @@ def parse_header(
     return storages, tensors, metadata
 
 
-def _load_json(header: bytes, path: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in out if names.count(name) > 1)
-            raise CheckpointError(f"{path}: key {twice!r} stands twice in the header")
-        return out
-
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not JSON ({error}): not a safetensors file, or damaged") from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object: not a safetensors file, or damaged")
-    return entries
-
-
 def _parse_entry(name: str, entry: Any, path: str) -> tuple[int, int, str, str, tuple[int, ...]]:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -130,7 +112,8 @@ def _parse_entry(name: str, entry: Any, path: str) -> tuple[int, int, str, str, 
         raise CheckpointError(f"{where}: unknown dtype {entry['dtype']!r}; known: {', '.join(_DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: shape {shape!r} or data_offsets {offsets!r} make no sense")
+        raise CheckpointError(f"{where}: shape or data_offsets are not lists of sizes: damaged file")
+    check_shape(shape, where)
     if entry["dtype"] == "F4":
         shape = _pack_fp4(shape, where)
     nbytes = math.prod(shape) * ITEMSIZE[dtype]

@@ -11,8 +11,7 @@ import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.dtypes import ITEMSIZE
-from wan_loader.errors import CheckpointError
+from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts, stat_file
 
 if TYPE_CHECKING:
@@ -22,21 +21,27 @@ __all__ = ["load_torch_pickle", "read_torch_pickle"]
 
 
 def read_torch_pickle(path: str, reason: str) -> Checkpoint:
-    """Names, dtypes and shapes by loading onto the meta device. Storages carry sizes, but no positions."""
+    """Facts by loading the file into host memory once: on the meta device torch forgets what shares a storage.
+
+    Storages carry sizes, but no positions.
+    """
     file = stat_file(path)
     with open(path, "rb") as f:
         first = f.read(2)
     if first[:1] != b"\x80" and first != b"PK":
         raise CheckpointError(f"{path} is neither safetensors nor a torch checkpoint, or it is damaged")
-    state = load_torch_pickle(path, "meta")
-    storages: list[StorageFacts] = []
+    state = load_torch_pickle(path, "cpu")
+    storages: dict[int, StorageFacts] = {}
     tensors: list[TensorFacts] = []
     for name, tensor in state.items():
+        memory = tensor.untyped_storage()
+        storages.setdefault(memory._cdata, StorageFacts(0, 0, memory.nbytes()))
+        index = list(storages).index(memory._cdata)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors.append(TensorFacts(name, dtype, tuple(tensor.shape), len(storages), tuple(tensor.stride())))
-        storages.append(StorageFacts(0, 0, tensor.numel() * ITEMSIZE.get(dtype, tensor.element_size())))
+        shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
+        tensors.append(TensorFacts(name, dtype, shape, index, stride, offset))
     note = f"{reason}: loaded through torch.load(weights_only=True), without planning; save it again to make it fast"
-    return Checkpoint(path, "torch-pickle", (file,), tuple(storages), tuple(tensors), {}, (note,))
+    return Checkpoint(path, "torch-pickle", (file,), tuple(storages.values()), tuple(tensors), {}, (note,))
 
 
 def load_torch_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
@@ -47,12 +52,14 @@ def load_torch_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own typed storages
             state: Any = torch.load(os.fspath(path), map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} vanished before it could be read") from error
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
         detail = lines[0] if lines else str(error).splitlines()[0]
         raise CheckpointError(f"{path} is refused: it is damaged, or holds more than weights ({detail})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # torch raises nearly anything on damaged input
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors: read it with torch.load")
     for name, value in state.items():

@@ -16,11 +16,11 @@ import struct
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, stat_file
+from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, stat_file
 
 __all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "is_zip", "read_torch_zip"]
 
@@ -77,7 +77,9 @@ def read_torch_zip(path: str) -> tuple[FileFacts, list[StorageFacts], list[Tenso
             records = _stored_records(archive, file)
             prefix, pickled = _read_pickle(archive, path)
             _check_byteorder(archive, prefix)
-    except (zipfile.BadZipFile, OSError, EOFError, struct.error, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, struct.error, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} is truncated or damaged: {error}; download it again") from error
     state = _unpickle(pickled, path)
     if not isinstance(state, dict):
@@ -142,9 +144,8 @@ def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: str | None = None
 ) -> _Tensor:
     if len(rest) > 2 and rest[2]:
-        raise UnplannedError(f"a tensor carries metadata {rest[2]!r}")
-    dtype = dtype or storage.dtype
-    if not isinstance(storage, _Storage) or dtype is None:
+        raise UnplannedError("a tensor carries metadata, such as a conjugate bit")
+    if not isinstance(storage, _Storage) or (dtype := dtype or storage.dtype) is None:
         raise ValueError("a tensor is not built from a storage")
     return _Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
 
@@ -161,12 +162,44 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _ordered_dict(*args: Any) -> OrderedDict[str, Any]:
+    if args:
+        raise ValueError("an OrderedDict with arguments")
+    return OrderedDict()
+
+
+#: Opcodes that weights do not need, and that allocate by a number in the file, or hash values of any depth.
+_REFUSED = (b"\x96", b"\x97", b"\x98", b"\x82", b"\x83", b"\x84", b"\x8f", b"\x90", b"\x91")
+
+
 # The pure-Python unpickler on purpose: its memo is a dict, so a damaged index cannot make it allocate gigabytes.
 class _FactsUnpickler(pickle._Unpickler):
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED
+    }
+
+    def load_setitem(self: Any) -> None:
+        value = self.stack.pop()
+        self._set(self.stack.pop(), value)
+
+    def load_setitems(self: Any) -> None:
+        items = self.pop_mark()
+        for i in range(0, len(items), 2):
+            self._set(items[i], items[i + 1])
+
+    def _set(self: Any, key: Any, value: Any) -> None:
+        # Hashing a nested tuple of a few hundred bytes can take for ever.
+        if not isinstance(key, str | int) or not isinstance(self.stack[-1], dict):
+            raise ValueError("a dict key is no string")
+        dict.__setitem__(self.stack[-1], key, value)
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
     def find_class(self, module: str, name: str) -> Any:
         match module, name:
             case "collections", "OrderedDict":
-                return OrderedDict
+                return _ordered_dict
             case "torch._utils", "_rebuild_tensor_v2":
                 return _rebuild_tensor
             case "torch._utils", "_rebuild_tensor_v3":
@@ -183,8 +216,10 @@ class _FactsUnpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, numel = pid
-        if kind != "storage" or not isinstance(key, str) or type(numel) is not int or numel < 0:
-            raise ValueError(f"bad persistent id {pid!r}")
+        if kind != "storage" or not isinstance(key, str) or not isinstance(dtype, str):
+            raise ValueError("bad persistent id")
+        if type(numel) is not int or not 0 <= numel < 2**63 or (dtype != "untyped" and dtype not in ITEMSIZE):
+            raise ValueError("bad persistent id")
         if dtype == "untyped":
             return _Storage(key, numel, None)
         return _Storage(key, numel * ITEMSIZE[dtype], dtype)
@@ -203,8 +238,9 @@ def _collect(
         _check_view(value, f"{file.path}: tensor {name!r}")
         found[name] = value
     keys = {t.storage.key: t.storage for t in found.values()}
-    if any(t.storage.nbytes != keys[t.storage.key].nbytes for t in found.values()):
-        raise CheckpointError(f"{file.path}: tensors disagree about the size of the storage they share: damaged file")
+    for name, tensor in found.items():
+        if tensor.storage.nbytes != keys[tensor.storage.key].nbytes:
+            raise CheckpointError(f"{file.path}: tensor {name!r} and others disagree about the size of their storage")
     placed = [(*_record(file, s, records, prefix), s.key) for s in keys.values()]
     order = {key: i for i, (_, _, key) in enumerate(sorted(placed))}
     storages = [StorageFacts(0, start, nbytes) for start, nbytes, _ in sorted(placed)]
@@ -227,7 +263,8 @@ def _check_view(tensor: _Tensor, where: str) -> None:
     """A view may not reach outside its storage."""
     numbers = (tensor.offset, *tensor.shape, *tensor.stride)
     if len(tensor.shape) != len(tensor.stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-        raise CheckpointError(f"{where}: shape {tensor.shape}, stride {tensor.stride}, offset {tensor.offset}: damaged")
+        raise CheckpointError(f"{where}: shape, stride or offset make no sense: damaged file")
+    check_shape(tensor.shape, where)
     if 0 in tensor.shape:
         return
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))

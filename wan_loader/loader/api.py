@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import dtype_name
-from wan_loader.events import clock_ns, span
 from wan_loader.formats import open_checkpoint
-from wan_loader.loader.binding import bind, match
+from wan_loader.loader.binding import Match, bind, match
 from wan_loader.loader.dtype_rule import DtypeRule
-from wan_loader.loader.load import Loaded, LoadOptions, load_checkpoint
+from wan_loader.loader.load import Choice, Loaded, LoadOptions, load_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,12 +64,14 @@ def load(
     observer: Observer | None = None,
 ) -> Loaded:
     """As `load_file`, and returns the report along with the tensors."""
-    start_ns = clock_ns()
-    with span(observer, "header"):
-        checkpoint = open_checkpoint(path)
+    options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
     rule = DtypeRule(dtype_name(dtype))
-    options = LoadOptions(device=device, rule=rule, io=io, threads=threads, observer=observer)
-    return load_checkpoint(checkpoint, checkpoint.tensors, options, start_ns=start_ns)
+
+    def choose() -> Choice:
+        checkpoint = open_checkpoint(path)
+        return Choice(checkpoint, checkpoint.tensors, rule)
+
+    return load_checkpoint(choose, options)
 
 
 def load_into(
@@ -97,28 +97,30 @@ def load_into(
     key_map: checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to None
         is left out.
     strict: missing or unexpected names are an error. Wrong shapes always are.
-    keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
+    keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32.
     device, dtype, io, threads, observer: as for `load_file`.
 
     Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
     `load_file` raises; the module is changed only when everything has arrived.
     """
-    start_ns = clock_ns()
-    with span(observer, "header"):
+    options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
+    target_dtype = dtype_name(dtype)
+    found = Match((), {})
+
+    def choose() -> Choice:
+        nonlocal found
         checkpoint = open_checkpoint(path)
         found = match(module, checkpoint, key_map, strict=strict)
-    rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
-    options = LoadOptions(device=device, rule=rule, io=io, threads=threads, observer=observer)
-    loaded = load_checkpoint(checkpoint, found.facts, options, start_ns=start_ns)
-    with span(observer, "assign"):
-        left_on_meta = bind(module, found, loaded.tensors)
-    notes = [
-        f"{title}: {', '.join(names)}"
-        for title, names in (
-            ("not in the checkpoint", found.missing),
-            ("in the checkpoint, but not in the module", found.unexpected),
-            ("still on the meta device, compute them before use", left_on_meta),
-        )
-        if names
-    ]
-    return replace(loaded.report, warnings=(*loaded.report.warnings, *notes))
+        module_names = {name: slots[0] for name, slots in found.slots.items()}
+        return Choice(checkpoint, found.facts, DtypeRule(target_dtype, tuple(keep_fp32), module_names))
+
+    def bind_and_tell(tensors: dict[str, torch.Tensor]) -> list[str]:
+        left_on_meta = bind(module, found, tensors)
+        notes = {
+            "not in the checkpoint": found.missing,
+            "in the checkpoint, but not in the module": found.unexpected,
+            "still on the meta device, compute them before use": left_on_meta,
+        }
+        return [f"{title}: {', '.join(names)}" for title, names in notes.items() if names]
+
+    return load_checkpoint(choose, options, bind_and_tell).report

@@ -28,7 +28,7 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device)
+        found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(f"device {device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
     if found.type == "cpu":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import FLOATING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["DtypeRule"]
 
@@ -18,10 +22,14 @@ class DtypeRule:
     """Tensors whose name contains one of these as whole dotted parts ("norm2", "blocks.0.norm2") become float32
     when a dtype is asked for, as diffusers' `_keep_in_fp32_modules`."""
 
+    module_names: Mapping[str, str] = field(default_factory=dict)
+    """What a tensor is called in the module, where that differs from the checkpoint."""
+
     def target(self, name: str, source: str) -> str:
         """The dtype that a tensor of dtype `source` gets."""
         if self.dtype is None or source not in FLOATING:
             return source
+        name = self.module_names.get(name, name)
         if any(f".{part}." in f".{name}." for part in self.keep_fp32):
             return "float32"
         return self.dtype

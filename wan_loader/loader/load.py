@@ -17,9 +17,9 @@ from wan_loader.engine import Carried, carry_out
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.devices import device_card, device_peak_bytes, keep_stream, reset_device_peak, resolve_device
-from wan_loader.loader.placement import allocate, check_memory, lay_out, plan_storages
+from wan_loader.loader.placement import allocate, check_memory, convert_storage, lay_out, plan_storages
 from wan_loader.loader.route import choose_way, explain
-from wan_loader.loader.settings import block_bytes, check_io, engine_settings
+from wan_loader.loader.settings import block_bytes, check_io, check_threads, engine_settings
 from wan_loader.machine import machine_card, memory_limit, peak_resident, processors, reset_peak_resident
 from wan_loader.plan import Way, make_plan
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
@@ -29,7 +29,7 @@ from wan_loader.transfer.cpu import CpuTarget
 from wan_loader.transfer.cuda import CudaTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from wan_loader.loader.placement import Placement, StoragePlan
     from wan_loader.transfer.base import Target
 
-__all__ = ["LoadOptions", "Loaded", "load_checkpoint"]
+__all__ = ["Choice", "LoadOptions", "Loaded", "load_checkpoint"]
+
+
+#: Between two unregistrations in the background: whoever uses the device meanwhile waits for one at most.
+_RELEASE_PAUSE_S = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +51,18 @@ class LoadOptions:
     """How to load."""
 
     device: str | int | torch.device
-    rule: DtypeRule
     io: str = "auto"
     threads: int | None = None
     observer: Observer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to load, as what: tensors of a checkpoint, the most urgent first."""
+
+    checkpoint: Checkpoint
+    tensors: Sequence[TensorFacts]
+    rule: DtypeRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +101,36 @@ class _Tee:
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, tensors: Sequence[TensorFacts], options: LoadOptions, *, start_ns: int | None = None
+    choose: Callable[[], Choice],
+    options: LoadOptions,
+    bind: Callable[[dict[str, torch.Tensor]], list[str]] | None = None,
 ) -> Loaded:
-    """Load `tensors` of a checkpoint, the most urgent first. `start_ns`: when the timed call began."""
-    start_ns = clock_ns() if start_ns is None else start_ns
+    """Load what `choose` finds in the headers. `bind` takes the tensors, as part of the load, and returns warnings."""
+    start_ns = clock_ns()
     check_io(options.io)
+    check_threads(options.threads)
     tee = _Tee(options.observer)
     with _paused_gc():
-        return _load(checkpoint, tensors, options, tee, start_ns)
+        with span(tee, "header"):
+            choice = choose()
+        reset_peak_resident()
+        device = resolve_device(options.device, tee)
+        reset_device_peak(device)
+        with span(tee, "init"):
+            plans = plan_storages(choice.tensors, choice.rule)
+        move = _move_through_torch if choice.checkpoint.format == "torch-pickle" else _move
+        moved = move(choice.checkpoint, plans, options, device, tee)
+        with span(tee, "assign"):
+            _convert_late(moved.tensors, plans, choice.rule)
+            ordered = {t.name: moved.tensors[t.name] for t in choice.tensors}
+            moved.warnings += bind(ordered) if bind is not None else []
+        seconds = (clock_ns() - start_ns) / 1e9
+        report = _report(choice, plans, options, device, moved, tee, seconds)
+    if device.type == "cuda":  # unregistering takes time that nobody has to wait for
+        threading.Thread(target=moved.carried.release, args=(_RELEASE_PAUSE_S,), name="release", daemon=True).start()
+    else:
+        moved.carried.release()
+    return Loaded(ordered, report)
 
 
 @contextmanager
@@ -109,28 +143,6 @@ def _paused_gc() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _load(
-    checkpoint: Checkpoint, tensors: Sequence[TensorFacts], options: LoadOptions, tee: _Tee, start_ns: int
-) -> Loaded:
-    reset_peak_resident()
-    device = resolve_device(options.device, tee)
-    reset_device_peak(device)
-    with span(tee, "init"):
-        plans = plan_storages(tensors, options.rule)
-    move = _move_through_torch if checkpoint.format == "torch-pickle" else _move
-    moved = move(checkpoint, plans, options, device, tee)
-    with span(tee, "assign"):
-        _convert_late(moved.tensors, plans, options.rule)
-        ordered = {t.name: moved.tensors[t.name] for t in tensors}
-    seconds = (clock_ns() - start_ns) / 1e9
-    report = _report(checkpoint, plans, options, device, moved, tee, seconds)
-    if device.type == "cuda":  # unregistering takes time that nobody has to wait for
-        threading.Thread(target=moved.carried.release, name="release", daemon=True).start()
-    else:
-        moved.carried.release()
-    return Loaded(ordered, report)
 
 
 def _move(
@@ -160,7 +172,7 @@ def _move(
 
         def prepare() -> Placement:
             with on_stream(), span(observer, "init"):
-                return allocate(checkpoint, layout, device)
+                return allocate(checkpoint, layout, device, reader.fds)
 
         placement, carried = carry_out(plan, reader, target, settings, prepare, observer)
         for file in checkpoint.files:
@@ -175,18 +187,18 @@ def _move_through_torch(
     checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
 ) -> _Moved:
     """The way for pickles that cannot be planned."""
-    with span(observer, "read", sum(checkpoint.storages[p.storage].nbytes for p in plans)):
-        state = load_torch_pickle(checkpoint.files[0].path, str(device))
-    tensors = {}
+    nbytes = sum(checkpoint.storages[p.storage].nbytes for p in plans)
+    state: dict[str, torch.Tensor] = {}
+    with span(observer, "read", nbytes):
+        for file in checkpoint.files:
+            state |= load_torch_pickle(file.path, str(device))
+            file.check_unchanged()
     with span(observer, "cast"):
         for plan in plans:
-            for facts in plan.tensors:
-                target = options.rule.target(facts.name, facts.dtype)
-                tensors[facts.name] = (
-                    state[facts.name].to(torch_dtype(target)) if target != facts.dtype else state[facts.name]
-                )
-    nbytes = sum(t.untyped_storage().nbytes() for t in tensors.values())
-    return _Moved(tensors, nbytes, reason="the file cannot be planned: torch.load read it")
+            if plan.converts:
+                convert_storage(state, plan)
+    loaded = sum(plan.nbytes_loaded(checkpoint.storages[plan.storage].nbytes) for plan in plans)
+    return _Moved(state, loaded, reason="the file cannot be planned: torch.load read it")
 
 
 def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypeRule) -> None:
@@ -196,7 +208,7 @@ def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan]
 
 
 def _report(
-    checkpoint: Checkpoint,
+    choice: Choice,
     plans: Sequence[StoragePlan],
     options: LoadOptions,
     device: torch.device,
@@ -208,11 +220,11 @@ def _report(
     ways = [way for way in Way if moved.carried.nbytes[way]]
     return LoadReport(
         command="load",
-        target=checkpoint.path,
+        target=choice.checkpoint.path,
         device=str(device),
-        dtype=options.rule.dtype,
+        dtype=choice.rule.dtype,
         seconds=seconds,
-        nbytes_file=sum(checkpoint.storages[p.storage].nbytes for p in plans),
+        nbytes_file=sum(choice.checkpoint.storages[p.storage].nbytes for p in plans),
         nbytes_device=moved.nbytes,
         n_tensors=len(moved.tensors),
         io=IoReport(
@@ -228,7 +240,7 @@ def _report(
         ),
         machine={**machine_card(), **device_card(device)},
         settings={"io": options.io, **moved.settings},
-        warnings=(*checkpoint.warnings, *moved.warnings, *moved.carried.refusals),
+        warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.carried.refusals))),
     )
 
 

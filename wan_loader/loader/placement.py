@@ -14,25 +14,35 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
-from wan_loader.errors import DeviceMemoryError, HostMemoryError
+from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.facts import contiguous_strides
 from wan_loader.machine import available_memory
-from wan_loader.plan import Extent
+from wan_loader.plan import PAGE, Extent
 from wan_loader.transfer.base import Destination
-from wan_loader.transfer.cuda import SCRATCH_BYTES
+from wan_loader.transfer.cuda import N_SCRATCH, SCRATCH_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import torch
 
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.facts import Checkpoint, FileFacts, TensorFacts
     from wan_loader.loader.dtype_rule import DtypeRule
 
-__all__ = ["Layout", "Placement", "StoragePlan", "allocate", "check_memory", "lay_out", "plan_storages"]
+__all__ = [
+    "Layout",
+    "Placement",
+    "StoragePlan",
+    "allocate",
+    "check_memory",
+    "convert_storage",
+    "lay_out",
+    "plan_storages",
+]
 
 _MAP_NORESERVE = 0x4000
 _CUDA_ALIGNMENT = 512
+_OWN_MAP_BYTES = 1 << 20
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
 
 
@@ -142,7 +152,7 @@ def check_memory(layout: Layout, device: torch.device, path: str) -> None:
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        needed = sum(map(_rounded, layout.copied_nbytes)) + (2 * SCRATCH_BYTES if layout.converts else 0)
+        needed = sum(map(_rounded, layout.copied_nbytes)) + (N_SCRATCH * SCRATCH_BYTES if layout.converts else 0)
         if needed > free:
             raise DeviceMemoryError(
                 f"{path} needs {needed} bytes on {device}, {free} of {total} are free: ask for a smaller dtype or "
@@ -162,8 +172,11 @@ class Placement:
     destinations: list[Destination] = field(default_factory=list)
 
 
-def allocate(checkpoint: Checkpoint, layout: Layout, device: torch.device) -> Placement:
-    """Make all tensors; those that are copied hold nothing yet. Costs about 10 microseconds a tensor."""
+def allocate(checkpoint: Checkpoint, layout: Layout, device: torch.device, fds: Sequence[int]) -> Placement:
+    """Make all tensors; those that are copied hold nothing yet. Costs about 10 microseconds a tensor.
+
+    fds: the checkpoint's files, open for reading.
+    """
     placement = Placement()
     if device.type == "cuda":
         _reserve_cuda(layout, device)
@@ -171,9 +184,9 @@ def allocate(checkpoint: Checkpoint, layout: Layout, device: torch.device) -> Pl
         flat = _storage(placement, plan, nbytes, device)
         source = torch_dtype(plan.source) if plan.source and plan.converts else None
         placement.destinations.append(Destination(flat, flat.data_ptr(), source))
-    maps: dict[int, mmap.mmap] = {}
+    shared: dict[int, mmap.mmap] = {}
     for plan in layout.viewed:
-        _add_tensors(placement, plan, _view(checkpoint, plan.storage, maps), device)
+        _add_tensors(placement, plan, _view(checkpoint, plan.storage, fds, shared), device)
     return placement
 
 
@@ -186,19 +199,32 @@ def _reserve_cuda(layout: Layout, device: torch.device) -> None:
         torch.empty(large, dtype=torch.uint8, device=device)  # freed at once: it stays with the allocator
 
 
-def _view(checkpoint: Checkpoint, storage: int, maps: dict[int, mmap.mmap]) -> torch.Tensor:
-    """The bytes of a storage as a private mapping: written pages become copies, the file is never changed."""
+def _view(checkpoint: Checkpoint, storage: int, fds: Sequence[int], shared: dict[int, mmap.mmap]) -> torch.Tensor:
+    """The bytes of a storage as a private mapping: written pages become copies, the file is never changed.
+
+    Each has a mapping of its own, so that freeing it frees the pages that were written; small ones share one a file.
+    """
     import torch
 
     facts = checkpoint.storages[storage]
+    file = checkpoint.files[facts.file]
     if facts.nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    if facts.file not in maps:
-        with open(checkpoint.files[facts.file].path, "rb") as f:
-            maps[facts.file] = mmap.mmap(
-                f.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
-    return torch.frombuffer(maps[facts.file], dtype=torch.uint8, count=facts.nbytes, offset=facts.start)
+    if facts.nbytes >= _OWN_MAP_BYTES:
+        start = facts.start // PAGE * PAGE
+        mapping = _map_private(fds[facts.file], start, facts.start + facts.nbytes - start, file)
+        return torch.frombuffer(mapping, dtype=torch.uint8, count=facts.nbytes, offset=facts.start - start)
+    if facts.file not in shared:
+        shared[facts.file] = _map_private(fds[facts.file], 0, file.nbytes, file)
+    return torch.frombuffer(shared[facts.file], dtype=torch.uint8, count=facts.nbytes, offset=facts.start)
+
+
+def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> mmap.mmap:
+    try:
+        return mmap.mmap(fd, nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+    except (ValueError, OSError) as error:
+        file.check_unchanged()
+        raise CheckpointError(f"{file.path} cannot be mapped ({error}): load it with io='buffered'") from error
 
 
 def _storage(placement: Placement, plan: StoragePlan, nbytes: int, device: torch.device) -> torch.Tensor:
@@ -227,3 +253,17 @@ def _add_tensors(placement: Placement, plan: StoragePlan, flat: torch.Tensor, de
     for facts in plan.tensors:
         tensor = torch.empty(0, dtype=torch_dtype(plan.target or facts.dtype), device=device)
         placement.tensors[facts.name] = tensor.set_(memory, facts.offset, facts.shape, facts.stride)
+
+
+def convert_storage(tensors: dict[str, torch.Tensor], plan: StoragePlan) -> None:
+    """Convert loaded tensors that share a storage, so that they share the converted one."""
+    import torch
+
+    if plan.source is None or plan.target is None:
+        return
+    memory = tensors[plan.tensors[0].name].untyped_storage()
+    old = torch.empty(0, dtype=torch_dtype(plan.source), device=memory.device).set_(memory)
+    new = old.to(torch_dtype(plan.target)).untyped_storage()
+    for facts in plan.tensors:
+        tensor = torch.empty(0, dtype=torch_dtype(plan.target), device=memory.device)
+        tensors[facts.name] = tensor.set_(new, facts.offset, facts.shape, facts.stride)

@@ -12,14 +12,22 @@ from wan_loader.types import IO_MODES
 if TYPE_CHECKING:
     from wan_loader.plan import Plan
 
-__all__ = ["MAX_STAGING_BYTES", "MAX_THREADS", "SLOT_BYTES", "block_bytes", "check_io", "engine_settings"]
+__all__ = [
+    "MAX_STAGING_BYTES",
+    "MAX_THREADS",
+    "SLOT_BYTES",
+    "block_bytes",
+    "check_io",
+    "check_threads",
+    "engine_settings",
+]
 
 MiB = 1 << 20
 
 MAX_THREADS = 64
 MAX_STAGING_BYTES = 512 * MiB
 #: Reads of this size keep any storage busy, and the interpreter out of the way.
-SLOT_BYTES = 8 * MiB
+SLOT_BYTES = 16 * MiB
 #: Blocks are the unit of residency and of registration. Larger ones register no faster.
 MAX_BLOCK_BYTES = 128 * MiB
 
@@ -28,7 +36,7 @@ _READERS = 8
 #: mapped way: six bring the most speed, one the most speed for its CPU time (docs/design/mapped-and-staged.md).
 _HELPERS_AUTO = 6
 _HELPERS_MAPPED = 1
-_SLOTS_PER_READER = 4
+_SLOTS_PER_READER = 3
 
 
 def block_bytes(nbytes: int) -> int:
@@ -45,6 +53,12 @@ def check_io(io: str) -> None:
         raise OptionError(f"io={io!r}: use one of {', '.join(IO_MODES)}")
 
 
+def check_threads(threads: int | None) -> None:
+    """`OptionError` unless `threads` is a sensible number of readers."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"threads={threads}: use 1 to {MAX_THREADS}")
+
+
 def engine_settings(
     plan: Plan, *, io: str, threads: int | None, memory_limit: int, processors: int, cuda: bool
 ) -> EngineSettings:
@@ -53,8 +67,6 @@ def engine_settings(
     threads: readers asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never more than a quarter
     of `memory_limit` (bytes); where that allows fewer slots than readers, there are fewer readers.
     """
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise OptionError(f"threads={threads}: use 1 to {MAX_THREADS}")
     mapped_only = all(block.way is Way.MAPPED for block in plan.blocks)
     readers = threads or _readers(io, processors, mapped_only=mapped_only)
     affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (SLOT_BYTES + PAGE)

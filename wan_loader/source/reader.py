@@ -34,7 +34,7 @@ class Reader:
         self.refusals: list[str] = []
         """Why files are not read with O_DIRECT though a plan wanted it."""
         try:
-            self.fds = [self._open(f.path, os.O_RDONLY) for f in files]
+            self.fds = [self._open_first(f) for f in files]
         except BaseException:
             self._stack.close()
             raise
@@ -45,11 +45,19 @@ class Reader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def _open(self, path: str, flags: int) -> int:
+    def _open_first(self, file: FileFacts) -> int:
         try:
-            fd = os.open(path, flags | os.O_CLOEXEC)
+            fd = self._open(file.path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise MissingFileError(f"{path} vanished before it could be read") from error
+            raise MissingFileError(f"{file.path} vanished before it could be read") from error
+        except OSError as error:
+            raise CheckpointError(f"{file.path} cannot be opened: {error.strerror}") from error
+        if os.fstat(fd).st_size != file.nbytes:
+            file.check_unchanged()
+        return fd
+
+    def _open(self, path: str, flags: int) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC)
         self._stack.callback(os.close, fd)
         return fd
 
@@ -73,7 +81,7 @@ class Reader:
         """
         if block.way is Way.DIRECT and (fd := self._direct_fds.get(block.file)) is not None:
             try:
-                self._fill(fd, view, block.page_start, block.page_end, block)
+                self._fill(fd, view, block.page_start, block.page_end, block, PAGE)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise self.failed(block.file, block.start, block.nbytes, error) from error
@@ -81,23 +89,27 @@ class Reader:
             else:
                 return block.start - block.page_start, Way.DIRECT
         try:
-            self._fill(self.fds[block.file], view, block.start, block.end, block)
+            self._fill(self.fds[block.file], view, block.start, block.end, block, 1)
         except OSError as error:
             raise self.failed(block.file, block.start, block.nbytes, error) from error
         return 0, Way.BUFFERED
 
-    def _fill(self, fd: int, view: memoryview, start: int, end: int, block: Block) -> None:
-        """Read [start, end) of the file; the block's own end must be reached, the rounding beyond it need not."""
+    def _fill(self, fd: int, view: memoryview, start: int, end: int, block: Block, step: int) -> None:
+        """Read [start, end) of the file; the block's own end must be reached, the rounding beyond it need not.
+
+        A short read goes on at a multiple of `step`; one that brings nothing new is the end of the file.
+        """
         position = start
         while position < block.end:
             with view[position - start : end - start] as rest:
-                count = os.preadv(fd, [rest], position)
-            if count == 0:
+                reached = position + os.preadv(fd, [rest], position)
+            if block.end <= reached:
+                return
+            resume = reached - reached % step
+            if resume <= position:
                 path = self._files[block.file].path
-                raise CheckpointError(f"{path} ends at byte {position}, {block.end} were expected: it was truncated")
-            position += count
-            if position < block.end and end % PAGE == 0 and start % PAGE == 0:
-                position -= position % PAGE  # O_DIRECT goes on at a page
+                raise CheckpointError(f"{path} ends at byte {reached}, {block.end} were expected: it was truncated")
+            position = resume
 
     def failed(self, file: int, start: int, nbytes: int, error: OSError) -> CheckpointError:
         """The error for a range of a file that could not be read."""

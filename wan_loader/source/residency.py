@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan_loader.linux import cached_bytes
+from wan_loader.plan import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ class Residency:
     def is_resident(self, file: int, start: int, end: int) -> bool:
         """Whether every page of the range is in the page cache; False also where the kernel cannot say."""
         try:
+            start, end = start // PAGE * PAGE, -(-end // PAGE) * PAGE
             return cached_bytes(self.fds[file], start, end - start) == end - start
         except OSError:
             return False
