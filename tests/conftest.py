@@ -1,0 +1,67 @@
+"""Fixtures that several test modules share."""
+
+import os
+import time
+
+import pytest
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Every test that takes this runs on the CPU, and where there is one, on CUDA."""
+    if request.param == "cuda":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+    return request.param
+
+
+@pytest.fixture
+def evict():
+    """Push byte ranges of a file out of the page cache; skips the test where the kernel keeps them."""
+
+    def evict(path, start=0, nbytes=0):
+        from wan_loader.linux import cached_bytes
+
+        fd = os.open(path, os.O_RDWR)
+        try:
+            end = start + nbytes if nbytes else os.fstat(fd).st_size
+            for _ in range(20):  # pages still in a CPU's batch of new ones are kept at first
+                os.fsync(fd)
+                os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+                if cached_bytes(fd, start, end - start) == 0:
+                    return
+                time.sleep(0.01)
+            pytest.skip(f"the file system of {path} keeps its pages")
+        finally:
+            os.close(fd)
+
+    return evict
+
+
+@pytest.fixture
+def resident():
+    """Bytes of a file that lie in the page cache."""
+
+    def resident(path):
+        from wan_loader.linux import cached_bytes
+
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return cached_bytes(fd, 0, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+
+    return resident
+
+
+@pytest.fixture
+def open_files():
+    """How many descriptors this process holds, and what `needle` is mapped as: for comparing before and after."""
+
+    def open_files(needle):
+        with open("/proc/self/maps") as maps:
+            mapped = sum(str(needle) in line for line in maps)
+        return len(os.listdir("/proc/self/fd")), mapped
+
+    return open_files

@@ -1,0 +1,397 @@
+"""The engine, real files, a fake device: each byte arrives once, slots are not reused early, a failure ends all."""
+
+import ctypes
+import itertools
+import os
+import queue
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from wan_loader.engine import EngineSettings, carry_out
+from wan_loader.errors import CheckpointError
+from wan_loader.formats.facts import stat_file
+from wan_loader.plan import PAGE, Extent, Way, make_plan
+from wan_loader.source.reader import Reader
+from wan_loader.transfer.base import PinError
+
+pytestmark = pytest.mark.timeout(10)
+
+KiB = 1 << 10
+SLOT = 64 * KiB
+WAYS = [Way.MAPPED, Way.DIRECT, Way.BUFFERED]
+
+
+class FakeTicket:
+    def __init__(self, copies):
+        self.copies = copies
+        self.done = threading.Event()
+
+    def wait(self):
+        self.done.wait()
+
+
+class FakeDevice:
+    """Copies late, from a thread of its own, out of the source as it is by then: early reuse shows as wrong bytes."""
+
+    def __init__(self, sizes, *, delay_s=0.0, pin_s=0.0, can_pin=True, refuse=lambda n, read_only: False, fail_at=None):
+        self.memory = [bytearray(n) for n in sizes]
+        self.arrived = [bytearray(n) for n in sizes]  # how often each byte was copied
+        self.can_pin = can_pin
+        self.threads = set()
+        self.pinned, self.max_pinned, self.n_pins = {}, 0, 0
+        self.n_submits, self.addresses = 0, set()
+        self._delay_s, self._pin_s, self._refuse, self._fail_at = delay_s, pin_s, refuse, fail_at
+        self._queue = queue.SimpleQueue()
+        self._pending = []
+        self._bound = False
+        self._thread = threading.Thread(target=self._run, name="fake device", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while (ticket := self._queue.get()) is not None:
+            time.sleep(self._delay_s)
+            for storage, at, source, nbytes in ticket.copies:
+                self.memory[storage][at : at + nbytes] = ctypes.string_at(source, nbytes)
+                self.arrived[storage][at : at + nbytes] = bytes(
+                    min(n + 1, 9) for n in self.arrived[storage][at : at + nbytes]
+                )
+            ticket.done.set()
+
+    def bind(self, destinations):
+        self._bound = True
+
+    def pin(self, address, nbytes, *, read_only):
+        self.threads.add(threading.get_ident())
+        self.n_pins += 1
+        if self._refuse(self.n_pins, read_only):
+            raise PinError("refused by the fake")
+        time.sleep(self._pin_s)
+        self.pinned[address] = nbytes
+        self.max_pinned = max(self.max_pinned, sum(self.pinned.values()))
+
+    def unpin(self, address):
+        del self.pinned[address]
+
+    def submit(self, address, file_start, pieces):
+        assert self._bound
+        self.threads.add(threading.get_ident())
+        self.n_submits += 1
+        self.addresses.add(address // PAGE)
+        if self._fail_at is not None and self.n_submits >= self._fail_at[0]:
+            raise self._fail_at[1]
+        ticket = FakeTicket(
+            [(p.storage, p.storage_start, address + p.file_start - file_start, p.nbytes) for p in pieces]
+        )
+        self._pending.append(ticket)
+        self._queue.put(ticket)
+        return ticket
+
+    def finish(self):
+        for ticket in self._pending:
+            ticket.done.wait()
+
+    def close(self):
+        self._queue.put(None)
+        self._thread.join()
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(random.Random(1).randbytes(1500 * KiB + 321))
+    return path
+
+
+@pytest.fixture
+def load(path):
+    """Carry out a plan over the file; returns what is needed to judge it."""
+    devices = []
+    size = path.stat().st_size
+    borders = [7, 8, 3000, 70_001, 70_002, 400_000, 401_000, 1_200_000, size]
+
+    def load(
+        way, *, threads=4, n_slots=6, may_steal=False, block_bytes=4 * SLOT, observer=None, prepare=None, **device
+    ):
+        extents = [Extent(i, 0, a, b) for i, (a, b) in enumerate(itertools.pairwise(borders))]
+        target = FakeDevice([e.end - e.start for e in extents], **device)
+        devices.append(target)
+        settings = EngineSettings(threads=threads, slot_bytes=SLOT, n_slots=n_slots, may_steal=may_steal)
+        choose = way if callable(way) and not isinstance(way, Way) else lambda *_: way
+        ready = SimpleNamespace(destinations=())
+        with Reader([stat_file(str(path))]) as reader:
+            if not reader.open_direct(0):
+                pytest.skip("O_DIRECT is refused here")
+            plan = make_plan(extents, block_bytes=block_bytes, way=choose)
+            try:
+                prepared, carried = carry_out(plan, reader, target, settings, prepare or (lambda: ready), observer)
+            except BaseException as error:
+                error.target = target
+                raise
+        assert prepare or prepared is ready
+        return SimpleNamespace(target=target, carried=carried, plan=plan, extents=extents)
+
+    yield load
+    for device in devices:
+        device.close()
+
+
+def check(result, path):
+    """Every byte arrived, once; all target calls came from this thread; everything was unpinned."""
+    data = path.read_bytes()
+    for extent, memory, arrived in zip(result.extents, result.target.memory, result.target.arrived, strict=True):
+        assert bytes(memory) == data[extent.start : extent.end]
+        assert set(arrived) == {1}
+    assert result.target.threads == {threading.get_ident()}
+    assert sum(result.carried.nbytes.values()) == result.plan.blocks[-1].end - result.plan.blocks[0].start
+    result.carried.release()
+    assert result.target.pinned == {}
+    assert engine_threads() == set()
+    assert mappings_of(path) == 0
+
+
+def engine_threads():
+    return {t.name for t in threading.enumerate() if t.name.startswith(("reader", "allocate"))}
+
+
+def mappings_of(path):
+    return sum(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def anonymous_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+# success
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("threads", [1, 2, 7, 32])
+@pytest.mark.parametrize("can_pin", [True, False])
+def test_every_byte_arrives_once(load, path, way, threads, can_pin):
+    result = load(way, threads=threads, n_slots=threads * 2, can_pin=can_pin)
+    assert result.carried.nbytes[way] > 0
+    assert result.carried.refusals == []
+    check(result, path)
+
+
+def test_three_ways_in_one_plan(load, path):
+    result = load(lambda file, start, end: WAYS[start // SLOT % 3], block_bytes=SLOT)
+    assert all(result.carried.nbytes.values())
+    assert result.carried.nbytes == result.plan.nbytes_by_way()
+    check(result, path)
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+def test_a_slot_is_not_reused_before_its_ticket_is_done(load, path, way, threads, n_slots):
+    result = load(way, threads=threads, n_slots=n_slots, delay_s=0.003)
+    assert len(result.target.addresses) <= n_slots * 2
+    assert result.carried.staging_nbytes == n_slots * (SLOT + PAGE)
+    check(result, path)
+
+
+@pytest.mark.parametrize("n_slots", [1, 2])
+def test_more_readers_than_slots_do_not_deadlock(load, path, n_slots):
+    for _ in range(4):
+        check(load(Way.BUFFERED, threads=8, n_slots=n_slots), path)
+
+
+def test_stealing(load, path):
+    result = load(Way.MAPPED, may_steal=True, pin_s=0.02, block_bytes=SLOT)
+    assert result.carried.nbytes[Way.BUFFERED] > 0
+    assert result.carried.nbytes[Way.MAPPED] > 0
+    assert result.carried.refusals == []
+    check(result, path)
+
+
+def test_without_stealing_everything_stays_mapped(load, path):
+    result = load(Way.MAPPED, pin_s=0.005, block_bytes=SLOT)
+    assert result.carried.nbytes[Way.BUFFERED] == 0
+    assert result.carried.staging_nbytes == 0
+    check(result, path)
+
+
+@pytest.mark.parametrize("may_steal", [True, False])
+@pytest.mark.parametrize("refused_from", [1, 2, 5])
+def test_refused_windows_go_through_staging(load, path, refused_from, may_steal):
+    windows = iter(range(1, 1000))
+    result = load(
+        Way.MAPPED,
+        may_steal=may_steal,
+        block_bytes=SLOT,
+        refuse=lambda n, read_only: read_only and next(windows) >= refused_from,
+    )
+    assert result.carried.nbytes[Way.BUFFERED] > 0
+    assert any("refused by the fake" in r and "regist" in r for r in result.carried.refusals)
+    assert len(set(result.carried.refusals)) == 1
+    check(result, path)
+
+
+def test_unpinnable_staging_still_works(load, path):
+    result = load(Way.BUFFERED, refuse=lambda n, read_only: n > 2)
+    assert result.carried.pinned_nbytes == 2 * (SLOT + PAGE)
+    assert [r for r in result.carried.refusals if "not pinned" in r]
+    assert result.target.n_pins == 3
+    check(result, path)
+
+
+def test_staging_is_bounded(load, path):
+    result = load(Way.DIRECT, threads=8, n_slots=3, delay_s=0.001)
+    assert result.target.max_pinned <= 3 * (SLOT + PAGE)
+    assert result.carried.pinned_nbytes <= result.carried.staging_nbytes == 3 * (SLOT + PAGE)
+    check(result, path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_slow_allocation_delays_nothing_but_the_submits(load, path, way):
+    def prepare():
+        time.sleep(0.1)
+        return SimpleNamespace(destinations=())
+
+    check(load(way, prepare=prepare), path)
+
+
+# failure
+
+
+@pytest.fixture
+def clean(path):
+    """Checks afterwards that a failed load left nothing: no thread, descriptor, mapping or staging memory."""
+    fds, anonymous = len(os.listdir("/proc/self/fd")), anonymous_bytes()
+    yield
+    assert engine_threads() == set()
+    assert len(os.listdir("/proc/self/fd")) == fds
+    assert mappings_of(path) == 0
+    assert anonymous_bytes() - anonymous < 32 << 20
+
+
+def fails_within_a_second(error, call):
+    start = time.monotonic()
+    with pytest.raises(type(error) if isinstance(error, BaseException) else error) as caught:
+        call()
+    assert time.monotonic() - start < 1.0
+    return caught.value
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("error", [RuntimeError("submit failed"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_failing_submit(load, way, after, error):
+    raised = fails_within_a_second(error, lambda: load(way, block_bytes=SLOT, fail_at=(after, error)))
+    assert raised is error
+    assert raised.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+@pytest.mark.parametrize("nth", [1, 5])
+def test_failing_read(load, path, monkeypatch, way, nth):
+    preadv, calls = os.preadv, iter(range(1, 1000))
+
+    def failing(*args):
+        if next(calls) >= nth:
+            raise OSError(5, "Input/output error")
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    error = fails_within_a_second(CheckpointError, lambda: load(way))
+    assert str(path) in str(error)
+    assert error.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", WAYS)
+def test_failing_allocation(load, way):
+    def prepare():
+        raise MemoryError("no room")
+
+    fails_within_a_second(MemoryError, lambda: load(way, prepare=prepare))
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("left", [0, 5000, 700_000])
+def test_truncated_file(load, path, way, left):
+    class Truncate:
+        def record(self, span):
+            if os.path.getsize(path) > left:
+                os.truncate(path, left)
+
+    def prepare():  # nothing is submitted while the file shrinks: a mapped page that is gone would kill the process
+        time.sleep(0.2)
+        return SimpleNamespace(destinations=())
+
+    call = lambda: load(way, block_bytes=SLOT, threads=2, observer=Truncate(), prepare=prepare)  # noqa: E731
+    error = fails_within_a_second(CheckpointError, call)
+    assert str(path) in str(error)
+
+
+@pytest.mark.usefixtures("clean")
+def test_the_first_failure_is_the_one_raised(load, monkeypatch):
+    first = OSError(5, "the first")
+    lock, calls = threading.Lock(), []
+
+    def failing(*_):
+        with lock:
+            calls.append(1)
+            number = len(calls)
+        if number == 1:
+            raise first
+        time.sleep(0.05)
+        raise OSError(5, "a later one")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    error = fails_within_a_second(CheckpointError, lambda: load(Way.BUFFERED))
+    assert "the first" in str(error)
+    assert error.__cause__ is first
+
+
+@pytest.mark.usefixtures("clean")
+def test_ctrl_c(load, monkeypatch):
+    preadv = os.preadv
+
+    def slow(*args):
+        time.sleep(0.1)
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    interrupt = threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    try:
+        fails_within_a_second(KeyboardInterrupt, lambda: load(Way.BUFFERED, threads=1))
+    finally:
+        interrupt.join()
+
+
+def test_a_reader_that_hangs_does_not_hold_up_the_failure(load, monkeypatch):
+    """It sits in a system call; its memory stays until it ends."""
+    let_go, hanging = threading.Event(), threading.Event()
+    preadv, error = os.preadv, RuntimeError("submit failed")
+
+    def hang(fd, buffers, offset):
+        if offset > SLOT:
+            hanging.set()
+            let_go.wait()
+        return preadv(fd, buffers, offset)
+
+    def prepare():
+        hanging.wait()
+        return SimpleNamespace(destinations=())
+
+    monkeypatch.setattr(os, "preadv", hang)
+    try:
+        fails_within_a_second(error, lambda: load(Way.BUFFERED, threads=2, prepare=prepare, fail_at=(1, error)))
+    finally:
+        let_go.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("reader"):
+                thread.join()

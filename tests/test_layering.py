@@ -1,0 +1,61 @@
+"""Imports go one way: bytes -> tensors -> modules -> pipelines, the command line on top."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Low to high. A module may import from its own room and from those below.
+ROOMS = [
+    {"errors", "types", "_version"},
+    {"events", "dtypes", "sizes"},
+    {"linux", "plan", "machine"},
+    {"formats"},
+    {"source"},
+    {"staging", "transfer"},
+    {"engine"},
+    {"report"},
+    {"loader"},
+    {"profiler"},
+    {"verify"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+
+
+def imported_modules(path):
+    """Modules that a file imports at run time (not those under `if TYPE_CHECKING`)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "wan_loader").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    parts = path.relative_to(ROOT / "wan_loader").with_suffix("").parts
+    if parts[0] in ("__init__", "__main__"):
+        return
+    for module in imported_modules(path):
+        assert module.split(".")[0] not in ("wan_pipeline", "diffusers", "transformers"), f"{path} imports {module}"
+        names = module.split(".")
+        if names[0] == "wan_loader" and len(names) > 1:
+            assert LEVEL[names[1]] <= LEVEL[parts[0]], f"{path} imports {module}"
+
+
+def test_import_does_not_import_torch():
+    code = "import sys, wan_loader; wan_loader.open_checkpoint; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_exported_name_exists_and_is_sorted():
+    import wan_loader
+
+    assert wan_loader.__all__ == sorted(wan_loader.__all__)
+    for name in wan_loader.__all__:
+        assert getattr(wan_loader, name) is not None
