@@ -205,16 +205,16 @@ def run(options: argparse.Namespace) -> None:
     cases = [
         ("warm bf16, mapped", "wan-loader", bf16, "mapped", None, "warm", options.repeat),
         ("warm bf16, auto", "wan-loader", bf16, "auto", None, "warm", options.repeat),
-        ("warm bf16, buffered", "wan-loader", bf16, "buffered", None, "warm", 2),
+        ("warm bf16, buffered", "wan-loader", bf16, "buffered", None, "warm", 1),
         ("warm fp32 -> bf16, auto", "wan-loader", fp32, "auto", "bfloat16", "warm", options.repeat),
-        ("warm bf16, safetensors", "safetensors", bf16, "", None, "warm", 2),
+        ("warm bf16, safetensors", "safetensors", bf16, "", None, "warm", 1),
     ]
     if not options.no_cold:
-        cases.append(("cold bf16, auto", "wan-loader", bf16, "auto", None, "cold", 2))
+        cases.append(("cold bf16, auto", "wan-loader", bf16, "auto", None, "cold", 1))
     document = {"schema_version": 1, "command": " ".join(sys.argv), "cases": []}
     disk = {}
     if not options.no_cold:
-        for threads, block in ((8, 8), (4, 16), (1, 16)):
+        for threads, block in ((8, 8), (16, 16)):
             disk[f"{threads} threads x {block} MiB"] = measure_disk_ceiling(bf16, threads, block * MiB)
         print({k: round(v, 2) for k, v in disk.items()}, flush=True)
     for title, loader, path, io, dtype, state, repeat in cases:

@@ -152,15 +152,23 @@ class _Load(Generic[P]):
         return self._carried
 
     def _abandon(self, threads: list[threading.Thread]) -> None:
-        """End everything after a failure; memory that a stuck reader may still write to is left mapped."""
+        """End everything after a failure. A reader that hangs in a system call keeps its memory until it returns."""
         deadline_ns = clock_ns() + _JOIN_NS
         for thread in threads:
-            if thread.is_alive():
+            if thread.ident is not None:
                 thread.join(max(0, deadline_ns - clock_ns()) / 1e9)
         with suppress(Exception):  # the failure that brought us here is the one to raise
             self._target.finish()
-        if not any(thread.is_alive() for thread in threads):
+        hanging = [thread for thread in threads if thread.is_alive()]
+        if hanging:
+            threading.Thread(target=self._release_after, args=(hanging,), name="release", daemon=True).start()
+        else:
             self._carried.release()
+
+    def _release_after(self, threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            thread.join()
+        self._carried.release()
 
     # other threads
 

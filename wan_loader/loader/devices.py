@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from wan_loader.events import Observer
 
-__all__ = ["device_card", "device_peak_bytes", "keep_stream", "reset_device_peak", "resolve_device"]
+__all__ = ["current", "device_card", "device_peak_bytes", "keep_stream", "reset_device_peak", "resolve_device"]
 
 
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
@@ -46,6 +46,13 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
             raise DeviceError(f"device {str(found)!r} does not exist: there are {count} (cuda:0 to cuda:{count - 1})")
         torch.cuda.synchronize(index)
     return torch.device("cuda", index)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device the current one of this thread, and its context too; what was current comes back."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def keep_stream(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

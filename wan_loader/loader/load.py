@@ -16,7 +16,14 @@ from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Carried, carry_out
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
-from wan_loader.loader.devices import device_card, device_peak_bytes, keep_stream, reset_device_peak, resolve_device
+from wan_loader.loader.devices import (
+    current,
+    device_card,
+    device_peak_bytes,
+    keep_stream,
+    reset_device_peak,
+    resolve_device,
+)
 from wan_loader.loader.placement import allocate, check_memory, convert_storage, lay_out, plan_storages
 from wan_loader.loader.route import choose_way, explain
 from wan_loader.loader.settings import block_bytes, check_io, check_threads, engine_settings
@@ -119,18 +126,35 @@ def load_checkpoint(
         with span(tee, "init"):
             plans = plan_storages(choice.tensors, choice.rule)
         move = _move_through_torch if choice.checkpoint.format == "torch-pickle" else _move
-        moved = move(choice.checkpoint, plans, options, device, tee)
-        with span(tee, "assign"):
-            _convert_late(moved.tensors, plans, choice.rule)
-            ordered = {t.name: moved.tensors[t.name] for t in choice.tensors}
-            moved.warnings += bind(ordered) if bind is not None else []
-        seconds = (clock_ns() - start_ns) / 1e9
-        report = _report(choice, plans, options, device, moved, tee, seconds)
+        with current(device):
+            moved = move(choice.checkpoint, plans, options, device, tee)
+        with current(device), _released_on_failure(moved.carried):
+            with span(tee, "assign"):
+                _convert_late(moved.tensors, plans, choice.rule)
+                ordered = {t.name: moved.tensors[t.name] for t in choice.tensors}
+                moved.warnings += bind(ordered) if bind is not None else []
+            seconds = (clock_ns() - start_ns) / 1e9
+            report = _report(choice, plans, options, device, moved, tee, seconds)
     if device.type == "cuda":  # unregistering takes time that nobody has to wait for
-        threading.Thread(target=moved.carried.release, args=(_RELEASE_PAUSE_S,), name="release", daemon=True).start()
+        threading.Thread(target=_release, args=(moved.carried, device), name="release", daemon=True).start()
     else:
         moved.carried.release()
     return Loaded(ordered, report)
+
+
+def _release(carried: Carried, device: torch.device) -> None:
+    with current(device):
+        carried.release(_RELEASE_PAUSE_S)
+
+
+@contextmanager
+def _released_on_failure(carried: Carried) -> Iterator[None]:
+    """Memory must not go while the driver still has it registered: a later load would get its old pages."""
+    try:
+        yield
+    except BaseException:
+        carried.release()
+        raise
 
 
 @contextmanager
@@ -175,8 +199,9 @@ def _move(
                 return allocate(checkpoint, layout, device, reader.fds)
 
         placement, carried = carry_out(plan, reader, target, settings, prepare, observer)
-        for file in checkpoint.files:
-            file.check_unchanged()
+        with _released_on_failure(carried):
+            for file in checkpoint.files:
+                file.check_unchanged()
     carried.nbytes[Way.MAPPED] += sum(e.end - e.start for e in layout.viewed_extents)
     used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
     reason = explain(options.io, resident, layout.nbytes_read)

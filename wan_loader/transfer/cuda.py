@@ -69,7 +69,7 @@ def _parts(piece: Piece, nbytes: int) -> Iterator[Piece]:
 
 
 class CudaTarget:
-    """One CUDA device. Must be made and used in one thread, `bind` excepted."""
+    """One CUDA device. Made and used in one thread, `bind` excepted, in which the device is the current one."""
 
     can_pin = True
 
@@ -82,7 +82,6 @@ class CudaTarget:
         self._destinations: Sequence[Destination] = ()
         self._scratch: deque[_Scratch] = deque()
         self._marks: list[tuple[str, int, Any, Any]] = []
-        torch.cuda.set_device(index)
         # The allocator may hand out memory that queued work of the caller still uses: copy after that work.
         after = torch.cuda.current_stream(index).record_event()
         self._copies = torch.cuda.Stream(index)
@@ -157,6 +156,8 @@ class CudaTarget:
         """Wait for everything; then lay the device's own times on the host's clock and report them."""
         self._copies.synchronize()
         self._casts.synchronize()
+        self._destinations = ()  # the weights are their owner's alone from here on
+        self._scratch.clear()
         if self._observer is None:
             return
         reference = self._event(self._copies)  # everything has ended: this waits for nothing else
