@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer, Recorder, Span
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.loader.api import load, load_file, load_into
+    from wan_loader.source.prewarm import prewarm
 
 _LAZY = {
     "CacheError": "wan_loader.errors",
@@ -46,6 +47,7 @@ _LAZY = {
     "load_file": "wan_loader.loader.api",
     "load_into": "wan_loader.loader.api",
     "open_checkpoint": "wan_loader.formats",
+    "prewarm": "wan_loader.source.prewarm",
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "load_file",
     "load_into",
     "open_checkpoint",
+    "prewarm",
 ]
 
 

@@ -43,6 +43,8 @@ class IoReport:
     nbytes_mapped: int = 0
     nbytes_direct: int = 0
     nbytes_buffered: int = 0
+    nbytes_viewed: int = 0
+    """Of `nbytes_mapped`: tensors that are views of the file. Nothing was moved; pages are read when first used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,9 @@ class LoadReport:
 
     @property
     def gbps(self) -> float:
-        """File bytes over wall time, in GB/s."""
-        return self.nbytes_file / self.seconds / 1e9 if self.seconds > 0 else 0.0
+        """File bytes that were moved over wall time, in GB/s."""
+        moved = self.nbytes_file - self.io.nbytes_viewed
+        return moved / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The document of `--json`: bytes as integers, seconds as floats."""

@@ -855,3 +855,45 @@ def test_resident_bytes_helper_sees_this_file(tmp_path):
     path.write_bytes(b"x" * 8192)
     with open(path, "rb") as f:
         assert cached_bytes(f.fileno(), 0, 8192) == 8192
+
+
+# a selection
+
+
+def test_only_the_names_asked_for_in_that_order(tmp_path):
+    reference = weights(3)
+    path = write("safetensors", tmp_path, reference)
+    names = list(reversed(list(reference)))[:5]
+    loaded = wan_loader.load_file(path, names=names, io="buffered")
+    assert list(loaded) == names
+    same_dicts(loaded, {name: reference[name] for name in names})
+    report = wan_loader.load(path, names=names[:1], io="buffered").report
+    assert report.nbytes_file == reference[names[0]].nbytes
+
+
+def test_a_name_that_is_not_there(tmp_path):
+    path = write("safetensors", tmp_path, weights(3))
+    with pytest.raises(wan_loader.KeyMismatchError, match="nothing"):
+        wan_loader.load_file(path, names=["nothing"])
+
+
+def test_keep_fp32(tmp_path):
+    path = write(
+        "safetensors", tmp_path, {"a.norm2.weight": torch.randn(5).bfloat16(), "a.norm.weight": torch.randn(5)}
+    )
+    loaded = wan_loader.load_file(path, dtype="fp16", keep_fp32=["norm2"])
+    assert loaded["a.norm2.weight"].dtype is torch.float32
+    assert loaded["a.norm.weight"].dtype is torch.float16
+
+
+def test_cache_is_refused_until_it_exists(tmp_path):
+    path = write("safetensors", tmp_path, weights(3))
+    with pytest.raises(wan_loader.OptionError, match="cache"):
+        wan_loader.load_file(path, cache=True)
+
+
+def test_views_are_not_called_fast_copies(tmp_path):
+    report = wan_loader.load(write("safetensors", tmp_path, weights(3))).report
+    assert report.gbps == 0
+    assert report.io.nbytes_viewed > 0
+    assert "views of the file" in report.io.reason

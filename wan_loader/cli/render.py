@@ -93,7 +93,7 @@ def print_load(report: LoadReport) -> None:
         f"{report.n_tensors} tensors, {format_bytes(report.nbytes_file)} -> "
         f"{format_bytes(report.nbytes_device)} on {report.device}"
         f"{f' as {report.dtype}' if report.dtype else ''} in [bold]{format_seconds(report.seconds)}[/bold]"
-        f" = [bold]{report.gbps:.1f} GB/s[/bold]"
+        f"{f' = [bold]{report.gbps:.3g} GB/s[/bold]' if report.gbps else ', nothing was copied'}"
     )
     console.print(f"way: {report.io.mode} ({report.io.reason})\n")
     console.print(_phase_table(report))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import dtype_name
+from wan_loader.errors import KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
 from wan_loader.loader.binding import Match, bind, match
 from wan_loader.loader.dtype_rule import DtypeRule
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.events import Observer
+    from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.binding import KeyMap
     from wan_loader.report import LoadReport
     from wan_loader.types import IoMode, StrPath
@@ -28,6 +30,8 @@ def load_file(
     *,
     device: str | int | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
+    names: Sequence[str] | None = None,
+    keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
     threads: int | None = None,
     cache: bool = False,
@@ -39,8 +43,11 @@ def load_file(
     path: a .safetensors, .pth/.pt/.bin file, a *.index.json, a directory holding one checkpoint, or a list of files.
     device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
     dtype: floating tensors are converted to it on the target, bit for bit as `.to(dtype)` does; None keeps the file's.
+    names: only these tensors, the most urgent first; None loads all, in file order, which is fastest.
+    keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
     io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one way.
     threads: readers, 1 to 64; None chooses.
+    cache, cache_dir: reserved for the converted cache, which does not exist yet: cache=True is an `OptionError`.
     observer: told of each span of work, from several threads.
 
     Returns contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
@@ -51,7 +58,17 @@ def load_file(
     Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
     then nothing stays allocated.
     """
-    return load(path, device=device, dtype=dtype, io=io, threads=threads, observer=observer).tensors
+    _refuse_cache(cache, cache_dir)
+    return load(
+        path,
+        device=device,
+        dtype=dtype,
+        names=names,
+        keep_fp32=keep_fp32,
+        io=io,
+        threads=threads,
+        observer=observer,
+    ).tensors
 
 
 def load(
@@ -59,19 +76,33 @@ def load(
     *,
     device: str | int | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
+    names: Sequence[str] | None = None,
+    keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
     threads: int | None = None,
     observer: Observer | None = None,
 ) -> Loaded:
     """As `load_file`, and returns the report along with the tensors."""
     options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
-    rule = DtypeRule(dtype_name(dtype))
+    rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
 
     def choose() -> Choice:
         checkpoint = open_checkpoint(path)
-        return Choice(checkpoint, checkpoint.tensors, rule)
+        return Choice(checkpoint, checkpoint.tensors if names is None else _select(checkpoint, names), rule)
 
     return load_checkpoint(choose, options)
+
+
+def _refuse_cache(cache: bool, cache_dir: StrPath | None) -> None:
+    if cache or cache_dir is not None:
+        raise OptionError("the converted cache does not exist yet: leave out cache and cache_dir")
+
+
+def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:
+    by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
+    if missing := [name for name in names if name not in by_name]:
+        raise KeyMismatchError(f"{checkpoint.path} lacks {len(missing)} of the names asked for: {', '.join(missing)}")
+    return [by_name[name] for name in dict.fromkeys(names)]
 
 
 def load_into(
@@ -98,11 +129,12 @@ def load_into(
         is left out.
     strict: missing or unexpected names are an error. Wrong shapes always are.
     keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32.
-    device, dtype, io, threads, observer: as for `load_file`.
+    device, dtype, io, threads, cache, cache_dir, observer: as for `load_file`.
 
     Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
     `load_file` raises; the module is changed only when everything has arrived.
     """
+    _refuse_cache(cache, cache_dir)
     options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
     target_dtype = dtype_name(dtype)
     found = Match((), {})

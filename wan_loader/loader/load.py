@@ -89,6 +89,7 @@ class _Moved:
     """Bytes loaded."""
     carried: Carried = field(default_factory=Carried)
     resident_before: int = 0
+    nbytes_viewed: int = 0
     reason: str = ""
     settings: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -202,10 +203,13 @@ def _move(
         with _released_on_failure(carried):
             for file in checkpoint.files:
                 file.check_unchanged()
-    carried.nbytes[Way.MAPPED] += sum(e.end - e.start for e in layout.viewed_extents)
+    viewed = sum(e.end - e.start for e in layout.viewed_extents)
+    carried.nbytes[Way.MAPPED] += viewed
     used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
-    reason = explain(options.io, resident, layout.nbytes_read)
-    return _Moved(placement.tensors, layout.nbytes_loaded, carried, resident, reason, used, list(layout.warnings))
+    reason = explain(options.io, resident, layout.nbytes_read, viewed)
+    return _Moved(
+        placement.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
+    )
 
 
 def _move_through_torch(
@@ -256,7 +260,10 @@ def _report(
             "+".join(way.value for way in ways) or "none",
             moved.reason,
             moved.resident_before,
-            *(moved.carried.nbytes[way] for way in (Way.MAPPED, Way.DIRECT, Way.BUFFERED)),
+            nbytes_mapped=moved.carried.nbytes[Way.MAPPED],
+            nbytes_direct=moved.carried.nbytes[Way.DIRECT],
+            nbytes_buffered=moved.carried.nbytes[Way.BUFFERED],
+            nbytes_viewed=moved.nbytes_viewed,
         ),
         phases=phases,
         bottleneck=_bottleneck(phases),

@@ -40,15 +40,13 @@ def choose_way(io: str, *, cuda: bool, reader: Reader, residency: Residency) -> 
     return auto
 
 
-def explain(io: str, resident: int, nbytes: int) -> str:
+def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
     """One sentence on why the bytes travel as they do."""
-    if io != "auto":
-        return f"io={io} was asked for"
     if nbytes == 0:
         return "there are no bytes to move"
     share = resident / nbytes
-    if share >= 1:
-        return "everything is in the page cache"
-    if resident == 0:
-        return "nothing is in the page cache"
-    return f"{share:.0%} is in the page cache"
+    cached = "everything" if share >= 1 else "nothing" if resident == 0 else f"{share:.0%}"
+    why = f"{cached} is in the page cache" if io == "auto" else f"io={io} was asked for"
+    if nbytes_viewed:
+        why += "; tensors are views of the file, whose pages are read when first used"
+    return why

@@ -1,8 +1,8 @@
 """Warming the page cache in the background, before and while the program that needs the bytes is still importing.
 
 A few threads read blocks in the order of first use and throw the bytes away; what the kernel keeps is what counts.
-Blocks that are resident already cost a system call and no read. It never takes more memory than is available, can be
-stopped within one block, and gives single files up to whoever starts to load them. It needs no torch.
+Blocks that are resident already cost a system call and no read. It never takes more memory than is available, and can
+be stopped within one block, for whoever starts to load to have the disk alone. It needs no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import OptionError
+from wan_loader.formats import open_checkpoint
 from wan_loader.linux import cached_bytes
 from wan_loader.machine import available_memory
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["Prewarm", "prewarm_files"]
+__all__ = ["Prewarm", "prewarm", "prewarm_files"]
 
 BLOCK_BYTES = 8 << 20
 #: Share of the available memory that may be filled; the rest is for the program that is starting.
@@ -36,10 +37,7 @@ class Prewarm:
 
     def __init__(self, files: Sequence[str], *, threads: int, budget_nbytes: int) -> None:
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
         self._stopped = False
-        self._skipped: set[str] = set()
-        self._reading: dict[str, int] = {}
         self._budget_nbytes = budget_nbytes
         self.nbytes_read = 0
         """Bytes brought into the page cache."""
@@ -75,33 +73,16 @@ class Prewarm:
             self._stopped = True
         self.wait()
 
-    def skip(self, files: Iterable[StrPath]) -> None:
-        """Leave these files to someone else; returns when none of them is being read any more."""
-        with self._lock:
-            self._skipped |= {os.fspath(f) for f in files}
-            while not self._stopped and any(self._reading.get(f) for f in self._skipped):
-                self._idle.wait()
-
     def _run(self) -> None:
         with mmap.mmap(-1, BLOCK_BYTES) as memory, memoryview(memory) as buffer:
             while (block := self._take()) is not None:
-                path, start, nbytes = block
-                try:
-                    self._read(path, start, nbytes, buffer)
-                finally:
-                    with self._lock:
-                        self._reading[path] -= 1
-                        self._idle.notify_all()
+                self._read(*block, buffer)
 
     def _take(self) -> tuple[str, int, int] | None:
         with self._lock:
-            while not self._stopped and self.nbytes_read < self._budget_nbytes:
-                block = next(self._blocks, None)
-                if block is None or block[0] not in self._skipped:
-                    if block is not None:
-                        self._reading[block[0]] = self._reading.get(block[0], 0) + 1
-                    return block
-        return None
+            if self._stopped or self.nbytes_read >= self._budget_nbytes:
+                return None
+            return next(self._blocks, None)
 
     def _read(self, path: str, start: int, nbytes: int, buffer: memoryview) -> None:
         """Best effort: a file that vanished or cannot be read is for the load to report."""
@@ -118,6 +99,15 @@ class Prewarm:
                     self.nbytes_resident += nbytes
                 else:
                     self.nbytes_read += nbytes
+
+
+def prewarm(path: StrPath | Sequence[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
+    """Start reading a checkpoint into the page cache and return at once; `path` and errors as for `open_checkpoint`.
+
+    Call it first thing in a program, before torch is imported. What is loaded later finds its pages there.
+    """
+    files = [file.path for file in open_checkpoint(path).files]
+    return prewarm_files(files, threads=threads, limit_nbytes=limit_nbytes)
 
 
 def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
