@@ -49,7 +49,7 @@ class Span:
 
 
 class Observer(Protocol):
-    """Told of spans, from any thread, while the work goes on; must be quick and must not raise."""
+    """Told of spans, from any thread, while the work goes on; must be quick. If it raises, the work ends with that."""
 
     def record(self, span: Span) -> None: ...
 

@@ -80,12 +80,16 @@ class Component:
         sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
         total = 0
         for tensor in self.facts.tensors:
-            if decoder_only and self.name == "vae" and tensor.name.startswith(("encoder.", "conv1.", "quant_conv.")):
+            if decoder_only and self.is_encoder_only(tensor.name):
                 continue
             kept = dtype is not None and any(f".{part}." in f".{tensor.name}." for part in self.keep_fp32)
             target = "float32" if kept else dtype or tensor.dtype
             total += tensor.nbytes // sizes.get(tensor.dtype, 1) * sizes.get(target, 1)
         return total
+
+    def is_encoder_only(self, name: str) -> bool:
+        """Whether a tensor, by its name in the file, belongs to the half of a VAE that only encodes."""
+        return self.name == "vae" and name.startswith(("encoder.", "conv1.", "quant_conv."))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -157,7 +161,9 @@ def _open_native(root: Path) -> WanCheckpoint:
     components = [_text_encoder(root / _TEXT_FILE, None, str(root / _TEXT_FILE))]
     components += [_expert(name, path) for name, path in experts.items()]
     components.append(_vae(root / vae_file, None))
-    return _checked(WanCheckpoint(root, "native", tuple(components), tokenizer, _SCHEDULER, None if is_5b else _BOUNDARY))
+    return _checked(
+        WanCheckpoint(root, "native", tuple(components), tokenizer, _SCHEDULER, None if is_5b else _BOUNDARY)
+    )
 
 
 def _open_diffusers(root: Path) -> WanCheckpoint:

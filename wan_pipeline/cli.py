@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from wan_loader.errors import WanLoaderError
+from wan_pipeline.generate import generate, load
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ _COMPONENTS = f"One of {', '.join(get_args(Component))}."
 @app.callback()
 def _app() -> None:
     """Text to video with WAN2.2, started as fast as the hardware allows."""
+
+
+for command in (generate, load):
+    app.command()(command)
 
 
 @app.command()
@@ -91,8 +97,13 @@ def main() -> None:
         app()
     except WanLoaderError as error:
         sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
 
 
 def _fail(error: WanLoaderError) -> int:
+    if {"-v", "--verbose"} & {*sys.argv[1:]}:
+        traceback.print_exc()
     typer.echo(f"wan-pipeline: {error}", err=True)
     return 1

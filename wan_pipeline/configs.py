@@ -99,7 +99,8 @@ def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     if blocks != set(range(layers)):
         raise CheckpointError(
-            f"{where}: config.json disagrees with the weights: {layers} blocks by the config, {len(blocks)} in the files"
+            f"{where}: config.json disagrees with the weights: {layers} blocks by the config, "
+            f"{len(blocks)} in the files"
         )
     _check_complete(shapes, layers, where)
 

@@ -1,8 +1,9 @@
 """The networks as modules: built without memory, filled from a checkpoint, emptied again.
 
-`build` makes diffusers' or transformers' module on the meta device, which costs milliseconds and no memory; `fill`
-binds the weights; `empty` gives the memory back and leaves the module as `build` made it, ready to be filled again.
-Weights never change, so nothing is ever copied back to the host.
+Loading needs only torch: `fetch` loads into a bare tree of modules that has the names of the file, so that it can begin
+while transformers and diffusers are still being imported. `build` makes the real module on the meta device, which costs
+milliseconds and no memory; `adopt` hands it the loaded parameters; `empty` gives the memory back and leaves the module
+as `build` made it. Weights never change, so nothing is ever copied back to the host.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
     from wan_loader.events import Observer
     from wan_loader.report import LoadReport
+    from wan_loader.types import IoMode
     from wan_pipeline.checkpoint import Component
 
-__all__ = ["build", "check", "empty", "fill"]
+__all__ = ["adopt", "build", "check", "empty", "fetch"]
 
 
 def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool = False) -> torch.nn.Module:
@@ -30,25 +32,23 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
     import torch
 
     with torch.device("meta"):
-        module = _construct(component)
+        module: torch.nn.Module = _construct(component)
     if decoder_only and component.name == "vae":
-        module.encoder = module.quant_conv = None
+        module.register_module("encoder", None)
+        module.register_module("quant_conv", None)
     if component.name in ("transformer", "transformer_2"):
         module.rope = _rope(module)
     _set_dtypes(module, component, dtype)
-    return module.eval()
+    module.eval()
+    return module
 
 
 def _construct(component: Component) -> Any:
     config = dict(component.config)
     if component.name == "text_encoder":
         from transformers import UMT5Config, UMT5EncoderModel
-        from transformers.initialization import no_init_weights
 
-        with no_init_weights():
-            encoder = UMT5EncoderModel(UMT5Config(**config))
-        encoder.tie_weights()
-        return encoder
+        return UMT5EncoderModel(UMT5Config(**config))
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     return (AutoencoderKLWan if component.name == "vae" else WanTransformer3DModel)(**config)
@@ -70,7 +70,7 @@ def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtyp
 
     stored = {t.name: getattr(torch, t.dtype) for t in component.facts.tensors} if dtype is None else {}
     if component.key_map is not None:
-        stored = {component.key_map(name): found for name, found in stored.items()}
+        stored = {component.key_map(name) or name: found for name, found in stored.items()}
     for name, parameter in module.named_parameters():
         kept = any(f".{part}." in f".{name}." for part in component.keep_fp32)
         wanted = stored.get(name, parameter.dtype) if dtype is None else torch.float32 if kept else dtype
@@ -82,29 +82,56 @@ def check(module: torch.nn.Module, component: Component) -> None:
     match(module, component.facts, _key_map(module, component), strict=True)
 
 
-def fill(
-    module: torch.nn.Module,
+def fetch(
     component: Component,
     *,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    decoder_only: bool = False,
+    io: IoMode = "auto",
     observer: Observer | None = None,
-) -> LoadReport:
-    """Load the weights into a module that `build` or `empty` made, in place."""
+) -> tuple[torch.nn.Module, LoadReport]:
+    """Load the weights into a bare tree of modules under the names of the file. Imports nothing but torch."""
+    import torch
+
+    wanted = [t for t in component.facts.tensors if not (decoder_only and component.is_encoder_only(t.name))]
+    tree = torch.nn.Module()
+    for facts in wanted:
+        *path, leaf = facts.name.split(".")
+        owner = tree
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(leaf, torch.nn.Parameter(torch.empty(facts.shape, device="meta")))
+    names = {facts.name for facts in wanted}
     report = load_into(
-        module,
+        tree,
         component.source,
         device=device,
         dtype=dtype,
-        key_map=_key_map(module, component),
+        key_map=lambda name: name if name in names else None,
         keep_fp32=component.keep_fp32,
+        io=io,
         observer=observer,
     )
+    return tree, report
+
+
+def adopt(module: torch.nn.Module, component: Component, tree: torch.nn.Module) -> None:
+    """Give a built (or emptied) module the parameters that `fetch` loaded; tied parameters stay tied."""
+    rename = component.key_map or (lambda name: name)
+    loaded = {rename(name): parameter for name, parameter in tree.named_parameters()}
+    device = next(iter(loaded.values())).device
+    named = module.named_parameters(remove_duplicate=False)
+    new = {id(old): loaded[name] for name, old in named if name in loaded}
     for owner in module.modules():
+        for name, old in owner._parameters.items():
+            if old is not None:
+                owner._parameters[name] = new[id(old)]
         for name in owner._non_persistent_buffers_set:
             if (buffer := owner._buffers[name]) is not None:
                 owner._buffers[name] = buffer.to(device)
-    return report
 
 
 def empty(module: torch.nn.Module) -> None:
@@ -129,7 +156,6 @@ def _key_map(module: torch.nn.Module, component: Component) -> Any:
     rename = component.key_map or (lambda name: name)
 
     def decoder_names(name: str) -> str | None:
-        renamed = rename(name)
-        return None if renamed is None or renamed.startswith(("encoder.", "quant_conv.")) else renamed
+        return None if component.is_encoder_only(name) else rename(name)
 
     return decoder_names

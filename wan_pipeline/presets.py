@@ -27,7 +27,7 @@ __all__ = ["PRESETS", "Limits", "Phase", "Preset", "check_fit", "choose", "load_
 PRESETS = ("fastest", "balanced", "min-memory", "multi-gpu")
 
 Residency = Literal["everything", "next", "one"]
-_DTYPES = ("bf16", "fp16", "fp32")
+_DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +104,8 @@ def load_preset(name: str) -> Preset:
         return Preset(**{"name": path.stem, **table})
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+    except OptionError:
+        raise
     except (TypeError, ValueError) as error:
         raise OptionError(f"{path} is no preset: {error}") from error
 
@@ -129,7 +131,9 @@ def phases(preset: Preset, names: Sequence[str]) -> tuple[Phase, ...]:
     )
 
 
-def peak(preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], world_size: int = 1) -> tuple[int, str]:
+def peak(
+    preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], world_size: int = 1
+) -> tuple[int, str]:
     """Bytes on the device in the phase that needs most, and a sentence that adds them up.
 
     sizes: bytes of each network, in the order of first use. workspace: bytes for running each.

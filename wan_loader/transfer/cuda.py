@@ -82,20 +82,25 @@ class CudaTarget:
         self._destinations: Sequence[Destination] = ()
         self._scratch: deque[_Scratch] = deque()
         self._marks: list[tuple[str, int, Any, Any]] = []
-        # The allocator may hand out memory that queued work of the caller still uses: copy after that work.
-        after = torch.cuda.current_stream(index).record_event()
+        self._callers = torch.cuda.current_stream(index)
         self._copies = torch.cuda.Stream(index)
         self._casts = torch.cuda.Stream(index)
-        for stream in (self._copies, self._casts):
-            stream.wait_event(after)
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where storages go; makes the scratch for conversions if there are any."""
+        """Say where storages go; makes the scratch for conversions if there are any.
+
+        Called once the destinations are allocated, for the caller's stream: the allocator may have handed out memory
+        that work queued there still uses, so copies and casts wait for that work.
+        """
         self._destinations = destinations
         if any(d.source_dtype is not None for d in destinations):
-            for _ in range(N_SCRATCH):
-                memory = self._torch.empty(SCRATCH_BYTES, dtype=self._torch.uint8, device=self._device)
-                self._scratch.append(_Scratch(memory, memory.data_ptr()))
+            with self._torch.cuda.stream(self._callers):
+                for _ in range(N_SCRATCH):
+                    memory = self._torch.empty(SCRATCH_BYTES, dtype=self._torch.uint8, device=self._device)
+                    self._scratch.append(_Scratch(memory, memory.data_ptr()))
+        after = self._callers.record_event()
+        self._copies.wait_event(after)
+        self._casts.wait_event(after)
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory with the driver; raises `PinError`."""

@@ -1,0 +1,201 @@
+"""Both layouts lead to the same parts, and everything that is wrong with one is found from headers alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from wan_loader.errors import CheckpointError, MissingFileError
+
+pytest.importorskip("diffusers")
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from wan_pipeline import modules
+from wan_pipeline.checkpoint import open_wan
+
+LAYOUTS = ("native", "diffusers")
+
+
+@pytest.fixture
+def copy(tiny_wan, tmp_path):
+    """layout -> a copy of a tiny checkpoint that a test may damage."""
+
+    def make(layout="native", task="t2v-A14B"):
+        return shutil.copytree(tiny_wan(layout, task), tmp_path / layout)
+
+    return make
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
+def test_layouts_have_the_same_parts(tiny_wan, task):
+    native, diffusers = (open_wan(tiny_wan(layout, task)) for layout in LAYOUTS)
+    assert (native.layout, diffusers.layout) == LAYOUTS
+    assert native.task == diffusers.task == task
+    assert native.names == diffusers.names
+    assert native.boundary_ratio == diffusers.boundary_ratio
+    for name in native.names:
+        for dtype in ("bfloat16", "float32", None):
+            assert native[name].nbytes(dtype) == diffusers[name].nbytes(dtype)
+        assert native[name].nbytes(None, decoder_only=True) <= native[name].nbytes(None)
+
+
+def test_order_is_that_of_first_use(tiny_wan):
+    assert open_wan(tiny_wan()).names == ("text_encoder", "transformer", "transformer_2", "vae")
+
+
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_modules_are_what_from_pretrained_makes(tiny_wan, layout, dtype):
+    from diffusers import WanPipeline
+
+    expected = WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype)
+    for component in open_wan(tiny_wan(layout)).components:
+        module = modules.build(component, dtype)
+        modules.check(module, component)
+        assert all(p.is_meta for p in module.parameters())
+        for _ in range(2):  # the second time after it was emptied
+            tree, report = modules.fetch(component, device="cpu", dtype=dtype)
+            modules.adopt(module, component, tree)
+            assert not report.warnings
+            assert_same(module, getattr(expected, component.name))
+            modules.empty(module)
+            assert all(p.is_meta for p in module.parameters())
+
+
+def assert_same(module, expected):
+    for kind in ("named_parameters", "named_buffers"):
+        found, wanted = dict(getattr(module, kind)()), dict(getattr(expected, kind)())
+        assert found.keys() == wanted.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == wanted[name].dtype, name
+            assert torch.equal(tensor, wanted[name]), name
+    assert module.state_dict().keys() == expected.state_dict().keys()
+    assert module.dtype == expected.dtype
+    assert not module.training
+
+
+def test_a_vae_without_its_encoder(tiny_wan):
+    component = open_wan(tiny_wan())["vae"]
+    module = modules.build(component, torch.float32, decoder_only=True)
+    modules.check(module, component)
+    tree, report = modules.fetch(component, device="cpu", dtype=torch.float32, decoder_only=True)
+    modules.adopt(module, component, tree)
+    assert report.nbytes_device == component.nbytes("float32", decoder_only=True)
+    assert not any(p.is_meta for p in module.parameters())
+
+
+def test_opening_needs_no_torch(tiny_wan):
+    code = f"import sys, wan_pipeline; wan_pipeline.open_wan({str(tiny_wan())!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what is wrong
+
+
+def test_neither_layout(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"neither model_index\.json .* it holds model\.gguf"):
+        open_wan(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no directory"):
+        open_wan(tmp_path / "nothing")
+
+
+def test_half_a_native_download_names_all_that_is_missing(copy):
+    root = copy("native")
+    (root / "Wan2.1_VAE.pth").unlink()
+    (root / "low_noise_model" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    shutil.rmtree(root / "google")
+    with pytest.raises(MissingFileError) as error:
+        open_wan(root)
+    for name in ("Wan2.1_VAE.pth", "low_noise_model/diffusion_pytorch_model-00002", "google/umt5-xxl/tokenizer.json"):
+        assert name in str(error.value)
+    assert "high_noise_model" not in str(error.value)
+
+
+def test_half_a_diffusers_download_names_all_that_is_missing(copy):
+    root = copy("diffusers")
+    shutil.rmtree(root / "transformer_2")
+    (root / "text_encoder" / "model-00001-of-00002.safetensors").unlink()
+    (root / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(MissingFileError) as error:
+        open_wan(root)
+    for name in ("transformer_2/", "text_encoder/model-00001-of-00002", "scheduler/scheduler_config.json"):
+        assert name in str(error.value)
+
+
+def test_a_truncated_shard(copy):
+    root = copy("native")
+    shard = root / "high_noise_model" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="00001-of-00002"):
+        open_wan(root)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "changes"),
+    [
+        ("native", "high_noise_model/config.json", {"num_layers": 5}),
+        ("native", "high_noise_model/config.json", {"ffn_dim": 193}),
+        ("native", "low_noise_model/config.json", {"in_dim": 36}),
+        ("diffusers", "transformer/config.json", {"num_layers": 3}),
+        ("diffusers", "transformer_2/config.json", {"num_attention_heads": 9}),
+        ("diffusers", "text_encoder/config.json", {"d_ff": 65}),
+        ("diffusers", "vae/config.json", {"base_dim": 8}),
+    ],
+)
+def test_a_config_that_disagrees_with_the_weights(copy, layout, file, changes):
+    root = copy(layout)
+    edit_json(root / file, **changes)
+    with pytest.raises(CheckpointError, match="disagrees with the weights"):
+        open_wan(root)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "changes", "match"),
+    [
+        ("native", "high_noise_model/config.json", {"model_type": "i2v"}, "only text-to-video"),
+        ("native", "high_noise_model/config.json", {"_class_name": "FluxModel"}, "another model"),
+        ("native", "high_noise_model/config.json", {"dim": "x"}, "config.json"),
+        ("diffusers", "transformer/config.json", {"_class_name": "FluxModel"}, "another model"),
+        ("diffusers", "model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "not a WanPipeline"),
+        ("diffusers", "text_encoder/config.json", {"model_type": "bert"}, "not a umT5"),
+    ],
+)
+def test_configs_of_other_models(copy, layout, file, changes, match):
+    root = copy(layout)
+    edit_json(root / file, **changes)
+    with pytest.raises(CheckpointError, match=match):
+        open_wan(root)
+
+
+def test_a_config_that_is_no_json(copy):
+    root = copy("native")
+    (root / "high_noise_model" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
+        open_wan(root)
+
+
+def test_an_expert_of_another_model(copy, tiny_wan):
+    root = copy("native")
+    shutil.rmtree(root / "low_noise_model")
+    shutil.copytree(tiny_wan("native", "ti2v-5B"), root / "low_noise_model")
+    with pytest.raises(CheckpointError):
+        open_wan(root)
+
+
+def test_foreign_tensors(copy):
+    root = copy("diffusers")
+    file = root / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    (root / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    save_file({**load_file(file), "lora.alpha": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match=r"lora\.alpha"):
+        open_wan(root)

@@ -1,0 +1,172 @@
+"""`wan-pipeline generate` and `load`: one whole run each as a process, everything else in this one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("imageio_ffmpeg")
+
+from wan_pipeline import generate as module
+from wan_pipeline.cli import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3", "--base_seed", "3"]
+
+
+def run(monkeypatch, *words):
+    """The exit code of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["wan-pipeline", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code or 0
+
+
+@pytest.fixture
+def refuse_to_start(monkeypatch):
+    monkeypatch.setattr(module, "_started", lambda *a: pytest.fail("loading was about to begin"))
+
+
+# imageio's reader leaves its pipes to the garbage collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_whole_run(tiny_wan, tmp_path):
+    """A fresh process: headers, prewarm, imports, loads, and the report of all that."""
+    words = [*SMALL, "--ckpt_dir", tiny_wan(), "--device", "cpu", "--save_file", tmp_path / "cats.mp4"]
+    words += ["--profile-out", tmp_path / "run.json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "wan_pipeline", "generate", *map(str, words)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'cats.mp4'}\n"
+    for text in (
+        "preset fastest",
+        "encode: 1 done",
+        "denoise: 3 done",
+        "decode: 1 done",
+        "time to first denoising step",
+    ):
+        assert text in done.stderr
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert report["command"] == "generate"
+    assert {"import", "header", "init"} <= {p["name"] for p in report["phases"]}
+    first = report["pipeline"]["loads"][0]
+    assert first["name"] == "text_encoder"
+    assert first["start_s"] < report["pipeline"]["time_to_first_step_s"] < report["seconds"]
+    assert report["video"]["seed"] == 3
+    assert read_video(tmp_path / "cats.mp4").shape == (5, 32, 32, 3)
+
+
+def read_video(path):
+    import imageio
+    import numpy as np
+
+    with imageio.get_reader(path, format="FFMPEG") as reader:
+        return np.stack(list(reader.iter_data()))
+
+
+def test_the_same_video_from_both_layouts_with_all_flags(tiny_wan, tmp_path, monkeypatch, capfd):
+    files = []
+    for layout, flags in (
+        ("native", ["--convert_model_dtype"]),
+        ("diffusers", ["--t5-cpu", "--offload-model", "True", "--preset", "min-memory", "--frame-num", "5"]),
+        ("native", ["--offload_model", "False", "--task", "t2v-A14B", "--sample_guide_scale", "3.0,4.0"]),
+    ):
+        files.append(tmp_path / f"{len(files)}.mp4")
+        words = [
+            "generate",
+            *SMALL,
+            "--ckpt_dir",
+            tiny_wan(layout),
+            "--device",
+            "cpu",
+            "--save_file",
+            files[-1],
+            *flags,
+        ]
+        assert run(monkeypatch, *words) == 0, capfd.readouterr().err
+    assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
+
+
+def test_json_and_overwriting(tiny_wan, tmp_path, monkeypatch, capfd):
+    words = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--device", "cpu", "--save_file", tmp_path / "v.mp4"]
+    (tmp_path / "v.mp4").write_text("mine")
+    assert run(monkeypatch, *words) == 1
+    assert "overwrite it with --force" in capfd.readouterr().err
+    assert (tmp_path / "v.mp4").read_text() == "mine"
+    assert run(monkeypatch, *words, "--force", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["video"]["path"] == str(tmp_path / "v.mp4")
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def test_load(tiny_wan, tmp_path, monkeypatch, capfd):
+    words = ["load", "--ckpt-dir", tiny_wan(), "--device", "cpu", "--profile-out", tmp_path / "run.json"]
+    assert run(monkeypatch, *words) == 0
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == [
+        "text_encoder",
+        "transformer",
+        "transformer_2",
+        "vae",
+    ]
+    assert json.loads((tmp_path / "run.json").read_text())["command"] == "load"
+
+
+@pytest.mark.usefixtures("refuse_to_start")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--size", "100*64"], "multiples of 16"),
+        (["--size", "large"], "WIDTH*HEIGHT"),
+        (["--frame_num", "80"], "4n+1"),
+        (["--sample_solver", "euler"], "unipc or dpm++"),
+        (["--sample_guide_scale", "a"], "sample_guide_scale"),
+        (["--task", "ti2v-5B"], "is t2v-A14B"),
+        (["--t5_cpu", "--t5_fsdp"], "contradict"),
+        (["--dit_fsdp"], "torchrun"),
+        (["--ulysses_size", "4"], "number of processes"),
+        (["--offload_model", "maybe"], "True or False"),
+        (["--convert_model_dtype", "--dtype", "fp32"], "converts to bf16"),
+        (["--save_file", "/nowhere/v.mp4"], "cannot be written"),
+        (["--profile-out", "/nowhere/run.json"], "cannot be written"),
+        (["--ckpt_dir", "/nowhere"], "is no directory"),
+    ],
+)
+def test_mistakes_are_found_before_loading(tiny_wan, tmp_path, monkeypatch, capfd, words, message):
+    start = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4", "--device", "cpu"]
+    assert run(monkeypatch, *start, *words) == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_usage_and_interrupt(monkeypatch, capfd, tiny_wan, tmp_path):
+    assert run(monkeypatch, "generate", "--prompt", "x") == 2
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_started", interrupt)
+    words = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4"]
+    assert run(monkeypatch, *words) == 130
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_benchmark_runs(tmp_path):
+    """Tiny, so that it cannot rot."""
+    words = [tmp_path, "--size", "tiny", "--device", "cpu", "--cache", "warm", "--video-size", "32*32", "--frames", "5"]
+    words += ["--samples", "ours:balanced", "official", "--runs", "run:fastest", "--output", tmp_path / "out.json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    script = ROOT / "benchmarks" / "pipeline_start.py"
+    done = subprocess.run([sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    samples = json.loads((tmp_path / "out.json").read_text())["samples"]
+    assert [s["name"] for s in samples] == ["ours:balanced", "official", "run:fastest"]
+    assert not any("error" in s for s in samples), samples
+    assert samples[0]["first_step_s"] > 0
+    assert samples[2]["switch_stall_s"] < samples[2]["step_s"]

@@ -1,0 +1,120 @@
+"""Presets: what the files say, what fits where, and the numbers when it does not. No device is needed."""
+
+import pytest
+
+from wan_loader.errors import DeviceMemoryError, HostMemoryError, OptionError
+from wan_pipeline.presets import PRESETS, Limits, check_fit, choose, load_preset, peak, phases
+
+GB = 10**9
+# WAN2.2-T2V-A14B in bf16, the VAE's decoder in fp32
+SIZES = {
+    "text_encoder": 11_361_820_672,
+    "transformer": 28_635_351_168,
+    "transformer_2": 28_635_351_168,
+    "vae": 294 * 10**6,
+}
+WORK = {"text_encoder": GB // 2, "transformer": 8 * GB, "transformer_2": 8 * GB, "vae": 7 * GB}
+NAMES = list(SIZES)
+
+
+def limits(device_gb, host_gb=64, world_size=1):
+    nbytes = None if device_gb is None else int(device_gb * GB)
+    return Limits(device="cuda:0", device_nbytes=nbytes, host_nbytes=host_gb * GB, world_size=world_size)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_holds_its_own_contract(name):
+    preset = load_preset(name)
+    nbytes, _ = peak(preset, SIZES, WORK)
+    assert nbytes <= preset.device_memory_gb * GB
+    assert check_fit(preset, SIZES, WORK, 0, limits(preset.device_memory_gb)).startswith(name)
+
+
+@pytest.mark.parametrize(("free_gb", "name"), [(84, "fastest"), (70, "balanced"), (50, "balanced"), (40, "min-memory")])
+def test_auto_takes_the_fastest_that_fits_and_says_why(free_gb, name):
+    preset, why = choose(SIZES, WORK, 0, limits(free_gb))
+    assert preset.name == name
+    assert why.startswith(f"{name}: ")
+    assert f"{free_gb}.0 GB" in why or f"{preset.device_memory_gb}.0 GB" in why
+
+
+def test_what_cannot_fit_is_an_error_with_the_numbers():
+    with pytest.raises(
+        DeviceMemoryError, match=r"fastest needs 7\d\.\d GB .*text encoder 11\.4 GB .* 40\.0 GB are free"
+    ):
+        check_fit(load_preset("fastest"), SIZES, WORK, 0, limits(40))
+    with pytest.raises(DeviceMemoryError, match=r"min-memory needs 36\.6 GB .* 24\.0 GB are free on cuda:0"):
+        choose(SIZES, WORK, 0, limits(24))
+
+
+def test_the_contract_binds_on_larger_devices_too():
+    with pytest.raises(DeviceMemoryError, match=r"its contract is 40\.0 GB and 140\.0 GB are free"):
+        check_fit(load_preset("min-memory"), {**SIZES, "transformer": 39 * GB}, WORK, 0, limits(140))
+
+
+def test_the_host_is_checked():
+    with pytest.raises(HostMemoryError, match=r"needs 30\.0 GB of host memory, 16\.0 GB are available"):
+        check_fit(load_preset("fastest"), SIZES, WORK, 30 * GB, limits(None, host_gb=16))
+
+
+def test_a_cpu_has_no_contract():
+    preset, why = choose(SIZES, WORK, 0, limits(None))
+    assert preset.name == "fastest"
+    assert "no memory of its own" in why
+
+
+def test_several_processes_share_the_weights():
+    preset, _ = choose(SIZES, WORK, 0, limits(60, world_size=4))
+    assert preset.name == "multi-gpu"
+    assert peak(preset, SIZES, WORK, 4)[0] < peak(preset, SIZES, WORK, 1)[0] / 2
+
+
+def test_phases():
+    text, high, low, vae = NAMES
+    assert [p.resident for p in phases(load_preset("fastest"), NAMES)] == [tuple(NAMES)] * 4
+    assert [p.resident for p in phases(load_preset("min-memory"), NAMES)] == [(n,) for n in NAMES]
+    assert [p.resident for p in phases(load_preset("balanced"), NAMES)] == [
+        (text, high),
+        (high, vae),
+        (low, vae),
+        (vae,),
+    ]
+    assert [p.resident for p in phases(load_preset("balanced"), [text, high, vae])] == [
+        (text, high),
+        (high, vae),
+        (vae,),
+    ]
+    for name in PRESETS:
+        assert [p.uses for p in phases(load_preset(name), NAMES)] == NAMES
+        assert all(p.uses in p.resident for p in phases(load_preset(name), NAMES))
+
+
+def test_flags_lie_on_top():
+    assert load_preset("fastest").adapted(offload_model=True).residency == "next"
+    assert load_preset("min-memory").adapted(offload_model=True).residency == "one"
+    assert load_preset("min-memory").adapted(offload_model=False).residency == "everything"
+    on_cpu = load_preset("balanced").adapted(t5_cpu=True)
+    assert on_cpu.text_encoder == "cpu"
+    assert peak(on_cpu, SIZES, WORK)[0] < peak(load_preset("balanced"), SIZES, WORK)[0]
+    assert load_preset("balanced").adapted(dtype="fp32").dtype == "fp32"
+
+
+def test_presets_of_ones_own(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('description = "mine"\ndevice_memory_gb = 24\nresidency = "one"\n')
+    assert load_preset(str(path)).name == "mine"
+    start = 'description = "x"\ndevice_memory_gb = 1\n'
+    for text, match in (
+        (start + 'residency = "two"', "residency is 'two'"),
+        (start + 'colour = "red"', "unknown settings: colour"),
+        (start + "residency = ", "is no preset"),
+        ('residency = "one"', "is no preset"),
+        ('description = "x"\nresidency = "one"\ndevice_memory_gb = 0', "must be positive"),
+    ):
+        path.write_text(text)
+        with pytest.raises(OptionError, match=match):
+            load_preset(str(path))
+    with pytest.raises(OptionError, match="no preset is called 'slow'"):
+        load_preset("slow")
+    with pytest.raises(OptionError, match="cannot be read"):
+        load_preset(str(tmp_path / "none.toml"))

@@ -1,0 +1,150 @@
+"""What lies where when, and that fetching can be stopped: tiny networks, loads slowed down or broken on purpose."""
+
+import threading
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+import torch
+
+from wan_pipeline import modules, residency
+from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.presets import load_preset, phases
+from wan_pipeline.residency import Fetch, FetchCancelledError, Part, Residency
+
+NAMES = ["text_encoder", "transformer", "transformer_2", "vae"]
+
+
+@pytest.fixture
+def make(tiny_wan):
+    """preset name -> a residency of a tiny checkpoint on the CPU, closed at the end."""
+    made = []
+
+    def build(preset, *, provide=True):
+        checkpoint = open_wan(tiny_wan())
+        parts = [Part(c, torch.device("cpu"), None) for c in checkpoint.components]
+        keeper = Residency(parts, phases(load_preset(preset), NAMES), warm_ahead=load_preset(preset).warm_ahead)
+        made.append(keeper)
+        keeper.built = {c.name: modules.build(c, None) for c in checkpoint.components}
+        if provide:
+            for name, module in keeper.built.items():
+                keeper.provide(name, module)
+        return keeper
+
+    yield build
+    for keeper in made:
+        keeper.close()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Loads wait until it is set, and look at their observer meanwhile, as a real load does block by block."""
+    go = threading.Event()
+    fetch = modules.fetch
+
+    def slow(component, *, observer, **settings):
+        while not go.wait(0.005):
+            observer.record(None)
+        return fetch(component, **settings)
+
+    monkeypatch.setattr(residency.modules, "fetch", slow)
+    return go
+
+
+def loaded(keeper):
+    return [n for n, m in keeper.built.items() if not any(p.is_meta for p in m.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("fastest", [set(NAMES)] * 4),
+        ("balanced", [{"text_encoder", "transformer"}, {"transformer", "vae"}, {"transformer_2", "vae"}, {"vae"}]),
+        ("min-memory", [{n} for n in NAMES]),
+    ],
+)
+def test_each_phase_holds_what_its_preset_allows(make, preset, expected):
+    keeper = make(preset)
+    keeper.start()
+    for _ in range(2):
+        for name, wanted in zip(NAMES, expected, strict=True):
+            keeper.use(name)
+            keeper.wait_all()
+            assert set(loaded(keeper)) == set(keeper.resident()) == wanted
+            keeper.use(name)  # costs nothing
+    n_loads = 1 if preset == "fastest" else 2
+    assert sorted(n for n, *_ in keeper.log.loads) == sorted(NAMES * n_loads)
+    assert [n for n, *_ in keeper.log.waits] == NAMES * 2
+
+
+def test_loading_begins_before_there_are_modules(make):
+    keeper = make("fastest", provide=False)
+    keeper.start()
+    keeper.wait_all()
+    assert loaded(keeper) == []
+    for name, module in keeper.built.items():
+        keeper.provide(name, module)
+    assert loaded(keeper) == NAMES
+
+
+def test_the_next_expert_loads_behind_the_running_one(make, gate):
+    keeper = make("fastest")
+    keeper.start()
+    gate.set()
+    keeper.use("transformer")
+    keeper.wait_all()
+    start = len(keeper.log.loads)
+    keeper.use("transformer_2")
+    assert len(keeper.log.loads) == start
+    _, begun, ended = keeper.log.waits[-1]
+    assert ended - begun < 50_000_000
+
+
+def test_a_prefetch_can_be_cancelled_and_fetched_again(make, gate):
+    keeper = make("fastest")
+    keeper.start()
+    keeper.cancel("transformer_2")
+    assert "transformer_2" not in loaded(keeper)
+    gate.set()
+    keeper.use("transformer_2")
+    assert "transformer_2" in loaded(keeper)
+
+
+def test_close_ends_everything_at_once(make, gate):
+    keeper = make("fastest")
+    keeper.start()
+    keeper.close()
+    assert loaded(keeper) == []
+    for thread in [t for t in threading.enumerate() if t.name.startswith("fetch")]:
+        thread.join(1)
+        assert not thread.is_alive()
+
+
+def test_a_failed_load_is_raised_to_whoever_needs_it_and_may_be_tried_again(make, monkeypatch):
+    keeper = make("min-memory")
+    fetch = modules.fetch
+
+    def broken(component, **settings):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(residency.modules, "fetch", broken)
+    keeper.start()
+    with pytest.raises(OSError, match="the disk is gone"):
+        keeper.use("text_encoder")
+    monkeypatch.setattr(residency.modules, "fetch", fetch)
+    keeper.use("text_encoder")
+    assert loaded(keeper) == ["text_encoder"]
+
+
+def test_fetches_run_one_after_the_other():
+    order, go = [], threading.Event()
+    first = Fetch("a", lambda stop: (go.wait(10), order.append("a")))
+    second = Fetch("b", lambda stop: order.append("b"), first)
+    third = Fetch("c", lambda stop: order.append("c"), second)
+    third.stop()
+    go.set()
+    second.wait()
+    assert order == ["a", "b"]
+    with pytest.raises(FetchCancelledError):
+        third.wait()

@@ -1,0 +1,225 @@
+"""`wan-pipeline generate` and `wan-pipeline load`.
+
+The flags of generate.py under its names; hyphens are accepted, too. Everything that can be wrong is found before a
+weight is loaded, most of it before torch is imported.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.output import check_output, print_json, write_json
+from wan_loader.errors import OptionError
+from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.progress import phase_progress
+from wan_pipeline.request import Request, parse_guide_scale, parse_size
+from wan_pipeline.startup import world_size
+from wan_pipeline.video import check_writable
+
+if TYPE_CHECKING:
+    from wan_pipeline.checkpoint import WanCheckpoint
+    from wan_pipeline.pipeline import WanT2V
+
+__all__ = ["generate", "load"]
+
+
+def _names(name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _option(name: str, help: str, **settings: Any) -> Any:
+    return typer.Option(*_names(name), help=help, **settings)
+
+
+CkptDir = Annotated[Path, _option("ckpt_dir", "The checkpoint, in the native or the diffusers layout.")]
+PresetName = Annotated[
+    str, _option("preset", "auto, fastest, balanced, min-memory, multi-gpu, or a .toml file of your own.")
+]
+Device = Annotated[str, _option("device", "auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str | None, _option("dtype", "Of the experts: bf16, fp16 or fp32.", show_default="the preset's, bf16")
+]
+ConvertDtype = Annotated[bool, _option("convert_model_dtype", "Experts in bf16; what the presets do anyway.")]
+T5Cpu = Annotated[bool, _option("t5_cpu", "Encode the prompt on the CPU.")]
+OffloadModel = Annotated[
+    str | None,
+    _option(
+        "offload_model",
+        "True: one expert on the device at a time; False: everything stays.",
+        metavar="True|False",
+        show_default="the preset decides",
+    ),
+]
+DitFsdp = Annotated[bool, _option("dit_fsdp", "Divide the experts over the processes.")]
+T5Fsdp = Annotated[bool, _option("t5_fsdp", "Divide the text encoder over the processes.")]
+Ulysses = Annotated[int, _option("ulysses_size", "Divide attention over so many processes.", min=1)]
+ProfileOut = Annotated[Path | None, _option("profile_out", "Write one JSON report of the whole run to a file.")]
+Json = Annotated[bool, typer.Option("--json", help="The report as one JSON document on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")]
+
+
+def generate(
+    ckpt_dir: CkptDir,
+    prompt: Annotated[str, _option("prompt", "What the video shows.")],
+    task: Annotated[str | None, _option("task", "t2v-A14B or ti2v-5B.", show_default="the checkpoint's")] = None,
+    size: Annotated[str | None, _option("size", "WIDTH*HEIGHT in pixels.", show_default="1280*720")] = None,
+    frame_num: Annotated[int | None, _option("frame_num", "Frames, 4n+1.", show_default="81")] = None,
+    sample_steps: Annotated[int | None, _option("sample_steps", "Denoising steps.", show_default="40")] = None,
+    sample_shift: Annotated[float | None, _option("sample_shift", "Noise shift.", show_default="12")] = None,
+    sample_guide_scale: Annotated[
+        str | None,
+        _option("sample_guide_scale", "Guidance: one number, or LOW,HIGH noise.", show_default="3.0,4.0"),
+    ] = None,
+    sample_solver: Annotated[str, _option("sample_solver", "unipc or dpm++.")] = "unipc",
+    negative_prompt: Annotated[
+        str | None, _option("negative_prompt", "What to steer away from.", show_default="the published one")
+    ] = None,
+    base_seed: Annotated[int, _option("base_seed", "The same seed gives the same video; -1 draws one.")] = -1,
+    save_file: Annotated[
+        Path | None, _option("save_file", "The mp4 to write.", show_default="TASK_SIZE_SEED.mp4")
+    ] = None,
+    preset: PresetName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    offload_model: OffloadModel = None,
+    convert_model_dtype: ConvertDtype = False,
+    t5_cpu: T5Cpu = False,
+    dit_fsdp: DitFsdp = False,
+    t5_fsdp: T5Fsdp = False,
+    ulysses_size: Ulysses = 1,
+    profile_out: ProfileOut = None,
+    json: Json = False,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate a video from a prompt.
+
+    \b
+    wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
+    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --preset min-memory --size 832*480 --save_file cats.mp4
+    """
+    start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
+    _check_parallel(t5_cpu, dit_fsdp, t5_fsdp, ulysses_size)
+    checkpoint = open_wan(ckpt_dir)
+    if task not in (None, checkpoint.task):
+        raise OptionError(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
+    settings = {
+        "size": parse_size(size) if size is not None else None,
+        "frame_num": frame_num,
+        "steps": sample_steps,
+        "shift": sample_shift,
+        "guide_scale": parse_guide_scale(sample_guide_scale) if sample_guide_scale is not None else None,
+        "solver": sample_solver,
+        "negative_prompt": negative_prompt,
+        "seed": secrets.randbelow(2**31) if base_seed == -1 else base_seed,
+    }
+    request = _checked_request(checkpoint, prompt, settings)
+    target = save_file or Path(f"{checkpoint.task}_{request.size[0]}x{request.size[1]}_{request.seed}.mp4")
+    check_writable(target, force=force)
+    check_output(profile_out, force=force)
+    with phase_progress() as progress, _started(start, request) as pipe:
+        typer.echo(f"preset {pipe.preset_reason}", err=True)
+        video = pipe(prompt, progress=progress, **settings)
+        progress("save", 0, 1)
+        video.save(target)
+        progress("save", 1, 1)
+        report = {**pipe.report(), "command": "generate", "video": {"path": str(target), "seed": request.seed}}
+    _finish(report, profile_out, json=json, result=str(target))
+
+
+def load(
+    ckpt_dir: CkptDir,
+    preset: PresetName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    offload_model: OffloadModel = None,
+    convert_model_dtype: ConvertDtype = False,
+    t5_cpu: T5Cpu = False,
+    profile_out: ProfileOut = None,
+    json: Json = False,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Start the pipeline and load what its first phase needs; generate nothing.
+
+    \b
+    wan-pipeline load --ckpt_dir Wan2.2-T2V-A14B --preset fastest --profile-out start.json
+    """
+    start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
+    check_output(profile_out, force=force)
+    with _started(start, None) as pipe:
+        typer.echo(f"preset {pipe.preset_reason}", err=True)
+        pipe.wait()
+        report = {**pipe.report(), "command": "load"}
+    loads = [f"{x['name']} {x['nbytes'] / 1e9:.2f} GB in {x['seconds']:.2f} s" for x in report["pipeline"]["loads"]]
+    _finish(report, profile_out, json=json, result="\n".join(loads))
+
+
+def _start_settings(
+    ckpt_dir: Path,
+    preset: str,
+    device: str,
+    dtype: str | None,
+    convert: bool,
+    t5_cpu: bool,
+    offload: str | None,
+) -> dict[str, Any]:
+    if convert and dtype not in (None, "bf16", "bfloat16"):
+        raise OptionError(f"--convert_model_dtype converts to bf16, --dtype says {dtype}: leave one of them out")
+    return {
+        "directory": ckpt_dir,
+        "preset": preset,
+        "device": device,
+        "dtype": "bf16" if convert else dtype,
+        "t5_cpu": t5_cpu,
+        "offload_model": None if offload is None else _parse_bool("offload_model", offload),
+    }
+
+
+def _checked_request(checkpoint: WanCheckpoint, prompt: str, settings: dict[str, Any]) -> Request:
+    request = Request.make(checkpoint.task, prompt, **settings)
+    request.check_task(checkpoint.task, checkpoint.vae_scale[1] * 2)
+    return request
+
+
+def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
+    from wan_pipeline.pipeline import WanT2V
+
+    if request is not None:
+        settings = {**settings, "size": request.size, "frame_num": request.frame_num}
+    return WanT2V.from_checkpoint(**settings)
+
+
+def _check_parallel(t5_cpu: bool, dit_fsdp: bool, t5_fsdp: bool, ulysses_size: int) -> None:
+    if t5_cpu and t5_fsdp:
+        raise OptionError("--t5_cpu and --t5_fsdp contradict each other: leave one of them out")
+    world = world_size()
+    if ulysses_size not in (1, world):
+        raise OptionError(f"--ulysses_size {ulysses_size}: it must be the number of processes, which is {world}")
+    if world == 1 and (dit_fsdp or t5_fsdp):
+        raise OptionError("--dit_fsdp and --t5_fsdp need several processes: start with torchrun --nproc_per_node N")
+
+
+def _parse_bool(name: str, text: str) -> bool:
+    if (word := text.lower()) in ("true", "yes", "1", "y", "t"):
+        return True
+    if word in ("false", "no", "0", "n", "f"):
+        return False
+    raise OptionError(f"--{name} {text}: use True or False")
+
+
+def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, result: str) -> None:
+    first = report["pipeline"]["time_to_first_step_s"]
+    if first is not None:
+        typer.echo(f"time to first denoising step: {first:.2f} s", err=True)
+    if profile_out is not None:
+        write_json(profile_out, report)
+    if json:
+        print_json(report)
+    else:
+        typer.echo(result)

@@ -1,0 +1,235 @@
+"""Text to video with WAN2.2: `WanT2V` for whole videos, `load_diffusers` for people with code of their own.
+
+    with WanT2V.from_checkpoint("Wan2.2-T2V-A14B") as pipe:
+        pipe("Two cats boxing on a stage").save("cats.mp4")
+
+`from_checkpoint` returns while networks are still being fetched; a call waits for each one when it needs it. The
+networks and the arithmetic are diffusers' and transformers'; the results are theirs, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.events import clock_ns
+from wan_pipeline.request import FPS, Request
+from wan_pipeline.startup import StartOptions, begin, detach
+from wan_pipeline.timeline import Timeline
+from wan_pipeline.video import write_mp4
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    import numpy as np
+    import torch
+
+    from wan_loader.types import StrPath
+    from wan_pipeline.startup import Started
+
+    Progress = Callable[[str, int, int], None]
+
+__all__ = ["Video", "WanT2V", "load_diffusers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A generated video."""
+
+    frames_THWC: np.ndarray
+    """Floats from 0 to 1."""
+    fps: int
+    request: Request
+
+    def save(self, path: StrPath) -> None:
+        """Write an mp4. Raises `OutputError`."""
+        write_mp4(path, self.frames_THWC, self.fps)
+
+
+class WanT2V:
+    """A started text-to-video pipeline. A context manager: leaving it frees everything."""
+
+    def __init__(self, started: Started) -> None:
+        self._started = started
+        self.pipe: Any = started.pipe
+        """The `diffusers.WanPipeline` underneath."""
+        self.timeline = Timeline()
+        """When what happened, for reports."""
+        self.pipe.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        directory: StrPath,
+        *,
+        preset: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        t5_cpu: bool = False,
+        offload_model: bool | None = None,
+        size: tuple[int, int] = (1280, 720),
+        frame_num: int = 81,
+    ) -> WanT2V:
+        """Start from a checkpoint in either layout; returns while weights are still on their way.
+
+        preset: auto, fastest, balanced, min-memory, multi-gpu, or the path of a TOML file. device: auto, cpu, cuda or
+        cuda:N. dtype: of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is used as
+        it is in the file, the VAE in fp32. t5_cpu: encode on the CPU. offload_model: False keeps everything on the
+        device, True one expert at a time; None leaves it to the preset. size and frame_num: the largest that will
+        be asked for; they decide how much memory a preset must leave.
+
+        Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError` and
+        `OptionError`, before a weight is loaded.
+        """
+        from wan_loader.dtypes import dtype_name
+
+        options = StartOptions(
+            preset=preset,
+            device=device,
+            dtype=dtype_name(dtype),
+            t5_cpu=t5_cpu,
+            offload_model=offload_model,
+            size=size,
+            frame_num=frame_num,
+        )
+        return cls(begin(directory, options))
+
+    def __enter__(self) -> WanT2V:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop what is still being fetched and free the weights."""
+        self._started.residency.close()
+
+    @property
+    def task(self) -> str:
+        """Which model this is: t2v-A14B or ti2v-5B."""
+        return self._started.checkpoint.task
+
+    @property
+    def preset(self) -> str:
+        """The preset in use."""
+        return self._started.preset.name
+
+    @property
+    def preset_reason(self) -> str:
+        """Why that preset, with the numbers."""
+        return self._started.reason
+
+    def wait(self) -> None:
+        """Wait until everything that was begun has been fetched; raises what went wrong."""
+        self._started.residency.wait_all()
+
+    def __call__(self, prompt: str, *, progress: Progress | None = None, **settings: Any) -> Video:
+        """Generate a video.
+
+        settings: fields of `Request` (size, frame_num, steps, shift, guide_scale, negative_prompt, solver, grid,
+        seed); what is not given is the official default of the model. progress: called with a phase, steps done and
+        steps in all. The same seed and settings give the same video.
+        """
+        import torch
+
+        request = Request.make(self.task, prompt, **settings)
+        request.check_task(self.task, self._started.checkpoint.vae_scale[1] * 2)
+        tell = progress or (lambda phase, done, total: None)
+        with torch.no_grad():
+            embeds = self._encode(request, tell)
+            latents = self._denoise(request, embeds, tell)
+            frames = self._decode(latents, tell)
+        return Video(frames, FPS[self.task], request)
+
+    def report(self) -> dict[str, Any]:
+        """Everything about the start and the generations so far, as one JSON document."""
+        return self.timeline.document(self._started)
+
+    def _encode(self, request: Request, tell: Progress) -> tuple[Any, Any]:
+        tell("encode", 0, 1)
+        with self.timeline.stage("encode"):
+            embeds = self.pipe.encode_prompt(
+                request.prompt,
+                negative_prompt=request.negative_prompt,
+                do_classifier_free_guidance=max(request.guide_scale) > 1,
+                max_sequence_length=512,
+            )
+        tell("encode", 1, 1)
+        return embeds[0], embeds[1]
+
+    def _denoise(self, request: Request, embeds: tuple[Any, Any], tell: Progress) -> Any:
+        import torch
+
+        from wan_pipeline.solvers import make_scheduler
+
+        self.pipe.scheduler = make_scheduler(
+            self._started.checkpoint.scheduler, solver=request.solver, shift=request.shift, grid=request.grid
+        )
+        low, high = request.guide_scale
+        tell("denoise", 0, request.steps)
+
+        def after_step(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            tell("denoise", step + 1, request.steps)
+            self.timeline.step_ns.append(clock_ns())
+            return tensors
+
+        with self.timeline.stage("denoise"):
+            return self.pipe(
+                prompt_embeds=embeds[0],
+                negative_prompt_embeds=embeds[1],
+                width=request.size[0],
+                height=request.size[1],
+                num_frames=request.frame_num,
+                num_inference_steps=request.steps,
+                guidance_scale=high,
+                guidance_scale_2=low if self.pipe.config.boundary_ratio is not None else None,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                output_type="latent",
+                callback_on_step_end=after_step,
+            ).frames
+
+    def _decode(self, latents: Any, tell: Progress) -> np.ndarray:
+        """As the end of `WanPipeline.__call__`, so that it is a phase of its own."""
+        import torch
+
+        tell("decode", 0, 1)
+        with self.timeline.stage("decode"):
+            vae = self.pipe.vae
+            latents = latents.to(self._started.device, vae.dtype)
+            shape = (1, vae.config.z_dim, 1, 1, 1)
+            mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+            inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
+            video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+            frames: np.ndarray = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
+        tell("decode", 1, 1)
+        return frames
+
+
+def load_diffusers(
+    directory: StrPath,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    preset: str = "auto",
+) -> Any:
+    """A ready `diffusers.WanPipeline` from a checkpoint in either layout, as `WanPipeline.from_pretrained` makes it.
+
+    dtype: as diffusers' argument; None gives its default, fp32 with the text encoder as in the file. With a preset
+    that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when this returns,
+    and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and dropped
+    when another needs the room; such a pipeline cannot be moved with `.to()`.
+
+    Raises what `WanT2V.from_checkpoint` raises.
+    """
+    from wan_loader.dtypes import dtype_name
+
+    started = begin(directory, StartOptions(preset=preset, device=device, dtype=dtype_name(dtype), like_diffusers=True))
+    if started.preset.residency == "everything":
+        try:
+            started.residency.wait_all()
+        except BaseException:
+            started.residency.close()
+            raise
+        detach(started.pipe)
+    return started.pipe

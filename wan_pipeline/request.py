@@ -1,0 +1,102 @@
+"""What to generate: one frozen value with the official defaults of each task, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from wan_loader.errors import OptionError
+
+__all__ = ["FPS", "Grid", "Request", "Solver", "parse_guide_scale", "parse_size"]
+
+Solver = Literal["unipc", "dpm++"]
+Grid = Literal["official", "diffusers"]
+
+#: Frames per second of each task's videos.
+FPS = {"t2v-A14B": 16, "ti2v-5B": 24}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "t2v-A14B": {
+        "size": (1280, 720),
+        "frame_num": 81,
+        "steps": 40,
+        "shift": 12.0,
+        "guide_scale": (3.0, 4.0),
+    },
+    "ti2v-5B": {"size": (1280, 704), "frame_num": 121, "steps": 50, "shift": 5.0, "guide_scale": (5.0, 5.0)},
+}
+#: What the published configuration steers away from when nothing else is asked for.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One video to make."""
+
+    prompt: str
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    frame_num: int
+    steps: int
+    shift: float
+    guide_scale: tuple[float, float]
+    """Guidance of the low-noise and of the high-noise expert."""
+    negative_prompt: str = NEGATIVE_PROMPT
+    solver: Solver = "unipc"
+    grid: Grid = "official"
+    """Whose noise levels: the official code's, or diffusers'."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        width, height = self.size
+        if not self.prompt.strip():
+            raise OptionError("the prompt is empty: say what the video shows")
+        if width < 16 or height < 16 or width % 16 or height % 16:
+            raise OptionError(f"size {width}*{height}: both must be multiples of 16")
+        if self.frame_num < 1 or self.frame_num % 4 != 1:
+            raise OptionError(f"frame_num {self.frame_num}: it must be 4n+1, such as 81")
+        if self.steps < 1:
+            raise OptionError(f"sample_steps {self.steps}: at least 1")
+        if not self.shift > 0:
+            raise OptionError(f"sample_shift {self.shift}: it must be positive")
+        if self.solver not in get_args(Solver):
+            raise OptionError(f"sample_solver {self.solver!r}: use {' or '.join(get_args(Solver))}")
+        if self.grid not in get_args(Grid):
+            raise OptionError(f"grid {self.grid!r}: use {' or '.join(get_args(Grid))}")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise OptionError(f"seed {self.seed}: from 0 to 2**63 - 1")
+
+    @classmethod
+    def make(cls, task: str, prompt: str, **settings: Any) -> Request:
+        """A request with the defaults of a task; settings that are None count as not given."""
+        given = {key: value for key, value in settings.items() if value is not None}
+        return cls(**{**_DEFAULTS[task], "prompt": prompt, **given})
+
+    def check_task(self, task: str, multiple: int) -> None:
+        """`OptionError` unless the model of `task`, which works on squares of `multiple` pixels, can do this."""
+        width, height = self.size
+        if width % multiple or height % multiple:
+            raise OptionError(f"size {width}*{height}: both must be multiples of {multiple} for {task}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "1280*720" or "1280x720" as width and height."""
+    match = re.fullmatch(r"(\d+)[*x](\d+)", text.strip())
+    if match is None:
+        raise OptionError(f"size {text!r}: write it as WIDTH*HEIGHT, such as 1280*720")
+    return int(match[1]), int(match[2])
+
+
+def parse_guide_scale(text: str) -> tuple[float, float]:
+    """ "3.5" for both experts, or "3.0,4.0" for the low-noise and the high-noise one."""
+    try:
+        values = [float(part) for part in text.split(",")]
+        low, high = values * 2 if len(values) == 1 else values
+    except ValueError:
+        raise OptionError(f"sample_guide_scale {text!r}: one number, or LOW,HIGH such as 3.0,4.0") from None
+    return low, high

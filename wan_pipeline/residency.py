@@ -1,0 +1,271 @@
+"""What lies on which device when: carries out the phases of a preset.
+
+Entering a phase drops what it does not allow, starts fetching what it does, in order of first use, in the background,
+and waits only for the network that is about to run. So the next network loads behind the running one, and a switch
+to a fetched one costs nothing. Dropped weights are not copied anywhere: they are fetched again, out of the page cache
+if it still holds them. Only the thread of the pipeline may call `use` and `close`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wan_loader.events import clock_ns
+from wan_loader.source.prewarm import prewarm_files
+from wan_pipeline import modules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from wan_loader.events import Observer, Span
+    from wan_loader.report import LoadReport
+    from wan_loader.source.prewarm import Prewarm
+    from wan_pipeline.checkpoint import Component
+    from wan_pipeline.presets import Phase
+
+__all__ = ["Fetch", "FetchCancelledError", "Part", "Residency"]
+
+
+class FetchCancelledError(Exception):
+    """A fetch was cancelled. Raised to whoever waits for it; the module is as empty as before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A network, and where and as what it is to be loaded."""
+
+    component: Component
+    device: torch.device
+    dtype: torch.dtype | None
+    decoder_only: bool = False
+
+
+class Fetch:
+    """Work in a daemon thread of its own, which begins when the fetch before it has ended. Cancellable."""
+
+    def __init__(self, name: str, work: Callable[[threading.Event], None], after: Fetch | None = None) -> None:
+        self.name = name
+        self.failure: BaseException | None = None
+        self._work = work
+        self._after = after
+        self._lock = threading.Lock()
+        self._begun = False
+        self._stop = threading.Event()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name=f"fetch {name}", daemon=True).start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._ended.is_set()
+
+    def wait(self) -> None:
+        """Wait for the end; raises what made it fail, or `FetchCancelledError`."""
+        self._ended.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def stop(self) -> None:
+        """Ask it to end at its next block; nothing happens to one that has ended."""
+        self._stop.set()
+
+    def cancel(self) -> None:
+        """`stop`, and wait for the end if it has begun; one that has not never will."""
+        with self._lock:
+            self.stop()
+            begun = self._begun
+        if begun:
+            self._ended.wait()
+
+    def _run(self) -> None:
+        try:
+            if self._after is not None:
+                self._after._ended.wait()
+                self._after = None
+            with self._lock:
+                if self._stop.is_set():
+                    raise FetchCancelledError(f"fetching the {self.name} was cancelled")
+                self._begun = True
+            self._work(self._stop)
+        except BaseException as failure:
+            self.failure = failure
+        finally:
+            self._ended.set()
+
+
+class _Stopper:
+    """An observer through which a load can be stopped: it raises in the load's own threads, which end it cleanly."""
+
+    def __init__(self, stop: threading.Event, name: str, observer: Observer | None) -> None:
+        self._stop = stop
+        self._name = name
+        self._observer = observer
+
+    def record(self, span: Span) -> None:
+        if self._stop.is_set():
+            raise FetchCancelledError(f"fetching the {self._name} was cancelled")
+        if self._observer is not None:
+            self._observer.record(span)
+
+
+@dataclass(slots=True)
+class Log:
+    """What the residency did, for reports."""
+
+    loads: list[tuple[str, int, int, LoadReport]] = field(default_factory=list)
+    """Each load: network, start_ns, end_ns, report."""
+    waits: list[tuple[str, int, int]] = field(default_factory=list)
+    """Each first use of a phase: network, start_ns and end_ns of waiting for it."""
+    device_peak_nbytes: int = 0
+
+
+class Residency:
+    """Keeps networks on their devices as the phases allow."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        phases: Sequence[Phase],
+        *,
+        observer: Observer | None = None,
+        warm_ahead: bool = False,
+        warming: Prewarm | None = None,
+    ) -> None:
+        """parts: in the order of first use. warming: a warm-up of their files that is under way."""
+        self._parts: dict[str, Part] = {part.component.name: part for part in parts}
+        self._phases = {phase.uses: phase for phase in phases}
+        self._observer = observer
+        self._warm_ahead = warm_ahead
+        self._warming = warming
+        self._modules: dict[str, torch.nn.Module] = {}
+        self._current: str | None = None
+        self._fetches: dict[str, Fetch] = {}
+        self._trees: dict[str, torch.nn.Module] = {}
+        self._last: Fetch | None = None
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self.log = Log()
+
+    def start(self) -> None:
+        """Begin fetching what the first phase allows; returns at once. Needs no module yet."""
+        self._prepare(next(iter(self._phases)))
+
+    def provide(self, name: str, module: torch.nn.Module) -> None:
+        """Say which module, built and empty, is a network; needed before it is used."""
+        with self._lock:
+            self._modules[name] = module
+            if (tree := self._trees.pop(name, None)) is not None:
+                modules.adopt(module, self._parts[name].component, tree)
+
+    def use(self, name: str) -> None:
+        """Make a network ready to run: returns at once if it is, else when it has been fetched."""
+        if name == self._current:
+            return
+        start_ns = clock_ns()
+        self._prepare(name)
+        self._finish(name)
+        self._current = name
+        self.log.waits.append((name, start_ns, clock_ns()))
+        self.note_peak()
+
+    def wait_all(self) -> None:
+        """Wait until everything that was begun has arrived; raises the first failure."""
+        for name in list(self._fetches):
+            self._finish(name)
+
+    def resident(self) -> tuple[str, ...]:
+        """Networks that are loaded now."""
+        return tuple(name for name, fetch in self._fetches.items() if fetch.done and fetch.failure is None)
+
+    def cancel(self, name: str) -> None:
+        """Stop fetching a network that is not needed after all; `use` fetches it again."""
+        if (fetch := self._fetches.get(name)) is not None and not fetch.done:
+            self._drop(name)
+
+    def close(self) -> None:
+        """Stop what is under way and free everything."""
+        self._closed.set()
+        if self._warming is not None:
+            self._warming.stop()
+        for fetch in self._fetches.values():
+            fetch.stop()
+        for name in list(self._fetches):
+            self._drop(name)
+        self._current = None
+
+    def note_peak(self) -> None:
+        """Add the device's peak so far to the log: each load lets the allocator's own begin anew."""
+        device = next((part.device for part in self._parts.values() if part.device.type == "cuda"), None)
+        if device is not None:
+            import torch
+
+            self.log.device_peak_nbytes = max(self.log.device_peak_nbytes, torch.cuda.max_memory_allocated(device))
+
+    def _prepare(self, name: str) -> None:
+        """Drop what the phase of `name` does not allow, and start fetching what it does."""
+        allowed = self._phases[name].resident
+        for other in [n for n in self._fetches if n not in allowed]:
+            self._drop(other)
+        self._current = None
+        # what runs first, then the others in the order of first use
+        for wanted in sorted(allowed, key=lambda n: n != name):
+            if wanted not in self._fetches:
+                self._last = self._fetches[wanted] = Fetch(wanted, self._loading(wanted), self._last)
+        if self._warm_ahead:
+            order = [*self._parts]
+            ahead = [n for n in order[order.index(name) + 1 :] if n not in allowed]
+            Fetch("files", lambda stop: self._warm(ahead), self._last)
+
+    def _finish(self, name: str) -> None:
+        """Wait for a fetch; one that failed may be tried again."""
+        try:
+            self._fetches[name].wait()
+        except BaseException:
+            self._fetches.pop(name, None)
+            raise
+
+    def _drop(self, name: str) -> None:
+        self._fetches.pop(name).cancel()
+        self.note_peak()
+        self._trees.pop(name, None)
+        if name in self._modules:
+            modules.empty(self._modules[name])
+
+    def _loading(self, name: str) -> Callable[[threading.Event], None]:
+        part = self._parts[name]
+
+        def load(stop: threading.Event) -> None:
+            if self._warming is not None:  # the load has the disk alone; what was warmed, it finds
+                self._warming.stop()
+            self.note_peak()
+            start_ns = clock_ns()
+            tree, report = modules.fetch(
+                part.component,
+                device=part.device,
+                dtype=part.dtype,
+                decoder_only=part.decoder_only,
+                observer=_Stopper(stop, name, self._observer),
+            )
+            self._hand_over(name, tree)
+            self.note_peak()
+            self.log.loads.append((name, start_ns, clock_ns(), report))
+
+        return load
+
+    def _hand_over(self, name: str, tree: torch.nn.Module) -> None:
+        """To the module, if it is built already; else it is kept until `provide`."""
+        with self._lock:
+            if name in self._modules:
+                modules.adopt(self._modules[name], self._parts[name].component, tree)
+            else:
+                self._trees[name] = tree
+
+    def _warm(self, names: Sequence[str]) -> None:
+        if self._warming is not None:
+            self._warming.stop()
+        if not self._closed.is_set():
+            self._warming = prewarm_files([file for n in names for file in self._parts[n].component.files])

@@ -1,0 +1,72 @@
+"""Schedulers as the official code sets them up: UniPC or DPM++ for flow matching, on the official grid of noise levels.
+
+The official grid begins at 0.999, diffusers' at 1; with otherwise equal settings the videos differ visibly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+
+from wan_loader.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Grid", "Solver", "make_scheduler"]
+
+Solver = Literal["unipc", "dpm++"]
+Grid = Literal["official", "diffusers"]
+
+_Unipc: Any = diffusers.UniPCMultistepScheduler
+_Dpm: Any = diffusers.DPMSolverMultistepScheduler
+
+
+def _official_sigmas(n_steps: int) -> np.ndarray:
+    """Noise levels before the shift, the highest first."""
+    return np.linspace(0.999, 0.0, n_steps + 1)[:-1]
+
+
+class OfficialUniPC(_Unipc):  # type: ignore[misc]
+    """UniPC on the official grid."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As diffusers' own, on the official grid."""
+        super().set_timesteps(device=device, sigmas=_official_sigmas(num_inference_steps))
+
+
+class OfficialDpm(_Dpm):  # type: ignore[misc]
+    """DPM++ on the official grid."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As diffusers' own, on the official grid."""
+        super().set_timesteps(num_inference_steps, device=device)
+        shift = self.config.flow_shift
+        sigmas = _official_sigmas(num_inference_steps)
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        self.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
+        self.timesteps = torch.from_numpy(sigmas * self.config.num_train_timesteps).to(device, torch.int64)
+
+
+def make_scheduler(config: Mapping[str, Any], *, solver: Solver, shift: float, grid: Grid = "official") -> Any:
+    """A scheduler from a checkpoint's scheduler configuration, with another solver, shift and grid."""
+    classes = {
+        ("unipc", "official"): OfficialUniPC,
+        ("unipc", "diffusers"): _Unipc,
+        ("dpm++", "official"): OfficialDpm,
+        ("dpm++", "diffusers"): _Dpm,
+    }
+    if (solver, grid) not in classes:
+        raise OptionError(f"solver {solver!r} with grid {grid!r}: use unipc or dpm++, official or diffusers")
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    if solver == "dpm++":
+        settings = {
+            "algorithm_type": "dpmsolver++",
+            "num_train_timesteps": settings.get("num_train_timesteps", 1000),
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        }
+    return classes[solver, grid](**{**settings, "flow_shift": shift})

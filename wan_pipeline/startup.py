@@ -1,0 +1,267 @@
+"""From a directory to a running start: everything that happens before the first denoising step, in its order.
+
+    headers read and checked      milliseconds, no torch
+    files read ahead              in the background, while torch, transformers and diffusers are imported
+    preset chosen                 from sizes and limits; one that cannot fit ends here
+    networks built on meta        each is fetched as soon as it is built and its turn comes
+
+The result is a plain `diffusers.WanPipeline` whose networks are made ready by `Residency` when they are about to run.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import OptionError
+from wan_loader.events import Recorder, span
+from wan_loader.machine import available_memory
+from wan_loader.source.prewarm import prewarm_files
+from wan_pipeline import modules, presets
+from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.residency import Fetch, Part, Residency
+
+if TYPE_CHECKING:
+    import torch
+
+    from wan_loader.source.prewarm import Prewarm
+    from wan_loader.types import StrPath
+    from wan_pipeline.checkpoint import Component, WanCheckpoint
+    from wan_pipeline.presets import Limits, Preset
+
+__all__ = ["StartOptions", "Started", "begin", "world_size"]
+
+#: Host memory of a load to a GPU: its staging.
+_STAGING_BYTES = 512 << 20
+#: Readers that warm the page cache: enough for a disk, few enough for the imports that run meanwhile.
+_WARMERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """How to start."""
+
+    preset: str = "auto"
+    device: str | torch.device = "auto"
+    dtype: str | None = None
+    """bf16, fp16 or fp32; None: what the preset says."""
+    t5_cpu: bool = False
+    offload_model: bool | None = None
+    """None: what the preset says."""
+    like_diffusers: bool = False
+    """Load all of the VAE, and all networks in the dtypes that `WanPipeline.from_pretrained(dtype=...)` gives them."""
+    size: tuple[int, int] = (1280, 720)
+    frame_num: int = 81
+    """Size and frames decide the working memory that a preset must leave."""
+
+
+@dataclass(slots=True)
+class Started:
+    """A pipeline whose first networks are on their way."""
+
+    pipe: Any
+    checkpoint: WanCheckpoint
+    residency: Residency
+    preset: Preset
+    reason: str
+    device: torch.device
+    recorder: Recorder
+
+
+def begin(directory: StrPath, options: StartOptions) -> Started:
+    """Start. Raises everything that can be found wrong before a weight is loaded."""
+    recorder = Recorder()
+    with span(recorder, "header"):
+        checkpoint = open_wan(directory)
+    if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
+        raise OptionError(f"{', '.join(missing)} not installed: pip install 'wan-loader[pipeline]'")
+    if world_size() > 1:
+        raise OptionError("this start-up is for one process, and there are several (WORLD_SIZE)")
+    warming = prewarm_files([f for c in checkpoint.components for f in c.files], threads=_WARMERS)
+    try:
+        return _begin(checkpoint, options, recorder, warming)
+    except BaseException:
+        warming.stop()
+        raise
+
+
+def _begin(checkpoint: WanCheckpoint, options: StartOptions, recorder: Recorder, warming: Prewarm) -> Started:
+    with span(recorder, "import"):
+        import torch  # noqa: F401
+    found: list[Started] = []
+    # the CUDA context, and then the weights, take their time while the libraries are imported
+    first = Fetch("start", lambda stop: found.append(_start_fetching(checkpoint, options, recorder, warming)))
+    try:
+        with span(recorder, "import"):
+            from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
+        first.wait()
+        started = found[0]
+        with span(recorder, "import"):
+            from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
+        with span(recorder, "init"):
+            started.pipe = _pipeline(checkpoint, _build_all(started, options))
+            attach(started.pipe, started.residency, started.device)
+    except BaseException:
+        first.cancel()
+        for started in found:
+            started.residency.close()
+        raise
+    return started
+
+
+def _start_fetching(checkpoint: WanCheckpoint, options: StartOptions, recorder: Recorder, warming: Prewarm) -> Started:
+    """Choose the preset and begin to load; needs torch and the device, no other library."""
+    import torch
+
+    from wan_loader.loader.devices import resolve_device
+
+    device = resolve_device(options.device, recorder)
+    preset, reason = _choose(checkpoint, options, device)
+    parts = [
+        Part(
+            component,
+            torch.device("cpu") if component.name == "text_encoder" and preset.text_encoder == "cpu" else device,
+            _dtype(component, preset, options),
+            decoder_only=not options.like_diffusers,
+        )
+        for component in checkpoint.components
+    ]
+    phases = presets.phases(preset, checkpoint.names)
+    residency = Residency(parts, phases, observer=recorder, warm_ahead=preset.warm_ahead, warming=warming)
+    residency.start()
+    return Started(None, checkpoint, residency, preset, reason, device, recorder)
+
+
+def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
+    """The networks on meta, known to the residency; `KeyMismatchError` if a checkpoint does not fit one."""
+    built: dict[str, Any] = {}
+    for component in started.checkpoint.components:
+        dtype = _dtype(component, started.preset, options)
+        module = modules.build(component, dtype, decoder_only=not options.like_diffusers)
+        modules.check(module, component)
+        started.residency.provide(component.name, module)
+        built[component.name] = module
+    return built
+
+
+def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
+    import diffusers
+    import transformers
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(checkpoint.tokenizer))
+    scheduler: Any = getattr(diffusers, checkpoint.scheduler.get("_class_name", "UniPCMultistepScheduler"))
+    wan: Any = diffusers.WanPipeline
+    return wan(
+        tokenizer=tokenizer,
+        scheduler=scheduler.from_config(dict(checkpoint.scheduler)),
+        boundary_ratio=checkpoint.boundary_ratio,
+        expand_timesteps=checkpoint.task == "ti2v-5B",
+        **built,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Hook:
+    """What diffusers asks a module for when its weights may be elsewhere."""
+
+    execution_device: torch.device
+
+
+def attach(pipe: Any, residency: Residency, device: torch.device) -> None:
+    """Have each network of a pipeline made ready when it is about to run."""
+    for name in ("text_encoder", "transformer", "transformer_2"):
+        if (module := getattr(pipe, name, None)) is not None:
+            module._hf_hook = _Hook(device)
+            module.register_forward_pre_hook(_ready(residency, name), with_kwargs=True)
+    pipe.vae._hf_hook = _Hook(device)
+    for name in ("encode", "decode"):
+        setattr(pipe.vae, name, _after_ready(residency, getattr(pipe.vae, name)))
+
+
+def detach(pipe: Any) -> None:
+    """Undo `attach`: the networks are ordinary modules again."""
+    for name in ("text_encoder", "transformer", "transformer_2", "vae"):
+        if (module := getattr(pipe, name, None)) is not None:
+            del module._hf_hook
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks_with_kwargs.clear()
+    del pipe.vae.encode, pipe.vae.decode
+
+
+def _ready(residency: Residency, name: str) -> Any:
+    def hook(module: Any, args: Any, kwargs: Any) -> Any:
+        residency.use(name)
+        if name == "text_encoder":  # may live on the CPU, while the pipeline's tensors are on the GPU
+            args = tuple(x.to(module.device) for x in args)
+        return args, kwargs
+
+    return hook
+
+
+def _after_ready(residency: Residency, method: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        residency.use("vae")
+        return method(*args, **kwargs)
+
+    return call
+
+
+def _dtype(component: Component, preset: Preset, options: StartOptions) -> torch.dtype | None:
+    """The dtype of a network once loaded; None: as in the file."""
+    from wan_loader.dtypes import dtype_name, torch_dtype
+
+    if options.like_diffusers:
+        wanted = options.dtype or (None if component.name == "text_encoder" else "fp32")
+    else:
+        wanted = {"vae": preset.vae_dtype, "text_encoder": None}.get(component.name, preset.dtype)
+    name = dtype_name(wanted)
+    return None if name is None else torch_dtype(name)
+
+
+def _choose(checkpoint: WanCheckpoint, options: StartOptions, device: torch.device) -> tuple[Preset, str]:
+    limits = _limits(device)
+    adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
+    some = presets.load_preset("fastest" if options.preset == "auto" else options.preset).adapted(**adapt)  # type: ignore[arg-type]
+    sizes: dict[str, int] = {}
+    for component in checkpoint.components:
+        dtype = _dtype(component, some, options)
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        sizes[component.name] = component.nbytes(name, decoder_only=not options.like_diffusers)
+    workspace = _workspace(checkpoint, options)
+    host_nbytes = _STAGING_BYTES if device.type == "cuda" else 0
+    if options.preset == "auto":
+        return presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
+    return some, presets.check_fit(some, sizes, workspace, host_nbytes, limits)
+
+
+def _limits(device: torch.device) -> Limits:
+    import torch
+
+    free = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=available_memory())
+
+
+def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, int]:
+    """Bytes that running each network takes beside the weights: estimates, on the safe side."""
+    width, height = options.size
+    frames_per, pixels_per = checkpoint.vae_scale
+    tokens = ((options.frame_num - 1) // frames_per + 1) * (width // pixels_per // 2) * (height // pixels_per // 2)
+    out = {"text_encoder": 500_000_000}
+    for name in ("transformer", "transformer_2"):
+        if name in checkpoint.names:
+            config = checkpoint[name].config
+            dim = config["num_attention_heads"] * config["attention_head_dim"]
+            out[name] = tokens * (8 * dim + config["ffn_dim"]) * 2
+    base = checkpoint["vae"].config.get("decoder_base_dim") or checkpoint["vae"].config.get("base_dim", 96)
+    out["vae"] = width * height * (base * frames_per * 16 + options.frame_num * 3 * 4 * 3)
+    return out
+
+
+def world_size() -> int:
+    """How many processes a distributed run has; 1 outside of one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,141 @@
+"""When what happened from the start of the process on, and the one document that says so.
+
+The document has the fields of a `wan-loader load` report for all loads together, and `pipeline` for the rest: stages,
+time to the first denoising step, how long each network was waited for, and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.dtypes import dtype_name
+from wan_loader.events import clock_ns
+from wan_loader.machine import machine_card, peak_resident
+from wan_loader.report import SCHEMA_VERSION, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from wan_loader.report import LoadReport
+    from wan_pipeline.startup import Started
+
+__all__ = ["Timeline", "process_start_ns"]
+
+_START_TICKS = 19  # field 22 of /proc/self/stat, counted after the command's name
+
+
+def process_start_ns() -> int:
+    """When this process began, on the clock of spans; to a hundredth of a second."""
+    try:
+        text = Path("/proc/self/stat").read_text()
+        seconds = int(text.rpartition(")")[2].split()[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return clock_ns()
+    age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - int(seconds * 1e9)
+    return clock_ns() - age_ns
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Stages of the pipeline as they ran."""
+
+    start_ns: int = field(default_factory=process_start_ns)
+    stages: list[tuple[str, int, int]] = field(default_factory=list)
+    step_ns: list[int] = field(default_factory=list)
+    """When each denoising step was submitted."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Record the body as a stage, also when it raises."""
+        start_ns = clock_ns()
+        try:
+            yield
+        finally:
+            self.stages.append((name, start_ns, clock_ns()))
+
+    def first_step_s(self, started: Started) -> float | None:
+        """Seconds from the start of the process until the first denoising step could run; None if none did yet."""
+        ready = [end for name, _, end in started.residency.log.waits if name == "transformer"]
+        return (ready[0] - self.start_ns) / 1e9 if ready else None
+
+    def document(self, started: Started) -> dict[str, Any]:
+        """The report as JSON."""
+        log = started.residency.log
+        reports = [report for *_, report in log.loads]
+        return {
+            **_totals(reports),
+            "target": str(started.checkpoint.directory),
+            "device": str(started.device),
+            "dtype": dtype_name(started.preset.dtype),
+            "seconds": (clock_ns() - self.start_ns) / 1e9,
+            "phases": [
+                {"name": p.name, "busy_s": p.busy_s, "nbytes": p.nbytes, "gbps": p.gbps}
+                for p in summarize(started.recorder.spans)
+            ],
+            "memory": _memory(started, reports),
+            "machine": reports[0].machine if reports else machine_card(),
+            "settings": {"preset": started.preset.name, "preset_reason": started.reason},
+            "pipeline": {
+                "time_to_first_step_s": self.first_step_s(started),
+                "stages": [self._interval(*stage) for stage in self.stages],
+                "waits": [self._interval(*wait) for wait in log.waits],
+                "loads": [
+                    {**self._interval(name, start, end), "nbytes": r.nbytes_file, "io": r.io.mode, "gbps": r.gbps}
+                    for name, start, end, r in log.loads
+                ],
+                "steps_s": [(ns - self.start_ns) / 1e9 for ns in self.step_ns],
+            },
+        }
+
+    def _interval(self, name: str, start_ns: int, end_ns: int) -> dict[str, Any]:
+        return {
+            "name": name,
+            "start_s": (start_ns - self.start_ns) / 1e9,
+            "seconds": (end_ns - start_ns) / 1e9,
+        }
+
+
+def _totals(reports: list[LoadReport]) -> dict[str, Any]:
+    busy = sum(r.seconds for r in reports)
+    nbytes = sum(r.nbytes_file for r in reports)
+    modes = {mode for r in reports for mode in r.io.mode.split("+")}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "generate",
+        "nbytes_file": nbytes,
+        "nbytes_device": sum(r.nbytes_device for r in reports),
+        "n_tensors": sum(r.n_tensors for r in reports),
+        "gbps": nbytes / busy / 1e9 if busy else 0.0,
+        "io": {
+            "mode": "+".join(sorted(modes - {"none"})) or "none",
+            "reason": "; ".join(dict.fromkeys(r.io.reason for r in reports)),
+            "resident_before": sum(r.io.resident_before for r in reports),
+            "nbytes_mapped": sum(r.io.nbytes_mapped for r in reports),
+            "nbytes_direct": sum(r.io.nbytes_direct for r in reports),
+            "nbytes_buffered": sum(r.io.nbytes_buffered for r in reports),
+        },
+        "bottleneck": _bottleneck(reports),
+        "warnings": list(dict.fromkeys(w for r in reports for w in r.warnings)),
+    }
+
+
+def _bottleneck(reports: list[LoadReport]) -> dict[str, Any] | None:
+    """That of the load which took longest."""
+    if not reports:
+        return None
+    found: dict[str, Any] = max(reports, key=lambda r: r.seconds).to_json()["bottleneck"]
+    return found
+
+
+def _memory(started: Started, reports: list[LoadReport]) -> dict[str, int]:
+    started.residency.note_peak()
+    return {
+        "host_peak_bytes": max([peak_resident(), *(r.memory.host_peak_bytes for r in reports)]),
+        "pinned_bytes": max((r.memory.pinned_bytes for r in reports), default=0),
+        "device_peak_bytes": started.residency.log.device_peak_nbytes,
+    }
