@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Low to high. A module may import from its own room and from those below.
 ROOMS = [
     {"errors", "types", "_version"},
-    {"events", "dtypes", "sizes"},
+    {"atomic", "events", "dtypes", "sizes"},
     {"linux", "plan", "machine"},
     {"formats"},
     {"source"},

@@ -8,6 +8,8 @@
     ├── DeviceMemoryError(MemoryError)         the weights do not fit on the device
     ├── HostMemoryError(MemoryError)           the machine or its cgroup cannot give the memory asked for
     ├── CacheError(OSError)                    the converted cache cannot be used
+    ├── SessionError(ValueError)               a saved session or measurement is damaged or foreign
+    ├── UnmeasuredError                        something could not be measured
     ├── OutputError(OSError)                   a result cannot be written where it was asked for
     └── OptionError(ValueError)                a setting that makes no sense
 
@@ -27,6 +29,8 @@ __all__ = [
     "MissingFileError",
     "OptionError",
     "OutputError",
+    "SessionError",
+    "UnmeasuredError",
     "WanLoaderError",
 ]
 
@@ -63,6 +67,14 @@ class HostMemoryError(WanLoaderError, MemoryError):
 
 class CacheError(WanLoaderError, OSError):
     """The converted cache cannot be read or written."""
+
+
+class SessionError(WanLoaderError, ValueError):
+    """A saved session or a cached measurement is damaged or foreign."""
+
+
+class UnmeasuredError(WanLoaderError):
+    """Something could not be measured; the message says why."""
 
 
 class OutputError(WanLoaderError, OSError):

@@ -13,8 +13,12 @@ import typer
 
 from wan_loader import __version__
 from wan_loader.cli import options
+from wan_loader.cli.doctor import doctor
+from wan_loader.cli.estimate import estimate
 from wan_loader.cli.inspect import inspect
-from wan_loader.cli.load import load, profile
+from wan_loader.cli.load import load
+from wan_loader.cli.profile import profile
+from wan_loader.cli.report import report
 from wan_loader.cli.synth import synth
 from wan_loader.errors import WanLoaderError
 
@@ -29,8 +33,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (inspect, load, profile):
+for command in (inspect, load, doctor, estimate, report):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True})(profile)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(synth)
 
 

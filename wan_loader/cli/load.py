@@ -1,21 +1,20 @@
-"""`wan-loader load` and `wan-loader profile`."""
+"""`wan-loader load`: one load, and how fast it went."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, PathArgument, Threads, Verbose
+from wan_loader.cli.options import Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.loader.load import Loaded
 
-__all__ = ["load", "profile"]
+__all__ = ["load"]
 
 
 def load(
@@ -41,7 +40,7 @@ def load(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import error_console, print_load, print_warnings
 
-    loaded = _load(path, device, dtype, io, threads, "load")
+    loaded = _load(path, device, dtype, io, threads)
     checked = _verify(path, loaded) if verify else None
     if json:
         print_json({**loaded.report.to_json(), **({} if checked is None else {"verified_tensors": checked})})
@@ -52,47 +51,13 @@ def load(
     print_warnings(loaded.report.warnings)
 
 
-def profile(
-    path: PathArgument,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    io: Io = IoChoice.AUTO,
-    threads: Threads = None,
-    json: JsonOut = False,
-    output: OutFile = None,
-    force: Force = False,
-    verbose: Verbose = False,
-) -> None:
-    """Load a checkpoint and show where the time goes.
-
-    Examples:
-
-        wan-loader profile Wan2.2-T2V-A14B/high_noise_model --dtype bf16
-
-        wan-loader profile model.safetensors --json > run.json
-    """
-    from wan_loader.cli.output import check_output, print_json, write_json
-    from wan_loader.cli.render import print_load, print_warnings
-
-    check_output(output, force=force)
-    report = _load(path, device, dtype, io, threads, "profile").report
-    if output is not None:
-        write_json(output, report.to_json())
-    if json:
-        print_json(report.to_json())
-    else:
-        print_load(report)
-    print_warnings(report.warnings)
-
-
-def _load(path: Path, device: str, dtype: str | None, io: IoChoice, threads: int | None, command: str) -> Loaded:
+def _load(path: Path, device: str, dtype: str | None, io: IoChoice, threads: int | None) -> Loaded:
     import wan_loader
     from wan_loader.cli.render import reading_progress
 
     total = wan_loader.open_checkpoint(path).nbytes
     with reading_progress(total) as observer:
-        loaded = wan_loader.load(path, device=device, dtype=dtype, io=io.value, threads=threads, observer=observer)
-    return replace(loaded, report=replace(loaded.report, command=command))
+        return wan_loader.load(path, device=device, dtype=dtype, io=io.value, threads=threads, observer=observer)
 
 
 def _verify(path: Path, loaded: Loaded) -> int:

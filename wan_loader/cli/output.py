@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from wan_loader.atomic import write_text
 from wan_loader.errors import OutputError
 
 __all__ = ["check_output", "print_json", "write_json"]
@@ -23,14 +24,8 @@ def check_output(path: Path | None, *, force: bool) -> None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write beside the place, then rename: nobody sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(document, indent=2) + "\n")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    """Write a document whole or not at all; raises `OutputError`."""
+    write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def print_json(document: dict[str, Any]) -> None:

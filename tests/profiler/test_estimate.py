@@ -1,0 +1,169 @@
+"""Sizes, the simulated pipeline, ceilings and diagnosis."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wan_loader.errors import OptionError
+from wan_loader.profiler import measure
+from wan_loader.profiler.ceilings import find_ceilings, known_ceilings
+from wan_loader.profiler.diagnosis import checkpoints_in, diagnose
+from wan_loader.profiler.simulate import STORAGES, Hardware, Part, parts_of, simulate
+from wan_loader.sizes import parse_rate, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("3GB", 3 * 10**9), ("512MiB", 512 << 20), ("1.5k", 1500), ("7", 7), ("2 TB", 2 * 10**12)]
+)
+def test_sizes(text, nbytes):
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("150MB/s", 150e6), ("3GB", 3e9), ("10Gbit/s", 1.25e9), ("10Gbps", 10e9 / 8)]
+)
+def test_rates(text, rate):
+    if text == "10Gbps":
+        text = "10Gbitps"
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-3GB", "0", "3XB", "1e9", "GB/s"])
+def test_nonsense(text):
+    for parse in (parse_size, parse_rate):
+        with pytest.raises(OptionError):
+            parse(text)
+
+
+def hardware(**changes):
+    return Hardware(**{"disk": 1e9, "copy": 10e9, "cast": 1e12, "cuda": True, **changes})
+
+
+def test_the_slowest_resource_sets_the_pace():
+    parts = [Part(8 << 20, cast=False)] * 1000
+    nbytes = sum(p.nbytes for p in parts)
+    by_disk = simulate(parts, hardware())
+    assert by_disk.seconds == pytest.approx(nbytes / 1e9, rel=0.01)
+    assert by_disk.bottleneck == "disk"
+    by_copy = simulate(parts, hardware(disk=100e9))
+    assert by_copy.seconds == pytest.approx(nbytes / 10e9, rel=0.02)
+    assert by_copy.bottleneck == "copy"
+
+
+def test_one_slot_makes_stages_take_turns():
+    parts = [Part(8 << 20, cast=False)] * 100
+    one = simulate(parts, hardware(copy=1e9, slots=1))
+    assert one.seconds == pytest.approx(one.read_s + one.copy_s)
+
+
+def test_conversion_on_the_cpu_is_the_copy():
+    parts = [Part(8 << 20, cast=True)] * 100
+    found = simulate(parts, hardware(cuda=False, cast=2e9, disk=100e9))
+    assert found.copy_s == 0
+    assert found.bottleneck == "cast"
+
+
+def test_fixed_costs_come_first():
+    assert simulate([], hardware(fixed_s=3)).seconds == 3
+
+
+@given(st.lists(st.integers(1, 9 << 20), max_size=50), st.integers(1, 5), st.booleans())
+def test_bounds(sizes, slots, cuda):
+    parts = [Part(n, cast=n % 2 == 0) for n in sizes]
+    found = simulate(parts, hardware(slots=slots, cuda=cuda, copy=2e9, cast=3e9))
+    work = (found.read_s, found.copy_s, found.cast_s)
+    assert max(work) - 1e-9 <= found.seconds <= sum(work) + 1e-9
+
+
+def test_parts_hold_every_byte_once(checkpoint):
+    found = checkpoints_in(checkpoint)
+    assert sum(p.nbytes for p in parts_of(found, None)) == found[0].nbytes
+    assert not any(p.cast for p in parts_of(found, None))
+    assert all(p.cast for p in parts_of(found, "bf16"))
+    assert STORAGES["hdd"] < STORAGES["nvme-gen4"]
+
+
+def test_a_models_directory(tmp_path, checkpoint):
+    for name in ("high", "low"):
+        (tmp_path / name).mkdir()
+        os.link(checkpoint, tmp_path / name / "model.safetensors")
+    (tmp_path / "notes").mkdir()
+    assert len(checkpoints_in(tmp_path)) == 2
+    with pytest.raises(FileNotFoundError):
+        checkpoints_in(tmp_path / "notes")
+
+
+def test_ceilings_are_cached_and_measured_again(tmp_path, checkpoint, monkeypatch):
+    calls = []
+    for name in ("measure_page_cache", "measure_copy", "measure_cast", "measure_disk"):
+        monkeypatch.setattr(measure, name, lambda *_, name=name: calls.append(name) or 2.5)
+    file = tmp_path / "deep" / "ceilings.json"
+    first = find_ceilings([str(checkpoint)], quick=True, file=file)
+    assert len(calls) == 4
+    assert find_ceilings([str(checkpoint)], quick=True, file=file).values == first.values
+    assert len(calls) == 4
+    assert known_ceilings([str(checkpoint)], file=file) == first.values
+    find_ceilings([str(checkpoint)], quick=True, refresh=True, file=file)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"machine cpu": 7}', '{"x": {"disk_gbps": "fast"}}', "{"])
+def test_a_damaged_cache_is_measured_anew(tmp_path, content):
+    file = tmp_path / "ceilings.json"
+    file.write_text(content)
+    assert known_ceilings([], file=file) == {}
+
+
+def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise measure.UnmeasuredError("no disk today")
+
+    monkeypatch.setattr(measure, "measure_disk", refuse)
+    for name in ("measure_page_cache", "measure_copy", "measure_cast"):
+        monkeypatch.setattr(measure, name, lambda *_: 1.0)
+    found = find_ceilings(["/nonexistent"], quick=True, file=tmp_path / "c.json")
+    assert found.get("disk_gbps") is None
+    assert found.notes == ("no disk today",)
+
+
+def test_the_disk_is_measured_where_it_is_cold_and_nothing_is_evicted(checkpoint, evict):
+    from wan_loader.linux import cached_bytes
+
+    checkpoint.read_bytes()
+    with pytest.raises(measure.UnmeasuredError, match="page cache"):
+        measure.measure_disk([str(checkpoint)])
+    evict(checkpoint, 0, 64 << 20)
+    with open(checkpoint, "rb") as f:
+        before = cached_bytes(f.fileno(), 0, checkpoint.stat().st_size)
+        try:
+            assert measure.measure_disk([str(checkpoint)], seconds=0.3) > 0
+        except measure.UnmeasuredError as reason:
+            pytest.skip(str(reason))
+        assert cached_bytes(f.fileno(), 0, checkpoint.stat().st_size) == before
+
+
+def test_rates_with_a_made_up_clock(checkpoint):
+    ticks = iter(range(0, 10**15, 10**9))
+    assert measure.measure_page_cache([str(checkpoint)], seconds=0.5, clock=lambda: next(ticks)) > 0
+
+
+def test_diagnosis():
+    document = {
+        "limits": {
+            "memory_available_bytes": 1,
+            "memory_limit_bytes": 10,
+            "memlock_bytes": 65536,
+            "transparent_huge_pages": "never",
+        },
+        "storage": {"network": True, "filesystem": "nfs4"},
+        "ceilings": {"h2d_pinned_gbps": 3.0, "import_torch_s": 20.0},
+        "files": {"nbytes": 100},
+        "device": "cuda:0",
+    }
+    found = diagnose(document)
+    assert len(found) == 6
+    assert all(item["evidence"] for item in found)
+    json.dumps(found)

@@ -1,0 +1,138 @@
+"""What is rendered from a session: terminal, trace, page (looked at in a browser)."""
+
+import io
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+from test_session import make_program, make_session
+
+from wan_loader.events import Span
+from wan_loader.profiler.charts import axis_step
+from wan_loader.profiler.page import to_page
+from wan_loader.profiler.terminal import print_session
+from wan_loader.profiler.timeline import Mark
+from wan_loader.profiler.trace import to_trace, without_overlap
+
+SESSIONS = {"load": make_session, "program": make_program}
+
+
+@pytest.fixture(params=SESSIONS)
+def session(request):
+    return SESSIONS[request.param]()
+
+
+def text_of(session, width=120):
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True)
+    print_session(console, session)
+    return console.file.getvalue()
+
+
+class TestTerminal:
+    def test_says_everything(self, session):
+        text = text_of(session)
+        for phase in session.report.phases:
+            assert phase.name in text
+        assert session.verdict.why in text
+        assert session.report.target in text
+        assert all(note in text for note in session.notes)
+
+    def test_fits_eighty_columns(self, session):
+        table = [line for line in text_of(session, 80).splitlines() if line.startswith(("read", "phase", "other"))]
+        assert table
+        assert all(len(line.rstrip()) <= 80 and "…" not in line for line in table)
+
+    def test_processes_side_by_side(self):
+        text = text_of(make_program())
+        assert "rank 0" in text
+        assert "rank 1" in text
+
+
+class TestTrace:
+    """Against the parts of the trace event format that are used."""
+
+    def test_schema(self, session):
+        document = to_trace(session)
+        assert set(document) == {"traceEvents", "displayTimeUnit", "otherData"}
+        for event in document["traceEvents"]:
+            assert event["ph"] in "XMC"
+            assert isinstance(event["name"], str)
+            assert isinstance(event["pid"], int)
+            assert isinstance(event["tid"], int)
+            if event["ph"] == "X":
+                assert event["ts"] >= 0
+                assert event["dur"] >= 0
+            if event["ph"] == "C":
+                assert all(isinstance(v, (int, float)) for v in event["args"].values())
+
+    def test_spans_never_overlap_within_a_track(self, session):
+        tracks = {}
+        for event in to_trace(session)["traceEvents"]:
+            if event["ph"] == "X":
+                tracks.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+        assert tracks
+        for spans in tracks.values():
+            spans.sort()
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
+
+    def test_counters(self):
+        names = {e["name"] for e in to_trace(make_session())["traceEvents"] if e["ph"] == "C"}
+        assert names == {"bytes in flight", "ring slots taken"}
+        assert "from storage" in {e["name"] for e in to_trace(make_program())["traceEvents"]}
+
+    def test_rounded_device_times_are_cut(self):
+        cut = without_overlap([Mark("h2d", 0, 11, 1, "s"), Mark("h2d", 10, 20, 1, "s")])
+        assert [(s.start_ns, s.end_ns) for s in cut] == [(0, 10), (10, 20)]
+        assert without_overlap([]) == []
+        assert isinstance(cut[0], Span)
+
+
+class TestPage:
+    def test_is_self_contained_and_escaped(self, session):
+        page = to_page(session)
+        assert not re.search(r"(src|href)\s*=|url\(|@import|<script", page)
+        assert "<b> & more" not in page
+        assert "because <i>" not in page
+        assert page.count("<svg") >= 1
+
+    def test_in_a_browser(self, session, tmp_path):
+        """Chromium finds the table and the timeline laid out with a size, inside the page."""
+        browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if browser is None:
+            pytest.skip("no chromium")
+        probe = """<script>addEventListener("load", () => {
+          const box = s => { const e = document.querySelector(s); const r = e && e.getBoundingClientRect();
+            return r ? [Math.round(r.width), Math.round(r.height)].join("x") : "none"; };
+          const rects = [...document.querySelectorAll("svg.timeline rect")];
+          const bars = rects.filter(e => e.getBoundingClientRect().width > 1);
+          const fill = bars.length ? getComputedStyle(bars[0]).fill : "none";
+          document.body.dataset.probe = [box("table.phases"), box("svg.timeline"), bars.length, fill,
+            document.documentElement.scrollWidth <= innerWidth].join("|"); });</script></body>"""
+        page = to_page(session).replace("default-src 'none'; ", "").replace("</body>", probe)
+        (tmp_path / "page.html").write_text(page)
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        flags += (
+            "--disable-component-update --disable-sync --window-size=1200,1400 --dump-dom --virtual-time-budget=1000"
+        )
+        done = subprocess.run(
+            [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'page.html'}"],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=True,
+        )
+        table, timeline, bars, fill, fits = re.search(r'data-probe="([^"]+)"', done.stdout)[1].split("|")
+        assert all(int(n) > 100 for n in table.split("x"))
+        assert int(timeline.split("x")[0]) > 600
+        assert int(bars) >= 3
+        assert fill.startswith("rgb(")
+        assert fill != "rgb(0, 0, 0)"
+        assert fits == "true"
+
+
+@pytest.mark.parametrize(("length", "step"), [(10, 2), (0.7, 0.1), (126, 20), (0.00001, 0.000002)])
+def test_axis_step(length, step):
+    assert axis_step(length) == pytest.approx(step)

@@ -1,0 +1,148 @@
+"""Saved sessions: what is written is read back, and nothing else is accepted."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wan_loader.errors import SessionError
+from wan_loader.profiler.assemble import Surroundings, load_session
+from wan_loader.profiler.session import Process, Sample, Session, Verdict, read_session
+from wan_loader.profiler.timeline import Mark, phases
+from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport
+
+S = 1_000_000_000
+
+
+def make_report(seconds=2.0, nbytes=1_000_000_000, **changes):
+    fields = {
+        "command": "profile",
+        "target": "model.safetensors",
+        "device": "cpu",
+        "dtype": None,
+        "seconds": seconds,
+        "nbytes_file": nbytes,
+        "nbytes_device": nbytes,
+        "n_tensors": 3,
+        "io": IoReport("direct", "nothing is in the page cache", 0, nbytes_direct=nbytes),
+        "phases": (),
+        "bottleneck": Bottleneck("read", ""),
+        "memory": MemoryReport(10, 20, 30),
+        "settings": {"slot_bytes": 8 << 20, "n_slots": 24},
+    }
+    return LoadReport(**{**fields, **changes})
+
+
+def make_session():
+    spans = [
+        Mark("header", 0, S // 10, 0, "MainThread"),
+        Mark("read", S // 10, 2 * S, 1_000_000_000, "reader 0"),
+        Mark("h2d", S, 2 * S, 1_000_000_000, "MainThread"),
+    ]
+    return load_session(make_report(), spans, Surroundings(ceilings={"disk_gbps": 1.0, "copy_gbps": 2.0}))
+
+
+def test_round_trip(tmp_path):
+    session = make_session()
+    (tmp_path / "run.json").write_text(json.dumps(session.to_json()))
+    again = read_session(tmp_path / "run.json")
+    assert again.to_json() == session.to_json()
+    assert again.spans == session.spans
+    assert again.verdict == session.verdict
+
+
+def test_the_contract_stays():
+    document = make_session().to_json()
+    keys = "schema_version command target device dtype seconds nbytes_file nbytes_device gbps n_tensors io phases"
+    assert set(keys.split()) | {"bottleneck", "memory", "machine", "settings", "warnings"} <= set(document)
+    assert document["bottleneck"]["phase"] == document["verdict"]["phase"] == "read"
+    assert document["bottleneck"]["reached"] == pytest.approx(1 / 1.9, rel=0.01)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(make_session().to_json())),
+        st.none() | st.integers() | st.text() | st.lists(st.integers()),
+    )
+)
+def test_any_damage_is_one_error_or_still_a_session(tmp_path_factory, damage):
+    path = tmp_path_factory.mktemp("s") / "run.json"
+    path.write_text(json.dumps({**make_session().to_json(), **damage}))
+    try:
+        read_session(path)
+    except SessionError as error:
+        found = str(error)
+    else:
+        return
+    assert str(path) in found
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"{" * 100_000,
+        b'{"schema_version": 2}',
+        b'{"schema_version": 1}',
+        b"1e999",
+    ],
+)
+def test_foreign_files(tmp_path, content):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(SessionError, match=r"run\.json"):
+        read_session(path)
+
+
+def test_missing_and_directory(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(SessionError, match="cannot be read"):
+            read_session(path)
+
+
+@pytest.mark.parametrize(
+    "row", [[0, 5, 4, 0, 0, 0], [99, 0, 1, 0, 0, 0], [0, 0, 1, -1, 0, 0], [0, 0, 1, 0, 7, 0], [0, 0]]
+)
+def test_damaged_spans(tmp_path, row):
+    document = make_session().to_json()
+    document["processes"][0]["spans"].append(row)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(SessionError):
+        read_session(path)
+
+
+def make_program():
+    """Two ranks and a launcher, with samples."""
+    spans = (
+        Mark("import", 0, S, 0, "MainThread", "torch"),
+        Mark("random_init", S, 2 * S, 10_000_000, "MainThread", "uniform_"),
+        Mark("read", 2 * S, 3 * S, 900_000_000, "MainThread", "page faults <b> & more"),
+        Mark("read", 2 * S, 3 * S, 100_000_000, "worker", "safetensors"),
+    )
+    samples = tuple(Sample(i * S // 10, i * 30_000_000, i * 1_000_000) for i in range(31))
+    launcher = Process(title="torchrun", pid=1, start_ns=0, end_ns=4 * S, ended="exit 0")
+    ranks = [
+        Process(title="python x.py", pid=r + 2, rank=r, start_ns=S // 2, end_ns=4 * S, spans=spans, samples=samples)
+        for r in range(2)
+    ]
+    return Session(
+        kind="program",
+        report=make_report(4.0, target="torchrun <x>", phases=phases(spans)),
+        processes=(launcher, *ranks),
+        subject=1,
+        verdict=Verdict("slow", "random_init", "because <i>", 1.0, 0.25),
+        notes=("a [bold]note[/bold]",),
+    )
+
+
+def test_program_round_trip(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(make_program().to_json()))
+    again = read_session(tmp_path / "run.json")
+    assert again.to_json() == make_program().to_json()
+    assert again.processes == make_program().processes

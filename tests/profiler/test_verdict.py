@@ -1,0 +1,164 @@
+"""Verdict and advice over made-up spans."""
+
+import pytest
+
+from wan_loader.profiler.advice import advise
+from wan_loader.profiler.timeline import Mark
+from wan_loader.profiler.verdict import Evidence, ideal_seconds, judge
+
+S = 1_000_000_000
+GB = 1_000_000_000
+CEILINGS = {
+    "disk_gbps": 2.0,
+    "page_cache_gbps": 20.0,
+    "copy_gbps": 5.0,
+    "cast_cpu_gbps": 5.0,
+    "cast_gpu_gbps": 1000.0,
+    "h2d_pinned_gbps": 50.0,
+    "register_gbps": 40.0,
+    "import_torch_s": 1.0,
+}
+
+
+def mark(name, start, end, nbytes=0, track="MainThread", label=""):
+    return Mark(name, int(start * S), int(end * S), int(nbytes), track, label)
+
+
+def evidence(spans, seconds, **changes):
+    fields = {
+        "kind": "load",
+        "seconds": seconds,
+        "spans": spans,
+        "start_ns": 0,
+        "end_ns": int(seconds * S),
+        "device": "cuda:0",
+        "ceilings": CEILINGS,
+        "cold_bytes": 0,
+        "nbytes_file": 20 * GB,
+    }
+    return Evidence(**{**fields, **changes})
+
+
+def test_cold_load_at_the_disks_rate_is_healthy():
+    spans = [mark("read", 0, 10.2, 20 * GB, "reader 0"), mark("h2d", 0.1, 10.3, 20 * GB, "cuda:0 copy")]
+    verdict = judge(evidence(spans, 10.4, cold_bytes=20 * GB))
+    assert (verdict.kind, verdict.phase) == ("limit", "read")
+    assert verdict.ceiling_gbps == pytest.approx(2.0)
+    assert verdict.reached_gbps == pytest.approx(1.96, rel=0.01)
+
+
+def test_the_same_load_warm_is_slow():
+    spans = [mark("read", 0, 10.2, 20 * GB, "reader 0"), mark("h2d", 0.1, 10.3, 20 * GB, "cuda:0 copy")]
+    verdict = judge(evidence(spans, 10.4))
+    assert (verdict.kind, verdict.phase) == ("slow", "read")
+    assert verdict.lost_s == pytest.approx(9.3, abs=0.2)
+
+
+def test_partly_cold_is_compared_with_both_ceilings():
+    spans = [mark("read", 0, 5, 20 * GB, "reader 0")]
+    assert ideal_seconds(evidence(spans, 5, cold_bytes=10 * GB), "read") == pytest.approx(5 + 0.5)
+
+
+def test_a_warm_load_at_the_rate_of_registration():
+    spans = [mark("register", 0, 0.52, 20 * GB), mark("h2d", 0.02, 0.54, 20 * GB, "cuda:0 copy")]
+    verdict = judge(evidence(spans, 0.55))
+    assert verdict.kind == "limit"
+
+
+def test_without_ceilings_nothing_is_claimed():
+    verdict = judge(evidence([mark("read", 0, 10, 20 * GB)], 10, ceilings={}))
+    assert (verdict.kind, verdict.phase) == ("unknown", "read")
+    assert verdict.ceiling_gbps is None
+    assert advise(evidence([mark("read", 0, 10, 20 * GB)], 10, ceilings={})) == ()
+
+
+def test_stages_that_take_turns_for_want_of_slots():
+    spans = []
+    for i in range(10):
+        spans += [mark("read", i, i + 0.5, 2 * GB, "reader 0"), mark("h2d", i + 0.5, i + 1, 2 * GB, "cuda:0 copy")]
+        spans += [mark("wait", i + 0.5, i + 1, 0, "reader 0")]
+    slow = {**CEILINGS, "page_cache_gbps": 4.1, "h2d_pinned_gbps": 4.1}
+    verdict = judge(evidence(spans, 10, ceilings=slow))
+    assert (verdict.kind, verdict.phase) == ("slow", "wait")
+    assert verdict.lost_s == pytest.approx(4.5, abs=0.6)
+
+
+def test_waiting_behind_a_busy_copy_is_no_fault_of_slots():
+    spans = [mark("h2d", 0, 10, 20 * GB, "cuda:0 copy"), mark("wait", 1, 9.5, 0, "reader 0"), mark("read", 0, 0.4, GB)]
+    assert judge(evidence(spans, 10)).phase == "h2d"
+
+
+def test_gaps_in_our_own_load_are_a_fault_and_a_programs_own_work_is_not():
+    spans = [mark("read", 0, 1, 20 * GB)]
+    assert judge(evidence(spans, 10)).phase == "other"
+    assert judge(evidence(spans, 10)).kind == "slow"
+    assert judge(evidence(spans, 10, kind="program")).kind == "limit"
+
+
+def test_nothing_recorded():
+    assert judge(evidence([], 1, kind="program")).phase == "other"
+    assert judge(evidence([], 0, kind="program")).kind == "limit"
+
+
+PROGRAM = [
+    mark("import", 0, 2, label="torch"),
+    mark("import", 2, 5, label="pandas"),
+    mark("construct", 5, 6, label="Net"),
+    mark("random_init", 6, 10, 20 * GB, label="uniform_"),
+    mark("read", 10, 15, 20 * GB, label="page faults in float32 to bfloat16 on the CPU"),
+    mark("cast", 15, 19, 20 * GB, label="float32 to bfloat16 on the CPU"),
+    mark("h2d", 19, 21, 10 * GB, label="pageable host to cuda"),
+    mark("assign", 21, 21.5, label="load_state_dict"),
+]
+
+
+def test_advice_has_evidence_and_gain():
+    found = {a.rule: a for a in advise(evidence(PROGRAM, 22, kind="program", device="cuda"))}
+    assert set(found) == {
+        "import",
+        "construction",
+        "random-init",
+        "fp32-file",
+        "cpu-cast",
+        "pageable",
+        "one-reader",
+        "sequential",
+    }
+    assert found["random-init"].gain_s == pytest.approx(4)
+    assert found["cpu-cast"].gain_s == pytest.approx(3.98)
+    assert found["pageable"].gain_s == pytest.approx(1.8)
+    assert found["import"].gain_s == pytest.approx(3)
+    assert found["fp32-file"].gain_s == pytest.approx(4 + 2.5)
+    assert found["sequential"].gain_s == pytest.approx(6.5)
+    assert all(re_digit in a.evidence for a in found.values() for re_digit in ("s",))
+    gains = [a.gain_s for a in advise(evidence(PROGRAM, 22, kind="program", device="cuda"))]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_advice_on_storage_and_memory():
+    spans = [mark("read", 0, 100, 20 * GB, "reader 0"), mark("h2d", 1, 101, 20 * GB, "cuda:0 copy")]
+    storage = {"network": True, "filesystem": "nfs4"}
+    limits = {"memory_available_bytes": 100 * GB, "memory_stalled_s": 12.0}
+    found = {a.rule for a in advise(evidence(spans, 101, cold_bytes=20 * GB, storage=storage, limits=limits))}
+    assert found == {"slow-storage", "cold-cache", "memory-pressure", "one-reader"}
+    limits = {"memory_available_bytes": 10 * GB}
+    found = {a.rule for a in advise(evidence(spans, 101, cold_bytes=20 * GB, storage=storage, limits=limits))}
+    assert "cold-cache" not in found
+
+
+def test_advice_on_fp32_files():
+    spans = [mark("read", 0, 10, 20 * GB, "reader 0"), mark("read", 0, 10, 20 * GB, "reader 1")]
+    (found,) = advise(evidence(spans, 10, cold_bytes=20 * GB, dtype="bf16", fp32_bytes=20 * GB))
+    assert found.rule == "fp32-file"
+    assert found.gain_s == pytest.approx(5)
+
+
+def test_a_healthy_load_gets_no_advice():
+    spans = [mark("read", 0, 0.5, 10 * GB, "reader 0"), mark("read", 0, 0.5, 10 * GB, "reader 1")]
+    assert advise(evidence(spans, 0.5, ceilings={**CEILINGS, "page_cache_gbps": 40.0})) == ()
+
+
+def test_what_a_program_does_after_its_start_hides_nothing():
+    spans = [mark("import", 0, 1, label="torch"), mark("random_init", 1, 6, GB, label="uniform_")]
+    verdict = judge(evidence(spans, 300, kind="program"))
+    assert (verdict.kind, verdict.phase) == ("slow", "random_init")

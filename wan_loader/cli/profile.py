@@ -1,0 +1,201 @@
+"""`wan-loader profile`: where the time goes, for a checkpoint loaded here or for any program."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Threads, Verbose
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from wan_loader.profiler.assemble import Surroundings
+    from wan_loader.profiler.session import Session
+
+__all__ = ["PageFile", "TraceFile", "profile", "render_session"]
+
+TraceFile = Annotated[Path | None, typer.Option("--trace", help="Write a trace that opens in Perfetto.")]
+PageFile = Annotated[Path | None, typer.Option("--html", help="Write a page with timeline, table and advice.")]
+
+
+def profile(
+    context: typer.Context,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="A checkpoint, or -- PROGRAM ARGS.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    io: Io = IoChoice.AUTO,
+    threads: Threads = None,
+    json: JsonOut = False,
+    output: OutFile = None,
+    trace: TraceFile = None,
+    html: PageFile = None,
+    until: Annotated[str | None, typer.Option(help="PROGRAM: the recording ends when it prints this.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--for", min=0.1, help="PROGRAM: the recording ends after this many seconds.")
+    ] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="PROGRAM: end it when the recording ends.")] = False,
+    ceilings: Annotated[
+        bool, typer.Option("--ceilings/--no-ceilings", help="Measure what this machine can do, once.")
+    ] = True,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show where the time of a load, or of a program's start, goes, and what to change.
+
+    A program keeps its output, its signals and its exit code; the report goes to stderr, or with --json the program's
+    output does.
+
+    Examples:
+
+        wan-loader profile Wan2.2-T2V-A14B/high_noise_model --dtype bf16 --html run.html
+
+        wan-loader profile -o run.json --until "Generating" -- python generate.py --task t2v-A14B
+
+        wan-loader profile -- torchrun --nproc_per_node 2 generate.py
+    """
+    from wan_loader.cli.output import check_output
+
+    for target in (output, trace, html):
+        check_output(target, force=force)
+    words = _program(context)
+    if words is not None:
+        session, returncode = _profile_program(words, until, seconds, stop=stop, json=json, measure=ceilings)
+    else:
+        if path is None:
+            raise typer.BadParameter("name a checkpoint, or a program after --")
+        session, returncode = _profile_load(path, device, dtype, io, threads, measure=ceilings), 0
+    from wan_loader.cli.render import error_console, output_console, print_warnings
+
+    console = error_console() if words is not None else output_console()
+    render_session(session, console, json=json, output=output, trace=trace, html=html)
+    print_warnings(session.report.warnings)
+    if returncode:
+        raise typer.Exit(returncode if returncode > 0 else 128 - returncode)
+
+
+def _program(context: typer.Context) -> list[str] | None:
+    """The words after a lone --, as they were typed."""
+    words = sys.argv[1:]
+    if "--" not in words:
+        if context.args:
+            raise typer.BadParameter(f"unexpected {context.args[0]!r}: write a program after --")
+        return None
+    return words[words.index("--") + 1 :]
+
+
+def render_session(
+    session: Session,
+    console: Console,
+    *,
+    json: bool = False,
+    output: Path | None = None,
+    trace: Path | None = None,
+    html: Path | None = None,
+) -> None:
+    """Write the files that were asked for, and the report to the terminal, or JSON to stdout."""
+    from wan_loader.atomic import write_text
+    from wan_loader.cli.output import print_json, write_json
+    from wan_loader.profiler.page import to_page
+    from wan_loader.profiler.terminal import print_session
+    from wan_loader.profiler.trace import to_trace
+
+    if output is not None:
+        write_json(output, session.to_json())
+    if trace is not None:
+        write_json(trace, to_trace(session))
+    if html is not None:
+        write_text(html, to_page(session))
+    if json:
+        print_json(session.to_json())
+    else:
+        print_session(console, session)
+
+
+def _profile_load(
+    path: Path, device: str, dtype: str | None, io: IoChoice, threads: int | None, *, measure: bool
+) -> Session:
+    import wan_loader
+    from wan_loader.cli.render import reading_progress
+    from wan_loader.events import Recorder
+    from wan_loader.profiler.assemble import load_session
+    from wan_loader.profiler.storage import limits
+
+    checkpoint = wan_loader.open_checkpoint(path)
+    files = [f.path for f in checkpoint.files]
+    fp32 = sum(t.nbytes for t in checkpoint.tensors if t.dtype == "F32")
+    before = limits()
+    recorder = Recorder()
+    with reading_progress(checkpoint.nbytes) as bar:
+        observer = _Both(recorder, bar) if bar else recorder
+        loaded = wan_loader.load(path, device=device, dtype=dtype, io=io.value, threads=threads, observer=observer)
+    report = loaded.report
+    del loaded
+    around = _surroundings(files, report.device, before, measure=measure)
+    return load_session(report, recorder.spans, around, fp32_bytes=fp32)
+
+
+class _Both:
+    """Tells two observers."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self._first, self._second = first, second
+
+    def record(self, span: Any) -> None:
+        self._first.record(span)
+        self._second.record(span)
+
+
+def _profile_program(
+    words: list[str], until: str | None, seconds: float | None, *, stop: bool, json: bool, measure: bool
+) -> tuple[Session, int]:
+    from wan_loader.profiler.assemble import program_session, weight_files
+    from wan_loader.profiler.merge import main_process, merge
+    from wan_loader.profiler.program import run_program
+    from wan_loader.profiler.storage import limits
+
+    before = limits()
+    stdout = sys.stderr.fileno() if json else None
+    recording = run_program(words, until=until, seconds=seconds, stop=stop, stdout=stdout)
+    processes = merge(recording)
+    gpu = any(s.name in ("h2d", "cast") and "host to cuda" in s.label for s in processes[main_process(processes)].spans)
+    around = _surroundings(weight_files(processes), "cuda:0" if gpu else "cpu", before, measure=measure)
+    return program_session(recording, processes, around), recording.returncode
+
+
+def _surroundings(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Surroundings:
+    """What to compare with. Measured after the load, so that nothing is warmed for it."""
+    from wan_loader.profiler.assemble import Surroundings
+    from wan_loader.profiler.ceilings import Ceilings, find_ceilings
+    from wan_loader.profiler.storage import limits, storage_facts
+
+    after = limits()
+    stalled = after.get("memory_stall_s", 0.0) - before.get("memory_stall_s", 0.0)
+    found = Ceilings({}, ("the machine was not measured: --no-ceilings",))
+    if measure:
+        with _told("measuring what this machine can do ..."):
+            found = find_ceilings(files, device=device)
+    return Surroundings(
+        ceilings=found.values,
+        storage=storage_facts(files[0]) if files else {},
+        limits={**before, "memory_stalled_s": stalled},
+        notes=found.notes,
+    )
+
+
+@contextlib.contextmanager
+def _told(text: str) -> Any:
+    from wan_loader.cli.render import error_console
+
+    console = error_console()
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        yield

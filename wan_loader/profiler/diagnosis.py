@@ -1,0 +1,92 @@
+"""What is wrong with a machine, from its facts and ceilings; and which weight files a path holds."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.formats import open_checkpoint
+from wan_loader.profiler.bars import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from wan_loader.formats import Checkpoint
+
+__all__ = ["checkpoints_in", "diagnose", "weight_paths"]
+
+MiB = 1 << 20
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+def checkpoints_in(path: Path) -> list[Checkpoint]:
+    """The checkpoint at a path, or those of a model's directory: one for each file or subdirectory that holds one."""
+    try:
+        return [open_checkpoint(path)]
+    except CheckpointError:
+        if not path.is_dir():
+            raise
+    found = [open_checkpoint(entry) for entry in sorted(path.iterdir()) if _holds_weights(entry)]
+    if not found:
+        raise MissingFileError(f"{path} holds no checkpoint, and neither do its subdirectories")
+    return found
+
+
+def _holds_weights(entry: Path) -> bool:
+    names = os.listdir(entry) if entry.is_dir() else [entry.name]
+    return any(name.endswith(_SUFFIXES) for name in names)
+
+
+def weight_paths(path: Path) -> list[str]:
+    """All files of the checkpoints at a path."""
+    return [file.path for checkpoint in checkpoints_in(path) for file in checkpoint.files]
+
+
+def diagnose(document: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Advice with its evidence, from the facts that `doctor` collected."""
+    limits, storage, ceilings = document["limits"], document["storage"], document["ceilings"]
+    nbytes = document["files"]["nbytes"]
+    checks = (_memory(limits, nbytes), _locking(limits, document["device"]), _disk(storage, ceilings), _cuda(document))
+    return [{"text": text, "evidence": evidence} for check in checks for text, evidence in check]
+
+
+def _memory(limits: Mapping[str, Any], nbytes: int) -> Iterator[tuple[str, str]]:
+    free, allowed = limits["memory_available_bytes"], limits["memory_limit_bytes"]
+    if nbytes > allowed:
+        text = f"{format_bytes(nbytes)} of weights, {format_bytes(allowed)} of memory allowed"
+        yield "the files never fit into the page cache: every start reads them from the disk", text
+    elif nbytes > free:
+        text = f"{format_bytes(nbytes)} of weights, {format_bytes(free)} of memory free"
+        yield "end what else uses the memory, or the page cache cannot keep the files", text
+    if limits.get("transparent_huge_pages") == "never":
+        yield "set /sys/kernel/mm/transparent_hugepage/enabled to madvise: staging is made faster", "it is set to never"
+
+
+def _locking(limits: Mapping[str, Any], device: str) -> Iterator[tuple[str, str]]:
+    memlock = limits.get("memlock_bytes")
+    if device.startswith("cuda") and memlock is not None and memlock < 64 * MiB:
+        yield "raise the memlock limit (ulimit -l unlimited) if pinning is refused", f"it is {format_bytes(memlock)}"
+
+
+def _disk(storage: Mapping[str, Any], ceilings: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    rate = ceilings.get("disk_gbps")
+    if storage.get("network"):
+        yield "keep the files on a local disk: wan-loader stage PATH --to DIR", f"they lie on {storage['filesystem']}"
+    elif storage.get("rotational") and rate and rate < 0.5:
+        yield "keep the files on an NVMe drive", f"the disk rotates, and reads {rate:.2f} GB/s"
+    elif rate and rate < 1.0:
+        yield (
+            "keep the files on a faster disk, or in the page cache (wan-loader warm)",
+            f"this one reads {rate:.2f} GB/s",
+        )
+
+
+def _cuda(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    ceilings = document["ceilings"]
+    pinned = ceilings.get("h2d_pinned_gbps")
+    if pinned and pinned < 10:
+        yield "check the GPU's slot: PCIe runs slower than 3.0 x16", f"pinned copies reach {pinned:.1f} GB/s"
+    if (seconds := ceilings.get("import_torch_s")) and seconds > 6:
+        yield "keep the Python environment on a local disk", f"import torch takes {seconds:.1f} s"

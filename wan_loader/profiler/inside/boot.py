@@ -1,0 +1,130 @@
+"""Starts the recording inside a program, from the sitecustomize that the profiler put on PYTHONPATH."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+
+from . import imports
+from .recorder import Recorder
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["start"]
+
+_KEPT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "WORLD_SIZE")
+#: What to call when a module has arrived: (module here, function, attribute of what arrived).
+_HOOKS = {
+    "torch": ("tensors", "hook_torch"),
+    "torch.distributed.fsdp": ("tensors", "hook_distributed"),
+    "safetensors": ("weights", "hook_safetensors"),
+    "safetensors.torch": ("weights", "hook_safetensors_torch"),
+    "transformers.modeling_utils": ("weights", "hook_pretrained", "PreTrainedModel"),
+    "transformers.tokenization_utils_base": ("weights", "hook_pretrained", "PreTrainedTokenizerBase"),
+    "diffusers.models.modeling_utils": ("weights", "hook_pretrained", "ModelMixin"),
+    "diffusers.pipelines.pipeline_utils": ("weights", "hook_pretrained", "DiffusionPipeline"),
+}
+
+
+class _Recorder(Recorder):
+    def file(self, path: Any, reader: Any, mapped: Any) -> None:
+        """Remember a weight file, once, with what was in the page cache when it was opened."""
+        files = self.facts.setdefault("files", {})
+        if path in files:
+            return
+        try:
+            from .weights import cached_bytes
+
+            nbytes, resident = cached_bytes(path)
+        except Exception:  # gone, or not a plain file
+            nbytes, resident = 0, None
+        files[path] = {"nbytes": nbytes, "resident_before": resident, "reader": reader, "mapped": mapped}
+        self.note(file=[path, files[path]])
+
+
+def start(directory: Any) -> None:
+    """Record this process into `directory`."""
+    environ = os.environ
+    rank = environ.get("RANK", "")
+    first = {
+        "argv": list(getattr(sys, "orig_argv", sys.argv))[:64],
+        "rank": int(rank) if rank.isdigit() else None,
+        "python": sys.version.split()[0],
+        "started": _process_start(),
+        "env": {k: environ[k] for k in _KEPT if k in environ},
+    }
+    deadline = environ.get("WAN_LOADER_TRACE_DEADLINE")
+    recorder = _Recorder(directory, first, int(deadline) if deadline else None)
+    recorder.whole("import", "python", first["started"], recorder._clock())
+    hooks = {name: _hook(recorder, *where) for name, where in _HOOKS.items()}
+    imports.install(recorder, hooks)
+    if environ.get("WAN_LOADER_TRACE_UNTIL"):
+        _watch_output(recorder, environ["WAN_LOADER_TRACE_UNTIL"])
+    atexit.register(lambda: _finish(recorder))
+
+
+def _hook(recorder: Any, module: str, function: str, attribute: Any = None) -> Any:
+    """A function of this package, imported when it is needed: the start of a program must not wait for it."""
+
+    def hook(arrived: Any) -> None:
+        from importlib import import_module
+
+        subject = getattr(arrived, attribute) if attribute else arrived
+        getattr(import_module(f"{__package__}.{module}"), function)(recorder, subject)
+
+    return hook
+
+
+def _process_start() -> Any:
+    """When this process began, on the clock of the spans; 10 ms exact."""
+    now = time.perf_counter_ns()
+    try:
+        with open("/proc/self/stat") as f:
+            ticks = int(f.read().rpartition(")")[2].split()[19])
+        age = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+        return now - max(0, age)
+    except (OSError, ValueError, AttributeError, IndexError):
+        return now
+
+
+def _watch_output(recorder: Any, text: Any) -> Any:
+    """End the recording when the program prints `text`."""
+
+    def watch(stream: Any) -> Any:
+        write, tail = stream.write, ""
+
+        def watching(s: Any) -> Any:
+            nonlocal tail
+            result = write(s)
+            if isinstance(s, str):
+                if text in tail + s:
+                    recorder.stop("until")
+                tail = (tail + s)[-len(text) :]
+            return result
+
+        stream.write = watching
+        recorder.undo.append(lambda: delattr(stream, "write"))
+
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            watch(stream)
+        except Exception:
+            continue
+
+
+def _finish(recorder: Any) -> None:
+    try:
+        import resource
+
+        recorder.facts["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            recorder.facts["gpu"] = torch.cuda.get_device_name()
+            recorder.facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+    except Exception:
+        recorder.facts["incomplete"] = True
+    recorder.stop("exit")

@@ -1,0 +1,66 @@
+"""Times every module that is executed or loaded, by top-level package, and runs hooks when a module has arrived.
+
+The loaders' own methods are wrapped, so modules keep their loaders and specs. The wrappers carry the import system's
+file name, so that the interpreter leaves them out of tracebacks like the rest of the import system.
+"""
+
+from __future__ import annotations
+
+import _frozen_importlib_external as machinery
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["install"]
+
+_HIDDEN = "<frozen importlib._bootstrap>"
+
+
+def install(recorder: Any, hooks: Any) -> None:
+    """`hooks`: module name -> function called with the module, once, after it was executed."""
+    source = machinery.SourceFileLoader
+    basics = next(c for c in source.__mro__ if "exec_module" in vars(c))
+    extension = machinery.ExtensionFileLoader
+    for owner, attribute in ((basics, "exec_module"), (extension, "create_module"), (extension, "exec_module")):
+        original = vars(owner)[attribute]
+        setattr(owner, attribute, _hidden(_wrapper(recorder, original, hooks if attribute == "exec_module" else {})))
+        recorder.undo.append(
+            lambda owner=owner, attribute=attribute, original=original: setattr(owner, attribute, original)
+        )
+
+
+def _wrapper(recorder: Any, original: Any, hooks: Any) -> Any:
+    begin, end, run = recorder.begin, recorder.end, _run_hook
+
+    def call(self: Any, subject: Any) -> Any:
+        if not recorder.on:
+            return original(self, subject)
+        name = getattr(subject, "__name__", None) or subject.name
+        package = name.partition(".")[0]
+        around = recorder.around()
+        if around is not None and around[0] == "import" and around[1] == package:
+            result = original(self, subject)  # the package's own time already
+        else:
+            begin("import", package)
+            try:
+                result = original(self, subject)
+            finally:
+                end()
+        if name in hooks:
+            run(hooks, name, subject)
+        return result
+
+    return call
+
+
+def _run_hook(hooks: Any, name: Any, module: Any) -> None:
+    try:
+        hooks.pop(name)(module)
+    except Exception:  # a hook that does not fit this version: that part is not recorded
+        return
+
+
+def _hidden(function: Any) -> Any:
+    function.__code__ = function.__code__.replace(co_filename=_HIDDEN)
+    return function

@@ -1,0 +1,127 @@
+"""Hooks on safetensors, transformers and diffusers: which file, how many bytes, how much of it was cached."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from .recorder import MIN_BYTES
+from .wrap import drop_frame, patch, timed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["cached_bytes", "hook_pretrained", "hook_safetensors", "hook_safetensors_torch"]
+
+_SYS_CACHESTAT = 451
+
+
+def cached_bytes(path: Any) -> Any:
+    """(bytes, bytes in the page cache or None where the kernel cannot say) of a file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        window, stat = (ctypes.c_uint64 * 2)(0, size), (ctypes.c_uint64 * 5)()
+        failed = ctypes.CDLL(None).syscall(_SYS_CACHESTAT, fd, window, stat, 0)
+        return size, None if failed else min(size, stat[0] * os.sysconf("SC_PAGE_SIZE"))
+    finally:
+        os.close(fd)
+
+
+def hook_safetensors(recorder: Any, module: Any) -> None:
+    """Put a class of the same behaviour in the place of `safe_open`."""
+    patch(recorder, module, "safe_open", lambda original: _opener(recorder, original))
+
+
+def hook_safetensors_torch(recorder: Any, module: Any) -> None:
+    """`load_file` as a whole; what happens inside it is recorded too."""
+    patch(recorder, module, "load_file", lambda f: timed(recorder, f, "read", "safetensors.torch.load_file"))
+
+
+def hook_pretrained(recorder: Any, owner: Any) -> None:
+    """`from_pretrained` as a frame around what is recorded inside it."""
+    method = vars(owner).get("from_pretrained")
+    if isinstance(method, classmethod):
+        wrapped = timed(recorder, method.__func__, "other", lambda args, kwargs: args[0].__name__ + ".from_pretrained")
+        owner.from_pretrained = classmethod(wrapped)
+        recorder.undo.append(lambda: setattr(owner, "from_pretrained", method))
+
+
+def _opener(recorder: Any, original: Any) -> Any:
+    class safe_open:
+        __doc__ = original.__doc__
+
+        def __init__(self, filename: Any, *args: Any, **kwargs: Any) -> None:
+            recorder.begin("header", "safe_open")
+            try:
+                self._file = original(filename, *args, **kwargs)
+            except BaseException as error:
+                drop_frame(error)
+                raise
+            finally:
+                recorder.end()
+            device = kwargs.get("device", args[1] if len(args) > 1 else "cpu")
+            self._device = str(device)
+            recorder.file(os.fspath(filename), "safetensors", kwargs.get("backend", "mmap") == "mmap")
+
+        def __enter__(self) -> Any:
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> Any:
+            return self._file.__exit__(*args)
+
+        def __getattr__(self, name: Any) -> Any:
+            return getattr(self._file, name)
+
+        def get_tensor(self, name: Any) -> Any:
+            return _fetch(recorder, self._device, self._file.get_tensor, name)
+
+        def get_tensors(self, *args: Any, **kwargs: Any) -> Any:
+            return _fetch(recorder, self._device, self._file.get_tensors, *args, **kwargs)
+
+        def get_slice(self, name: Any) -> Any:
+            return _Slice(recorder, self._device, self._file.get_slice(name))
+
+    safe_open.__module__, safe_open.__qualname__ = original.__module__, original.__qualname__
+    if not hasattr(original, "get_tensors"):
+        del safe_open.get_tensors
+    return safe_open
+
+
+class _Slice:
+    def __init__(self, recorder: Any, device: Any, inner: Any) -> None:
+        self._recorder, self._device, self._inner = recorder, device, inner
+
+    def __getattr__(self, name: Any) -> Any:
+        return getattr(self._inner, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _fetch(self._recorder, self._device, self._inner.__getitem__, index)
+
+
+def _fetch(recorder: Any, device: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Get tensors out of a file: on the CPU often a mapping that is read later, elsewhere a copy."""
+    if not recorder.on:
+        return method(*args, **kwargs)
+    on_cpu = device in ("cpu", "-1")
+    before = recorder.counters()
+    recorder.begin("read", "safetensors")
+    result: Any = ()
+    try:
+        result = method(*args, **kwargs)
+        return result
+    except BaseException as error:
+        drop_frame(error)
+        raise
+    finally:
+        if on_cpu:
+            read, called = recorder.io()
+            fetched = max(read - before[0], called - before[1])
+            recorder.end(fetched if fetched >= MIN_BYTES else 0)
+        else:
+            tensors = result.values() if isinstance(result, dict) else (result,)
+            nbytes = sum(getattr(t, "nbytes", 0) for t in tensors)
+            label = "pageable host to " + device.partition(":")[0] + ", by safetensors"
+            recorder.end(nbytes, ("h2d", label), before)

@@ -1,0 +1,232 @@
+"""Measures what this machine can do. Reads only, evicts nothing, and takes well under ten seconds.
+
+The disk is read with O_DIRECT, and only where the files are not in the page cache: such reads leave the cache as it
+is. Each function returns GB/s or seconds; what cannot be measured raises `UnmeasuredError` with the reason.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import UnmeasuredError
+from wan_loader.events import clock_ns
+from wan_loader.linux import cached_bytes, map_file, populate, unmap
+from wan_loader.machine import available_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = [
+    "UnmeasuredError",
+    "cold_ranges",
+    "measure_cast",
+    "measure_copy",
+    "measure_device",
+    "measure_disk",
+    "measure_page_cache",
+    "measure_start",
+    "warm_ranges",
+]
+
+_PIECE = 4 << 20
+_THREADS = 8
+_SECONDS = 1.5
+_GPU_BYTES = 256 << 20
+
+
+def cold_ranges(paths: Sequence[str], most: int = 1024) -> list[tuple[str, int]]:
+    """Pieces of the files of which no page is in the page cache, spread evenly: at most `most`."""
+    return _ranges(paths, most, wanted=0)
+
+
+def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
+    """Pieces of the files that are in the page cache entirely."""
+    return _ranges(paths, most, wanted=_PIECE)
+
+
+def _ranges(paths: Sequence[str], most: int, *, wanted: int) -> list[tuple[str, int]]:
+    pieces = [(path, start) for path in paths for start in range(0, _size(path) - _PIECE + 1, _PIECE)]
+    step = max(1, len(pieces) // (2 * most))
+    found: list[tuple[str, int]] = []
+    with ExitStack() as stack:
+        fds: dict[str, int] = {}
+        for path, start in pieces[::step]:
+            if path not in fds:
+                fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, fds[path])
+            if cached_bytes(fds[path], start, _PIECE) == wanted:
+                found.append((path, start))
+            if len(found) == most:
+                break
+    return found
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Callable[[], int] = clock_ns) -> float:
+    """GB/s with O_DIRECT on cold ranges of these files."""
+    try:
+        ranges = cold_ranges(paths)
+    except OSError as error:
+        raise UnmeasuredError(f"the kernel does not say what is in the page cache: {error.strerror}") from error
+    if not ranges:
+        raise UnmeasuredError("all of the files is in the page cache, so their disk was not measured")
+    return _read_rate(ranges, os.O_DIRECT, seconds, clock)
+
+
+def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Callable[[], int] = clock_ns) -> float:
+    """GB/s of reading resident ranges of these files, or of an unnamed file in memory where there are none."""
+    ranges = warm_ranges(paths)
+    if ranges:
+        return _read_rate(ranges * 8, 0, seconds, clock)
+    with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
+        file.truncate(32 * _PIECE)
+        path = f"/proc/self/fd/{file.fileno()}"
+        for start in range(0, 32 * _PIECE, _PIECE):
+            os.pwrite(file.fileno(), bytes(_PIECE), start)
+        return _read_rate([(path, start) for start in range(0, 32 * _PIECE, _PIECE)] * 32, 0, seconds, clock)
+
+
+def _read_rate(ranges: Sequence[tuple[str, int]], flags: int, seconds: float, clock: Callable[[], int]) -> float:
+    todo = iter(ranges)
+    deadline_ns = clock() + int(seconds * 1e9)
+
+    def read() -> int:
+        total = 0
+        with mmap.mmap(-1, _PIECE) as buffer:
+            buffer.write(bytes(_PIECE))  # page faults are not what is measured
+            for path, start in todo:  # an iterator over a list may be shared by threads
+                fd = os.open(path, os.O_RDONLY | flags | os.O_CLOEXEC)
+                try:
+                    total += os.preadv(fd, [buffer], start)
+                finally:
+                    os.close(fd)
+                if clock() > deadline_ns:
+                    break
+        return total
+
+    start_ns = clock()
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            total = sum(task.result() for task in [pool.submit(read) for _ in range(_THREADS)])
+    except OSError as error:
+        raise UnmeasuredError(f"reading with O_DIRECT is refused: {error.strerror}") from error
+    return total / max(1, clock() - start_ns)
+
+
+def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
+    """GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
+    import ctypes
+
+    nbytes = 256 << 20
+    if available_memory() < 4 * nbytes:
+        raise UnmeasuredError("too little free memory to measure copies in it")
+    with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
+        a, b = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (source, target))
+        ctypes.memset(a, 1, nbytes)
+        start_ns = clock()
+        ctypes.memmove(b, a, nbytes)
+        return nbytes / max(1, clock() - start_ns)
+
+
+def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) -> float:
+    """GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads."""
+    import torch
+
+    source = torch.ones(32 << 20, dtype=torch.float32, device=device)
+    target = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
+    target.copy_(source)
+    rates = []
+    for _ in range(3):
+        _wait(device)
+        start_ns = clock()
+        target.copy_(source)
+        _wait(device)
+        rates.append(source.nbytes / max(1, clock() - start_ns))
+    return max(rates)
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def measure_device(index: int, *, clock: Callable[[], int] = clock_ns) -> dict[str, float]:
+    """GB/s of copies to a CUDA device from pinned and pageable memory, of registering pages, of casts on it."""
+    import torch
+
+    device = f"cuda:{index}"
+    pageable = torch.ones(_GPU_BYTES, dtype=torch.uint8)
+    pinned = pageable.pin_memory(device)
+    target = torch.empty(_GPU_BYTES, dtype=torch.uint8, device=device)
+    rates = {}
+    for name, source in (("h2d_pinned_gbps", pinned), ("h2d_pageable_gbps", pageable)):
+        best = 0.0
+        for _ in range(3):
+            _wait(device)
+            start_ns = clock()
+            target.copy_(source, non_blocking=True)
+            _wait(device)
+            best = max(best, _GPU_BYTES / max(1, clock() - start_ns))
+        rates[name] = best
+    rates["cast_gpu_gbps"] = measure_cast(device, clock=clock)
+    return rates | _registration(index, clock)
+
+
+def _registration(index: int, clock: Callable[[], int]) -> dict[str, float]:
+    """Registering pages of a file mapping, read-only, as the mapped way does; absent where it is refused."""
+    import torch
+
+    from wan_loader.transfer import driver
+    from wan_loader.transfer.base import PinError
+
+    torch.cuda.set_device(index)
+    with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
+        for start in range(0, _GPU_BYTES, _PIECE):
+            os.pwrite(file.fileno(), bytes(_PIECE), start)
+        address = map_file(file.fileno(), 0, _GPU_BYTES)
+        try:
+            populate(address, _GPU_BYTES)
+            start_ns = clock()
+            driver.register(address, _GPU_BYTES, read_only=True)
+            rate = _GPU_BYTES / max(1, clock() - start_ns)
+            driver.unregister(address)
+        except PinError:
+            return {}
+        finally:
+            unmap(address, _GPU_BYTES)
+    return {"register_gbps": rate}
+
+
+_START = """\
+import time
+a = time.perf_counter()
+import torch
+b = time.perf_counter()
+if torch.cuda.is_available():
+    torch.zeros(1, device="cuda"); torch.cuda.synchronize()
+print(b - a, time.perf_counter() - b, torch.cuda.is_available())
+"""
+
+
+def measure_start(python: str = sys.executable) -> dict[str, float]:
+    """Seconds that `import torch` and a CUDA context take in a fresh process."""
+    done = subprocess.run([python, "-c", _START], capture_output=True, text=True, timeout=60, check=False)
+    words: list[Any] = done.stdout.split()
+    if done.returncode or len(words) != 3:
+        raise UnmeasuredError(f"torch cannot be imported by {python}")
+    times = {"import_torch_s": float(words[0])}
+    return times | ({"cuda_init_s": float(words[1])} if words[2] == "True" else {})

@@ -1,0 +1,229 @@
+"""Runs any program with the recording inside it, and brings back what its processes wrote.
+
+The program keeps its standard streams, its signals and its exit code. A sitecustomize in a temporary directory on
+PYTHONPATH starts the recording in every Python process that the program starts, and then runs the sitecustomize that
+would have run without it. What cannot be reached this way (other languages, `python -I`) stays unrecorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import py_compile
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import OptionError
+from wan_loader.events import clock_ns
+from wan_loader.profiler.session import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["Recording", "command_line", "run_program"]
+
+_SAMPLE_S = 0.1
+_KILL_S = 10.0
+_INSIDE = Path(__file__).parent / "inside"
+_PACKAGE = "_wan_loader_inside"
+_FORWARDED: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+_SITECUSTOMIZE = """\
+import os, sys
+_here = os.path.dirname(os.path.abspath(__file__))
+try:
+    import {package}.boot as _boot
+    _boot.start(os.path.join(_here, "spans"))
+except Exception:
+    pass
+sys.path[:] = [p for p in sys.path if p != _here]
+_self = sys.modules.pop("sitecustomize")
+try:
+    import sitecustomize
+except ImportError as _error:
+    if _error.name != "sitecustomize":
+        raise
+finally:
+    sys.modules.setdefault("sitecustomize", _self)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """What a run left behind, not yet interpreted. Times are on the clock of the spans."""
+
+    argv: tuple[str, ...]
+    pid: int
+    start_ns: int
+    end_ns: int
+    returncode: int
+    """As subprocess has it: negative for a signal."""
+    logs: tuple[tuple[dict[str, Any], ...], ...]
+    """The lines of each process."""
+    samples: Mapping[int, Sequence[Sample]]
+    stopped: str = ""
+    """Why the program was stopped from outside, if it was."""
+
+
+def command_line(words: Sequence[str]) -> list[str]:
+    """The program to start: a script or `-m module` gets this Python in front. Raises `OptionError`."""
+    if not words:
+        raise OptionError("no program: write it after --, as in `wan-loader profile -- python generate.py`")
+    if words[0] == "-m" or (words[0].endswith(".py") and not os.access(words[0], os.X_OK)):
+        return [sys.executable, *words]
+    if shutil.which(words[0]) is None:
+        raise OptionError(f"program {words[0]!r} is not there, or is not executable")
+    return list(words)
+
+
+def run_program(
+    words: Sequence[str],
+    *,
+    until: str | None = None,
+    seconds: float | None = None,
+    stop: bool = False,
+    stdout: int | None = None,
+) -> Recording:
+    """Run a program to its end and return the recording.
+
+    until, seconds: the recording ends when the program prints this text, or after this time; the program goes on, or
+    with `stop` gets SIGTERM (and SIGKILL ten seconds later). stdout: a descriptor for the program's own output.
+    """
+    argv = command_line(words)
+    with tempfile.TemporaryDirectory(prefix="wan-loader-") as temporary:
+        home = Path(temporary)
+        _furnish(home)
+        start_ns = clock_ns()
+        deadline_ns = start_ns + int(seconds * 1e9) if seconds else None
+        environ = _environment(home, until, deadline_ns)
+        try:
+            child = subprocess.Popen(argv, env=environ, stdout=stdout)
+        except OSError as error:
+            raise OptionError(f"{argv[0]} cannot be started: {error.strerror}") from error
+        watcher = _Watcher(home / "spans", child, deadline_ns if stop else None, stop=stop and bool(until))
+        with _forwarded_signals(child):
+            watcher.start()
+            child.wait()
+        end_ns = clock_ns()
+        watcher.finish()
+        return Recording(
+            argv=tuple(argv),
+            pid=child.pid,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            returncode=child.returncode,
+            logs=tuple(_read_log(p) for p in sorted((home / "spans").glob("*.jsonl"))),
+            samples=watcher.samples,
+            stopped=watcher.stopped,
+        )
+
+
+def _furnish(home: Path) -> None:
+    """The directory for PYTHONPATH: sitecustomize, a compiled copy of `inside`, and room for the spans."""
+    (home / "spans").mkdir()
+    shutil.copytree(_INSIDE, home / _PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+    (home / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(package=_PACKAGE))
+    for source in (*home.glob("*.py"), *home.glob("*/*.py")):
+        with suppress(py_compile.PyCompileError, OSError):
+            py_compile.compile(str(source))
+
+
+def _environment(home: Path, until: str | None, deadline_ns: int | None) -> dict[str, str]:
+    environ = dict(os.environ)
+    environ["PYTHONPATH"] = os.pathsep.join([str(home), *filter(None, [environ.get("PYTHONPATH")])])
+    environ.pop("WAN_LOADER_TRACE_UNTIL", None)
+    environ.pop("WAN_LOADER_TRACE_DEADLINE", None)
+    if until:
+        environ["WAN_LOADER_TRACE_UNTIL"] = until
+    if deadline_ns:
+        environ["WAN_LOADER_TRACE_DEADLINE"] = str(deadline_ns)
+    return environ
+
+
+@contextmanager
+def _forwarded_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ctrl-C reaches the program from the terminal; other signals are passed on. This process outlives them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    for number in _FORWARDED:
+        before[number] = signal.signal(number, lambda n, _: child.send_signal(n))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Watcher:
+    """Samples the kernel's counters of the program's processes, and stops it when it was asked to."""
+
+    def __init__(self, directory: Path, child: subprocess.Popen[bytes], deadline_ns: int | None, *, stop: bool) -> None:
+        self.samples: dict[int, list[Sample]] = {}
+        self.stopped = ""
+        self._directory = directory
+        self._child = child
+        self._deadline_ns = deadline_ns
+        self._stop_when_ended = stop
+        self._kill_ns: int | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sampler", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """The program has ended."""
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_SAMPLE_S):
+            for pid in {int(p.name.partition("-")[0]) for p in self._directory.glob("*.jsonl")}:
+                if sample := _sample(pid):
+                    self.samples.setdefault(pid, []).append(sample)
+            self._stop_if_due()
+
+    def _stop_if_due(self) -> None:
+        now = clock_ns()
+        if self._kill_ns is not None:
+            if now > self._kill_ns:
+                self._child.kill()
+        elif self._deadline_ns is not None and now > self._deadline_ns:
+            self._stop("the time given with --for was over")
+        elif self._stop_when_ended and any(b'"why": "until"' in p.read_bytes() for p in self._directory.glob("*")):
+            self._stop("the text given with --until was printed")
+
+    def _stop(self, why: str) -> None:
+        self.stopped = why
+        self._kill_ns = clock_ns() + int(_KILL_S * 1e9)
+        self._child.terminate()
+
+
+def _sample(pid: int) -> Sample | None:
+    try:
+        io = Path(f"/proc/{pid}/io").read_text()
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        read = int(io.partition("\nread_bytes: ")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return Sample(clock_ns(), read, pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
+    """Lines of one process; a line that was being written when it was killed is left out."""
+    lines = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return tuple(line for line in lines if isinstance(line, dict))

@@ -1,0 +1,38 @@
+"""Sizes and rates as people write them: `3GB`, `512MiB`, `150MB/s`, `10Gbit/s`. Text to numbers; pure."""
+
+from __future__ import annotations
+
+import re
+
+from wan_loader.errors import OptionError
+
+__all__ = ["parse_rate", "parse_size"]
+
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)(b|bit|bits)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: decimal units (`3GB`, `3G`), binary ones (`512MiB`), or plain digits. Raises `OptionError`."""
+    return round(_parse(text, text.strip(), "3GB or 512MiB"))
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second: `150MB/s`, `3GB/s`, `10Gbit/s`; `/s` may be left out. Raises `OptionError`."""
+    stripped = re.sub(r"(/s|ps)$", "", text.strip(), flags=re.IGNORECASE)
+    return _parse(text, stripped, "150MB/s or 10Gbit/s")
+
+
+def _parse(text: str, stripped: str, example: str) -> float:
+    found = _SIZE.fullmatch(stripped)
+    factor = None
+    if found:
+        unit = found[2].lower()
+        factor = _FACTORS.get(unit) or _BINARY.get(unit)
+    if not found or not factor:
+        raise OptionError(f"{text!r} is not understood: write it like {example}")
+    value = float(found[1]) * factor
+    if value <= 0:
+        raise OptionError(f"{text!r} must be more than 0")
+    return value / 8 if (found[3] or "").lower().startswith("bit") else value
