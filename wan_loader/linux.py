@@ -57,9 +57,10 @@ def map_file(fd: int, start: int, nbytes: int) -> int:
     return int(address)
 
 
-def unmap(address: int, nbytes: int) -> None:
-    """Undo `map_file`."""
+def unmap(address: int, nbytes: int) -> bool:
+    """Undo `map_file`; True."""
     _libc.munmap(address, nbytes)
+    return True
 
 
 def populate(address: int, nbytes: int) -> None:

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, replace
 from enum import Enum
+from mmap import PAGESIZE
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import OptionError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Plan", "Way", "make_plan", "split"]
 
-PAGE = 4096
+PAGE = max(4096, PAGESIZE)
 #: Gaps up to this size inside a run are read through: cheaper than another request. Zip records are 64 B apart.
 MAX_GAP = 64 << 10
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Slot", "Staging"]
 
+#: Every staging that is not closed. Memory that is registered with the driver must not be unmapped because a reference
+#: was forgotten: the driver would copy its old pages into whatever gets the address next.
+_OPEN: set[Staging] = set()
+
 
 @dataclass(slots=True)
 class Slot:
@@ -40,6 +44,8 @@ class Staging:
         self.slot_bytes = block_bytes + PAGE
         self.nbytes = self.slot_bytes * n_slots
         self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _OPEN.add(self)
+        self._map.madvise(mmap.MADV_DONTFORK)  # a fork would make pinned pages copy-on-write under running copies
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages do as well
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
@@ -49,10 +55,12 @@ class Staging:
             for offset in range(0, self.nbytes, self.slot_bytes)
         ]
 
-    def close(self) -> None:
-        """Give the memory back. Views still held elsewhere keep it until they go."""
+    def close(self) -> bool:
+        """Give the memory back, once nothing of it is registered any more. Views held elsewhere keep it. True."""
+        _OPEN.discard(self)
         for slot in self.slots:
             slot.view.release()
         self._view.release()
         with contextlib.suppress(BufferError):
             self._map.close()
+        return True

@@ -19,9 +19,11 @@ def registered(monkeypatch):
         register(address, nbytes, read_only=read_only)
         addresses.add(address)
 
-    def unregistering(address):
-        unregister(address)
+    def unregistering(address, context):
+        done = unregister(address, context)
+        assert done
         addresses.discard(address)
+        return done
 
     monkeypatch.setattr(driver, "register", registering)
     monkeypatch.setattr(driver, "unregister", unregistering)

@@ -19,7 +19,7 @@ from time import sleep
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from wan_loader.engine.board import Board, CancelledError, Filled, Window
-from wan_loader.events import clock_ns, span
+from wan_loader.events import span
 from wan_loader.linux import forget, map_file, populate, unmap
 from wan_loader.plan import Way
 from wan_loader.staging import Slot, Staging
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Carried", "EngineSettings", "carry_out"]
 
-#: How long a cancelled load waits for readers that sit in a system call.
-_JOIN_NS = 800_000_000
+#: How long a failed load waits for its clean-up, which goes on by itself after that.
+_END_SECONDS = 0.9
 
 
 class Prepared(Protocol):
@@ -72,7 +72,7 @@ class Carried:
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
     refusals: list[str] = field(default_factory=list)
-    cleanups: list[Callable[[], object]] = field(default_factory=list)
+    cleanups: list[Callable[[], bool]] = field(default_factory=list)
     """What unregisters and unmaps the places that the copies came from, to be called last first."""
 
     def release(self, pause_s: float = 0.0) -> None:
@@ -81,7 +81,9 @@ class Carried:
         Pauses between the steps leave the driver's lock to whoever else uses the device.
         """
         while self.cleanups:
-            self.cleanups.pop()()
+            if not self.cleanups[-1]():
+                return  # still registered: what lies below must stay mapped
+            self.cleanups.pop()
             if pause_s:
                 sleep(pause_s)
 
@@ -142,32 +144,31 @@ class _Load(Generic[P]):
             self._submit_all()
             with span(self._observer, "wait"):
                 self._target.finish()
+            for thread in threads:
+                thread.join()
         except BaseException:
             self._board.cancel()
             self._abandon(threads)
             raise
-        for thread in threads:
-            thread.join()
         self._carried.refusals += self._reader.refusals
         return self._carried
 
     def _abandon(self, threads: list[threading.Thread]) -> None:
-        """End everything after a failure. A reader that hangs in a system call keeps its memory until it returns."""
-        deadline_ns = clock_ns() + _JOIN_NS
+        """End everything after a failure, within a second.
+
+        In a thread that gets no signals: a second Ctrl-C ends the waiting, not the clean-up, and copies that still run
+        keep what they read and write. A reader that hangs in a system call keeps its memory until it returns.
+        """
+        ending = threading.Thread(target=self._end, args=(threads,), name="release", daemon=True)
+        ending.start()
+        ending.join(_END_SECONDS)
+
+    def _end(self, threads: list[threading.Thread]) -> None:
         for thread in threads:
             if thread.ident is not None:
-                thread.join(max(0, deadline_ns - clock_ns()) / 1e9)
-        with suppress(Exception):  # the failure that brought us here is the one to raise
+                thread.join()
+        with suppress(BaseException):  # the failure that brought us here is the one to raise
             self._target.finish()
-        hanging = [thread for thread in threads if thread.is_alive()]
-        if hanging:
-            threading.Thread(target=self._release_after, args=(hanging,), name="release", daemon=True).start()
-        else:
-            self._carried.release()
-
-    def _release_after(self, threads: list[threading.Thread]) -> None:
-        for thread in threads:
-            thread.join()
         self._carried.release()
 
     # other threads
@@ -238,6 +239,8 @@ class _Load(Generic[P]):
 
     def _pin_slot(self, slot: Slot) -> None:
         """Pin a slot when it is first used: its pages are there by then, which makes it cheap."""
+        # First: after the call, Ctrl-C may come before anything else. Unregistering what is not registered is harmless.
+        self._carried.cleanups.append(partial(self._target.unpin, slot.address))
         try:
             with span(self._observer, "init"):
                 self._target.pin(slot.address, len(slot.view), read_only=False)
@@ -247,10 +250,10 @@ class _Load(Generic[P]):
         else:
             slot.pinned = True
             self._carried.pinned_nbytes += len(slot.view)
-            self._carried.cleanups.append(partial(self._target.unpin, slot.address))
 
     def _pin_window(self, window: Window) -> None:
         block, nbytes = window.block, window.block.page_end - window.block.page_start
+        self._carried.cleanups.append(partial(self._target.unpin, window.address))
         try:
             with span(self._observer, "register", block.nbytes):
                 self._target.pin(window.address, nbytes, read_only=True)
@@ -258,7 +261,6 @@ class _Load(Generic[P]):
             self._refused(window, refusal)
             return
         self._carried.registered_nbytes += nbytes
-        self._carried.cleanups.append(partial(self._target.unpin, window.address))
         self._board.pinned(window)
 
     def _submit_window(self, window: Window) -> None:

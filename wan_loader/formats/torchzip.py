@@ -265,6 +265,8 @@ def _check_view(tensor: _Tensor, where: str) -> None:
     if len(tensor.shape) != len(tensor.stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise CheckpointError(f"{where}: shape, stride or offset make no sense: damaged file")
     check_shape(tensor.shape, where)
+    if tensor.storage.nbytes % ITEMSIZE[tensor.dtype]:
+        raise UnplannedError("a storage ends within an element")
     if 0 in tensor.shape:
         return
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))

@@ -10,6 +10,7 @@ import gc
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import torch_dtype
@@ -129,23 +130,19 @@ def load_checkpoint(
         move = _move_through_torch if choice.checkpoint.format == "torch-pickle" else _move
         with current(device):
             moved = move(choice.checkpoint, plans, options, device, tee)
-        with current(device), _released_on_failure(moved.carried):
+        with _released_on_failure(moved.carried):
             with span(tee, "assign"):
                 _convert_late(moved.tensors, plans, choice.rule)
                 ordered = {t.name: moved.tensors[t.name] for t in choice.tensors}
                 moved.warnings += bind(ordered) if bind is not None else []
             seconds = (clock_ns() - start_ns) / 1e9
             report = _report(choice, plans, options, device, moved, tee, seconds)
-    if device.type == "cuda":  # unregistering takes time that nobody has to wait for
-        threading.Thread(target=_release, args=(moved.carried, device), name="release", daemon=True).start()
-    else:
-        moved.carried.release()
+            if device.type == "cuda":  # unregistering takes time that nobody has to wait for
+                release = partial(moved.carried.release, _RELEASE_PAUSE_S)
+                threading.Thread(target=release, name="release", daemon=True).start()
+            else:
+                moved.carried.release()
     return Loaded(ordered, report)
-
-
-def _release(carried: Carried, device: torch.device) -> None:
-    with current(device):
-        carried.release(_RELEASE_PAUSE_S)
 
 
 @contextmanager
@@ -255,7 +252,7 @@ def _report(
         seconds=seconds,
         nbytes_file=sum(choice.checkpoint.storages[p.storage].nbytes for p in plans),
         nbytes_device=moved.nbytes,
-        n_tensors=len(moved.tensors),
+        n_tensors=len(choice.tensors),
         io=IoReport(
             "+".join(way.value for way in ways) or "none",
             moved.reason,

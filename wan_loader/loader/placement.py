@@ -177,17 +177,26 @@ def allocate(checkpoint: Checkpoint, layout: Layout, device: torch.device, fds: 
 
     fds: the checkpoint's files, open for reading.
     """
+    import torch
+
     placement = Placement()
-    if device.type == "cuda":
-        _reserve_cuda(layout, device)
-    for plan, nbytes in zip(layout.copied, layout.copied_nbytes, strict=True):
-        flat = _storage(placement, plan, nbytes, device)
-        source = torch_dtype(plan.source) if plan.source and plan.converts else None
-        placement.destinations.append(Destination(flat, flat.data_ptr(), source))
+    try:
+        if device.type == "cuda":
+            _reserve_cuda(layout, device)
+        _allocate_copied(placement, layout, device)
+    except torch.OutOfMemoryError as error:  # somebody else was quicker than our check
+        raise DeviceMemoryError(f"{checkpoint.path}: {device} has no room for its weights any more: {error}") from error
     shared: dict[int, mmap.mmap] = {}
     for plan in layout.viewed:
         _add_tensors(placement, plan, _view(checkpoint, plan.storage, fds, shared), device)
     return placement
+
+
+def _allocate_copied(placement: Placement, layout: Layout, device: torch.device) -> None:
+    for plan, nbytes in zip(layout.copied, layout.copied_nbytes, strict=True):
+        flat = _storage(placement, plan, nbytes, device)
+        source = torch_dtype(plan.source) if plan.source and plan.converts else None
+        placement.destinations.append(Destination(flat, flat.data_ptr(), source))
 
 
 def _reserve_cuda(layout: Layout, device: torch.device) -> None:

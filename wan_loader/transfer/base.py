@@ -51,8 +51,8 @@ class Target(Protocol):
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory for fast copies; raises `PinError`."""
 
-    def unpin(self, address: int) -> None:
-        """Undo `pin`, after the last copy from it."""
+    def unpin(self, address: int) -> bool:
+        """Undo `pin`, after the last copy from it, in any thread. False if the memory is still registered."""
 
     def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> Ticket | None:
         """Start copying pieces; byte `file_start` of their file lies at `address`. None: already done."""

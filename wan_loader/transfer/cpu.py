@@ -37,8 +37,9 @@ class CpuTarget:
         """There is nothing to register memory with."""
         raise PinError("host memory needs no pinning for a CPU target")
 
-    def unpin(self, address: int) -> None:
+    def unpin(self, address: int) -> bool:
         """Nothing to undo."""
+        return True
 
     def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> None:
         """Copy or convert the pieces now."""

@@ -82,6 +82,7 @@ class CudaTarget:
         self._destinations: Sequence[Destination] = ()
         self._scratch: deque[_Scratch] = deque()
         self._marks: list[tuple[str, int, Any, Any]] = []
+        self._context = driver.current_context()
         self._callers = torch.cuda.current_stream(index)
         self._copies = torch.cuda.Stream(index)
         self._casts = torch.cuda.Stream(index)
@@ -106,9 +107,9 @@ class CudaTarget:
         """Register host memory with the driver; raises `PinError`."""
         driver.register(address, nbytes, read_only=read_only)
 
-    def unpin(self, address: int) -> None:
-        """Undo `pin`."""
-        driver.unregister(address)
+    def unpin(self, address: int) -> bool:
+        """Undo `pin`, in any thread."""
+        return driver.unregister(address, self._context)
 
     def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> _Ticket:
         """Queue copies and casts; the source must stay until the ticket is done."""

@@ -1,8 +1,9 @@
-"""The four CUDA driver calls that torch does not offer, by ctypes.
+"""The few CUDA driver calls that torch does not offer, by ctypes.
 
 The driver library is the same for every CUDA version that torch may be built with. ctypes releases the interpreter
 lock during a call. The caller must have made torch's context current in this thread (`torch.cuda.set_device`).
-Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemcpyHtoDAsync.
+Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemcpyHtoDAsync;
+"Context Management": cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from wan_loader.transfer.base import PinError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["copy_to_device", "register", "unregister"]
+__all__ = ["copy_to_device", "current_context", "register", "unregister"]
 
 _PORTABLE = 0x01
 _READ_ONLY = 0x08
+_ALREADY_REGISTERED = 712
+#: Success, deinitialized, context destroyed, not registered.
+_UNREGISTERED = (0, 4, 709, 713)
 
 
 @cache
@@ -28,6 +32,8 @@ def _driver() -> Any:
     lib = ctypes.CDLL("libcuda.so.1")
     lib.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
     lib.cuMemHostUnregister.argtypes = [ctypes.c_void_p]
+    lib.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
+    lib.cuCtxGetCurrent.argtypes = lib.cuCtxPopCurrent_v2.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
     lib.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     lib.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     return lib
@@ -39,16 +45,36 @@ def _name(result: int) -> str:
     return text.value.decode() if text.value else f"CUDA error {result}"
 
 
+def current_context() -> int:
+    """The context that is current in this thread, for `unregister` in another."""
+    context = ctypes.c_void_p()
+    _driver().cuCtxGetCurrent(ctypes.byref(context))
+    return context.value or 0
+
+
 def register(address: int, nbytes: int, *, read_only: bool) -> None:
-    """Pin host memory for the GPU; `read_only` allows pages of a read-only file mapping. Raises `PinError`."""
+    """Pin host memory for the GPU; `read_only` allows pages of a read-only file mapping. Raises `PinError`.
+
+    Raises `DeviceError` if memory at this address was registered and is gone: copies would read its old pages.
+    """
     result = _driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY if read_only else _PORTABLE)
+    if result == _ALREADY_REGISTERED:
+        raise DeviceError("host memory overlaps memory that is still registered with CUDA: start the process again")
     if result:
         raise PinError(f"cuMemHostRegister of {nbytes} bytes: {_name(result)}")
 
 
-def unregister(address: int) -> None:
-    """Undo `register`. Errors are ignored: at exit the context may be gone already."""
-    _driver().cuMemHostUnregister(address)
+def unregister(address: int, context: int) -> bool:
+    """Undo `register`, in any thread. True unless the memory is still registered.
+
+    What never was registered counts as done, and so does a context that is gone, as it is at exit.
+    """
+    lib = _driver()
+    pushed = lib.cuCtxPushCurrent_v2(context) == 0
+    result = lib.cuMemHostUnregister(address)
+    if pushed:
+        lib.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    return result in _UNREGISTERED
 
 
 def copy_to_device(copies: Iterable[tuple[int, int, int]], stream: int) -> None:

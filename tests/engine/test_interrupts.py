@@ -1,0 +1,119 @@
+"""Ctrl-C at bad moments: memory that is registered with a driver is never unmapped before it is unregistered."""
+
+import gc
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from wan_loader.engine import EngineSettings, carry_out
+from wan_loader.formats.facts import stat_file
+from wan_loader.plan import Extent, Way, make_plan
+from wan_loader.source.reader import Reader
+
+MiB = 1 << 20
+
+
+def is_mapped(address):
+    with open("/proc/self/maps") as f:
+        ranges = (line.split()[0].split("-") for line in f)
+        return any(int(low, 16) <= address < int(high, 16) for low, high in ranges)
+
+
+class Target:
+    """Keeps count of what is registered, as a driver does; can interrupt where told."""
+
+    can_pin = True
+
+    def __init__(self, *, interrupt_pin=False, interrupt_finish=0):
+        self.registered = set()
+        self.interrupt_pin = interrupt_pin
+        self.interrupt_finish = interrupt_finish
+        self.unmapped_first = []
+
+    def bind(self, destinations):
+        pass
+
+    def pin(self, address, nbytes, *, read_only):
+        self.registered.add(address)
+        if self.interrupt_pin:
+            signal.raise_signal(signal.SIGINT)
+
+    def unpin(self, address):
+        if address in self.registered and not is_mapped(address):
+            self.unmapped_first.append(address)
+        self.registered.discard(address)
+        return True
+
+    def submit(self, address, file_start, pieces):
+        return SimpleNamespace(wait=lambda: None)
+
+    def finish(self):
+        if self.interrupt_finish:
+            self.interrupt_finish -= 1
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(8 * MiB))
+    return str(path)
+
+
+def carry(path, target, way):
+    plan = make_plan([Extent(0, 0, 0, 8 * MiB)], block_bytes=MiB, way=lambda *_: way)
+    settings = EngineSettings(threads=2, slot_bytes=MiB, n_slots=4)
+    with Reader([stat_file(path)]) as reader:
+        return carry_out(plan, reader, target, settings, lambda: SimpleNamespace(destinations=[]))
+
+
+def check(target):
+    deadline = time.monotonic() + 5
+    while target.registered and time.monotonic() < deadline and any(t.name == "release" for t in threading.enumerate()):
+        time.sleep(0.01)
+    gc.collect()
+    assert not target.unmapped_first
+    assert all(is_mapped(address) for address in target.registered)
+
+
+@pytest.mark.parametrize("way", [Way.MAPPED, Way.BUFFERED])
+def test_right_after_registering(path, way):
+    target = Target(interrupt_pin=True)
+    with pytest.raises(KeyboardInterrupt):
+        carry(path, target, way)
+    check(target)
+    assert not target.registered
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_while_waiting_for_the_last_copies(path, times):
+    target = Target(interrupt_finish=times)
+    with pytest.raises(KeyboardInterrupt):
+        carry(path, target, Way.BUFFERED)
+    check(target)
+
+
+def test_in_the_last_join(path, monkeypatch):
+    join = threading.Thread.join
+
+    def interrupted(self, timeout=None):
+        monkeypatch.setattr(threading.Thread, "join", join)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    target = Target()
+    with pytest.raises(KeyboardInterrupt):
+        carry(path, target, Way.BUFFERED)
+    check(target)
+
+
+def test_a_forgotten_result_stays_mapped(path):
+    target = Target()
+    carry(path, target, Way.BUFFERED)
+    gc.collect()
+    assert target.registered
+    assert all(is_mapped(address) for address in target.registered)
