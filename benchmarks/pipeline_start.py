@@ -236,7 +236,7 @@ def sample(args, name, cache):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     head = {"name": name, "cache": cache, "resident_before": share}
     if done.returncode != 0 or not result.exists():
-        return head | {"error": done.stderr.strip().splitlines()[-1:]}
+        return head | {"error": done.stderr.strip().splitlines()[-3:]}
     return head | json.loads(result.read_text())
 
 
