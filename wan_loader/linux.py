@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 
-__all__ = ["cached_bytes", "forget", "map_file", "populate", "unmap"]
+__all__ = ["cached_bytes", "forget", "map_file", "populate", "prefer_huge_pages", "unmap"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
@@ -73,6 +73,13 @@ def populate(address: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+
+
+def prefer_huge_pages(address: int, nbytes: int) -> None:
+    """Ask for huge pages in fresh anonymous memory: hundreds of times fewer page faults. May do nothing."""
+    start, end = -(-address // _PAGE) * _PAGE, (address + nbytes) // _PAGE * _PAGE
+    if start < end:
+        _libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
 
 
 def forget(address: int, nbytes: int) -> None:

@@ -41,16 +41,17 @@ def _fp32_file(e: Evidence) -> Iterator[Advice]:
         evidence = f"{_gb(e.fp32_bytes)} of {_gb(e.nbytes_file)} in the files are fp32, {e.dtype} was asked for"
         gain = moved * e.fp32_bytes / e.nbytes_file / 2
         yield Advice(
-            "fp32-file", f"keep a converted copy: wan-loader cache build PATH --dtype {e.dtype}", evidence, gain
+            "fp32-file",
+            f"keep a copy converted to {e.dtype} (load_file, then safetensors.torch.save_file)",
+            evidence,
+            gain,
         )
     rows = [r for r in by_label(e.spans, "cast") if "float32 to" in r[0] and r[0].split()[2] in ("bfloat16", "float16")]
     nbytes, seconds = sum(r[2] for r in rows), sum(r[1] for r in rows)
     if e.kind == "program" and nbytes:
         evidence = f"{_gb(nbytes)} of fp32 were converted in {seconds:.2f} s, after being read in full"
         gain = seconds + e.blame.get("read", 0.0) / 2
-        yield Advice(
-            "fp32-file", "store the weights in the dtype you use, or load through wan-loader's cache", evidence, gain
-        )
+        yield Advice("fp32-file", "store the weights in the dtype you use", evidence, gain)
 
 
 def _random_init(e: Evidence) -> Iterator[Advice]:
@@ -110,7 +111,7 @@ def _cold(e: Evidence) -> Iterator[Advice]:
     free = int(e.limits.get("memory_available_bytes") or 0)
     if e.cold_bytes and cache and free > 2 * e.nbytes_file:
         evidence = f"{_gb(e.cold_bytes)} came from the disk; {_gb(free)} of memory are free"
-        text = "read the files into the page cache while something else runs: wan-loader warm PATH, wan_loader.prewarm"
+        text = "read the files into the page cache while something else runs: wan_loader.prewarm(PATH)"
         yield Advice("cold-cache", text, evidence, seconds - e.nbytes_file / cache / 1e9)
 
 
@@ -123,9 +124,7 @@ def _slow_storage(e: Evidence) -> Iterator[Advice]:
     if e.cold_bytes and slow and (e.storage.get("network") or e.storage.get("rotational")):
         evidence = f"{_gb(e.cold_bytes)} were read from {what} ({e.storage.get('filesystem')}) in {seconds:.2f} s"
         gain = seconds - e.cold_bytes / _NVME_GBPS / 1e9
-        yield Advice(
-            "slow-storage", "keep the files on a local NVMe drive: wan-loader stage PATH --to DIR", evidence, gain
-        )
+        yield Advice("slow-storage", "keep a copy of the files on a local NVMe drive", evidence, gain)
 
 
 def _taking_turns(e: Evidence) -> Iterator[Advice]:

@@ -73,12 +73,12 @@ def _locking(limits: Mapping[str, Any], device: str) -> Iterator[tuple[str, str]
 def _disk(storage: Mapping[str, Any], ceilings: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     rate = ceilings.get("disk_gbps")
     if storage.get("network"):
-        yield "keep the files on a local disk: wan-loader stage PATH --to DIR", f"they lie on {storage['filesystem']}"
+        yield "keep a copy of the files on a local disk", f"they lie on {storage['filesystem']}"
     elif storage.get("rotational") and rate and rate < 0.5:
         yield "keep the files on an NVMe drive", f"the disk rotates, and reads {rate:.2f} GB/s"
     elif rate and rate < 1.0:
         yield (
-            "keep the files on a faster disk, or in the page cache (wan-loader warm)",
+            "keep the files on a faster disk, or in the page cache (wan_loader.prewarm reads them ahead)",
             f"this one reads {rate:.2f} GB/s",
         )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import UnmeasuredError
 from wan_loader.events import clock_ns
-from wan_loader.linux import cached_bytes, map_file, populate, unmap
+from wan_loader.linux import cached_bytes, map_file, populate, prefer_huge_pages, unmap
 from wan_loader.machine import available_memory
 
 if TYPE_CHECKING:
@@ -135,20 +135,23 @@ def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
     with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
         a, b = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (source, target))
         ctypes.memset(a, 1, nbytes)
+        prefer_huge_pages(b, nbytes)  # as loads do
         start_ns = clock()
         ctypes.memmove(b, a, nbytes)
         return nbytes / max(1, clock() - start_ns)
 
 
 def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads."""
+    """GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads, into fresh memory."""
     import torch
 
     source = torch.ones(32 << 20, dtype=torch.float32, device=device)
-    target = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
-    target.copy_(source)
+    source.to(torch.bfloat16)
     rates = []
     for _ in range(3):
+        target = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
+        if device == "cpu":
+            prefer_huge_pages(target.data_ptr(), target.nbytes)
         _wait(device)
         start_ns = clock()
         target.copy_(source)

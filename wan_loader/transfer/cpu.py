@@ -9,6 +9,7 @@ import ctypes
 from typing import TYPE_CHECKING
 
 from wan_loader.events import span
+from wan_loader.linux import prefer_huge_pages
 from wan_loader.transfer.base import Destination, PinError
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from wan_loader.plan import Piece
 
 __all__ = ["CpuTarget"]
+
+#: Destinations from this size on are asked to lie in huge pages.
+_HUGE = 4 << 20
 
 
 class CpuTarget:
@@ -32,6 +36,9 @@ class CpuTarget:
     def bind(self, destinations: Sequence[Destination]) -> None:
         """Say where storages go."""
         self._destinations = destinations
+        for destination in destinations:
+            if (nbytes := destination.flat.nbytes) >= _HUGE:
+                prefer_huge_pages(destination.address, nbytes)
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """There is nothing to register memory with."""
