@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from wan_loader.dtypes import parse_dtype
+from wan_loader.errors import OptionError
+
 __all__ = [
     "Device",
     "Dtype",
@@ -38,6 +41,13 @@ def verbose() -> bool:
     return any(word in ("-v", "--verbose") for word in sys.argv[1:])
 
 
+def _check_dtype(value: str | None) -> str | None:
+    try:
+        return None if value is None else parse_dtype(value)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 PathArgument = Annotated[
     Path,
     typer.Argument(
@@ -49,7 +59,11 @@ PathArgument = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Convert floating tensors to bf16, fp16 or fp32 on the target.", show_default="as in the file"),
+    typer.Option(
+        help="Convert floating tensors to bf16, fp16 or fp32 on the target.",
+        show_default="as in the file",
+        callback=_check_dtype,
+    ),
 ]
 Io = Annotated[IoChoice, typer.Option(help="Way to read; auto chooses from what lies in the page cache.")]
 Threads = Annotated[

@@ -48,5 +48,5 @@ def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
     cached = "everything" if share >= 1 else "nothing" if resident == 0 else f"{share:.0%}"
     why = f"{cached} is in the page cache" if io == "auto" else f"io={io} was asked for"
     if nbytes_viewed:
-        why += "; tensors are views of the file, whose pages are read when first used"
+        why += "; tensors that need no conversion are views of the file, whose pages are read when first used"
     return why
