@@ -109,3 +109,15 @@ def test_doctor(cli, weights):
     assert document["files"]["nbytes"] == weights.stat().st_size
     assert "doctor" in cli("--help").stdout
     assert cli("doctor", weights, "--device", "cpu").returncode == 0
+
+
+def test_an_fp32_file_asked_for_in_bf16_is_advised_about(cli, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.randn(50_000_000)}, tmp_path / "fp32.safetensors")
+    done = cli(
+        "profile", tmp_path / "fp32.safetensors", "--device", "cpu", "--dtype", "bf16", "--no-ceilings", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fp32-file" in [found["rule"] for found in json.loads(done.stdout)["advice"]]

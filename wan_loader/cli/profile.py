@@ -123,33 +123,19 @@ def _profile_load(
 ) -> Session:
     import wan_loader
     from wan_loader.cli.render import reading_progress
-    from wan_loader.events import Recorder
     from wan_loader.profiler.assemble import load_session
     from wan_loader.profiler.storage import limits
 
     checkpoint = wan_loader.open_checkpoint(path)
     files = [f.path for f in checkpoint.files]
-    fp32 = sum(t.nbytes for t in checkpoint.tensors if t.dtype == "F32")
+    fp32 = sum(t.nbytes for t in checkpoint.tensors if t.dtype == "float32")
     before = limits()
-    recorder = Recorder()
-    with reading_progress(checkpoint.nbytes) as bar:
-        observer = _Both(recorder, bar) if bar else recorder
+    with reading_progress(checkpoint.nbytes) as observer:
         loaded = wan_loader.load(path, device=device, dtype=dtype, io=io.value, threads=threads, observer=observer)
-    report = loaded.report
+    report, spans = loaded.report, loaded.spans
     del loaded
     around = _surroundings(files, report.device, before, measure=measure)
-    return load_session(report, recorder.spans, around, fp32_bytes=fp32)
-
-
-class _Both:
-    """Tells two observers."""
-
-    def __init__(self, first: Any, second: Any) -> None:
-        self._first, self._second = first, second
-
-    def record(self, span: Any) -> None:
-        self._first.record(span)
-        self._second.record(span)
+    return load_session(report, spans, around, fp32_bytes=fp32)
 
 
 def _profile_program(

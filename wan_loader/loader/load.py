@@ -75,10 +75,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Filled tensors by checkpoint name, and the report."""
+    """Filled tensors by checkpoint name, the report, and the spans that it was made from."""
 
     tensors: dict[str, torch.Tensor]
     report: LoadReport
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(slots=True)
@@ -142,7 +143,7 @@ def load_checkpoint(
                 threading.Thread(target=release, name="release", daemon=True).start()
             else:
                 moved.carried.release()
-    return Loaded(ordered, report)
+    return Loaded(ordered, report, tuple(tee.recorder.spans))
 
 
 @contextmanager
