@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.events import PHASES, Span, busy_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["SCHEMA_VERSION", "Bottleneck", "IoReport", "LoadReport", "MemoryReport", "Phase", "summarize"]
 
@@ -125,13 +125,13 @@ def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
-def summarize(spans: Iterable[Span]) -> tuple[Phase, ...]:
-    """Phases that occurred, in the order of `PHASES`."""
+def summarize(spans: Iterable[Span], order: Sequence[str] = PHASES) -> tuple[Phase, ...]:
+    """Busy time and bytes of each phase that occurred, in `order`."""
     by_name: dict[str, list[Span]] = {}
     for span in spans:
         by_name.setdefault(span.name, []).append(span)
     return tuple(
         Phase(name, busy_ns(by_name[name]) / 1e9, sum(s.nbytes for s in by_name[name]))
-        for name in PHASES
+        for name in order
         if name in by_name
     )

@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them: `3GB`, `512MiB`, `150MB/s`, `10Gbit/s`. Text to numbers; pure."""
+"""Sizes and rates as people write and read them: `3GB`, `512MiB`, `150MB/s`, `10Gbit/s`. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from wan_loader.errors import OptionError
 
-__all__ = ["parse_rate", "parse_size"]
+__all__ = ["format_bytes", "format_rate", "format_seconds", "parse_rate", "parse_size"]
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -36,3 +36,24 @@ def _parse(text: str, stripped: str, example: str) -> float:
     if value <= 0:
         raise OptionError(f"{text!r} must be more than 0")
     return value / 8 if (found[3] or "").lower().startswith("bit") else value
+
+
+def format_bytes(nbytes: float) -> str:
+    """Decimal units, as disks and links are sold: 28.6 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 999.5:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """As `format_bytes`, per second."""
+    return f"{format_bytes(bytes_per_second)}/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """With three digits: 0.71 s, 3.2 ms, 84.1 s."""
+    if seconds >= 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1000:.3g} ms"

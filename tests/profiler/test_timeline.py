@@ -3,7 +3,7 @@
 import pytest
 
 from wan_loader.events import Span
-from wan_loader.profiler.bars import format_bytes, format_seconds, timeline_bar
+from wan_loader.profiler.bars import timeline_bar
 from wan_loader.profiler.timeline import (
     Mark,
     attribute,
@@ -14,6 +14,7 @@ from wan_loader.profiler.timeline import (
     throughput,
     union,
 )
+from wan_loader.sizes import format_bytes, format_seconds
 
 S = 1_000_000_000
 

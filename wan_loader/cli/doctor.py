@@ -70,7 +70,7 @@ def _print(console: Any, document: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from wan_loader.profiler.bars import format_bytes
+    from wan_loader.sizes import format_bytes
 
     facts = Table(box=None, pad_edge=False, show_header=False)
     for section in ("machine", "limits", "storage", "files"):

@@ -104,7 +104,7 @@ def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from wan_loader.cli.render import output_console
-    from wan_loader.profiler.bars import format_bytes, format_rate, format_seconds
+    from wan_loader.sizes import format_bytes, format_rate, format_seconds
 
     console = output_console()
     cast = document["nbytes_converted"]

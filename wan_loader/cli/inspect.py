@@ -80,7 +80,8 @@ def _resident(path: str) -> int:
 def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from wan_loader.cli.render import format_bytes, output_console, plain, print_warnings
+    from wan_loader.cli.render import output_console, plain, print_warnings
+    from wan_loader.sizes import format_bytes
 
     console = output_console()
     console.print(f"[bold]{plain(checkpoint.path)}[/bold]")

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from wan_loader.sizes import format_bytes, format_seconds
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "error_console",
-    "format_bytes",
-    "format_seconds",
     "output_console",
     "plain",
     "print_load",
@@ -38,23 +38,9 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def format_bytes(nbytes: float) -> str:
-    """Decimal units, as disks and links are sold: 28.58 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
-
-
 def plain(text: str) -> str:
     """Text of a checkpoint, safe to print: no markup, no control characters."""
     return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
-
-
-def format_seconds(seconds: float) -> str:
-    """With three significant digits: 0.71 s, 3.2 ms."""
-    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1000:.3g} ms"
 
 
 class _ReadProgress:

@@ -1,4 +1,4 @@
-"""What the reports share: readable numbers, and timelines squeezed into a line of text. Pure."""
+"""Timelines squeezed into a line of text. Pure."""
 
 from __future__ import annotations
 
@@ -12,30 +12,9 @@ if TYPE_CHECKING:
 
     from wan_loader.events import Span
 
-__all__ = ["format_bytes", "format_rate", "format_seconds", "timeline_bar"]
+__all__ = ["timeline_bar"]
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
-
-
-def format_bytes(nbytes: float) -> str:
-    """Decimal units, as disks and links are sold: 28.6 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 999.5:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
-
-
-def format_rate(bytes_per_second: float) -> str:
-    """As `format_bytes`, per second."""
-    return f"{format_bytes(bytes_per_second)}/s"
-
-
-def format_seconds(seconds: float) -> str:
-    """With three digits: 0.71 s, 3.2 ms, 84.1 s."""
-    if seconds >= 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1000:.3g} ms"
 
 
 def timeline_bar(spans: Iterable[Span], start_ns: int, end_ns: int, width: int = 40) -> str:

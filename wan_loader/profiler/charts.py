@@ -8,8 +8,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from wan_loader.profiler.bars import format_bytes, format_rate, format_seconds
 from wan_loader.profiler.timeline import Mark, throughput
+from wan_loader.sizes import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

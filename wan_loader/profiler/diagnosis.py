@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
-from wan_loader.profiler.bars import format_bytes
+from wan_loader.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from wan_loader.profiler.bars import format_bytes, format_seconds
 from wan_loader.profiler.charts import throughput_svg, timeline_svg
 from wan_loader.profiler.terminal import ceilings_line, headline, machine_line
 from wan_loader.profiler.timeline import ALL_PHASES, attribute, by_label
+from wan_loader.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

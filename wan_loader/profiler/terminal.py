@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from wan_loader.profiler.bars import format_bytes, format_seconds, timeline_bar
+from wan_loader.profiler.bars import timeline_bar
 from wan_loader.profiler.timeline import attribute, by_label
+from wan_loader.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console

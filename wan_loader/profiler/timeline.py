@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan_loader.events import PHASES, Span, busy_ns
-from wan_loader.report import Phase
+from wan_loader.report import Phase, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,14 +31,7 @@ class Mark(Span):
 
 def phases(spans: Iterable[Span]) -> tuple[Phase, ...]:
     """Busy time and bytes of each phase that occurred, in the order of `ALL_PHASES`."""
-    grouped: dict[str, list[Span]] = {}
-    for span in spans:
-        grouped.setdefault(span.name, []).append(span)
-    return tuple(
-        Phase(name, busy_ns(grouped[name]) / 1e9, sum(s.nbytes for s in grouped[name]))
-        for name in ALL_PHASES
-        if name in grouped
-    )
+    return summarize(spans, ALL_PHASES)
 
 
 def union(spans: Iterable[Span]) -> list[tuple[int, int]]:
