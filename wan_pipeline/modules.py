@@ -1,8 +1,8 @@
 """The networks as modules: built without memory, filled from a checkpoint, emptied again.
 
-Loading needs only torch: `fetch` loads into a bare tree of modules that has the names of the file, so that it can begin
-while transformers and diffusers are still being imported. `build` makes the real module on the meta device, which costs
-milliseconds and no memory; `adopt` hands it the loaded parameters; `empty` gives the memory back and leaves the module
+Loading needs only torch: `fetch` loads tensors under the names of the file, so that it can begin while transformers and
+diffusers are still being imported. `build` makes the real module on the meta device, which costs
+milliseconds and no memory; `adopt` hands it the loaded tensors; `empty` gives the memory back and leaves the module
 as `build` made it. Weights never change, so nothing is ever copied back to the host.
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wan_loader import load_into
+from wan_loader.loader.api import load
 from wan_loader.loader.binding import match
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from wan_loader.events import Observer
@@ -90,41 +92,29 @@ def fetch(
     decoder_only: bool = False,
     io: IoMode = "auto",
     observer: Observer | None = None,
-) -> tuple[torch.nn.Module, LoadReport]:
-    """Load the weights into a bare tree of modules under the names of the file. Imports nothing but torch."""
-    import torch
-
-    wanted = [t for t in component.facts.tensors if not (decoder_only and component.is_encoder_only(t.name))]
-    tree = torch.nn.Module()
-    for facts in wanted:
-        *path, leaf = facts.name.split(".")
-        owner = tree
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, torch.nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(leaf, torch.nn.Parameter(torch.empty(facts.shape, device="meta")))
-    names = {facts.name for facts in wanted}
-    report = load_into(
-        tree,
+) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """Load the weights under their names in the file. Imports nothing but torch."""
+    loaded = load(
         component.source,
         device=device,
         dtype=dtype,
-        key_map=lambda name: name if name in names else None,
+        names=[t.name for t in component.facts.tensors if not (decoder_only and component.is_encoder_only(t.name))],
         keep_fp32=component.keep_fp32,
         io=io,
         observer=observer,
     )
-    return tree, report
+    return loaded.tensors, loaded.report
 
 
-def adopt(module: torch.nn.Module, component: Component, tree: torch.nn.Module) -> None:
-    """Give a built (or emptied) module the parameters that `fetch` loaded; tied parameters stay tied."""
+def adopt(module: torch.nn.Module, component: Component, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a built (or emptied) module the tensors that `fetch` loaded; tied parameters stay tied."""
+    import torch
+
     rename = component.key_map or (lambda name: name)
-    loaded = {rename(name): parameter for name, parameter in tree.named_parameters()}
+    loaded = {rename(name): tensor for name, tensor in tensors.items()}
     device = next(iter(loaded.values())).device
     named = module.named_parameters(remove_duplicate=False)
-    new = {id(old): loaded[name] for name, old in named if name in loaded}
+    new = {id(old): torch.nn.Parameter(loaded[name], old.requires_grad) for name, old in named if name in loaded}
     for owner in module.modules():
         for name, old in owner._parameters.items():
             if old is not None:

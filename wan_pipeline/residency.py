@@ -121,6 +121,9 @@ class Log:
     waits: list[tuple[str, int, int]] = field(default_factory=list)
     """Each first use of a phase: network, start_ns and end_ns of waiting for it."""
     device_peak_nbytes: int = 0
+    """What tensors held at most."""
+    device_reserved_nbytes: int = 0
+    """What the allocator held at most."""
 
 
 class Residency:
@@ -144,7 +147,7 @@ class Residency:
         self._modules: dict[str, torch.nn.Module] = {}
         self._current: str | None = None
         self._fetches: dict[str, Fetch] = {}
-        self._trees: dict[str, torch.nn.Module] = {}
+        self._weights: dict[str, dict[str, torch.Tensor]] = {}
         self._last: Fetch | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -158,8 +161,8 @@ class Residency:
         """Say which module, built and empty, is a network; needed before it is used."""
         with self._lock:
             self._modules[name] = module
-            if (tree := self._trees.pop(name, None)) is not None:
-                modules.adopt(module, self._parts[name].component, tree)
+            if (weights := self._weights.pop(name, None)) is not None:
+                modules.adopt(module, self._parts[name].component, weights)
 
     def use(self, name: str) -> None:
         """Make a network ready to run: returns at once if it is, else when it has been fetched."""
@@ -203,7 +206,9 @@ class Residency:
         if device is not None:
             import torch
 
-            self.log.device_peak_nbytes = max(self.log.device_peak_nbytes, torch.cuda.max_memory_allocated(device))
+            log, cuda = self.log, torch.cuda
+            log.device_peak_nbytes = max(log.device_peak_nbytes, cuda.max_memory_allocated(device))
+            log.device_reserved_nbytes = max(log.device_reserved_nbytes, cuda.max_memory_reserved(device))
 
     def _prepare(self, name: str) -> None:
         """Drop what the phase of `name` does not allow, and start fetching what it does."""
@@ -231,9 +236,13 @@ class Residency:
     def _drop(self, name: str) -> None:
         self._fetches.pop(name).cancel()
         self.note_peak()
-        self._trees.pop(name, None)
+        self._weights.pop(name, None)
         if name in self._modules:
             modules.empty(self._modules[name])
+        if self._parts[name].device.type == "cuda":  # what the allocator kept would count against the contract
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _loading(self, name: str) -> Callable[[threading.Event], None]:
         part = self._parts[name]
@@ -243,26 +252,26 @@ class Residency:
                 self._warming.stop()
             self.note_peak()
             start_ns = clock_ns()
-            tree, report = modules.fetch(
+            weights, report = modules.fetch(
                 part.component,
                 device=part.device,
                 dtype=part.dtype,
                 decoder_only=part.decoder_only,
                 observer=_Stopper(stop, name, self._observer),
             )
-            self._hand_over(name, tree)
+            self._hand_over(name, weights)
             self.note_peak()
             self.log.loads.append((name, start_ns, clock_ns(), report))
 
         return load
 
-    def _hand_over(self, name: str, tree: torch.nn.Module) -> None:
+    def _hand_over(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """To the module, if it is built already; else it is kept until `provide`."""
         with self._lock:
             if name in self._modules:
-                modules.adopt(self._modules[name], self._parts[name].component, tree)
+                modules.adopt(self._modules[name], self._parts[name].component, weights)
             else:
-                self._trees[name] = tree
+                self._weights[name] = weights
 
     def _warm(self, names: Sequence[str]) -> None:
         if self._warming is not None:

@@ -138,4 +138,5 @@ def _memory(started: Started, reports: list[LoadReport]) -> dict[str, int]:
         "host_peak_bytes": max([peak_resident(), *(r.memory.host_peak_bytes for r in reports)]),
         "pinned_bytes": max((r.memory.pinned_bytes for r in reports), default=0),
         "device_peak_bytes": started.residency.log.device_peak_nbytes,
+        "device_reserved_peak_bytes": started.residency.log.device_reserved_nbytes,
     }

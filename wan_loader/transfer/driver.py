@@ -3,7 +3,8 @@
 The driver library is the same for every CUDA version that torch may be built with. ctypes releases the interpreter
 lock during a call. The caller must have made torch's context current in this thread (`torch.cuda.set_device`).
 Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemcpyHtoDAsync;
-"Context Management": cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent.
+"Context Management": cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent; "Primary Context Management":
+cuDevicePrimaryCtxRetain.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from wan_loader.transfer.base import PinError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["copy_to_device", "current_context", "register", "unregister"]
+__all__ = ["copy_to_device", "current_context", "make_context", "register", "unregister"]
 
 _PORTABLE = 0x01
 _READ_ONLY = 0x08
@@ -43,6 +44,21 @@ def _name(result: int) -> str:
     text = ctypes.c_char_p()
     _driver().cuGetErrorName(result, ctypes.byref(text))
     return text.value.decode() if text.value else f"CUDA error {result}"
+
+
+def make_context(index: int) -> None:
+    """Make the context that torch will use on a device, for the rest of the process; needs no torch.
+
+    Takes as long as torch's own start-up of the device, which then finds it made. Nothing happens where there is no
+    such device: torch will say so.
+    """
+    try:
+        lib = _driver()
+    except OSError:  # no driver here
+        return
+    device = ctypes.c_int()
+    if lib.cuInit(0) == 0 and lib.cuDeviceGet(ctypes.byref(device), index) == 0:
+        lib.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), device)
 
 
 def current_context() -> int:

@@ -1,0 +1,71 @@
+"""What a start changes for its imports, and that all of it is put back."""
+
+import gc
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from wan_loader.transfer.driver import make_context
+from wan_pipeline.imports import short_imports
+
+
+def settings():
+    return sys.getswitchinterval(), gc.isenabled(), metadata.packages_distributions
+
+
+def test_inside_turns_are_short_and_no_garbage_is_looked_for():
+    before = settings()
+    with short_imports():
+        assert sys.getswitchinterval() < before[0]
+        assert not gc.isenabled()
+    assert settings() == before
+
+
+def test_everything_is_put_back_after_a_failure():
+    before = settings()
+    with pytest.raises(ImportError), short_imports():
+        raise ImportError
+    assert settings() == before
+
+
+def test_what_was_chosen_before_stays():
+    before = sys.getswitchinterval()
+    gc.disable()
+    sys.setswitchinterval(0.00005)
+    chosen = sys.getswitchinterval()
+    try:
+        with short_imports():
+            assert sys.getswitchinterval() == chosen
+        assert sys.getswitchinterval() == chosen
+        assert not gc.isenabled()
+    finally:
+        sys.setswitchinterval(before)
+        gc.enable()
+
+
+def test_packages_are_listed_once():
+    expected = metadata.packages_distributions()
+    with short_imports():
+        first = metadata.packages_distributions()
+        assert first == expected
+        assert metadata.packages_distributions() is first
+
+
+def test_a_start_puts_everything_back(tiny_wan):
+    pytest.importorskip("diffusers")
+    import wan_pipeline
+
+    before = settings()
+    with wan_pipeline.WanT2V.from_checkpoint(tiny_wan(), device="cpu", size=(32, 32), frame_num=5):
+        assert settings() == before
+
+
+def test_making_a_context_needs_neither_torch_nor_a_device():
+    code = (
+        "import sys; from wan_loader.transfer.driver import make_context; "
+        "make_context(99); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert make_context(99) is None
