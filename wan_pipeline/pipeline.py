@@ -218,13 +218,15 @@ def load_diffusers(
     dtype: as diffusers' argument; None gives its default, fp32 with the text encoder as in the file. With a preset
     that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when this returns,
     and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and dropped
-    when another needs the room; such a pipeline cannot be moved with `.to()`.
+    when another needs the room; such a pipeline cannot be moved with `.to()`. Room is left to make 81 frames of
+    832*480: larger ones may need the VAE's tiling, or another preset.
 
     Raises what `WanT2V.from_checkpoint` raises.
     """
     from wan_loader.dtypes import dtype_name
 
-    started = begin(directory, StartOptions(preset=preset, device=device, dtype=dtype_name(dtype), like_diffusers=True))
+    options = StartOptions(preset=preset, device=device, dtype=dtype_name(dtype), like_diffusers=True, size=(832, 480))
+    started = begin(directory, options)
     if started.preset.residency == "everything":
         try:
             started.residency.wait_all()

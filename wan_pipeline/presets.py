@@ -21,7 +21,18 @@ from wan_pipeline.checkpoint import TITLES
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["PRESETS", "Limits", "Phase", "Preset", "check_fit", "choose", "load_preset", "peak", "phases"]
+__all__ = [
+    "PRESETS",
+    "Limits",
+    "Phase",
+    "Preset",
+    "check_fit",
+    "choose",
+    "fitted_phases",
+    "load_preset",
+    "peak",
+    "phases",
+]
 
 #: Fastest first: the order in which `choose` tries them.
 PRESETS = ("fastest", "balanced", "min-memory", "multi-gpu")
@@ -89,6 +100,8 @@ class Limits:
     host_nbytes: int
     """What this process may still take on the host."""
     world_size: int = 1
+    may_drop: bool = True
+    """Whether a network can be dropped for another to run; False where the networks are handed out."""
 
 
 def load_preset(name: str) -> Preset:
@@ -131,26 +144,50 @@ def phases(preset: Preset, names: Sequence[str]) -> tuple[Phase, ...]:
     )
 
 
-def peak(
-    preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], world_size: int = 1
+def fitted_phases(
+    preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits
+) -> tuple[Phase, ...]:
+    """The phases on a device: where all networks stay, and the VAE's work finds no room beside them, one gives way.
+
+    It is the one that another generation would need last, the low-noise expert: it is fetched again behind the others.
+    """
+    *others, decode = phases(preset, list(sizes))
+    allowed = _allowed(preset, limits)
+    if preset.residency == "everything" and limits.may_drop and allowed is not None:
+        needed = _needed(preset, decode, sizes, workspace, limits.world_size)[0]
+        if needed > allowed:
+            decode = replace(decode, resident=tuple(n for n in decode.resident if n != list(sizes)[-2]))
+    return (*others, decode)
+
+
+def _allowed(preset: Preset, limits: Limits) -> int | None:
+    """Bytes that the preset may take on the device; None if that has no memory of its own."""
+    return None if limits.device_nbytes is None else min(int(preset.device_memory_gb * 1e9), limits.device_nbytes)
+
+
+def _needed(
+    preset: Preset, phase: Phase, sizes: Mapping[str, int], workspace: Mapping[str, int], world_size: int
 ) -> tuple[int, str]:
+    """Bytes on the device in a phase, and a sentence that adds them up."""
+    share = world_size if preset.sharded else 1
+    held = {
+        name: sizes[name] if name == "vae" else sizes[name] // share
+        for name in phase.resident
+        if not (name == "text_encoder" and preset.text_encoder == "cpu")
+    }
+    work = workspace.get(phase.uses, 0)
+    total = sum(held.values()) + work
+    parts = [*(f"{TITLES[name]} {_gb(n)}" for name, n in held.items()), f"{_gb(work)} to work in"]
+    return total, f"{_gb(total)} while the {TITLES[phase.uses]} runs ({' + '.join(parts)})"
+
+
+def peak(preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits) -> tuple[int, str]:
     """Bytes on the device in the phase that needs most, and a sentence that adds them up.
 
     sizes: bytes of each network, in the order of first use. workspace: bytes for running each.
     """
-    share = world_size if preset.sharded else 1
-    worst = (0, "")
-    for phase in phases(preset, list(sizes)):
-        held = {
-            name: sizes[name] if name == "vae" else sizes[name] // share
-            for name in phase.resident
-            if not (name == "text_encoder" and preset.text_encoder == "cpu")
-        }
-        total = sum(held.values()) + workspace.get(phase.uses, 0)
-        parts = [f"{TITLES[name]} {_gb(n)}" for name, n in held.items()]
-        text = f"{' + '.join([*parts, f'{_gb(workspace.get(phase.uses, 0))} to work in'])}"
-        worst = max(worst, (total, f"{_gb(total)} while the {TITLES[phase.uses]} runs ({text})"))
-    return worst
+    found = fitted_phases(preset, sizes, workspace, limits)
+    return max(_needed(preset, phase, sizes, workspace, limits.world_size) for phase in found)
 
 
 def check_fit(
@@ -165,12 +202,12 @@ def check_fit(
             f"preset {preset.name} needs {_gb(host_nbytes)} of host memory, {_gb(limits.host_nbytes)} are available "
             "here: allow more memory"
         )
-    if limits.device_nbytes is None:
+    allowed = _allowed(preset, limits)
+    if limits.device_nbytes is None or allowed is None:
         return f"{preset.name}: {limits.device} has no memory of its own, weights are mapped where they need no cast"
-    needed, where = peak(preset, sizes, workspace, limits.world_size)
-    contract = int(preset.device_memory_gb * 1e9)
-    if needed > (allowed := min(contract, limits.device_nbytes)):
-        what = f"its contract is {_gb(contract)}" if contract < limits.device_nbytes else ""
+    needed, where = peak(preset, sizes, workspace, limits)
+    if needed > allowed:
+        what = f"its contract is {_gb(allowed)}" if allowed < limits.device_nbytes else ""
         free = f"{_gb(limits.device_nbytes)} are free on {limits.device}"
         raise DeviceMemoryError(
             f"preset {preset.name} needs {where}; {' and '.join(filter(None, (what, free)))}: "

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wan_loader.source.prewarm import Prewarm
     from wan_loader.types import StrPath
     from wan_pipeline.checkpoint import Component, WanCheckpoint
-    from wan_pipeline.presets import Limits, Preset
+    from wan_pipeline.presets import Limits, Phase, Preset
 
 __all__ = ["StartOptions", "Started", "begin", "world_size"]
 
@@ -136,7 +136,7 @@ def _start_fetching(checkpoint: WanCheckpoint, options: StartOptions, recorder: 
     from wan_loader.loader.devices import resolve_device
 
     device = resolve_device(options.device, recorder)
-    preset, reason = _choose(checkpoint, options, device)
+    preset, reason, phases = _choose(checkpoint, options, device)
     parts = [
         Part(
             component,
@@ -146,20 +146,9 @@ def _start_fetching(checkpoint: WanCheckpoint, options: StartOptions, recorder: 
         )
         for component in checkpoint.components
     ]
-    phases = presets.phases(preset, checkpoint.names)
     residency = Residency(parts, phases, observer=recorder, warm_ahead=preset.warm_ahead, warming=warming)
     residency.start()
-    Fetch("libraries", lambda stop: _start_libraries(device))
     return Started(None, checkpoint, residency, preset, reason, device, recorder)
-
-
-def _start_libraries(device: torch.device) -> None:
-    """Have the first matrix product over with: it makes torch set up cuBLAS, which takes a third of a second."""
-    import torch
-
-    if device.type == "cuda":
-        some = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
-        torch.matmul(some, some)
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
@@ -248,8 +237,10 @@ def _dtype(component: Component, preset: Preset, options: StartOptions) -> torch
     return None if name is None else torch_dtype(name)
 
 
-def _choose(checkpoint: WanCheckpoint, options: StartOptions, device: torch.device) -> tuple[Preset, str]:
-    limits = _limits(device)
+def _choose(
+    checkpoint: WanCheckpoint, options: StartOptions, device: torch.device
+) -> tuple[Preset, str, tuple[Phase, ...]]:
+    limits = _limits(device, may_drop=not options.like_diffusers)
     adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
     some = presets.load_preset("fastest" if options.preset == "auto" else options.preset).adapted(**adapt)  # type: ignore[arg-type]
     sizes: dict[str, int] = {}
@@ -260,22 +251,28 @@ def _choose(checkpoint: WanCheckpoint, options: StartOptions, device: torch.devi
     workspace = _workspace(checkpoint, options)
     host_nbytes = _STAGING_BYTES if device.type == "cuda" else 0
     if options.preset == "auto":
-        return presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
-    return some, presets.check_fit(some, sizes, workspace, host_nbytes, limits)
+        preset, reason = presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
+    else:
+        preset, reason = some, presets.check_fit(some, sizes, workspace, host_nbytes, limits)
+    return preset, reason, presets.fitted_phases(preset, sizes, workspace, limits)
 
 
-def _limits(device: torch.device) -> Limits:
+def _limits(device: torch.device, *, may_drop: bool) -> Limits:
     import torch
 
     free = None
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=available_memory())
+    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=available_memory(), may_drop=may_drop)
 
 
 def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, int]:
-    """Bytes that running each network takes beside the weights: estimates, on the safe side."""
+    """Bytes that running each network takes beside the weights: estimates, on the safe side.
+
+    From the tensors that are alive at the peak, by tracing each network on meta at several sizes (an expert 113 kB a
+    token, the VAE 19 to 20 kB a pixel), and 20 % for the libraries' own.
+    """
     width, height = options.size
     frames_per, pixels_per = checkpoint.vae_scale
     tokens = ((options.frame_num - 1) // frames_per + 1) * (width // pixels_per // 2) * (height // pixels_per // 2)
@@ -284,9 +281,10 @@ def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, in
         if name in checkpoint.names:
             config = checkpoint[name].config
             dim = config["num_attention_heads"] * config["attention_head_dim"]
-            out[name] = tokens * (8 * dim + config["ffn_dim"]) * 2
-    base = checkpoint["vae"].config.get("decoder_base_dim") or checkpoint["vae"].config.get("base_dim", 96)
-    out["vae"] = width * height * (base * frames_per * 16 + options.frame_num * 3 * 4 * 3)
+            out[name] = tokens * (10 * dim + config["ffn_dim"]) * 2
+    vae = checkpoint["vae"].config
+    base = (vae.get("decoder_base_dim") or vae.get("base_dim", 96)) // (vae.get("patch_size") or 1)
+    out["vae"] = width * height * (base * frames_per * 60 + options.frame_num * 3 * 4 * 3)
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 
 from wan_pipeline import modules, residency
 from wan_pipeline.checkpoint import open_wan
-from wan_pipeline.presets import load_preset, phases
+from wan_pipeline.presets import Phase, load_preset, phases
 from wan_pipeline.residency import Fetch, FetchCancelledError, Part, Residency
 
 NAMES = ["text_encoder", "transformer", "transformer_2", "vae"]
@@ -76,6 +76,22 @@ def test_each_phase_holds_what_its_preset_allows(make, preset, expected):
     n_loads = 1 if preset == "fastest" else 2
     assert sorted(n for n, *_ in keeper.log.loads) == sorted(NAMES * n_loads)
     assert [n for n, *_ in keeper.log.waits] == NAMES * 2
+
+
+def test_an_expert_that_gave_way_to_the_vae_comes_back_behind_the_others(make):
+    keeper = make("fastest")
+    kept = [n for n in NAMES if n != "transformer_2"]
+    keeper._phases["vae"] = Phase("vae", tuple(kept))
+    keeper.start()
+    for name in NAMES:
+        keeper.use(name)
+    assert loaded(keeper) == kept
+    keeper.use("text_encoder")
+    keeper.wait_all()
+    assert loaded(keeper) == NAMES
+    keeper.use("transformer")
+    keeper.use("transformer_2")
+    assert [n for n, *_ in keeper.log.loads] == [*NAMES, "transformer_2"]
 
 
 def test_loading_begins_before_there_are_modules(make):
