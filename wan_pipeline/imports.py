@@ -58,7 +58,7 @@ def _paused_gc() -> Iterator[None]:
 
 @contextmanager
 def _packages_listed_once() -> Iterator[None]:
-    """transformers and diffusers each read the records of all installed packages, a second where there are many."""
+    """transformers and diffusers each read the records of all installed packages: up to a second."""
     before = metadata.packages_distributions
     metadata.packages_distributions = cache(before)
     try:
