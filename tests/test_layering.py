@@ -18,6 +18,7 @@ ROOMS = [
     {"source"},
     {"staging", "transfer"},
     {"engine"},
+    {"cache"},
     {"report"},
     {"loader"},
     {"profiler"},

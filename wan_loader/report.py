@@ -13,7 +13,16 @@ from wan_loader.events import PHASES, Span, busy_ns
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["SCHEMA_VERSION", "Bottleneck", "IoReport", "LoadReport", "MemoryReport", "Phase", "summarize"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Bottleneck",
+    "CacheReport",
+    "IoReport",
+    "LoadReport",
+    "MemoryReport",
+    "Phase",
+    "summarize",
+]
 
 SCHEMA_VERSION = 1
 
@@ -60,6 +69,18 @@ class MemoryReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheReport:
+    """What the converted cache had to do with a load."""
+
+    state: str
+    """"hit": read from an entry; "building": read from the source, an entry is being written in the background;
+    "source": read from the source, and why."""
+    reason: str
+    entry: str | None = None
+    """Directory of the entry that was read."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bottleneck:
     """The phase that set the pace, against what it could do at best, where that was measured."""
 
@@ -91,6 +112,8 @@ class LoadReport:
     machine: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    cache: CacheReport | None = None
+    """None where no cache was asked for."""
 
     @property
     def gbps(self) -> float:
@@ -118,6 +141,7 @@ class LoadReport:
             "machine": self.machine,
             "settings": self.settings,
             "warnings": list(self.warnings),
+            "cache": None if self.cache is None else _fields(self.cache),
         }
 
 

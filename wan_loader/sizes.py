@@ -6,11 +6,13 @@ import re
 
 from wan_loader.errors import OptionError
 
-__all__ = ["format_bytes", "format_rate", "format_seconds", "parse_rate", "parse_size"]
+__all__ = ["format_age", "format_bytes", "format_rate", "format_seconds", "parse_age", "parse_rate", "parse_size"]
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)(b|bit|bits)?", re.IGNORECASE)
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
+_AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def parse_size(text: str) -> int:
@@ -50,6 +52,22 @@ def format_bytes(nbytes: float) -> str:
 def format_rate(bytes_per_second: float) -> str:
     """As `format_bytes`, per second."""
     return f"{format_bytes(bytes_per_second)}/s"
+
+
+def parse_age(text: str) -> float:
+    """Seconds: `90s`, `30m`, `12h`, `30d`, `2w`. Raises `OptionError`."""
+    found = _AGE.fullmatch(text.strip())
+    if not found or float(found[1]) <= 0:
+        raise OptionError(f"{text!r} is not understood: write it like 30d or 12h")
+    return float(found[1]) * _AGE_SECONDS[found[2].lower()]
+
+
+def format_age(seconds: float) -> str:
+    """One unit: 40 s, 12 min, 5 h, 3 days."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length or (unit != "days" and seconds >= length):
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
 
 
 def format_seconds(seconds: float) -> str:

@@ -887,12 +887,6 @@ def test_keep_fp32(tmp_path):
     assert loaded["a.norm.weight"].dtype is torch.float16
 
 
-def test_cache_is_refused_until_it_exists(tmp_path):
-    path = write("safetensors", tmp_path, weights(3))
-    with pytest.raises(wan_loader.OptionError, match="cache"):
-        wan_loader.load_file(path, cache=True)
-
-
 def test_views_are_not_called_fast_copies(tmp_path):
     report = wan_loader.load(write("safetensors", tmp_path, weights(3))).report
     assert report.gbps == 0

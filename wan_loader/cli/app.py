@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from wan_loader import __version__
-from wan_loader.cli import options
+from wan_loader.cli import cache, options
 from wan_loader.cli.doctor import doctor
 from wan_loader.cli.estimate import estimate
 from wan_loader.cli.inspect import inspect
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 for command in (inspect, load, doctor, estimate, report):
     app.command()(command)
+app.add_typer(cache.app)
 app.command(context_settings={"allow_extra_args": True})(profile)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(synth)
 

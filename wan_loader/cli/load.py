@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wan_loader.cli.options import Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
+from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
+from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from wan_loader.cache.build import Build
     from wan_loader.loader.load import Loaded
 
 __all__ = ["load"]
@@ -24,8 +26,16 @@ def load(
     io: Io = IoChoice.AUTO,
     threads: Threads = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read again with safetensors or torch and compare every bit.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read again with safetensors or torch and compare every bit; of a cache entry, compare its checksums.",
+        ),
     ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Keep the converted weights, and read them from there the next time.")
+    ] = False,
+    cache_dir: CacheDir = None,
     json: JsonOut = False,
     verbose: Verbose = False,
 ) -> None:
@@ -36,28 +46,67 @@ def load(
         wan-loader load model.safetensors
 
         wan-loader load Wan2.2-T2V-A14B/high_noise_model --device cuda --dtype bf16 --verify
+
+        wan-loader load Wan2.2-T2V-A14B/high_noise_model --dtype bf16 --cache
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import error_console, print_load, print_warnings
 
-    loaded = _load(path, device, dtype, io, threads)
-    checked = _verify(path, loaded) if verify else None
+    if cache_dir is not None and not cache:
+        raise OptionError("--cache-dir needs --cache")
+    loaded = _load(path, device, dtype, io, threads, cache, cache_dir, verify)
+    hit = loaded.report.cache is not None and loaded.report.cache.state == "hit"
+    checked = _verify(path, loaded) if verify and not hit else None
     if json:
         print_json({**loaded.report.to_json(), **({} if checked is None else {"verified_tensors": checked})})
     else:
         print_load(loaded.report)
         if checked is not None:
             error_console().print(f"verified: {checked} tensors, every bit equal")
+        elif verify:
+            error_console().print("verified: every checksum of the cache entry is right")
     print_warnings(loaded.report.warnings)
+    if loaded.build is not None:
+        _finish(loaded.build)
 
 
-def _load(path: Path, device: str, dtype: str | None, io: IoChoice, threads: int | None) -> Loaded:
+def _finish(build: Build) -> None:
+    from wan_loader.cli.cache import follow_build
+    from wan_loader.cli.render import error_console, print_warnings
+
+    follow_build(build)
+    if build.failure is not None:
+        print_warnings([f"not cached: {build.failure}"])
+    else:
+        error_console().print(f"cached: {build.path}", markup=False)
+
+
+def _load(
+    path: Path,
+    device: str,
+    dtype: str | None,
+    io: IoChoice,
+    threads: int | None,
+    cache: bool,
+    cache_dir: Path | None,
+    verify: bool,
+) -> Loaded:
     import wan_loader
     from wan_loader.cli.render import reading_progress
 
     total = wan_loader.open_checkpoint(path).nbytes
     with reading_progress(total) as observer:
-        return wan_loader.load(path, device=device, dtype=dtype, io=io.value, threads=threads, observer=observer)
+        return wan_loader.load(
+            path,
+            device=device,
+            dtype=dtype,
+            io=io.value,
+            threads=threads,
+            cache=cache,
+            cache_dir=cache_dir,
+            verify=verify,
+            observer=observer,
+        )
 
 
 def _verify(path: Path, loaded: Loaded) -> int:

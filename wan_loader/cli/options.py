@@ -13,6 +13,7 @@ from wan_loader.dtypes import parse_dtype
 from wan_loader.errors import OptionError
 
 __all__ = [
+    "CacheDir",
     "Device",
     "Dtype",
     "Force",
@@ -72,4 +73,7 @@ Threads = Annotated[
 JsonOut = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 OutFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON document to a file.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where the converted cache is.", show_default="the user's cache directory")
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")]

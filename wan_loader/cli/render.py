@@ -7,18 +7,27 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from wan_loader.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from wan_loader.events import Observer, Span
-    from wan_loader.report import LoadReport
+    from wan_loader.report import CacheReport, LoadReport
 
 __all__ = [
+    "byte_progress",
     "error_console",
     "output_console",
     "plain",
@@ -60,15 +69,30 @@ def reading_progress(total: int) -> Iterator[Observer | None]:
     if not console.is_terminal:
         yield None
         return
-    columns = (
+    with Progress(*_columns(), console=console, transient=True) as progress:
+        yield _ReadProgress(progress, total)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _ReadProgress(progress, total)
+
+
+@contextmanager
+def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that a function of bytes advances, where stderr is a terminal."""
+    console = error_console()
+    if not console.is_terminal:
+        yield lambda nbytes: None
+        return
+    with Progress(*_columns(), console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
 
 
 def print_load(report: LoadReport) -> None:
@@ -81,7 +105,10 @@ def print_load(report: LoadReport) -> None:
         f"{f' as {report.dtype}' if report.dtype else ''} in [bold]{format_seconds(report.seconds)}[/bold]"
         f"{f' = [bold]{report.gbps:.3g} GB/s[/bold]' if report.gbps else ', nothing was copied'}"
     )
-    console.print(f"way: {report.io.mode} ({report.io.reason})\n")
+    console.print(f"way: {report.io.mode} ({report.io.reason})")
+    if report.cache is not None:
+        console.print(f"cache: {plain(_cache_line(report.cache))}")
+    console.print()
     console.print(_phase_table(report))
     console.print("phases overlap, so they do not add up to the whole", style="dim")
     memory = report.memory
@@ -92,6 +119,12 @@ def print_load(report: LoadReport) -> None:
         parts.append(f"device peak {format_bytes(memory.device_peak_bytes)}")
     console.print(f"memory: {', '.join(parts)}")
     console.print(f"slowest: {report.bottleneck.why}")
+
+
+def _cache_line(cache: CacheReport) -> str:
+    if cache.state == "hit":
+        return f"read from the entry {cache.entry} ({cache.reason})"
+    return f"read from the source ({cache.reason})"
 
 
 def _phase_table(report: LoadReport) -> Table:

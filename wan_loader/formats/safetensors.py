@@ -16,7 +16,7 @@ from wan_loader.errors import CheckpointError
 from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, contiguous_strides, stat_file
 from wan_loader.formats.strict_json import parse_object
 
-__all__ = ["MAX_HEADER_BYTES", "parse_header", "read_safetensors"]
+__all__ = ["MAX_HEADER_BYTES", "SAFETENSORS_NAMES", "parse_header", "read_safetensors"]
 
 #: The reference implementation refuses longer headers, too.
 MAX_HEADER_BYTES = 100_000_000
@@ -43,6 +43,8 @@ _DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
+#: How safetensors calls a dtype.
+SAFETENSORS_NAMES = {name: code for code, name in _DTYPES.items()}
 
 
 def read_safetensors(path: str) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts], dict[str, str]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import dtype_name
-from wan_loader.errors import KeyMismatchError, OptionError
+from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError
 from wan_loader.formats import open_checkpoint
 from wan_loader.loader.binding import Match, bind, match
+from wan_loader.loader.cached import CachedLoad, CacheOptions
 from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.loader.load import Choice, Loaded, LoadOptions, load_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -36,6 +38,7 @@ def load_file(
     threads: int | None = None,
     cache: bool = False,
     cache_dir: StrPath | None = None,
+    verify: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a dict of tensors: `safetensors.torch.load_file` and `torch.load` in one, and faster.
@@ -47,7 +50,11 @@ def load_file(
     keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
     io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one way.
     threads: readers, 1 to 64; None chooses.
-    cache, cache_dir: reserved for the converted cache, which does not exist yet: cache=True is an `OptionError`.
+    cache: keep the converted tensors in the converted cache, and read them from there as long as the source is
+        unchanged. The entry is written in the background from what was loaded: the process waits for it at exit.
+        Where the cache cannot be used, the source is loaded, and a warning in the report says why.
+    cache_dir: where the cache is; None takes the user's cache directory.
+    verify: check a cache entry against its checksums while it is read; a damaged one is set aside and built again.
     observer: told of each span of work, from several threads.
 
     Returns contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
@@ -58,7 +65,6 @@ def load_file(
     Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
     then nothing stays allocated.
     """
-    _refuse_cache(cache, cache_dir)
     return load(
         path,
         device=device,
@@ -67,6 +73,9 @@ def load_file(
         keep_fp32=keep_fp32,
         io=io,
         threads=threads,
+        cache=cache,
+        cache_dir=cache_dir,
+        verify=verify,
         observer=observer,
     ).tensors
 
@@ -80,9 +89,12 @@ def load(
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
     threads: int | None = None,
+    cache: bool = False,
+    cache_dir: StrPath | None = None,
+    verify: bool = False,
     observer: Observer | None = None,
 ) -> Loaded:
-    """As `load_file`, and returns the report along with the tensors."""
+    """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
     options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
     rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
 
@@ -90,12 +102,27 @@ def load(
         checkpoint = open_checkpoint(path)
         return Choice(checkpoint, checkpoint.tensors if names is None else _select(checkpoint, names), rule)
 
-    return load_checkpoint(choose, options)
+    return _load(choose, options, CacheOptions(enabled=cache, directory=cache_dir, verify=verify))
 
 
-def _refuse_cache(cache: bool, cache_dir: StrPath | None) -> None:
-    if cache or cache_dir is not None:
-        raise OptionError("the converted cache does not exist yet: leave out cache and cache_dir")
+def _load(
+    choose: Callable[[], Choice],
+    options: LoadOptions,
+    cache: CacheOptions,
+    bind: Callable[[dict[str, torch.Tensor]], list[str]] | None = None,
+) -> Loaded:
+    """Load through the cache, if that is wanted; an entry that turns out to be damaged is not the end."""
+    with CachedLoad(cache) as cached:
+        try:
+            loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
+        except (CacheError, CheckpointError) as error:
+            if not cached.hit:
+                raise
+            cached.set_aside(error)
+            loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
+        build = cached.keep(loaded.tensors)
+    warnings = (*loaded.report.warnings, *cached.warnings)
+    return replace(loaded, report=replace(loaded.report, cache=cached.report, warnings=warnings), build=build)
 
 
 def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:
@@ -118,6 +145,7 @@ def load_into(
     threads: int | None = None,
     cache: bool = False,
     cache_dir: StrPath | None = None,
+    verify: bool = False,
     observer: Observer | None = None,
 ) -> LoadReport:
     """Fill a module's parameters and persistent buffers from a checkpoint, in place.
@@ -129,12 +157,11 @@ def load_into(
         is left out.
     strict: missing or unexpected names are an error. Wrong shapes always are.
     keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32.
-    device, dtype, io, threads, cache, cache_dir, observer: as for `load_file`.
+    device, dtype, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
 
     Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
     `load_file` raises; the module is changed only when everything has arrived.
     """
-    _refuse_cache(cache, cache_dir)
     options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
     target_dtype = dtype_name(dtype)
     found = Match((), {})
@@ -155,4 +182,5 @@ def load_into(
         }
         return [f"{title}: {', '.join(names)}" for title, names in notes.items() if names]
 
-    return load_checkpoint(choose, options, bind_and_tell).report
+    caching = CacheOptions(enabled=cache, directory=cache_dir, verify=verify)
+    return _load(choose, options, caching, bind_and_tell).report

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Carried, carry_out
+from wan_loader.engine.activity import loading
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.devices import (
@@ -41,13 +42,15 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.cache.build import Build
     from wan_loader.events import Observer, Span
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.dtype_rule import DtypeRule
     from wan_loader.loader.placement import Placement, StoragePlan
+    from wan_loader.source.reader import Check
     from wan_loader.transfer.base import Target
 
-__all__ = ["Choice", "LoadOptions", "Loaded", "load_checkpoint"]
+__all__ = ["Choice", "LoadOptions", "Loaded", "load_checkpoint", "read_storages"]
 
 
 #: Between two unregistrations in the background: whoever uses the device meanwhile waits for one at most.
@@ -71,6 +74,8 @@ class Choice:
     checkpoint: Checkpoint
     tensors: Sequence[TensorFacts]
     rule: DtypeRule
+    check: Check | None = None
+    """Is given every block while it is read; then nothing is mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,8 @@ class Loaded:
     tensors: dict[str, torch.Tensor]
     report: LoadReport
     spans: tuple[Span, ...] = ()
+    build: Build | None = None
+    """The cache entry that is being written from this load."""
 
 
 @dataclass(slots=True)
@@ -128,9 +135,8 @@ def load_checkpoint(
         reset_device_peak(device)
         with span(tee, "init"):
             plans = plan_storages(choice.tensors, choice.rule)
-        move = _move_through_torch if choice.checkpoint.format == "torch-pickle" else _move
-        with current(device):
-            moved = move(choice.checkpoint, plans, options, device, tee)
+        with current(device), loading():
+            moved = _move_chosen(choice, plans, options, device, tee)
         with _released_on_failure(moved.carried):
             with span(tee, "assign"):
                 _convert_late(moved.tensors, plans, choice.rule)
@@ -168,22 +174,44 @@ def _paused_gc() -> Iterator[None]:
             gc.enable()
 
 
+def read_storages(checkpoint: Checkpoint, plans: Sequence[StoragePlan]) -> dict[str, torch.Tensor]:
+    """Read and convert storages into host memory, as a load does, without being one: nothing is reported."""
+    import torch
+
+    moved = _move(checkpoint, plans, LoadOptions(device="cpu"), torch.device("cpu"), None)
+    moved.carried.release()
+    return moved.tensors
+
+
+def _move_chosen(
+    choice: Choice, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
+) -> _Moved:
+    if choice.checkpoint.format == "torch-pickle":
+        return _move_through_torch(choice.checkpoint, plans, options, device, observer)
+    return _move(choice.checkpoint, plans, options, device, observer, choice.check)
+
+
 def _move(
-    checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
+    checkpoint: Checkpoint,
+    plans: Sequence[StoragePlan],
+    options: LoadOptions,
+    device: torch.device,
+    observer: Observer | None,
+    check: Check | None = None,
 ) -> _Moved:
     """Plan, and have the engine fill the tensors; they are allocated while the first bytes are on their way."""
-    cuda = device.type == "cuda"
-    with Reader(checkpoint.files) as reader:
+    cuda, io = device.type == "cuda", _io(options, check)
+    with Reader(checkpoint.files, check) as reader:
         with span(observer, "init"):
-            layout = lay_out(checkpoint, plans, views=not cuda and options.io in ("auto", "mapped"))
+            layout = lay_out(checkpoint, plans, views=not cuda and check is None and io in ("auto", "mapped"))
             check_memory(layout, device, checkpoint.path)
             residency = Residency(reader.fds)
             resident = residency.total((*layout.extents, *layout.viewed_extents))
-            way = choose_way(options.io, cuda=cuda, reader=reader, residency=residency)
+            way = choose_way(io, may_map=cuda and check is None, reader=reader, residency=residency)
             plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
             settings = engine_settings(
                 plan,
-                io=options.io,
+                io=io,
                 threads=options.threads,
                 memory_limit=memory_limit(),
                 processors=processors(),
@@ -204,10 +232,15 @@ def _move(
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
     used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
-    reason = explain(options.io, resident, layout.nbytes_read, viewed)
+    reason = explain(io, resident, layout.nbytes_read, viewed)
     return _Moved(
         placement.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
     )
+
+
+def _io(options: LoadOptions, check: Check | None) -> str:
+    """Mapped bytes go past this process, so they could not be checked."""
+    return "auto" if check is not None and options.io == "mapped" else options.io
 
 
 def _move_through_torch(

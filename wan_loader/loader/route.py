@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["choose_way", "explain"]
 
 
-def choose_way(io: str, *, cuda: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
+def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
     """The rule for `make_plan`.
 
     Resident pages are mapped for the GPU, and read with ordinary calls for the CPU, where a mapped file that shrinks
     would kill the process. Cold ranges are read with O_DIRECT, which leaves the page cache as it was.
+    may_map: whether the target can fetch mapped pages, and the bytes need not pass through this process.
     """
 
     def direct(file: int) -> Way:
@@ -27,7 +28,7 @@ def choose_way(io: str, *, cuda: bool, reader: Reader, residency: Residency) -> 
 
     def auto(file: int, start: int, end: int) -> Way:
         if residency.is_resident(file, start, end):
-            return Way.MAPPED if cuda else Way.BUFFERED
+            return Way.MAPPED if may_map else Way.BUFFERED
         return direct(file)
 
     match io:

@@ -15,11 +15,14 @@ from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.plan import PAGE, Way
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from wan_loader.formats.facts import FileFacts
     from wan_loader.plan import Block
+
+    #: File number, start and end of a block, and its bytes.
+    Check = Callable[[int, int, int, memoryview], None]
 
 __all__ = ["Reader"]
 
@@ -27,8 +30,10 @@ __all__ = ["Reader"]
 class Reader:
     """Open files of one checkpoint; a context manager that closes them."""
 
-    def __init__(self, files: Sequence[FileFacts]) -> None:
+    def __init__(self, files: Sequence[FileFacts], check: Check | None = None) -> None:
+        """check: is given every block once it is in memory, from any thread, and raises if it is not what it was."""
         self._files = files
+        self._check = check
         self._stack = ExitStack()
         self._direct_fds: dict[int, int | None] = {}
         self.refusals: list[str] = []
@@ -79,6 +84,12 @@ class Reader:
 
         `view` must be page-aligned memory and hold the block with both ends rounded to pages.
         """
+        begin, way = self._read(block, view)
+        if self._check is not None:
+            self._check(block.file, block.start, block.end, view[begin : begin + block.nbytes])
+        return begin, way
+
+    def _read(self, block: Block, view: memoryview) -> tuple[int, Way]:
         if block.way is Way.DIRECT and (fd := self._direct_fds.get(block.file)) is not None:
             try:
                 self._fill(fd, view, block.page_start, block.page_end, block, PAGE)

@@ -1,0 +1,230 @@
+"""Writes an entry, in the background: one thread that gives way to loads of the same process.
+
+What fails here fails alone: the load it belongs to is long done. The half-written entry is removed, the reason is kept
+in `Build.failure` and told to the log once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from wan_loader.cache.content import batches, parts_of
+from wan_loader.cache.manifest import BLOCK_BYTES, EntryFile, Manifest
+from wan_loader.cache.outline import safetensors_header
+from wan_loader.engine.activity import wait_until_idle
+from wan_loader.errors import CacheError, CheckpointError
+from wan_loader.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from wan_loader.cache.content import Loaded, ReadParts
+    from wan_loader.cache.outline import CachedFile, Outline, SourceFile
+    from wan_loader.cache.store import Building
+
+__all__ = ["Build", "content_digest", "wait_for_builds"]
+
+_LOG = logging.getLogger("wan_loader")
+_DIGEST_READ_BYTES = 16 << 20
+
+_running: set[Build] = set()
+
+
+class _StoppedError(Exception):
+    """The build is not wanted any more. Never leaves this module."""
+
+
+class Build:
+    """An entry that is being written. The interpreter waits for it at exit; `stop` ends it."""
+
+    def __init__(
+        self,
+        building: Building,
+        outline: Outline,
+        sources: Sequence[SourceFile],
+        loaded: Loaded,
+        read: ReadParts,
+        *,
+        digest_contents: bool = False,
+    ) -> None:
+        """sources: their identity before the first byte was read. loaded: what was just loaded. read: the source."""
+        self._building = building
+        self._outline = outline
+        self._sources = tuple(sources)
+        self._loaded = loaded
+        self._read = read
+        self._digest_contents = digest_contents
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cache", daemon=False)
+        self.nbytes = outline.nbytes
+        self.nbytes_written = 0
+        self.nbytes_from_source = 0
+        """Of the bytes written: those that were read from the source again."""
+        self.failure: str | None = None
+        self.path: Path | None = None
+        """The entry, once it is complete."""
+
+    def start(self) -> Build:
+        """Begin."""
+        _running.add(self)
+        self._thread.start()
+        return self
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, at most `timeout_s` seconds; says whether it has come."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Give up; what was written is removed. Returns when that is done."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.path = self._building.publish(self._write())
+        except BaseException as failure:
+            self._building.abandon()
+            self.failure = _reason(failure, self._outline)
+            _LOG.warning("not cached: %s", self.failure)
+        finally:
+            _running.discard(self)
+
+    def _write(self) -> Manifest:
+        files = [self._write_tensors(file) for file in self._outline.files]
+        files += [self._write_small(name, content) for name, content in self._outline.small_files.items()]
+        contents = tuple(map(content_digest, (s.path for s in self._sources))) if self._digest_contents else ()
+        if self._outline.sources != self._sources:
+            raise CheckpointError(f"{self._outline.label} was changed while its cache entry was being written")
+        return Manifest(
+            key=self._building.path.name,
+            label=self._outline.label,
+            dtype=self._outline.dtype,
+            created=time.time(),
+            sources=self._sources,
+            files=tuple(files),
+            contents=contents,
+        )
+
+    def _write_tensors(self, file: CachedFile) -> EntryFile:
+        header = safetensors_header(file.tensors)
+        with os.fdopen(self._building.create(file.path), "wb", buffering=0) as out:
+            writer = _Writer(out, len(header))
+            writer.write(header)
+            for data in self._data(file):
+                writer.write(data)
+                self.nbytes_written += len(data)
+            os.fsync(out.fileno())
+        return writer.entry_file(file.path)
+
+    def _data(self, file: CachedFile) -> Iterator[memoryview]:
+        """The tensors' bytes, in order."""
+        parts = (part for tensor in file.tensors for part in parts_of(tensor))
+        for batch in batches(parts, self._loaded):
+            while not wait_until_idle(0.2):
+                self._check_stop()
+            self._check_stop()
+            taken = self._loaded.take(batch[0]) if self._loaded.knows(batch[0]) else None
+            if taken is not None:
+                yield _bytes(taken)
+                continue
+            self.nbytes_from_source += sum(p.nbytes for p in batch)
+            for tensor in self._read(file, batch):
+                yield _bytes(tensor)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
+
+    def _write_small(self, name: str, content: bytes) -> EntryFile:
+        with os.fdopen(self._building.create(name), "wb", buffering=0) as out:
+            writer = _Writer(out, 0)
+            writer.write(content)
+            os.fsync(out.fileno())
+        return writer.entry_file(name)
+
+
+def wait_for_builds() -> None:
+    """Wait until every entry that this process is writing is complete, or has failed."""
+    for build in list(_running):
+        build.wait()
+
+
+def content_digest(path: str) -> str:
+    """The checksum of a whole file's content. Reads it all."""
+    hasher = xxhash.xxh3_128()
+    try:
+        with open(path, "rb", buffering=0) as f:
+            while block := f.read(_DIGEST_READ_BYTES):
+                hasher.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return hasher.hexdigest()
+
+
+class _Writer:
+    """Writes a file in order, and takes the checksums of its blocks on the way."""
+
+    def __init__(self, out: Any, header_nbytes: int) -> None:
+        self._out = out
+        self._header_nbytes = header_nbytes
+        self._position = 0
+        self._hasher = xxhash.xxh3_128()
+        self._blocks: list[str] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            border = self._next_border()
+            part = view[: border - self._position]
+            self._hasher.update(part)
+            self._write_all(part)
+            self._position += len(part)
+            view = view[len(part) :]
+            if self._position == border:
+                self._end_block()
+
+    def _next_border(self) -> int:
+        if self._position < self._header_nbytes:
+            return self._header_nbytes
+        return (self._position // BLOCK_BYTES + 1) * BLOCK_BYTES
+
+    def _write_all(self, part: memoryview) -> None:
+        while part:
+            part = part[self._out.write(part) :]
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._hasher.hexdigest())
+        self._hasher.reset()
+
+    def entry_file(self, path: str) -> EntryFile:
+        """What was written."""
+        if self._position > self._header_nbytes and self._position % BLOCK_BYTES:
+            self._end_block()
+        return EntryFile(path, self._position, self._header_nbytes, tuple(self._blocks))
+
+
+def _bytes(tensor: Any) -> memoryview:
+    import torch
+
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def _reason(failure: BaseException, outline: Outline) -> str:
+    if isinstance(failure, _StoppedError):
+        return f"{outline.label}: the build was stopped"
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{outline.label}: the disk is full, {format_bytes(outline.nbytes)} are needed; the load is not affected"
+    if isinstance(failure, OSError) and not isinstance(failure, CacheError | CheckpointError):
+        return f"{outline.label}: the cache cannot be written: {failure.strerror or failure}"
+    return f"{outline.label}: {failure}"

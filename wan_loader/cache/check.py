@@ -1,0 +1,103 @@
+"""Checks entries against their checksums: all of one at once, or block by block while a load reads them."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from wan_loader.cache.build import content_digest
+from wan_loader.cache.manifest import MANIFEST_NAME, digest
+from wan_loader.errors import CacheError
+from wan_loader.machine import processors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from wan_loader.cache.manifest import EntryFile, Manifest
+
+__all__ = ["BlockCheck", "check_entry", "check_header", "check_sources"]
+
+
+class BlockCheck:
+    """Says whether the blocks of an entry's file are what was written: for readers, from any thread."""
+
+    def __init__(self, path: Path, file: EntryFile) -> None:
+        self._path = path
+        self._expected = dict(zip(file.ranges(), file.blocks, strict=True))
+
+    def __call__(self, file: int, start: int, end: int, view: memoryview) -> None:
+        """Raise `CacheError` unless bytes `start` to `end` are a block and its checksum is right. `file`: always 0."""
+        expected = self._expected.get((start, end))
+        if expected is None:
+            raise CacheError(f"{self._path}: bytes {start} to {end} have no checksum of their own: load all tensors")
+        if digest(view) != expected:
+            raise CacheError(f"{self._path}: bytes {start} to {end} do not match their checksum: damaged")
+
+
+def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | None = None) -> list[str]:
+    """Read an entry again; returns what is wrong with it, nothing if it is sound.
+
+    tell: called with the number of bytes that were checked, from several threads. Reads through the page cache at the
+    speed of the disk; holds a block (16 MiB) for each processor.
+    """
+    known = {MANIFEST_NAME, *(file.path for file in manifest.files)}
+    found = {
+        os.path.relpath(os.path.join(directory, name), path) for directory, _, names in os.walk(path) for name in names
+    }
+    wrong = [f"{path / name} does not belong to the entry" for name in sorted(found - known)]
+    for file in manifest.files:
+        with suppress(OSError):
+            if (size := os.lstat(path / file.path).st_size) != file.nbytes:
+                wrong.append(f"{path / file.path} has {size} bytes, not {file.nbytes}")
+    jobs = [
+        (file, start, end, said)
+        for file in manifest.files
+        for (start, end), said in zip(file.ranges(), file.blocks, strict=True)
+    ]
+
+    def check(job: tuple[EntryFile, int, int, str]) -> str | None:
+        file, start, end, said = job
+        place = path / file.path
+        try:
+            fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                data = os.pread(fd, end - start, start)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            return f"{place} cannot be read: {error.strerror}"
+        if tell is not None:
+            tell(len(data))
+        return None if digest(data) == said else f"{place}: bytes {start} to {end} do not match their checksum"
+
+    with ThreadPoolExecutor(min(16, processors() * 2)) as pool:
+        wrong += [problem for problem in pool.map(check, jobs) if problem is not None]
+    return wrong
+
+
+def check_sources(manifest: Manifest) -> list[str]:
+    """Read the source files of an entry again; returns those whose content is not what the entry was made from.
+
+    Only those that are there, and only if the entry was built with checksums of contents.
+    """
+    pairs = zip(manifest.sources, manifest.contents, strict=False)
+    return [
+        f"{source.path} has another content than the one this entry was made from"
+        for source, said in pairs
+        if os.path.exists(source.path) and content_digest(source.path) != said
+    ]
+
+
+def check_header(path: Path, file: EntryFile) -> None:
+    """Raise `CacheError` unless the header of a file of an entry is what was written. Reads only the header."""
+    place = path / file.path
+    try:
+        with open(place, "rb") as f:
+            header = f.read(file.header_nbytes)
+    except OSError as error:
+        raise CacheError(f"{place} cannot be read: {error.strerror}") from error
+    if not file.blocks or digest(header) != file.blocks[0]:
+        raise CacheError(f"{place}: its header does not match its checksum: damaged")

@@ -1,0 +1,159 @@
+"""Weights for an entry: from tensors that were just loaded, if they still are what they were, else from the source.
+
+Loaded tensors belong to the caller, who may free or change them while the entry is being written. So the writer holds
+only weak references, and a fingerprint of every part that was taken before the tensors were handed out: sums over
+64-bit words, one for each residue of a word's position modulo a prime, which changed or moved elements do not leave as
+they were. A part that is gone or changed is read from the source again. Fingerprints cost one pass over the memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from wan_loader.dtypes import ITEMSIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    import torch
+
+    from wan_loader.cache.outline import CachedFile, CachedTensor
+
+__all__ = ["PART_BYTES", "Loaded", "Part", "ReadParts", "batches", "parts_of"]
+
+#: Unit of reading and writing: large enough for any disk; two are in memory at a time.
+PART_BYTES = 64 << 20
+_WORD = 8
+_COLUMNS = 509
+#: Smaller tensors are read from the source: not worth a fingerprint.
+_MIN_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements `start` to `start + count` of one tensor of an entry."""
+
+    tensor: CachedTensor
+    start: int
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the entry."""
+        return self.count * ITEMSIZE[self.tensor.dtype]
+
+
+class ReadParts(Protocol):
+    """Reads parts of one file's tensors from the source, converted: 1-D host tensors, in the order of `parts`."""
+
+    def __call__(self, file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]: ...
+
+
+def parts_of(tensor: CachedTensor) -> Iterator[Part]:
+    """A tensor, cut into parts."""
+    itemsize = ITEMSIZE[tensor.dtype]
+    total, step = tensor.nbytes // itemsize, PART_BYTES // itemsize
+    for start in range(0, total, step):
+        yield Part(tensor, start, min(step, total - start))
+
+
+class Loaded:
+    """What is known of loaded tensors without keeping them: weak references and fingerprints."""
+
+    def __init__(self) -> None:
+        self._storages: dict[CachedTensor, weakref.ref[Any]] = {}
+        self._fingerprints: dict[tuple[CachedTensor, int], torch.Tensor] = {}
+        self._buffer: torch.Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def note(self, file: CachedFile, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take fingerprints, before anybody else has the tensors. `tensors` go by their names in the source.
+
+        Left out: small ones, and views of the file, which nobody has read yet.
+        """
+        import torch
+
+        device = None
+        for cached in file.tensors:
+            tensor = tensors.get(cached.source.name)
+            if tensor is None or not _worth_it(cached, tensor):
+                continue
+            device = tensor.device
+            words = _words(tensor.untyped_storage())
+            for part in parts_of(cached):
+                self._fingerprints[cached, part.start] = _fingerprint(_range(words, part))
+            self._storages[cached] = weakref.ref(tensor.untyped_storage())
+        if device is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+    def knows(self, part: Part) -> bool:
+        """Whether `take` may have the part."""
+        return part.tensor in self._storages
+
+    def take(self, part: Part) -> torch.Tensor | None:
+        """The part's bytes in host memory, valid until the next call; None if it must be read from the source."""
+        storage = self._storages[part.tensor]() if self.knows(part) else None
+        if storage is None:
+            return None
+        words = _range(_words(storage), part)
+        words = self._to_host(words) if words.is_cuda else words.clone()
+        expected = self._fingerprints[part.tensor, part.start]
+        return words if _fingerprint(words).equal(expected.to("cpu")) else None
+
+    def _to_host(self, words: torch.Tensor) -> torch.Tensor:
+        """On a stream of its own: what was loaded is complete, and nobody has to wait for this copy."""
+        import torch
+
+        if self._buffer is None:
+            self._buffer = torch.empty(PART_BYTES // _WORD, dtype=torch.int64, pin_memory=True)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(words.device)
+        host = self._buffer[: words.numel()]
+        with torch.cuda.stream(self._stream):
+            host.copy_(words, non_blocking=True)
+        self._stream.synchronize()
+        return host
+
+
+def _worth_it(cached: CachedTensor, tensor: torch.Tensor) -> bool:
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == cached.nbytes
+    converted = cached.dtype != cached.source.dtype or tensor.is_cuda
+    return whole and converted and cached.nbytes >= _MIN_NBYTES and cached.nbytes % _WORD == 0
+
+
+def _words(storage: Any) -> torch.Tensor:
+    import torch
+
+    return torch.empty(0, dtype=torch.int64, device=storage.device).set_(storage)
+
+
+def _range(words: torch.Tensor, part: Part) -> torch.Tensor:
+    itemsize = ITEMSIZE[part.tensor.dtype]
+    return words[part.start * itemsize // _WORD : (part.start + part.count) * itemsize // _WORD]
+
+
+def _fingerprint(words: torch.Tensor) -> torch.Tensor:
+    """Column sums of the words written in rows of a prime length; a last short row is added to its columns."""
+    n = words.numel() // _COLUMNS * _COLUMNS
+    sums = words[:n].view(-1, _COLUMNS).sum(0)
+    rest = words[n:]
+    sums[: rest.numel()] += rest
+    return sums
+
+
+def batches(parts: Iterable[Part], loaded: Loaded) -> Iterator[list[Part]]:
+    """Neighbouring parts that go together to one read, `PART_BYTES` at most; what was loaded stands alone."""
+    batch: list[Part] = []
+    for part in parts:
+        alone = loaded.knows(part)
+        if batch and (alone or sum(p.nbytes for p in batch) + part.nbytes > PART_BYTES):
+            yield batch
+            batch = []
+        if alone:
+            yield [part]
+        else:
+            batch.append(part)
+    if batch:
+        yield batch

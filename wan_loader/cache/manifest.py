@@ -1,0 +1,153 @@
+"""What an entry says about itself: which source it was made from, its files, and a checksum for every block of them.
+
+The manifest carries a checksum of its own. It is untrusted like any file: strictly read, with caps; what is wrong with
+it is a `CacheError`, and the entry is then not used.
+
+Blocks end at multiples of `BLOCK_BYTES` of the file; the header of a safetensors file, up to the first tensor, is a
+block of its own. So the blocks are what a whole load reads in one piece each, and can be checked while they pass.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from wan_loader.cache.outline import FORMAT_VERSION, SourceFile
+from wan_loader.errors import CacheError, CheckpointError
+from wan_loader.formats.strict_json import parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["BLOCK_BYTES", "MANIFEST_NAME", "EntryFile", "Manifest", "digest", "parse_manifest"]
+
+BLOCK_BYTES = 16 << 20
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 100_000_000
+
+
+def digest(block: Any) -> str:
+    """The checksum of a block: XXH3, 128 bits. Finds accidents, not forgers; releases the interpreter lock."""
+    return xxhash.xxh3_128_hexdigest(block)
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFile:
+    """One file of an entry."""
+
+    path: str
+    """Relative to the entry, with `/`."""
+    nbytes: int
+    header_nbytes: int
+    """Where the first tensor begins; 0 in files that hold none."""
+    blocks: tuple[str, ...]
+    """Checksums, in order."""
+
+    @property
+    def n_blocks(self) -> int:
+        """How many blocks a file of this size has."""
+        if self.nbytes <= self.header_nbytes:
+            return 1 if self.header_nbytes else 0
+        data = -(-self.nbytes // BLOCK_BYTES) - self.header_nbytes // BLOCK_BYTES
+        return data + (1 if self.header_nbytes else 0)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each block."""
+        start = 0
+        if self.header_nbytes:
+            yield 0, self.header_nbytes
+            start = self.header_nbytes
+        while start < self.nbytes:
+            end = min(self.nbytes, (start // BLOCK_BYTES + 1) * BLOCK_BYTES)
+            yield start, end
+            start = end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What an entry says about itself."""
+
+    key: str
+    label: str
+    dtype: str | None
+    created: float
+    """Seconds since the epoch."""
+    sources: tuple[SourceFile, ...]
+    files: tuple[EntryFile, ...]
+    contents: tuple[str, ...] = ()
+    """Checksums of the source files' contents, where they were asked for."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(f.nbytes for f in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The document, with its own checksum."""
+        body = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({**body, "digest": _body_digest(body)}, indent=1).encode()
+
+
+def _body_digest(body: dict[str, Any]) -> str:
+    return digest(json.dumps(body, sort_keys=True).encode())
+
+
+def parse_manifest(text: bytes, path: str) -> Manifest:
+    """Read a manifest; `path` names it in errors. Raises `CacheError` for anything but a sound one of this version."""
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+    try:
+        body = parse_object(text, path=path, what="the manifest")
+    except CheckpointError as error:
+        raise CacheError(str(error)) from None
+    if (version := body.pop("format_version", None)) != FORMAT_VERSION:
+        raise CacheError(f"{path} has format version {version!r}, this program knows {FORMAT_VERSION}")
+    said = body.pop("digest", None)
+    if said != _body_digest({"format_version": FORMAT_VERSION, **body}):
+        raise CacheError(f"{path} does not match its own checksum: damaged")
+    try:
+        manifest = _typed(body)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CacheError(f"{path} is no manifest ({error}): damaged or foreign") from None
+    if manifest.to_bytes() != text:
+        raise CacheError(f"{path} is not as it was written: damaged")
+    for file in manifest.files:
+        if not is_plain(file.path):
+            raise CacheError(f"{path} names {file.path!r}, which is not inside the entry: damaged or foreign")
+        if file.header_nbytes > file.nbytes or len(file.blocks) != file.n_blocks:
+            raise CacheError(f"{path}: {file.path} has {len(file.blocks)} checksums, not one for each block: damaged")
+    return manifest
+
+
+def _typed(body: dict[str, Any]) -> Manifest:
+    sources = tuple(_strict(SourceFile, s, {"path": str}, int) for s in body.pop("sources"))
+    files = tuple(
+        _strict(EntryFile, {**f, "blocks": tuple(f["blocks"])}, {"path": str, "blocks": tuple}, int)
+        for f in body.pop("files")
+    )
+    contents = tuple(body.pop("contents"))
+    strings = [body["key"], body["label"], *contents, *(b for f in files for b in f.blocks)]
+    if not all(isinstance(s, str) for s in strings) or not isinstance(body["created"], int | float):
+        raise TypeError("a field has another type")
+    if body["dtype"] is not None and not isinstance(body["dtype"], str):
+        raise TypeError("dtype is no name")
+    return Manifest(**body, sources=sources, files=files, contents=contents)
+
+
+def _strict(kind: Any, values: dict[str, Any], types: dict[str, type], other: type) -> Any:
+    """A dataclass from JSON: exactly its fields, each of its type, sizes not negative."""
+    made = kind(**values)
+    for name in kind.__dataclass_fields__:
+        value = getattr(made, name)
+        if type(value) is not types.get(name, other) or (type(value) is int and not 0 <= value < 2**63):
+            raise ValueError(f"{name} is {value!r}")
+    return made
+
+
+def is_plain(path: str) -> bool:
+    """Whether a relative path stays inside its directory."""
+    parts = path.split("/")
+    return path.isprintable() and len(parts) <= 4 and all(p not in ("", ".", "..") for p in parts)

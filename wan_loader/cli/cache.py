@@ -1,0 +1,312 @@
+"""`wan-loader cache`: the converted cache, looked at and looked after."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import CacheDir, Dtype, JsonOut, PathArgument, Verbose
+from wan_loader.errors import OptionError
+
+if TYPE_CHECKING:
+    from wan_loader.cache.build import Build
+    from wan_loader.cache.store import Listed, Store
+
+__all__ = ["app", "follow_build"]
+
+app = typer.Typer(
+    name="cache",
+    help="Converted copies of checkpoints: load once slowly, then never again.",
+    no_args_is_help=True,
+)
+
+MaxSize = Annotated[
+    str | None, typer.Option(help="What the cache may take, such as 60GB.", show_default="half of the free disk")
+]
+
+
+@app.command()
+def build(
+    path: PathArgument,
+    dtype: Dtype = "bfloat16",
+    cache_dir: CacheDir = None,
+    max_size: MaxSize = None,
+    contents: Annotated[
+        bool, typer.Option("--contents", help="Keep a checksum of the source's content too, for `verify --sources`.")
+    ] = False,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the entry of a checkpoint now, from its files. Of a WAN directory: of the whole pipeline.
+
+    The entry holds ordinary safetensors files; that of a WAN directory is a checkpoint for diffusers.
+
+    Examples:
+
+        wan-loader cache build model.safetensors --dtype bf16
+
+        wan-loader cache build Wan2.2-T2V-A14B --cache-dir /mnt/nvme/cache
+    """
+    if _is_pipeline(path):
+        _build_pipeline()
+    from wan_loader.cache.store import Store
+    from wan_loader.formats import open_checkpoint
+    from wan_loader.loader.cached import build_entry, outline_checkpoint
+    from wan_loader.loader.dtype_rule import DtypeRule
+    from wan_loader.loader.load import Choice
+
+    checkpoint = open_checkpoint(path)
+    outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypeRule(dtype)))
+    begun = build_entry(Store(cache_dir), outline, max_size=_size(max_size), digest_contents=contents)
+    report_build(begun, json=json)
+
+
+def _is_pipeline(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in ("model_index.json", "high_noise_model"))
+
+
+def _build_pipeline() -> None:
+    """Hand over to `wan-pipeline`, which knows the parts; a separate process, as this package never imports it."""
+    if find_spec("wan_pipeline") is None or find_spec("diffusers") is None:
+        raise OptionError("the entry of a whole pipeline needs the pipeline extra: pip install 'wan-loader[pipeline]'")
+    words = sys.argv[sys.argv.index("build") + 1 :]
+    os.execv(sys.executable, [sys.executable, "-m", "wan_pipeline", "cache-build", *words])
+
+
+def report_build(build: Build | Path | None, *, json: bool) -> None:
+    """Wait for a build with a progress bar, and say what came of it."""
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.errors import CacheError
+    from wan_loader.sizes import format_bytes, format_seconds
+
+    start = time.monotonic()
+    if build is None:
+        raise CacheError("another process is writing this entry: wait for it, then ask again")
+    state, path, nbytes = "present", build, 0
+    if not isinstance(build, Path):
+        follow_build(build)
+        if build.path is None:
+            raise CacheError(build.failure or "the entry was not written")
+        state, path, nbytes = "built", build.path, build.nbytes_written
+    seconds = time.monotonic() - start
+    if json:
+        document = {"state": state, "entry": str(path), "nbytes_written": nbytes, "seconds": seconds}
+        print_json({"schema_version": 1, "command": "cache build", **document})
+    elif state == "built":
+        done = f"[bold]{format_bytes(nbytes)}[/bold] in {format_seconds(seconds)}"
+        output_console().print(f"written: {done}\n{plain(str(path))}")
+    else:
+        output_console().print(f"there is a valid entry already\n{plain(str(path))}")
+
+
+def follow_build(build: Build) -> None:
+    """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
+    from wan_loader.cli.render import byte_progress
+
+    try:
+        with byte_progress("writing the cache", build.nbytes) as advance:
+            shown = 0
+            while not build.wait(0.1):
+                advance(build.nbytes_written - shown)
+                shown = build.nbytes_written
+    except KeyboardInterrupt:
+        build.stop()
+        raise
+
+
+@app.command(name="list")
+def list_entries(cache_dir: CacheDir = None, json: JsonOut = False, verbose: Verbose = False) -> None:
+    """Show entries with their sizes and ages, last used first.
+
+    Example:
+
+        wan-loader cache list
+    """
+    from wan_loader.cli.output import print_json
+
+    store = _store(cache_dir)
+    listed = store.listed() if store is not None else []
+    if json:
+        print_json({"schema_version": 1, "command": "cache list", "entries": [_as_json(x) for x in listed]})
+    else:
+        _print_entries(store, listed)
+
+
+def _store(cache_dir: Path | None) -> Store | None:
+    """The cache, if there is one: looking at it does not make it."""
+    from wan_loader.cache.store import Store, default_directory
+
+    directory = cache_dir or default_directory()
+    return Store(directory, create=False) if os.path.lexists(directory) else None
+
+
+def _as_json(listed: Listed) -> dict[str, Any]:
+    manifest = listed.manifest
+    return {
+        "key": listed.key,
+        "path": str(listed.path),
+        "nbytes": listed.nbytes,
+        "used": listed.used,
+        "state": listed.state,
+        "source": manifest.label if manifest else None,
+        "dtype": manifest.dtype if manifest else None,
+        "created": manifest.created if manifest else None,
+    }
+
+
+def _print_entries(store: Store | None, listed: list[Listed]) -> None:
+    from rich.table import Table
+
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.sizes import format_age, format_bytes
+
+    console = output_console()
+    if store is None or not listed:
+        console.print("the cache is empty")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("entry", "size", "dtype", "used", "state", "source"):
+        table.add_column(title, justify="right" if title == "size" else "left", no_wrap=True)
+    for x in listed:
+        dtype, source = (x.manifest.dtype or "", x.manifest.label) if x.manifest else ("", "")
+        used = f"{format_age(time.time() - x.used)} ago"
+        table.add_row(x.key[:12], format_bytes(x.nbytes), dtype, used, plain(x.state), plain(source))
+    console.print(table)
+    console.print(f"{format_bytes(sum(x.nbytes for x in listed))} in {plain(str(store.root))}")
+
+
+@app.command()
+def verify(
+    entry: Annotated[
+        str | None, typer.Argument(metavar="[ENTRY]", help="Beginning of an entry's name.", show_default="all entries")
+    ] = None,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Also read sources again whose content's checksum was kept.")
+    ] = False,
+    cache_dir: CacheDir = None,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read entries again and compare every checksum; damaged ones are set aside. Exit code 1 if there are any.
+
+    Example:
+
+        wan-loader cache verify
+    """
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console, plain
+
+    store = _store(cache_dir)
+    wanted = _wanted(store, entry)
+    damaged: dict[str, list[str]] = {}
+    for listed in wanted:
+        if wrong := _check(listed, sources=sources):
+            damaged[listed.key] = wrong
+            if store is not None:
+                store.set_aside(listed.key)
+    if json:
+        print_json({"schema_version": 1, "command": "cache verify", "verified": len(wanted), "damaged": damaged})
+    else:
+        for key, wrong in damaged.items():
+            output_console().print(f"[red]damaged[/red] {key[:12]}: {plain('; '.join(wrong))}")
+        sound = len(wanted) - len(damaged)
+        aside = f", {len(damaged)} damaged: set aside, built again by the next load" if damaged else ""
+        output_console().print(f"{sound} of {len(wanted)} entries are sound{aside}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
+    complete = [x for x in store.listed() if x.state not in ("building", "damaged")] if store is not None else []
+    if entry is None:
+        return complete
+    found = [x for x in complete if x.key.startswith(entry)]
+    if not found:
+        raise OptionError(f"no entry begins with {entry!r}: see `wan-loader cache list`")
+    return found
+
+
+def _check(listed: Listed, *, sources: bool) -> list[str]:
+    from wan_loader.cache.check import check_entry, check_sources
+    from wan_loader.cli.render import byte_progress
+
+    if listed.manifest is None:
+        return [listed.state]
+    with byte_progress(f"verifying {listed.key[:12]}", listed.manifest.nbytes) as advance:
+        wrong = check_entry(listed.path, listed.manifest, advance)
+        return wrong + (check_sources(listed.manifest) if sources else [])
+
+
+@app.command()
+def prune(
+    max_size: Annotated[str | None, typer.Option(help="Keep at most this much, such as 60GB.")] = None,
+    max_age: Annotated[str | None, typer.Option(help="Keep only what was used within this time, such as 30d.")] = None,
+    cache_dir: CacheDir = None,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove damaged entries and those least recently used; what is being read stays.
+
+    Examples:
+
+        wan-loader cache prune --max-size 60GB
+
+        wan-loader cache prune --max-age 30d
+    """
+    from wan_loader.sizes import parse_age
+
+    size, age = _size(max_size), parse_age(max_age) if max_age is not None else None
+    store = _store(cache_dir)
+    _say_removed("cache prune", store.prune(max_size=size, max_age_s=age) if store is not None else [], json=json)
+
+
+@app.command()
+def clear(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    cache_dir: CacheDir = None,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove every entry that is not being read.
+
+    Example:
+
+        wan-loader cache clear --yes
+    """
+    from wan_loader.sizes import format_bytes
+
+    store = _store(cache_dir)
+    listed = store.listed() if store is not None else []
+    if listed and not yes:
+        if not sys.stdin.isatty():
+            raise OptionError("clear removes every entry: say --yes")
+        total = format_bytes(sum(x.nbytes for x in listed))
+        typer.confirm(f"remove {len(listed)} entries, {total}?", abort=True, err=True)
+    removed = [x for x in listed if store is not None and store.remove(x)]
+    _say_removed("cache clear", removed, json=json)
+
+
+def _say_removed(command: str, removed: list[Listed], *, json: bool) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console
+    from wan_loader.sizes import format_bytes
+
+    nbytes = sum(x.nbytes for x in removed)
+    if json:
+        document = {"removed": [x.key for x in removed], "nbytes": nbytes}
+        print_json({"schema_version": 1, "command": command, **document})
+    else:
+        output_console().print(f"{len(removed)} entries removed, {format_bytes(nbytes)}")
+
+
+def _size(text: str | None) -> int | None:
+    from wan_loader.sizes import parse_size
+
+    return None if text is None else parse_size(text)

@@ -1,0 +1,35 @@
+"""How many loads of this process are under way: work that can wait does not compete with them."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["loading", "wait_until_idle"]
+
+_changed = threading.Condition()
+_n_loads = 0
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Count the body as a load."""
+    global _n_loads
+    with _changed:
+        _n_loads += 1
+    try:
+        yield
+    finally:
+        with _changed:
+            _n_loads -= 1
+            _changed.notify_all()
+
+
+def wait_until_idle(timeout_s: float) -> bool:
+    """Wait until no load is under way, at most `timeout_s` seconds; says whether none is."""
+    with _changed:
+        return _changed.wait_for(lambda: _n_loads == 0, timeout_s)

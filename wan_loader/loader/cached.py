@@ -1,0 +1,226 @@
+"""One load's dealings with the converted cache: an entry if there is a valid one, else the source, which is then kept.
+
+Whatever is wrong with the cache, the load goes on from the source, with one warning that says why.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from wan_loader.cache.build import Build
+from wan_loader.cache.check import BlockCheck, check_entry, check_header
+from wan_loader.cache.content import Loaded as LoadedTensors
+from wan_loader.cache.outline import Outline, outline_file, why_not
+from wan_loader.cache.store import Store
+from wan_loader.errors import CacheError
+from wan_loader.formats import open_checkpoint
+from wan_loader.formats.facts import StorageFacts, TensorFacts
+from wan_loader.loader.load import read_storages
+from wan_loader.loader.placement import StoragePlan
+from wan_loader.report import CacheReport
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    import torch
+
+    from wan_loader.cache.content import Part
+    from wan_loader.cache.outline import CachedFile, SourceFile
+    from wan_loader.cache.store import Building, Entry
+    from wan_loader.loader.load import Choice
+    from wan_loader.types import StrPath
+
+__all__ = ["ENTRY_FILE", "CacheOptions", "CachedLoad", "begin_build", "build_entry", "outline_checkpoint", "read_parts"]
+
+#: The one file of an entry that was made from one checkpoint.
+ENTRY_FILE = "model.safetensors"
+#: File times come from a clock of this coarseness: what was changed a moment ago could be changed again unseen.
+_CLOCK_TICK_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """What a load may do with the cache."""
+
+    enabled: bool = False
+    directory: StrPath | None = None
+    """None: the user's cache directory."""
+    verify: bool = False
+    """Check an entry against its checksums while it is read."""
+
+
+def outline_checkpoint(choice: Choice) -> Outline:
+    """What an entry of a checkpoint holds: all of its tensors under their names, in the dtypes of the rule."""
+    file = outline_file(ENTRY_FILE, choice.checkpoint, choice.rule.target)
+    return Outline(choice.checkpoint.path, choice.rule.dtype, (file,))
+
+
+def begin_build(
+    store: Store, outline: Outline, sources: Sequence[SourceFile], max_size: int | None = None
+) -> Building | None:
+    """`Store.begin`, once the source's times are old enough to tell any later change."""
+    newest = max((s.ctime_ns for s in sources), default=0) / 1e9
+    if 0 <= (age := time.time() - newest) < _CLOCK_TICK_S:
+        time.sleep(_CLOCK_TICK_S - age)
+    return store.begin(outline.key(sources), outline.nbytes, max_size)
+
+
+def build_entry(
+    store: Store, outline: Outline, *, max_size: int | None = None, digest_contents: bool = False
+) -> Build | Path | None:
+    """Begin to write an entry from its source; its path if there is a valid one, None if another process writes it.
+
+    digest_contents: keep checksums of the source files' contents, too. Raises `CacheError`.
+    """
+    for file in outline.files:
+        if (reason := why_not(file)) is not None:
+            raise CacheError(f"{outline.label} cannot be cached: {reason}")
+    sources = outline.sources
+    key = outline.key(sources)
+    with suppress(CacheError):  # a damaged one is replaced
+        if (entry := store.find(key)) is not None:
+            entry.close()
+            return entry.path
+    store.set_aside(key)
+    building = begin_build(store, outline, sources, max_size)
+    if building is None:
+        return None
+    loaded = LoadedTensors()
+    return Build(building, outline, sources, loaded, read_parts, digest_contents=digest_contents).start()
+
+
+class CachedLoad:
+    """The cache's part in one load; a context manager that holds the entry as long as it is read."""
+
+    def __init__(self, options: CacheOptions) -> None:
+        self._options = options
+        self._stack = ExitStack()
+        self._store: Store | None = None
+        self._entry: Entry | None = None
+        self._outline: Outline | None = None
+        self._sources: tuple[SourceFile, ...] = ()
+        self._building: Building | None = None
+        self.report: CacheReport | None = None
+        self.warnings: list[str] = []
+
+    def __enter__(self) -> CachedLoad:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+        if self._building is not None:
+            self._building.abandon()
+
+    @property
+    def hit(self) -> bool:
+        """Whether an entry is being read."""
+        return self._entry is not None
+
+    def choose(self, source: Choice) -> Choice:
+        """What to load: from the entry if there is a valid one; else from the source, and become its builder."""
+        if not self._options.enabled:
+            return source
+        try:
+            return self._choose(source)
+        except CacheError as error:
+            self._from_source(f"the cache cannot be used: {error}", warn=True)
+            return source
+
+    def _choose(self, source: Choice) -> Choice:
+        outline = outline_checkpoint(source)
+        if (reason := _pointless(outline.files[0]) or why_not(outline.files[0])) is not None:
+            self._from_source(reason)
+            return source
+        self._outline, self._sources = outline, outline.sources
+        self._store = Store(self._options.directory)
+        key = outline.key(self._sources)
+        try:
+            entry = self._store.find(key)
+            if entry is not None:
+                return self._from_entry(entry, source)
+        except CacheError as error:
+            self._put_aside(key, error)
+        self._building = begin_build(self._store, outline, self._sources)
+        if self._building is not None:
+            self.report = CacheReport("building", "no entry yet: one is being written in the background")
+        else:
+            self._from_source("another process is writing the entry")
+        return source
+
+    def _from_entry(self, entry: Entry, source: Choice) -> Choice:
+        self._stack.callback(entry.close)
+        file = entry.manifest.files[0]
+        check_header(entry.path, file)
+        checkpoint = open_checkpoint(entry.file(ENTRY_FILE))
+        rank = {t.name: i for i, t in enumerate(checkpoint.tensors)}
+        by_name = {t.name: t for t in checkpoint.tensors}
+        tensors = [by_name[t.name] for t in source.tensors]
+        check = None
+        if len(tensors) == len(by_name):
+            tensors.sort(key=lambda t: rank[t.name])
+            check = _block_check(entry) if self._options.verify else None
+        elif self._options.verify and (wrong := check_entry(entry.path, entry.manifest)):
+            raise CacheError("; ".join(wrong))
+        self._entry = entry
+        self.report = CacheReport("hit", "the source is unchanged", str(entry.path))
+        return replace(
+            source, checkpoint=replace(checkpoint, path=source.checkpoint.path), tensors=tensors, check=check
+        )
+
+    def set_aside(self, why: Exception) -> None:
+        """The entry that was chosen turned out to be damaged: load again, from the source."""
+        assert self._entry is not None
+        key = self._entry.path.name
+        self._stack.close()
+        self._entry = None
+        self._put_aside(key, why)
+
+    def _put_aside(self, key: str, why: Exception) -> None:
+        place = self._store.set_aside(key) if self._store is not None else None
+        self.warnings.append(f"{why}; the entry was set aside{f' in {place}' if place else ''}, and is built again")
+
+    def _from_source(self, reason: str, *, warn: bool = False) -> None:
+        self.report = CacheReport("source", reason)
+        if warn:
+            self.warnings.append(reason)
+
+    def keep(self, tensors: Mapping[str, torch.Tensor]) -> Build | None:
+        """Begin to write what was loaded into the cache, if this load is its builder; before it is handed out."""
+        if self._building is None or self._outline is None:
+            return None
+        loaded = LoadedTensors()
+        loaded.note(self._outline.files[0], tensors)
+        build = Build(self._building, self._outline, self._sources, loaded, read_parts)
+        self._building = None
+        return build.start()
+
+
+def _pointless(file: CachedFile) -> str | None:
+    if all(t.dtype == t.source.dtype for t in file.tensors):
+        return "nothing is converted: the source is as fast"
+    return None
+
+
+def _block_check(entry: Entry) -> BlockCheck:
+    return BlockCheck(entry.file(ENTRY_FILE), entry.manifest.files[0])
+
+
+def read_parts(file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """Read parts of tensors from the source, converted: 1-D host tensors, some of them views of the mapped file."""
+    from wan_loader.dtypes import ITEMSIZE
+
+    storages, plans = [], []
+    for index, part in enumerate(parts):
+        facts = part.tensor.source
+        place, itemsize = file.checkpoint.storages[facts.storage], ITEMSIZE[facts.dtype]
+        storages.append(StorageFacts(place.file, place.start + part.start * itemsize, part.count * itemsize))
+        piece = TensorFacts(str(index), facts.dtype, (part.count,), index, (1,))
+        plans.append(StoragePlan(index, facts.dtype, part.tensor.dtype, (piece,)))
+    pieces = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(p.tensors[0] for p in plans))
+    tensors = read_storages(pieces, plans)
+    return [tensors[str(index)] for index in range(len(parts))]
