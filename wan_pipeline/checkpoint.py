@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from wan_loader.types import StrPath
     from wan_pipeline.keymap import MapName
 
-__all__ = ["TITLES", "Component", "ComponentName", "WanCheckpoint", "open_wan"]
+__all__ = ["EXPERTS", "TITLES", "Component", "ComponentName", "WanCheckpoint", "open_wan"]
 
 ComponentName = Literal["text_encoder", "transformer", "transformer_2", "vae"]
 
@@ -44,6 +44,8 @@ TITLES: dict[str, str] = {
 }
 #: Parts of names that stay fp32 when an expert is converted, in either layout's words: as diffusers keeps them.
 _KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm2", "time_embedding", "modulation", "norm3")
+#: The networks that denoise.
+EXPERTS = ("transformer", "transformer_2")
 _EXPERT_DIRS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 _TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 _TOKENIZER_DIR = "google/umt5-xxl"

@@ -76,6 +76,30 @@ def synth(
     typer.echo(f"{report.directory}: {len(report.files)} files, {report.nbytes} bytes")
 
 
+@app.command(name="cache-build", hidden=True)
+def cache_build(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A WAN2.2 checkpoint in either layout.")],
+    dtype: Annotated[str, typer.Option(help="Of the experts: bf16, fp16 or fp32.")] = "bf16",
+    cache_dir: Annotated[Path | None, typer.Option(help="Where the converted cache is.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="What the cache may take, such as 60GB.")] = None,
+    contents: Annotated[bool, typer.Option("--contents", help="Keep a checksum of the source's content too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """What `wan-loader cache build` does with the directory of a whole pipeline."""
+    from wan_loader.cache.store import Store
+    from wan_loader.cli.cache import report_build
+    from wan_loader.dtypes import parse_dtype
+    from wan_loader.loader.cached import build_entry
+    from wan_loader.sizes import parse_size
+    from wan_pipeline.cached import outline_wan
+    from wan_pipeline.checkpoint import open_wan
+
+    size = None if max_size is None else parse_size(max_size)
+    outline = outline_wan(open_wan(directory), parse_dtype(dtype))
+    report_build(build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents), json=json)
+
+
 @contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr that takes (done, total) bytes; nothing where stderr is not a terminal."""
