@@ -119,6 +119,7 @@ class PipelineCache:
 
     def __init__(self, source: WanCheckpoint, dtype: str, directory: StrPath | None) -> None:
         """dtype: of the experts. Whatever is wrong with the cache, the source is loaded; `report` says why."""
+        self.source = source
         self.checkpoint = source
         self.report: CacheReport
         self.build: Build | None = None

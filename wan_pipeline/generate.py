@@ -57,6 +57,10 @@ OffloadModel = Annotated[
 DitFsdp = Annotated[bool, _option("dit_fsdp", "Divide the experts over the processes.")]
 T5Fsdp = Annotated[bool, _option("t5_fsdp", "Divide the text encoder over the processes.")]
 Ulysses = Annotated[int, _option("ulysses_size", "Divide attention over so many processes.", min=1)]
+Cache = Annotated[bool, _option("cache", "Keep converted experts, and read them from there the next time.")]
+CacheDir = Annotated[
+    Path | None, _option("cache_dir", "Where the converted cache is.", show_default="the user's cache directory")
+]
 ProfileOut = Annotated[Path | None, _option("profile_out", "Write one JSON report of the whole run to a file.")]
 Json = Annotated[bool, typer.Option("--json", help="The report as one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
@@ -92,6 +96,8 @@ def generate(
     dit_fsdp: DitFsdp = False,
     t5_fsdp: T5Fsdp = False,
     ulysses_size: Ulysses = 1,
+    cache: Cache = False,
+    cache_dir: CacheDir = None,
     profile_out: ProfileOut = None,
     json: Json = False,
     force: Force = False,
@@ -104,6 +110,7 @@ def generate(
     wan-pipeline generate --ckpt_dir DIR --prompt TEXT --preset min-memory --size 832*480 --save_file cats.mp4
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
+    start |= _cache_settings(cache, cache_dir)
     _check_parallel(t5_cpu, dit_fsdp, t5_fsdp, ulysses_size)
     checkpoint = open_wan(ckpt_dir)
     if task not in (None, checkpoint.task):
@@ -129,6 +136,7 @@ def generate(
         video.save(target)
         progress("save", 1, 1)
         report = {**pipe.report(), "command": "generate", "video": {"path": str(target), "seed": request.seed}}
+    _finish_cache(report, pipe)
     _finish(report, profile_out, json=json, result=str(target))
 
 
@@ -140,6 +148,8 @@ def load(
     offload_model: OffloadModel = None,
     convert_model_dtype: ConvertDtype = False,
     t5_cpu: T5Cpu = False,
+    cache: Cache = False,
+    cache_dir: CacheDir = None,
     profile_out: ProfileOut = None,
     json: Json = False,
     force: Force = False,
@@ -151,11 +161,13 @@ def load(
     wan-pipeline load --ckpt_dir Wan2.2-T2V-A14B --preset fastest --profile-out start.json
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
+    start |= _cache_settings(cache, cache_dir)
     check_output(profile_out, force=force)
     with _started(start, None) as pipe:
         typer.echo(f"preset {pipe.preset_reason}", err=True)
         pipe.wait()
         report = {**pipe.report(), "command": "load"}
+    _finish_cache(report, pipe)
     loads = [f"{x['name']} {x['nbytes'] / 1e9:.2f} GB in {x['seconds']:.2f} s" for x in report["pipeline"]["loads"]]
     _finish(report, profile_out, json=json, result="\n".join(loads))
 
@@ -179,6 +191,26 @@ def _start_settings(
         "t5_cpu": t5_cpu,
         "offload_model": None if offload is None else _parse_bool("offload_model", offload),
     }
+
+
+def _cache_settings(cache: bool, cache_dir: Path | None) -> dict[str, Any]:
+    if cache_dir is not None and not cache:
+        raise OptionError("--cache_dir needs --cache")
+    return {"cache": cache, "cache_dir": cache_dir}
+
+
+def _finish_cache(report: dict[str, Any], pipe: WanT2V) -> None:
+    """Say what the cache had to do with it, and wait for the entry that is being written."""
+    from wan_loader.cli.cache import follow_build
+
+    if report["cache"] is None:
+        return
+    state, reason, entry = (report["cache"][name] for name in ("state", "reason", "entry"))
+    typer.echo(f"cache: read from {entry}" if state == "hit" else f"cache: {reason}", err=True)
+    if pipe.build is not None:
+        follow_build(pipe.build)
+        failure = pipe.build.failure
+        typer.echo(f"cached: {pipe.build.path}" if failure is None else f"not cached: {failure}", err=True)
 
 
 def _checked_request(checkpoint: WanCheckpoint, prompt: str, settings: dict[str, Any]) -> Request:

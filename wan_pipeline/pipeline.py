@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from wan_loader.cache.build import Build
     from wan_loader.types import StrPath
     from wan_pipeline.startup import Started
 
@@ -70,6 +71,8 @@ class WanT2V:
         offload_model: bool | None = None,
         size: tuple[int, int] = (1280, 720),
         frame_num: int = 81,
+        cache: bool = False,
+        cache_dir: StrPath | None = None,
     ) -> WanT2V:
         """Start from a checkpoint in either layout; returns while weights are still on their way.
 
@@ -77,7 +80,8 @@ class WanT2V:
         cuda:N. dtype: of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is used as
         it is in the file, the VAE in fp32. t5_cpu: encode on the CPU. offload_model: False keeps everything on the
         device, True one expert at a time; None leaves it to the preset. size and frame_num: the largest that will
-        be asked for; they decide how much memory a preset must leave.
+        be asked for; they decide how much memory a preset must leave. cache: read the experts as they were converted by
+        an earlier start, from the converted cache in cache_dir, or leave them there once everything was loaded.
 
         Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError` and
         `OptionError`, before a weight is loaded.
@@ -92,6 +96,8 @@ class WanT2V:
             offload_model=offload_model,
             size=size,
             frame_num=frame_num,
+            cache=cache,
+            cache_dir=cache_dir,
         )
         return cls(begin(directory, options))
 
@@ -102,8 +108,8 @@ class WanT2V:
         self.close()
 
     def close(self) -> None:
-        """Stop what is still being fetched and free the weights."""
-        self._started.residency.close()
+        """Stop what is still being fetched and free the weights. A cache entry that was begun is still completed."""
+        self._started.close()
 
     @property
     def task(self) -> str:
@@ -119,6 +125,11 @@ class WanT2V:
     def preset_reason(self) -> str:
         """Why that preset, with the numbers."""
         return self._started.reason
+
+    @property
+    def build(self) -> Build | None:
+        """The cache entry that is being written from this start; None if there is none (yet)."""
+        return self._started.cache.build if self._started.cache is not None else None
 
     def wait(self) -> None:
         """Wait until everything that was begun has been fetched; raises what went wrong."""
@@ -212,6 +223,8 @@ def load_diffusers(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     preset: str = "auto",
+    cache: bool = False,
+    cache_dir: StrPath | None = None,
 ) -> Any:
     """A ready `diffusers.WanPipeline` from a checkpoint in either layout, as `WanPipeline.from_pretrained` makes it.
 
@@ -219,19 +232,29 @@ def load_diffusers(
     that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when this returns,
     and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and dropped
     when another needs the room; such a pipeline cannot be moved with `.to()`. Room is left to make 81 frames of
-    832*480: larger ones may need the VAE's tiling, or another preset.
+    832*480: larger ones may need the VAE's tiling, or another preset. cache, cache_dir: as for `WanT2V`.
 
     Raises what `WanT2V.from_checkpoint` raises.
     """
     from wan_loader.dtypes import dtype_name
 
-    options = StartOptions(preset=preset, device=device, dtype=dtype_name(dtype), like_diffusers=True, size=(832, 480))
+    options = StartOptions(
+        preset=preset,
+        device=device,
+        dtype=dtype_name(dtype),
+        like_diffusers=True,
+        size=(832, 480),
+        cache=cache,
+        cache_dir=cache_dir,
+    )
     started = begin(directory, options)
     if started.preset.residency == "everything":
         try:
             started.residency.wait_all()
         except BaseException:
-            started.residency.close()
+            started.close()
             raise
         detach(started.pipe)
+        if started.cache is not None:
+            started.cache.close()
     return started.pipe

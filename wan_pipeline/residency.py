@@ -17,7 +17,7 @@ from wan_loader.source.prewarm import prewarm_files
 from wan_pipeline import modules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -137,8 +137,13 @@ class Residency:
         observer: Observer | None = None,
         warm_ahead: bool = False,
         warming: Prewarm | None = None,
+        on_loaded: Callable[[str, Mapping[str, torch.Tensor]], None] | None = None,
     ) -> None:
-        """parts: in the order of first use. warming: a warm-up of their files that is under way."""
+        """parts: in the order of first use. warming: a warm-up of their files that is under way.
+
+        on_loaded: told of every load, with the tensors by their names in the file, before anybody else has them.
+        """
+        self._on_loaded = on_loaded
         self._parts: dict[str, Part] = {part.component.name: part for part in parts}
         self._phases = {phase.uses: phase for phase in phases}
         self._observer = observer
@@ -259,6 +264,8 @@ class Residency:
                 decoder_only=part.decoder_only,
                 observer=_Stopper(stop, name, self._observer),
             )
+            if self._on_loaded is not None:
+                self._on_loaded(name, weights)
             self._hand_over(name, weights)
             self.note_peak()
             self.log.loads.append((name, start_ns, clock_ns(), report))

@@ -28,10 +28,13 @@ from wan_pipeline.imports import short_imports
 from wan_pipeline.residency import Fetch, Part, Residency
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from wan_loader.source.prewarm import Prewarm
     from wan_loader.types import StrPath
+    from wan_pipeline.cached import PipelineCache
     from wan_pipeline.checkpoint import Component, WanCheckpoint
     from wan_pipeline.presets import Limits, Phase, Preset
 
@@ -59,6 +62,10 @@ class StartOptions:
     size: tuple[int, int] = (1280, 720)
     frame_num: int = 81
     """Size and frames decide the working memory that a preset must leave."""
+    cache: bool = False
+    """Read converted experts from the converted cache, and leave them there."""
+    cache_dir: StrPath | None = None
+    """None: the user's cache directory."""
 
 
 @dataclass(slots=True)
@@ -72,6 +79,18 @@ class Started:
     reason: str
     device: torch.device
     recorder: Recorder
+    cache: PipelineCache | None = None
+
+    @property
+    def directory(self) -> Path:
+        """What was asked for, wherever the weights came from."""
+        return (self.checkpoint if self.cache is None else self.cache.source).directory
+
+    def close(self) -> None:
+        """Stop what is under way and free everything; a cache entry that is being written is completed."""
+        self.residency.close()
+        if self.cache is not None:
+            self.cache.close()
 
 
 def begin(directory: StrPath, options: StartOptions) -> Started:
@@ -79,6 +98,9 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
     recorder = Recorder()
     with span(recorder, "header"):
         checkpoint = open_wan(directory)
+        cache = _open_cache(checkpoint, options)
+    if cache is not None:
+        checkpoint = cache.checkpoint
     if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
         raise OptionError(f"{', '.join(missing)} not installed: pip install 'wan-loader[pipeline]'")
     if world_size() > 1:
@@ -86,19 +108,41 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
     warming = prewarm_files([f for c in checkpoint.components for f in c.files], threads=_WARMERS)
     try:
         with short_imports():
-            return _begin(checkpoint, options, recorder, warming)
+            return _begin(checkpoint, options, recorder, warming, cache)
     except BaseException:
         warming.stop()
+        if cache is not None:
+            cache.close()
         raise
 
 
-def _begin(checkpoint: WanCheckpoint, options: StartOptions, recorder: Recorder, warming: Prewarm) -> Started:
+def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCache | None:
+    """What the cache holds of the experts in the dtype that they will have; None if it is not wanted."""
+    from wan_loader.dtypes import dtype_name
+
+    if not options.cache:
+        return None
+    from wan_pipeline.cached import PipelineCache
+
+    some = presets.load_preset("fastest" if options.preset == "auto" else options.preset)
+    dtype = dtype_name(options.dtype or ("fp32" if options.like_diffusers else some.dtype))
+    assert dtype is not None
+    return PipelineCache(checkpoint, dtype, options.cache_dir)
+
+
+def _begin(
+    checkpoint: WanCheckpoint,
+    options: StartOptions,
+    recorder: Recorder,
+    warming: Prewarm,
+    cache: PipelineCache | None,
+) -> Started:
     _make_context(options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
     # the CUDA context, and then the weights, take their time while the libraries are imported
-    first = Fetch("start", lambda stop: found.append(_start_fetching(checkpoint, options, recorder, warming)))
+    first = Fetch("start", lambda stop: found.append(_start_fetching(checkpoint, options, recorder, warming, cache)))
     try:
         with span(recorder, "import"):
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
@@ -129,7 +173,13 @@ def _make_context(device: str | torch.device, recorder: Recorder) -> None:
         threading.Thread(target=work, name="make context", daemon=True).start()
 
 
-def _start_fetching(checkpoint: WanCheckpoint, options: StartOptions, recorder: Recorder, warming: Prewarm) -> Started:
+def _start_fetching(
+    checkpoint: WanCheckpoint,
+    options: StartOptions,
+    recorder: Recorder,
+    warming: Prewarm,
+    cache: PipelineCache | None,
+) -> Started:
     """Choose the preset and begin to load; needs torch and the device, no other library."""
     import torch
 
@@ -146,9 +196,16 @@ def _start_fetching(checkpoint: WanCheckpoint, options: StartOptions, recorder: 
         )
         for component in checkpoint.components
     ]
-    residency = Residency(parts, phases, observer=recorder, warm_ahead=preset.warm_ahead, warming=warming)
+    residency = Residency(
+        parts,
+        phases,
+        observer=recorder,
+        warm_ahead=preset.warm_ahead,
+        warming=warming,
+        on_loaded=None if cache is None else cache.note,
+    )
     residency.start()
-    return Started(None, checkpoint, residency, preset, reason, device, recorder)
+    return Started(None, checkpoint, residency, preset, reason, device, recorder, cache)
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:

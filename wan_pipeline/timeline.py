@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class Timeline:
         reports = [report for *_, report in log.loads]
         return {
             **_totals(reports),
-            "target": str(started.checkpoint.directory),
+            "target": str(started.directory),
             "device": str(started.device),
             "dtype": dtype_name(started.preset.dtype),
             "seconds": (clock_ns() - self.start_ns) / 1e9,
@@ -80,6 +80,7 @@ class Timeline:
             "memory": _memory(started, reports),
             "machine": reports[0].machine if reports else machine_card(),
             "settings": {"preset": started.preset.name, "preset_reason": started.reason},
+            "cache": None if started.cache is None else asdict(started.cache.report),
             "pipeline": {
                 "time_to_first_step_s": self.first_step_s(started),
                 "stages": [self._interval(*stage) for stage in self.stages],
