@@ -35,7 +35,6 @@ class Window:
 
     block: Block
     address: int
-    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +60,6 @@ class Board:
         self._mapped_ahead = 0
         self._free: deque[Slot] = deque()
         self._filled: deque[Filled] = deque()
-        self._pinned: deque[Window] = deque()
-        self._prepared = False
         self._mapped: deque[Window] = deque()
         self._to_submit = len(self._windows) + len(self._blocks)
         self._failure: BaseException | None = None
@@ -123,36 +120,23 @@ class Board:
 
     # for the carrying thread
 
-    def prepared(self) -> None:
-        """Memory is allocated: things may be submitted."""
-        with self._lock:
-            self._prepared = True
-            self._for_carrier.notify()
-
     def next_ready(self) -> Window | Filled | None:
         """The next thing to pin or to submit; None when everything was submitted. Raises the first failure.
 
-        Until memory is allocated, only windows to pin. Then slots first: registering a window takes long.
+        Slots first: registering a window takes long.
         """
         with self._lock:
-            while self._to_submit or not self._prepared:
+            while self._to_submit:
                 if self._failure is not None:
                     raise self._failure
-                if self._prepared and self._filled:
+                if self._filled:
                     return self._filled.popleft()
-                if self._prepared and self._pinned:
-                    return self._pinned.popleft()
                 if self._mapped:
                     self._mapped_ahead -= 1
                     self._for_readers.notify()
                     return self._mapped.popleft()
                 self._for_carrier.wait()
         return None
-
-    def pinned(self, window: Window) -> None:
-        """A window may be submitted as soon as memory is allocated."""
-        with self._lock:
-            self._pinned.append(replace(window, pinned=True))
 
     def submitted(self, slot: Slot | None = None) -> None:
         """One ready thing has been submitted; its slot may be used again once its ticket is done."""

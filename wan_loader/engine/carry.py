@@ -98,8 +98,9 @@ def carry_out(
 ) -> tuple[P, Carried]:
     """Move every block of the plan into the target and wait until it has arrived.
 
-    `prepare` allocates the destinations and returns them; it runs beside the first reads and registrations. The caller
-    must call `release` on the `Carried`. Raises the first failure of any thread; then everything is released.
+    `prepare` allocates the destinations and returns them. It runs first: beside reader threads it would wait for the
+    interpreter at every tensor, which takes ten times longer than to allocate one. The caller must call `release` on
+    the `Carried`. Raises the first failure of any thread; then everything is released.
     """
     load = _Load(plan, reader, target, settings, prepare, observer)
     carried = load.run()
@@ -135,8 +136,9 @@ class _Load(Generic[P]):
             threading.Thread(target=self._guarded, args=(self._read_all,), name=f"reader {i}", daemon=True)
             for i in range(self._n_readers)
         ]
-        threads.append(threading.Thread(target=self._guarded, args=(self._allocate,), name="allocate", daemon=True))
         try:
+            self.prepared = self._prepare()
+            self._target.bind(self.prepared.destinations)
             if self._needs_slots:
                 self._add_staging()
             for thread in threads:
@@ -181,11 +183,6 @@ class _Load(Generic[P]):
         except BaseException as failure:
             self._board.fail(failure)
 
-    def _allocate(self) -> None:
-        self.prepared = self._prepare()
-        self._target.bind(self.prepared.destinations)
-        self._board.prepared()
-
     def _read_all(self) -> None:
         while (block := self._board.take()) is not None:
             self._board.put(self._fault_in(block) if block.way is Way.MAPPED else self._fill(block))
@@ -216,12 +213,8 @@ class _Load(Generic[P]):
         while (ready := self._board.next_ready()) is not None:
             if isinstance(ready, Filled):
                 self._submit_slot(ready)
-            elif ready.pinned:
+            elif not self._target.can_pin or self._pin_window(ready):
                 self._submit_window(ready)
-            elif self._target.can_pin:
-                self._pin_window(ready)
-            else:
-                self._board.pinned(ready)
 
     def _add_staging(self) -> None:
         self._staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
@@ -251,7 +244,8 @@ class _Load(Generic[P]):
             slot.pinned = True
             self._carried.pinned_nbytes += len(slot.view)
 
-    def _pin_window(self, window: Window) -> None:
+    def _pin_window(self, window: Window) -> bool:
+        """False if the driver refuses: the window then comes back through staging."""
         block, nbytes = window.block, window.block.page_end - window.block.page_start
         self._carried.cleanups.append(partial(self._target.unpin, window.address))
         try:
@@ -259,9 +253,9 @@ class _Load(Generic[P]):
                 self._target.pin(window.address, nbytes, read_only=True)
         except PinError as refusal:
             self._refused(window, refusal)
-            return
+            return False
         self._carried.registered_nbytes += nbytes
-        self._board.pinned(window)
+        return True
 
     def _submit_window(self, window: Window) -> None:
         block = window.block

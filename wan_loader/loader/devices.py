@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import DeviceError
 from wan_loader.events import span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     import torch
 
     from wan_loader.events import Observer
 
-__all__ = ["current", "device_card", "device_peak_bytes", "keep_stream", "reset_device_peak", "resolve_device"]
+__all__ = ["current", "device_card", "device_peak_bytes", "reset_device_peak", "resolve_device"]
 
 
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
@@ -53,15 +51,6 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     import torch
 
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def keep_stream(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts for other threads in which memory is allocated for this thread's current stream."""
-    import torch
-
-    if device.type != "cuda":
-        return nullcontext
-    return partial(torch.cuda.stream, torch.cuda.current_stream(device))
 
 
 def reset_device_peak(device: torch.device) -> None:

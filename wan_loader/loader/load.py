@@ -22,7 +22,6 @@ from wan_loader.loader.devices import (
     current,
     device_card,
     device_peak_bytes,
-    keep_stream,
     reset_device_peak,
     resolve_device,
 )
@@ -219,10 +218,8 @@ def _move(
             )
         target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
 
-        on_stream = keep_stream(device)
-
         def prepare() -> Placement:
-            with on_stream(), span(observer, "init"):
+            with span(observer, "init"):
                 return allocate(checkpoint, layout, device, reader.fds)
 
         placement, carried = carry_out(plan, reader, target, settings, prepare, observer)

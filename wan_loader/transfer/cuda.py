@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import Span, clock_ns
@@ -39,11 +40,19 @@ class _Scratch:
 
 @dataclass(frozen=True, slots=True)
 class _Ticket:
-    events: tuple[Any, ...]
+    event: Any
 
     def wait(self) -> None:
-        for event in self.events:
-            event.synchronize()
+        self.event.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """An interval of work on a stream. `start` None: it began when the one before it ended."""
+
+    nbytes: int
+    start: Any
+    end: Any
 
 
 def groups(pieces: Sequence[Piece], nbytes: int) -> Iterator[list[Piece]]:
@@ -81,7 +90,9 @@ class CudaTarget:
         self._observer = observer
         self._destinations: Sequence[Destination] = ()
         self._scratch: deque[_Scratch] = deque()
-        self._marks: list[tuple[str, int, Any, Any]] = []
+        self._copied: list[_Mark] = []
+        self._cast: list[_Mark] = []
+        self._last: Any = None
         self._context = driver.current_context()
         self._callers = torch.cuda.current_stream(index)
         self._copies = torch.cuda.Stream(index)
@@ -114,7 +125,8 @@ class CudaTarget:
     def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> _Ticket:
         """Queue copies and casts; the source must stay until the ticket is done."""
         offset, to = address - file_start, self._destinations
-        start = self._event(self._copies)
+        idle = self._last is None or self._last.query()
+        start = self._event(self._copies) if idle else None
         plain: list[Piece] = []
         converted: list[Piece] = []
         for piece in pieces:
@@ -123,40 +135,57 @@ class CudaTarget:
             [(to[p.storage].address + p.storage_start, offset + p.file_start, p.nbytes) for p in plain],
             self._copies.cuda_stream,
         )
+        end = None
         if converted:
             with self._torch.cuda.stream(self._casts):
                 for group in groups(converted, SCRATCH_BYTES):
-                    self._convert(offset, group)
-        end = self._event(self._copies)
-        self._mark("h2d", sum(p.nbytes for p in pieces), start, end)
-        return _Ticket((end,))
+                    end = self._convert(offset, group)
+        self._last = end or self._event(self._copies)
+        if self._observer is not None:
+            self._copied.append(_Mark(sum(p.nbytes for p in pieces), start, self._last))
+        return _Ticket(self._last)
 
-    def _convert(self, offset: int, group: Sequence[Piece]) -> None:
-        """One copy of the whole group into scratch, then a cast of each piece out of it. Casts' stream is current."""
+    def _convert(self, offset: int, group: Sequence[Piece]) -> Any:
+        """One copy of the whole group into scratch, then casts out of it. Casts' stream is current.
+
+        Returns the event after the copy.
+        """
         scratch = self._scratch.popleft()
         if scratch.free is not None:
             self._copies.wait_event(scratch.free)
         base, nbytes = group[0].file_start, group[-1].file_end - group[0].file_start
         driver.copy_to_device([(scratch.address, offset + base, nbytes)], self._copies.cuda_stream)
-        self._casts.wait_event(self._copies.record_event())
-        start = self._event(self._casts)
-        for piece in group:
-            destination = self._destinations[piece.storage]
-            first, count = piece.storage_start // piece.itemsize, piece.nbytes // piece.itemsize
-            source = scratch.memory[piece.file_start - base : piece.file_end - base].view(destination.source_dtype)
-            destination.flat[first : first + count].copy_(source)
+        arrived = self._event(self._copies)
+        self._casts.wait_event(arrived)
+        for (source_dtype, _), same in groupby(group, key=self._dtypes):
+            self._cast_out(scratch.memory, base, source_dtype, list(same))
         scratch.free = self._event(self._casts)
-        self._mark("cast", nbytes, start, scratch.free)
+        if self._observer is not None:
+            self._cast.append(_Mark(nbytes, arrived, scratch.free))
         self._scratch.append(scratch)
+        return arrived
+
+    def _dtypes(self, piece: Piece) -> tuple[Any, Any]:
+        destination = self._destinations[piece.storage]
+        return destination.source_dtype, destination.flat.dtype
+
+    def _cast_out(self, memory: Any, base: int, source_dtype: Any, pieces: Sequence[Piece]) -> None:
+        """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
+        counts = [piece.nbytes // piece.itemsize for piece in pieces]
+        sources = memory[pieces[0].file_start - base : pieces[-1].file_end - base].view(source_dtype).split(counts)
+        targets = []
+        for piece, count in zip(pieces, counts, strict=True):
+            flat, first = self._destinations[piece.storage].flat, piece.storage_start // piece.itemsize
+            targets.append(flat if count == flat.numel() else flat[first : first + count])
+        if len(pieces) == 1:
+            targets[0].copy_(sources[0])
+        else:
+            self._torch._foreach_copy_(targets, sources)
 
     def _event(self, stream: Any) -> Any:
         event = self._torch.cuda.Event(blocking=True, enable_timing=self._observer is not None)
         event.record(stream)
         return event
-
-    def _mark(self, name: str, nbytes: int, start: Any, end: Any) -> None:
-        if self._observer is not None:
-            self._marks.append((name, nbytes, start, end))
 
     def finish(self) -> None:
         """Wait for everything; then lay the device's own times on the host's clock and report them."""
@@ -169,8 +198,13 @@ class CudaTarget:
         reference = self._event(self._copies)  # everything has ended: this waits for nothing else
         reference.synchronize()
         now_ns = clock_ns()
-        for name, nbytes, start, end in self._marks:
-            start_ns = now_ns - int(start.elapsed_time(reference) * 1e6)
-            end_ns = now_ns - int(end.elapsed_time(reference) * 1e6)
-            self._observer.record(Span(name, start_ns, max(start_ns, end_ns), nbytes, f"{self._device} {name}"))
-        self._marks.clear()
+        self._report("h2d", self._copied, reference, now_ns, self._observer)
+        self._report("cast", self._cast, reference, now_ns, self._observer)
+
+    def _report(self, name: str, marks: list[_Mark], reference: Any, now_ns: int, observer: Observer) -> None:
+        end_ns = now_ns
+        for mark in marks:
+            start_ns = end_ns if mark.start is None else now_ns - int(mark.start.elapsed_time(reference) * 1e6)
+            end_ns = max(start_ns, now_ns - int(mark.end.elapsed_time(reference) * 1e6))
+            observer.record(Span(name, start_ns, end_ns, mark.nbytes, f"{self._device} {name}"))
+        marks.clear()
