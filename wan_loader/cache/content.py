@@ -2,12 +2,14 @@
 
 Loaded tensors belong to the caller, who may free or change them while the entry is being written. So the writer holds
 only weak references, and a fingerprint of every part that was taken before the tensors were handed out: sums over
-64-bit words, one for each residue of a word's position modulo a prime, which changed or moved elements do not leave as
-they were. A part that is gone or changed is read from the source again. Fingerprints cost one pass over the memory.
+64-bit words, one for each residue of a word's position modulo two primes, which changed or moved elements do not leave
+as they were. (With one prime, two rows of an embedding whose distance is a multiple of it could change places.) A part
+that is gone or changed is read from the source again. Fingerprints cost one pass over the memory.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +28,7 @@ __all__ = ["PART_BYTES", "Loaded", "Part", "ReadParts", "batches", "parts_of"]
 #: Unit of reading and writing: large enough for any disk; two are in memory at a time.
 PART_BYTES = 64 << 20
 _WORD = 8
-_COLUMNS = 509
+_PRIMES = (509, 1021)
 #: Smaller tensors are read from the source: not worth a fingerprint.
 _MIN_NBYTES = 1 << 20
 
@@ -98,6 +100,8 @@ class Loaded:
         if storage is None:
             return None
         words = _range(_words(storage), part)
+        if words.numel() * _WORD != part.nbytes:  # the storage was resized
+            return None
         words = self._to_host(words) if words.is_cuda else words.clone()
         expected = self._fingerprints[part.tensor, part.start]
         return words if _fingerprint(words).equal(expected.to("cpu")) else None
@@ -135,12 +139,15 @@ def _range(words: torch.Tensor, part: Part) -> torch.Tensor:
 
 
 def _fingerprint(words: torch.Tensor) -> torch.Tensor:
-    """Column sums of the words written in rows of a prime length; a last short row is added to its columns."""
-    n = words.numel() // _COLUMNS * _COLUMNS
-    sums = words[:n].view(-1, _COLUMNS).sum(0)
+    """Sums of the words by position modulo each prime: taken modulo their product first, so in one pass."""
+    import torch
+
+    columns = math.prod(_PRIMES)
+    n = words.numel() // columns * columns
+    sums = words[:n].view(-1, columns).sum(0)
     rest = words[n:]
     sums[: rest.numel()] += rest
-    return sums
+    return torch.cat([sums.view(-1, prime).sum(0) for prime in _PRIMES])
 
 
 def batches(parts: Iterable[Part], loaded: Loaded) -> Iterator[list[Part]]:
