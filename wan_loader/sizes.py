@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from wan_loader.errors import OptionError
@@ -35,8 +36,8 @@ def _parse(text: str, stripped: str, example: str) -> float:
     if not found or not factor:
         raise OptionError(f"{text!r} is not understood: write it like {example}")
     value = float(found[1]) * factor
-    if value <= 0:
-        raise OptionError(f"{text!r} must be more than 0")
+    if not 0 < value < math.inf:
+        raise OptionError(f"{text!r} must be more than 0, and finite")
     return value / 8 if (found[3] or "").lower().startswith("bit") else value
 
 
