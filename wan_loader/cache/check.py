@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from wan_loader.cache.build import content_digest
@@ -44,17 +43,17 @@ def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | No
     speed of the disk; holds a block (16 MiB) for each processor.
     """
     known = {MANIFEST_NAME, *(file.path for file in manifest.files)}
-    found = {
-        os.path.relpath(os.path.join(directory, name), path) for directory, _, names in os.walk(path) for name in names
-    }
-    wrong = [f"{path / name} does not belong to the entry" for name in sorted(found - known)]
-    for file in manifest.files:
-        with suppress(OSError):
-            if (size := os.lstat(path / file.path).st_size) != file.nbytes:
-                wrong.append(f"{path / file.path} has {size} bytes, not {file.nbytes}")
+    wrong = [f"{path / name} does not belong to the entry" for name in sorted(_found(path) - known)]
+    sizes = {file: _size(path / file.path) for file in manifest.files}
+    for file, size in sizes.items():
+        if size != file.nbytes:
+            wrong.append(
+                f"{path / file.path} " + ("is missing" if size is None else f"has {size} bytes, not {file.nbytes}")
+            )
     jobs = [
         (file, start, end, said)
         for file in manifest.files
+        if sizes[file] is not None
         for (start, end), said in zip(file.ranges(), file.blocks, strict=True)
     ]
 
@@ -76,6 +75,22 @@ def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | No
     with ThreadPoolExecutor(min(16, processors() * 2)) as pool:
         wrong += [problem for problem in pool.map(check, jobs) if problem is not None]
     return wrong
+
+
+def _found(path: Path) -> set[str]:
+    """Files and links, relative to `path`."""
+    found = set()
+    for directory, directories, names in os.walk(path):
+        links = (name for name in directories if os.path.islink(os.path.join(directory, name)))
+        found |= {os.path.relpath(os.path.join(directory, name), path) for name in (*names, *links)}
+    return found
+
+
+def _size(place: Path) -> int | None:
+    try:
+        return os.lstat(place).st_size
+    except OSError:
+        return None
 
 
 def check_sources(manifest: Manifest) -> list[str]:
