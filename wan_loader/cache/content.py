@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,15 +79,16 @@ class Loaded:
         import torch
 
         device = None
-        for cached in file.tensors:
-            tensor = tensors.get(cached.source.name)
-            if tensor is None or not _worth_it(cached, tensor):
-                continue
-            device = tensor.device
-            words = _words(tensor.untyped_storage())
-            for part in parts_of(cached):
-                self._fingerprints[cached, part.start] = _fingerprint(_range(words, part))
-            self._storages[cached] = weakref.ref(tensor.untyped_storage())
+        with suppress(torch.OutOfMemoryError):  # what has no fingerprint is read from the source
+            for cached in file.tensors:
+                tensor = tensors.get(cached.source.name)
+                if tensor is None or not _worth_it(cached, tensor):
+                    continue
+                device = tensor.device
+                words = _words(tensor.untyped_storage())
+                for part in parts_of(cached):
+                    self._fingerprints[cached, part.start] = _fingerprint(_range(words, part))
+                self._storages[cached] = weakref.ref(tensor.untyped_storage())
         if device is not None and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
