@@ -122,7 +122,8 @@ def _load(
             loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
         build = cached.keep(loaded.tensors)
     warnings = (*loaded.report.warnings, *cached.warnings)
-    return replace(loaded, report=replace(loaded.report, cache=cached.report, warnings=warnings), build=build)
+    report = replace(loaded.report, cache=cached.report, warnings=warnings)
+    return replace(loaded, tensors=cached.in_order(loaded.tensors), report=report, build=build)
 
 
 def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:

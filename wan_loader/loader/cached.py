@@ -15,7 +15,7 @@ from wan_loader.cache.check import BlockCheck, check_entry, check_header
 from wan_loader.cache.content import Loaded as LoadedTensors
 from wan_loader.cache.outline import Outline, outline_file, why_not
 from wan_loader.cache.store import Store
-from wan_loader.errors import CacheError
+from wan_loader.errors import CacheError, CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.facts import StorageFacts, TensorFacts
 from wan_loader.loader.load import read_storages
@@ -102,6 +102,7 @@ class CachedLoad:
         self._stack = ExitStack()
         self._store: Store | None = None
         self._entry: Entry | None = None
+        self._order: list[str] = []
         self._outline: Outline | None = None
         self._sources: tuple[SourceFile, ...] = ()
         self._building: Building | None = None
@@ -127,7 +128,9 @@ class CachedLoad:
             return source
         try:
             return self._choose(source)
-        except CacheError as error:
+        except MissingFileError:
+            raise
+        except OSError as error:  # also `CacheError`
             self._from_source(f"the cache cannot be used: {error}", warn=True)
             return source
 
@@ -143,7 +146,7 @@ class CachedLoad:
             entry = self._store.find(key)
             if entry is not None:
                 return self._from_entry(entry, source)
-        except CacheError as error:
+        except (CacheError, CheckpointError) as error:  # the entry's file may vanish or be damaged, too
             self._put_aside(key, error)
         self._building = begin_build(self._store, outline, self._sources)
         if self._building is not None:
@@ -166,11 +169,15 @@ class CachedLoad:
             check = _block_check(entry) if self._options.verify else None
         elif self._options.verify and (wrong := check_entry(entry.path, entry.manifest)):
             raise CacheError("; ".join(wrong))
-        self._entry = entry
+        self._entry, self._order = entry, [t.name for t in source.tensors]
         self.report = CacheReport("hit", "the source is unchanged", str(entry.path))
         return replace(
             source, checkpoint=replace(checkpoint, path=source.checkpoint.path), tensors=tensors, check=check
         )
+
+    def in_order(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What was loaded, in the order of the source, whatever the entry's is."""
+        return {name: tensors[name] for name in self._order} if self.hit else tensors
 
     def set_aside(self, why: Exception) -> None:
         """The entry that was chosen turned out to be damaged: load again, from the source."""
