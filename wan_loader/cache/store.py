@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Building", "Entry", "Listed", "Store", "default_directory"]
 
 _ROOMS = ("entries", "building", "damaged", "trash")
+_TAG_NAME = "CACHEDIR.TAG"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# https://bford.info/cachedir/\n"
 #: Of the disk's free space, what the cache takes unless told otherwise.
 _DEFAULT_SHARE = 0.5
@@ -58,6 +59,8 @@ class _Locked:
 
     def close(self) -> None:
         if self._fd >= 0:
+            with suppress(OSError):  # a forked child may hold a copy of the descriptor: unlock for it as well
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1
 
@@ -174,50 +177,62 @@ class Store:
         """Open it, make it if needed, sweep what killed processes left. Raises `CacheError`."""
         self.root = Path(directory) if directory is not None else default_directory()
         try:
+            if create and not self.root.is_symlink():
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check(self.root)
+            self._check_ours()
             if create:
                 self._make()
-            self._check()
+            for room in _ROOMS:
+                self._check(self.root / room)
         except OSError as error:
             if isinstance(error, CacheError):
                 raise
             raise CacheError(f"cache directory {self.root}: {error.strerror}: name another with --cache-dir") from error
         self._sweep()
 
+    def _check_ours(self) -> None:
+        """What lies in a directory that somebody uses for something else must not be swept away."""
+        names = os.listdir(self.root)
+        if names and _TAG_NAME not in names:
+            raise CacheError(
+                f"{self.root} holds other things, such as {min(names)!r}, and is no cache: name a new or empty "
+                "directory with --cache-dir"
+            )
+
     def _make(self) -> None:
-        if self.root.is_symlink():
-            return
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for room in _ROOMS:
-            (self.root / room).mkdir(mode=0o700, exist_ok=True)
-        tag = self.root / "CACHEDIR.TAG"
+        tag = self.root / _TAG_NAME
         if not tag.exists():
             tag.write_text(_TAG)
+        for room in _ROOMS:
+            (self.root / room).mkdir(mode=0o700, exist_ok=True)
 
-    def _check(self) -> None:
-        for path in (self.root, *(self.root / room for room in _ROOMS)):
-            try:
-                st = os.lstat(path)
-            except FileNotFoundError:
-                if path == self.root:
-                    raise
-                continue
-            if not stat.S_ISDIR(st.st_mode):
-                what = "a link" if stat.S_ISLNK(st.st_mode) else "no directory"
-                raise CacheError(f"cache directory {path} is {what}: name a real directory with --cache-dir")
-            if st.st_uid not in (os.geteuid(), 0):
-                raise CacheError(
-                    f"cache directory {path} belongs to user {st.st_uid}: weights from there could be anybody's; "
-                    "name a directory of your own with --cache-dir"
-                )
-            if st.st_mode & 0o022:
-                raise CacheError(
-                    f"cache directory {path} can be written by others (mode {st.st_mode & 0o777:o}): "
-                    f"run `chmod go-w {path}`, or name another with --cache-dir"
-                )
+    def _check(self, path: Path) -> None:
+        try:
+            st = os.lstat(path)
+        except FileNotFoundError:
+            if path == self.root:
+                raise
+            return
+        if not stat.S_ISDIR(st.st_mode):
+            what = "a link" if stat.S_ISLNK(st.st_mode) else "no directory"
+            raise CacheError(f"cache directory {path} is {what}: name a real directory with --cache-dir")
+        if st.st_uid not in (os.geteuid(), 0):
+            raise CacheError(
+                f"cache directory {path} belongs to user {st.st_uid}: weights from there could be anybody's; "
+                "name a directory of your own with --cache-dir"
+            )
+        if st.st_mode & 0o022:
+            raise CacheError(
+                f"cache directory {path} can be written by others (mode {st.st_mode & 0o777:o}): "
+                f"run `chmod go-w {path}`, or name another with --cache-dir"
+            )
 
     def _sweep(self) -> None:
         for path in self._paths("building"):
-            if (left := _lock(path, alone=True)) is not None:
+            if not _is_directory(path):
+                _remove_tree(path)
+            elif (left := _lock(path, alone=True)) is not None:
                 with left:
                     self._discard(path)
         for path in self._paths("trash"):
@@ -228,12 +243,14 @@ class Store:
             return sorted(self.root / room / name for name in os.listdir(self.root / room))
         return []
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str, *, use: bool = True) -> Entry | None:
         """The entry of a key, locked for reading until it is closed; None if there is none.
 
-        Raises `CacheError` if there is one that cannot be used.
+        use: count this as its last use. Raises `CacheError` if there is one that cannot be used.
         """
         path = self.root / "entries" / key
+        if os.path.lexists(path) and not _is_directory(path):
+            raise CacheError(f"{path} is a link or a file, which no entry is: not used")
         locked = _lock(path, alone=False, patience_s=_PATIENCE_S)
         if locked is None:
             return None
@@ -245,8 +262,9 @@ class Store:
             for file in entry.manifest.files:
                 if (size := _regular_size(path, file.path)) != file.nbytes:
                     raise CacheError(f"{path / file.path} has {size} bytes, not {file.nbytes}: damaged")
-            with suppress(OSError):
-                os.utime(path / MANIFEST_NAME)
+            if use:
+                with suppress(OSError):
+                    os.utime(path / MANIFEST_NAME)
         except BaseException:
             entry.close()
             raise
@@ -271,7 +289,7 @@ class Store:
             return None
         building = Building(path, locked._fd)
         try:
-            if (self.root / "entries" / key).exists():
+            if os.path.lexists(self.root / "entries" / key):
                 building.abandon()
                 return None
             for left in path.iterdir():
@@ -291,7 +309,12 @@ class Store:
                 f"an entry of {format_bytes(nbytes)} is more than the {format_bytes(budget)} that the cache in "
                 f"{self.root} may take: allow more with --max-size, or name a larger disk with --cache-dir"
             )
-        removed = sum(r.nbytes for r in self.prune(max_size=budget - nbytes))
+        removed = sum(r.nbytes for r in self._remove_least_used(budget - nbytes))
+        if used - removed + nbytes > budget:
+            raise CacheError(
+                f"an entry of {format_bytes(nbytes)} does not fit: the cache in {self.root} may take "
+                f"{format_bytes(budget)}, and {format_bytes(used - removed)} of that are in use"
+            )
         if nbytes > free + removed:
             raise CacheError(
                 f"an entry of {format_bytes(nbytes)} does not fit: {self.root} has {format_bytes(free + removed)} free"
@@ -309,13 +332,22 @@ class Store:
 
         What is being read stays. Returns what was removed.
         """
-        removed, kept, now = [], 0, time.time()
+        removed, now = [], time.time()
         for listed in self.listed():
+            damaged = listed.manifest is None or listed.state == "damaged"
             old = max_age_s is not None and now - listed.used > max_age_s
-            large = max_size is not None and kept + listed.nbytes > max_size
-            if listed.state != "building" and (listed.manifest is None or old or large) and self.remove(listed):
+            if listed.state != "building" and (damaged or old) and self.remove(listed):
                 removed.append(listed)
-            elif listed.state != "building":
+        return removed + ([] if max_size is None else self._remove_least_used(max_size))
+
+    def _remove_least_used(self, max_size: int) -> list[Listed]:
+        removed, kept = [], 0
+        for listed in self.listed():
+            if listed.state == "building":
+                continue
+            if kept + listed.nbytes > max_size and self.remove(listed):
+                removed.append(listed)
+            else:
                 kept += listed.nbytes
         return removed
 
@@ -330,7 +362,7 @@ class Store:
         """Move an entry whose check failed to damaged/, where nobody loads it; readers keep what they have open."""
         place = self.root / "damaged" / key
         with suppress(OSError):
-            if place.exists():
+            if os.path.lexists(place):
                 self._discard(place)
             (self.root / "entries" / key).rename(place)
             return place
@@ -346,6 +378,9 @@ class Store:
 
 @contextmanager
 def _removable(path: Path) -> Iterator[bool]:
+    if not _is_directory(path):  # a link or a file that somebody put there
+        yield os.path.lexists(path)
+        return
     locked = _lock(path, alone=True)
     if locked is None:
         yield False
@@ -356,7 +391,9 @@ def _removable(path: Path) -> Iterator[bool]:
 
 def _listed(path: Path, room: str) -> Listed | None:
     state, manifest = room, None
-    if room != "building":
+    if not _is_directory(path):
+        state = "unreadable: not a directory"
+    elif room != "building":
         try:
             manifest = _read_manifest(path)
         except CacheError as error:
@@ -371,7 +408,7 @@ def _listed(path: Path, room: str) -> Listed | None:
         used = os.lstat(path / MANIFEST_NAME if manifest is not None else path).st_mtime
         nbytes = sum(
             os.lstat(os.path.join(directory, name)).st_blocks * 512
-            for directory, _, names in os.walk(path)
+            for directory, _, names in (() if path.is_symlink() else os.walk(path))
             for name in names
         )
     except OSError:  # it went away meanwhile
@@ -407,9 +444,14 @@ def _regular_size(root: Path, relative: str) -> int:
     return st.st_size
 
 
+def _is_directory(path: Path) -> bool:
+    """Not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def _remove_tree(path: Path) -> None:
     """Remove what is there; links are removed, not followed. What cannot be removed is left for the next sweep."""
-    if path.is_dir() and not path.is_symlink():
+    if _is_directory(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
