@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from typing import Annotated
@@ -57,6 +58,7 @@ def _root(
 
 def main() -> None:
     """Entry point."""
+    logging.getLogger("wan_loader").addHandler(logging.NullHandler())  # commands print warnings themselves
     try:
         app()
     except WanLoaderError as error:

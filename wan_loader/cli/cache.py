@@ -61,9 +61,10 @@ def build(
     from wan_loader.loader.dtype_rule import DtypeRule
     from wan_loader.loader.load import Choice
 
+    size = _size(max_size)
     checkpoint = open_checkpoint(path)
     outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypeRule(dtype)))
-    begun = build_entry(Store(cache_dir), outline, max_size=_size(max_size), digest_contents=contents)
+    begun = build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents)
     report_build(begun, json=json)
 
 
@@ -207,10 +208,9 @@ def verify(
     wanted = _wanted(store, entry)
     damaged: dict[str, list[str]] = {}
     for listed in wanted:
-        if wrong := _check(listed, sources=sources):
+        if store is not None and (wrong := _check(store, listed.key, sources=sources)):
             damaged[listed.key] = wrong
-            if store is not None:
-                store.set_aside(listed.key)
+            store.set_aside(listed.key)
     if json:
         print_json({"schema_version": 1, "command": "cache verify", "verified": len(wanted), "damaged": damaged})
     else:
@@ -233,15 +233,21 @@ def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
     return found
 
 
-def _check(listed: Listed, *, sources: bool) -> list[str]:
+def _check(store: Store, key: str, *, sources: bool) -> list[str]:
+    """What is wrong with an entry, which stays meanwhile; nothing if it was removed."""
     from wan_loader.cache.check import check_entry, check_sources
     from wan_loader.cli.render import byte_progress
+    from wan_loader.errors import CacheError
 
-    if listed.manifest is None:
-        return [listed.state]
-    with byte_progress(f"verifying {listed.key[:12]}", listed.manifest.nbytes) as advance:
-        wrong = check_entry(listed.path, listed.manifest, advance)
-        return wrong + (check_sources(listed.manifest) if sources else [])
+    try:
+        entry = store.find(key, use=False)
+    except CacheError as error:
+        return [str(error)]
+    if entry is None:
+        return []
+    with entry, byte_progress(f"verifying {key[:12]}", entry.manifest.nbytes) as advance:
+        wrong = check_entry(entry.path, entry.manifest, advance)
+        return wrong + (check_sources(entry.manifest) if sources else [])
 
 
 @app.command()

@@ -49,12 +49,23 @@ def load(
 
         wan-loader load Wan2.2-T2V-A14B/high_noise_model --dtype bf16 --cache
     """
-    from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import error_console, print_load, print_warnings
-
     if cache_dir is not None and not cache:
         raise OptionError("--cache-dir needs --cache")
     loaded = _load(path, device, dtype, io, threads, cache, cache_dir, verify)
+    try:
+        _tell(path, loaded, verify=verify, json=json)
+        if loaded.build is not None:
+            _finish(loaded.build)
+    except KeyboardInterrupt:
+        if loaded.build is not None:
+            loaded.build.stop()
+        raise
+
+
+def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import error_console, print_load, print_warnings
+
     hit = loaded.report.cache is not None and loaded.report.cache.state == "hit"
     checked = _verify(path, loaded) if verify and not hit else None
     if json:
@@ -66,8 +77,6 @@ def load(
         elif verify:
             error_console().print("verified: every checksum of the cache entry is right")
     print_warnings(loaded.report.warnings)
-    if loaded.build is not None:
-        _finish(loaded.build)
 
 
 def _finish(build: Build) -> None:
