@@ -177,6 +177,8 @@ def why_not(file: CachedFile) -> str | None:
             return f"{facts.name!r} is part of a larger storage, which safetensors cannot express"
         if cached.dtype not in SAFETENSORS_NAMES:
             return f"{facts.name!r} is {cached.dtype}, which safetensors cannot express"
+        if cached.dtype == "float4_e2m1fn_x2" and not facts.shape:
+            return f"{facts.name!r} is a single pair of {cached.dtype}, which safetensors cannot express"
     return None
 
 
