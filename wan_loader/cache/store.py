@@ -360,11 +360,13 @@ class Store:
 
     def set_aside(self, key: str) -> Path | None:
         """Move an entry whose check failed to damaged/, where nobody loads it; readers keep what they have open."""
-        place = self.root / "damaged" / key
+        entry, place = self.root / "entries" / key, self.root / "damaged" / key
+        if not os.path.lexists(entry):  # another process was first
+            return None
         with suppress(OSError):
             if os.path.lexists(place):
                 self._discard(place)
-            (self.root / "entries" / key).rename(place)
+            entry.rename(place)
             return place
         return None
 
