@@ -144,7 +144,8 @@ class Building(_Locked):
         if place_taken:
             self.abandon()
             return None
-        _sync_directory(place.parent)
+        with suppress(OSError):  # it is complete and visible; at worst a power cut takes its name away
+            _sync_directory(place.parent)
         self.path = place
         self.close()
         return place
