@@ -1,0 +1,357 @@
+"""The directory of entries: who may use it, who builds, what goes when there is no room, what killed processes left."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from wan_loader.cache.check import check_entry
+from wan_loader.cache.manifest import MANIFEST_NAME
+from wan_loader.cache.store import Store, default_directory
+from wan_loader.errors import CacheError
+
+A, B, C = "a" * 32, "b" * 32, "c" * 32
+
+
+def names(store, room):
+    return sorted(p.name for p in (store.root / room).iterdir())
+
+
+def states(store):
+    return {x.key[0]: x.state for x in store.listed()}
+
+
+# the directory
+
+
+def test_made_for_its_owner_alone(tmp_path):
+    old = os.umask(0)
+    try:
+        store = Store(tmp_path / "not" / "there" / "yet")
+    finally:
+        os.umask(old)
+    for path in (store.root, *(store.root / room for room in ("entries", "building", "damaged", "trash"))):
+        assert path.stat().st_mode & 0o777 == 0o700
+    assert (store.root / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+
+
+def test_where_it_is_unless_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_directory() == tmp_path / "wan-loader" / "converted"
+
+
+def test_looking_at_it_does_not_make_it(tmp_path):
+    with pytest.raises(CacheError, match="No such file"):
+        Store(tmp_path / "none", create=False)
+    (tmp_path / "empty").mkdir(mode=0o700)
+    assert Store(tmp_path / "empty", create=False).listed() == []
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("create", [True, False])
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o1777])
+def test_directories_that_others_may_write(tmp_path, mode, create):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c").chmod(mode)
+    with pytest.raises(CacheError, match="can be written by others"):
+        Store(tmp_path / "c", create=create)
+    assert not list((tmp_path / "c").iterdir())
+
+
+@pytest.mark.parametrize("room", ["entries", "building", "damaged", "trash"])
+def test_rooms_that_are_not_ours(store, room, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "elsewhere" / "precious").touch()
+    (store.root / room).rmdir()
+    (store.root / room).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CacheError, match="is a link"):
+        Store(store.root)
+    (store.root / room).unlink()
+    (store.root / room).mkdir()
+    (store.root / room).chmod(0o777)
+    with pytest.raises(CacheError, match="can be written by others"):
+        Store(store.root)
+    assert (tmp_path / "elsewhere" / "precious").exists()
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_directories_of_other_things_are_not_touched(tmp_path, create):
+    for name in ("building/app", "trash/photos", "entries/x"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+    (tmp_path / "work").chmod(0o700)
+    with pytest.raises(CacheError, match="holds other things"):
+        Store(tmp_path / "work", create=create)
+    assert sorted(str(p.relative_to(tmp_path / "work")) for p in (tmp_path / "work").rglob("*/*")) == [
+        "building/app",
+        "entries/x",
+        "trash/photos",
+    ]
+
+
+def test_a_half_made_directory_is_completed(tmp_path):
+    (tmp_path / "c").mkdir(mode=0o700)
+    (tmp_path / "c" / "CACHEDIR.TAG").touch(mode=0o600)
+    (tmp_path / "c" / "entries").mkdir(mode=0o700)
+    Store(tmp_path / "c")
+    assert (tmp_path / "c" / "trash").is_dir()
+
+
+# entries
+
+
+def test_an_entry_is_there_once_it_is_complete(store, fill):
+    building = store.begin(A, 1000)
+    manifest = fill(building, 1000)
+    assert store.find(A) is None
+    assert states(store) == {"a": "building"}
+    path = building.publish(manifest)
+    assert path == store.root / "entries" / A
+    with store.find(A) as entry:
+        assert entry.manifest == manifest
+        assert entry.file("model.bin").stat().st_mode & 0o777 == 0o400
+        assert check_entry(entry.path, manifest) == []
+    assert names(store, "building") == []
+
+
+def test_one_builds(store, put):
+    building = store.begin(A, 10)
+    assert store.begin(A, 10) is None
+    assert Store(store.root).begin(A, 10) is None
+    other = store.begin(B, 10)
+    assert other is not None
+    building.abandon()
+    other.abandon()
+    put(store, A)
+    assert store.begin(A, 10) is None, "it exists"
+    assert names(store, "building") == []
+
+
+def test_many_threads_one_builder(store, fill):
+    """Each has a store of its own, which sweeps; locks are between descriptors, so threads compete like processes."""
+    built, start = [], threading.Barrier(8)
+
+    def work():
+        start.wait()
+        building = Store(store.root).begin(A, 1000)
+        if building is not None:
+            time.sleep(0.02)
+            built.append(building.publish(fill(building, 1000)))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [store.root / "entries" / A]
+    assert names(store, "building") == names(store, "trash") == []
+
+
+def test_abandoned(store, fill):
+    building = store.begin(A, 1000)
+    fill(building, 1000)
+    building.abandon()
+    assert names(store, "building") == []
+    assert store.find(A) is None
+
+
+def test_what_a_killed_builder_left_is_swept_away(store, fill):
+    building = store.begin(A, 1000)
+    fill(building, 1000)
+    building.close()  # as the kernel does for a dead process
+    (store.root / "trash" / "x").mkdir()
+    (store.root / "trash" / "x" / "y").touch()
+    (store.root / "trash" / "link").symlink_to(store.root / "CACHEDIR.TAG")
+    (store.root / "building" / B).touch()
+    (store.root / "building" / C).symlink_to(store.root)
+    Store(store.root)
+    assert names(store, "building") == names(store, "trash") == []
+    assert (store.root / "CACHEDIR.TAG").exists()
+
+
+def test_what_is_being_built_is_not_swept_away(store, fill):
+    building = store.begin(A, 1000)
+    fill(building, 1000)
+    Store(store.root)
+    assert names(store, "building") == [A]
+    building.abandon()
+
+
+def test_finding_counts_as_use(store, put):
+    path = put(store, A, age_s=1000)
+    with store.find(A, use=False):
+        assert time.time() - (path / MANIFEST_NAME).stat().st_mtime > 900
+    with store.find(A):
+        assert time.time() - (path / MANIFEST_NAME).stat().st_mtime < 100
+
+
+def test_a_manifest_of_another_entry(store, put):
+    put(store, A).rename(store.root / "entries" / B)
+    with pytest.raises(CacheError, match="another entry"):
+        store.find(B)
+
+
+def test_links_are_never_followed(store, put, tmp_path):
+    path = put(store, A)
+    path.rename(tmp_path / "away")
+    for target in (tmp_path / "away", tmp_path / "nowhere"):
+        path.symlink_to(target)
+        with pytest.raises(CacheError, match="is a link"):
+            store.find(A)
+        assert states(store)["a"].startswith("unreadable")
+        assert store.set_aside(A) is not None
+        path.symlink_to(target)
+        assert [x.state[:10] for x in store.prune()] == ["unreadable"] * 2
+    assert len(list((tmp_path / "away").rglob("*"))) == 4
+    assert put(store, A)
+
+
+def test_a_directory_in_an_entry_that_is_a_link(store, put, tmp_path):
+    path = put(store, A)
+    path.chmod(0o700)
+    (path / "text").rename(tmp_path / "text")
+    (path / "text").symlink_to(tmp_path / "text")
+    with pytest.raises(CacheError, match="is a link"):
+        store.find(A)
+
+
+def test_set_aside(store, put):
+    for _ in range(2):
+        put(store, A)
+        assert store.set_aside(A) == store.root / "damaged" / A
+        assert store.find(A) is None
+    assert states(store) == {"a": "damaged"}
+    assert store.set_aside(A) is None
+    put(store, A)
+    assert sorted(x.state for x in store.listed()) == ["complete", "damaged"]
+    assert [x.state for x in store.prune()] == ["damaged"]
+    assert states(store) == {"a": "complete"}
+
+
+# locks
+
+
+def test_a_forked_child_does_not_keep_a_lock(store, fill):
+    """It has copies of the descriptors, as the workers of a data loader do."""
+    building = store.begin(A, 1000)
+    code = "import sys; sys.stdin.read()"
+    os.set_inheritable(building._fd, True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, close_fds=False)
+    try:
+        building.publish(fill(building, 1000))
+        entry = store.find(A)
+        assert entry is not None
+        entry.close()
+        assert len(store.prune(max_size=1)) == 1
+    finally:
+        child.communicate()
+
+
+def test_no_descriptor_is_left_open(store, put, open_files):
+    put(store, A)
+    before = open_files(store.root)
+    for _ in range(3):
+        store.find(A).close()
+        assert store.find(B) is None
+        assert store.begin(A, 10) is None
+        store.begin(B, 10).abandon()
+        store.listed()
+        store.prune(max_age_s=1000)
+        with pytest.raises(CacheError):
+            store.begin(B, 10**18)
+    store.set_aside(A)
+    store.prune()
+    Store(store.root)
+    assert open_files(store.root) == before
+
+
+# room
+
+
+def test_least_recently_used_goes_first(store, put):
+    for age, key in ((30, A), (10, B), (20, C)):
+        put(store, key, age_s=age)
+    size = max(x.nbytes for x in store.listed())
+    with store.find(A):  # uses it
+        pass
+    removed = store.prune(max_size=2 * size)
+    assert [x.key for x in removed] == [C]
+    assert [x.key for x in store.listed()] == [A, B]
+    assert names(store, "trash") == []
+
+
+def test_age(store, put):
+    for age, key in ((3000, A), (10, B)):
+        put(store, key, age_s=age)
+    assert store.prune(max_age_s=4000) == []
+    assert [x.key for x in store.prune(max_age_s=2000)] == [A]
+
+
+def test_what_is_being_read_stays(store, put):
+    put(store, A, age_s=1000)
+    put(store, B)
+    with store.find(A, use=False) as entry:
+        assert states(store)["a"] == "in use"
+        assert [x.key for x in store.prune(max_size=1, max_age_s=1)] == [B]
+        assert check_entry(entry.path, entry.manifest) == []
+        (listed,) = store.listed()
+        assert not store.remove(listed)
+    assert [x.key for x in store.prune(max_size=1)] == [A]
+
+
+def test_what_is_being_built_stays(store, fill):
+    building = store.begin(A, 1000)
+    manifest = fill(building, 1000)
+    assert store.prune(max_size=1, max_age_s=1e-9) == []
+    (listed,) = store.listed()
+    assert not store.remove(listed)
+    assert building.publish(manifest) is not None
+
+
+def test_a_new_entry_makes_room(store, put):
+    for age, key in ((30, A), (10, B)):
+        put(store, key, nbytes=1_000_000, age_s=age)
+    put(store, C, nbytes=1_000_000, max_size=2_200_000)
+    assert set(states(store)) == {"b", "c"}
+
+
+def test_an_entry_larger_than_the_budget_removes_nothing(store, put):
+    put(store, A)
+    with pytest.raises(CacheError, match="--max-size"):
+        store.begin(B, 1001, max_size=1000)
+    assert states(store) == {"a": "complete"}
+    with pytest.raises(CacheError, match="may take"):
+        store.begin(B, 10**15)
+    assert names(store, "building") == []
+
+
+def test_entries_in_use_count_against_the_budget(store, put):
+    put(store, A, nbytes=1_000_000)
+    with store.find(A), pytest.raises(CacheError, match="in use"):
+        store.begin(B, 1_000_000, max_size=1_500_000)
+    assert names(store, "building") == []
+    put(store, B, nbytes=1_000_000, max_size=1_500_000)
+    assert set(states(store)) == {"b"}
+
+
+def test_the_disk_s_free_space_counts(store, put, monkeypatch):
+    put(store, A, nbytes=1_000_000)
+    full = shutil.disk_usage(store.root)._replace(free=500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(CacheError, match="may take"):  # half of 1.5 MB
+        store.begin(B, 900_000)
+    assert set(states(store)) == {"a"}
+    with store.find(A), pytest.raises(CacheError, match="does not fit"):
+        store.begin(B, 600_000, max_size=10**9)
+    store.begin(B, 700_000).abandon()
+    assert states(store) == {}, "it made room"
+
+
+def test_what_was_set_aside_stays_as_long_as_there_is_room(store, put):
+    put(store, A)
+    store.set_aside(A)
+    put(store, A)
+    assert sorted(x.state for x in store.listed()) == ["complete", "damaged"]
