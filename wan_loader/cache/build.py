@@ -121,6 +121,7 @@ class Build:
             writer = _Writer(out, len(header))
             writer.write(header)
             for data in self._data(file):
+                self._check_stop()
                 writer.write(data)
                 self.nbytes_written += len(data)
             os.fsync(out.fileno())

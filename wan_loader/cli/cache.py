@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,10 +16,12 @@ from wan_loader.cli.options import CacheDir, Dtype, JsonOut, PathArgument, Verbo
 from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from wan_loader.cache.build import Build
     from wan_loader.cache.store import Listed, Store
 
-__all__ = ["app", "follow_build"]
+__all__ = ["app", "follow_build", "report_build", "stopping"]
 
 app = typer.Typer(
     name="cache",
@@ -81,22 +84,27 @@ def _build_pipeline() -> None:
 
 
 def report_build(build: Build | Path | None, *, json: bool) -> None:
-    """Wait for a build with a progress bar, and say what came of it."""
-    from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import output_console, plain
+    """Wait for a build with a progress bar, and say what came of it; Ctrl-C ends the build."""
     from wan_loader.errors import CacheError
-    from wan_loader.sizes import format_bytes, format_seconds
 
-    start = time.monotonic()
     if build is None:
         raise CacheError("another process is writing this entry: wait for it, then ask again")
-    state, path, nbytes = "present", build, 0
-    if not isinstance(build, Path):
+    if isinstance(build, Path):
+        _say_built("present", build, 0, 0.0, json=json)
+        return
+    start = time.monotonic()
+    with stopping(build):
         follow_build(build)
         if build.path is None:
             raise CacheError(build.failure or "the entry was not written")
-        state, path, nbytes = "built", build.path, build.nbytes_written
-    seconds = time.monotonic() - start
+        _say_built("built", build.path, build.nbytes_written, time.monotonic() - start, json=json)
+
+
+def _say_built(state: str, path: Path, nbytes: int, seconds: float, *, json: bool) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.sizes import format_bytes, format_seconds
+
     if json:
         document = {"state": state, "entry": str(path), "nbytes_written": nbytes, "seconds": seconds}
         print_json({"schema_version": 1, "command": "cache build", **document})
@@ -107,19 +115,27 @@ def report_build(build: Build | Path | None, *, json: bool) -> None:
         output_console().print(f"there is a valid entry already\n{plain(str(path))}")
 
 
+@contextmanager
+def stopping(build: Build | None) -> Iterator[None]:
+    """Ctrl-C in the body ends a build, which the interpreter would wait for otherwise."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if build is not None:
+            build.stop()
+        raise
+
+
 def follow_build(build: Build) -> None:
     """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
-    from wan_loader.cli.render import byte_progress
+    with stopping(build):
+        from wan_loader.cli.render import byte_progress
 
-    try:
         with byte_progress("writing the cache", build.nbytes) as advance:
             shown = 0
             while not build.wait(0.1):
                 advance(build.nbytes_written - shown)
                 shown = build.nbytes_written
-    except KeyboardInterrupt:
-        build.stop()
-        raise
 
 
 @app.command(name="list")
@@ -174,11 +190,14 @@ def _print_entries(store: Store | None, listed: list[Listed]) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("entry", "size", "dtype", "used", "state", "source"):
-        table.add_column(title, justify="right" if title == "size" else "left", no_wrap=True)
+        justify: Literal["left", "right"] = "right" if title == "size" else "left"
+        table.add_column(title, justify=justify, no_wrap=title != "source", overflow="fold")
     for x in listed:
         dtype, source = (x.manifest.dtype or "", x.manifest.label) if x.manifest else ("", "")
         used = f"{format_age(time.time() - x.used)} ago"
         table.add_row(x.key[:12], format_bytes(x.nbytes), dtype, used, plain(x.state), plain(source))
+    if not console.is_terminal:
+        console.width = 10_000  # one line an entry
     console.print(table)
     console.print(f"{format_bytes(sum(x.nbytes for x in listed))} in {plain(str(store.root))}")
 

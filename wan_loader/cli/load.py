@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wan_loader.cli.cache import follow_build, stopping
 from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
 from wan_loader.errors import OptionError
 
@@ -52,14 +53,10 @@ def load(
     if cache_dir is not None and not cache:
         raise OptionError("--cache-dir needs --cache")
     loaded = _load(path, device, dtype, io, threads, cache, cache_dir, verify)
-    try:
+    with stopping(loaded.build):
         _tell(path, loaded, verify=verify, json=json)
         if loaded.build is not None:
             _finish(loaded.build)
-    except KeyboardInterrupt:
-        if loaded.build is not None:
-            loaded.build.stop()
-        raise
 
 
 def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
@@ -80,7 +77,6 @@ def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
 
 
 def _finish(build: Build) -> None:
-    from wan_loader.cli.cache import follow_build
     from wan_loader.cli.render import error_console, print_warnings
 
     follow_build(build)
