@@ -24,7 +24,7 @@ from wan_loader.cache.manifest import BLOCK_BYTES, digest  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402
 from wan_loader.formats import open_checkpoint  # noqa: E402
-from wan_loader.loader.cached import build_entry, outline_checkpoint  # noqa: E402
+from wan_loader.loader.cached import begin_build, build_entry, outline_checkpoint  # noqa: E402
 from wan_loader.loader.dtype_rule import DtypeRule  # noqa: E402
 from wan_loader.loader.load import Choice  # noqa: E402
 
@@ -295,20 +295,27 @@ def test_a_source_that_vanishes(path, cache, caplog):
 
 def test_a_source_that_is_touched_at_the_last_moment(path, cache, monkeypatch):
     """After the last byte was read, before the entry is published."""
-    write_small = build_module.Build._write
+    write_tensors = build_module.Build._write_tensors
 
-    def write(self):
-        files = self._outline.files
-        object.__setattr__(self._outline, "small_files", {})
-        assert files
+    def write_and_touch(self, file):
+        written = write_tensors(self, file)
         os.utime(path)
-        return write_small(self)
+        return written
 
-    monkeypatch.setattr(build_module.Build, "_write", write)
+    monkeypatch.setattr(build_module.Build, "_write_tensors", write_and_touch)
     loaded = wan_loader.load(path, dtype="bf16", cache=True, cache_dir=cache)
     loaded.build.wait()
-    assert "while" in loaded.build.failure
+    assert "was changed while its cache entry was being written" in loaded.build.failure
     assert rooms(cache) == NOTHING
+
+
+def test_a_source_of_this_moment_is_not_begun_at_once(path, cache):
+    """Where file times are coarse, it could be changed again within the same tick, after it was looked at."""
+    store, made = Store(cache), outline(path)
+    os.utime(path)
+    building = begin_build(store, made, made.sources)
+    assert time.time() - path.stat().st_ctime >= 0.02
+    building.abandon()
 
 
 def test_a_source_that_cannot_be_cached(tmp_path, cache):

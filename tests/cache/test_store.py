@@ -1,5 +1,6 @@
 """The directory of entries: who may use it, who builds, what goes when there is no room, what killed processes left."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -248,6 +249,38 @@ def test_a_forked_child_does_not_keep_a_lock(store, fill):
         assert len(store.prune(max_size=1)) == 1
     finally:
         child.communicate()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_entry_removed_between_opening_and_locking(store, put, monkeypatch, again):
+    put(store, A)
+    flock = fcntl.flock
+
+    def remove_first(fd, operation):
+        monkeypatch.undo()
+        store.prune(max_size=1)
+        if again:
+            put(store, A)
+        return flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    assert store.find(A) is None
+
+
+def test_a_building_swept_between_making_and_locking(store, monkeypatch):
+    """`begin` makes it again, and what it returns is what others see."""
+    flock = fcntl.flock
+
+    def sweep_first(fd, operation):
+        monkeypatch.undo()
+        Store(store.root)
+        return flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweep_first)
+    building = store.begin(A, 10)
+    assert names(store, "building") == [A]
+    assert os.fstat(building._fd).st_ino == building.path.stat().st_ino
+    building.abandon()
 
 
 def test_no_descriptor_is_left_open(store, put, open_files):

@@ -483,6 +483,10 @@ def flip(file, position):
         f.write(bytes([byte ^ 0x10]))
 
 
+def header_of(entry):
+    return (entry / "model.safetensors").read_bytes()[:4096]
+
+
 def as_truncated(entry):
     (entry / "model.safetensors").chmod(0o600)
     os.truncate(entry / "model.safetensors", 5000)
@@ -508,6 +512,7 @@ def as_file(entry):
 
 DAMAGE = {
     "header": lambda e: flip(e / "model.safetensors", 20),
+    "header that still parses": lambda e: flip(e / "model.safetensors", header_of(e).index(b'"pt"') + 1),
     "header length": lambda e: flip(e / "model.safetensors", 1),
     "padding": lambda e: flip(e / "model.safetensors", 4090),
     "manifest": lambda e: flip(e / "manifest.json", 30),
