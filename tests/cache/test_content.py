@@ -156,7 +156,7 @@ def test_resized(nbytes, fill):
     assert taken(tensor, loaded, entry) is None or nbytes == 3 * MiB
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(st.data())
 def test_any_two_blocks_swapped_are_seen(data):
     """Of random content: whatever the distance and the length, up to where rows of 4 MB meet."""
