@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from torch import nn  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.cache.check import check_entry  # noqa: E402
+from wan_loader.cache.manifest import EntryFile, digest, parse_manifest  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.dtypes import FLOATING, ITEMSIZE  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402
@@ -607,6 +609,23 @@ def test_a_module_is_filled_once_although_its_entry_was_damaged(tmp_path, cache)
     from wan_loader.cache.build import wait_for_builds
 
     wait_for_builds()
+
+
+def test_an_entry_that_fits_its_checksums_and_is_no_checkpoint(path, cache):
+    """Written wrongly in the first place: its file ends before its last tensor."""
+    load(path, cache, "building")
+    (entry,) = entries(cache)
+    file, place = entry / "model.safetensors", entry / "manifest.json"
+    header_nbytes = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    file.chmod(0o600)
+    place.chmod(0o600)
+    os.truncate(file, header_nbytes + 100)
+    manifest = parse_manifest(place.read_bytes(), str(place))
+    short = EntryFile("model.safetensors", header_nbytes + 100, header_nbytes, ())
+    blocks = tuple(digest(file.read_bytes()[a:b]) for a, b in short.ranges())
+    place.write_bytes(replace(manifest, files=(replace(short, blocks=blocks),)).to_bytes())
+    assert check_entry(entry, Store(cache).find(entry.name).manifest) == []
+    found_and_repaired(path, cache, verify=False)
 
 
 def test_a_newer_version_s_manifest_is_not_used(path, cache):
