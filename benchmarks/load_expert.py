@@ -30,32 +30,22 @@ def files_of(path: Path) -> list[str]:
 
 
 def resident_share(path: Path) -> float:
-    from wan_loader.linux import cached_bytes
+    from wan_loader.source.evict import resident_bytes
 
-    cached = total = 0
-    for name in files_of(path):
-        fd = os.open(name, os.O_RDONLY)
-        size = os.fstat(fd).st_size
-        cached, total = cached + cached_bytes(fd, 0, size), total + size
-        os.close(fd)
-    return cached / total
+    return (resident_bytes(files_of(path)) or 0) / sum(os.path.getsize(name) for name in files_of(path))
 
 
 def evict(path: Path) -> None:
-    for name in files_of(path):
-        fd = os.open(name, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+    from wan_loader.source.evict import evict
+
+    evict(files_of(path))
 
 
 def warm(path: Path) -> None:
-    buffer = bytearray(16 * MiB)
-    for name in files_of(path):
-        fd, position = os.open(name, os.O_RDONLY), 0
-        while count := os.preadv(fd, [buffer], position):
-            position += count
-        os.close(fd)
+    from wan_loader.source.tree import list_tree
+    from wan_loader.source.warm import warm
+
+    warm(list_tree(path).files)
 
 
 def measure_copy_ceiling() -> float:

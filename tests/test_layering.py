@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     {"errors", "types", "_version"},
     {"atomic", "events", "dtypes", "sizes"},
-    {"linux", "plan", "machine"},
+    {"linux", "plan", "machine", "mounts"},
+    {"workers"},
     {"formats"},
     {"source"},
     {"staging", "transfer"},

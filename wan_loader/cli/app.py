@@ -16,11 +16,13 @@ from wan_loader import __version__
 from wan_loader.cli import cache, options
 from wan_loader.cli.doctor import doctor
 from wan_loader.cli.estimate import estimate
+from wan_loader.cli.evict import evict
 from wan_loader.cli.inspect import inspect
 from wan_loader.cli.load import load
 from wan_loader.cli.profile import profile
 from wan_loader.cli.report import report
 from wan_loader.cli.synth import synth
+from wan_loader.cli.warm import warm
 from wan_loader.errors import WanLoaderError
 
 __all__ = ["app", "main"]
@@ -34,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (inspect, load, doctor, estimate, report):
+for command in (inspect, load, doctor, estimate, report, warm, evict):
     app.command()(command)
 app.add_typer(cache.app)
 app.command(context_settings={"allow_extra_args": True})(profile)

@@ -129,9 +129,9 @@ def stopping(build: Build | None) -> Iterator[None]:
 def follow_build(build: Build) -> None:
     """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
     with stopping(build):
-        from wan_loader.cli.render import byte_progress
+        from wan_loader.cli.render import counting_progress
 
-        with byte_progress("writing the cache", build.nbytes) as advance:
+        with counting_progress("writing the cache", build.nbytes) as advance:
             shown = 0
             while not build.wait(0.1):
                 advance(build.nbytes_written - shown)
@@ -255,7 +255,7 @@ def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
 def _check(store: Store, key: str, *, sources: bool) -> list[str]:
     """What is wrong with an entry, which stays meanwhile; nothing if it was removed."""
     from wan_loader.cache.check import check_entry, check_sources
-    from wan_loader.cli.render import byte_progress
+    from wan_loader.cli.render import counting_progress
     from wan_loader.errors import CacheError
 
     try:
@@ -264,7 +264,7 @@ def _check(store: Store, key: str, *, sources: bool) -> list[str]:
         return [str(error)]
     if entry is None:
         return []
-    with entry, byte_progress(f"verifying {key[:12]}", entry.manifest.nbytes) as advance:
+    with entry, counting_progress(f"verifying {key[:12]}", entry.manifest.nbytes) as advance:
         wrong = check_entry(entry.path, entry.manifest, advance)
         return wrong + (check_sources(entry.manifest) if sources else [])
 

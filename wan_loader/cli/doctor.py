@@ -43,7 +43,8 @@ def _document(path: Path | None, device: str, *, refresh: bool) -> dict[str, Any
     from wan_loader.machine import machine_card
     from wan_loader.profiler.ceilings import find_ceilings
     from wan_loader.profiler.diagnosis import diagnose, weight_paths
-    from wan_loader.profiler.storage import limits, resident_bytes, storage_facts
+    from wan_loader.profiler.storage import limits, storage_facts
+    from wan_loader.source.evict import resident_bytes
 
     target = resolve_device(device)
     files = weight_paths(path) if path else []

@@ -11,7 +11,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "byte_progress",
+    "counting_progress",
     "error_console",
     "output_console",
     "plain",
@@ -69,28 +69,41 @@ def reading_progress(total: int) -> Iterator[Observer | None]:
     if not console.is_terminal:
         yield None
         return
-    with Progress(*_columns(), console=console, transient=True) as progress:
+    with _bar(console) as progress:
         yield _ReadProgress(progress, total)
 
 
-def _columns() -> tuple[ProgressColumn, ...]:
-    return (
+@contextmanager
+def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar that is told (done, total) bytes, where stderr is a terminal."""
+    console = error_console()
+    if not console.is_terminal:
+        yield None
+        return
+    with _bar(console) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    return Progress(*columns, console=console, transient=True)
 
 
 @contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that a function of bytes advances, where stderr is a terminal."""
+def counting_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that is told how many bytes more are done, where stderr is a terminal."""
     console = error_console()
     if not console.is_terminal:
         yield lambda nbytes: None
         return
-    with Progress(*_columns(), console=console, transient=True) as progress:
+    with _bar(console) as progress:
         task = progress.add_task(title, total=total)
         yield lambda nbytes: progress.advance(task, nbytes)
 

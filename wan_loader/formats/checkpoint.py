@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["open_checkpoint"]
+__all__ = ["WEIGHT_SUFFIXES", "open_checkpoint"]
 
 _MAX_INDEX_BYTES = 100_000_000
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+#: How the names of files with weights end.
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
@@ -60,7 +61,7 @@ def _only_checkpoint(directory: str) -> str:
     found = {n for n in names if n.endswith(_INDEX_SUFFIXES)}
     indexed = {n.removesuffix(".index.json") for n in found}
     for name in names:
-        if not name.endswith(_FILE_SUFFIXES):
+        if not name.endswith(WEIGHT_SUFFIXES):
             continue
         shard = _SHARD.fullmatch(name)
         if shard is None:
@@ -70,7 +71,7 @@ def _only_checkpoint(directory: str) -> str:
     if not found:
         hint = "; it has subdirectories: name one of them" if _has_directories(directory, names) else ""
         raise MissingFileError(
-            f"{directory} holds no checkpoint (*.index.json, {', '.join('*' + s for s in _FILE_SUFFIXES)}){hint}"
+            f"{directory} holds no checkpoint (*.index.json, {', '.join('*' + s for s in WEIGHT_SUFFIXES)}){hint}"
         )
     if len(found) > 1:
         raise CheckpointError(f"{directory} holds {len(found)} checkpoints: name one of {', '.join(sorted(found))}")
@@ -158,7 +159,7 @@ def _join(path: str, paths: list[str]) -> Checkpoint:
 
 
 def _open_file(path: str) -> Checkpoint:
-    if path.endswith(".safetensors") or not path.endswith(_FILE_SUFFIXES):
+    if path.endswith(".safetensors") or not path.endswith(WEIGHT_SUFFIXES):
         file, storages, tensors, metadata = read_safetensors(path)
         return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
     stat_file(path)

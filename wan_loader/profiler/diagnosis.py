@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
+from wan_loader.formats.checkpoint import WEIGHT_SUFFIXES
 from wan_loader.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["checkpoints_in", "diagnose", "weight_paths"]
 
 MiB = 1 << 20
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def checkpoints_in(path: Path) -> list[Checkpoint]:
@@ -36,7 +36,7 @@ def checkpoints_in(path: Path) -> list[Checkpoint]:
 
 def _holds_weights(entry: Path) -> bool:
     names = os.listdir(entry) if entry.is_dir() else [entry.name]
-    return any(name.endswith(_SUFFIXES) for name in names)
+    return any(name.endswith(WEIGHT_SUFFIXES) for name in names)
 
 
 def weight_paths(path: Path) -> list[str]:

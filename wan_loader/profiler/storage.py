@@ -12,32 +12,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.linux import cached_bytes
 from wan_loader.machine import available_memory, memory_limit
+from wan_loader.mounts import mount_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from wan_loader.types import StrPath
 
-__all__ = ["NETWORK", "limits", "resident_bytes", "storage_facts"]
-
-#: File systems whose bytes come over a network.
-NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "glusterfs", "beegfs", "gpfs", "9p", "afs", "fuse.sshfs")
+__all__ = ["limits", "storage_facts"]
 
 
 def storage_facts(path: StrPath) -> dict[str, Any]:
     """File system, mount point and device under a path."""
     facts: dict[str, Any] = {}
-    with suppress(OSError, StopIteration, ValueError):
+    if mount := mount_of(path):
+        facts |= {"filesystem": mount.kind, "mounted_at": mount.point, "source": mount.source}
+        facts |= {"network": mount.network, "in_memory": mount.in_memory}
         device = os.stat(path).st_dev
-        number = f"{os.major(device)}:{os.minor(device)}"
-        lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-        mount = next(line for line in reversed(lines) if line[2] == number)
-        kind, source = mount[mount.index("-") + 1 : mount.index("-") + 3]
-        facts |= {"filesystem": kind, "mounted_at": mount[4], "source": source, "network": kind in NETWORK}
-        facts |= {"in_memory": kind in ("tmpfs", "ramfs")}
-        facts |= _block_device(number)
+        facts |= _block_device(f"{os.major(device)}:{os.minor(device)}")
     return facts
 
 
@@ -66,20 +57,3 @@ def limits() -> dict[str, Any]:
         if found := re.search(r"^some .*total=(\d+)", Path("/proc/pressure/memory").read_text(), re.MULTILINE):
             facts["memory_stall_s"] = int(found[1]) / 1e6
     return facts
-
-
-def resident_bytes(paths: Iterable[StrPath]) -> int | None:
-    """Bytes of the files that lie in the page cache; None where the kernel does not say."""
-    total = 0
-    for path in paths:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            total += cached_bytes(fd, 0, os.fstat(fd).st_size)
-        except OSError:
-            return None
-        finally:
-            os.close(fd)
-    return total

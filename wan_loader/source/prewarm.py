@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import OptionError
@@ -24,18 +23,20 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["Prewarm", "prewarm", "prewarm_files"]
+__all__ = ["BLOCK_BYTES", "MEMORY_SHARE", "Prewarm", "prewarm", "prewarm_files"]
 
 BLOCK_BYTES = 8 << 20
 #: Share of the available memory that may be filled; the rest is for the program that is starting.
-_MEMORY_SHARE = 0.8
+MEMORY_SHARE = 0.8
 _MAX_THREADS = 64
 
 
 class Prewarm:
     """A running warm-up. Ends by itself; `stop` ends it early. A context manager that stops."""
 
-    def __init__(self, files: Sequence[str], *, threads: int, budget_nbytes: int) -> None:
+    def __init__(
+        self, files: Sequence[str], *, threads: int, budget_nbytes: int, first_nbytes: int | None = None
+    ) -> None:
         self._lock = threading.Lock()
         self._stopped = False
         self._budget_nbytes = budget_nbytes
@@ -43,7 +44,9 @@ class Prewarm:
         """Bytes brought into the page cache."""
         self.nbytes_resident = 0
         """Bytes that were there already."""
-        self._blocks = _blocks(files)
+        self.failures: list[str] = []
+        """Why blocks could not be read, with the file's name."""
+        self._blocks = _blocks(files, first_nbytes)
         self._threads = [
             threading.Thread(target=self._run, name=f"prewarm {i}", daemon=True) for i in range(max(1, threads))
         ]
@@ -65,13 +68,15 @@ class Prewarm:
         """Wait until everything is read; False if that took longer."""
         for thread in self._threads:
             thread.join(timeout_s)
-        return self.done
+            if thread.is_alive():
+                return False
+        return True
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float | None = None) -> None:
         """End within the block that each thread is reading, and wait for that."""
         with self._lock:
             self._stopped = True
-        self.wait()
+        self.wait(timeout_s)
 
     def _run(self) -> None:
         with mmap.mmap(-1, BLOCK_BYTES) as memory, memoryview(memory) as buffer:
@@ -86,19 +91,22 @@ class Prewarm:
 
     def _read(self, path: str, start: int, nbytes: int, buffer: memoryview) -> None:
         """Best effort: a file that vanished or cannot be read is for the load to report."""
-        with suppress(OSError):
+        try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 resident = _resident(fd, start, nbytes)
-                if not resident:
-                    os.preadv(fd, [buffer[:nbytes]], start)
+                count = nbytes if resident else _fill(fd, start, buffer[:nbytes])
             finally:
                 os.close(fd)
+        except OSError as error:
             with self._lock:
-                if resident:
-                    self.nbytes_resident += nbytes
-                else:
-                    self.nbytes_read += nbytes
+                self.failures.append(f"{path} cannot be read at byte {start}: {error.strerror}")
+            return
+        with self._lock:
+            if resident:
+                self.nbytes_resident += count
+            else:
+                self.nbytes_read += count
 
 
 def prewarm(path: StrPath | Sequence[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
@@ -118,7 +126,7 @@ def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: i
     """
     if not 1 <= threads <= _MAX_THREADS:
         raise OptionError(f"threads={threads}: use 1 to {_MAX_THREADS}")
-    budget = int(available_memory() * _MEMORY_SHARE)
+    budget = int(available_memory() * MEMORY_SHARE)
     return Prewarm(
         [os.fspath(f) for f in files],
         threads=threads,
@@ -126,12 +134,24 @@ def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: i
     )
 
 
-def _blocks(files: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+def _fill(fd: int, start: int, buffer: memoryview) -> int:
+    """Read a block whole, or to the end of its file; returns how many bytes that were."""
+    count = 0
+    while count < len(buffer) and (got := os.preadv(fd, [buffer[count:]], start + count)):
+        count += got
+    return count
+
+
+def _blocks(files: Sequence[str], first_nbytes: int | None) -> Iterator[tuple[str, int, int]]:
+    left = first_nbytes
     for path in files:
         try:
             size = os.stat(path).st_size
         except OSError:
             continue
+        if left is not None:
+            size = min(size, left)
+            left -= size
         for start in range(0, size, BLOCK_BYTES):
             yield path, start, min(BLOCK_BYTES, size - start)
 

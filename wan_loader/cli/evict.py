@@ -1,0 +1,87 @@
+"""`wan-loader evict`: pages out of the page cache, with proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import JsonOut, Verbose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.source.evict import Evicted
+
+__all__ = ["evict"]
+
+
+def evict(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A file, an index, or a directory with everything in it.")
+    ],
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Push a checkpoint out of the page cache, and prove it: for a cold start, or to give the memory back.
+
+    Pages that stay are listed with the reason, and the exit code is 1.
+
+    Example:
+
+        wan-loader evict Wan2.2-T2V-A14B
+    """
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import print_warnings
+    from wan_loader.source import evict as evicting
+    from wan_loader.source.tree import list_tree
+
+    tree = list_tree(path, follow=True)
+    results = evicting.evict(file.path for file in tree.files)
+    if json:
+        print_json(_document(tree.path, results))
+    else:
+        _print(tree.path, results)
+    print_warnings([*tree.warnings, *(f"{r.path}: {_left(r)}{r.reason}" for r in results if r.reason)])
+    if any(r.resident_after != 0 for r in results):
+        raise typer.Exit(1)
+
+
+def _left(result: Evicted) -> str:
+    from wan_loader.sizes import format_bytes
+
+    return f"{format_bytes(result.resident_after)} stay: " if result.resident_after else ""
+
+
+def _document(target: str, results: Sequence[Evicted]) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "command": "evict",
+        "target": target,
+        "nbytes": sum(r.nbytes for r in results),
+        "resident_before": sum(r.resident_before for r in results),
+        "resident_after": sum(r.resident_after or 0 for r in results),
+        "complete": all(r.resident_after == 0 for r in results),
+        "files": [
+            {
+                "path": r.path,
+                "nbytes": r.nbytes,
+                "resident_before": r.resident_before,
+                "resident_after": r.resident_after,
+                "reason": r.reason or None,
+            }
+            for r in results
+        ],
+    }
+
+
+def _print(target: str, results: Sequence[Evicted]) -> None:
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.sizes import format_bytes
+
+    console = output_console()
+    before, after = sum(r.resident_before for r in results), sum(r.resident_after or 0 for r in results)
+    console.print(f"[bold]{plain(target)}[/bold]\n{len(results)} files, {format_bytes(sum(r.nbytes for r in results))}")
+    console.print(f"in the page cache before: {format_bytes(before)}")
+    console.print(f"in the page cache now:    {format_bytes(after)}")

@@ -1,0 +1,51 @@
+"""Which file system a path lies on, from /proc/self/mountinfo."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wan_loader.types import StrPath
+
+__all__ = ["IN_MEMORY", "NETWORK", "Mount", "mount_of"]
+
+#: File systems whose bytes come over a network.
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "glusterfs", "beegfs", "gpfs", "9p", "afs", "fuse.sshfs")
+#: File systems that keep their files in memory.
+IN_MEMORY = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A mounted file system."""
+
+    kind: str
+    """Such as ext4, tmpfs, nfs4."""
+    source: str
+    """Device or server."""
+    point: str
+    """Where it is mounted."""
+
+    @property
+    def in_memory(self) -> bool:
+        return self.kind in IN_MEMORY
+
+    @property
+    def network(self) -> bool:
+        return self.kind in NETWORK
+
+
+def mount_of(path: StrPath) -> Mount | None:
+    """The file system under an existing path; None where the system does not say."""
+    try:
+        device = os.stat(path).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        mount = next(line for line in reversed(lines) if line[2] == number)
+        kind, source = mount[mount.index("-") + 1 : mount.index("-") + 3]
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+    return Mount(kind, source, mount[4])

@@ -1,0 +1,185 @@
+"""The files under a path: a file, an index with its shards, or a directory with everything in it. Opens none of them.
+
+Files come in the order in which a text-to-video pipeline first needs them. Names that begin with a dot (`.git`,
+`.cache`) are left out. Links are followed while they stay inside: inside the directory that was named or, for a
+snapshot in a hub cache, inside its repository's folder, where the blobs are.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.formats import open_checkpoint
+from wan_loader.formats.checkpoint import WEIGHT_SUFFIXES
+
+if TYPE_CHECKING:
+    from wan_loader.types import StrPath
+
+__all__ = ["SourceFile", "Tree", "list_tree"]
+
+_MAX_FILES = 100_000
+_MAX_DEPTH = 16
+#: First part of a name below the root -> when it is needed; whatever is small and unknown comes first.
+_FIRST_USE = (
+    ("text_encoder", 1),
+    ("models_t5", 1),
+    ("high_noise_model", 2),
+    ("transformer_2", 3),
+    ("transformer", 2),
+    ("low_noise_model", 3),
+    ("vae", 4),
+    ("Wan2", 4),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A regular file."""
+
+    relative: str
+    """Its name below the root, with slashes."""
+    path: str
+    """What to open: absolute, links resolved."""
+    nbytes: int
+    mtime_ns: int
+
+    @property
+    def is_weights(self) -> bool:
+        """Whether it holds tensors, by its name."""
+        return self.relative.endswith(WEIGHT_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What a path stands for."""
+
+    path: str
+    """As given, made absolute."""
+    is_directory: bool
+    files: tuple[SourceFile, ...]
+    outside: tuple[str, ...]
+    """Links that lead out of it, below the root; they are not among the files."""
+    warnings: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return os.path.basename(self.path)
+
+
+def list_tree(path: StrPath, *, follow: bool = False) -> Tree:
+    """List the files of a checkpoint or of a directory with several. `follow`: take links that lead out as well.
+
+    Raises `MissingFileError` where nothing is, `CheckpointError` for a directory without weights and for what cannot
+    be listed.
+    """
+    given = os.path.abspath(os.fspath(path))
+    try:
+        if os.path.isdir(given):
+            return _Walk(given, follow).tree()
+        if not os.path.exists(given):
+            raise MissingFileError(f"{path} does not exist: check the path")
+        return _flat(given, follow)
+    except OSError as error:
+        if isinstance(error, MissingFileError):
+            raise
+        raise CheckpointError(f"{path} cannot be listed: {error.filename or path}: {error.strerror}") from error
+
+
+def _flat(given: str, follow: bool) -> Tree:
+    """A file alone, or an index and its shards. What is named may itself be a link."""
+    if not given.endswith(".index.json"):
+        found = _file(os.path.basename(given), os.path.realpath(given))
+        if found is None:
+            raise CheckpointError(f"{given} is not a regular file: name a file or a directory")
+        return Tree(given, False, (found,), (), ())
+    walk = _Walk(os.path.dirname(given), follow)
+    for path in [given, *(file.path for file in open_checkpoint(given).files)]:
+        walk.add(os.path.basename(path), path)
+    return Tree(given, False, tuple(walk.files), tuple(walk.outside), tuple(walk.warnings))
+
+
+class _Walk:
+    """Goes through one directory."""
+
+    def __init__(self, root: str, follow: bool) -> None:
+        self._root = root
+        self._boundary = _boundary(os.path.realpath(root))
+        self._follow = follow
+        self._seen: set[str] = set()
+        self.files: list[SourceFile] = []
+        self.outside: list[str] = []
+        self.warnings: list[str] = []
+
+    def tree(self) -> Tree:
+        self._directory("", self._root, 0)
+        if not any(file.is_weights for file in self.files) and not self.outside:
+            raise MissingFileError(f"{self._root} holds no checkpoint ({', '.join('*' + s for s in WEIGHT_SUFFIXES)})")
+        files = sorted(self.files, key=lambda file: (_first_use(file.relative), file.relative))
+        return Tree(self._root, True, tuple(files), tuple(self.outside), tuple(self.warnings))
+
+    def _directory(self, relative: str, path: str, depth: int) -> None:
+        real = os.path.realpath(path)
+        if depth > _MAX_DEPTH or real in self._seen:
+            self.warnings.append(f"{path} is left out: {'too deep' if depth > _MAX_DEPTH else 'listed already'}")
+            return
+        self._seen.add(real)
+        with os.scandir(path) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            below = f"{relative}/{entry.name}".lstrip("/")
+            if entry.is_dir() and self._inside(entry.path):
+                self._directory(below, entry.path, depth + 1)
+            else:
+                self.add(below, entry.path)
+
+    def _inside(self, path: str) -> bool:
+        real = os.path.realpath(path)
+        return self._follow or os.path.commonpath([real, self._boundary]) == self._boundary
+
+    def add(self, relative: str, path: str) -> None:
+        """Take a file, or say why not."""
+        if not self._inside(path):
+            self.outside.append(relative)
+            return
+        file = _file(relative, os.path.realpath(path))
+        if file is None:
+            self.warnings.append(f"{path} is left out: not a regular file, or a link to nothing")
+            return
+        if len(self.files) == _MAX_FILES:
+            raise CheckpointError(f"{self._root} holds more than {_MAX_FILES} files: name a checkpoint's directory")
+        self.files.append(file)
+
+
+def _boundary(root: str) -> str:
+    """The directory that links may not leave."""
+    parts = PurePath(root).parts
+    for i in range(1, len(parts) - 1):
+        if parts[i] == "snapshots" and parts[i - 1].startswith(("models--", "datasets--")):
+            return os.path.join(*parts[:i])
+    return root
+
+
+def _file(relative: str, path: str) -> SourceFile | None:
+    try:
+        facts = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(facts.st_mode):
+        return None
+    return SourceFile(relative, path, facts.st_size, facts.st_mtime_ns)
+
+
+def _first_use(relative: str) -> int:
+    return next((order for prefix, order in _FIRST_USE if relative.startswith(prefix)), 0)

@@ -1,0 +1,111 @@
+"""Warming the page cache in the foreground: reads until everything asked for is resident, and says what came of it.
+
+The reading is `prewarm`'s: a few threads, one block each, of what is not there yet. Here it is checked first whether
+the machine can hold it, watched while it goes on, and measured afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wan_loader.errors import CheckpointError, HostMemoryError
+from wan_loader.events import clock_ns
+from wan_loader.machine import available_memory, memory_limit
+from wan_loader.sizes import format_bytes
+from wan_loader.source.evict import resident_bytes
+from wan_loader.source.prewarm import MEMORY_SHARE, Prewarm
+from wan_loader.workers import default_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from wan_loader.source.tree import SourceFile
+
+__all__ = ["Warmed", "warm"]
+
+_TICK_S = 0.1
+#: How long an interrupted warm-up waits for a thread that hangs in a read.
+_GRACE_S = 0.1
+#: Reading stops where less than this share of the machine's memory is left: it would only push other pages out.
+_FLOOR_SHARE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """A warm-up that has ended."""
+
+    nbytes: int
+    """Bytes that were asked for."""
+    resident_before: int
+    resident_after: int
+    nbytes_read: int
+    """Bytes brought in from storage."""
+    seconds: float
+    warnings: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was asked for is resident now."""
+        return self.resident_after >= self.nbytes
+
+
+def warm(
+    files: Sequence[SourceFile],
+    *,
+    threads: int | None = None,
+    limit_nbytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Warmed:
+    """Bring files into the page cache, in the order given, and wait for it.
+
+    limit_nbytes: only the first so many bytes. progress: told (done, total) bytes. Raises `HostMemoryError` before
+    anything is read if what is missing is more than the machine or the cgroup can hold beside what is in use, and
+    `CheckpointError` for a file that cannot be read.
+    """
+    paths = [file.path for file in files]
+    wanted = sum(file.nbytes for file in files)
+    wanted = wanted if limit_nbytes is None else min(wanted, limit_nbytes)
+    before = _resident(paths, wanted)
+    _check_fits(wanted, before)
+    start_ns = clock_ns()
+    running = Prewarm(paths, threads=threads or default_threads(), budget_nbytes=wanted, first_nbytes=wanted)
+    try:
+        warnings = _watch(running, wanted, progress)
+    finally:
+        running.stop(_GRACE_S)
+    seconds = (clock_ns() - start_ns) / 1e9
+    if running.failures:
+        raise CheckpointError(f"{running.failures[0]}: check the file and the disk")
+    return Warmed(wanted, before, _resident(paths, wanted), running.nbytes_read, seconds, warnings)
+
+
+def _resident(paths: Sequence[str], nbytes: int) -> int:
+    found = resident_bytes(paths, first_nbytes=nbytes)
+    if found is None:
+        raise CheckpointError("this kernel does not tell what lies in the page cache: warming cannot be checked")
+    return found
+
+
+def _check_fits(nbytes: int, resident: int) -> None:
+    limit, free = memory_limit(), available_memory()
+    missing = max(0, nbytes - resident)
+    advice = "warm a part (--limit, or one component), or stage it on a faster disk"
+    if nbytes > limit:
+        raise HostMemoryError(f"{format_bytes(nbytes)} never fit into the {format_bytes(limit)} of memory: {advice}")
+    if missing > free * MEMORY_SHARE:
+        raise HostMemoryError(
+            f"{format_bytes(missing)} are to be read and {format_bytes(free)} of memory are free "
+            f"({MEMORY_SHARE:.0%} of that may be filled): {advice}, or end other programs"
+        )
+
+
+def _watch(running: Prewarm, total: int, progress: Callable[[int, int], None] | None) -> tuple[str, ...]:
+    floor = int(memory_limit() * _FLOOR_SHARE)
+    while not running.wait(_TICK_S):
+        if progress is not None:
+            progress(running.nbytes_read + running.nbytes_resident, total)
+        if (free := available_memory()) < floor:
+            running.stop()
+            return (f"stopped early: other programs left {format_bytes(free)} of memory",)
+    return ()
