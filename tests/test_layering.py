@@ -17,6 +17,7 @@ ROOMS = [
     {"workers"},
     {"formats"},
     {"source"},
+    {"tiers"},
     {"staging", "transfer"},
     {"engine"},
     {"cache"},

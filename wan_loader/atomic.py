@@ -17,7 +17,10 @@ def write_text(path: Path, text: str) -> None:
     """Write beside the place, then rename: nobody sees half a file. Raises `OutputError`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)

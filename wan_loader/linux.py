@@ -11,10 +11,11 @@ import errno
 import mmap
 import os
 
-__all__ = ["cached_bytes", "forget", "map_file", "populate", "prefer_huge_pages", "unmap"]
+__all__ = ["cached_bytes", "forget", "map_file", "populate", "prefer_huge_pages", "start_writeback", "unmap"]
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _SYS_CACHESTAT = 451  # the same number on every architecture, since 6.5
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -23,6 +24,7 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.syscall.restype = ctypes.c_long
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -112,3 +114,8 @@ def _mincore(fd: int, start: int, nbytes: int) -> int:
     finally:
         unmap(address, nbytes)
     return sum(flag & 1 for flag in bytes(vector))
+
+
+def start_writeback(fd: int, start: int, nbytes: int) -> None:
+    """Begin to write dirty pages of a range to the disk, without waiting. Only a hint: errors are left to fsync."""
+    _libc.sync_file_range(fd, start, nbytes, _SYNC_FILE_RANGE_WRITE)

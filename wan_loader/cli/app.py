@@ -21,6 +21,7 @@ from wan_loader.cli.inspect import inspect
 from wan_loader.cli.load import load
 from wan_loader.cli.profile import profile
 from wan_loader.cli.report import report
+from wan_loader.cli.stage import stage
 from wan_loader.cli.synth import synth
 from wan_loader.cli.warm import warm
 from wan_loader.errors import WanLoaderError
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (inspect, load, doctor, estimate, report, warm, evict):
+for command in (inspect, load, doctor, estimate, report, warm, evict, stage):
     app.command()(command)
 app.add_typer(cache.app)
 app.command(context_settings={"allow_extra_args": True})(profile)

@@ -34,6 +34,7 @@ __all__ = [
     "print_load",
     "print_warnings",
     "reading_progress",
+    "step_progress",
 ]
 
 
@@ -83,6 +84,18 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
     with _bar(console) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """As `byte_progress`, for work in several steps: told (step, done, total)."""
+    console = error_console()
+    if not console.is_terminal:
+        yield None
+        return
+    with _bar(console) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda step, done, total: progress.update(task, description=step, completed=done, total=total or None)
 
 
 def _bar(console: Console) -> Progress:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["BLOCK_BYTES", "MEMORY_SHARE", "Prewarm", "prewarm", "prewarm_files"]
+__all__ = ["BLOCK_BYTES", "MEMORY_SHARE", "Prewarm", "fill", "prewarm", "prewarm_files"]
 
 BLOCK_BYTES = 8 << 20
 #: Share of the available memory that may be filled; the rest is for the program that is starting.
@@ -95,7 +95,7 @@ class Prewarm:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 resident = _resident(fd, start, nbytes)
-                count = nbytes if resident else _fill(fd, start, buffer[:nbytes])
+                count = nbytes if resident else fill(fd, start, buffer[:nbytes])
             finally:
                 os.close(fd)
         except OSError as error:
@@ -134,7 +134,7 @@ def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: i
     )
 
 
-def _fill(fd: int, start: int, buffer: memoryview) -> int:
+def fill(fd: int, start: int, buffer: memoryview) -> int:
     """Read a block whole, or to the end of its file; returns how many bytes that were."""
     count = 0
     while count < len(buffer) and (got := os.preadv(fd, [buffer[count:]], start + count)):

@@ -1,0 +1,139 @@
+"""`wan-loader stage`: a checkpoint onto a RAM disk or a faster disk, and away again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import JsonOut, Threads, Verbose
+
+if TYPE_CHECKING:
+    from wan_loader.tiers.stage import Staged
+    from wan_loader.tiers.unstage import Unstaged
+
+__all__ = ["stage"]
+
+
+def stage(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A RAM disk such as /dev/shm, or a faster disk.")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="A file, an index, or a directory with everything in it.")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove PATH's copy from DIR; without PATH, all.")] = False,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Read back and compare everything, also what is in place already; or nothing.",
+            show_default="what is copied now",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that were not staged.")] = False,
+    threads: Threads = None,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Copy a checkpoint to DIR, whole and compared, and say how to use it there.
+
+    Free space and, for a RAM disk, memory are checked first. A run that was stopped is continued by the same command.
+    Names that begin with a dot are left out.
+
+    Examples:
+
+        wan-loader stage Wan2.2-T2V-A14B/high_noise_model --to /dev/shm
+
+        wan-loader stage /nfs/Wan2.2-T2V-A14B --to /mnt/nvme
+
+        wan-loader stage --remove --to /dev/shm
+    """
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import print_warnings, step_progress
+    from wan_loader.tiers import stage as staging
+
+    if remove:
+        _remove(to, path, json=json)
+        return
+    if path is None:
+        raise typer.BadParameter("name the PATH to stage, or --remove", param_hint="PATH")
+    with step_progress() as progress:
+        result = staging.stage(path, to, verify=verify, force=force, threads=threads, progress=progress)
+    if json:
+        print_json(_document(result))
+    else:
+        _print(result, path, to)
+    print_warnings(result.warnings)
+
+
+def _remove(to: Path, path: Path | None, *, json: bool) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console, plain, print_warnings
+    from wan_loader.sizes import format_bytes
+    from wan_loader.tiers.unstage import unstage
+
+    result = unstage(to, None if path is None else os.path.basename(os.path.abspath(path)))
+    if json:
+        print_json(_removed(to, result))
+    else:
+        names = ", ".join(result.names)
+        output_console().print(
+            f"removed {plain(names)} from {plain(str(to))}: {result.n_files} files, {format_bytes(result.nbytes)}"
+        )
+    print_warnings([f"{kept} has changed since it was staged and stays" for kept in result.kept])
+
+
+def _removed(to: Path, result: Unstaged) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "command": "stage",
+        "target": str(to),
+        "removed": list(result.names),
+        "n_files": result.n_files,
+        "nbytes": result.nbytes,
+        "kept": list(result.kept),
+    }
+
+
+def _document(result: Staged) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "command": "stage",
+        "target": result.source,
+        "path": result.path,
+        "filesystem": result.filesystem or None,
+        "n_files": result.n_files,
+        "nbytes": result.nbytes,
+        "nbytes_copied": result.nbytes_copied,
+        "nbytes_verified": result.nbytes_verified,
+        "seconds": result.seconds,
+        "gbps": result.nbytes_copied / result.seconds / 1e9 if result.seconds else 0.0,
+        "warnings": list(result.warnings),
+    }
+
+
+def _print(result: Staged, path: Path, to: Path) -> None:
+    import shlex
+
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.mounts import IN_MEMORY
+    from wan_loader.sizes import format_bytes, format_rate, format_seconds
+
+    console = output_console()
+    where = f" on {result.filesystem}" if result.filesystem else ""
+    console.print(f"[bold]{plain(result.path)}[/bold]\n{result.n_files} files, {format_bytes(result.nbytes)}{where}")
+    if result.nbytes_copied:
+        rate = format_rate(result.nbytes_copied / result.seconds)
+        console.print(
+            f"copied {format_bytes(result.nbytes_copied)} in {format_seconds(result.seconds)} = {rate}, "
+            f"{format_bytes(result.nbytes_verified)} read back and compared"
+        )
+    else:
+        compared = f", {format_bytes(result.nbytes_verified)} compared" if result.nbytes_verified else ""
+        console.print(f"it was there already{compared}")
+    if result.filesystem in IN_MEMORY:
+        console.print("it takes that much memory until it is removed", style="dim")
+    console.print(f"use it:    name {plain(shlex.quote(result.path))} instead of {plain(shlex.quote(str(path)))}")
+    command = f"wan-loader stage {shlex.quote(str(path))} --remove --to {shlex.quote(str(to))}"
+    console.print(f"remove it: {plain(command)}")
