@@ -131,7 +131,7 @@ def _print(result: Staged, path: Path, to: Path) -> None:
         )
     else:
         compared = f", {format_bytes(result.nbytes_verified)} compared" if result.nbytes_verified else ""
-        console.print(f"it was there already{compared}")
+        console.print(f"nothing was left to copy{compared}")
     if result.filesystem in IN_MEMORY:
         console.print("it takes that much memory until it is removed", style="dim")
     console.print(f"use it:    name {plain(shlex.quote(result.path))} instead of {plain(shlex.quote(str(path)))}")

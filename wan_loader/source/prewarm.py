@@ -95,7 +95,7 @@ class Prewarm:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 resident = _resident(fd, start, nbytes)
-                count = nbytes if resident else fill(fd, start, buffer[:nbytes])
+                count = nbytes if resident == nbytes else fill(fd, start, buffer[:nbytes])
             finally:
                 os.close(fd)
         except OSError as error:
@@ -103,10 +103,8 @@ class Prewarm:
                 self.failures.append(f"{path} cannot be read at byte {start}: {error.strerror}")
             return
         with self._lock:
-            if resident:
-                self.nbytes_resident += count
-            else:
-                self.nbytes_read += count
+            self.nbytes_resident += min(resident, count)
+            self.nbytes_read += max(0, count - resident)
 
 
 def prewarm(path: StrPath | Sequence[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
@@ -156,8 +154,8 @@ def _blocks(files: Sequence[str], first_nbytes: int | None) -> Iterator[tuple[st
             yield path, start, min(BLOCK_BYTES, size - start)
 
 
-def _resident(fd: int, start: int, nbytes: int) -> bool:
+def _resident(fd: int, start: int, nbytes: int) -> int:
     try:
-        return cached_bytes(fd, start, nbytes) == nbytes
+        return cached_bytes(fd, start, nbytes)
     except OSError:
-        return False
+        return 0
