@@ -18,6 +18,7 @@ ROOMS = [
     {"formats"},
     {"source"},
     {"tiers"},
+    {"hub"},
     {"staging", "transfer"},
     {"engine"},
     {"cache"},

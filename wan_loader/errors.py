@@ -8,6 +8,7 @@
     ├── DeviceMemoryError(MemoryError)         the weights do not fit on the device
     ├── HostMemoryError(MemoryError)           the machine or its cgroup cannot give the memory asked for
     ├── CacheError(OSError)                    the converted cache cannot be used
+    ├── HubError(OSError)                      the hub cannot be reached, refuses, or sends other than it promised
     ├── SessionError(ValueError)               a saved session or measurement is damaged or foreign
     ├── UnmeasuredError                        something could not be measured
     ├── OutputError(OSError)                   a result cannot be written where it was asked for
@@ -25,6 +26,7 @@ __all__ = [
     "DeviceError",
     "DeviceMemoryError",
     "HostMemoryError",
+    "HubError",
     "KeyMismatchError",
     "MissingFileError",
     "OptionError",
@@ -67,6 +69,15 @@ class HostMemoryError(WanLoaderError, MemoryError):
 
 class CacheError(WanLoaderError, OSError):
     """The converted cache cannot be read or written."""
+
+
+class HubError(WanLoaderError, OSError):
+    """The hub cannot be reached, refuses, or sends other than it promised."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        """The HTTP status, where there is one."""
 
 
 class SessionError(WanLoaderError, ValueError):

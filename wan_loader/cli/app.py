@@ -15,6 +15,7 @@ import typer
 from wan_loader import __version__
 from wan_loader.cli import cache, options
 from wan_loader.cli.doctor import doctor
+from wan_loader.cli.download import download
 from wan_loader.cli.estimate import estimate
 from wan_loader.cli.evict import evict
 from wan_loader.cli.inspect import inspect
@@ -37,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (inspect, load, doctor, estimate, report, warm, evict, stage):
+for command in (inspect, load, doctor, estimate, report, warm, evict, stage, download):
     app.command()(command)
 app.add_typer(cache.app)
 app.command(context_settings={"allow_extra_args": True})(profile)

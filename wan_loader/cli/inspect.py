@@ -24,15 +24,25 @@ def inspect(
 ) -> None:
     """Show tensors, bytes, dtypes, files, and how much lies in the page cache. Reads headers only.
 
+    Of a whole model's directory (both experts, text encoder, VAE) it shows the parts and what is missing, by name; the
+    exit code is 1 if something is.
+
     Examples:
+
+        wan-loader inspect Wan2.2-T2V-A14B
 
         wan-loader inspect Wan2.2-T2V-A14B/high_noise_model
 
         wan-loader inspect model.safetensors --tensors
     """
+    from wan_loader.cli.model import inspect_model
     from wan_loader.cli.output import print_json
     from wan_loader.formats import open_checkpoint
+    from wan_loader.hub.inventory import take_inventory
 
+    if (inventory := take_inventory(path)) is not None:
+        inspect_model(path, inventory, json=json)
+        return
     checkpoint = open_checkpoint(path)
     document = _document(checkpoint, tensors=tensors)
     if json:
@@ -42,6 +52,8 @@ def inspect(
 
 
 def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
+    from wan_loader.source.evict import resident_bytes
+
     counts = Counter(t.dtype for t in checkpoint.tensors)
     nbytes: Counter[str] = Counter()
     for tensor in checkpoint.tensors:
@@ -55,7 +67,9 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
         "nbytes": checkpoint.nbytes,
         "nbytes_file": checkpoint.nbytes_file,
         "dtypes": [{"dtype": d, "n_tensors": counts[d], "nbytes": nbytes[d]} for d, _ in nbytes.most_common()],
-        "files": [{"path": f.path, "nbytes": f.nbytes, "resident": _resident(f.path)} for f in checkpoint.files],
+        "files": [
+            {"path": f.path, "nbytes": f.nbytes, "resident": resident_bytes([f.path]) or 0} for f in checkpoint.files
+        ],
         "warnings": list(checkpoint.warnings),
     }
     if tensors:
@@ -63,18 +77,6 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "nbytes": t.nbytes} for t in checkpoint.tensors
         ]
     return document
-
-
-def _resident(path: str) -> int:
-    from wan_loader.linux import cached_bytes
-
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return cached_bytes(fd, 0, os.fstat(fd).st_size)
-    except OSError:
-        return 0
-    finally:
-        os.close(fd)
 
 
 def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:

@@ -33,7 +33,18 @@ if TYPE_CHECKING:
 
     from wan_loader.source.tree import SourceFile
 
-__all__ = ["HIDDEN", "Entry", "Manifest", "Planned", "entries", "open_entry", "plain_path"]
+__all__ = [
+    "HIDDEN",
+    "Entry",
+    "Manifest",
+    "Planned",
+    "check_private",
+    "entries",
+    "is_below",
+    "lock",
+    "open_entry",
+    "plain_path",
+]
 
 HIDDEN = ".wan-loader-stage"
 _MAX_BYTES = 256 << 20
@@ -105,7 +116,7 @@ class Entry:
     def __enter__(self) -> Entry:
         self._home_fd = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            _flock(self._home_fd, self.home)
+            lock(self._home_fd, f"{self.directory}: another process is staging the same: wait for it")
             self._read()
         except BaseException:
             os.close(self._home_fd)
@@ -219,7 +230,7 @@ def open_entry(directory: Path, name: str) -> Entry:
     for path in (hidden, hidden / _digest(name)):
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        _check_private(path)
+        check_private(path)
     return Entry(directory, hidden / _digest(name))
 
 
@@ -228,9 +239,9 @@ def entries(directory: Path) -> Iterator[Entry]:
     hidden = directory / HIDDEN
     if not os.path.lexists(hidden):
         return
-    _check_private(hidden)
+    check_private(hidden)
     for home in sorted(hidden.iterdir()):
-        _check_private(home)
+        check_private(home)
         yield Entry(directory, home)
 
 
@@ -244,17 +255,19 @@ def plain_path(directory: Path, relative: str) -> Path:
     return directory / relative
 
 
-def _check_private(path: Path) -> None:
+def check_private(path: Path) -> None:
+    """Refuse a directory for our state that is a link or that others may write to. Raises `OutputError`."""
     facts = os.lstat(path)
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise OutputError(f"{path} is not a directory that only you may write to: remove it, or choose another --to")
 
 
-def _flock(fd: int, path: Path) -> None:
+def lock(fd: int, refusal: str) -> None:
+    """Keep others from an open directory until it is closed; `OutputError` with the given text if one is there."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputError(f"{path.parent.parent}: another process is staging the same: wait for it") from None
+        raise OutputError(refusal) from None
     except OSError:  # a file system without locks
         return
 
@@ -273,10 +286,11 @@ def _quoted(text: str) -> str | None:
         path = json.loads(text)
     except ValueError:
         return None
-    return path if _is_below(path) else None
+    return path if is_below(path) else None
 
 
-def _is_below(path: Any) -> bool:
+def is_below(path: Any) -> bool:
+    """Whether this is text that names something below a directory."""
     if not isinstance(path, str) or "\0" in path or len(path) > 4096:
         return False
     return all(part not in ("", ".", "..") for part in path.split("/"))
@@ -289,13 +303,13 @@ def _parse_manifest(text: bytes, where: str) -> Manifest:
         raise OutputError(f"{where} was written by another version of wan-loader: use that one, or delete it")
     files = document.get("files")
     source, name, is_directory, complete = (document.get(k) for k in ("source", "name", "is_directory", "complete"))
-    if not isinstance(source, str) or not _is_below(name) or not isinstance(files, list):
+    if not isinstance(source, str) or not is_below(name) or not isinstance(files, list):
         raise damaged
     if not isinstance(is_directory, bool) or not isinstance(complete, bool):
         raise damaged
     planned = []
     for file in files:
-        if not isinstance(file, dict) or set(file) != {"path", "nbytes", "mtime_ns"} or not _is_below(file["path"]):
+        if not isinstance(file, dict) or set(file) != {"path", "nbytes", "mtime_ns"} or not is_below(file["path"]):
             raise damaged
         if not all(type(file[k]) is int and abs(file[k]) < 1 << 63 for k in ("nbytes", "mtime_ns")):
             raise damaged

@@ -1,0 +1,118 @@
+"""`wan-loader download`: WAN2.2 from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import JsonOut, Verbose
+
+if TYPE_CHECKING:
+    from wan_loader.hub.download import Downloaded
+
+__all__ = ["download"]
+
+
+class LayoutChoice(enum.StrEnum):
+    """How the files are laid out."""
+
+    NATIVE = "native"
+    DIFFUSERS = "diffusers"
+
+
+def download(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where it goes, or what is to be completed.")],
+    repository: Annotated[
+        str | None, typer.Argument(metavar="REPO", help="OWNER/NAME.", show_default="Wan-AI/Wan2.2-T2V-A14B")
+    ] = None,
+    layout: Annotated[
+        LayoutChoice | None,
+        typer.Option(help="As for generate.py, or as for diffusers.", show_default="native, or what REPO holds"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is missing, and download nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that differ from the hub's.")] = False,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Files at a time.")] = 8,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Download what text-to-video needs of WAN2.2, or what is missing of it, and check every file's hash.
+
+    The same command goes on where it was stopped. A token for gated or private repositories is taken from HF_TOKEN or
+    `hf auth login`, the hub's address from HF_ENDPOINT.
+
+    Examples:
+
+        wan-loader download --to Wan2.2-T2V-A14B
+
+        wan-loader download --layout diffusers --to Wan2.2-T2V-A14B-Diffusers --dry-run
+    """
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import step_progress
+    from wan_loader.hub import download as downloading
+
+    with step_progress() as progress:
+        result = downloading.download(
+            to,
+            repository,
+            layout=None if layout is None else layout.value,
+            revision=revision,
+            dry_run=dry_run,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
+    if json:
+        print_json(_document(result, dry_run=dry_run))
+    else:
+        _print(result, dry_run=dry_run)
+
+
+def _document(result: Downloaded, *, dry_run: bool) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "command": "download",
+        "target": result.directory,
+        "repository": result.repository,
+        "revision": result.revision,
+        "layout": result.layout,
+        "dry_run": dry_run,
+        "nbytes": result.nbytes,
+        "nbytes_missing": result.nbytes_missing,
+        "nbytes_received": result.nbytes_received,
+        "nbytes_hashed": result.nbytes_hashed,
+        "seconds": result.seconds,
+        "gbps": result.nbytes_received / result.seconds / 1e9 if result.seconds else 0.0,
+        "files": [
+            {"path": f.path, "nbytes": f.nbytes, "digest": f.digest, "found": status} for f, status in result.files
+        ],
+    }
+
+
+def _print(result: Downloaded, *, dry_run: bool) -> None:
+    from rich.table import Table
+
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.sizes import format_bytes, format_rate, format_seconds
+
+    console = output_console()
+    console.print(f"[bold]{plain(result.directory)}[/bold]")
+    console.print(f"{plain(result.repository)} at {plain(result.revision[:12])}, {result.layout} layout")
+    if dry_run:
+        files = Table("\nfile", "\nbytes", "\nhere", box=None, pad_edge=False, header_style="bold")
+        for file, status in result.files:
+            files.add_row(plain(file.path), format_bytes(file.nbytes), status)
+        console.print(files)
+        missing = format_bytes(result.nbytes_missing)
+        console.print(f"\n{missing} of {format_bytes(result.nbytes)} are to be downloaded")
+        return
+    if result.nbytes_received:
+        rate = format_rate(result.nbytes_received / result.seconds)
+        received = format_bytes(result.nbytes_received)
+        console.print(f"received {received} in {format_seconds(result.seconds)} = {rate}")
+    if result.nbytes_hashed:
+        console.print(f"{format_bytes(result.nbytes_hashed)} were there")
+    console.print(f"{len(result.files)} files, {format_bytes(result.nbytes)}: complete, every hash is the hub's")

@@ -1,0 +1,120 @@
+"""`wan-loader inspect` for a whole model's directory: its parts, and what is missing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wan_loader.formats import Checkpoint
+    from wan_loader.hub.inventory import Inventory
+
+__all__ = ["inspect_model"]
+
+_TITLES = {"text_encoder": "text encoder", "transformer": "high-noise expert", "transformer_2": "low-noise expert"}
+
+
+def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
+    """Print what the directory holds; exits with 1 if it is not complete."""
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import error_console, plain, print_warnings
+
+    document = _document(path, inventory)
+    if json:
+        print_json(document)
+    else:
+        _print(path, inventory, document)
+    print_warnings(document["warnings"])
+    if inventory.complete:
+        return
+    what = [f"{len(inventory.absent)} files are missing"] if inventory.absent else []
+    what += [f"{len(inventory.damaged)} parts are damaged"] if inventory.damaged else []
+    error_console().print(f"error: {plain(str(path))} is not complete: {', '.join(what)}: {_advice(path, inventory)}")
+    raise typer.Exit(1)
+
+
+def _advice(path: Path, inventory: Inventory) -> str:
+    import shlex
+
+    from wan_loader.cli.render import plain
+    from wan_loader.hub.layouts import REPOSITORIES
+
+    repository = inventory.repository or REPOSITORIES[inventory.layout]
+    if inventory.repository is None and not inventory.has_two_experts:
+        return "finish the download"
+    return plain(f"wan-loader download {repository} --to {shlex.quote(str(path))} gets what is missing")
+
+
+def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
+    parts = inventory.parts
+    return {
+        "schema_version": 1,
+        "command": "inspect",
+        "target": str(path),
+        "format": "model",
+        "layout": inventory.layout,
+        "repository": inventory.repository,
+        "revision": inventory.revision,
+        "complete": inventory.complete,
+        "n_tensors": sum(len(part.tensors) for part in parts.values()),
+        "nbytes": sum(part.nbytes for part in parts.values()),
+        "nbytes_file": sum(part.nbytes_file for part in parts.values()),
+        "parts": [_part(name, part) for name, part in parts.items()],
+        "missing": [{"path": a.path, "nbytes": a.nbytes, "nbytes_here": a.nbytes_here} for a in inventory.absent],
+        "damaged": [{"part": name, "error": error} for name, error in inventory.damaged],
+        "warnings": [warning for part in parts.values() for warning in part.warnings],
+    }
+
+
+def _part(name: str, part: Checkpoint) -> dict[str, Any]:
+    from wan_loader.source.evict import resident_bytes
+
+    return {
+        "name": name,
+        "path": part.path,
+        "format": part.format,
+        "n_tensors": len(part.tensors),
+        "nbytes": part.nbytes,
+        "nbytes_file": part.nbytes_file,
+        "dtypes": sorted({tensor.dtype for tensor in part.tensors}),
+        "n_files": len(part.files),
+        "resident": resident_bytes([file.path for file in part.files]) or 0,
+    }
+
+
+def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.sizes import format_bytes
+
+    console = output_console()
+    console.print(f"[bold]{plain(str(path))}[/bold]")
+    origin = f", from {inventory.repository} at {str(inventory.revision)[:12]}" if inventory.repository else ""
+    console.print(f"WAN2.2, {inventory.layout} layout{plain(origin)}\n")
+    parts = Table(
+        "part", "files", "tensors", "bytes", "dtypes", "page cache", box=None, pad_edge=False, header_style="bold"
+    )
+    for row in document["parts"]:
+        share = row["resident"] / row["nbytes_file"] if row["nbytes_file"] else 0.0
+        title, dtypes = _title(row["name"], inventory), ", ".join(row["dtypes"])
+        sizes = (str(row["n_files"]), str(row["n_tensors"]), format_bytes(row["nbytes"]))
+        parts.add_row(title, *sizes, dtypes, f"{share:.0%}")
+    console.print(parts)
+    for name, error in inventory.damaged:
+        console.print(f"\n[bold red]damaged[/]: {_title(name, inventory)}: {plain(error)}")
+    if inventory.absent:
+        console.print("\n[bold]missing[/]")
+    for file in inventory.absent:
+        size = "" if file.nbytes is None else f", {format_bytes(file.nbytes)}"
+        here = f", {format_bytes(file.nbytes_here)} of that are here" if file.nbytes_here else ""
+        console.print(f"{plain(file.path)}{size}{here}")
+
+
+def _title(name: str, inventory: Inventory) -> str:
+    if name == "transformer" and not inventory.has_two_experts:
+        return "transformer"
+    return {"vae": "VAE"}.get(name, _TITLES.get(name, name))

@@ -1,0 +1,306 @@
+"""Downloading what text-to-video needs of WAN2.2: resumable at the byte, checked against the hub's lengths and hashes.
+
+A file comes under a temporary name, is hashed while it comes, and is renamed into place only if its hash is the hub's:
+a file that is there is right. What is there already is hashed once, whoever downloaded it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from wan_loader.errors import HubError, OptionError, OutputError, WanLoaderError
+from wan_loader.events import clock_ns
+from wan_loader.hub.layouts import REPOSITORIES, layouts_in, missing_files, wanted_files
+from wan_loader.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
+from wan_loader.hub.state import State, locked_state, read_state
+from wan_loader.sizes import format_bytes
+from wan_loader.source.prewarm import fill
+from wan_loader.workers import StoppedError, run_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from wan_loader.hub.layouts import Layout
+    from wan_loader.hub.remote import Listing
+    from wan_loader.types import StrPath
+
+    Progress = Callable[[str, int, int], None]
+
+__all__ = ["Downloaded", "Status", "download"]
+
+_THREADS = 8
+_ATTEMPTS = 4
+_PAUSE_S = 1.0
+_BLOCK_BYTES = 4 << 20
+
+#: checked: there and right; unchecked: there, of the right length; partial: begun; wrong: there, of another length.
+Status = Literal["checked", "unchecked", "partial", "missing", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Downloaded:
+    """What there was to do, and what was done (nothing, if it was only asked for)."""
+
+    directory: str
+    repository: str
+    revision: str
+    layout: Layout
+    files: tuple[tuple[RemoteFile, Status], ...]
+    """With the state in which they were found."""
+    nbytes: int
+    """Of all files."""
+    nbytes_missing: int
+    """What had to be downloaded when it began."""
+    nbytes_received: int
+    nbytes_hashed: int
+    """Of files that were there and had not been checked."""
+    seconds: float
+
+
+def download(
+    directory: StrPath,
+    repository: str | None = None,
+    *,
+    layout: Layout | None = None,
+    revision: str | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Downloaded:
+    """Download a WAN2.2 checkpoint from the hub, or what is missing of it.
+
+    repository: T2V-A14B in `layout` (native) if None. dry_run: ask the hub, write nothing. force: replace files that
+    are there and are others than the hub's. threads: files at a time (8). progress: told (step, done, total) bytes.
+
+    Raises `HubError` (no network, no such repository or revision, gated, other bytes than promised), `OptionError` for
+    a repository that is not WAN2.2 in that layout, `OutputError` for a target that cannot be written, is too small or
+    holds other files. After an error or an interruption, the same call goes on where it stopped.
+    """
+    start_ns = clock_ns()
+    place = Path(directory)
+    try:
+        with quiet_hub():
+            listing = list_repository(repository or REPOSITORIES[layout or "native"], revision)
+            chosen, files = _choose(listing, layout)
+            state = State(place, listing.repository, listing.revision, chosen, files)
+            if dry_run:
+                job = _Job(listing, _with_history(state, read_state(place)), threads, progress)
+                job.look()
+            else:
+                _make_directory(place)
+                with locked_state(place) as before:
+                    job = _Job(listing, _with_history(state, before), threads, progress)
+                    job.look()
+                    job.run(force)
+    except WanLoaderError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot download to {place}: {error.filename or ''}: {error.strerror or error}") from error
+    return Downloaded(
+        directory=str(place),
+        repository=listing.repository,
+        revision=listing.revision,
+        layout=chosen,
+        files=tuple(job.found.items()),
+        nbytes=sum(file.nbytes for file in files),
+        nbytes_missing=job.nbytes_missing,
+        nbytes_received=job.nbytes_received,
+        nbytes_hashed=job.nbytes_hashed,
+        seconds=(clock_ns() - start_ns) / 1e9,
+    )
+
+
+def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[RemoteFile, ...]]:
+    names = [file.path for file in listing.files]
+    held = layouts_in(names)
+    if not held:
+        raise OptionError(f"{listing.repository} is no WAN2.2 repository in the native or the diffusers layout")
+    chosen = layout or held[0]
+    if chosen not in held:
+        raise OptionError(f"{listing.repository} holds the {held[0]} layout: use --layout {held[0]}, or another name")
+    wanted = set(wanted_files(names, chosen))
+    return chosen, tuple(file for file in listing.files if file.path in wanted)
+
+
+def _with_history(state: State, before: State | None) -> State:
+    if before is not None:
+        state.checked.update(before.checked)
+    return state
+
+
+def _make_directory(place: Path) -> None:
+    if place.is_dir():
+        return
+    if os.path.lexists(place):
+        raise OutputError(f"{place} is not a directory: name another place")
+    if not place.absolute().parent.is_dir():
+        raise OutputError(f"{place.absolute().parent} does not exist: is the disk mounted?")
+    place.mkdir()
+
+
+class _Job:
+    """One run of `download`."""
+
+    def __init__(self, listing: Listing, state: State, threads: int | None, progress: Progress | None) -> None:
+        self._listing = listing
+        self._state = state
+        self._threads = threads or _THREADS
+        self._progress = progress
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._done = 0
+        self._differs: list[RemoteFile] = []
+        self.found: dict[RemoteFile, Status] = {}
+        self.nbytes_missing = 0
+        self.nbytes_received = 0
+        self.nbytes_hashed = 0
+
+    def look(self) -> None:
+        """What is there; reads no file."""
+        for file in self._state.files:
+            self.found[file] = self._status(file)
+        fetched = [f for f, status in self.found.items() if status in ("missing", "partial", "wrong")]
+        self.nbytes_missing = sum(f.nbytes - self._nbytes_of_part(f) for f in fetched)
+
+    def _status(self, file: RemoteFile) -> Status:
+        target = self._state.target(file)
+        if self._state.is_checked(file):
+            return "checked"
+        if os.path.lexists(target) and not self._state.owns(file):
+            same = target.is_file() and not target.is_symlink() and target.stat().st_size == file.nbytes
+            return "unchecked" if same else "wrong"
+        return "partial" if self._nbytes_of_part(file) else "missing"
+
+    def _nbytes_of_part(self, file: RemoteFile) -> int:
+        try:
+            return min(file.nbytes, os.lstat(self._state.part(file)).st_size)
+        except OSError:
+            return 0
+
+    def run(self, force: bool) -> None:
+        state = self._state
+        self._refuse_foreign([f for f, status in self.found.items() if status == "wrong"], force)
+        unchecked = [f for f, status in self.found.items() if status == "unchecked"]
+        self._each("checking", (partial(self._check, f) for f in unchecked), sum(f.nbytes for f in unchecked))
+        self._refuse_foreign(self._differs, force)
+        todo = [f for f, status in self.found.items() if status not in ("checked", "unchecked")] + self._differs
+        self._check_space(todo)
+        state.write()
+        state.discard_parts({state.part(file) for file in todo})
+        todo.sort(key=lambda file: -file.nbytes)  # so that no long one is left at the end
+        total = sum(file.nbytes for file in todo)
+        self._each("downloading", (partial(self._fetch, file) for file in todo), total)
+        state.discard_parts(set())
+        if missing := missing_files(state.directory, state.layout):
+            raise HubError(f"{self._listing.repository} itself lacks {', '.join(missing)}: it is not complete")
+
+    def _refuse_foreign(self, files: Sequence[RemoteFile], force: bool) -> None:
+        directories = [file for file in files if self._state.target(file).is_dir()]
+        if files and (directories or not force):
+            names = ", ".join(str(self._state.target(file)) for file in (directories or files)[:3])
+            raise OutputError(
+                f"{names} {'is a directory' if directories else 'is there and differs from what the hub has'} "
+                f"({len(files)} in all): choose another --to, or replace it with --force"
+            )
+
+    def _check_space(self, todo: Iterable[RemoteFile]) -> None:
+        needed = sum(file.nbytes - self._nbytes_of_part(file) for file in todo)
+        free = shutil.disk_usage(self._state.directory).free
+        if needed > free:
+            raise OutputError(
+                f"{self._state.directory} has {format_bytes(free)} free, {format_bytes(needed)} are to be downloaded: "
+                "free space, or choose another --to"
+            )
+
+    def _each(self, step: str, tasks: Iterable[Callable[[], None]], total: int) -> None:
+        self._done = 0
+        tick = None if self._progress is None else lambda: self._progress(step, self._done, total)  # type: ignore[misc]
+        run_all(tasks, threads=self._threads, stop=self._stop, tick=tick)
+
+    def _check(self, file: RemoteFile) -> None:
+        """Hash a file that somebody put there."""
+        with self._state.target(file).open("rb", buffering=0) as opened:
+            digest = self._hash(opened.fileno(), file)
+        with self._lock:
+            self.nbytes_hashed += file.nbytes
+            if not digest.is_right:
+                self._differs.append(file)
+                return
+        self._state.note_checked(file)
+
+    def _hash(self, fd: int, file: RemoteFile) -> Digest:
+        """The digest of what is there; its bytes count as done."""
+        digest, position, buffer = Digest(file), 0, memoryview(bytearray(_BLOCK_BYTES))
+        while count := fill(fd, position, buffer):
+            if self._stop.is_set():
+                raise StoppedError
+            digest.update(buffer[:count])
+            position += count
+            self._advance(count)
+        return digest
+
+    def _advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+
+    def _received(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            self.nbytes_received += max(0, nbytes)
+
+    def _fetch(self, file: RemoteFile) -> None:
+        """Until it is whole and right; a broken connection is taken up again, other bytes than promised once."""
+        failures = mismatches = 0
+        while True:
+            before = self._nbytes_of_part(file)
+            try:
+                right = self._transfer(file)
+            except HubError as error:
+                failures = 0 if self._nbytes_of_part(file) > before else failures + 1
+                if failures == _ATTEMPTS or error.status in (401, 403, 404):
+                    raise
+                if self._stop.wait(_PAUSE_S * failures):
+                    raise StoppedError from error
+                continue
+            if right:
+                break
+            self._state.part(file).unlink()
+            self._advance(-file.nbytes)
+            mismatches += 1
+            if mismatches == 2:
+                raise HubError(
+                    f"{file.path} came twice with another content than the hub's hash ({file.digest}) stands for: "
+                    "check proxies and mirrors, or try again later"
+                )
+        self._place(file)
+
+    def _transfer(self, file: RemoteFile) -> bool:
+        """Get the rest of a file; whether the whole is right. Bytes count as done while they are in the part."""
+        part = self._state.part(file)
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with open(fd, "r+b", buffering=0) as opened:
+            if os.fstat(fd).st_size > file.nbytes:
+                opened.truncate(0)
+            digest = self._hash(fd, file)
+            opened.seek(0, os.SEEK_END)
+            try:
+                if opened.tell() < file.nbytes:
+                    digest = transfer(self._listing, file, opened, digest, stop=self._stop, told=self._received)
+            except HubError:
+                self._advance(-opened.tell())  # counted again when it is hashed again
+                raise
+            os.fsync(fd)
+        return digest.is_right
+
+    def _place(self, file: RemoteFile) -> None:
+        target = self._state.target(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self._state.part(file), target)
+        self._state.note_checked(file)

@@ -1,0 +1,157 @@
+"""The two layouts in which WAN2.2 is published: which files text-to-video needs, and which of them are missing.
+
+    native      high_noise_model/, low_noise_model/ (TI2V-5B: shards at the root), text encoder and VAE as .pth,
+                google/umt5-xxl/
+    diffusers   model_index.json and a directory for each component
+
+Works on names, and reads small JSON files only.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wan_loader.errors import CheckpointError
+from wan_loader.formats.strict_json import parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["REPOSITORIES", "Layout", "layout_of", "layouts_in", "missing_files", "parts_of", "wanted_files"]
+
+Layout = Literal["native", "diffusers"]
+
+#: Where each layout of T2V-A14B is published.
+REPOSITORIES: dict[Layout, str] = {
+    "native": "Wan-AI/Wan2.2-T2V-A14B",
+    "diffusers": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+}
+_EXPERTS = ("high_noise_model", "low_noise_model")
+_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+_VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+_TOKENIZER = "google/umt5-xxl"
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+_MAX_SHARDS = 1000
+_MAX_JSON_BYTES = 10_000_000
+
+_TRANSFORMER_FILE = r"(config\.json|diffusion_pytorch_model[^/]*\.safetensors(\.index\.json)?)"
+_NATIVE = re.compile(
+    rf"(({'|'.join(_EXPERTS)})/{_TRANSFORMER_FILE}|{re.escape(_TEXT_FILE)}"
+    rf"|{'|'.join(map(re.escape, _VAE_FILES))}|{_TOKENIZER}/[^/]+)"
+)
+_NATIVE_5B = re.compile(rf"({_TRANSFORMER_FILE}|{_NATIVE.pattern})")
+_DIFFUSERS = re.compile(
+    r"(model_index\.json"
+    r"|(transformer|transformer_2|text_encoder|vae|scheduler|tokenizer)/[^/]+\.(json|safetensors|model|txt))"
+)
+
+
+def layouts_in(names: Iterable[str]) -> tuple[Layout, ...]:
+    """The layouts that a listing of files holds."""
+    held = set(names)
+    found: list[Layout] = []
+    if any(n.split("/")[0] in _EXPERTS or n in _VAE_FILES for n in held) and "model_index.json" not in held:
+        found.append("native")
+    if "model_index.json" in held:
+        found.append("diffusers")
+        if any(name.split("/")[0] in _EXPERTS for name in held):
+            found.append("native")
+    return tuple(found)
+
+
+def wanted_files(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
+    """Those of the files that text-to-video needs: weights, indexes, configurations, tokenizer."""
+    held = list(names)
+    if layout == "diffusers":
+        pattern = _DIFFUSERS
+    else:
+        pattern = _NATIVE if any(name.startswith(_EXPERTS) for name in held) else _NATIVE_5B
+    return tuple(name for name in held if pattern.fullmatch(name))
+
+
+def layout_of(root: Path) -> Layout | None:
+    """The layout of a model's directory, complete or not; None for any other directory, such as one component's."""
+    if (root / "model_index.json").exists():
+        return "diffusers"
+    loose = sum((root / name).exists() for name in (_TEXT_FILE, *_VAE_FILES))
+    if loose > 1 or any((root / name).is_dir() for name in (*_EXPERTS, _TOKENIZER)):
+        return "native"
+    return None
+
+
+def parts_of(root: Path, layout: Layout) -> dict[str, str]:
+    """Name of each part that holds weights -> its file or directory below the root, in the order of first use."""
+    if layout == "diffusers":
+        experts = ["transformer"] if _boundary(root) is None else ["transformer", "transformer_2"]
+        return {name: name for name in ("text_encoder", *experts, "vae")}
+    small = _is_5b(root)
+    transformers = {"transformer": _INDEX} if small else {"transformer": _EXPERTS[0], "transformer_2": _EXPERTS[1]}
+    return {"text_encoder": _TEXT_FILE, **transformers, "vae": _VAE_FILES[small]}
+
+
+def missing_files(root: Path, layout: Layout) -> list[str]:
+    """Files that a complete checkpoint has and that are not there, relative to `root`; directories end in a slash.
+
+    Raises `CheckpointError` for an index or a configuration that is damaged.
+    """
+    if layout == "native":
+        small = _is_5b(root)
+        missing = [name for name in (_TEXT_FILE, _VAE_FILES[small]) if not (root / name).exists()]
+        for path in [root] if small else [root / name for name in _EXPERTS]:
+            missing += _missing_parts(root, path, _INDEX)
+        return missing + _missing_tokenizer(root, root / _TOKENIZER)
+    missing = []
+    for name in parts_of(root, "diffusers"):
+        missing += _missing_parts(root, root / name, "model.safetensors.index.json" if "text" in name else _INDEX)
+    missing += _missing_tokenizer(root, root / "tokenizer")
+    scheduler = "scheduler/scheduler_config.json"
+    return missing if (root / scheduler).exists() else [*missing, scheduler]
+
+
+def _is_5b(root: Path) -> bool:
+    return (root / _VAE_FILES[1]).exists() or (root / _INDEX).exists()
+
+
+def _boundary(root: Path) -> Any:
+    return _read_json(root / "model_index.json").get("boundary_ratio")
+
+
+def _missing_parts(root: Path, path: Path, index: str) -> list[str]:
+    """Files that the config or the index of a part promises and that are not there."""
+    if not path.is_dir():
+        return [f"{path.relative_to(root)}/"]
+    missing = [] if (path / "config.json").exists() else [str((path / "config.json").relative_to(root))]
+    if (path / index).exists():
+        weight_map = _read_json(path / index).get("weight_map")
+        shards = {Path(str(s)).name for s in weight_map.values()} if isinstance(weight_map, dict) else set()
+        missing += sorted(str((path / s).relative_to(root)) for s in shards if not (path / s).exists())
+    elif not (found := [p.name for p in path.glob("*.safetensors")]):
+        missing.append(str((path / index).relative_to(root)))
+    else:
+        missing += sorted(str((path / s).relative_to(root)) for s in _shard_sets(found) if not (path / s).exists())
+    return missing
+
+
+def _shard_sets(names: Iterable[str]) -> set[str]:
+    """All shards of the sets that some of these names belong to."""
+    shards = [shard for name in names if (shard := _SHARD.fullmatch(name)) and int(shard["count"]) <= _MAX_SHARDS]
+    return {f"{s['stem']}-{i + 1:05d}-of-{s['count']}.safetensors" for s in shards for i in range(int(s["count"]))}
+
+
+def _missing_tokenizer(root: Path, path: Path) -> list[str]:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return [str((path / name).relative_to(root)) for name in names if not (path / name).exists()]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(text) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a configuration")
+    return parse_object(text, path=str(path), what="the file")

@@ -1,0 +1,223 @@
+"""The hub: what a repository holds, and the bytes of one file. All through huggingface_hub, imported late.
+
+Endpoint and token are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN, or what `hf auth login` has stored. Files come by
+plain HTTP with ranges, so that a download goes on at the byte where it stopped. Nothing that is sent is trusted:
+names are checked here, lengths and digests by whoever downloads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import HubError, OutputError
+from wan_loader.workers import StoppedError
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterator
+    from io import FileIO
+
+__all__ = ["Digest", "Listing", "RemoteFile", "list_repository", "quiet_hub", "transfer"]
+
+_MAX_FILES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository, as the hub describes it."""
+
+    path: str
+    nbytes: int
+    digest: str
+    """`sha256:HEX` of the content, or, for small files outside large-file storage, `git:HEX`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A repository at one commit."""
+
+    repository: str
+    revision: str
+    """The commit, whatever name it was asked for by."""
+    files: tuple[RemoteFile, ...]
+
+
+class Digest:
+    """Computes the kind of digest that the hub gives for a file."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._wanted = file.digest
+        git = file.digest.startswith("git:")
+        self._hash = hashlib.sha1(b"blob %d\0" % file.nbytes, usedforsecurity=False) if git else hashlib.sha256()
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+
+    @property
+    def found(self) -> str:
+        return self._hash.hexdigest()
+
+    @property
+    def is_right(self) -> bool:
+        return self._wanted.partition(":")[2] == self.found
+
+
+def list_repository(repository: str, revision: str | None) -> Listing:
+    """What a repository holds. Raises `HubError` that says why not."""
+    from huggingface_hub import HfApi
+
+    try:
+        info: Any = HfApi(library_name="wan-loader").model_info(repository, revision=revision, files_metadata=True)
+    except Exception as error:
+        raise _explain(error, repository, revision) from error
+    siblings = info.siblings or []
+    if not isinstance(info.sha, str) or not info.sha.isalnum() or len(siblings) > _MAX_FILES:
+        raise HubError(f"the hub's answer about {repository} is not one about a model: check HF_ENDPOINT")
+    return Listing(repository, info.sha, tuple(_remote_file(repository, sibling) for sibling in siblings))
+
+
+def _remote_file(repository: str, sibling: Any) -> RemoteFile:
+    path, nbytes, lfs = sibling.rfilename, sibling.size, sibling.lfs
+    digest = f"sha256:{lfs['sha256']}" if lfs else f"git:{sibling.blob_id}"
+    if not isinstance(path, str) or any(part in ("", ".", "..") for part in path.split("/")) or not path.isprintable():
+        raise HubError(f"{repository} holds a file named {path!r}: not a name to be trusted")
+    if type(nbytes) is not int or nbytes < 0 or not digest.partition(":")[2].isalnum():
+        raise HubError(f"the hub does not say how long {path} of {repository} is, or its hash: it cannot be checked")
+    return RemoteFile(path, nbytes, digest)
+
+
+class _Sink:
+    """The file that is written to: counts, hashes, and looks whether to stop."""
+
+    def __init__(
+        self, file: FileIO, remote: RemoteFile, digest: Digest, stop: threading.Event, told: Callable[[int], None]
+    ) -> None:
+        self._file = file
+        self._remote = remote
+        self._stop = stop
+        self._told = told
+        self.digest = digest
+
+    def write(self, data: bytes) -> int:
+        if self._stop.is_set():
+            raise StoppedError
+        if self._file.tell() + len(data) > self._remote.nbytes:
+            raise HubError(f"the hub sends more than the {self._remote.nbytes} bytes that it promised")
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._file.write(view) :]
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                advice = "free space and run it again, which goes on where it stopped" if full else "check the disk"
+                raise OutputError(f"{self._remote.path} cannot be written: {error.strerror}: {advice}") from error
+        self.digest.update(data)
+        self._told(len(data))
+        return len(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int) -> int:
+        """Called where the hub sends all again instead of the rest."""
+        if offset != 0:
+            raise HubError(f"a download of {self._remote.path} cannot go on at byte {offset}")
+        self._told(-self._file.tell())
+        self.digest = Digest(self._remote)
+        return self._file.seek(0)
+
+    def truncate(self) -> int:
+        return self._file.truncate()
+
+    def flush(self) -> None:
+        return None
+
+
+def transfer(
+    listing: Listing,
+    remote: RemoteFile,
+    file: FileIO,
+    digest: Digest,
+    *,
+    stop: threading.Event,
+    told: Callable[[int], None],
+) -> Digest:
+    """Append what is missing of a file, at whose end `file` stands; returns the digest of the whole.
+
+    digest: of what is there already. told: how many bytes have come. Raises `HubError` where the hub cannot be reached
+    or sends other than promised, `OutputError` where the bytes cannot be written, `StoppedError`.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    sink = _Sink(file, remote, digest, stop, told)
+    headers = build_hf_headers(library_name="wan-loader", headers={"Accept-Encoding": "identity"})
+    url = hf_hub_url(listing.repository, remote.path, revision=listing.revision)
+    try:
+        http_get(
+            url,
+            sink,  # type: ignore[arg-type]
+            resume_size=file.tell(),
+            headers=headers,
+            expected_size=remote.nbytes,
+            displayed_filename=remote.path,
+        )
+    except (StoppedError, HubError, OutputError):
+        raise
+    except Exception as error:
+        if "Consistency check failed" not in str(error):
+            raise _explain(error, listing.repository, listing.revision, remote.path) from error
+    if file.tell() != remote.nbytes:
+        raise HubError(f"the hub sent {file.tell()} of the {remote.nbytes} bytes of {remote.path}: try again later")
+    return sink.digest
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without huggingface_hub's own bars and warnings, which are undone afterwards."""
+    from huggingface_hub import utils
+
+    hub: Any = utils
+    was_disabled, verbosity = hub.are_progress_bars_disabled(), hub.logging.get_verbosity()
+    hub.disable_progress_bars()
+    hub.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub.logging.set_verbosity(verbosity)
+        if not was_disabled:
+            hub.enable_progress_bars()
+
+
+def _explain(error: Exception, repository: str, revision: str | None, path: str | None = None) -> HubError:
+    """What went wrong, in one line. By the names of classes, as they moved between versions and HTTP libraries."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    what = f"{path} of {repository}" if path else repository
+    if "GatedRepoError" in kinds:
+        reason = "is gated: accept its terms on its page, then set HF_TOKEN or run `hf auth login`"
+    elif "RevisionNotFoundError" in kinds:
+        reason = f"has no revision {revision!r}: check --revision"
+    elif "RepositoryNotFoundError" in kinds:
+        reason = "is not on the hub, or is private: check the name; for a private one set HF_TOKEN"
+    elif "HFValidationError" in kinds:
+        reason = "is not a name of a repository: write OWNER/NAME"
+    elif status in (401, 403):
+        reason = f"is not open to you ({status}): check HF_TOKEN"
+    elif status == 404:
+        reason = "is not there any more (404): run it again"
+    elif status == 416:
+        reason = "is shorter on the hub than the hub says: try again later"
+    elif status is not None:
+        reason = f"cannot be had: the hub answers {status}: try again later"
+    elif "OfflineModeIsEnabled" in kinds:
+        reason = "cannot be asked for: HF_HUB_OFFLINE is set"
+    else:
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"cannot be reached: {detail}: check the network, HF_ENDPOINT and proxies"
+    return HubError(f"{what} {reason}", status=status)
