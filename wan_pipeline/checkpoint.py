@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wan_loader import open_checkpoint
 from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.hub.layouts import missing_files
 from wan_pipeline import configs
 from wan_pipeline.keymap import keymap
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from wan_loader.formats.facts import Checkpoint
+    from wan_loader.hub.layouts import Layout
     from wan_loader.types import StrPath
     from wan_pipeline.keymap import MapName
 
@@ -157,9 +159,7 @@ def _open_native(root: Path) -> WanCheckpoint:
     experts = {"transformer": root} if is_5b else {name: root / d for name, d in _EXPERT_DIRS.items()}
     vae_file = _VAE_FILES[is_5b]
     tokenizer = root / _TOKENIZER_DIR
-    missing = [name for name in (_TEXT_FILE, vae_file) if not (root / name).exists()]
-    missing += [part for path in experts.values() for part in _missing_parts(root, path, _INDEX)]
-    _require(root, "native", missing + _missing_tokenizer(root, tokenizer))
+    _require(root, "native")
     components = [_text_encoder(root / _TEXT_FILE, None, str(root / _TEXT_FILE))]
     components += [_expert(name, path) for name, path in experts.items()]
     components.append(_vae(root / vae_file, None))
@@ -174,12 +174,8 @@ def _open_diffusers(root: Path) -> WanCheckpoint:
         raise CheckpointError(f"{root}/model_index.json describes a {kind!r}, not a WanPipeline: it is another model")
     boundary = index.get("boundary_ratio")
     experts = ["transformer"] if boundary is None else list(_EXPERT_DIRS)
-    indices = {"text_encoder": "model.safetensors.index.json", **dict.fromkeys([*experts, "vae"], _INDEX)}
-    missing = [part for name, file in indices.items() for part in _missing_parts(root, root / name, file)]
-    missing += _missing_tokenizer(root, root / "tokenizer")
+    _require(root, "diffusers")
     scheduler = root / "scheduler" / "scheduler_config.json"
-    missing += [] if scheduler.exists() else [str(scheduler.relative_to(root))]
-    _require(root, "diffusers", missing)
     text = root / "text_encoder"
     components = [_text_encoder(text, _read_json(text / "config.json"), str(text))]
     components += [_expert(name, root / name) for name in experts]
@@ -189,27 +185,8 @@ def _open_diffusers(root: Path) -> WanCheckpoint:
     )
 
 
-def _missing_parts(root: Path, path: Path, index: str) -> list[str]:
-    """Files that the config or the index of a part promises and that are not there, relative to `root`."""
-    if not path.is_dir():
-        return [f"{path.relative_to(root)}/"]
-    missing = [] if (path / "config.json").exists() else [str((path / "config.json").relative_to(root))]
-    if (path / index).exists():
-        weight_map = _read_json(path / index).get("weight_map")
-        shards = {Path(str(s)).name for s in weight_map.values()} if isinstance(weight_map, dict) else set()
-        missing += sorted(str((path / s).relative_to(root)) for s in shards if not (path / s).exists())
-    elif not list(path.glob("*.safetensors")):
-        missing.append(str((path / index).relative_to(root)))
-    return missing
-
-
-def _missing_tokenizer(root: Path, path: Path) -> list[str]:
-    names = ("tokenizer.json", "tokenizer_config.json")
-    return [str((path / name).relative_to(root)) for name in names if not (path / name).exists()]
-
-
-def _require(root: Path, layout: str, missing: list[str]) -> None:
-    if missing:
+def _require(root: Path, layout: Layout) -> None:
+    if missing := missing_files(root, layout):
         raise MissingFileError(
             f"{root} is an incomplete checkpoint ({layout} layout); missing: {', '.join(missing)}: finish the download"
         )
