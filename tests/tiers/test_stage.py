@@ -244,6 +244,17 @@ def test_what_an_interrupted_run_has_copied_is_not_copied_again(source, target, 
     assert not strays(target)
 
 
+def test_blocks_of_another_size_are_copied_again_without_a_warning(source, target, monkeypatch):
+    stopped_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        stage(source, target, threads=1)
+    monkeypatch.undo()
+    result = stage(source, target)
+    assert result.nbytes_copied >= 8 * BLOCK
+    assert not result.warnings
+    assert content(target / source.name) == content(source)
+
+
 @pytest.mark.parametrize("what", ["grows", "shrinks", "vanishes", "touched"])
 def test_a_source_that_changes_is_an_error_that_names_it(source, target, monkeypatch, what):
     path = source / "transformer/a-00001.safetensors"

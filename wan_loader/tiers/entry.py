@@ -48,7 +48,7 @@ __all__ = [
 
 HIDDEN = ".wan-loader-stage"
 _MAX_BYTES = 256 << 20
-_BLOCK_LINE = re.compile(r"b ([0-9a-f]{16}) (\d{1,12}) ([0-9a-f]{16})")
+_BLOCK_LINE = re.compile(r"b ([0-9a-f]{16}) (\d{1,18}) (\d{1,12}) ([0-9a-f]{16})")
 _RESET_LINE = re.compile(r"r ([0-9a-f]{16})")
 _PLACED_LINE = re.compile(r"p ([0-9a-f]{16}) (\d{1,18}) (-?\d{1,20}) (\".*\")")
 _MADE_LINE = re.compile(r"m (\".*\")")
@@ -103,8 +103,8 @@ class Entry:
         self.directory = directory
         self.home = home
         self.manifest: Manifest | None = None
-        self.blocks: dict[str, dict[int, str]] = {}
-        """Version of a file -> block -> checksum of what was written."""
+        self.blocks: dict[str, dict[tuple[int, int], str]] = {}
+        """Version of a file -> start and length of a block -> checksum of what was written."""
         self.placed: dict[str, tuple[str, int, int]] = {}
         """Path below DIR -> version, length and mtime of the file that was put there."""
         self.made: list[str] = []
@@ -161,10 +161,10 @@ class Entry:
         write_text(self.home / "manifest.json", json.dumps(document, indent=1) + "\n")
         self.manifest = manifest
 
-    def note_block(self, file: Planned, block: int, checksum: str) -> None:
+    def note_block(self, file: Planned, start: int, nbytes: int, checksum: str) -> None:
         """A block has been written."""
-        self._append(f"b {file.key} {block} {checksum}")
-        self.blocks.setdefault(file.key, {})[block] = checksum
+        self._append(f"b {file.key} {start} {nbytes} {checksum}")
+        self.blocks.setdefault(file.key, {})[start, nbytes] = checksum
 
     def forget_blocks(self, file: Planned) -> None:
         """What was written is gone."""
@@ -215,7 +215,7 @@ class Entry:
 
     def _replay(self, line: str) -> None:
         if found := _BLOCK_LINE.fullmatch(line):
-            self.blocks.setdefault(found[1], {})[int(found[2])] = found[3]
+            self.blocks.setdefault(found[1], {})[int(found[2]), int(found[3])] = found[4]
         elif found := _RESET_LINE.fullmatch(line):
             self.blocks.pop(found[1], None)
         elif (found := _PLACED_LINE.fullmatch(line)) and (path := _quoted(found[4])) is not None:

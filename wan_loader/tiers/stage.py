@@ -227,9 +227,14 @@ class _Job:
         """Blocks that no earlier run has written."""
         with contextlib.suppress(OSError):
             if os.stat(self._entry.part(file)).st_size == file.nbytes:
-                return sorted(set(range(blocks.n_blocks(file))) - set(self._entry.blocks.get(file.key, {})))
+                return [b for b in range(blocks.n_blocks(file)) if self._noted(file, b) is None]
         self._entry.forget_blocks(file)
         return list(range(blocks.n_blocks(file)))
+
+    def _noted(self, file: Planned, block: int) -> str | None:
+        """The checksum of a block as it was written, by this run or an earlier one."""
+        place = (block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block))
+        return self._entry.blocks.get(file.key, {}).get(place)
 
     # Steps; each runs over all files, so that the threads stay busy whatever the files' sizes are
 
@@ -256,7 +261,7 @@ class _Job:
             blocks.write(fd, start, view)
             if not self._in_memory:
                 start_writeback(fd, start, nbytes)
-        self._entry.note_block(file, block, blocks.checksum(view))
+        self._entry.note_block(file, start, nbytes, blocks.checksum(view))
         with self._lock:
             self._done += nbytes
             self.nbytes_copied += nbytes
@@ -303,7 +308,7 @@ class _Job:
         path = self._entry.target(file) if in_place else self._entry.part(file)
         with blocks.opened(path, os.O_RDONLY) as fd:
             whole = fill(fd, block * blocks.BLOCK_BYTES, view) == nbytes
-        same = whole and blocks.checksum(view) == self._entry.blocks.get(file.key, {}).get(block)
+        same = whole and blocks.checksum(view) == self._noted(file, block)
         with self._lock:
             self._done += nbytes
             self.nbytes_verified += nbytes
