@@ -171,6 +171,9 @@ def handler(hub, *, is_cdn):
 
 def point_to(monkeypatch, endpoint):
     """What HF_ENDPOINT does in a process that has not imported huggingface_hub yet."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for name in ("constants", "file_download", "hf_api"):  # older versions hold copies
+        module = pytest.importorskip(f"huggingface_hub.{name}")
+        for key, value in (("HUGGINGFACE_CO_URL_TEMPLATE", template), ("ENDPOINT", endpoint)):
+            if hasattr(module, key):
+                monkeypatch.setattr(module, key, value)

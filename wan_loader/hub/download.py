@@ -271,8 +271,8 @@ class _Job:
                 continue
             if right:
                 break
+            self._advance(-self._nbytes_of_part(file))
             self._state.part(file).unlink()
-            self._advance(-file.nbytes)
             mismatches += 1
             if mismatches == 2:
                 raise HubError(

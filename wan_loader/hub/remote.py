@@ -90,6 +90,10 @@ def _remote_file(repository: str, sibling: Any) -> RemoteFile:
     return RemoteFile(path, nbytes, digest)
 
 
+class _TooMuchError(Exception):
+    """More bytes come than were promised; older versions of huggingface_hub do so where all is sent again."""
+
+
 class _Sink:
     """The file that is written to: counts, hashes, and looks whether to stop."""
 
@@ -106,7 +110,7 @@ class _Sink:
         if self._stop.is_set():
             raise StoppedError
         if self._file.tell() + len(data) > self._remote.nbytes:
-            raise HubError(f"the hub sends more than the {self._remote.nbytes} bytes that it promised")
+            raise _TooMuchError
         view = memoryview(data)
         while view:
             try:
@@ -146,7 +150,7 @@ def transfer(
     stop: threading.Event,
     told: Callable[[int], None],
 ) -> Digest:
-    """Append what is missing of a file, at whose end `file` stands; returns the digest of the whole.
+    """Append what is missing of a file, at whose end `file` stands; returns the digest, wrong if too much comes.
 
     digest: of what is there already. told: how many bytes have come. Raises `HubError` where the hub cannot be reached
     or sends other than promised, `OutputError` where the bytes cannot be written, `StoppedError`.
@@ -169,6 +173,8 @@ def transfer(
         )
     except (StoppedError, HubError, OutputError):
         raise
+    except _TooMuchError:
+        return sink.digest
     except Exception as error:
         if "Consistency check failed" not in str(error):
             raise _explain(error, listing.repository, listing.revision, remote.path) from error
