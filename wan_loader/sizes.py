@@ -7,7 +7,16 @@ import re
 
 from wan_loader.errors import OptionError
 
-__all__ = ["format_age", "format_bytes", "format_rate", "format_seconds", "parse_age", "parse_rate", "parse_size"]
+__all__ = [
+    "format_age",
+    "format_bytes",
+    "format_count",
+    "format_rate",
+    "format_seconds",
+    "parse_age",
+    "parse_rate",
+    "parse_size",
+]
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -48,6 +57,11 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def format_count(number: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_rate(bytes_per_second: float) -> str:

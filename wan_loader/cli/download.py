@@ -93,19 +93,16 @@ def _document(result: Downloaded, *, dry_run: bool) -> dict[str, Any]:
 
 
 def _print(result: Downloaded, *, dry_run: bool) -> None:
-    from rich.table import Table
-
     from wan_loader.cli.render import output_console, plain
-    from wan_loader.sizes import format_bytes, format_rate, format_seconds
+    from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
     console = output_console()
     console.print(f"[bold]{plain(result.directory)}[/bold]")
     console.print(f"{plain(result.repository)} at {plain(result.revision[:12])}, {result.layout} layout")
     if dry_run:
-        files = Table("\nfile", "\nbytes", "\nhere", box=None, pad_edge=False, header_style="bold")
+        console.print()
         for file, status in result.files:
-            files.add_row(plain(file.path), format_bytes(file.nbytes), status)
-        console.print(files)
+            console.print(f"{status:9} {format_bytes(file.nbytes):>8}  {plain(file.path)}")
         missing = format_bytes(result.nbytes_missing)
         console.print(f"\n{missing} of {format_bytes(result.nbytes)} are to be downloaded")
         return
@@ -115,4 +112,6 @@ def _print(result: Downloaded, *, dry_run: bool) -> None:
         console.print(f"received {received} in {format_seconds(result.seconds)} = {rate}")
     if result.nbytes_hashed:
         console.print(f"{format_bytes(result.nbytes_hashed)} were there")
-    console.print(f"{len(result.files)} files, {format_bytes(result.nbytes)}: complete, every hash is the hub's")
+    console.print(
+        f"{format_count(len(result.files), 'file')}, {format_bytes(result.nbytes)}: complete, every hash is the hub's"
+    )

@@ -21,6 +21,7 @@ def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
     """Print what the directory holds; exits with 1 if it is not complete."""
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import error_console, plain, print_warnings
+    from wan_loader.sizes import format_count
 
     document = _document(path, inventory)
     if json:
@@ -30,8 +31,8 @@ def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
     print_warnings(document["warnings"])
     if inventory.complete:
         return
-    what = [f"{len(inventory.absent)} files are missing"] if inventory.absent else []
-    what += [f"{len(inventory.damaged)} parts are damaged"] if inventory.damaged else []
+    what = [f"{format_count(len(inventory.absent), 'file')} missing"] if inventory.absent else []
+    what += [f"{format_count(len(inventory.damaged), 'part')} damaged"] if inventory.damaged else []
     error_console().print(f"error: {plain(str(path))} is not complete: {', '.join(what)}: {_advice(path, inventory)}")
     raise typer.Exit(1)
 
@@ -43,9 +44,10 @@ def _advice(path: Path, inventory: Inventory) -> str:
     from wan_loader.hub.layouts import REPOSITORIES
 
     repository = inventory.repository or REPOSITORIES[inventory.layout]
+    first = "delete what is damaged; " if inventory.damaged else ""
     if inventory.repository is None and not inventory.has_two_experts:
-        return "finish the download"
-    return plain(f"wan-loader download {repository} --to {shlex.quote(str(path))} gets what is missing")
+        return f"{first}finish the download"
+    return plain(f"{first}wan-loader download {repository} --to {shlex.quote(str(path))} gets what is missing")
 
 
 def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
@@ -103,7 +105,8 @@ def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
         title, dtypes = _title(row["name"], inventory), ", ".join(row["dtypes"])
         sizes = (str(row["n_files"]), str(row["n_tensors"]), format_bytes(row["nbytes"]))
         parts.add_row(title, *sizes, dtypes, f"{share:.0%}")
-    console.print(parts)
+    if document["parts"]:
+        console.print(parts)
     for name, error in inventory.damaged:
         console.print(f"\n[bold red]damaged[/]: {_title(name, inventory)}: {plain(error)}")
     if inventory.absent:

@@ -70,7 +70,7 @@ def stage(
 def _remove(to: Path, path: Path | None, *, json: bool) -> None:
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console, plain, print_warnings
-    from wan_loader.sizes import format_bytes
+    from wan_loader.sizes import format_bytes, format_count
     from wan_loader.tiers.unstage import unstage
 
     result = unstage(to, None if path is None else os.path.basename(os.path.abspath(path)))
@@ -78,9 +78,8 @@ def _remove(to: Path, path: Path | None, *, json: bool) -> None:
         print_json(_removed(to, result))
     else:
         names = ", ".join(result.names)
-        output_console().print(
-            f"removed {plain(names)} from {plain(str(to))}: {result.n_files} files, {format_bytes(result.nbytes)}"
-        )
+        removed = f"{format_count(result.n_files, 'file')}, {format_bytes(result.nbytes)}"
+        output_console().print(f"removed {plain(names)} from {plain(str(to))}: {removed}")
     print_warnings([f"{kept} has changed since it was staged and stays" for kept in result.kept])
 
 
@@ -118,11 +117,12 @@ def _print(result: Staged, path: Path, to: Path) -> None:
 
     from wan_loader.cli.render import output_console, plain
     from wan_loader.mounts import IN_MEMORY
-    from wan_loader.sizes import format_bytes, format_rate, format_seconds
+    from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
     console = output_console()
     where = f" on {result.filesystem}" if result.filesystem else ""
-    console.print(f"[bold]{plain(result.path)}[/bold]\n{result.n_files} files, {format_bytes(result.nbytes)}{where}")
+    n_files, nbytes = format_count(result.n_files, "file"), format_bytes(result.nbytes)
+    console.print(f"[bold]{plain(result.path)}[/bold]\n{n_files}, {nbytes}{where}")
     if result.nbytes_copied:
         rate = format_rate(result.nbytes_copied / result.seconds)
         console.print(
