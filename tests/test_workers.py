@@ -35,11 +35,13 @@ def test_a_tick_that_raises_does_not_wait_for_a_thread_that_hangs():
     def interrupted():
         raise KeyboardInterrupt
 
-    start = time.perf_counter()
+    start, later = time.perf_counter(), []
     with pytest.raises(KeyboardInterrupt):
-        run_all([lambda: never.wait(30)], threads=4, stop=threading.Event(), tick=interrupted)
+        run_all([lambda: never.wait(30), lambda: later.append(1)], threads=1, stop=threading.Event(), tick=interrupted)
     assert time.perf_counter() - start < 5
     never.set()
+    time.sleep(0.05)
+    assert not later
 
 
 def test_tasks_are_taken_lazily_and_a_failing_source_is_an_error():

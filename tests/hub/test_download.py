@@ -389,6 +389,24 @@ def test_ctrl_c_ends_it_within_a_second_even_if_nothing_comes(hub, target):
     assert content(target) == expected(hub)
 
 
+def test_an_interrupted_call_leaves_nothing_that_goes_on_writing(hub, target, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 4096)
+    hub.pause_s = 0.4
+
+    def interrupted(step, done, total):
+        if done > 300_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(target, progress=interrupted)
+    nbytes = nbytes_in(target)
+    time.sleep(1)
+    assert nbytes_in(target) == nbytes > 0
+    hub.pause_s = 0
+    download(target)
+    assert content(target) == expected(hub)
+
+
 def test_errors_are_one_line_on_the_command_line(hub, target):
     for arguments, word in ((["nobody/nothing"], "nobody/nothing"), (["--revision", "x"], "--revision")):
         process = start(target, *arguments)

@@ -244,6 +244,48 @@ def test_what_an_interrupted_run_has_copied_is_not_copied_again(source, target, 
     assert not strays(target)
 
 
+def test_interrupted_between_renaming_and_the_end_it_still_knows_its_files(source, target, monkeypatch):
+    replace = os.replace
+
+    def interrupted(part, path):
+        replace(part, path)
+        if str(part).endswith(".part"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stage(source, target)
+    assert len(content(target)) == 1
+    assert not stage(source, target).warnings
+    assert content(target / source.name) == content(source)
+
+
+def test_what_was_written_before_a_file_was_deleted_is_not_taken_for_its_copy(source, target, monkeypatch):
+    stage(source, target)
+    (target / source.name / "transformer/a-00001.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            stage(source, target, threads=1)
+    result = stage(source, target)
+    assert not result.warnings
+    assert content(target / source.name) == content(source)
+
+
+def test_a_source_that_changes_after_its_last_block_was_read(source, target, monkeypatch):
+    settle = module._Job._settle
+
+    def changing(job, files):
+        (source / "model_index.json").write_text("changed")
+        settle(job, files)
+
+    monkeypatch.setattr(module._Job, "_settle", changing)
+    with pytest.raises(CheckpointError, match=r"model_index\.json changed"):
+        stage(source, target)
+    assert not content(target)
+
+
 def test_blocks_of_another_size_are_copied_again_without_a_warning(source, target, monkeypatch):
     stopped_after(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
