@@ -325,7 +325,8 @@ class _Job:
     def _place(self, file: Planned, force: bool) -> None:
         entry, part, source = self._entry, self._entry.part(file), self._sources[file]
         os.utime(part, ns=(source.mtime_ns, source.mtime_ns))
-        os.chmod(part, os.stat(source.path).st_mode & 0o755 | 0o600)
+        with contextlib.suppress(OSError):  # file systems without modes
+            os.chmod(part, os.stat(source.path).st_mode & 0o755 | 0o600)
         target = entry.target(file)
         if not force and os.path.lexists(target) and not entry.owns(file.path):
             raise OutputError(f"{target} appeared while it was being staged: remove it, or replace it with --force")
