@@ -18,7 +18,7 @@ __all__ = ["StoppedError", "default_threads", "run_all"]
 
 _TICK_S = 0.1
 #: How long a failed or interrupted run waits for its threads; one that hangs in a system call is left behind.
-_GRACE_S = 0.7
+_GRACE_S = 0.3
 
 
 class StoppedError(Exception):
