@@ -26,6 +26,7 @@ ROOMS = [
     {"loader"},
     {"profiler"},
     {"verify"},
+    {"bench"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wan_loader.formats import Checkpoint
     from wan_loader.types import StrPath
 
-__all__ = ["same_bits", "verify"]
+__all__ = ["reference_tensors", "same_bits", "verify"]
 
 
 def verify(path: StrPath, tensors: Mapping[str, torch.Tensor]) -> int:
@@ -26,7 +26,7 @@ def verify(path: StrPath, tensors: Mapping[str, torch.Tensor]) -> int:
     """
     checkpoint = open_checkpoint(path)
     names = set(tensors)
-    for name, expected in _reference(checkpoint):
+    for name, expected in reference_tensors(checkpoint):
         if name not in tensors:
             continue
         actual = tensors[name]
@@ -53,7 +53,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _reference(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+    """Names and tensors on the CPU, as safetensors or torch itself reads them; one at a time from safetensors."""
     for file in checkpoint.files:
         if checkpoint.format == "safetensors":
             from safetensors import safe_open

@@ -1,6 +1,6 @@
 """The `wan-loader` command: its subcommands, and the one place where errors become exit codes.
 
-0 fine, 1 an expected error (one message on stderr, no traceback unless -v), 2 usage, 130 Ctrl-C.
+0 fine, 1 an expected error (one message on stderr, no traceback unless -v), 2 usage, 3 a comparison failed, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import typer
 
 from wan_loader import __version__
 from wan_loader.cli import cache, options
+from wan_loader.cli.bench import bench
+from wan_loader.cli.compare import compare
 from wan_loader.cli.doctor import doctor
 from wan_loader.cli.download import download
 from wan_loader.cli.estimate import estimate
@@ -38,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (inspect, load, doctor, estimate, report, warm, evict, stage, download):
+for command in (inspect, load, bench, compare, doctor, estimate, report, warm, evict, stage, download):
     app.command()(command)
 app.add_typer(cache.app)
 app.command(context_settings={"allow_extra_args": True})(profile)

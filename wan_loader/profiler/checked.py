@@ -72,6 +72,10 @@ class Doc:
         """An object whose fields are only shown."""
         return dict(self._get(key, dict, "an object"))
 
+    def plain_or_none(self, key: str) -> dict[str, Any] | None:
+        """An object or null."""
+        return None if self._value.get(key) is None else self.plain(key)
+
     def docs(self, key: str) -> list[Doc]:
         """A list of objects."""
         return [Doc(v, f"{self._where}{key}[{i}].") for i, v in enumerate(self._get(key, list, "a list"))]

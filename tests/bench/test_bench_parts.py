@@ -1,0 +1,163 @@
+"""The pure parts: places, statistics, documents, pictures, the throttle, the comparison of tensors."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wan_loader.bench import storage
+from wan_loader.bench.check import compare_tensors
+from wan_loader.bench.markdown import to_markdown
+from wan_loader.bench.peers import LOADERS, Outcome, Task, find_loaders
+from wan_loader.bench.picture import to_svg
+from wan_loader.bench.statistics import case_warnings, summarize_samples
+from wan_loader.bench.storage import parse_place, part_of, scratch, staged
+from wan_loader.bench.table import HEADERS, case_rows, visible_columns
+from wan_loader.bench.throttle import Throttle
+from wan_loader.errors import OptionError, OutputError
+from wan_loader.formats import open_checkpoint
+
+
+def test_loaders_by_name():
+    assert [x.name for x in find_loaders(["torch,ours", "torch"])] == ["torch", "ours"]
+    assert find_loaders([]) == find_loaders(["all"]) == list(LOADERS.values())
+    assert {"ours", "safetensors", "safetensors-cuda", "torch", "diffusers"} <= set(LOADERS)
+    assert {"fastsafetensors", "instanttensor", "runai", "flashpack"} <= set(LOADERS)
+
+
+def test_places(tmp_path):
+    assert parse_place(f"ssd={tmp_path}").directory == tmp_path
+    assert parse_place("disk=simulated:150MB/s").rate == 150e6
+    assert parse_place("hdd=simulated").rate == 180e6
+    assert parse_place("x=simulated:sata").rate == 530e6
+    assert "simulated" in parse_place("hdd=simulated").label
+    for wrong in ("", "x", "=y", "x=", "x=simulated:quick"):
+        with pytest.raises(OptionError):
+            parse_place(wrong)
+
+
+def test_a_part_is_whole_files(tmp_path):
+    for i in range(3):
+        save_file({f"w{i}": torch.zeros(1000)}, tmp_path / f"m-{i + 1:05d}-of-00003.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(part_of(checkpoint, None)) == 3
+    assert len(part_of(checkpoint, 1)) == 1
+    assert len(part_of(checkpoint, 5000)) == 2
+
+
+def test_staged_copies_are_equal_and_removed(checkpoint, tmp_path):
+    (checkpoint / "config.json").write_text("{}")
+    place = tmp_path / "place"
+    place.mkdir()
+    source = checkpoint / "model.safetensors"
+    with staged(parse_place(f"a={place}"), [str(source)]) as copies:
+        (home,) = place.iterdir()
+        assert home.name.startswith(storage.PREFIX)
+        assert Path(copies[0]).read_bytes() == source.read_bytes()
+        assert (home / "config.json").exists()
+    assert list(place.iterdir()) == []
+
+
+def test_scratch_is_removed_after_an_error_and_refuses_what_does_not_fit(tmp_path):
+    with pytest.raises(ZeroDivisionError), scratch(tmp_path, 1):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OutputError, match="no room"), scratch(tmp_path, 1 << 60):
+        pass
+
+
+def test_the_throttle_serves_one_after_the_other():
+    now, slept = [0], []
+    throttle = Throttle(1e9, clock=lambda: now[0], sleep=slept.append)
+    first, second = throttle.reserve(500), throttle.reserve(500)
+    assert (first, second) == (500, 1000), "requests that wait at the same time share the device"
+    now[0] = 400
+    throttle.wait(second)
+    assert slept == [600 / 1e9]
+    now[0] = 5000
+    assert throttle.reserve(100) == 5100, "an idle device does not catch up"
+
+
+def test_summary_counts_good_samples_only(make_sample):
+    samples = [make_sample(1.0), make_sample(3.0), make_sample(2.0), {"status": "crashed", "reason": ""}]
+    summary = summarize_samples(samples)
+    assert (summary.n, summary.median_s, summary.min_s, summary.spread) == (3, 2.0, 1.0, 1.0)
+    assert summary.pinned_bytes is None
+    assert summarize_samples(samples[3:]) is None
+
+
+@pytest.mark.parametrize(
+    ("cache", "seconds", "other", "word"),
+    [
+        ("warm", [1.0], {}, "--repeat 5"),
+        ("warm", [1.0, 1.5, 1.0, 1.2], {}, "idle"),
+        ("warm", [3.0, 1.0, 1.0, 1.0], {}, "first sample"),
+        ("warm", [1.0, 1.0, 1.0], {"others_share": 0.7}, "other processes"),
+        ("cold", [1.0, 1.0, 1.0], {"resident_before": 50}, "not cold"),
+        ("warm", [1.0, 1.0, 1.0], {"resident_before": 50}, "not warm"),
+        ("cold", [1.0, 1.0, 1.0], {"resident_before": None}, "not proved"),
+    ],
+)
+def test_warnings_name_the_remedy(make_sample, cache, seconds, other, word):
+    (warning,) = case_warnings("disk", cache, {"ours": [make_sample(s, **other) for s in seconds]})
+    assert word in warning
+    assert "ours" in warning
+
+
+def test_good_samples_need_no_warning(make_sample):
+    good = [make_sample(s) for s in (1.0, 1.02, 1.05)]
+    assert case_warnings("disk", "warm", {"ours": good, "failed": []}) == []
+
+
+def test_comparison_finds_every_kind_of_difference(checkpoint):
+    file = str(checkpoint / "model.safetensors")
+    task = Task(files=(file,), format="safetensors", file_dtype="float32", device="cpu")
+    assert compare_tensors(task, Outcome(load_file(file))) == (12, [])
+    tensors = load_file(file)
+    del tensors["w0"]
+    tensors["w1"] = tensors["w1"].double()
+    tensors["w2"] = tensors["w2"].reshape(-1)
+    tensors["w3"][1, 1] += 1
+    tensors["zz"] = torch.zeros(1)
+    _, problems = compare_tensors(task, Outcome(tensors))
+    for name, problem in zip(("w0", "w1", "w2", "w3", "zz"), sorted(problems, key=lambda p: p[-4:]), strict=True):
+        assert name in problem
+
+
+def test_comparison_wants_the_dtype_asked_for(checkpoint):
+    file = str(checkpoint / "model.safetensors")
+    task = Task(files=(file,), format="safetensors", file_dtype="float32", device="cpu", dtype="bfloat16")
+    as_in_file = load_file(file)
+    converted = {n: t.bfloat16() if t.is_floating_point() else t for n, t in as_in_file.items()}
+    assert compare_tensors(task, Outcome(converted)) == (12, [])
+    assert compare_tensors(task, Outcome(as_in_file))[1], "not converted at all"
+    assert compare_tensors(task, Outcome({**converted, "w1": as_in_file["w1"]}, is_module=True)) == (12, [])
+
+
+def test_rows_put_the_fastest_first_and_failures_last(document, make_result):
+    case = document["cases"][0]
+    case["results"].append(make_result("x", status="crashed", reason="killed by SIGSEGV"))
+    rows = case_rows(case)
+    assert [row[0] for row in rows] == ["ours", "safetensors", "x"]
+    assert rows[2][1] == "crashed: killed by SIGSEGV"
+    assert [HEADERS[i] for i in visible_columns(rows, 30)][:2] == ["loader", "median"]
+    assert len(visible_columns(rows, 30)) < len(visible_columns(rows, 1000))
+
+
+def test_markdown_and_picture_show_everything(document, make_result):
+    case = document["cases"][0]
+    case["results"].append(make_result("x|y", status="hung", reason="<no> end"))
+    case["path"] = "/x/<m>\x1b[31m"
+    document["cases"].append({**case, "failure": "no room"})
+    text = to_markdown(document)
+    for word in ("ours", "x\\|y", "hung", "beware", "no room", "pinned copies"):
+        assert word in text
+    assert "\x1b" not in text
+    svg = to_svg(document)
+    root = ElementTree.fromstring(svg)
+    words = " ".join(e.text or "" for e in root.iter())
+    for word in ("ours", "hung: <no> end", "no room", "pinned copies", "1 s, 2 GB/s"):
+        assert word in words
+    assert "inside ours" in words

@@ -1,0 +1,208 @@
+"""The real command with real processes: what it measures, what peers may do to it, what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from wan_loader.bench.child import ask
+from wan_loader.bench.peers import Task
+
+FAKES = {
+    "fastsafetensors": """
+        import ctypes
+        def fastsafe_open(*args, **kwargs):
+            ctypes.string_at(0)
+        """,
+    "runai_model_streamer": """
+        import torch
+        class SafetensorsStreamer:
+            def __enter__(self):
+                return self
+            def __exit__(self, *args):
+                return None
+            def stream_files(self, paths, device):
+                from safetensors.torch import load_file
+                self.tensors = load_file(paths[0])
+            def get_tensors(self):
+                self.tensors["w3"][5, 5] += 1
+                return self.tensors.items()
+        """,
+    "flashpack": """
+        import pathlib, subprocess
+        def pack_to_file(tensors, path, dtype):
+            child = subprocess.Popen(["sleep", "1000"])
+            pathlib.Path(path).write_text(str(child.pid))
+            child.wait()
+        """,
+}
+PACKAGES = {"runai_model_streamer": "runai-model-streamer"}
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    """A directory for PYTHONPATH with peers that crash, return wrong tensors, or hang."""
+    home = tmp_path / "fakes"
+    home.mkdir()
+    for module, source in FAKES.items():
+        (home / f"{module}.py").write_text(textwrap.dedent(source))
+        info = home / f"{module}-9.9.dist-info"
+        info.mkdir()
+        name = PACKAGES.get(module, module)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
+    return home
+
+
+def results_of(case):
+    return {r["loader"]: r for r in case["results"]}
+
+
+def test_a_bench_measures_and_compares(checkpoint, command, tmp_path):
+    markdown, picture, saved = (tmp_path / name for name in ("b.md", "b.svg", "b.json"))
+    exports = ("--export-json", saved, "--export-markdown", markdown, "--export-picture", picture)
+    options = ("--cache", "cold", "--repeat", 1, "--dtype", "bf16", "--json")
+    done = command("bench", checkpoint, "--loader", "ours,safetensors,safetensors-cuda", *options, *exports)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads(saved.read_text())
+    assert document["schema_version"] == 1
+    assert document["device"] == "cpu"
+    assert any("no GPU" in w for w in document["warnings"])
+    (case,) = document["cases"]
+    results = results_of(case)
+    assert results["safetensors-cuda"]["status"] == "not applicable"
+    for name in ("ours", "safetensors"):
+        assert results[name]["status"] == "ok", results[name]
+        assert results[name]["compared_tensors"] == 12
+        (one,) = results[name]["samples"]
+        assert 0 < one["call_seconds"] <= one["seconds"]
+        assert one["resident_before"] is not None
+    assert results["ours"]["samples"][0]["phases"]["touch"]
+    assert "ours" in markdown.read_text()
+    assert "</svg>" in picture.read_text()
+    assert command("bench", checkpoint, "--export-json", saved).returncode == 1, "overwrites nothing"
+
+
+def test_bad_peers_are_reported_and_do_not_end_the_bench(checkpoint, command, fakes):
+    options = ("--repeat", 2, "--loader", "fastsafetensors,runai,torch,instanttensor", "--json")
+    done = command("bench", checkpoint, *options, PYTHONPATH=f"{fakes}:{os.environ.get('PYTHONPATH', '')}")
+    assert done.returncode == 0, done.stderr
+    results = results_of(json.loads(done.stdout)["cases"][0])
+    assert results["fastsafetensors"]["status"] == "crashed"
+    assert "SIGSEGV" in results["fastsafetensors"]["reason"]
+    assert len(results["fastsafetensors"]["samples"]) == 1, "what failed is not run again"
+    assert results["runai"]["status"] == "wrong"
+    assert "'w3'" in results["runai"]["reason"]
+    assert results["runai"]["summary"] is None, "wrong tensors have no time"
+    assert results["instanttensor"]["status"] in ("not installed", "not applicable")
+    assert results["torch"]["summary"]["n"] == 2
+
+
+def test_a_peer_that_hangs_is_ended_with_all_its_children(checkpoint, fakes, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(fakes), prepend=os.pathsep)
+    files = (str(checkpoint / "model.safetensors"),)
+    task = asdict(
+        Task(files=files, format="safetensors", file_dtype="float32", device="cpu", packed=str(tmp_path / "pid"))
+    )
+    answer = ask({"kind": "convert", "loader": "flashpack", "task": task}, time_limit_s=8)
+    assert answer["status"] == "hung"
+    assert "--time-limit" in answer["reason"]
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"its child {pid} still runs")
+
+
+def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_path):
+    from wan_loader.bench import storage
+    from wan_loader.bench.document import to_document
+    from wan_loader.bench.peers import LOADERS
+    from wan_loader.bench.runner import Entry, Settings, run_cases
+    from wan_loader.bench.storage import Place
+
+    here, small = tmp_path / "big", tmp_path / "small"
+    here.mkdir()
+    small.mkdir()
+    usage = storage.shutil.disk_usage
+    full = usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: full if path == small else usage(path))
+    settings = Settings(
+        paths=[str(checkpoint)],
+        entries=[Entry("ours", LOADERS["ours"])],
+        places=[Place("small", small), Place("big", here)],
+        caches=["as-is"],
+        device="cpu",
+        repeat=1,
+    )
+    told = []
+    cases = run_cases(settings, told.append)
+    assert "no room" in cases[0].failure
+    assert cases[1].results[0].status == "ok"
+    assert list(here.iterdir()) == []
+    document = to_document(settings, cases, argv=[], machine={}, created="")
+    assert any("no room" in w for w in document["warnings"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_cleans_up(checkpoint, tmp_path, number):
+    place = tmp_path / "place"
+    place.mkdir()
+    words = ["bench", checkpoint, "--loader", "ours", "--repeat", "1000", "--storage", f"disk={place}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "wan_loader", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    ) as child:
+        for line in child.stderr:
+            if "1/1000" in line:
+                break
+        assert len(list(place.iterdir())) == 1, "a copy is being measured"
+        child.send_signal(number)
+        rest = child.stderr.read()
+        assert child.wait(30) == 130, rest
+    assert list(place.iterdir()) == []
+
+
+def test_simulated_storage_sets_the_pace(checkpoint, command):
+    options = ("--loader", "ours,torch", "--storage", "slow=simulated:1MB/s", "--repeat", 1, "--json")
+    done = command("bench", checkpoint, *options)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(done.stdout)["cases"]
+    assert case["storage"]["label"] == "slow (simulated)"
+    results = results_of(case)
+    assert results["ours"]["summary"]["median_s"] > 0.8 * case["nbytes"] / 1e6
+    assert results["torch"]["status"] == "not applicable"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--loader", "nonsense"], "unknown loader 'nonsense'"),
+        (["--storage", "x"], "NAME=DIR"),
+        (["--storage", "x=/does/not/exist"], "no directory"),
+        (["--storage", "x=simulated:fast"], "no rate"),
+        (["--part", "lots"], "not understood"),
+    ],
+)
+def test_mistakes_are_one_clear_line(checkpoint, command, words, text):
+    done = command("bench", checkpoint, *words)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert text in done.stderr
+
+
+def test_a_missing_checkpoint_is_an_error(command, tmp_path):
+    done = command("bench", tmp_path / "none")
+    assert done.returncode == 1
+    assert "does not exist" in done.stderr

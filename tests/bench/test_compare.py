@@ -1,0 +1,92 @@
+"""Two documents compared: regressions fail, noise is named, foreign files are one clear error."""
+
+import json
+
+import pytest
+
+from wan_loader.bench.compare import compare_runs, parse_limit, read_run, regressions
+from wan_loader.errors import OptionError, SessionError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, document):
+        path = tmp_path / name
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+        return path
+
+    return write
+
+
+def scaled(document, factor):
+    changed = json.loads(json.dumps(document))
+    for result in changed["cases"][0]["results"]:
+        result["summary"]["median_s"] *= factor
+    return changed
+
+
+def test_a_regression_exits_with_three(document, write, command):
+    before, after = write("a.json", document), write("b.json", scaled(document, 1.5))
+    assert command("compare", before, after).returncode == 0
+    assert command("compare", before, after, "--fail-if", "median:60%").returncode == 0
+    done = command("compare", before, after, "--fail-if", "median:5%", "--json")
+    assert done.returncode == 3, done.stderr
+    assert json.loads(done.stdout)["regressions"] == 2
+    assert command("compare", after, before, "--fail-if", "median:5%").returncode == 0, "faster is no regression"
+
+
+def test_noise_is_named(document, write):
+    before, after = (read_run(write(n, d)) for n, d in (("a", document), ("b", scaled(document, 1.1))))
+    found = compare_runs(before, after, ["median"])
+    assert all(c.within_noise for c in found)
+    assert [round(c.change, 6) for c in found] == [0.1, 0.1]
+    assert regressions(found, [parse_limit("median:20%"), parse_limit("median:5%")]) == found
+
+
+def test_loads_compare_by_wall_time(checkpoint, command, write):
+    saved = write("load.json", command("load", checkpoint, "--json").stdout)
+    run = read_run(saved)
+    assert run.values["load"]["median"] > 0
+    assert compare_runs(run, run, ["median"])[0].change == 0
+
+
+def test_nothing_in_common_is_an_error(document, write):
+    other = json.loads(json.dumps(document))
+    other["cases"][0]["path"] = "/x/other"
+    with pytest.raises(SessionError, match="nothing in common"):
+        compare_runs(read_run(write("a", document)), read_run(write("b", other)), ["median"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1, "command": "rm"}', "[" * 100_000, "\udcff"],
+)
+def test_foreign_files_are_refused(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SessionError, match=r"x\.json"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("cases",), 3), (("machine",), []), (("cases", 0, "results", 0, "summary"), []), (("device",), None)],
+)
+def test_damaged_documents_are_refused(document, write, path, value):
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(SessionError, match=r"d\.json"):
+        read_run(write("d.json", document))
+
+
+@pytest.mark.parametrize("text", ["median", "median:5", "median:-5%", "speed:5%", "median:5%%"])
+def test_limits_are_checked(text):
+    with pytest.raises(OptionError):
+        parse_limit(text)
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(SessionError, match="does not exist"):
+        read_run(tmp_path / "none.json")

@@ -1,0 +1,167 @@
+"""Two runs compared: benches case by case and loader by loader, loads and profiles by their wall time. Pure.
+
+Documents come from files and are untrusted: what is used of them is checked, anything else is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import OptionError, SessionError
+from wan_loader.profiler.checked import Doc
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from wan_loader.types import StrPath
+
+__all__ = ["METRICS", "Comparison", "Limit", "Run", "compare_runs", "parse_limit", "read_run", "regressions"]
+
+_MAX_BYTES = 512_000_000
+
+#: Metric of the command line -> field of a summary. For all of them less is better.
+METRICS = {
+    "median": "median_s",
+    "min": "min_s",
+    "cpu": "cpu_s",
+    "host": "host_peak_bytes",
+    "pinned": "pinned_bytes",
+    "device": "device_peak_bytes",
+    "disk": "read_bytes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A change of a metric, as a share, above which a comparison fails."""
+
+    metric: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A document: what was measured under which name, and on which machine."""
+
+    path: str
+    machine: Mapping[str, Any]
+    values: Mapping[str, Mapping[str, float]]
+    """Name of a measurement -> metric -> value."""
+    spreads: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One metric of one measurement in both runs."""
+
+    name: str
+    metric: str
+    before: float
+    after: float
+    spread: float
+    """The larger spread of the two, as a share of the median; for times."""
+
+    @property
+    def change(self) -> float:
+        """As a share of before; positive is worse."""
+        if self.before == self.after:
+            return 0.0
+        return (self.after - self.before) / self.before if self.before else float("inf")
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether samples of one run differ by as much as the two runs do."""
+        return self.metric in ("median", "min", "cpu") and abs(self.change) <= self.spread
+
+
+def parse_limit(text: str) -> Limit:
+    """`median:5%`; raises `OptionError`."""
+    found = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)%", text.strip())
+    if not found or found[1] not in METRICS:
+        raise OptionError(f"--fail-if {text!r}: write METRIC:PERCENT%, METRIC one of {', '.join(METRICS)}")
+    return Limit(found[1], float(found[2]) / 100)
+
+
+def read_run(path: StrPath) -> Run:
+    """Read a document of `bench`, `load` or `profile`; raises `SessionError` for anything else."""
+    name = os.fspath(path)
+    try:
+        if os.path.getsize(name) > _MAX_BYTES:
+            raise SessionError(f"{name} is larger than {_MAX_BYTES} bytes: not a result")
+        document = Doc(json.loads(Path(name).read_text(encoding="utf-8")))
+        if document.whole("schema_version") != 1:
+            raise SessionError("it has another schema_version than 1: made by another version of wan-loader")
+        command = document.choice("command", ("bench", "load", "profile"))
+        values, spreads = _bench_values(document) if command == "bench" else _load_values(document)
+        return Run(name, document.plain("machine"), values, spreads)
+    except FileNotFoundError as error:
+        raise SessionError(f"{name} does not exist") from error
+    except OSError as error:
+        raise SessionError(f"{name} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SessionError(f"{name} is no result of bench, load or profile: {error}") from error
+
+
+def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    values: dict[str, dict[str, float]] = {}
+    spreads: dict[str, float] = {}
+    to = f"to {document.text('device').partition(':')[0]}" + (
+        f" as {d}" if (d := document.optional_text("dtype")) else ""
+    )
+    for case in document.docs("cases"):
+        where = f"{Path(case.text('path')).name}, {case.doc('storage').text('label')}, {case.text('cache')}, {to}"
+        for result in case.docs("results"):
+            if result.plain_or_none("summary") is None:
+                continue
+            summary = result.doc("summary")
+            name = f"{where}: {result.text('loader')}"
+            numbers = {m: summary.optional_number(f) for m, f in METRICS.items()}
+            values[name] = {m: v for m, v in numbers.items() if v is not None}
+            spreads[name] = summary.number("spread")
+    return values, spreads
+
+
+def _load_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    seconds, memory = document.number("seconds"), document.doc("memory")
+    values = {
+        "median": seconds,
+        "min": seconds,
+        "host": memory.number("host_peak_bytes"),
+        "pinned": memory.number("pinned_bytes"),
+        "device": memory.number("device_peak_bytes"),
+    }
+    return {document.text("command"): values}, {document.text("command"): 0.0}
+
+
+def compare_runs(before: Run, after: Run, metrics: Sequence[str]) -> list[Comparison]:
+    """Every metric of every measurement that both have. Raises `SessionError` where they have none in common."""
+    common = [name for name in before.values if name in after.values]
+    if not common:
+        raise SessionError(
+            f"{before.path} and {after.path} measured nothing in common: compare runs of the same command"
+        )
+    return [
+        Comparison(
+            name,
+            metric,
+            before.values[name][metric],
+            after.values[name][metric],
+            max(before.spreads[name], after.spreads[name]),
+        )
+        for name in common
+        for metric in metrics
+        if metric in before.values[name] and metric in after.values[name]
+    ]
+
+
+def regressions(found: Sequence[Comparison], limits: Sequence[Limit]) -> list[Comparison]:
+    """What became worse than a limit allows."""
+    allowed: dict[str, float] = {}
+    for limit in limits:
+        allowed[limit.metric] = min(limit.share, allowed.get(limit.metric, limit.share))
+    return [c for c in found if c.metric in allowed and c.change > allowed[c.metric]]

@@ -1,0 +1,120 @@
+"""The result of a bench as one JSON document. Pure; rendered by `markdown`, `picture` and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.bench.peers import installed_version
+from wan_loader.bench.statistics import case_warnings, summarize_samples
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from wan_loader.bench.runner import Case, Result, Settings
+
+__all__ = ["SCHEMA_VERSION", "to_document"]
+
+SCHEMA_VERSION = 1
+
+
+def to_document(
+    settings: Settings, cases: Sequence[Case], *, argv: Sequence[str], machine: Mapping[str, Any], created: str
+) -> dict[str, Any]:
+    """Everything that was measured: all samples, and what was made of them. Bytes are integers, seconds floats."""
+    document: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "command": "bench",
+        "created": created,
+        "argv": list(argv),
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "settings": {
+            "repeat": settings.repeat,
+            "time_limit_s": settings.time_limit_s,
+            "part_bytes": settings.part,
+            "caches": list(settings.caches),
+        },
+        "machine": dict(machine),
+        "loaders": [_loader(entry) for entry in settings.entries],
+        "cases": [_case(case) for case in cases],
+    }
+    document["warnings"] = [*_general(settings), *(w for case in document["cases"] for w in case.pop("warnings"))]
+    return document
+
+
+def _general(settings: Settings) -> list[str]:
+    if settings.device == "cpu":
+        return ["no GPU was used: this compares loading into host memory only"]
+    return []
+
+
+def _loader(entry: Any) -> dict[str, Any]:
+    return {
+        "label": entry.label,
+        "name": entry.loader.name,
+        "version": installed_version(entry.loader),
+        "how": entry.loader.how,
+        "io": entry.io if entry.loader.name == "ours" else None,
+        "threads": entry.threads,
+    }
+
+
+def _case(case: Case) -> dict[str, Any]:
+    ceiling, name = _ceiling(case)
+    results = [_result(result, case, ceiling) for result in case.results]
+    where = f"{case.place.label}, {case.cache}"
+    warnings = case_warnings(where, case.cache, {r.entry.label: r.samples for r in case.results})
+    if case.failure:
+        warnings.append(f"{where}: nothing was measured: {case.failure}")
+    return {
+        "path": case.path,
+        "storage": {
+            "name": case.place.name,
+            "label": case.place.label,
+            "simulated": case.place.rate is not None,
+            "rate_bytes_per_s": case.place.rate,
+            "staged": case.place.directory is not None,
+            **{f"facts_{k}": v for k, v in case.storage.items() if k in ("filesystem", "source", "rotational")},
+        },
+        "cache": case.cache,
+        "nbytes": case.nbytes,
+        "n_tensors": case.n_tensors,
+        "n_files": len(case.files),
+        "format": case.format,
+        "file_dtype": case.file_dtype,
+        "is_part": case.is_part,
+        "ceilings": dict(case.ceilings),
+        "ceiling_gbps": ceiling,
+        "ceiling": name,
+        "notes": list(case.notes),
+        "failure": case.failure,
+        "results": results,
+        "warnings": warnings,
+    }
+
+
+def _ceiling(case: Case) -> tuple[float | None, str]:
+    """The slowest of what every byte must pass, and its name; None for the CPU's page cache, which may be mapped."""
+    names = {"h2d_pinned_gbps": "pinned copies", "disk_gbps": "the disk", "simulated_gbps": "the simulated rate"}
+    known = {name: case.ceilings[name] for name in names if name in case.ceilings}
+    if not known or (case.cache == "cold" and "disk_gbps" not in known):
+        return None, ""
+    slowest = min(known, key=lambda name: known[name])
+    return known[slowest], names[slowest]
+
+
+def _result(result: Result, case: Case, ceiling: float | None) -> dict[str, Any]:
+    summary = summarize_samples(result.samples)
+    gbps = case.nbytes / summary.median_s / 1e9 if summary and summary.median_s else None
+    return {
+        "loader": result.entry.label,
+        "status": result.status,
+        "reason": result.reason,
+        "summary": asdict(summary) if summary else None,
+        "gbps": gbps,
+        "of_ceiling": gbps / ceiling if gbps and ceiling else None,
+        "compared_tensors": result.compared_tensors,
+        "conversion_s": result.conversion_s,
+        "samples": result.samples,
+    }

@@ -1,0 +1,48 @@
+"""A bench as Markdown that a person can paste. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.bench.table import HEADERS, case_rows, case_title, footnotes, machine_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["to_markdown"]
+
+
+def to_markdown(document: Mapping[str, Any]) -> str:
+    """One table a case, the machine, the command, what was called, and the warnings."""
+    lines = ["# Loading measured", "", f"{_plain(machine_line(document['machine']))}. {document['created']}.", ""]
+    lines += ["```console", f"$ {shlex.join(document['argv'])}", "```", ""]
+    for case in document["cases"]:
+        lines += [f"## {_plain(case_title(case, document))}", ""]
+        if case["failure"]:
+            lines += [f"Nothing was measured: {_plain(case['failure'])}", ""]
+            continue
+        lines += ["| " + " | ".join(HEADERS) + " |", "|---" + "|---:" * (len(HEADERS) - 1) + "|"]
+        lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in case_rows(case)]
+        lines += ["", *(f"- {_plain(note)}" for note in footnotes(case)), ""]
+    lines += ["## What was called", ""]
+    for loader in document["loaders"]:
+        lines.append(f"- **{_plain(loader['label'])}** {loader['version'] or '(not installed)'}: `{loader['how']}`")
+    lines += ["", _CONDITIONS, ""]
+    if document["warnings"]:
+        lines += ["## Warnings", "", *(f"- {_plain(w)}" for w in document["warnings"]), ""]
+    return "\n".join(lines)
+
+
+_CONDITIONS = (
+    "Each sample is a fresh process; imports and the device's context come before the clock, which ends when the "
+    "device is idle, on the CPU when every page of the tensors was touched. The loaders take turns. 'from disk' is "
+    "what the kernel fetched from storage; 'checked' tensors were compared with safetensors or torch, bit for bit, in "
+    "the first sample. GPU peak is of torch's allocator; '?' is not known."
+)
+
+
+def _plain(text: str) -> str:
+    """Text of a checkpoint or a loader, without anything that Markdown takes for its own."""
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    return shown.replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,254 @@
+"""Carries a bench out: places and cases one after the other, loaders in turn within each, one process a sample.
+
+Within a case the loaders take turns, and each round begins with another one, so that what changes over time (heat,
+neighbours, the disk's own cache) hits all of them alike. A loader that fails is reported and not run again in that
+case; nothing that a loader does ends the bench.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.bench.child import ask
+from wan_loader.bench.peers import Loader, Task, installed_version
+from wan_loader.bench.storage import Place, evict, leftovers, part_of, scratch, staged, warm
+from wan_loader.errors import OutputError
+from wan_loader.formats import open_checkpoint
+from wan_loader.profiler.storage import storage_facts
+from wan_loader.sizes import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from wan_loader.formats import Checkpoint
+
+__all__ = ["Case", "Entry", "Result", "Settings", "run_cases"]
+
+_PACKED_SHARE = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a table: a loader with settings."""
+
+    label: str
+    loader: Loader
+    io: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to measure."""
+
+    paths: Sequence[str]
+    entries: Sequence[Entry]
+    places: Sequence[Place]
+    caches: Sequence[str]
+    device: str
+    """As it was resolved: cpu or cuda:N."""
+    dtype: str | None = None
+    repeat: int = 5
+    time_limit_s: float = 300.0
+    part: int | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """What one entry did in one case."""
+
+    entry: Entry
+    status: str = "ok"
+    reason: str = ""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    compared_tensors: int | None = None
+    conversion_s: float | None = None
+    packed: str = ""
+
+    def fail(self, answer: dict[str, Any]) -> None:
+        """Take over a status that ends this entry's part in the case."""
+        self.status, self.reason = answer["status"], answer.get("reason", "")
+
+
+@dataclass(slots=True)
+class Case:
+    """One checkpoint in one place in one state of the page cache."""
+
+    path: str
+    place: Place
+    cache: str
+    files: list[str] = field(default_factory=list)
+    nbytes: int = 0
+    n_tensors: int = 0
+    format: str = ""
+    file_dtype: str = ""
+    is_part: bool = False
+    storage: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    failure: str = ""
+    """Why nothing was measured."""
+
+
+def run_cases(settings: Settings, tell: Callable[[str], None]) -> list[Case]:
+    """Measure everything; `tell` is given a line for each thing done. Raises `CheckpointError` before measuring."""
+    checkpoints = [open_checkpoint(path) for path in settings.paths]
+    cases: list[Case] = []
+    for path, checkpoint in zip(settings.paths, checkpoints, strict=True):
+        for place in settings.places:
+            cases += _Bench(settings, tell, path, checkpoint, place).run()
+    return cases
+
+
+class _Bench:
+    """One checkpoint in one place."""
+
+    def __init__(
+        self, settings: Settings, tell: Callable[[str], None], path: str, checkpoint: Checkpoint, place: Place
+    ) -> None:
+        self._settings = settings
+        self._tell = tell
+        self._place = place
+        self._files = part_of(checkpoint, settings.part)
+        self._is_part = len(self._files) < len(checkpoint.files)
+        facts = open_checkpoint(self._files) if self._is_part else checkpoint
+        weights: dict[str, int] = {}
+        for tensor in facts.tensors:
+            weights[tensor.dtype] = weights.get(tensor.dtype, 0) + tensor.nbytes
+        self._case = Case(
+            path,
+            place,
+            "",
+            nbytes=facts.nbytes,
+            n_tensors=len(facts.tensors),
+            format=facts.format,
+            file_dtype=max(weights, key=lambda d: weights[d], default="float32"),
+            is_part=self._is_part,
+        )
+
+    def run(self) -> list[Case]:
+        caches = ["simulated"] if self._place.rate else list(self._settings.caches)
+        done: list[Case] = []
+        try:
+            with ExitStack() as stack:
+                self._warn_of_leftovers()
+                files = stack.enter_context(staged(self._place, self._files))
+                self._case = replace(self._case, files=files, storage=storage_facts(files[0]))
+                prepared = [self._prepare(entry, stack) for entry in self._settings.entries]
+                for cache in caches:
+                    results = [replace(result, samples=[]) for result in prepared]
+                    case = replace(self._case, cache=cache, notes=[], results=results)
+                    done.append(case)
+                    if cache == "cold" and case.storage.get("in_memory"):
+                        case.failure = f"{case.storage['filesystem']} lies in memory: it is never cold"
+                    else:
+                        self._run_case(case)
+        except OutputError as error:
+            self._tell(f"{self._place.name}: {error}")
+            done += [replace(self._case, cache=c, failure=str(error)) for c in caches[len(done) :]]
+        return done
+
+    def _warn_of_leftovers(self) -> None:
+        if self._place.directory is None:
+            return
+        if found := leftovers(self._place.directory):
+            self._tell(f"{found[0]} was left by a bench that was killed or still runs: remove it if none does")
+        size = format_bytes(sum(os.path.getsize(f) for f in self._files))
+        self._tell(f"{self._place.name}: copying {size} to {self._place.directory}")
+
+    def _task(self, result: Result, case: Case) -> Task:
+        entry = result.entry
+        io = "buffered" if case.place.rate and entry.io == "auto" else entry.io
+        return Task(
+            files=tuple(case.files),
+            format=case.format,
+            file_dtype=case.file_dtype,
+            device=self._settings.device,
+            dtype=self._settings.dtype,
+            directory="" if case.is_part else str(Path(case.files[0]).absolute().parent),
+            packed=result.packed,
+            io=io,
+            threads=entry.threads,
+        )
+
+    def _prepare(self, entry: Entry, stack: ExitStack) -> Result:
+        """Find out whether an entry can take part, and convert for a loader that has its own format."""
+        result = Result(entry)
+        loader = entry.loader
+        if installed_version(loader) is None:
+            package = next(p for p in loader.packages)
+            result.fail({"status": "not installed", "reason": f"pip install {package}"})
+        elif self._place.rate and (loader.name != "ours" or entry.io == "mapped"):
+            reason = "only reads of our own loader's ring can be slowed down"
+            result.fail({"status": "not applicable", "reason": reason})
+        elif refusal := loader.refusal(self._task(result, self._case)):
+            result.fail({"status": "not applicable", "reason": refusal})
+        elif loader.convert is not None:
+            self._convert(result, stack)
+        return result
+
+    def _convert(self, result: Result, stack: ExitStack) -> None:
+        self._tell(f"{self._place.name}: converting for {result.entry.label}")
+        nbytes = int(sum(os.path.getsize(f) for f in self._case.files) * _PACKED_SHARE)
+        try:
+            home = stack.enter_context(scratch(Path(self._case.files[0]).absolute().parent, nbytes))
+        except OutputError as error:
+            result.fail({"status": "failed", "reason": f"no room for its own format: {error}"})
+            return
+        result.packed = str(home / "weights.packed")
+        answer = self._ask("convert", result, self._case)
+        if answer["status"] != "ok":
+            result.fail({**answer, "reason": f"while converting: {answer.get('reason', '')}"})
+        result.conversion_s = answer.get("seconds")
+
+    def _ask(self, kind: str, result: Result, case: Case, **more: Any) -> dict[str, Any]:
+        request = {"kind": kind, "loader": result.entry.loader.name, "task": asdict(self._task(result, case)), **more}
+        return ask(request, time_limit_s=self._settings.time_limit_s)
+
+    def _run_case(self, case: Case) -> None:
+        self._measure_ceilings(case)
+        total = self._settings.repeat
+        for number in range(total):
+            shift = number % len(case.results)
+            for result in (*case.results[shift:], *case.results[:shift]):
+                if result.status == "ok":
+                    self._sample(case, result, f"{number + 1}/{total}")
+
+    def _sample(self, case: Case, result: Result, number: str) -> None:
+        watched = [result.packed] if result.packed else case.files
+        if case.cache == "cold":
+            evict(watched)
+        elif case.cache in ("warm", "simulated"):
+            warm(watched)
+        check = result.compared_tensors is None
+        answer = self._ask("sample", result, case, check=check, rate=case.place.rate)
+        result.samples.append(answer)
+        name = f"{case.place.label}, {case.cache}, {number}: {result.entry.label}"
+        if answer["status"] == "ok":
+            result.compared_tensors = answer.get("compared_tensors", result.compared_tensors)
+            self._tell(f"{name}: {format_seconds(answer['seconds'])}")
+        else:
+            result.fail(answer)
+            self._tell(f"{name}: {result.status}: {result.reason}")
+
+    def _measure_ceilings(self, case: Case) -> None:
+        """What the device and the storage can do, measured in this run and in this place."""
+        names = ["h2d_pinned_gbps"] if self._settings.device.startswith("cuda") else []
+        if case.cache == "cold":
+            evict(case.files)
+            names.append("disk_gbps")
+        elif case.cache == "warm":
+            names.append("page_cache_gbps")
+        request = {"kind": "ceiling", "names": names, "files": case.files, "device": self._settings.device}
+        answer = ask(request, time_limit_s=self._settings.time_limit_s)
+        case.ceilings = dict(answer.get("values", {}))
+        case.notes += answer.get("notes", [])
+        if answer["status"] != "ok":
+            case.notes.append(f"ceilings were not measured: {answer['reason']}")
+        if case.place.rate:
+            case.ceilings["simulated_gbps"] = case.place.rate / 1e9

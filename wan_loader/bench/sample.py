@@ -1,0 +1,274 @@
+"""Takes one sample: the program of the fresh process that each sample is.
+
+Reads a request as JSON from stdin and writes one result to the file that it names; what a loader prints goes wherever
+the parent sent it. The order is: imports, the device's context, counters and residency, the clock, the load, the
+device's end (on the CPU: every page of the tensors touched, since some loaders only map the file), counters, and last
+the comparison of the tensors. Ends without clean-up: how long a loader takes to shut down is not measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.atomic import write_text
+from wan_loader.bench.peers import LOADERS, Loader, NotApplicableError, Outcome, Task
+from wan_loader.bench.throttle import throttle_reads
+from wan_loader.events import clock_ns
+from wan_loader.machine import machine_card, peak_resident, processors, reset_peak_resident
+from wan_loader.profiler.storage import resident_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["answer", "main", "take_sample"]
+
+_PAGE = 4096
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = json.loads(sys.stdin.buffer.read())
+    result = answer(request)
+    write_text(Path(request["result"]), json.dumps(result))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what is asked for; a failure is an answer too: {"status", "reason"}."""
+    try:
+        match request["kind"]:
+            case "ceiling":
+                return measure_ceiling(request)
+            case "convert":
+                return convert(request)
+            case "device":
+                return describe_device(request["device"])
+        return take_sample(request)
+    except NotApplicableError as reason:
+        return {"status": "not applicable", "reason": str(reason)}
+    except Exception as error:  # whatever a loader raises is its result
+        text = " ".join(str(error).split())[:300]
+        return {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
+
+
+def _task(request: Mapping[str, Any]) -> Task:
+    fields = dict(request["task"])
+    return Task(**{**fields, "files": tuple(fields["files"])})
+
+
+def convert(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the loader's own format; how long that took is stated beside its times."""
+    loader = LOADERS[request["loader"]]
+    assert loader.convert is not None
+    for module in loader.modules:
+        import_module(module)
+    start_ns = clock_ns()
+    loader.convert(_task(request))
+    return {"status": "ok", "seconds": (clock_ns() - start_ns) / 1e9}
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """The device by its full name, and the machine's card."""
+    from wan_loader.loader.devices import device_card, resolve_device
+
+    found = resolve_device(device)
+    return {"status": "ok", "device": str(found), "machine": {**machine_card(), **device_card(found)}}
+
+
+def measure_ceiling(request: Mapping[str, Any]) -> dict[str, Any]:
+    """GB/s that this machine reaches at best: copies to the device, O_DIRECT reads of cold files, the page cache."""
+    from wan_loader.profiler import measure
+
+    files, found, notes = request["files"], {}, []
+    for name in request["names"]:
+        try:
+            if name == "h2d_pinned_gbps":
+                device = request["device"]
+                found[name] = measure.measure_device(int(device.partition(":")[2] or 0))[name]
+            elif name == "disk_gbps":
+                found[name] = measure.measure_disk(files, seconds=3)
+            else:
+                found[name] = measure.measure_page_cache(files)
+        except (measure.UnmeasuredError, OSError, RuntimeError) as error:
+            notes.append(f"{name} was not measured: {error}")
+    return {"status": "ok", "values": found, "notes": notes}
+
+
+def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
+    """One load, timed, counted and, if asked for, compared."""
+    loader, task = LOADERS[request["loader"]], _task(request)
+    if reason := loader.refusal(task):
+        raise NotApplicableError(reason)
+    if request.get("rate"):
+        throttle_reads(request["rate"])
+    for module in loader.modules:
+        import_module(module)
+    _start_device(task.device)
+    watched = [task.packed] if task.packed else list(task.files)
+    facts = {
+        "status": "ok",
+        "nbytes_watched": sum(os.path.getsize(path) for path in watched),
+        "resident_before": resident_bytes(watched),
+    }
+    outcome, measured = _timed(loader, task)
+    result = {**facts, **measured, **_memory(task.device, outcome), "report": _short_report(outcome)}
+    if request.get("check"):
+        result |= _checked(task, outcome)
+    return result
+
+
+def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
+    """The load itself: all that is between the two readings of the clock, and of the counters."""
+    reset_peak_resident()
+    before = _counters()
+    start_ns = clock_ns()
+    outcome = loader.load(task)
+    returned_ns = clock_ns()
+    if task.device.startswith("cuda"):
+        _synchronize(task.device)
+    else:
+        _touch(outcome.tensors.values())
+    end_ns = clock_ns()
+    seconds = (end_ns - start_ns) / 1e9
+    measured = {
+        "seconds": seconds,
+        "call_seconds": (returned_ns - start_ns) / 1e9,
+        **_difference(before, _counters(), seconds),
+        "phases": _phases(outcome.spans, start_ns, end_ns),
+    }
+    if outcome.spans and task.device == "cpu":
+        measured["phases"]["touch"] = [[measured["call_seconds"], seconds]]
+    return outcome, measured
+
+
+def _checked(task: Task, outcome: Outcome) -> dict[str, Any]:
+    from wan_loader.bench.check import compare_tensors
+
+    compared, problems = compare_tensors(task, outcome)
+    if problems:
+        return {"status": "wrong", "reason": "; ".join(problems), "compared_tensors": compared}
+    return {"compared_tensors": compared}
+
+
+def _start_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.zeros(1, device=device)
+        _synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    torch.cuda.synchronize(device)
+
+
+def _touch(tensors: Iterable[Any]) -> None:
+    """Read a byte of every page, so that what was only mapped is read now."""
+    import torch
+
+    for tensor in tensors:
+        nbytes, address = tensor.untyped_storage().nbytes(), tensor.untyped_storage().data_ptr()
+        if nbytes > 2 * _PAGE:
+            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[::_PAGE].sum()
+        elif nbytes:
+            _ = ctypes.c_ubyte.from_address(address).value, ctypes.c_ubyte.from_address(address + nbytes - 1).value
+
+
+def _counters() -> dict[str, float]:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {
+        "read_bytes": _read_bytes("self") + sum(map(_read_bytes, _descendants())),
+        "cpu_seconds": sum(u.ru_utime + u.ru_stime for u in used),
+        "machine_busy_s": _machine_busy_s(),
+    }
+
+
+def _descendants() -> list[int]:
+    import psutil
+
+    return [p.pid for p in psutil.Process().children(recursive=True)]
+
+
+def _read_bytes(pid: int | str) -> int:
+    """Bytes fetched from storage by a process and by children that it has waited for; page faults included."""
+    try:
+        return int(Path(f"/proc/{pid}/io").read_text().partition("\nread_bytes: ")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _machine_busy_s() -> float:
+    """CPU-seconds that all processors spent on anything but waiting, since boot."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        idle = int(words[3]) + int(words[4])
+        return (sum(int(w) for w in words[:8]) - idle) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def _difference(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    used = after["cpu_seconds"] - before["cpu_seconds"]
+    others = max(0.0, after["machine_busy_s"] - before["machine_busy_s"] - used)
+    return {
+        "read_bytes": int(after["read_bytes"] - before["read_bytes"]),
+        "cpu_seconds": used,
+        "others_share": min(1.0, others / (seconds * processors())) if seconds > 0.3 else None,
+    }
+
+
+def _memory(device: str, outcome: Outcome) -> dict[str, Any]:
+    """Peaks in bytes; None for what cannot be known of a loader."""
+    import torch
+
+    peaks: dict[str, Any] = {"host_peak_bytes": peak_resident(), "pinned_bytes": None, "device_peak_bytes": None}
+    if outcome.report is not None:
+        peaks["pinned_bytes"] = outcome.report["memory"]["pinned_bytes"]
+    elif device.startswith("cuda"):
+        peaks["pinned_bytes"] = _pinned_by_torch()
+    if device.startswith("cuda"):
+        peaks["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peaks
+
+
+def _pinned_by_torch() -> int | None:
+    """Peak of torch's own pinned allocator, where this torch tells it and the loader used it."""
+    import torch
+
+    stats: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()
+    return int(stats.get("allocated_bytes.peak", 0)) or None
+
+
+def _phases(spans: Iterable[Any], start_ns: int, end_ns: int) -> dict[str, list[list[float]]]:
+    """When each phase was busy, in seconds from the start; neighbours that a picture could not tell apart are one."""
+    gap = (end_ns - start_ns) / 400
+    merged: dict[str, list[list[float]]] = {}
+    for span in sorted(spans, key=lambda s: s.start_ns):
+        row = merged.setdefault(span.name, [])
+        if row and span.start_ns - row[-1][1] <= gap:
+            row[-1][1] = max(row[-1][1], span.end_ns)
+        else:
+            row.append([span.start_ns, span.end_ns])
+    return {name: [[(a - start_ns) / 1e9, (b - start_ns) / 1e9] for a, b in row] for name, row in merged.items()}
+
+
+def _short_report(outcome: Outcome) -> dict[str, Any] | None:
+    if outcome.report is None:
+        return None
+    return {key: outcome.report[key] for key in ("io", "phases", "bottleneck", "memory", "settings", "warnings")}
+
+
+if __name__ == "__main__":
+    main()

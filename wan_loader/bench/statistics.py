@@ -1,0 +1,105 @@
+"""From samples to numbers and warnings. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["Summary", "case_warnings", "summarize_samples"]
+
+_SPREAD = 0.15
+_MIN_SAMPLES = 3
+_OTHERS = 0.2
+_COLD = 0.01
+_WARM = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Of the samples that went well. Seconds, bytes; None where nothing is known."""
+
+    n: int
+    median_s: float
+    min_s: float
+    max_s: float
+    spread: float
+    """(max - min) / median."""
+    cpu_s: float
+    read_bytes: int
+    host_peak_bytes: int | None
+    pinned_bytes: int | None
+    device_peak_bytes: int | None
+
+
+def summarize_samples(samples: Sequence[Mapping[str, Any]]) -> Summary | None:
+    """None where no sample went well."""
+    good = [s for s in samples if s["status"] == "ok"]
+    if not good:
+        return None
+    seconds = [s["seconds"] for s in good]
+    median = statistics.median(seconds)
+    return Summary(
+        n=len(good),
+        median_s=median,
+        min_s=min(seconds),
+        max_s=max(seconds),
+        spread=(max(seconds) - min(seconds)) / median if median else 0.0,
+        cpu_s=statistics.median(s["cpu_seconds"] for s in good),
+        read_bytes=int(statistics.median(s["read_bytes"] for s in good)),
+        host_peak_bytes=_peak(good, "host_peak_bytes"),
+        pinned_bytes=_peak(good, "pinned_bytes"),
+        device_peak_bytes=_peak(good, "device_peak_bytes"),
+    )
+
+
+def _peak(samples: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    known = [s[key] for s in samples if s[key] is not None]
+    return max(known) if known else None
+
+
+def case_warnings(where: str, cache: str, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What makes a case's samples doubtful: one line for each kind of doubt, with the loaders and the remedy."""
+    doubts: dict[str, list[str]] = {}
+    for label, samples in results.items():
+        for kind, detail in _doubts(cache, [s for s in samples if s["status"] == "ok"]):
+            doubts.setdefault(kind, []).append(f"{label} {detail}".rstrip())
+    return [f"{where}: {_REMEDIES[kind].format(', '.join(found))}" for kind, found in doubts.items()]
+
+
+_REMEDIES = {
+    "few": "too few samples to tell the spread ({}): use --repeat 5",
+    "spread": f"samples differ by more than {_SPREAD:.0%} of the median ({{}}): raise --repeat, on an idle machine",
+    "first": "the first sample is far slower than the rest ({}): something was only warm afterwards; raise --repeat, "
+    "so that the median leaves it out",
+    "others": "other processes used the processors meanwhile (up to {}): end them, and measure again",
+    "unknown": "this kernel does not say what is in the page cache ({}): not proved to be in the state asked for",
+    "cold": "not cold, the page cache held some of it before a sample ({}): end what holds it open or mapped",
+    "warm": "not warm, the page cache lacked some of it before a sample ({}): free memory, or use --part",
+}
+
+
+def _doubts(cache: str, good: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    summary = summarize_samples(good)
+    if summary is None:
+        return
+    if summary.n < _MIN_SAMPLES:
+        yield "few", str(summary.n)
+    elif summary.spread > _SPREAD:
+        rest = [s["seconds"] for s in good[1:]]
+        steady = good[0]["seconds"] == summary.max_s and max(rest) - min(rest) < _SPREAD * summary.median_s
+        yield "first" if steady else "spread", f"{summary.spread:.0%}"
+    others = [s["others_share"] for s in good if s["others_share"] is not None]
+    if others and max(others) > _OTHERS:
+        yield "others", f"{max(others):.0%}"
+    if cache in ("cold", "warm"):
+        shares = [s["resident_before"] / max(1, s["nbytes_watched"]) for s in good if s["resident_before"] is not None]
+        if not shares:
+            yield "unknown", ""
+        elif cache == "cold" and max(shares) > _COLD:
+            yield "cold", f"{max(shares):.0%} cached"
+        elif cache == "warm" and min(shares) < _WARM:
+            yield "warm", f"{min(shares):.0%} cached"

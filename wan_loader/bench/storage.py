@@ -1,0 +1,172 @@
+"""The places that a checkpoint is measured in: where it is, copies of it elsewhere, or a simulated slow disk.
+
+Copies lie in a directory `.wan-loader-bench-*` of the place and are removed at the end, also after Ctrl-C and SIGTERM;
+only a killed run leaves them behind. Also here: making files warm or cold, because that is a property of the place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_loader.errors import OptionError, OutputError
+from wan_loader.machine import available_memory
+from wan_loader.profiler.simulate import STORAGES
+from wan_loader.profiler.storage import resident_bytes, storage_facts
+from wan_loader.sizes import format_bytes, parse_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from wan_loader.formats import Checkpoint
+
+__all__ = ["PREFIX", "Place", "evict", "leftovers", "parse_place", "part_of", "scratch", "staged", "warm"]
+
+PREFIX = ".wan-loader-bench-"
+_SIMULATED = "simulated"
+_ALIASES = {"sata": "sata-ssd", "nvme": "nvme-gen3"}
+_PIECE = 16 << 20
+#: Small files beside the weights that say what the component is.
+_SIDECARS = ("config.json",)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A storage to measure: a directory that the checkpoint is copied into, or where it already is."""
+
+    name: str
+    directory: Path | None = None
+    """None: the checkpoint stays where it is."""
+    rate: float | None = None
+    """Bytes per second of a simulated device; the checkpoint is read from the page cache and held to it."""
+
+    @property
+    def label(self) -> str:
+        """The name, with a mark on what is not real."""
+        return f"{self.name} (simulated)" if self.rate else self.name
+
+
+def parse_place(text: str) -> Place:
+    """`NAME=DIR`, `NAME=simulated:RATE`, `NAME=simulated:CLASS`, or `CLASS=simulated`. Raises `OptionError`."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise OptionError(f"--storage {text!r}: write NAME=DIR, or NAME=simulated:180MB/s")
+    kind, _, rate = value.partition(":")
+    if kind != _SIMULATED:
+        directory = Path(value).expanduser()
+        if not directory.is_dir():
+            raise OptionError(f"--storage {name}: {directory} is no directory")
+        return Place(name, directory)
+    rate = rate or name
+    known = STORAGES.get(_ALIASES.get(rate, rate))
+    if known is None and not rate[:1].isdigit():
+        raise OptionError(f"--storage {text!r}: {rate!r} is no rate and none of {', '.join((*_ALIASES, *STORAGES))}")
+    return Place(name, None, known or parse_rate(rate))
+
+
+def part_of(checkpoint: Checkpoint, nbytes: int | None) -> list[str]:
+    """The first files that hold at least `nbytes` together (at least one); all of them for None."""
+    chosen: list[str] = []
+    total = 0
+    for file in checkpoint.files:
+        if nbytes is not None and chosen and total >= nbytes:
+            break
+        chosen.append(file.path)
+        total += file.nbytes
+    return chosen
+
+
+@contextmanager
+def scratch(directory: Path, nbytes: int) -> Iterator[Path]:
+    """An empty directory inside `directory` with room for `nbytes`, removed at the end. Raises `OutputError`."""
+    try:
+        free = shutil.disk_usage(directory).free
+        if storage_facts(directory).get("in_memory"):
+            free = min(free, available_memory())
+        if nbytes > free:
+            raise OutputError(
+                f"{directory} has no room: {format_bytes(nbytes)} needed, {format_bytes(free)} free; "
+                "name another place, or measure less with --part"
+            )
+        made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be written: {error.strerror}; name another place") from error
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def staged(place: Place, files: Sequence[str], told: Callable[[int], None] = lambda done: None) -> Iterator[list[str]]:
+    """The files as they lie in the place. Copies are synced, so that writing back does not disturb what is measured."""
+    if place.directory is None:
+        yield list(files)
+        return
+    with scratch(place.directory, sum(os.path.getsize(f) for f in files)) as directory:
+        try:
+            copies = _copy_all(files, directory, told)
+        except OSError as error:
+            raise OutputError(f"{place.directory}: copying failed: {error.strerror}") from error
+        yield copies
+
+
+def _copy_all(files: Sequence[str], directory: Path, told: Callable[[int], None]) -> list[str]:
+    done = 0
+    copies = []
+    for path in files:
+        target = directory / Path(path).name
+        with open(path, "rb") as source, open(target, "xb") as copy:
+            while count := os.sendfile(copy.fileno(), source.fileno(), None, _PIECE):
+                done += count
+                told(done)
+            os.fsync(copy.fileno())
+        copies.append(str(target))
+    for name in _SIDECARS:
+        with suppress(FileNotFoundError):
+            shutil.copyfile(Path(files[0]).parent / name, directory / name)
+    return copies
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """What killed runs left in a place."""
+    return sorted(directory.glob(f"{PREFIX}*"))
+
+
+def evict(files: Sequence[str], tries: int = 20) -> None:
+    """Push files out of the page cache, as far as the system allows: tmpfs, mapped and dirty pages stay."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for _ in range(tries):  # pages in a processor's batch of new ones are kept at first
+                with suppress(OSError):
+                    os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                if not resident_bytes([path]):
+                    break
+                time.sleep(0.01)
+        finally:
+            os.close(fd)
+
+
+def warm(files: Sequence[str]) -> None:
+    """Read files into the page cache, unless they are there."""
+    buffer = bytearray(_PIECE)
+    for path in files:
+        if resident_bytes([path]) == os.path.getsize(path):
+            continue
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            position = 0
+            while count := os.preadv(fd, [buffer], position):
+                position += count
+        finally:
+            os.close(fd)

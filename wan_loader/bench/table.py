@@ -1,0 +1,143 @@
+"""The rows of a bench's tables, once for the terminal and for Markdown. Pure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.sizes import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["HEADERS", "case_rows", "case_title", "footnotes", "machine_line", "ordered", "visible_columns"]
+
+HEADERS = (
+    "loader",
+    "median",
+    "min",
+    "spread",
+    "GB/s",
+    "of ceiling",
+    "CPU s",
+    "from disk",
+    "host peak",
+    "pinned",
+    "GPU peak",
+    "samples",
+    "checked",
+)
+
+_IMPORTANCE = (
+    "loader",
+    "median",
+    "GB/s",
+    "of ceiling",
+    "CPU s",
+    "from disk",
+    "spread",
+    "checked",
+    "host peak",
+    "GPU peak",
+    "pinned",
+    "min",
+    "samples",
+)
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The machine in one line."""
+    parts = [
+        str(machine.get("gpu") or "no GPU"),
+        f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'an unknown CPU')}",
+        f"{format_bytes(machine.get('memory_limit_bytes') or 0)} memory",
+        f"Linux {machine.get('kernel', '?')}",
+        f"Python {machine.get('python', '?')}",
+        f"torch {machine.get('torch', '?')}",
+    ]
+    return ", ".join(parts)
+
+
+def case_title(case: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """What was loaded from where to where."""
+    path = Path(case["path"])
+    part = f"part of {path.name} ({case['n_files']} files)" if case["is_part"] else path.name
+    dtype = f" as {document['dtype']}" if document["dtype"] else ""
+    where = "" if case["storage"]["name"] == "here" else f", on {case['storage']['label']}"
+    cache = "" if case["cache"] == "simulated" else f", {case['cache']}"
+    size = format_bytes(case["nbytes"])
+    what = f"{case['n_tensors']} tensors, {size} {case['file_dtype']}"
+    return f"{part}: {what}{where}{cache}, to {document['device']}{dtype}"
+
+
+def ordered(case: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Results, the fastest first, those without a time last."""
+    return sorted(case["results"], key=lambda r: r["summary"]["median_s"] if r["summary"] else float("inf"))
+
+
+def case_rows(case: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each loader under `HEADERS`; one that has no time says why in the second cell, the rest empty."""
+    return [_row(result) for result in ordered(case)]
+
+
+def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    summary = result["summary"]
+    if summary is None:
+        state = result["status"] + (f": {result['reason']}" if result["reason"] else "")
+        return (result["loader"], state, *[""] * (len(HEADERS) - 2))
+    checked = result["compared_tensors"]
+    state = "" if result["status"] == "ok" else f" ({result['status']})"
+    return (
+        result["loader"] + state,
+        format_seconds(summary["median_s"]),
+        format_seconds(summary["min_s"]),
+        f"{summary['spread']:.0%}" if summary["n"] > 1 else "",
+        f"{result['gbps']:.3g}" if result["gbps"] else "",
+        f"{result['of_ceiling']:.2f}" if result["of_ceiling"] else "",
+        f"{summary['cpu_s']:.2f}",
+        format_bytes(summary["read_bytes"]),
+        _bytes(summary["host_peak_bytes"]),
+        _bytes(summary["pinned_bytes"]),
+        _bytes(summary["device_peak_bytes"]),
+        str(summary["n"]),
+        f"{checked} equal" if checked is not None else "no",
+    )
+
+
+def visible_columns(rows: Sequence[tuple[str, ...]], width: int) -> list[int]:
+    """Columns that say anything and fit into `width` characters, the most important first to be chosen; in order."""
+    told = [i for i in range(len(HEADERS)) if any(row[i] not in ("", "?") for row in rows if row[2])]
+    chosen: list[int] = []
+    for i in sorted(told, key=lambda i: _IMPORTANCE.index(HEADERS[i])):
+        needed = sum(max(len(HEADERS[j]), *(len(row[j]) for row in rows if row[2])) + 2 for j in (*chosen, i))
+        if needed <= width:
+            chosen.append(i)
+    return sorted(chosen)
+
+
+def _bytes(nbytes: int | None) -> str:
+    return "?" if nbytes is None else format_bytes(nbytes)
+
+
+def footnotes(case: Mapping[str, Any]) -> list[str]:
+    """The ceiling, conversions that were not timed, failures after good samples, and notes."""
+    lines = []
+    if case["ceiling_gbps"]:
+        lines.append(f"ceiling: {case['ceiling']}, {case['ceiling_gbps']:.3g} GB/s, measured in this run")
+    elif "page_cache_gbps" in case["ceilings"]:
+        rate = case["ceilings"]["page_cache_gbps"]
+        lines.append(f"the page cache gives 8 reading threads {rate:.3g} GB/s; who maps files does not copy at all")
+    if case["storage"]["simulated"]:
+        rate = format_bytes(case["storage"]["rate_bytes_per_s"])
+        lines[:] = [f"simulated: our reads are held to {rate}/s; the bytes come from the page cache"]
+    for result in case["results"]:
+        if result["conversion_s"] is not None:
+            lines.append(
+                f"{result['loader']} loads a file in its own format; writing that took "
+                f"{format_seconds(result['conversion_s'])}, which is not in its time"
+            )
+        if result["summary"] and result["status"] != "ok":
+            lines.append(
+                f"{result['loader']} {result['status']} after {result['summary']['n']} samples: {result['reason']}"
+            )
+    return lines + list(case["notes"])

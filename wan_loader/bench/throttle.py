@@ -1,0 +1,58 @@
+"""A slow disk that the machine does not have: reads of our loader are held to a rate. Simulated, and labelled so.
+
+Only our own reader can be slowed down this way, so only our loader is measured on simulated storage. It must read
+through the ring (`io="buffered"` or `"direct"`): pages that are mapped are not seen here. Latency is not simulated.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from wan_loader.events import clock_ns
+from wan_loader.source.reader import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from wan_loader.plan import Block, Way
+
+__all__ = ["Throttle", "throttle_reads"]
+
+
+class Throttle:
+    """A device that serves one request after the other at `rate` bytes per second, whoever asks."""
+
+    def __init__(
+        self, rate: float, clock: Callable[[], int] = clock_ns, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_ns = 0
+
+    def reserve(self, nbytes: int) -> int:
+        """Queue a request of `nbytes`; returns when the device will have delivered it, on the clock."""
+        with self._lock:
+            self._free_ns = max(self._clock(), self._free_ns) + int(nbytes / self._rate * 1e9)
+            return self._free_ns
+
+    def wait(self, due_ns: int) -> None:
+        """Return at `due_ns`."""
+        if (rest_ns := due_ns - self._clock()) > 0:
+            self._sleep(rest_ns / 1e9)
+
+
+def throttle_reads(rate: float) -> None:
+    """Slow every read of this process's loads down, for good: for a process that takes one sample and ends."""
+    throttle, read = Throttle(rate), Reader.read
+
+    def slow(self: Reader, block: Block, view: memoryview) -> tuple[int, Way]:
+        due_ns = throttle.reserve(block.nbytes)
+        done = read(self, block, view)
+        throttle.wait(due_ns)
+        return done
+
+    Reader.read = slow  # type: ignore[method-assign]

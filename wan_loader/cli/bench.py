@@ -1,0 +1,254 @@
+"""`wan-loader bench`: loaders, settings and storage compared."""
+
+from __future__ import annotations
+
+import enum
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import Dtype, Force, IoChoice, JsonOut, Verbose
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from wan_loader.bench.runner import Entry, Settings
+    from wan_loader.bench.storage import Place
+
+__all__ = ["bench"]
+
+_QUESTION_S = 120.0
+
+
+class CacheChoice(enum.StrEnum):
+    """States of the page cache before each sample."""
+
+    COLD = "cold"
+    WARM = "warm"
+    AS_IS = "as-is"
+
+
+def bench(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Checkpoints: files or directories.", show_default=False)
+    ],
+    loader: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="ours, safetensors, safetensors-cuda, torch, diffusers, fastsafetensors, instanttensor, runai, "
+            "flashpack; may be repeated.",
+            show_default="all",
+        ),
+    ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Copy the checkpoint there, measure, remove the copy; or NAME=simulated:RATE for a slow disk that "
+            "this machine lacks (hdd, sata, nvme or 180MB/s; our loader only). May be repeated.",
+            show_default="where it is",
+        ),
+    ] = None,
+    cache: Annotated[
+        list[CacheChoice] | None,
+        typer.Option(help="State of the page cache before each sample; may be repeated.", show_default="warm"),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, max=1000, help="Samples of each loader.")] = 5,
+    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    io: Annotated[
+        list[IoChoice] | None, typer.Option(help="Ways for our loader to read; may be repeated.", show_default="auto")
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=64, help="Reader threads of our loader; may be repeated.", show_default="chosen"),
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Only the first files that hold this much, such as 4GB.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="A sample that takes longer is ended, and reported.")
+    ] = 300.0,
+    export_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all samples as JSON.")] = None,
+    export_markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
+    export_picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a picture of them.")] = None,
+    json: JsonOut = False,
+    force: Force = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare loaders, settings and storage: fresh processes, taking turns, every tensor compared in the run.
+
+    Loaders that are not installed are listed as such. Progress goes to stderr.
+
+    Examples:
+
+        wan-loader bench model.safetensors
+
+        wan-loader bench high_noise_model --loader ours,safetensors --cache warm --cache cold --export-markdown b.md
+
+        wan-loader bench high_noise_model --storage nvme=/mnt/a --storage ram=/dev/shm --storage hdd=simulated:180MB/s
+
+        wan-loader bench model.safetensors --loader ours --threads 1 --threads 4 --threads 16 --io buffered
+    """
+    from wan_loader.cli.output import check_output
+
+    for target in (export_json, export_markdown, export_picture):
+        check_output(target, force=force)
+    if export_picture is not None and export_picture.suffix != ".svg":
+        raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
+    entries, places = _entries(loader, io, threads), _places(storage)
+    caches = [c.value for c in dict.fromkeys(cache or [CacheChoice.WARM])]
+    device, machine = _machine(device)
+    from wan_loader.bench.runner import Settings
+
+    settings = Settings(
+        paths=[str(p) for p in paths],
+        entries=entries,
+        places=places,
+        caches=caches,
+        device=device,
+        dtype=dtype,
+        repeat=repeat,
+        time_limit_s=time_limit,
+        part=_size(part),
+    )
+    document = _measure(settings, machine)
+    _export(document, export_json, export_markdown, export_picture)
+    _show(document, json=json)
+    if not any(r["summary"] for c in document["cases"] for r in c["results"]):
+        raise typer.Exit(1)
+
+
+def _size(text: str | None) -> int | None:
+    from wan_loader.sizes import parse_size
+
+    return None if text is None else parse_size(text)
+
+
+def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: list[int] | None) -> list[Entry]:
+    """Loaders; ours once for each combination of its settings."""
+    from wan_loader.bench.peers import find_loaders
+    from wan_loader.bench.runner import Entry
+
+    entries = []
+    for loader in find_loaders(loaders or []):
+        if loader.name != "ours":
+            entries.append(Entry(loader.name, loader))
+            continue
+        for io in dict.fromkeys(ios or [IoChoice.AUTO]):
+            for count in dict.fromkeys(threads or [None]):  # type: ignore[list-item]
+                words = [f"io={io.value}"] if ios else []
+                words += [f"threads={count}"] if count else []
+                entries.append(Entry(" ".join([loader.name, *words]), loader, io.value, count))
+    return entries
+
+
+def _places(texts: list[str] | None) -> list[Place]:
+    from wan_loader.bench.storage import Place, parse_place
+    from wan_loader.errors import OptionError
+
+    if not texts:
+        return [Place("here")]
+    places = [parse_place(text) for text in texts]
+    if len({p.name for p in places}) < len(places):
+        raise OptionError("two --storage places have the same name: name them differently")
+    return places
+
+
+def _machine(device: str) -> tuple[str, dict[str, Any]]:
+    """The device by its full name and the machine's card, asked for in another process: none is held here."""
+    from wan_loader.bench.child import ask
+    from wan_loader.errors import DeviceError
+
+    answer = ask({"kind": "device", "device": device}, time_limit_s=_QUESTION_S)
+    if answer["status"] != "ok":
+        raise DeviceError(str(answer["reason"]).partition("DeviceError: ")[2] or answer["reason"])
+    return answer["device"], answer["machine"]
+
+
+def _measure(settings: Settings, machine: dict[str, Any]) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    from wan_loader.bench.document import to_document
+    from wan_loader.bench.runner import run_cases
+    from wan_loader.cli.render import error_console
+
+    console = error_console()
+    with _ended_by_sigterm():
+        cases = run_cases(settings, lambda line: console.print(line, style="dim", markup=False))
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return to_document(settings, cases, argv=["wan-loader", *sys.argv[1:]], machine=machine, created=created)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM cleans up as Ctrl-C does."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _export(document: dict[str, Any], json: Path | None, markdown: Path | None, picture: Path | None) -> None:
+    from wan_loader.atomic import write_text
+    from wan_loader.bench.markdown import to_markdown
+    from wan_loader.bench.picture import to_svg
+    from wan_loader.cli.output import write_json
+
+    if json is not None:
+        write_json(json, document)
+    if markdown is not None:
+        write_text(markdown, to_markdown(document))
+    if picture is not None:
+        write_text(picture, to_svg(document))
+
+
+def _show(document: dict[str, Any], *, json: bool) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import print_warnings
+
+    if json:
+        print_json(document)
+    else:
+        _print_tables(document)
+    print_warnings(document["warnings"])
+
+
+def _print_tables(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from wan_loader.bench.table import HEADERS, case_rows, case_title, footnotes, machine_line, visible_columns
+    from wan_loader.cli.render import output_console, plain
+
+    console = output_console()
+    console.print(plain(machine_line(document["machine"])), style="dim")
+    for case in document["cases"]:
+        console.print(f"\n[bold]{plain(case_title(case, document))}[/bold]")
+        if case["failure"]:
+            console.print(f"nothing was measured: {plain(case['failure'])}")
+            continue
+        rows = case_rows(case)
+        width = console.width if console.is_terminal else 10_000
+        shown = visible_columns(rows, width)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i in shown:
+            table.add_column(HEADERS[i], justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            if row[2]:
+                table.add_row(*(plain(row[i]) for i in shown))
+        console.print(table, width=width)
+        for row in rows:
+            if not row[2]:
+                console.print(f"{plain(row[0])}: {plain(row[1])}", style="dim")
+        for note in footnotes(case):
+            console.print(plain(note), style="dim")

@@ -1,0 +1,112 @@
+"""`wan-loader compare`: two results side by side, and a failure where the second is worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wan_loader.cli.options import JsonOut, Verbose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.bench.compare import Comparison, Run
+
+__all__ = ["compare"]
+
+_FAILED = 3
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="What to compare with.", show_default=False)],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="What to judge.", show_default=False)],
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC:PERCENT%",
+            help="Exit with 3 if B is worse by more; metrics: median, min, cpu, host, pinned, device, disk. "
+            "May be repeated.",
+        ),
+    ] = None,
+    json: JsonOut = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare two results of bench, load --json or profile -o, and find what became worse.
+
+    Examples:
+
+        wan-loader compare before.json after.json
+
+        wan-loader compare main.json branch.json --fail-if median:5% --fail-if host:10%
+    """
+    from wan_loader.bench.compare import compare_runs, parse_limit, read_run, regressions
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import print_warnings
+
+    limits = [parse_limit(text) for text in fail_if or []]
+    runs = read_run(before), read_run(after)
+    metrics = list(dict.fromkeys(["median", *(limit.metric for limit in limits)]))
+    found = compare_runs(*runs, metrics)
+    worse = regressions(found, limits)
+    if json:
+        print_json(_document(runs, found, worse))
+    else:
+        _print(found, worse)
+    print_warnings(_doubts(runs))
+    if worse:
+        raise typer.Exit(_FAILED)
+
+
+def _document(runs: tuple[Run, Run], found: Sequence[Comparison], worse: Sequence[Comparison]) -> dict[str, Any]:
+    rows = [
+        {
+            "name": c.name,
+            "metric": c.metric,
+            "before": c.before,
+            "after": c.after,
+            "change": c.change if c.before else None,
+            "within_noise": c.within_noise,
+            "regression": c in worse,
+        }
+        for c in found
+    ]
+    return {
+        "schema_version": 1,
+        "command": "compare",
+        "before": runs[0].path,
+        "after": runs[1].path,
+        "comparisons": rows,
+        "regressions": len(worse),
+        "warnings": _doubts(runs),
+    }
+
+
+def _doubts(runs: tuple[Run, Run]) -> list[str]:
+    before, after = runs
+    facts = ("cpu", "cores", "kernel", "gpu", "torch")
+    different = [k for k in facts if before.machine.get(k) != after.machine.get(k)]
+    notes = [f"the machines differ ({', '.join(different)}): changes may be theirs"] if different else []
+    lost = len(set(before.values) - set(after.values))
+    new = len(set(after.values) - set(before.values))
+    if lost or new:
+        notes.append(f"not compared: {lost} measurements that only the first has, {new} that only the second has")
+    return notes
+
+
+def _print(found: Sequence[Comparison], worse: Sequence[Comparison]) -> None:
+    from rich.table import Table
+
+    from wan_loader.cli.render import output_console, plain
+    from wan_loader.sizes import format_bytes, format_seconds
+
+    table = Table("what", "metric", "before", "after", "change", "", box=None, pad_edge=False, header_style="bold")
+    for c in found:
+        shown = format_bytes if c.metric in ("host", "pinned", "device", "disk") else format_seconds
+        verdict = "[red]worse[/]" if c in worse else "within noise" if c.within_noise else ""
+        table.add_row(plain(c.name), c.metric, shown(c.before), shown(c.after), f"{c.change:+.1%}", verdict)
+    console = output_console()
+    console.print(table, width=console.width if console.is_terminal else 10_000)
+    if worse:
+        console.print(f"[red]{len(worse)} of {len(found)} became worse than allowed[/]")
