@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from mmap import PAGESIZE
 from typing import TYPE_CHECKING
@@ -123,7 +123,7 @@ def make_plan(extents: Iterable[Extent], *, block_bytes: int, way: Callable[[int
     if block_bytes < PAGE or block_bytes % PAGE:
         raise OptionError(f"block size {block_bytes} must be a multiple of {PAGE}")
     blocks = (block for run in _runs(extents) for block in split(run, block_bytes))
-    return Plan(tuple(replace(block, way=way(block.file, block.start, block.end)) for block in blocks))
+    return Plan(tuple(Block(way(b.file, b.start, b.end), b.file, b.start, b.end, b.pieces) for b in blocks))
 
 
 def split(block: Block, nbytes: int) -> list[Block]:
@@ -136,12 +136,9 @@ def split(block: Block, nbytes: int) -> list[Block]:
             piece = pieces.popleft()
             if piece.file_end > border:
                 head = border - piece.file_start
-                pieces.appendleft(
-                    replace(
-                        piece, storage_start=piece.storage_start + head, file_start=border, nbytes=piece.nbytes - head
-                    )
-                )
-                piece = replace(piece, nbytes=head)
+                rest, start = piece.nbytes - head, piece.storage_start
+                pieces.appendleft(Piece(piece.storage, start + head, border, rest, piece.itemsize))
+                piece = Piece(piece.storage, start, piece.file_start, head, piece.itemsize)
             inside.append(piece)
         if inside:  # else the part lies in a gap
             blocks.append(Block(block.way, block.file, inside[0].file_start, inside[-1].file_end, tuple(inside)))

@@ -95,15 +95,15 @@ def _complete_shards(path: str) -> list[str]:
 def _open_index(path: str) -> Checkpoint:
     weight_map = _read_index(path)
     directory = os.path.dirname(path) or "."
-    for name, shard in weight_map.items():
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if os.path.basename(shard) != shard or shard in (".", "..", "") or not shard.isprintable():
+            name = next(n for n, s in weight_map.items() if s == shard)
             raise CheckpointError(
                 f"{path}: tensor {name!r} points to {shard!r}: not a plain file name, or outside its directory"
             )
-    checkpoint = _join(path, [os.path.join(directory, shard) for shard in sorted(set(weight_map.values()))])
-    held = {
-        t.name: os.path.basename(checkpoint.files[checkpoint.storages[t.storage].file].path) for t in checkpoint.tensors
-    }
+    checkpoint = _join(path, [os.path.join(directory, shard) for shard in shards])
+    held = {t.name: shards[checkpoint.storages[t.storage].file] for t in checkpoint.tensors}
     for name, shard in weight_map.items():
         if held.get(name) != shard:
             raise CheckpointError(f"{path}: tensor {name!r} should be in {shard}, which lacks it")
@@ -150,8 +150,9 @@ def _join(path: str, paths: list[str]) -> Checkpoint:
             if other := owner.get(tensor.name):
                 raise CheckpointError(f"tensor {tensor.name!r} stands in both {other} and {part.path}")
             owner[tensor.name] = part.path
-        tensors += [replace(t, storage=t.storage + len(storages)) for t in part.tensors]
-        storages += [replace(s, file=s.file + len(files)) for s in part.storages]
+        base, first = len(storages), len(files)  # constructors: `replace` costs five times as much
+        tensors += [TensorFacts(t.name, t.dtype, t.shape, t.storage + base, t.stride, t.offset) for t in part.tensors]
+        storages += [StorageFacts(s.file + first, s.start, s.nbytes) for s in part.storages]
         files += part.files
     warnings = tuple(w for part in parts for w in part.warnings)
     metadata = parts[0].metadata

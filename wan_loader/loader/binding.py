@@ -69,11 +69,12 @@ def match(module: torch.nn.Module, checkpoint: Checkpoint, key_map: KeyMap | Non
 
 def bind(module: torch.nn.Module, found: Match, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Put the tensors into the module, in place; returns the names of what is still on the meta device."""
+    owners = dict(module.named_modules(remove_duplicate=False))  # get_submodule walks down anew for each tensor
     for name, aliases in found.slots.items():
         new: Any = None
         for alias in aliases:
             path, _, attribute = alias.rpartition(".")
-            owner = module.get_submodule(path)
+            owner = owners[path]
             if attribute in owner._parameters:
                 new = new if new is not None else _parameter(owner._parameters[attribute], tensors[name])
                 owner._parameters[attribute] = new

@@ -1,0 +1,110 @@
+"""The stages of a load, one by one, on the CPU.
+
+    pytest benchmarks                                             # times
+    pytest benchmarks --benchmark-disable                         # only that they run
+    WAN_LOADER_BENCH_MB=1000 pytest benchmarks --benchmark-json stages.json
+
+What needs a GPU is measured by `wan-loader bench` and the scripts beside this file.
+"""
+
+import ctypes
+
+import pytest
+import torch
+
+from wan_loader.formats import open_checkpoint
+from wan_loader.linux import cached_bytes
+from wan_loader.loader.binding import bind, match
+from wan_loader.loader.dtype_rule import DtypeRule
+from wan_loader.loader.placement import lay_out, plan_storages
+from wan_loader.loader.route import choose_way
+from wan_loader.loader.settings import SLOT_BYTES, block_bytes
+from wan_loader.plan import Piece, make_plan
+from wan_loader.source.reader import Reader
+from wan_loader.source.residency import Residency
+from wan_loader.staging import Staging
+from wan_loader.transfer.base import Destination
+from wan_loader.transfer.cpu import CpuTarget
+
+#: For the full native checkpoint: headers of 12 shards and two .pth, and the plan of all 2,626 tensors.
+N_TENSORS = 2626
+
+
+def read_headers(paths):
+    return [open_checkpoint(path) for path in paths]
+
+
+def plan_all(checkpoints):
+    """As a load to a GPU plans, with residency asked for; returns how many blocks were planned."""
+    n_blocks = 0
+    for checkpoint in checkpoints:
+        with Reader(checkpoint.files) as reader:
+            storages = plan_storages(checkpoint.tensors, DtypeRule("bfloat16", ("norm2",)))
+            layout = lay_out(checkpoint, storages, views=False)
+            residency = Residency(reader.fds)
+            residency.total(layout.extents)
+            way = choose_way("auto", cuda=True, reader=reader, residency=residency)
+            plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
+            n_blocks += len(plan.blocks)
+    return n_blocks
+
+
+def test_headers_of_the_full_checkpoint(benchmark, native):
+    checkpoints = benchmark(read_headers, native)
+    assert sum(len(c.tensors) for c in checkpoints) == N_TENSORS
+    assert sum(c.nbytes for c in checkpoints) > 126e9
+
+
+def test_plan_of_the_full_checkpoint(benchmark, native):
+    checkpoints = read_headers(native)
+    assert benchmark(plan_all, checkpoints) > 900
+
+
+def test_headers_and_plan_of_the_full_checkpoint(benchmark, native):
+    """The figure that is promised: under 50 ms."""
+    benchmark(lambda: plan_all(read_headers(native)))
+
+
+def test_match_and_bind_of_one_expert(benchmark, expert):
+    """1095 tensors; promised: under 20 microseconds each."""
+    path, build = expert
+    checkpoint = open_checkpoint(path)
+    tensors = {t.name: torch.empty(1) for t in checkpoint.tensors}
+
+    def run(module):
+        return bind(module, match(module, checkpoint, None, strict=True), tensors)
+
+    left = benchmark.pedantic(run, setup=lambda: ((build(),), {}), rounds=5)
+    assert all(name.startswith("rope.") for name in left), "only what is computed, not loaded, is still on meta"
+
+
+def test_residency_probe(benchmark, checkpoint):
+    with open(checkpoint, "rb") as file:
+        nbytes = checkpoint.stat().st_size
+        assert benchmark(cached_bytes, file.fileno(), 0, nbytes) == nbytes
+
+
+def test_staging_ring(benchmark, mb):
+    """Making the ring, touching its slots once, giving it back."""
+    slot_bytes, n_slots = min(SLOT_BYTES, mb * 10**6 // 4096 * 4096), 3
+
+    def run():
+        staging = Staging(slot_bytes, n_slots)
+        for slot in staging.slots:
+            ctypes.memset(slot.address, 1, slot_bytes)
+        return staging.close()
+
+    assert benchmark(run)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["copy", "cast_to_bf16"])
+def test_copy_and_cast(benchmark, mb, dtype):
+    """One block into the CPU target."""
+    count = mb * 10**6 // 4
+    source = torch.ones(count)
+    flat = torch.empty(count, dtype=torch.bfloat16 if dtype else torch.float32)
+    target = CpuTarget()
+    target.bind([Destination(flat, flat.data_ptr(), dtype)])
+    pieces = [Piece(0, 0, 0, count * 4, 4)]
+    benchmark(target.submit, source.data_ptr(), 0, pieces)
+    assert flat[-1] == 1
