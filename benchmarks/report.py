@@ -1,0 +1,147 @@
+"""Writes README's performance tables from committed result files, or checks that they are what the files give.
+
+    python benchmarks/report.py            # rewrite README.md between the two markers
+    python benchmarks/report.py --check    # exit with 1 where they differ
+
+`benchmarks/results/readme.toml` names the files and cases: results of `wan-loader bench --export-json`, and of
+load_expert.py beside this file. Numbers are medians; a table says where somebody else is faster than we are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- performance: begin (python benchmarks/report.py) -->", "<!-- performance: end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    loader: str
+    ours: bool
+    seconds: float | None
+    gbps: float | None = None
+    of_limit: float | None = None
+    cpu_s: float | None = None
+    n: int = 0
+    note: str = ""
+
+
+def rows_of(document: dict, chosen: dict) -> list[Row]:
+    """The rows of the one case that is chosen. Raises ValueError unless there is exactly one."""
+    rows = _rows_of_bench(document, chosen) if document.get("command") == "bench" else _rows_of_expert(document, chosen)
+    if not rows:
+        raise ValueError(f"{chosen['file']} has nothing that readme.toml asks for: {chosen}")
+    return sorted(rows, key=lambda r: r.seconds if r.seconds is not None else float("inf"))
+
+
+def _rows_of_bench(document: dict, chosen: dict) -> list[Row]:
+    wanted = {key: chosen[key] for key in ("cache", "storage", "path") if key in chosen}
+    cases = [c for c in document["cases"] if all(wanted.get(k, v) == v for k, v in _names(c).items())]
+    if len(cases) != 1:
+        raise ValueError(f"{chosen['file']}: {len(cases)} cases fit {wanted}: choose with cache, storage and path")
+    return [_row_of_result(result) for result in cases[0]["results"]]
+
+
+def _names(case: dict) -> dict:
+    return {"cache": case["cache"], "storage": case["storage"]["name"], "path": Path(case["path"]).name}
+
+
+def _row_of_result(result: dict) -> Row:
+    summary, ours = result["summary"], result["loader"].split()[0] == "ours"
+    name = " ".join(["wan-loader", *result["loader"].split()[1:]]) if ours else result["loader"]
+    if summary is None:
+        return Row(name, ours, None, note=result["status"])
+    status = "" if result["status"] == "ok" else result["status"]
+    return Row(
+        name, ours, summary["median_s"], result["gbps"], result["of_ceiling"], summary["cpu_s"], summary["n"], status
+    )
+
+
+def _rows_of_expert(document: dict, chosen: dict) -> list[Row]:
+    rows = []
+    for case in document["cases"]:
+        title, _, name = case["case"].partition(", ")
+        samples = [s for s in case["samples"] if "error" not in s]
+        if title != chosen["case"] or not samples:
+            continue
+        gbps = statistics.median(s["gbps"] for s in samples)
+        ours = samples[0]["loader"] == "wan-loader"
+        rows.append(
+            Row(
+                f"wan-loader io={name}" if ours else name,
+                ours,
+                statistics.median(s["seconds"] for s in samples),
+                gbps,
+                gbps / document["copy_ceiling_gbps"],
+                statistics.median(s["cpu_seconds"] for s in samples),
+                len(samples),
+            )
+        )
+    return rows
+
+
+def table(document: dict, chosen: dict) -> str:
+    """One titled table, the machine, and where we lose."""
+    rows = rows_of(document, chosen)
+    lines = [f"{chosen['title']}:", "", "| | seconds | GB/s | of the limit | CPU-seconds | samples |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    lines += [_line(row) for row in rows]
+    machine = document["machine"]
+    where = f"{machine.get('gpu') or 'no GPU'}, {machine['cores']} cores, torch {machine['torch']}"
+    folder = Path(chosen["file"])
+    lines += ["", f"Medians, measured on: {where} ([all samples](benchmarks/results/{folder}))."]
+    best = next((r for r in rows if r.ours and r.seconds is not None), None)
+    faster = [r for r in rows if not r.ours and r.seconds is not None and best and r.seconds < best.seconds]
+    if faster:
+        lines[-1] += f" Faster than wan-loader here: {', '.join(r.loader for r in faster)}."
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    name = f"**{row.loader}**" if row.ours else row.loader
+    if row.seconds is None:
+        return f"| {name} | {row.note} | | | | |"
+    note = f" ({row.note})" if row.note else ""
+    seconds = f"{row.seconds:.3g}" if row.seconds < 100 else f"{row.seconds:.0f}"
+    limit = f"{row.of_limit:.2f}" if row.of_limit is not None else ""
+    gbps = f"{row.gbps:.3g}" if row.gbps is not None else ""
+    return f"| {name}{note} | {seconds} | {gbps} | {limit} | {row.cpu_s:.3g} | {row.n} |"
+
+
+def section() -> str:
+    """Everything between the markers."""
+    chosen = tomllib.loads((RESULTS / "readme.toml").read_text())["table"]
+    return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c) for c in chosen)
+
+
+def replaced(text: str, new: str) -> str:
+    """README with a new section. Raises ValueError where a marker is missing."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks {BEGIN} or {END}")
+    return f"{head}{begin}\n{new}\n{end}{tail}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 where README differs")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = replaced(text, section())
+    if options.check:
+        sys.exit(0 if new == text else "README.md is not what the result files give: run python benchmarks/report.py")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
