@@ -20,7 +20,7 @@ from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = ["LOADERS", "Loader", "NotApplicableError", "Outcome", "Task", "find_loaders", "installed_version"]
 
@@ -107,12 +107,18 @@ def find_loaders(names: Sequence[str]) -> list[Loader]:
     return [LOADERS[word] for word in dict.fromkeys(words)]
 
 
-def _cast(tensors: dict[str, Any], task: Task) -> dict[str, Any]:
-    """On the target, after the copy: the fast order, which not every user finds."""
+def _kept(pairs: Iterable[tuple[str, Any]], task: Task) -> dict[str, Any]:
+    """All tensors, each converted on the target after its copy: the fast order, which not every user finds."""
     if task.dtype is None:
-        return tensors
+        return dict(pairs)
     dtype = torch_dtype(task.dtype)
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in pairs}
+
+
+def _drained(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Items of a dict that is emptied on the way, so that what was converted can be freed."""
+    while tensors:
+        yield tensors.popitem()
 
 
 def _ours(task: Task) -> Outcome:
@@ -128,8 +134,9 @@ def _safetensors(task: Task) -> Outcome:
 
     tensors: dict[str, Any] = {}
     for path in task.files:
-        tensors |= {name: t.to(task.device) for name, t in load_file(path, device="cpu").items()}
-    return Outcome(_cast(tensors, task))
+        on_target = ((name, t.to(task.device)) for name, t in load_file(path, device="cpu").items())
+        tensors |= _kept(on_target, task)
+    return Outcome(tensors)
 
 
 def _safetensors_cuda(task: Task) -> Outcome:
@@ -137,8 +144,8 @@ def _safetensors_cuda(task: Task) -> Outcome:
 
     tensors: dict[str, Any] = {}
     for path in task.files:
-        tensors |= load_file(path, device=task.device)
-    return Outcome(_cast(tensors, task))
+        tensors |= _kept(_drained(load_file(path, device=task.device)), task)
+    return Outcome(tensors)
 
 
 def _torch(task: Task) -> Outcome:
@@ -147,23 +154,21 @@ def _torch(task: Task) -> Outcome:
     tensors: dict[str, Any] = {}
     for path in task.files:
         if task.format == "safetensors":
-            tensors |= _copy_into_empty(path, task.device)
+            tensors |= _kept(_copy_into_empty(path, task.device), task)
         else:
-            tensors |= torch.load(path, map_location=task.device, weights_only=True)
-    return Outcome(_cast(tensors, task))
+            tensors |= _kept(_drained(dict(torch.load(path, map_location=task.device, weights_only=True))), task)
+    return Outcome(tensors)
 
 
-def _copy_into_empty(path: str, device: str) -> dict[str, Any]:
+def _copy_into_empty(path: str, device: str) -> Iterator[tuple[str, Any]]:
     """As a module on the target is filled by load_state_dict from a state dict on the CPU."""
     import torch
     from safetensors import safe_open
 
-    tensors: dict[str, Any] = {}
     with safe_open(path, framework="pt", device="cpu") as opened:
         for name in opened.keys():  # noqa: SIM118 - not a dict
             source = opened.get_tensor(name)
-            tensors[name] = torch.empty_like(source, device=device).copy_(source)
-    return tensors
+            yield name, torch.empty_like(source, device=device).copy_(source)
 
 
 def _diffusers(task: Task) -> Outcome:
@@ -207,16 +212,15 @@ def _fastsafetensors(task: Task) -> Outcome:
 
     nogds = not os.path.exists("/proc/driver/nvidia-fs")  # without the driver GPUDirect Storage only falls back
     with fastsafe_open(list(task.files), framework="pt", device=task.device, nogds=nogds) as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    return Outcome(_cast(tensors, task), keep=opened)
+        tensors = _kept(((name, opened.get_tensor(name)) for name in opened.keys()), task)  # noqa: SIM118 - not a dict
+    return Outcome(tensors, keep=opened)
 
 
 def _instanttensor(task: Task) -> Outcome:
     from instanttensor import safe_open
 
     with safe_open(list(task.files), framework="pt", device=task.device) as opened:
-        tensors = dict(opened.tensors())
-    return Outcome(_cast(tensors, task))
+        return Outcome(_kept(opened.tensors(), task))
 
 
 def _runai(task: Task) -> Outcome:
@@ -225,8 +229,8 @@ def _runai(task: Task) -> Outcome:
     with SafetensorsStreamer() as streamer:
         streamer.stream_files(list(task.files), device=task.device)
         # on the CPU these are views of a buffer that is filled again: a user has to copy what is to stay
-        tensors = {n: t.clone() if task.device == "cpu" else t for n, t in streamer.get_tensors()}
-    return Outcome(_cast(tensors, task))
+        pairs = ((n, t.clone() if task.device == "cpu" else t) for n, t in streamer.get_tensors())
+        return Outcome(_kept(pairs, task))
 
 
 def _flashpack(task: Task) -> Outcome:

@@ -242,7 +242,7 @@ class _Bench:
         if case.cache == "cold":
             evict(case.files)
             names.append("disk_gbps")
-        elif case.cache == "warm":
+        elif case.cache == "warm" and not names:
             names.append("page_cache_gbps")
         request = {"kind": "ceiling", "names": names, "files": case.files, "device": self._settings.device}
         answer = ask(request, time_limit_s=self._settings.time_limit_s)

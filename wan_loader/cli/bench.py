@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 _QUESTION_S = 120.0
+#: Where nobody looks at lines: all columns, in full.
+_WIDE = 1000
 
 
 class CacheChoice(enum.StrEnum):
@@ -231,6 +233,8 @@ def _print_tables(document: dict[str, Any]) -> None:
     from wan_loader.cli.render import output_console, plain
 
     console = output_console()
+    if not console.is_terminal:
+        console.width = _WIDE
     console.print(plain(machine_line(document["machine"])), style="dim")
     for case in document["cases"]:
         console.print(f"\n[bold]{plain(case_title(case, document))}[/bold]")
@@ -238,15 +242,14 @@ def _print_tables(document: dict[str, Any]) -> None:
             console.print(f"nothing was measured: {plain(case['failure'])}")
             continue
         rows = case_rows(case)
-        width = console.width if console.is_terminal else 10_000
-        shown = visible_columns(rows, width)
+        shown = visible_columns(rows, console.width)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i in shown:
             table.add_column(HEADERS[i], justify="right" if i else "left", no_wrap=True)
         for row in rows:
             if row[2]:
                 table.add_row(*(plain(row[i]) for i in shown))
-        console.print(table, width=width)
+        console.print(table)
         for row in rows:
             if not row[2]:
                 console.print(f"{plain(row[0])}: {plain(row[1])}", style="dim")

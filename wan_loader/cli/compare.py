@@ -104,9 +104,11 @@ def _print(found: Sequence[Comparison], worse: Sequence[Comparison]) -> None:
     table = Table("what", "metric", "before", "after", "change", "", box=None, pad_edge=False, header_style="bold")
     for c in found:
         shown = format_bytes if c.metric in ("host", "pinned", "device", "disk") else format_seconds
-        verdict = "[red]worse[/]" if c in worse else "within noise" if c.within_noise else ""
+        verdict = "[red]worse[/]" if c in worse else "within noise" if c.change and c.within_noise else ""
         table.add_row(plain(c.name), c.metric, shown(c.before), shown(c.after), f"{c.change:+.1%}", verdict)
     console = output_console()
-    console.print(table, width=console.width if console.is_terminal else 10_000)
+    if not console.is_terminal:
+        console.width = 1000
+    console.print(table)
     if worse:
         console.print(f"[red]{len(worse)} of {len(found)} became worse than allowed[/]")
