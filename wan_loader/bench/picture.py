@@ -21,6 +21,7 @@ _BAR = 24
 _TRACK = 13
 _INK, _SOFT, _LINE = "#1c2430", "#5c6675", "#dfe4ea"
 _OURS, _OTHER, _LIMIT = "#2fa36b", "#8fa9c8", "#b3261e"
+#: Phase -> colour; on the CPU, "touch" is the first use of pages that were only mapped.
 _PHASES = {
     "read": "#3b82d6",
     "register": "#3d9bb3",
@@ -134,7 +135,8 @@ def _time_lines(case: Mapping[str, Any], top: int, scale: float) -> tuple[list[s
         parts = [_text(20, top + 10, f"inside {result['loader']}{note}", colour=_SOFT, size=11)]
         y = top + 18
         for name in (n for n in _PHASES if n in phases):
-            parts.append(_text(_LEFT - 10, y + 10, name, colour=_SOFT, size=11, anchor="end"))
+            label = "first use" if name == "touch" else name
+            parts.append(_text(_LEFT - 10, y + 10, label, colour=_SOFT, size=11, anchor="end"))
             for start, end in phases[name]:
                 x, length = _LEFT + start * scale * stretch, max(0.6, (end - start) * scale * stretch)
                 parts.append(

@@ -1,0 +1,132 @@
+"""The figures of one machine, step by step, each with JSON, Markdown and picture under benchmarks/results/MACHINE.
+
+    python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb                  # lists the steps
+    python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb peers-warm sizes # runs two of them
+
+Makes the checkpoints that a step needs (random weights in the published shapes) in the first directory, which should
+lie on the disk to be measured and have room for 100 GB, unless they are there. Each step is `wan-loader bench` with
+the options shown by the list; needs the extras `pipeline` and, for the peers, `peers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+GB = 10**9
+MB = 10**6
+#: About 0.7 GB a block in bf16, 1.4 GB in fp32: 40 blocks are an expert.
+SIZES = {"bf16-1g": 1, "bf16-7g": 10, "bf16-14g": 20, "bf16-28g": 40}
+
+
+@dataclass(frozen=True)
+class Step:
+    checkpoints: tuple[str, ...]
+    options: str
+
+
+ALL = "--loader all"
+STEPS = {
+    "peers-warm": Step(("bf16-28g",), f"{ALL} --cache warm --repeat 5"),
+    "peers-cold": Step(("bf16-28g",), f"{ALL} --cache cold --repeat 2"),
+    "peers-small": Step(("small",), f"{ALL} --cache warm --repeat 5"),
+    "fp32-to-bf16": Step(("fp32-28g",), f"{ALL} --cache warm --repeat 3 --dtype bf16"),
+    "io": Step(("bf16-28g",), "--loader ours --io auto --io mapped --io direct --io buffered --cache warm --repeat 3"),
+    "io-cold": Step(("bf16-28g",), "--loader ours --io auto --io direct --io buffered --cache cold --repeat 2"),
+    "threads": Step(
+        ("bf16-28g",),
+        "--loader ours --io buffered --threads 1 --threads 2 --threads 4 --threads 8 --threads 16 --cache warm --repeat 3",
+    ),
+    "threads-cold": Step(
+        ("bf16-7g",),
+        "--loader ours --io direct --threads 1 --threads 2 --threads 4 --threads 8 --threads 16 --cache cold --repeat 2",
+    ),
+    "sizes": Step((*SIZES, "fp32-57g"), "--loader ours,safetensors-cuda --cache warm --repeat 3"),
+    "storage": Step(
+        ("bf16-7g",),
+        "--loader ours,safetensors-cuda --storage ram=/dev/shm --storage hdd=simulated --storage sata=simulated "
+        "--storage nvme=simulated --cache warm --repeat 3",
+    ),
+    "storage-disk": Step(("bf16-7g",), "--loader ours,safetensors-cuda --cache cold --cache warm --repeat 3"),
+    "shapes": Step(("many", "huge"), "--loader ours,safetensors-cuda --cache warm --repeat 5"),
+}
+
+
+def make(directory: Path, name: str) -> Path:
+    """The checkpoint of a step; made unless it is there."""
+    target = directory / name
+    if name in ("small", "many", "huge"):
+        return _make_plain(target, name)
+    done = target / "transformer"
+    if not done.exists():
+        from wan_pipeline.synth import synth
+
+        dtype, size = name.split("-")
+        blocks = {"fp32-28g": 20, "fp32-57g": 40}.get(name) or SIZES[name]
+        started = time.perf_counter()
+        made = synth(target, layout="diffusers", size="full", components=["high_noise"], blocks=blocks, dtype=dtype)
+        print(f"{name}: made {made.nbytes / GB:.1f} GB ({size}) in {time.perf_counter() - started:.0f} s", flush=True)
+    return done
+
+
+def _make_plain(target: Path, name: str) -> Path:
+    """small: 90 MB in 100 tensors; many: 10,000 of 1 kB; huge: one of 20 GB."""
+    path = target / "model.safetensors"
+    if path.exists():
+        return target
+    import torch
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    count, nbytes = {"small": (100, 900_000), "many": (10_000, 1024), "huge": (1, 20 * GB)}[name]
+    tensors = {f"w{i}": torch.empty(nbytes // 2, dtype=torch.bfloat16).fill_(i % 7 + 0.5) for i in range(count)}
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return target
+
+
+def command(paths: list[str], step: Step, results: Path, name: str) -> list[str]:
+    """The bench of a step."""
+    exports = (("json", "json"), ("markdown", "md"), ("picture", "svg"))
+    words = [sys.executable, "-m", "wan_loader", "bench", *paths, *shlex.split(step.options), "--force"]
+    for option, suffix in exports:
+        words += [f"--export-{option}", str(results / f"{name}.{suffix}")]
+    return words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the checkpoints are, or are made")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--make-only", action="store_true", help="make the checkpoints, measure nothing")
+    options = parser.parse_args()
+    if unknown := [name for name in options.steps if name not in STEPS]:
+        parser.error(f"unknown step {unknown[0]}")
+    if not options.steps:
+        for name, step in STEPS.items():
+            print(f"{name:14} {', '.join(step.checkpoints)}: {step.options}")
+        return
+    options.results.mkdir(parents=True, exist_ok=True)
+    failed = [name for name in options.steps if not _run(name, options)]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+def _run(name: str, options: argparse.Namespace) -> bool:
+    step = STEPS[name]
+    paths = [str(make(options.directory, checkpoint)) for checkpoint in step.checkpoints]
+    if options.make_only:
+        return True
+    print(f"== {name}", flush=True)
+    return subprocess.run(command(paths, step, options.results, name), check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    main()
