@@ -32,6 +32,7 @@ class Step:
 
 
 ALL = "--loader all"
+THREADS = " ".join(f"--threads {n}" for n in (1, 2, 4, 8, 16))
 STEPS = {
     "peers-warm": Step(("bf16-28g",), f"{ALL} --cache warm --repeat 5"),
     "peers-cold": Step(("bf16-28g",), f"{ALL} --cache cold --repeat 2"),
@@ -41,11 +42,11 @@ STEPS = {
     "io-cold": Step(("bf16-28g",), "--loader ours --io auto --io direct --io buffered --cache cold --repeat 2"),
     "threads": Step(
         ("bf16-28g",),
-        "--loader ours --io buffered --threads 1 --threads 2 --threads 4 --threads 8 --threads 16 --cache warm --repeat 3",
+        f"--loader ours --io buffered {THREADS} --cache warm --repeat 3",
     ),
     "threads-cold": Step(
         ("bf16-7g",),
-        "--loader ours --io direct --threads 1 --threads 2 --threads 4 --threads 8 --threads 16 --cache cold --repeat 2",
+        f"--loader ours --io direct {THREADS} --cache cold --repeat 2",
     ),
     "sizes": Step((*SIZES, "fp32-57g"), "--loader ours,safetensors-cuda --cache warm --repeat 3"),
     "storage": Step(

@@ -43,15 +43,15 @@ def rows_of(document: dict, chosen: dict) -> list[Row]:
 
 
 def _rows_of_bench(document: dict, chosen: dict) -> list[Row]:
-    wanted = {key: chosen[key] for key in ("cache", "storage", "path") if key in chosen}
+    wanted = {key: chosen[key] for key in ("cache", "storage", "name") if key in chosen}
     cases = [c for c in document["cases"] if all(wanted.get(k, v) == v for k, v in _names(c).items())]
     if len(cases) != 1:
-        raise ValueError(f"{chosen['file']}: {len(cases)} cases fit {wanted}: choose with cache, storage and path")
+        raise ValueError(f"{chosen['file']}: {len(cases)} cases fit {wanted}: choose with cache, storage and name")
     return [_row_of_result(result) for result in cases[0]["results"]]
 
 
 def _names(case: dict) -> dict:
-    return {"cache": case["cache"], "storage": case["storage"]["name"], "path": Path(case["path"]).name}
+    return {"cache": case["cache"], "storage": case["storage"]["name"], "name": case["name"]}
 
 
 def _row_of_result(result: dict) -> Row:

@@ -59,6 +59,7 @@ DOCUMENT = {
     "cases": [
         {
             "path": "/x/m",
+            "name": "m",
             "storage": {"name": "here", "label": "here", "simulated": False, "rate_bytes_per_s": None},
             "cache": "warm",
             "nbytes": 2 * 10**9,

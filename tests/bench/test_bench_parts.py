@@ -12,6 +12,7 @@ from wan_loader.bench.check import compare_tensors
 from wan_loader.bench.markdown import to_markdown
 from wan_loader.bench.peers import LOADERS, Outcome, Task, find_loaders
 from wan_loader.bench.picture import to_svg
+from wan_loader.bench.runner import distinct_names
 from wan_loader.bench.statistics import case_warnings, summarize_samples
 from wan_loader.bench.storage import parse_place, part_of, scratch, staged
 from wan_loader.bench.table import HEADERS, case_rows, visible_columns
@@ -45,6 +46,12 @@ def test_a_part_is_whole_files(tmp_path):
     assert len(part_of(checkpoint, None)) == 3
     assert len(part_of(checkpoint, 1)) == 1
     assert len(part_of(checkpoint, 5000)) == 2
+
+
+def test_names_tell_paths_apart():
+    assert distinct_names(["/a/x", "/a/y"]) == ["x", "y"]
+    assert distinct_names(["/a/x", "/b/x/"]) == ["a/x", "b/x"]
+    assert distinct_names(["/a/x"]) == ["x"]
 
 
 def test_staged_copies_are_equal_and_removed(checkpoint, tmp_path):
@@ -149,7 +156,7 @@ def test_rows_put_the_fastest_first_and_failures_last(document, make_result):
 def test_markdown_and_picture_show_everything(document, make_result):
     case = document["cases"][0]
     case["results"].append(make_result("x|y", status="hung", reason="<no> end"))
-    case["path"] = "/x/<m>\x1b[31m"
+    case["name"] = "<m>\x1b[31m"
     document["cases"].append({**case, "failure": "no room"})
     text = to_markdown(document)
     for word in ("ours", "x\\|y", "hung", "beware", "no room", "pinned copies"):

@@ -52,7 +52,7 @@ def test_loads_compare_by_wall_time(checkpoint, command, write):
 
 def test_nothing_in_common_is_an_error(document, write):
     other = json.loads(json.dumps(document))
-    other["cases"][0]["path"] = "/x/other"
+    other["cases"][0]["name"] = "other"
     with pytest.raises(SessionError, match="nothing in common"):
         compare_runs(read_run(write("a", document)), read_run(write("b", other)), ["median"])
 

@@ -114,7 +114,7 @@ def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str,
         f" as {d}" if (d := document.optional_text("dtype")) else ""
     )
     for case in document.docs("cases"):
-        where = f"{Path(case.text('path')).name}, {case.doc('storage').text('label')}, {case.text('cache')}, {to}"
+        where = f"{case.text('name')}, {case.doc('storage').text('label')}, {case.text('cache')}, {to}"
         for result in case.docs("results"):
             if result.plain_or_none("summary") is None:
                 continue

@@ -63,12 +63,13 @@ def _loader(entry: Any) -> dict[str, Any]:
 def _case(case: Case) -> dict[str, Any]:
     ceiling, name = _ceiling(case)
     results = [_result(result, case, ceiling) for result in case.results]
-    where = f"{case.place.label}, {case.cache}"
+    where = f"{case.name}, {case.place.label}, {case.cache}"
     warnings = case_warnings(where, case.cache, {r.entry.label: r.samples for r in case.results})
     if case.failure:
         warnings.append(f"{where}: nothing was measured: {case.failure}")
     return {
         "path": case.path,
+        "name": case.name,
         "storage": {
             "name": case.place.name,
             "label": case.place.label,

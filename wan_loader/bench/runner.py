@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from wan_loader.formats import Checkpoint
 
-__all__ = ["Case", "Entry", "Result", "Settings", "run_cases"]
+__all__ = ["Case", "Entry", "Result", "Settings", "distinct_names", "run_cases"]
 
 _PACKED_SHARE = 1.05
 
@@ -79,6 +79,8 @@ class Case:
     """One checkpoint in one place in one state of the page cache."""
 
     path: str
+    name: str
+    """The end of the path that tells it from the others."""
     place: Place
     cache: str
     files: list[str] = field(default_factory=list)
@@ -99,36 +101,42 @@ def run_cases(settings: Settings, tell: Callable[[str], None]) -> list[Case]:
     """Measure everything; `tell` is given a line for each thing done. Raises `CheckpointError` before measuring."""
     checkpoints = [open_checkpoint(path) for path in settings.paths]
     cases: list[Case] = []
-    for path, checkpoint in zip(settings.paths, checkpoints, strict=True):
+    for path, name, checkpoint in zip(settings.paths, distinct_names(settings.paths), checkpoints, strict=True):
         for place in settings.places:
-            cases += _Bench(settings, tell, path, checkpoint, place).run()
+            cases += _Bench(settings, tell, Case(path, name, place, ""), checkpoint).run()
     return cases
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many as it takes to tell them apart."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts), default=0)):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return list(paths)
 
 
 class _Bench:
     """One checkpoint in one place."""
 
-    def __init__(
-        self, settings: Settings, tell: Callable[[str], None], path: str, checkpoint: Checkpoint, place: Place
-    ) -> None:
+    def __init__(self, settings: Settings, tell: Callable[[str], None], case: Case, checkpoint: Checkpoint) -> None:
         self._settings = settings
         self._tell = tell
-        self._place = place
+        self._place = case.place
         self._files = part_of(checkpoint, settings.part)
-        self._is_part = len(self._files) < len(checkpoint.files)
-        facts = open_checkpoint(self._files) if self._is_part else checkpoint
+        is_part = len(self._files) < len(checkpoint.files)
+        facts = open_checkpoint(self._files) if is_part else checkpoint
         weights: dict[str, int] = {}
         for tensor in facts.tensors:
             weights[tensor.dtype] = weights.get(tensor.dtype, 0) + tensor.nbytes
-        self._case = Case(
-            path,
-            place,
-            "",
+        self._case = replace(
+            case,
             nbytes=facts.nbytes,
             n_tensors=len(facts.tensors),
             format=facts.format,
             file_dtype=max(weights, key=lambda d: weights[d], default="float32"),
-            is_part=self._is_part,
+            is_part=is_part,
         )
 
     def run(self) -> list[Case]:
@@ -228,7 +236,7 @@ class _Bench:
         check = result.compared_tensors is None
         answer = self._ask("sample", result, case, check=check, rate=case.place.rate)
         result.samples.append(answer)
-        name = f"{case.place.label}, {case.cache}, {number}: {result.entry.label}"
+        name = f"{case.name}, {case.place.label}, {case.cache}, {number}: {result.entry.label}"
         if answer["status"] == "ok":
             result.compared_tensors = answer.get("compared_tensors", result.compared_tensors)
             self._tell(f"{name}: {format_seconds(answer['seconds'])}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.sizes import format_bytes, format_seconds
@@ -60,8 +59,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def case_title(case: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     """What was loaded from where to where."""
-    path = Path(case["path"])
-    part = f"part of {path.name} ({case['n_files']} files)" if case["is_part"] else path.name
+    part = f"part of {case['name']} ({case['n_files']} files)" if case["is_part"] else case["name"]
     dtype = f" as {document['dtype']}" if document["dtype"] else ""
     where = "" if case["storage"]["name"] == "here" else f", on {case['storage']['label']}"
     cache = "" if case["cache"] == "simulated" else f", {case['cache']}"
