@@ -25,7 +25,7 @@ ROOMS = [
     {"report"},
     {"loader"},
     {"profiler"},
-    {"verify"},
+    {"verify", "fastpath"},
     {"bench"},
     {"cli"},
 ]

@@ -24,6 +24,7 @@ from wan_loader.cli.inspect import inspect
 from wan_loader.cli.load import load
 from wan_loader.cli.profile import profile
 from wan_loader.cli.report import report
+from wan_loader.cli.run import run
 from wan_loader.cli.stage import stage
 from wan_loader.cli.synth import synth
 from wan_loader.cli.warm import warm
@@ -44,6 +45,9 @@ for command in (inspect, load, bench, compare, doctor, estimate, report, warm, e
     app.command()(command)
 app.add_typer(cache.app)
 app.command(context_settings={"allow_extra_args": True})(profile)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)(run)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(synth)
 
 
