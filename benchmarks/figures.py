@@ -4,8 +4,9 @@
     python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb peers-warm sizes # runs two of them
 
 Makes the checkpoints that a step needs (random weights in the published shapes) in the first directory, which should
-lie on the disk to be measured and have room for 100 GB, unless they are there. Each step is `wan-loader bench` with
-the options shown by the list; needs the extras `pipeline` and, for the peers, `peers`.
+lie on the disk to be measured, unless they are there. 60 GB are enough with --only; flashpack packs a copy beside.
+Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for the peers,
+`peers`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -34,8 +36,8 @@ class Step:
 ALL = "--loader all"
 THREADS = " ".join(f"--threads {n}" for n in (1, 2, 4, 8, 16))
 STEPS = {
-    "peers-warm": Step(("bf16-28g",), f"{ALL} --cache warm --repeat 5"),
-    "peers-cold": Step(("bf16-28g",), f"{ALL} --cache cold --repeat 2"),
+    "peers-warm": Step(("bf16-28g",), f"{ALL} --cache warm --repeat 3"),
+    "peers-cold": Step(("bf16-28g",), f"{ALL} --cache cold --repeat 1"),
     "peers-small": Step(("small",), f"{ALL} --cache warm --repeat 5"),
     "fp32-to-bf16": Step(("fp32-28g",), f"{ALL} --cache warm --repeat 3 --dtype bf16"),
     "io": Step(("bf16-28g",), "--loader ours --io auto --io mapped --io direct --io buffered --cache warm --repeat 3"),
@@ -48,7 +50,8 @@ STEPS = {
         ("bf16-7g",),
         f"--loader ours --io direct {THREADS} --cache cold --repeat 2",
     ),
-    "sizes": Step((*SIZES, "fp32-57g"), "--loader ours,safetensors-cuda --cache warm --repeat 3"),
+    "sizes": Step(tuple(SIZES), "--loader ours,safetensors-cuda --cache warm --repeat 3"),
+    "size-57g": Step(("fp32-57g",), "--loader ours,safetensors-cuda --cache warm --repeat 3"),
     "storage": Step(
         ("bf16-7g",),
         "--loader ours,safetensors-cuda --storage ram=/dev/shm --storage hdd=simulated --storage sata=simulated "
@@ -107,6 +110,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="where the checkpoints are, or are made")
     parser.add_argument("results", type=Path)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--repeat", type=int, help="samples of each loader, instead of the step's own number")
+    parser.add_argument("--only", action="store_true", help="remove checkpoints of other steps first, for small disks")
     parser.add_argument("--make-only", action="store_true", help="make the checkpoints, measure nothing")
     options = parser.parse_args()
     if unknown := [name for name in options.steps if name not in STEPS]:
@@ -122,11 +127,17 @@ def main() -> None:
 
 def _run(name: str, options: argparse.Namespace) -> bool:
     step = STEPS[name]
+    if options.only:
+        for other in {c for s in STEPS.values() for c in s.checkpoints} - set(step.checkpoints):
+            shutil.rmtree(options.directory / other, ignore_errors=True)
     paths = [str(make(options.directory, checkpoint)) for checkpoint in step.checkpoints]
     if options.make_only:
         return True
     print(f"== {name}", flush=True)
-    return subprocess.run(command(paths, step, options.results, name), check=False).returncode == 0
+    words = command(paths, step, options.results, name)
+    if options.repeat:
+        words += ["--repeat", str(options.repeat)]
+    return subprocess.run(words, check=False).returncode == 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The result of a bench as one JSON document. Pure; rendered by `markdown`, `picture` and the command line."""
+"""The result of a bench as one JSON document; rendered by `markdown`, `picture` and the command line."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA_VERSION", "to_document"]
 
 SCHEMA_VERSION = 1
+
+_SETTINGS = ("FASTSAFETENSORS_", "FLASHPACK_", "INSTANTTENSOR_", "RUNAI_STREAMER_", "SAFETENSORS_")
 
 
 def to_document(
@@ -36,11 +39,21 @@ def to_document(
             "caches": list(settings.caches),
         },
         "machine": dict(machine),
+        "environment": _peer_settings(os.environ),
         "loaders": [_loader(entry) for entry in settings.entries],
         "cases": [_case(case) for case in cases],
     }
     document["warnings"] = [*_general(settings), *(w for case in document["cases"] for w in case.pop("warnings"))]
     return document
+
+
+def _peer_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables by which loaders are set; nothing that may be a secret."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith(_SETTINGS) and not any(word in name for word in ("KEY", "SECRET", "TOKEN", "CREDENTIAL"))
+    }
 
 
 def _general(settings: Settings) -> list[str]:

@@ -255,7 +255,7 @@ _ALL = (
         "ours",
         (),
         ("wan_loader.loader.api",),
-        "wan_loader.load(files, device=..., dtype=...)",
+        "wan_loader.load(files, device=..., dtype=...); pages are unregistered after the clock, in the background",
         _ours,
         ("safetensors", "torch-zip", "torch-pickle"),
     ),

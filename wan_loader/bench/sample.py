@@ -163,6 +163,7 @@ def _start_device(device: str) -> None:
     import torch
 
     if device.startswith("cuda"):
+        torch.cuda.set_device(device)
         torch.zeros(1, device=device)
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader.cli.options import Dtype, Force, IoChoice, JsonOut, Verbose
+from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,7 +104,10 @@ def bench(
         check_output(target, force=force)
     if export_picture is not None and export_picture.suffix != ".svg":
         raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
-    entries, places = _entries(loader, io, threads), _places(storage)
+    try:
+        entries, places, nbytes = _entries(loader, io, threads), _places(storage), _size(part)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
     caches = [c.value for c in dict.fromkeys(cache or [CacheChoice.WARM])]
     device, machine = _machine(device)
     from wan_loader.bench.runner import Settings
@@ -117,7 +121,7 @@ def bench(
         dtype=dtype,
         repeat=repeat,
         time_limit_s=time_limit,
-        part=_size(part),
+        part=nbytes,
     )
     document = _measure(settings, machine)
     _export(document, export_json, export_markdown, export_picture)
@@ -152,7 +156,6 @@ def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: lis
 
 def _places(texts: list[str] | None) -> list[Place]:
     from wan_loader.bench.storage import Place, parse_place
-    from wan_loader.errors import OptionError
 
     if not texts:
         return [Place("here")]

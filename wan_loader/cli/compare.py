@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader.cli.options import JsonOut, Verbose
+from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +46,10 @@ def compare(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings
 
-    limits = [parse_limit(text) for text in fail_if or []]
+    try:
+        limits = [parse_limit(text) for text in fail_if or []]
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
     runs = read_run(before), read_run(after)
     metrics = list(dict.fromkeys(["median", *(limit.metric for limit in limits)]))
     found = compare_runs(*runs, metrics)
