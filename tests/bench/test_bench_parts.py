@@ -67,6 +67,15 @@ def test_staged_copies_are_equal_and_removed(checkpoint, tmp_path):
     assert list(place.iterdir()) == []
 
 
+def test_cold_is_cold_and_warm_is_warm(checkpoint, evict, resident):
+    path = checkpoint / "model.safetensors"
+    evict(path)  # skips where the file system keeps its pages
+    storage.warm([str(path)])
+    assert resident(path) == path.stat().st_size
+    storage.evict([str(path)])
+    assert resident(path) == 0
+
+
 def test_scratch_is_removed_after_an_error_and_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ZeroDivisionError), scratch(tmp_path, 1):
         raise ZeroDivisionError
