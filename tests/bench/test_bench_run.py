@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from wan_loader.bench.child import ask
 from wan_loader.bench.peers import Task
@@ -88,6 +89,25 @@ def test_a_bench_measures_and_compares(checkpoint, command, tmp_path):
     assert "ours" in markdown.read_text()
     assert "</svg>" in picture.read_text()
     assert command("bench", checkpoint, "--export-json", saved).returncode == 1, "overwrites nothing"
+
+
+@pytest.mark.gpu
+def test_a_bench_on_the_gpu(checkpoint, command):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    options = ("--device", "cuda", "--cache", "warm", "--cache", "cold", "--repeat", 1, "--dtype", "bf16", "--json")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    loaders = "ours,safetensors,safetensors-cuda,torch"
+    done = command("bench", checkpoint, "--loader", loaders, *options, CUDA_VISIBLE_DEVICES=visible)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["device"] == "cuda:0"
+    for case in document["cases"]:
+        assert case["ceilings"]["h2d_pinned_gbps"] > 0
+        for result in case["results"]:
+            assert result["status"] == "ok", result
+            assert result["compared_tensors"] == 12
+            assert result["summary"]["device_peak_bytes"] >= case["nbytes"] // 2
 
 
 def test_bad_peers_are_reported_and_do_not_end_the_bench(checkpoint, command, fakes):
