@@ -182,6 +182,7 @@ def test_an_interrupted_bench_cleans_up(checkpoint, tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     ) as child:
         for line in child.stderr:
             if "1/1000" in line:

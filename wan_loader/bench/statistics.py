@@ -66,7 +66,7 @@ def case_warnings(where: str, cache: str, results: Mapping[str, Sequence[Mapping
     doubts: dict[str, list[str]] = {}
     for label, samples in results.items():
         for kind, detail in _doubts(cache, [s for s in samples if s["status"] == "ok"]):
-            doubts.setdefault(kind, []).append(f"{label} {detail}".rstrip())
+            doubts.setdefault(kind, []).append(f"{label}: {detail}" if detail else label)
     return [f"{where}: {_REMEDIES[kind].format(', '.join(found))}" for kind, found in doubts.items()]
 
 
