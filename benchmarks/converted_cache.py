@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import statistics
@@ -25,6 +24,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from wan_loader.source.evict import evict, resident_bytes
 
 CASES = ("without", "first", "second")
 
@@ -34,23 +35,8 @@ def files_below(directory: Path) -> list[Path]:
 
 
 def resident_share(directory: Path) -> float:
-    from wan_loader.linux import cached_bytes
-
-    cached = total = 0
-    for path in files_below(directory):
-        fd = os.open(path, os.O_RDONLY)
-        size = os.fstat(fd).st_size
-        cached, total = cached + cached_bytes(fd, 0, size), total + size
-        os.close(fd)
-    return cached / total if total else 0.0
-
-
-def evict(directory: Path) -> None:
-    for path in files_below(directory):
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+    files = files_below(directory)
+    return (resident_bytes(files) or 0) / max(1, sum(path.stat().st_size for path in files))
 
 
 def warm(directory: Path) -> None:
@@ -115,7 +101,7 @@ def run_case(case: str, state: str, options: argparse.Namespace, cache_dir: Path
         shutil.rmtree(cache_dir)
     cache_dir.mkdir(mode=0o700, exist_ok=True)
     for place in (options.path, cache_dir):
-        evict(place) if state == "cold" else warm(place)
+        evict(files_below(place)) if state == "cold" else warm(place)
     spec = json.dumps([case, str(options.path), str(cache_dir), options.device, check])
     command = [sys.executable, __file__, "--sample", spec, str(options.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

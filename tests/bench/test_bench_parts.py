@@ -19,6 +19,7 @@ from wan_loader.bench.table import HEADERS, case_rows, visible_columns
 from wan_loader.bench.throttle import Throttle
 from wan_loader.errors import OptionError, OutputError
 from wan_loader.formats import open_checkpoint
+from wan_loader.source.evict import evict as source_evict
 
 
 def test_loaders_by_name():
@@ -72,7 +73,7 @@ def test_cold_is_cold_and_warm_is_warm(checkpoint, evict, resident):
     evict(path)  # skips where the file system keeps its pages
     storage.warm([str(path)])
     assert resident(path) == path.stat().st_size
-    storage.evict([str(path)])
+    source_evict([str(path)])
     assert resident(path) == 0
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.child import ask
 from wan_loader.bench.peers import Loader, Task, installed_version
-from wan_loader.bench.storage import Place, evict, leftovers, part_of, scratch, staged, warm
+from wan_loader.bench.storage import Place, leftovers, part_of, scratch, staged, warm
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
 from wan_loader.profiler.storage import storage_facts
 from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.source.evict import evict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

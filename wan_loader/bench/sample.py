@@ -22,7 +22,7 @@ from wan_loader.bench.peers import LOADERS, Loader, NotApplicableError, Outcome,
 from wan_loader.bench.throttle import throttle_reads
 from wan_loader.events import clock_ns
 from wan_loader.machine import machine_card, peak_resident, processors, reset_peak_resident
-from wan_loader.profiler.storage import resident_bytes
+from wan_loader.source.evict import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,16 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import OptionError, OutputError
 from wan_loader.machine import available_memory
 from wan_loader.profiler.simulate import STORAGES
-from wan_loader.profiler.storage import resident_bytes, storage_facts
+from wan_loader.profiler.storage import storage_facts
 from wan_loader.sizes import format_bytes, parse_rate
+from wan_loader.source.evict import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wan_loader.formats import Checkpoint
 
-__all__ = ["PREFIX", "Place", "evict", "leftovers", "parse_place", "part_of", "scratch", "staged", "warm"]
+__all__ = ["PREFIX", "Place", "leftovers", "parse_place", "part_of", "scratch", "staged", "warm"]
 
 PREFIX = ".wan-loader-bench-"
 _SIMULATED = "simulated"
@@ -139,22 +139,6 @@ def _copy_all(files: Sequence[str], directory: Path, told: Callable[[int], None]
 def leftovers(directory: Path) -> list[Path]:
     """What killed runs left in a place."""
     return sorted(directory.glob(f"{PREFIX}*"))
-
-
-def evict(files: Sequence[str], tries: int = 20) -> None:
-    """Push files out of the page cache, as far as the system allows: tmpfs, mapped and dirty pages stay."""
-    for path in files:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for _ in range(tries):  # pages in a processor's batch of new ones are kept at first
-                with suppress(OSError):
-                    os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                if not resident_bytes([path]):
-                    break
-                time.sleep(0.01)
-        finally:
-            os.close(fd)
 
 
 def warm(files: Sequence[str]) -> None:
