@@ -43,7 +43,7 @@ def plan_all(checkpoints):
             layout = lay_out(checkpoint, storages, views=False)
             residency = Residency(reader.fds)
             residency.total(layout.extents)
-            way = choose_way("auto", cuda=True, reader=reader, residency=residency)
+            way = choose_way("auto", may_map=True, reader=reader, residency=residency)
             plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
             n_blocks += len(plan.blocks)
     return n_blocks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE
@@ -118,6 +119,7 @@ def check_shape(shape: Sequence[int], where: str) -> None:
         raise CheckpointError(f"{where}: a shape of {len(shape)} dimensions is larger than any tensor: damaged file")
 
 
+@lru_cache(maxsize=4096)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides in elements, as torch counts them (a dimension of size 0 counts as 1)."""
     strides, step = [], 1

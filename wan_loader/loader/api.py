@@ -112,7 +112,7 @@ def _load(
     bind: Callable[[dict[str, torch.Tensor]], list[str]] | None = None,
 ) -> Loaded:
     """Load through the cache, if that is wanted; an entry that turns out to be damaged is not the end."""
-    with CachedLoad(cache) as cached:
+    with CachedLoad(cache, options.device) as cached:
         try:
             loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
         except (CacheError, CheckpointError) as error:

@@ -5,6 +5,7 @@ Whatever is wrong with the cache, the load goes on from the source, with one war
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from wan_loader.cache.build import Build
 from wan_loader.cache.check import BlockCheck, check_entry, check_header
 from wan_loader.cache.content import Loaded as LoadedTensors
+from wan_loader.cache.content import warm_up
 from wan_loader.cache.outline import Outline, outline_file, why_not
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError, MissingFileError
@@ -97,8 +99,9 @@ def build_entry(
 class CachedLoad:
     """The cache's part in one load; a context manager that holds the entry as long as it is read."""
 
-    def __init__(self, options: CacheOptions) -> None:
+    def __init__(self, options: CacheOptions, device: str | int | torch.device) -> None:
         self._options = options
+        self._device = device
         self._stack = ExitStack()
         self._store: Store | None = None
         self._entry: Entry | None = None
@@ -151,6 +154,7 @@ class CachedLoad:
         self._building = begin_build(self._store, outline, self._sources)
         if self._building is not None:
             self.report = CacheReport("building", "no entry yet: one is being written in the background")
+            threading.Thread(target=warm_up, args=(self._device,), name="warm up", daemon=True).start()
         else:
             self._from_source("another process is writing the entry")
         return source

@@ -6,6 +6,7 @@ Runs in the one carrying thread, so that conversions never oversubscribe the cor
 from __future__ import annotations
 
 import ctypes
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from wan_loader.events import span
@@ -50,15 +51,16 @@ class CpuTarget:
 
     def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> None:
         """Copy or convert the pieces now."""
-        for piece in pieces:
-            destination = self._destinations[piece.storage]
-            source = address + piece.file_start - file_start
-            if destination.source_dtype is None:
-                with span(self._observer, "h2d", piece.nbytes):
-                    ctypes.memmove(destination.address + piece.storage_start, source, piece.nbytes)
-            else:
-                with span(self._observer, "cast", piece.nbytes):
-                    _convert(destination, source, piece)
+        offset = address - file_start
+        for converts, group in groupby(pieces, lambda p: self._destinations[p.storage].source_dtype is not None):
+            same = list(group)
+            with span(self._observer, "cast" if converts else "h2d", sum(p.nbytes for p in same)):
+                for piece in same:
+                    destination, source = self._destinations[piece.storage], offset + piece.file_start
+                    if converts:
+                        _convert(destination, source, piece)
+                    else:
+                        ctypes.memmove(destination.address + piece.storage_start, source, piece.nbytes)
 
     def finish(self) -> None:
         """Everything has arrived already."""
