@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_way", "explain"]
 
+#: From this share of resident pages on, fetching only the missing ones saves more than O_DIRECT gains.
+_WORTH = 0.25
+
 
 def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
     """The rule for `make_plan`.
 
     Resident pages are mapped for the GPU, and read with ordinary calls for the CPU, where a mapped file that shrinks
-    would kill the process. Cold ranges are read with O_DIRECT, which leaves the page cache as it was.
+    would kill the process. Cold ranges are read with O_DIRECT, which leaves the page cache as it was. Of a range that
+    is partly there, an ordinary read fetches only the rest; O_DIRECT would fetch all of it.
     may_map: whether the target can fetch mapped pages, and the bytes need not pass through this process.
     """
 
@@ -27,9 +31,10 @@ def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) 
         return Way.DIRECT if reader.open_direct(file) else Way.BUFFERED
 
     def auto(file: int, start: int, end: int) -> Way:
-        if residency.is_resident(file, start, end):
-            return Way.MAPPED if may_map else Way.BUFFERED
-        return direct(file)
+        share = residency.share(file, start, end)
+        if share == 1.0 and may_map:
+            return Way.MAPPED
+        return Way.BUFFERED if share >= _WORTH else direct(file)
 
     match io:
         case "mapped":

@@ -24,11 +24,15 @@ class Residency:
 
     def is_resident(self, file: int, start: int, end: int) -> bool:
         """Whether every page of the range is in the page cache; False also where the kernel cannot say."""
+        return self.share(file, start, end) == 1.0
+
+    def share(self, file: int, start: int, end: int) -> float:
+        """How much of the range, in whole pages, is in the page cache, from 0 to 1; 0 where the kernel cannot say."""
         try:
             start, end = start // PAGE * PAGE, -(-end // PAGE) * PAGE
-            return cached_bytes(self.fds[file], start, end - start) == end - start
+            return cached_bytes(self.fds[file], start, end - start) / (end - start)
         except OSError:
-            return False
+            return 0.0
 
     def total(self, extents: Iterable[Extent]) -> int:
         """Bytes of all extents that are in the page cache, in whole pages; 0 where the kernel cannot say.
