@@ -10,6 +10,7 @@
     ├── CacheError(OSError)                    the converted cache cannot be used
     ├── HubError(OSError)                      the hub cannot be reached, refuses, or sends other than it promised
     ├── SessionError(ValueError)               a saved session or measurement is damaged or foreign
+    ├── DistributedError(RuntimeError)         another process of a distributed load failed, or they disagree
     ├── UnmeasuredError                        something could not be measured
     ├── OutputError(OSError)                   a result cannot be written where it was asked for
     └── OptionError(ValueError)                a setting that makes no sense
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "DeviceError",
     "DeviceMemoryError",
+    "DistributedError",
     "HostMemoryError",
     "HubError",
     "KeyMismatchError",
@@ -82,6 +84,10 @@ class HubError(WanLoaderError, OSError):
 
 class SessionError(WanLoaderError, ValueError):
     """A saved session or a cached measurement is damaged or foreign."""
+
+
+class DistributedError(WanLoaderError, RuntimeError):
+    """Another process of a distributed load failed or is gone, or the processes do not agree on what to load."""
 
 
 class UnmeasuredError(WanLoaderError):

@@ -49,6 +49,8 @@ class Extent:
     end: int
     itemsize: int = 1
     """Element size when the bytes are converted on the way (blocks are then cut between elements), else 1."""
+    storage_start: int = 0
+    """Where in the storage they belong, counted in bytes of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +115,19 @@ class Plan:
         return out
 
 
-def make_plan(extents: Iterable[Extent], *, block_bytes: int, way: Callable[[int, int, int], Way]) -> Plan:
+def make_plan(
+    extents: Iterable[Extent], *, block_bytes: int, way: Callable[[int, int, int], Way], max_gap: int = MAX_GAP
+) -> Plan:
     """Plan a load of `extents`, in their order.
 
     block_bytes: upper bound of a block, a multiple of `PAGE`. `way(file, start, end)` says how a range travels; it is
-    asked once per block. Extents that follow each other in a file are read together, so give them in file order
-    unless another order is worth smaller reads. Costs about 3 microseconds per block and per extent.
+    asked once per block. Extents that follow each other in a file, with gaps of at most `max_gap` bytes, are read
+    together, so give them in file order unless another order is worth smaller reads. Costs about 3 microseconds per
+    block and per extent.
     """
     if block_bytes < PAGE or block_bytes % PAGE:
         raise OptionError(f"block size {block_bytes} must be a multiple of {PAGE}")
-    blocks = (block for run in _runs(extents) for block in split(run, block_bytes))
+    blocks = (block for run in _runs(extents, max_gap) for block in split(run, block_bytes))
     return Plan(tuple(Block(way(b.file, b.start, b.end), b.file, b.start, b.end, b.pieces) for b in blocks))
 
 
@@ -154,17 +159,18 @@ def _borders(block: Block, nbytes: int) -> Iterable[int]:
     yield block.end
 
 
-def _runs(extents: Iterable[Extent]) -> Iterable[Block]:
+def _runs(extents: Iterable[Extent], max_gap: int) -> Iterable[Block]:
     """Extents that follow each other, as one block each."""
     run: list[Piece] = []
     file = -1
     for extent in extents:
         if extent.start == extent.end:
             continue
-        if run and not (file == extent.file and 0 <= extent.start - run[-1].file_end <= MAX_GAP):
+        if run and not (file == extent.file and 0 <= extent.start - run[-1].file_end <= max_gap):
             yield Block(Way.BUFFERED, file, run[0].file_start, run[-1].file_end, tuple(run))
             run = []
         file = extent.file
-        run.append(Piece(extent.storage, 0, extent.start, extent.end - extent.start, extent.itemsize))
+        nbytes = extent.end - extent.start
+        run.append(Piece(extent.storage, extent.storage_start, extent.start, nbytes, extent.itemsize))
     if run:
         yield Block(Way.BUFFERED, file, run[0].file_start, run[-1].file_end, tuple(run))

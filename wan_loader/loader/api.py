@@ -6,21 +6,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import dtype_name
-from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError
+from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
-from wan_loader.loader.binding import Match, bind, match
+from wan_loader.loader.binding import Match, bind, match, module_slots
 from wan_loader.loader.cached import CachedLoad, CacheOptions
 from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.loader.load import Choice, Loaded, LoadOptions, load_checkpoint
+from wan_loader.loader.team import joined
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
+    from torch.distributed import ProcessGroup
 
     from wan_loader.events import Observer
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.binding import KeyMap
+    from wan_loader.loader.team import Team
     from wan_loader.report import LoadReport
     from wan_loader.types import IoMode, StrPath
 
@@ -39,6 +42,7 @@ def load_file(
     cache: bool = False,
     cache_dir: StrPath | None = None,
     verify: bool = False,
+    group: ProcessGroup | None = None,
     observer: Observer | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a dict of tensors: `safetensors.torch.load_file` and `torch.load` in one, and faster.
@@ -55,6 +59,9 @@ def load_file(
         Where the cache cannot be used, the source is loaded, and a warning in the report says why.
     cache_dir: where the cache is; None takes the user's cache directory.
     verify: check a cache entry against its checksums while it is read; a damaged one is set aside and built again.
+    group: processes of torch.distributed that all make this call, such as `torch.distributed.group.WORLD`: each reads
+        its part of every tensor, they exchange, and each returns all tensors. The bytes are read once in all. Not
+        with cache=True: an entry is what one process loads.
     observer: told of each span of work, from several threads.
 
     Returns contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
@@ -63,7 +70,8 @@ def load_file(
     On CUDA, everything has arrived when this returns. Staging takes at most 512 MiB of host memory.
 
     Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
-    then nothing stays allocated.
+    then nothing stays allocated. With a group also `DistributedError`: another process failed or is gone, which is
+    noticed within ten seconds, or sees another checkpoint. A CPU load of a group copies, it maps nothing.
     """
     return load(
         path,
@@ -76,6 +84,7 @@ def load_file(
         cache=cache,
         cache_dir=cache_dir,
         verify=verify,
+        group=group,
         observer=observer,
     ).tensors
 
@@ -92,17 +101,48 @@ def load(
     cache: bool = False,
     cache_dir: StrPath | None = None,
     verify: bool = False,
+    group: ProcessGroup | None = None,
     observer: Observer | None = None,
 ) -> Loaded:
     """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
-    options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
-    rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
+    with joined(group) as team:
+        options = _options(device, io, threads, observer, team)
+        caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
+        rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
 
-    def choose() -> Choice:
-        checkpoint = open_checkpoint(path)
-        return Choice(checkpoint, checkpoint.tensors if names is None else _select(checkpoint, names), rule)
+        def choose() -> Choice:
+            checkpoint = open_checkpoint(path)
+            tensors = checkpoint.tensors if names is None else _select(checkpoint, names)
+            return _choice(checkpoint, tensors, rule, team, {})
 
-    return _load(choose, options, CacheOptions(enabled=cache, directory=cache_dir, verify=verify))
+        return _load(choose, options, caching)
+
+
+def _options(
+    device: str | int | torch.device, io: str, threads: int | None, observer: Observer | None, team: Team | None
+) -> LoadOptions:
+    watched = observer if team is None else team.watch(observer)
+    return LoadOptions(device=device, io=io, threads=threads, observer=watched, team=team)
+
+
+def _may_cache(cache: bool, team: Team | None) -> bool:
+    if cache and team is not None:
+        raise OptionError("the converted cache is for one process, and several load together: leave out cache")
+    return cache
+
+
+def _choice(
+    checkpoint: Checkpoint,
+    tensors: Sequence[TensorFacts],
+    rule: DtypeRule,
+    team: Team | None,
+    targets: Mapping[str, torch.Tensor],
+) -> Choice:
+    """What this process loads: everything, or what it keeps as a member of a team. targets: the module's tensors."""
+    if team is None:
+        return Choice(checkpoint, tensors, rule)
+    mine = team.divide(checkpoint, tensors, targets, rule)
+    return Choice(mine.checkpoint, mine.tensors, rule)
 
 
 def _load(
@@ -147,24 +187,44 @@ def load_into(
     cache: bool = False,
     cache_dir: StrPath | None = None,
     verify: bool = False,
+    group: ProcessGroup | None = None,
     observer: Observer | None = None,
 ) -> LoadReport:
     """Fill a module's parameters and persistent buffers from a checkpoint, in place.
 
     module: may be on the meta device (build it under `torch.device("meta")`: no memory, no random initialisation).
         Parameters that are one object under several names stay so; `requires_grad` is kept; non-persistent buffers
-        are left alone, and reported if they are still on meta.
+        are left alone, and reported if they are still on meta. Parameters may be DTensors (after FSDP2's
+        `fully_shard`): then every process of their mesh makes this call, reads the rows that it keeps and nothing
+        else, and never holds a whole tensor; what several processes keep, they read in parts and exchange.
     key_map: checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to None
         is left out.
     strict: missing or unexpected names are an error. Wrong shapes always are.
     keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32.
+    group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
+        tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
+        cache=True is an `OptionError`.
     device, dtype, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
 
     Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
     `load_file` raises; the module is changed only when everything has arrived.
     """
-    options = LoadOptions(device=device, io=io, threads=threads, observer=observer)
-    target_dtype = dtype_name(dtype)
+    with joined(group, module) as team:
+        options = _options(device, io, threads, observer, team)
+        caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
+        rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
+        return _fill(module, path, key_map, strict, rule, options, caching)
+
+
+def _fill(
+    module: torch.nn.Module,
+    path: StrPath | Sequence[StrPath],
+    key_map: KeyMap | None,
+    strict: bool,
+    rule: DtypeRule,
+    options: LoadOptions,
+    caching: CacheOptions,
+) -> LoadReport:
     found = Match((), {})
 
     def choose() -> Choice:
@@ -172,7 +232,14 @@ def load_into(
         checkpoint = open_checkpoint(path)
         found = match(module, checkpoint, key_map, strict=strict)
         module_names = {name: slots[0] for name, slots in found.slots.items()}
-        return Choice(checkpoint, found.facts, DtypeRule(target_dtype, tuple(keep_fp32), module_names))
+        targets = module_slots(module)
+        return _choice(
+            checkpoint,
+            found.facts,
+            replace(rule, module_names=module_names),
+            options.team,
+            {name: targets[module_names[name]] for name in module_names},
+        )
 
     def bind_and_tell(tensors: dict[str, torch.Tensor]) -> list[str]:
         left_on_meta = bind(module, found, tensors)
@@ -183,5 +250,4 @@ def load_into(
         }
         return [f"{title}: {', '.join(names)}" for title, names in notes.items() if names]
 
-    caching = CacheOptions(enabled=cache, directory=cache_dir, verify=verify)
     return _load(choose, options, caching, bind_and_tell).report

@@ -6,6 +6,7 @@ disagrees in one error. `bind` puts the tensors in; parameters that were one obj
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from wan_loader.formats.facts import Checkpoint, TensorFacts
 
-__all__ = ["KeyMap", "Match", "bind", "match"]
+__all__ = ["KeyMap", "Match", "bind", "is_dtensor", "match", "module_slots"]
 
 #: Checkpoint name -> module name; None leaves a tensor of the checkpoint out.
 KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
@@ -37,7 +38,7 @@ class Match:
 
 def match(module: torch.nn.Module, checkpoint: Checkpoint, key_map: KeyMap | None, *, strict: bool) -> Match:
     """Pair names. Raises `KeyMismatchError` for missing or unexpected ones if `strict`, for wrong shapes always."""
-    slots = _slots(module)
+    slots = module_slots(module)
     groups = _tied_groups(slots)
     mapped: dict[str, TensorFacts] = {}
     unexpected: list[str] = []
@@ -81,19 +82,36 @@ def bind(module: torch.nn.Module, found: Match, tensors: Mapping[str, torch.Tens
             else:
                 owner._buffers[attribute] = tensors[name]
     everything = [*module.named_parameters(), *module.named_buffers()]
+    if any(is_dtensor(tensor) for _, tensor in everything):
+        module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
     return [name for name, tensor in everything if tensor.is_meta]
 
 
 def _parameter(old: Any, tensor: torch.Tensor) -> torch.nn.Parameter:
     import torch
 
+    if is_dtensor(old):
+        tensor = _distributed(old, tensor)
     differentiable = tensor.is_floating_point() or tensor.is_complex()
     new = torch.nn.Parameter(tensor, requires_grad=old.requires_grad and differentiable)
     new.__dict__.update(old.__dict__)
     return new
 
 
-def _slots(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor. Where nothing has imported those, nothing is, and they need not be imported."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _distributed(old: Any, local: torch.Tensor) -> Any:
+    """The DTensor whose part of this process is `local`."""
+    return type(old).from_local(
+        local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+    )
+
+
+def module_slots(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer by name, tied ones under each of their names."""
     slots: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for prefix, owner in module.named_modules(remove_duplicate=False):

@@ -11,7 +11,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Carried, carry_out
@@ -29,7 +29,7 @@ from wan_loader.loader.placement import allocate, check_memory, convert_storage,
 from wan_loader.loader.route import choose_way, explain
 from wan_loader.loader.settings import block_bytes, check_io, check_threads, engine_settings
 from wan_loader.machine import machine_card, memory_limit, peak_resident, processors, reset_peak_resident
-from wan_loader.plan import Way, make_plan
+from wan_loader.plan import MAX_GAP, PAGE, Way, make_plan
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
 from wan_loader.source.reader import Reader
 from wan_loader.source.residency import Residency
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.dtype_rule import DtypeRule
     from wan_loader.loader.placement import Placement, StoragePlan
+    from wan_loader.loader.team import Team
     from wan_loader.source.reader import Check
     from wan_loader.transfer.base import Target
 
@@ -64,6 +65,8 @@ class LoadOptions:
     io: str = "auto"
     threads: int | None = None
     observer: Observer | None = None
+    team: Team | None = None
+    """The processes that load together with this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class _Moved:
     resident_before: int = 0
     nbytes_viewed: int = 0
     reason: str = ""
-    settings: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -140,6 +143,9 @@ def load_checkpoint(
             with span(tee, "assign"):
                 _convert_late(moved.tensors, plans, choice.rule)
                 ordered = {t.name: moved.tensors[t.name] for t in choice.tensors}
+                if options.team is not None:
+                    ordered = options.team.cut(ordered)
+                    options.team.arrived()
                 moved.warnings += bind(ordered) if bind is not None else []
             seconds = (clock_ns() - start_ns) / 1e9
             report = _report(choice, plans, options, device, moved, tee, seconds)
@@ -199,15 +205,20 @@ def _move(
     check: Check | None = None,
 ) -> _Moved:
     """Plan, and have the engine fill the tensors; they are allocated while the first bytes are on their way."""
-    cuda, io = device.type == "cuda", _io(options, check)
+    cuda, io, team = device.type == "cuda", _io(options, check), options.team
+    sharers = team.n_local if team is not None else 1
     with Reader(checkpoint.files, check) as reader:
         with span(observer, "init"):
-            layout = lay_out(checkpoint, plans, views=not cuda and check is None and io in ("auto", "mapped"))
-            check_memory(layout, device, checkpoint.path)
+            views = not cuda and check is None and io in ("auto", "mapped") and team is None
+            reads = team.reads(plans) if team is not None else {}
+            layout = lay_out(checkpoint, plans, views=views, reads=reads)
+            check_memory(layout, device, checkpoint.path, sharers)
             residency = Residency(reader.fds)
             resident = residency.total((*layout.extents, *layout.viewed_extents))
             way = choose_way(io, may_map=cuda and check is None, reader=reader, residency=residency)
-            plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
+            # what lies between a process's own bytes, others read
+            gap = MAX_GAP if team is None else PAGE
+            plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way, max_gap=gap)
             settings = engine_settings(
                 plan,
                 io=io,
@@ -215,6 +226,7 @@ def _move(
                 memory_limit=memory_limit(),
                 processors=processors(),
                 cuda=cuda,
+                sharers=sharers,
             )
         target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
 
@@ -222,13 +234,15 @@ def _move(
             with span(observer, "init"):
                 return allocate(checkpoint, layout, device, reader.fds)
 
+        used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
         placement, carried = carry_out(plan, reader, target, settings, prepare, observer)
         with _released_on_failure(carried):
             for file in checkpoint.files:
                 file.check_unchanged()
+            if team is not None:
+                used |= team.exchange(layout.copied, placement.destinations, layout.nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
-    used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
     reason = explain(io, resident, layout.nbytes_read, viewed)
     return _Moved(
         placement.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections import defaultdict
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
@@ -22,7 +23,7 @@ from wan_loader.transfer.base import Destination
 from wan_loader.transfer.cuda import N_SCRATCH, SCRATCH_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -115,8 +116,17 @@ class Layout:
         return sum(self.copied_nbytes) + sum(e.end - e.start for e in self.viewed_extents)
 
 
-def lay_out(checkpoint: Checkpoint, plans: Sequence[StoragePlan], *, views: bool) -> Layout:
-    """Decide for each storage. `views`: use the mapped file where neither dtype nor alignment stands against it."""
+def lay_out(
+    checkpoint: Checkpoint,
+    plans: Sequence[StoragePlan],
+    *,
+    views: bool,
+    reads: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+) -> Layout:
+    """Decide for each storage. `views`: use the mapped file where neither dtype nor alignment stands against it.
+
+    reads: storages of which only some bytes, from and to, are read; the others come from elsewhere.
+    """
     viewed = [p for p in plans if views and _can_view(checkpoint, p)]
     among_viewed = {p.storage for p in viewed}
     copied = [p for p in plans if p.storage not in among_viewed]
@@ -124,7 +134,7 @@ def lay_out(checkpoint: Checkpoint, plans: Sequence[StoragePlan], *, views: bool
     return Layout(
         tuple(copied),
         tuple(p.nbytes_loaded(checkpoint.storages[p.storage].nbytes) for p in copied),
-        tuple(_extent(checkpoint, p, index) for index, p in enumerate(copied)),
+        tuple(_extent(checkpoint, p, index, reads.get(p.storage)) for index, p in enumerate(copied)),
         tuple(viewed),
         tuple(_extent(checkpoint, p, -1) for p in viewed),
         (f"{misaligned} tensors are misaligned in the file: copied, not mapped",) if misaligned else (),
@@ -136,18 +146,22 @@ def _can_view(checkpoint: Checkpoint, plan: StoragePlan) -> bool:
     return not plan.converts and not plan.late and all(start % ITEMSIZE[t.dtype] == 0 for t in plan.tensors)
 
 
-def _extent(checkpoint: Checkpoint, plan: StoragePlan, index: int) -> Extent:
+def _extent(checkpoint: Checkpoint, plan: StoragePlan, index: int, part: tuple[int, int] | None = None) -> Extent:
     facts = checkpoint.storages[plan.storage]
     step = ITEMSIZE[plan.source] if plan.source and plan.converts else 1
-    return Extent(index, facts.file, facts.start, facts.start + facts.nbytes, step)
+    start, end = part or (0, facts.nbytes)
+    return Extent(index, facts.file, facts.start + start, facts.start + end, step, start)
 
 
-def check_memory(layout: Layout, device: torch.device, path: str) -> None:
-    """Raise `DeviceMemoryError` or `HostMemoryError` if what is copied cannot fit."""
+def check_memory(layout: Layout, device: torch.device, path: str, sharers: int = 1) -> None:
+    """Raise `DeviceMemoryError` or `HostMemoryError` if what is copied cannot fit.
+
+    sharers: processes of this machine that take as much of the host's memory at the same time.
+    """
     import torch
 
     if device.type == "cpu":
-        if (needed := sum(layout.copied_nbytes)) > (free := available_memory()):
+        if (needed := sum(layout.copied_nbytes) * sharers) > (free := available_memory()):
             raise HostMemoryError(f"{path} needs {needed} bytes of memory, {free} are available: free some memory")
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -60,22 +60,30 @@ def check_threads(threads: int | None) -> None:
 
 
 def engine_settings(
-    plan: Plan, *, io: str, threads: int | None, memory_limit: int, processors: int, cuda: bool
+    plan: Plan,
+    *,
+    io: str,
+    threads: int | None,
+    memory_limit: int,
+    processors: int,
+    cuda: bool,
+    sharers: int = 1,
 ) -> EngineSettings:
     """Settings for one load.
 
     threads: readers asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never more than a quarter
-    of `memory_limit` (bytes); where that allows fewer slots than readers, there are fewer readers.
+    of `memory_limit` (bytes); where that allows fewer slots than readers, there are fewer readers. sharers: processes
+    of this machine that load at the same time: together they take what one would, though no less than one slot each.
     """
     mapped_only = all(block.way is Way.MAPPED for block in plan.blocks)
-    readers = threads or _readers(io, processors, mapped_only=mapped_only)
+    readers = threads or max(1, _readers(io, processors, mapped_only=mapped_only) // sharers)
     affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (SLOT_BYTES + PAGE)
     if affordable < 1:
         raise HostMemoryError(
             f"staging needs {SLOT_BYTES + PAGE} bytes, more than a quarter of the {memory_limit} bytes of memory that "
             "are allowed here: allow more memory"
         )
-    n_slots = min(readers * _SLOTS_PER_READER, affordable)
+    n_slots = min(readers * _SLOTS_PER_READER, max(1, affordable // sharers))
     return EngineSettings(
         threads=min(readers, n_slots), slot_bytes=SLOT_BYTES, n_slots=n_slots, may_steal=cuda and mapped_only
     )

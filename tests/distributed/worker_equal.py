@@ -1,0 +1,192 @@
+"""One process of test_together.py: loads in every way that processes can share, and compares bit for bit."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import wan_loader
+from wan_loader.formats.facts import Checkpoint
+
+HERE = Path(sys.argv[1])
+REFERENCE = torch.load(HERE / "net.pth")
+
+
+class Net(nn.Module):
+    """As in test_together.py: rows fewer than processes or not divisible, tied, frozen, buffers of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(1031, 96)
+        self.body = nn.Sequential(nn.Linear(96, 1500), nn.LayerNorm(1500), nn.Linear(1500, 3), nn.Linear(3, 1))
+        self.tail = nn.Linear(1, 96)
+        self.head = nn.Linear(96, 1031, bias=False)
+        self.head.weight = self.embed.weight
+        self.tail.requires_grad_(False)
+        self.register_buffer("scalar", torch.tensor(0.5))
+        self.register_buffer("empty", torch.empty(0, 5))
+        self.register_buffer("steps", torch.arange(700_001))
+
+    def forward(self, x):
+        return self.head(self.embed(x) + self.tail(self.body(self.embed(x)))) * self.scalar
+
+
+def on_meta():
+    with torch.device("meta"):
+        return Net()
+
+
+def sharded(mesh=None):
+    module = on_meta()
+    for part in module.body:
+        fully_shard(part, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def total(number):
+    out = torch.tensor(number)
+    dist.all_reduce(out)
+    return int(out)
+
+
+def read_chars():
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compare(state, expected=REFERENCE):
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        got = full(state[name]).detach()
+        assert got.dtype == tensor.dtype, name
+        assert got.shape == tensor.shape, name
+        assert (
+            got.numpy(force=True).tobytes() == tensor.numpy().tobytes()
+            if tensor.dtype != torch.bfloat16
+            else (torch.equal(got, tensor))
+        ), name
+
+
+def counted(load, nbytes):
+    """Runs a load; the bytes that all processes read come to those of the checkpoint, within two per cent."""
+    before = read_chars()
+    out = load()
+    read = total(read_chars() - before)
+    report = getattr(out, "report", out)
+    assert total(report.settings["nbytes_read"]) == nbytes
+    assert abs(read - nbytes) < 0.02 * nbytes, (read, nbytes)
+    return report, out
+
+
+def fsdp(n):
+    plain = Net()
+    plain.load_state_dict(REFERENCE)
+    x = torch.arange(12)
+    module = sharded()
+    report, _ = counted(
+        lambda: wan_loader.load_into(module, HERE / "net.safetensors", device="cpu", io="buffered"), nbytes_of("net")
+    )
+    local = sum(p.to_local().nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
+    assert report.nbytes_device == local  # no process holds more than it keeps
+    assert report.settings["processes"] == report.settings["processes_here"] == n
+    assert report.settings["n_slots"] <= 24 // n
+    compare(module.state_dict())
+    assert module.head.weight is module.embed.weight
+    assert not module.tail.weight.requires_grad
+    assert torch.equal(module(x), plain(x))
+    wan_loader.load_into(module, HERE / "net.safetensors", device="cpu")  # again, while the root is gathered
+    assert torch.equal(module(x), plain(x))
+    cast = sharded()
+    wan_loader.load_into(cast, HERE / "net.pth", device="cpu", dtype="bf16", keep_fp32=["tail"])
+    compare(cast.state_dict(), in_bf16(REFERENCE))
+
+
+def in_bf16(state):
+    return {
+        name: t.bfloat16() if t.is_floating_point() and not name.startswith("tail") else t for name, t in state.items()
+    }
+
+
+def nbytes_of(name):
+    checkpoint: Checkpoint = wan_loader.open_checkpoint(HERE / f"{name}.safetensors")
+    return sum(t.nbytes for t in checkpoint.tensors if t.name != "head.weight")
+
+
+def hsdp():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    module = sharded(mesh)
+    report, _ = counted(
+        lambda: wan_loader.load_into(module, HERE / "net.safetensors", device="cpu", io="buffered"), nbytes_of("net")
+    )
+    assert report.settings["nbytes_received"] > 0
+    compare(module.state_dict())
+
+
+def replicated():
+    for path in ("net.safetensors", "net.pth"):
+        for io in ("auto", "direct", "mapped", "buffered"):
+            loaded = wan_loader.load(HERE / path, group=dist.group.WORLD, io=io)
+            compare(loaded.tensors)
+    counted(
+        lambda: wan_loader.load(HERE / "net.safetensors", io="buffered", group=dist.group.WORLD),
+        wan_loader.open_checkpoint(HERE / "net.safetensors").nbytes,
+    )
+    tensors = wan_loader.load_file(HERE / "net.safetensors", dtype="bf16", keep_fp32=["tail"], group=dist.group.WORLD)
+    compare(tensors, in_bf16(REFERENCE))
+    some = wan_loader.load_file(HERE / "net.safetensors", names=["steps", "scalar"], group=dist.group.WORLD)
+    compare(some, {name: REFERENCE[name] for name in ("steps", "scalar")})
+    module = on_meta()
+    wan_loader.load_into(module, HERE / "net.safetensors", device="cpu", group=dist.group.WORLD)
+    compare(module.state_dict())
+    legacy = wan_loader.load_file(HERE / "legacy.pth", group=dist.group.WORLD)
+    compare(legacy)
+
+
+def dtensors(n):
+    """DTensors without FSDP: any shape, tensors of a .pth that share a storage or are stored column by column."""
+    mesh = init_device_mesh("cpu", (n,))
+    expected = torch.load(HERE / "odd.pth")
+    module = nn.Module()
+    for name, tensor in expected.items():
+        placement = Shard(0) if tensor.ndim and name != "kept" else Replicate()
+        first, last = rows(tensor.shape[0], n) if isinstance(placement, Shard) else (0, None)
+        local = torch.empty((last - first, *tensor.shape[1:]) if last is not None else tensor.shape, device="meta")
+        whole = DTensor.from_local(local, mesh, [placement], shape=tensor.shape, stride=tensor.contiguous().stride())
+        module.register_parameter(name, nn.Parameter(whole, requires_grad=False))
+    for path in ("odd.pth", "odd-legacy.pth"):
+        report = wan_loader.load_into(module, HERE / path, device="cpu")
+        compare(module.state_dict(), expected)
+        assert "not stored row by row" in "".join(report.warnings)
+    halves = wan_loader.load_file(HERE / "odd.pth", dtype="fp16", group=dist.group.WORLD)
+    compare(halves, {n: t.half() if t.is_floating_point() else t for n, t in expected.items()})
+    assert halves["shared_a"].untyped_storage().data_ptr() == halves["shared_b"].untyped_storage().data_ptr()
+
+
+def rows(count, n):
+    size = -(-count // n)
+    return min(dist.get_rank() * size, count), min((dist.get_rank() + 1) * size, count)
+
+
+def main():
+    dist.init_process_group("gloo")
+    n = dist.get_world_size()
+    wan_loader.load_file(HERE / "net.safetensors", io="buffered", group=dist.group.WORLD)  # reads modules, too
+    fsdp(n)
+    replicated()
+    dtensors(n)
+    if n == 4:
+        hsdp()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What processes tell each other beside the collectives: that they live, how far they are, what failed.
+
+It all goes through the store that torch.distributed was started with (a small key-value server), so it works while a
+collective hangs and before the first one. Each process counts up a heartbeat; a process that fails leaves its error;
+the others notice either within seconds. A process that is gone without a word (killed, out of memory) is noticed when
+its heartbeat has stood still for `SILENCE_S`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import DistributedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+__all__ = ["SILENCE_S", "Peers"]
+
+#: A process whose heartbeat stands still for so long counts as gone.
+SILENCE_S = 6.0
+_BEAT_S = 0.25
+_POLL_S = 0.01
+_MAX_TEXT = 4000
+
+
+class Peers:
+    """The processes `ranks`, of which this is `rank`. A context manager: leaving it with an error tells the others.
+
+    All of them make one with the same `name`, which no two runs share. patience_s: how long `agree` waits for a
+    process that has not come yet; None waits for ever. on_failure: called in a thread of its own when another process
+    has failed or is gone, for callers whose main thread may hang in a collective meanwhile.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        ranks: Sequence[int],
+        name: str,
+        *,
+        patience_s: float | None = None,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        self.rank = rank
+        self.ranks = tuple(ranks)
+        self._store = store
+        self._name = name
+        self._patience_s = patience_s
+        self._on_failure = on_failure
+        self._here: set[int] = {rank}
+        self._problem: str | None = None
+        self._end = threading.Event()
+        self._watch = threading.Thread(target=self._watching, name="peers", daemon=True)
+
+    def __enter__(self) -> Peers:
+        self._store.set(self._key("beat", self.rank), "0")
+        self._watch.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+        if error is not None:
+            self.fail(error)
+
+    def close(self) -> None:
+        """Stop watching and being watched: after the last `agree`."""
+        self._end.set()
+        if self._watch.ident is not None:
+            self._watch.join(1.0)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave an error for the others, unless one of them was first."""
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = json.dumps([self.rank, what[:_MAX_TEXT]])
+        with contextlib.suppress(Exception):  # the store may be gone with its process
+            self._store.compare_set(f"{self._name}/failed", "", text)
+
+    def check(self) -> None:
+        """Raise `DistributedError` if another process has failed or is gone. Costs nothing."""
+        if self._problem is not None:
+            raise DistributedError(self._problem)
+
+    def agree(self, stage: str, fact: str = "") -> list[str]:
+        """Wait until every process has come to `stage`; returns what each gave as `fact`, in the order of `ranks`."""
+        try:
+            self._store.set(self._key(stage, self.rank), fact)
+            start = time.monotonic()
+            for rank in self.ranks:
+                while not self._store.check([self._key(stage, rank)]):
+                    self.check()
+                    if self._patience_s is not None and time.monotonic() - start > self._patience_s:
+                        raise DistributedError(
+                            f"process {rank} did not come to {stage!r} within {self._patience_s:.0f} s: see whether it "
+                            "was started, and whether every process makes the same calls"
+                        )
+                    time.sleep(_POLL_S)
+                self._here.add(rank)
+            return [self._store.get(self._key(stage, rank)).decode() for rank in self.ranks]
+        except RuntimeError as error:
+            raise self.explained(error) from error
+
+    def wait(self, work: Any) -> None:
+        """Wait for an asynchronous collective; a failure of another process ends the waiting."""
+        try:
+            pause = 0.0001
+            while not work.is_completed():
+                self.check()
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.005)
+            work.wait()
+        except RuntimeError as error:
+            raise self.explained(error) from error
+
+    def explained(self, error: RuntimeError) -> DistributedError:
+        """What torch says when a connection broke, as the failure that was behind it, if that comes out."""
+        if isinstance(error, DistributedError):
+            return error
+        self._watch.join(SILENCE_S + 4 * _BEAT_S)
+        return DistributedError(self._problem or f"torch.distributed failed: {error}")
+
+    def _key(self, stage: str, rank: int) -> str:
+        return f"{self._name}/{stage}/{rank}"
+
+    def _watching(self) -> None:
+        beats: dict[int, bytes] = {}
+        silent: dict[int, int] = {}
+        count = 0
+        while not self._end.wait(_BEAT_S) and self._problem is None:
+            count += 1
+            try:
+                self._store.set(self._key("beat", self.rank), str(count))
+                self._problem = self._left_error() or self._gone(beats, silent)
+            except RuntimeError as error:
+                self._problem = f"the process that holds the store of torch.distributed is gone (rank 0?): {error}"
+        if self._problem is not None and self._on_failure is not None:
+            self._on_failure(self._problem)
+
+    def _left_error(self) -> str | None:
+        key = f"{self._name}/failed"
+        if not self._store.check([key]):
+            return None
+        rank, what = json.loads(self._store.get(key))
+        return None if rank == self.rank else f"process {rank} failed: {what}"
+
+    def _gone(self, beats: dict[int, bytes], silent: dict[int, int]) -> str | None:
+        """Counts its own beats, not seconds: a machine that was suspended has lost nobody."""
+        others = sorted(self._here - {self.rank})
+        for rank, beat in zip(others, self._store.multi_get([self._key("beat", r) for r in others]), strict=True):
+            silent[rank] = silent.get(rank, 0) + 1 if beats.get(rank) == beat else 0
+            beats[rank] = beat
+            if silent[rank] * _BEAT_S >= SILENCE_S:
+                return (
+                    f"process {rank} is gone: no sign of life for {SILENCE_S:.0f} s; look for its own error or a kill"
+                )
+        return None
