@@ -122,7 +122,7 @@ class Peers:
         if isinstance(error, DistributedError):
             return error
         self._watch.join(SILENCE_S + 4 * _BEAT_S)
-        return DistributedError(self._problem or f"torch.distributed failed: {error}")
+        return DistributedError(self._problem or f"torch.distributed failed: {_first_line(error)}")
 
     def _key(self, stage: str, rank: int) -> str:
         return f"{self._name}/{stage}/{rank}"
@@ -137,7 +137,9 @@ class Peers:
                 self._store.set(self._key("beat", self.rank), str(count))
                 self._problem = self._left_error() or self._gone(beats, silent)
             except RuntimeError as error:
-                self._problem = f"the process that holds the store of torch.distributed is gone (rank 0?): {error}"
+                self._problem = (
+                    f"the process that holds the store of torch.distributed is gone (rank 0?): {_first_line(error)}"
+                )
         if self._problem is not None and self._on_failure is not None:
             self._on_failure(self._problem)
 
@@ -159,3 +161,8 @@ class Peers:
                     f"process {rank} is gone: no sign of life for {SILENCE_S:.0f} s; look for its own error or a kill"
                 )
         return None
+
+
+def _first_line(error: Exception) -> str:
+    """torch appends stack traces to its messages."""
+    return str(error).partition("\n")[0]
