@@ -16,6 +16,7 @@ import typer
 
 from wan_loader.errors import WanLoaderError
 from wan_pipeline.generate import generate, load
+from wan_pipeline.processes import end_now, tell_others
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
 
 if TYPE_CHECKING:
@@ -120,10 +121,30 @@ def main() -> None:
     try:
         app()
     except WanLoaderError as error:
-        sys.exit(_fail(error))
+        code = _fail(error)
+        _tell_others(error)
+        _exit(code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        _exit(130)
+    except Exception:
+        if "torch.distributed" not in sys.modules:
+            raise
+        traceback.print_exc()
+        _exit(1)
+
+
+def _tell_others(error: WanLoaderError) -> None:
+    with contextlib.suppress(WanLoaderError):  # about the environment of the processes: it was said
+        tell_others(error)
+
+
+def _exit(code: int) -> None:
+    """After a failure the interpreter's own end may wait for collectives that never finish."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        end_now(code)
+    sys.exit(code)
 
 
 def _fail(error: WanLoaderError) -> int:

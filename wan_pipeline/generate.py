@@ -7,6 +7,7 @@ weight is loaded, most of it before torch is imported.
 from __future__ import annotations
 
 import secrets
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +16,10 @@ import typer
 from wan_loader.cli.output import check_output, print_json, write_json
 from wan_loader.errors import OptionError
 from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.parallel import Degrees
+from wan_pipeline.processes import is_first, process_rank, world_size
 from wan_pipeline.progress import phase_progress
 from wan_pipeline.request import Request, parse_guide_scale, parse_size
-from wan_pipeline.startup import world_size
 from wan_pipeline.video import check_writable
 
 if TYPE_CHECKING:
@@ -57,7 +59,9 @@ OffloadModel = Annotated[
 DitFsdp = Annotated[bool, _option("dit_fsdp", "Divide the experts over the processes.")]
 T5Fsdp = Annotated[bool, _option("t5_fsdp", "Divide the text encoder over the processes.")]
 Ulysses = Annotated[int, _option("ulysses_size", "Divide attention over so many processes.", min=1)]
-Cache = Annotated[bool, _option("cache", "Keep converted experts, and read them from there the next time.")]
+Cache = Annotated[
+    bool, _option("cache", "Keep converted experts, and read them from there the next time. For one process.")
+]
 CacheDir = Annotated[
     Path | None, _option("cache_dir", "Where the converted cache is.", show_default="the user's cache directory")
 ]
@@ -108,10 +112,14 @@ def generate(
     \b
     wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
     wan-pipeline generate --ckpt_dir DIR --prompt TEXT --preset min-memory --size 832*480 --save_file cats.mp4
+    torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT \
+        --dit_fsdp --t5_fsdp --ulysses_size 8
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
     start |= _cache_settings(cache, cache_dir)
-    _check_parallel(t5_cpu, dit_fsdp, t5_fsdp, ulysses_size)
+    degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
+    degrees.check(world_size(), t5_cpu=t5_cpu)
+    start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
     checkpoint = open_wan(ckpt_dir)
     if task not in (None, checkpoint.task):
         raise OptionError(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
@@ -126,16 +134,20 @@ def generate(
         "seed": secrets.randbelow(2**31) if base_seed == -1 else base_seed,
     }
     request = _checked_request(checkpoint, prompt, settings)
+    degrees.check_model(checkpoint, request.size, request.frame_num)
     target = save_file or Path(f"{checkpoint.task}_{request.size[0]}x{request.size[1]}_{request.seed}.mp4")
-    check_writable(target, force=force)
+    first, profile_out = is_first(), _own_file(profile_out)
+    if first:
+        check_writable(target, force=force)
     check_output(profile_out, force=force)
-    with phase_progress() as progress, _started(start, request) as pipe:
-        typer.echo(f"preset {pipe.preset_reason}", err=True)
+    with phase_progress(quiet=not first) as progress, _started(start, request) as pipe:
+        seed = settings["seed"] = _same_seed(pipe, request.seed)
         video = pipe(prompt, progress=progress, **settings)
-        progress("save", 0, 1)
-        video.save(target)
-        progress("save", 1, 1)
-        report = {**pipe.report(), "command": "generate", "video": {"path": str(target), "seed": request.seed}}
+        if first:
+            progress("save", 0, 1)
+            video.save(target)
+            progress("save", 1, 1)
+        report = {**pipe.report(), "command": "generate", "video": {"path": str(target), "seed": seed}}
     _finish_cache(report, pipe)
     _finish(report, profile_out, json=json, result=str(target))
 
@@ -162,9 +174,9 @@ def load(
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
     start |= _cache_settings(cache, cache_dir)
+    profile_out = _own_file(profile_out)
     check_output(profile_out, force=force)
     with _started(start, None) as pipe:
-        typer.echo(f"preset {pipe.preset_reason}", err=True)
         pipe.wait()
         report = {**pipe.report(), "command": "load"}
     _finish_cache(report, pipe)
@@ -224,17 +236,26 @@ def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
 
     if request is not None:
         settings = {**settings, "size": request.size, "frame_num": request.frame_num}
-    return WanT2V.from_checkpoint(**settings)
+    pipe = WanT2V.from_checkpoint(**settings)
+    if pipe.run is not None:
+        pipe.run.exit_on_failure()
+        if not is_first():
+            warnings.simplefilter("ignore")
+    if is_first():
+        typer.echo(f"preset {pipe.preset_reason}", err=True)
+    return pipe
 
 
-def _check_parallel(t5_cpu: bool, dit_fsdp: bool, t5_fsdp: bool, ulysses_size: int) -> None:
-    if t5_cpu and t5_fsdp:
-        raise OptionError("--t5_cpu and --t5_fsdp contradict each other: leave one of them out")
-    world = world_size()
-    if ulysses_size not in (1, world):
-        raise OptionError(f"--ulysses_size {ulysses_size}: it must be the number of processes, which is {world}")
-    if world == 1 and (dit_fsdp or t5_fsdp):
-        raise OptionError("--dit_fsdp and --t5_fsdp need several processes: start with torchrun --nproc_per_node N")
+def _same_seed(pipe: WanT2V, seed: int) -> int:
+    """A seed that was drawn is the first process's on all of them."""
+    return seed if pipe.run is None else int(pipe.run.together("seed", str(seed))[0])
+
+
+def _own_file(path: Path | None) -> Path | None:
+    """Each process of a distributed run writes a report of its own: run.rank1.json."""
+    if path is None or world_size() == 1:
+        return path
+    return path.with_suffix(f".rank{process_rank()}{path.suffix}")
 
 
 def _parse_bool(name: str, text: str) -> bool:
@@ -246,11 +267,13 @@ def _parse_bool(name: str, text: str) -> bool:
 
 
 def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, result: str) -> None:
+    if profile_out is not None:
+        write_json(profile_out, report)
+    if not is_first():
+        return
     first = report["pipeline"]["time_to_first_step_s"]
     if first is not None:
         typer.echo(f"time to first denoising step: {first:.2f} s", err=True)
-    if profile_out is not None:
-        write_json(profile_out, report)
     if json:
         print_json(report)
     else:

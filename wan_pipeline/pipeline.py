@@ -9,10 +9,12 @@ networks and the arithmetic are diffusers' and transformers'; the results are th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import clock_ns
+from wan_pipeline.parallel import Degrees
 from wan_pipeline.request import FPS, Request
 from wan_pipeline.startup import StartOptions, begin, detach
 from wan_pipeline.timeline import Timeline
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from wan_loader.cache.build import Build
     from wan_loader.types import StrPath
+    from wan_pipeline.parallel import Run
     from wan_pipeline.startup import Started
 
     Progress = Callable[[str, int, int], None]
@@ -73,6 +76,9 @@ class WanT2V:
         frame_num: int = 81,
         cache: bool = False,
         cache_dir: StrPath | None = None,
+        dit_fsdp: bool = False,
+        t5_fsdp: bool = False,
+        ulysses_size: int = 1,
     ) -> WanT2V:
         """Start from a checkpoint in either layout; returns while weights are still on their way.
 
@@ -82,6 +88,11 @@ class WanT2V:
         device, True one expert at a time; None leaves it to the preset. size and frame_num: the largest that will
         be asked for; they decide how much memory a preset must leave. cache: read the experts as they were converted by
         an earlier start, from the converted cache in cache_dir, or leave them there once everything was loaded.
+
+        In a distributed run (torchrun) every process makes the same calls: dit_fsdp and t5_fsdp divide the weights of
+        the experts and of the text encoder, ulysses_size is 1 or the number of processes, which then divide attention.
+        Nothing given divides everything. All weights have arrived when this returns. Only process 0 has the VAE and
+        gets frames; the videos of the others have none. There is no cache then: it is for one process.
 
         Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError` and
         `OptionError`, before a weight is loaded.
@@ -98,6 +109,7 @@ class WanT2V:
             frame_num=frame_num,
             cache=cache,
             cache_dir=cache_dir,
+            degrees=Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size),
         )
         return cls(begin(directory, options))
 
@@ -105,11 +117,25 @@ class WanT2V:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        self._close(error)
 
     def close(self) -> None:
-        """Stop what is still being fetched and free the weights. A cache entry that was begun is still completed."""
+        """Stop what is still being fetched and free the weights; in a distributed run, when all have come here.
+
+        A cache entry that was begun is still completed.
+        """
+        self._close(None)
+
+    def _close(self, error: BaseException | None) -> None:
+        run, self._started.run = self.run, None
+        if run is not None:
+            run.close(error)
         self._started.close()
+
+    @property
+    def run(self) -> Run | None:
+        """This process among the others of a distributed run; None outside of one."""
+        return self._started.run
 
     @property
     def task(self) -> str:
@@ -147,10 +173,14 @@ class WanT2V:
         request = Request.make(self.task, prompt, **settings)
         request.check_task(self.task, self._started.checkpoint.vae_scale[1] * 2)
         tell = progress or (lambda phase, done, total: None)
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self.run is None else self.run.explained():
             embeds = self._encode(request, tell)
             latents = self._denoise(request, embeds, tell)
-            frames = self._decode(latents, tell)
+            if self.run is None:
+                frames = self._decode(latents, tell)
+            else:
+                frames = self._decode(latents, tell) if self.run.rank == 0 else _no_frames(request)
+                self.run.together("decoded")
         return Video(frames, FPS[self.task], request)
 
     def report(self) -> dict[str, Any]:
@@ -215,6 +245,13 @@ class WanT2V:
             frames: np.ndarray = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
         tell("decode", 1, 1)
         return frames
+
+
+def _no_frames(request: Request) -> np.ndarray:
+    import numpy as np
+
+    width, height = request.size
+    return np.empty((0, height, width, 3), np.float32)
 
 
 def load_diffusers(

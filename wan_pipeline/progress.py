@@ -15,8 +15,11 @@ __all__ = ["phase_progress"]
 
 
 @contextlib.contextmanager
-def phase_progress() -> Iterator[Callable[[str, int, int], None]]:
+def phase_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Yields a function that is told of a phase, the steps done and the steps in all."""
+    if quiet:
+        yield lambda phase, done, total: None
+        return
     if not sys.stderr.isatty():
         yield _lines()
         return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.events import clock_ns
 from wan_loader.source.prewarm import prewarm_files
-from wan_pipeline import modules
+from wan_pipeline import modules, parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +42,8 @@ class Part:
     device: torch.device
     dtype: torch.dtype | None
     decoder_only: bool = False
+    run: parallel.Run | None = None
+    """The processes that load it together."""
 
 
 class Fetch:
@@ -257,13 +259,17 @@ class Residency:
                 self._warming.stop()
             self.note_peak()
             start_ns = clock_ns()
-            weights, report = modules.fetch(
-                part.component,
-                device=part.device,
-                dtype=part.dtype,
-                decoder_only=part.decoder_only,
-                observer=_Stopper(stop, name, self._observer),
-            )
+            observer = _Stopper(stop, name, self._observer)
+            if part.run is not None:
+                weights, report = parallel.fetch(part.run, part.component, dtype=part.dtype, observer=observer)
+            else:
+                weights, report = modules.fetch(
+                    part.component,
+                    device=part.device,
+                    dtype=part.dtype,
+                    decoder_only=part.decoder_only,
+                    observer=observer,
+                )
             if self._on_loaded is not None:
                 self._on_loaded(name, weights)
             self._hand_over(name, weights)

@@ -10,10 +10,9 @@ The result is a plain `diffusers.WanPipeline` whose networks are made ready by `
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,11 @@ from wan_loader.events import Recorder, span
 from wan_loader.machine import available_memory
 from wan_loader.source.prewarm import prewarm_files
 from wan_loader.transfer.driver import make_context
-from wan_pipeline import modules, presets
+from wan_pipeline import modules, parallel, presets
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.imports import short_imports
+from wan_pipeline.parallel import Degrees
+from wan_pipeline.processes import use_device, warms, world_size
 from wan_pipeline.residency import Fetch, Part, Residency
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from wan_pipeline.checkpoint import Component, WanCheckpoint
     from wan_pipeline.presets import Limits, Phase, Preset
 
-__all__ = ["StartOptions", "Started", "begin", "world_size"]
+__all__ = ["StartOptions", "Started", "begin"]
 
 #: Host memory of a load to a GPU: its staging.
 _STAGING_BYTES = 512 << 20
@@ -63,9 +64,11 @@ class StartOptions:
     frame_num: int = 81
     """Size and frames decide the working memory that a preset must leave."""
     cache: bool = False
-    """Read converted experts from the converted cache, and leave them there."""
+    """Read converted experts from the converted cache, and leave them there; not with several processes."""
     cache_dir: StrPath | None = None
     """None: the user's cache directory."""
+    degrees: Degrees = field(default_factory=Degrees)
+    """What several processes divide."""
 
 
 @dataclass(slots=True)
@@ -80,6 +83,8 @@ class Started:
     device: torch.device
     recorder: Recorder
     cache: PipelineCache | None = None
+    run: parallel.Run | None = None
+    """This process among others, where there are several."""
 
     @property
     def directory(self) -> Path:
@@ -98,14 +103,14 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
     recorder = Recorder()
     with span(recorder, "header"):
         checkpoint = open_wan(directory)
+        options = _checked_degrees(checkpoint, options)
         cache = _open_cache(checkpoint, options)
     if cache is not None:
         checkpoint = cache.checkpoint
     if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
         raise OptionError(f"{', '.join(missing)} not installed: pip install 'wan-loader[pipeline]'")
-    if world_size() > 1:
-        raise OptionError("this start-up is for one process, and there are several (WORLD_SIZE)")
-    warming = prewarm_files([f for c in checkpoint.components for f in c.files], threads=_WARMERS)
+    files = [f for c in checkpoint.components for f in c.files] if warms() else []
+    warming = prewarm_files(files, threads=_WARMERS)
     try:
         with short_imports():
             return _begin(checkpoint, options, recorder, warming, cache)
@@ -137,7 +142,8 @@ def _begin(
     warming: Prewarm,
     cache: PipelineCache | None,
 ) -> Started:
-    _make_context(options.device, recorder)
+    if world_size() == 1:
+        _make_context(options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
@@ -148,15 +154,20 @@ def _begin(
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
         first.wait()
         started = found[0]
+        use_device(started.device)
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
             started.pipe = _pipeline(checkpoint, _build_all(started, options))
             attach(started.pipe, started.residency, started.device)
-    except BaseException:
+        if started.run is not None:
+            started.residency.wait_all()
+    except BaseException as error:
         first.cancel()
         for started in found:
             started.residency.close()
+            if started.run is not None:
+                started.run.close(error)
         raise
     return started
 
@@ -173,6 +184,19 @@ def _make_context(device: str | torch.device, recorder: Recorder) -> None:
         threading.Thread(target=work, name="make context", daemon=True).start()
 
 
+def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartOptions:
+    """The options with what several processes divide by default; `OptionError` for what does not fit."""
+    world = world_size()
+    options.degrees.check(world, t5_cpu=options.t5_cpu)
+    degrees = options.degrees.resolved(options.preset, world, t5_cpu=options.t5_cpu)
+    degrees.check_model(checkpoint, options.size, options.frame_num)
+    if world > 1 and (options.offload_model or options.like_diffusers):
+        raise OptionError("several processes keep everything on their devices: leave out offload_model, use WanT2V")
+    if world > 1 and options.cache:
+        raise OptionError(f"the converted cache is for one process, and there are {world}: leave out --cache")
+    return replace(options, degrees=degrees)
+
+
 def _start_fetching(
     checkpoint: WanCheckpoint,
     options: StartOptions,
@@ -181,20 +205,46 @@ def _start_fetching(
     cache: PipelineCache | None,
 ) -> Started:
     """Choose the preset and begin to load; needs torch and the device, no other library."""
+    run = parallel.connect(options.degrees, options.device) if world_size() > 1 else None
+    try:
+        return _fetching(checkpoint, options, recorder, warming, cache, run)
+    except BaseException as error:
+        if run is not None:
+            run.close(error)
+        raise
+
+
+def _fetching(
+    checkpoint: WanCheckpoint,
+    options: StartOptions,
+    recorder: Recorder,
+    warming: Prewarm,
+    cache: PipelineCache | None,
+    run: parallel.Run | None,
+) -> Started:
     import torch
 
     from wan_loader.loader.devices import resolve_device
 
-    device = resolve_device(options.device, recorder)
+    device = resolve_device(options.device, recorder) if run is None else run.device
     preset, reason, phases = _choose(checkpoint, options, device)
+    names = [name for name in checkpoint.names if run is None or run.keeps(name)]
+    if run is not None:
+        if preset.residency != "everything":
+            raise OptionError(
+                f"preset {preset.name} swaps networks, several processes keep them: use --preset multi-gpu"
+            )
+        phases = presets.phases(preset, names)
     parts = [
         Part(
             component,
             torch.device("cpu") if component.name == "text_encoder" and preset.text_encoder == "cpu" else device,
             _dtype(component, preset, options),
             decoder_only=not options.like_diffusers,
+            run=run if run is not None and run.loads_together(component.name, preset.text_encoder) else None,
         )
         for component in checkpoint.components
+        if component.name in names
     ]
     residency = Residency(
         parts,
@@ -205,7 +255,7 @@ def _start_fetching(
         on_loaded=None if cache is None else cache.note,
     )
     residency.start()
-    return Started(None, checkpoint, residency, preset, reason, device, recorder, cache)
+    return Started(None, checkpoint, residency, preset, reason, device, recorder, cache, run)
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
@@ -215,6 +265,8 @@ def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
         dtype = _dtype(component, started.preset, options)
         module = modules.build(component, dtype, decoder_only=not options.like_diffusers)
         modules.check(module, component)
+        if started.run is not None:
+            parallel.divide(started.run, component.name, module)
         started.residency.provide(component.name, module)
         built[component.name] = module
     return built
@@ -297,17 +349,20 @@ def _dtype(component: Component, preset: Preset, options: StartOptions) -> torch
 def _choose(
     checkpoint: WanCheckpoint, options: StartOptions, device: torch.device
 ) -> tuple[Preset, str, tuple[Phase, ...]]:
-    limits = _limits(device, may_drop=not options.like_diffusers)
+    # several processes load together: no network gives way on one of them
+    limits = _limits(device, may_drop=not options.like_diffusers and world_size() == 1)
+    wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
     adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
-    some = presets.load_preset("fastest" if options.preset == "auto" else options.preset).adapted(**adapt)  # type: ignore[arg-type]
+    some = presets.load_preset("fastest" if wanted == "auto" else wanted).adapted(**adapt)  # type: ignore[arg-type]
     sizes: dict[str, int] = {}
     for component in checkpoint.components:
         dtype = _dtype(component, some, options)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        sizes[component.name] = component.nbytes(name, decoder_only=not options.like_diffusers)
+        nbytes = component.nbytes(name, decoder_only=not options.like_diffusers)
+        sizes[component.name] = nbytes // (world_size() if options.degrees.shards(component.name) else 1)
     workspace = _workspace(checkpoint, options)
     host_nbytes = _STAGING_BYTES if device.type == "cuda" else 0
-    if options.preset == "auto":
+    if wanted == "auto":
         preset, reason = presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
     else:
         preset, reason = some, presets.check_fit(some, sizes, workspace, host_nbytes, limits)
@@ -343,8 +398,3 @@ def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, in
     base = (vae.get("decoder_base_dim") or vae.get("base_dim", 96)) // (vae.get("patch_size") or 1)
     out["vae"] = width * height * (base * frames_per * 60 + options.frame_num * 3 * 4 * 3)
     return out
-
-
-def world_size() -> int:
-    """How many processes a distributed run has; 1 outside of one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

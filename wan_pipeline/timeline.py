@@ -86,7 +86,14 @@ class Timeline:
                 "stages": [self._interval(*stage) for stage in self.stages],
                 "waits": [self._interval(*wait) for wait in log.waits],
                 "loads": [
-                    {**self._interval(name, start, end), "nbytes": r.nbytes_file, "io": r.io.mode, "gbps": r.gbps}
+                    {
+                        **self._interval(name, start, end),
+                        "nbytes": r.nbytes_file,
+                        "nbytes_read": r.settings.get("nbytes_read", r.nbytes_file),
+                        "nbytes_device": r.nbytes_device,
+                        "io": r.io.mode,
+                        "gbps": r.gbps,
+                    }
                     for name, start, end, r in log.loads
                 ],
                 "steps_s": [(ns - self.start_ns) / 1e9 for ns in self.step_ns],

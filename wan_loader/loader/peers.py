@@ -49,10 +49,10 @@ class Peers:
     ) -> None:
         self.rank = rank
         self.ranks = tuple(ranks)
+        self.patience_s = patience_s
+        self.on_failure = on_failure
         self._store = store
         self._name = name
-        self._patience_s = patience_s
-        self._on_failure = on_failure
         self._here: set[int] = {rank}
         self._problem: str | None = None
         self._end = threading.Event()
@@ -94,9 +94,9 @@ class Peers:
             for rank in self.ranks:
                 while not self._store.check([self._key(stage, rank)]):
                     self.check()
-                    if self._patience_s is not None and time.monotonic() - start > self._patience_s:
+                    if self.patience_s is not None and time.monotonic() - start > self.patience_s:
                         raise DistributedError(
-                            f"process {rank} did not come to {stage!r} within {self._patience_s:.0f} s: see whether it "
+                            f"process {rank} did not come to {stage!r} within {self.patience_s:.0f} s: see whether it "
                             "was started, and whether every process makes the same calls"
                         )
                     time.sleep(_POLL_S)
@@ -104,6 +104,15 @@ class Peers:
             return [self._store.get(self._key(stage, rank)).decode() for rank in self.ranks]
         except RuntimeError as error:
             raise self.explained(error) from error
+
+    def leave(self) -> None:
+        """After the last `agree`. The first process may hold the store: it stays until the others need it no more."""
+        key = self._key("left", self.rank)
+        with contextlib.suppress(RuntimeError):
+            self._store.set(key, "")
+            if self.rank == self.ranks[0]:
+                self.agree("left")
+        self.close()
 
     def wait(self, work: Any) -> None:
         """Wait for an asynchronous collective; a failure of another process ends the waiting."""
@@ -140,8 +149,8 @@ class Peers:
                 self._problem = (
                     f"the process that holds the store of torch.distributed is gone (rank 0?): {_first_line(error)}"
                 )
-        if self._problem is not None and self._on_failure is not None:
-            self._on_failure(self._problem)
+        if self._problem is not None and self.on_failure is not None:
+            self.on_failure(self._problem)
 
     def _left_error(self) -> str | None:
         key = f"{self._name}/failed"

@@ -1,0 +1,168 @@
+"""The pipeline on several processes (CPU, gloo): the video of one process, one voice, and an end when one fails."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("imageio_ffmpeg")
+
+from wan_loader.errors import OptionError
+from wan_pipeline import WanT2V
+from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.cli import main
+from wan_pipeline.parallel import Degrees
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3", "--device", "cpu"]
+
+
+def environment(n):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+
+
+def run_each(case, n, *words):
+    """(exit code, output) of n processes of a case of worker_parallel.py."""
+    env = environment(n)
+    command = [sys.executable, Path(__file__).parent / "worker_parallel.py", case, "generate", *SMALL, *words]
+    started = [
+        subprocess.Popen(
+            [str(word) for word in command],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(n)
+    ]
+    try:
+        outputs = [process.communicate(timeout=80)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+@pytest.fixture
+def frames():
+    def frames(path):
+        import imageio
+
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            return np.stack(list(reader.iter_data())).astype(int)
+
+    return frames
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("layout", "flags", "divided"),
+    [
+        ("native", ["--dit_fsdp", "--t5_fsdp", "--ulysses_size", "2"], {"text_encoder", "transformer"}),
+        ("diffusers", ["--ulysses-size", "2", "--preset", "multi-gpu"], set()),
+    ],
+)
+def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, layout, flags, divided):
+    with WanT2V.from_checkpoint(tiny_wan(), device="cpu") as pipe:
+        pipe("two cats", size=(32, 32), frame_num=5, steps=3, seed=3).save(tmp_path / "one.mp4")
+    words = [*SMALL, "--base_seed", "3", "--ckpt_dir", tiny_wan(layout), "--save_file", tmp_path / "two.mp4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
+    done = subprocess.run([str(w) for w in command], env=environment(2), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'two.mp4'}\n"
+    assert done.stderr.count("preset multi-gpu") == done.stderr.count("denoise: 3 done") == 1
+    assert np.abs(frames(tmp_path / "one.mp4") - frames(tmp_path / "two.mp4")).mean() < 1
+    reports = [json.loads((tmp_path / f"run.rank{rank}.json").read_text()) for rank in range(2)]
+    loads = [{load["name"]: load for load in report["pipeline"]["loads"]} for report in reports]
+    assert "vae" in loads[0]
+    assert "vae" not in loads[1]
+    for component in open_wan(tiny_wan(layout)).components[:2]:
+        read = [load[component.name]["nbytes_read"] for load in loads]
+        assert sum(read) == pytest.approx(component.facts.nbytes, rel=0.02)
+        assert max(read) < 0.6 * sum(read)
+        kept = reports[0]["pipeline"]["loads"]
+        share = next(load["nbytes_device"] for load in kept if load["name"] == component.name)
+        whole = component.nbytes(None if component.name == "text_encoder" else "bfloat16")
+        assert share == pytest.approx(whole / (2 if component.name in divided else 1), rel=0.05)
+
+
+def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
+    start = time.monotonic()
+    words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--t5_fsdp", "--save_file", tmp_path / "v.mp4"]
+    first, second = run_each("killed", 2, *words)
+    assert second[0] == -signal.SIGKILL
+    assert first[0] == 1
+    assert "wan-pipeline: process 1 is gone" in first[1]
+    assert "Traceback" not in first[1]
+    assert time.monotonic() - start < 40
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_without_the_checkpoint_ends_the_others(tiny_wan, tmp_path):
+    first, second = run_each("missing", 2, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4")
+    assert (first[0], second[0]) == (1, 1)
+    assert "wan-pipeline: /nowhere is no directory" in second[1]
+    assert "wan-pipeline: process 1 failed: MissingFileError: /nowhere is no directory" in first[1]
+
+
+def test_decoding_may_take_longer_than_collectives(tiny_wan, tmp_path):
+    words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--ulysses_size", "2", "--save_file", tmp_path / "v.mp4"]
+    for code, output in run_each("slow", 2, *words):
+        assert code == 0, output
+    assert (tmp_path / "v.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "words", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, [], "WORLD_SIZE is 'two', not a number"),
+        ({"WORLD_SIZE": "2"}, [], "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, [], "LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, [], "MASTER_ADDR and MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, [], "RANK is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "0"}, [], "is no port"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["--ulysses_size", "3"], "number of processes, 2"),
+        ({"WORLD_SIZE": "3", "RANK": "0"}, ["--ulysses_size", "3"], "divide the 8 attention heads"),
+        ({"WORLD_SIZE": "8", "RANK": "0"}, ["--ulysses_size", "8", "--frame_num", "9"], "divide the 12 tokens"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["--t5_cpu", "--t5_fsdp"], "contradict"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["--preset", "balanced"], "is for one process"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["--offload_model", "True"], "leave out offload_model"),
+    ],
+)
+def test_mistakes_are_one_error(tiny_wan, tmp_path, monkeypatch, capfd, env, words, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    command = ["wan-pipeline", "generate", *SMALL, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4", *words]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = capfd.readouterr().err
+    assert end.value.code == 1
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_defaults_of_a_preset():
+    assert Degrees().resolved("multi-gpu", 8, t5_cpu=False) == Degrees(dit_fsdp=True, t5_fsdp=True, ulysses_size=8)
+    assert Degrees().resolved("auto", 8, t5_cpu=True) == Degrees(dit_fsdp=True, ulysses_size=8)
+    assert Degrees().resolved("auto", 1, t5_cpu=False) == Degrees()
+    assert Degrees(t5_fsdp=True).resolved("auto", 8, t5_cpu=False) == Degrees(t5_fsdp=True)
+    with pytest.raises(OptionError, match="one process"):
+        Degrees().resolved("fastest", 8, t5_cpu=False)

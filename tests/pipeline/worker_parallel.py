@@ -1,0 +1,24 @@
+"""One process of test_parallel.py: `wan-pipeline` with a mishap, or a delay, in a certain process."""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+from wan_pipeline import parallel, pipeline
+from wan_pipeline.cli import main
+
+CASE = sys.argv.pop(1)
+RANK = int(os.environ["RANK"])
+
+if CASE == "killed" and RANK == 1:
+    pipeline.WanT2V._denoise = lambda *parts: os.kill(os.getpid(), signal.SIGKILL)
+if CASE == "slow":  # decoding takes longer than collectives may
+    parallel._TIMEOUT = timedelta(seconds=4)
+    decode = pipeline.WanT2V._decode
+    pipeline.WanT2V._decode = lambda *parts: (time.sleep(6), decode(*parts))[1]
+if CASE == "missing" and RANK == 1:
+    sys.argv[sys.argv.index("--ckpt_dir") + 1] = "/nowhere"
+
+main()

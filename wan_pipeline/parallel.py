@@ -1,0 +1,304 @@
+"""One pipeline on several processes, one GPU each: weights divided with FSDP2, attention with Ulysses.
+
+torchrun starts the processes, torch.distributed and diffusers do the dividing; here is what belongs together: which
+flags fit each other, the device of each process, which weights it reads, and what happens when one of them fails.
+
+    degrees     what is divided: pure, checked before torch is imported
+    connect     this process joins the others
+    fetch       the weights that it keeps, every byte of the checkpoint read once in all
+    divide      a network on meta gets the hooks of FSDP2 and Ulysses
+
+Everything is loaded before the first network runs, so that the exchanges of a load meet no other collective. Only
+process 0 has the VAE and decodes; the others wait for it without a time limit, but notice if it fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import OptionError, WanLoaderError
+from wan_loader.loader.api import load_into
+from wan_loader.loader.peers import Peers
+from wan_loader.loader.sharding import rows
+from wan_pipeline.processes import end_now, next_name, open_store, own_device, process_rank, use_device, world_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from wan_loader.events import Observer
+    from wan_loader.report import LoadReport
+    from wan_pipeline.checkpoint import Component, WanCheckpoint
+
+__all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
+
+_EXPERTS = ("transformer", "transformer_2")
+#: How long the start waits for a process, and torch for a collective.
+_TIMEOUT = timedelta(minutes=10)
+#: How long a process has to end by itself after another one failed.
+_GRACE_S = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Degrees:
+    """What is divided over the processes."""
+
+    dit_fsdp: bool = False
+    """The experts' weights."""
+    t5_fsdp: bool = False
+    """The text encoder's weights."""
+    ulysses_size: int = 1
+    """Attention: over so many processes."""
+
+    def check(self, world: int, *, t5_cpu: bool = False) -> None:
+        """`OptionError` unless the flags fit each other and the number of processes."""
+        if t5_cpu and self.t5_fsdp:
+            raise OptionError("--t5_cpu and --t5_fsdp contradict each other: leave one of them out")
+        if self.ulysses_size not in (1, world):
+            raise OptionError(f"--ulysses_size {self.ulysses_size}: it must be the number of processes, {world}")
+        if world == 1 and (self.dit_fsdp or self.t5_fsdp):
+            raise OptionError("--dit_fsdp and --t5_fsdp need several processes: start with torchrun --nproc_per_node N")
+
+    def check_model(self, checkpoint: WanCheckpoint, size: tuple[int, int], frame_num: int) -> None:
+        """`OptionError` unless attention of this model and a video of this size can be divided."""
+        if (n := self.ulysses_size) == 1:
+            return
+        heads = checkpoint["transformer"].config["num_attention_heads"]
+        if heads % n:
+            raise OptionError(f"--ulysses_size {n}: it must divide the {heads} attention heads")
+        frames_per, pixels_per = checkpoint.vae_scale
+        tokens = ((frame_num - 1) // frames_per + 1) * (size[0] // pixels_per // 2) * (size[1] // pixels_per // 2)
+        if tokens % n:
+            raise OptionError(
+                f"--ulysses_size {n} must divide the {tokens} tokens of {frame_num} frames of {size[0]}*{size[1]}: "
+                "use another size or frame_num, or fewer processes"
+            )
+
+    def resolved(self, preset: str, world: int, *, t5_cpu: bool) -> Degrees:
+        """With the defaults of a preset: everything is divided where nothing was asked for."""
+        if world == 1 or self != Degrees():
+            return self
+        if preset not in ("auto", "multi-gpu") and not preset.endswith(".toml"):
+            raise OptionError(
+                f"preset {preset} is for one process, and there are {world}: use --preset multi-gpu, or say what to "
+                "divide with --dit_fsdp, --t5_fsdp, --ulysses_size"
+            )
+        return replace(self, dit_fsdp=True, t5_fsdp=not t5_cpu, ulysses_size=world)
+
+    def shards(self, name: str) -> bool:
+        """Whether the weights of a network are divided."""
+        return self.dit_fsdp if name in _EXPERTS else self.t5_fsdp and name == "text_encoder"
+
+
+@dataclass(slots=True)
+class Run:
+    """This process among the others."""
+
+    degrees: Degrees
+    device: torch.device
+    mesh: DeviceMesh
+    peers: Peers
+    started_torch: bool
+    """Whether torch.distributed was started here, and is ended here."""
+    _calls: Iterator[int] = field(default_factory=lambda: iter(range(1 << 30)))
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.peers.rank
+
+    def keeps(self, name: str) -> bool:
+        """Whether this process needs a network: only the first decodes."""
+        return name != "vae" or self.rank == 0
+
+    def loads_together(self, name: str, text_encoder: str) -> bool:
+        """Whether all processes load a network together. One on the CPU is mapped: its pages are shared anyway."""
+        return name != "vae" and not (name == "text_encoder" and text_encoder == "cpu")
+
+    def together(self, what: str, fact: str = "") -> list[str]:
+        """Wait for all processes, however long they take; what each of them said."""
+        return self.peers.agree(f"{what} {next(self._calls)}", fact)
+
+    def exit_on_failure(self) -> None:
+        """End this process soon after another one has failed, even if it hangs in a collective then."""
+        self.peers.on_failure = _end_soon
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Connections that break in the body because another process is gone become `DistributedError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, WanLoaderError) or not _is_connection(error):
+                raise
+            raise self.peers.explained(error) from error
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the run, with the others; with an error, they are told, and nobody waits."""
+        import torch.distributed as dist
+
+        if error is not None:
+            self.peers.__exit__(type(error), error, None)
+            return
+        self.together("closed")
+        self.peers.leave()
+        if self.started_torch and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _is_connection(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
+
+
+def _end_soon(problem: str) -> None:
+    time.sleep(_GRACE_S)
+    print(f"wan-pipeline: {problem}", file=sys.stderr)
+    end_now(1)
+
+
+def connect(degrees: Degrees, device: str | torch.device) -> Run:
+    """Join the other processes. device: as asked for; each process takes the GPU of its local rank.
+
+    Raises `OptionError` where the environment of a distributed run is incomplete, `DeviceError` where there are
+    more processes than GPUs, `DistributedError` where the others fail or do not come.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    started = not dist.is_initialized()
+    store: Any = open_store() if started else _get_default_store()
+    rank, world = process_rank(), world_size()
+    peers = Peers(store.clone(), rank, range(world), next_name(), patience_s=_TIMEOUT.total_seconds())
+    with _left_on_failure(peers):
+        peers.__enter__()
+        mine = own_device(device)
+        peers.agree("start")
+        if started:
+            dist.init_process_group(
+                "nccl" if mine.type == "cuda" else "gloo",
+                store=PrefixStore("torch", store),
+                rank=rank,
+                world_size=world,
+                timeout=_TIMEOUT,
+                device_id=mine if mine.type == "cuda" else None,
+            )
+        peers.patience_s = None
+        return Run(degrees, mine, init_device_mesh(mine.type, (world,)), peers, started)
+
+
+@contextlib.contextmanager
+def _left_on_failure(peers: Peers) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        peers.__exit__(type(error), error, None)
+        raise
+
+
+def fetch(
+    run: Run,
+    component: Component,
+    *,
+    dtype: torch.dtype | None,
+    observer: Observer | None = None,
+) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """As `modules.fetch`, together with the other processes: what this one keeps of a network's weights."""
+    import torch
+    import torch.distributed as dist
+
+    use_device(run.device)
+    tree = torch.nn.Module()
+    for facts in component.facts.tensors:
+        *path, leaf = facts.name.split(".")
+        owner = tree
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        empty = _empty_shard(run, facts.shape) if run.degrees.shards(component.name) else _empty(facts.shape)
+        owner.register_parameter(leaf, torch.nn.Parameter(empty, requires_grad=False))
+    report = load_into(
+        tree,
+        component.source,
+        device=run.device,
+        dtype=dtype,
+        keep_fp32=component.keep_fp32,
+        group=dist.group.WORLD,
+        observer=observer,
+    )
+    return dict(tree.named_parameters()), report
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    return torch.empty(shape, device="meta")
+
+
+def _empty_shard(run: Run, shape: tuple[int, ...]) -> torch.Tensor:
+    """What `fully_shard` makes of a parameter on meta: rows of it as a DTensor."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    whole = _empty(shape)
+    first, last = rows(shape[0], run.mesh.size(), run.rank)
+    shard: torch.Tensor = DTensor.from_local(
+        whole[first:last], run.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return shard
+
+
+def divide(run: Run, name: str, module: Any) -> None:
+    """Give a network on meta the hooks of Ulysses and of FSDP2, block by block."""
+    if name in _EXPERTS and run.degrees.ulysses_size > 1:
+        import diffusers
+
+        config: Any = diffusers.ContextParallelConfig
+        with _counted_devices(run.device), _quiet_diffusers():
+            module.enable_parallelism(config=config(ulysses_degree=run.degrees.ulysses_size))
+    if run.degrees.shards(name):
+        from torch.distributed.fsdp import fully_shard
+
+        module.requires_grad_(False)
+        for block in module.blocks if name in _EXPERTS else module.encoder.block:
+            fully_shard(block, mesh=run.mesh)
+        fully_shard(module, mesh=run.mesh)
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without the notice that its parallelism is experimental."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _counted_devices(device: torch.device) -> Iterator[None]:
+    """diffusers counts accelerators to find its own; on a machine with none, count the CPU as one meanwhile."""
+    import torch
+
+    if device.type != "cpu" or torch.accelerator.device_count():
+        yield
+        return
+    original = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: 1
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = original

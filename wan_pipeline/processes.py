@@ -1,0 +1,137 @@
+"""The processes of a distributed run, as torchrun starts them: who is who, whose device is which, how they meet.
+
+Reads the environment that torchrun sets, and says which part of it is missing. Imports torch only where that is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import DistributedError, OptionError, WanLoaderError
+from wan_loader.loader.peers import Peers
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "end_now",
+    "is_first",
+    "next_name",
+    "open_store",
+    "own_device",
+    "process_rank",
+    "tell_others",
+    "use_device",
+    "warms",
+    "world_size",
+]
+
+#: How long a process tries to reach the first one.
+_REACH = timedelta(minutes=1)
+_runs = iter(range(1 << 30))
+
+
+def _from_environment(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        why = "not set" if not text else f"{text!r}, not a number"
+        raise OptionError(f"{name} is {why}: start the processes with torchrun --nproc_per_node N")
+    return int(text)
+
+
+def world_size() -> int:
+    """How many processes a distributed run has; 1 outside of one."""
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return process_rank() == 0
+
+
+def process_rank() -> int:
+    """This process's number in a distributed run; 0 outside of one."""
+    return 0 if world_size() == 1 else _from_environment("RANK")
+
+
+def warms() -> bool:
+    """Whether this process reads files ahead: one of each machine does."""
+    return world_size() == 1 or _from_environment("LOCAL_RANK") == 0
+
+
+def next_name() -> str:
+    """What a run is called in the store: the same in each process, and new for each run of a process."""
+    return f"wan_pipeline/{next(_runs)}"
+
+
+def open_store() -> Any:
+    """A connection to the run's key-value store, which torchrun or process 0 holds."""
+    import torch.distributed
+
+    stores: Any = torch.distributed
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise OptionError(f"{' and '.join(missing)} not set: start the processes with torchrun --nproc_per_node N")
+    rank, world = process_rank(), world_size()
+    if rank >= world:
+        raise OptionError(f"RANK is {rank}, WORLD_SIZE {world}: start the processes with torchrun --nproc_per_node N")
+    host, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT")
+    if not 0 < port < 65536:
+        raise OptionError(f"MASTER_PORT {port} is no port: start the processes with torchrun --nproc_per_node N")
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = stores.TCPStore(
+            host, port, None, rank == 0 and not agent, _REACH, wait_for_workers=False, multi_tenant=True
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DistributedError(
+            f"process {rank} cannot reach the others at {host}:{port} (MASTER_ADDR, MASTER_PORT): {reason}"
+        ) from error
+    return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def tell_others(error: BaseException) -> None:
+    """Leave an error for processes that wait for this one to join, which it never did."""
+    if world_size() == 1 or isinstance(error, DistributedError):
+        return
+    with contextlib.suppress(WanLoaderError, RuntimeError, ImportError):
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            Peers(open_store(), process_rank(), range(world_size()), next_name()).fail(error)
+
+
+def own_device(device: str | torch.device) -> torch.device:
+    """The device of this process, made current: "auto" and "cuda" mean the GPU of its local rank."""
+    import torch
+
+    from wan_loader.loader.devices import resolve_device
+
+    local, local_world = _from_environment("LOCAL_RANK"), _from_environment("LOCAL_WORLD_SIZE", 1)
+    name = str(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and local_world > 1:
+        raise OptionError(f"--device {name}: {local_world} processes cannot share it; use --device cuda")
+    found = resolve_device(f"cuda:{local}" if name == "cuda" else name)
+    use_device(found)
+    return found
+
+
+def use_device(device: torch.device) -> None:
+    """Make a device the current one of this thread: collectives ask for it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def end_now(code: int) -> None:
+    """End this process without waiting for what hangs in torch.distributed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
