@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from wan_loader.cli.distributed import fail_together
 from wan_loader.errors import WanLoaderError
+from wan_loader.loader.processes import end_now
 from wan_pipeline.generate import generate, load
-from wan_pipeline.processes import end_now, tell_others
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def main() -> None:
         app()
     except WanLoaderError as error:
         code = _fail(error)
-        _tell_others(error)
-        _exit(code)
+        fail_together(error)
+        sys.exit(code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         _exit(130)
@@ -132,11 +133,6 @@ def main() -> None:
             raise
         traceback.print_exc()
         _exit(1)
-
-
-def _tell_others(error: WanLoaderError) -> None:
-    with contextlib.suppress(WanLoaderError):  # about the environment of the processes: it was said
-        tell_others(error)
 
 
 def _exit(code: int) -> None:

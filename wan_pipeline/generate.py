@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wan_loader.cli.distributed import own_file
 from wan_loader.cli.output import check_output, print_json, write_json
 from wan_loader.errors import OptionError
+from wan_loader.loader.processes import is_first, world_size
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.processes import is_first, process_rank, world_size
 from wan_pipeline.progress import phase_progress
 from wan_pipeline.request import Request, parse_guide_scale, parse_size
 from wan_pipeline.video import check_writable
@@ -136,7 +137,7 @@ def generate(
     request = _checked_request(checkpoint, prompt, settings)
     degrees.check_model(checkpoint, request.size, request.frame_num)
     target = save_file or Path(f"{checkpoint.task}_{request.size[0]}x{request.size[1]}_{request.seed}.mp4")
-    first, profile_out = is_first(), _own_file(profile_out)
+    first, profile_out = is_first(), own_file(profile_out)
     if first:
         check_writable(target, force=force)
     check_output(profile_out, force=force)
@@ -174,7 +175,7 @@ def load(
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
     start |= _cache_settings(cache, cache_dir)
-    profile_out = _own_file(profile_out)
+    profile_out = own_file(profile_out)
     check_output(profile_out, force=force)
     with _started(start, None) as pipe:
         pipe.wait()
@@ -249,13 +250,6 @@ def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
 def _same_seed(pipe: WanT2V, seed: int) -> int:
     """A seed that was drawn is the first process's on all of them."""
     return seed if pipe.run is None else int(pipe.run.together("seed", str(seed))[0])
-
-
-def _own_file(path: Path | None) -> Path | None:
-    """Each process of a distributed run writes a report of its own: run.rank1.json."""
-    if path is None or world_size() == 1:
-        return path
-    return path.with_suffix(f".rank{process_rank()}{path.suffix}")
 
 
 def _parse_bool(name: str, text: str) -> bool:

@@ -18,14 +18,12 @@ import contextlib
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError, WanLoaderError
 from wan_loader.loader.api import load_into
-from wan_loader.loader.peers import Peers
+from wan_loader.loader.processes import end_now, join, use_device, world_size
 from wan_loader.loader.sharding import rows
-from wan_pipeline.processes import end_now, next_name, open_store, own_device, process_rank, use_device, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,14 +32,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from wan_loader.events import Observer
+    from wan_loader.loader.peers import Peers
+    from wan_loader.loader.processes import Joined
     from wan_loader.report import LoadReport
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 
 __all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
 
 _EXPERTS = ("transformer", "transformer_2")
-#: How long the start waits for a process, and torch for a collective.
-_TIMEOUT = timedelta(minutes=10)
 #: How long a process has to end by itself after another one failed.
 _GRACE_S = 1.5
 
@@ -102,17 +100,24 @@ class Run:
     """This process among the others."""
 
     degrees: Degrees
-    device: torch.device
+    joined: Joined
     mesh: DeviceMesh
-    peers: Peers
-    started_torch: bool
-    """Whether torch.distributed was started here, and is ended here."""
     _calls: Iterator[int] = field(default_factory=lambda: iter(range(1 << 30)))
 
     @property
     def rank(self) -> int:
         """This process's number."""
         return self.peers.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process keeps its weights."""
+        return self.joined.device
+
+    @property
+    def peers(self) -> Peers:
+        """The other processes."""
+        return self.joined.peers
 
     def keeps(self, name: str) -> bool:
         """Whether this process needs a network: only the first decodes."""
@@ -142,15 +147,7 @@ class Run:
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the run, with the others; with an error, they are told, and nobody waits."""
-        import torch.distributed as dist
-
-        if error is not None:
-            self.peers.__exit__(type(error), error, None)
-            return
-        self.together("closed")
-        self.peers.leave()
-        if self.started_torch and dist.is_initialized():
-            dist.destroy_process_group()
+        self.joined.leave(error)
 
 
 def _is_connection(error: RuntimeError) -> bool:
@@ -167,42 +164,14 @@ def _end_soon(problem: str) -> None:
 
 
 def connect(degrees: Degrees, device: str | torch.device) -> Run:
-    """Join the other processes. device: as asked for; each process takes the GPU of its local rank.
-
-    Raises `OptionError` where the environment of a distributed run is incomplete, `DeviceError` where there are
-    more processes than GPUs, `DistributedError` where the others fail or do not come.
-    """
-    import torch.distributed as dist
+    """Join the other processes; raises as `join`. device: as asked for, each process takes the GPU of its rank."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-    started = not dist.is_initialized()
-    store: Any = open_store() if started else _get_default_store()
-    rank, world = process_rank(), world_size()
-    peers = Peers(store.clone(), rank, range(world), next_name(), patience_s=_TIMEOUT.total_seconds())
-    with _left_on_failure(peers):
-        peers.__enter__()
-        mine = own_device(device)
-        peers.agree("start")
-        if started:
-            dist.init_process_group(
-                "nccl" if mine.type == "cuda" else "gloo",
-                store=PrefixStore("torch", store),
-                rank=rank,
-                world_size=world,
-                timeout=_TIMEOUT,
-                device_id=mine if mine.type == "cuda" else None,
-            )
-        peers.patience_s = None
-        return Run(degrees, mine, init_device_mesh(mine.type, (world,)), peers, started)
-
-
-@contextlib.contextmanager
-def _left_on_failure(peers: Peers) -> Iterator[None]:
+    joined = join(device)
     try:
-        yield
+        return Run(degrees, joined, init_device_mesh(joined.device.type, (world_size(),)))
     except BaseException as error:
-        peers.__exit__(type(error), error, None)
+        joined.leave(error)
         raise
 
 

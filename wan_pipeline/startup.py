@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError
 from wan_loader.events import Recorder, span
+from wan_loader.loader.processes import use_device, warms, world_size
 from wan_loader.machine import available_memory
 from wan_loader.source.prewarm import prewarm_files
 from wan_loader.transfer.driver import make_context
@@ -25,7 +26,6 @@ from wan_pipeline import modules, parallel, presets
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.imports import short_imports
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.processes import use_device, warms, world_size
 from wan_pipeline.residency import Fetch, Part, Residency
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import sys
 import time
 from datetime import timedelta
 
-from wan_pipeline import parallel, pipeline
+from wan_loader.loader import processes
+from wan_pipeline import pipeline
 from wan_pipeline.cli import main
 
 CASE = sys.argv.pop(1)
@@ -15,7 +16,7 @@ RANK = int(os.environ["RANK"])
 if CASE == "killed" and RANK == 1:
     pipeline.WanT2V._denoise = lambda *parts: os.kill(os.getpid(), signal.SIGKILL)
 if CASE == "slow":  # decoding takes longer than collectives may
-    parallel._TIMEOUT = timedelta(seconds=4)
+    processes.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
     decode = pipeline.WanT2V._decode
     pipeline.WanT2V._decode = lambda *parts: (time.sleep(6), decode(*parts))[1]
 if CASE == "missing" and RANK == 1:

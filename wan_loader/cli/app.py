@@ -16,6 +16,7 @@ from wan_loader import __version__
 from wan_loader.cli import cache, options
 from wan_loader.cli.bench import bench
 from wan_loader.cli.compare import compare
+from wan_loader.cli.distributed import fail_together
 from wan_loader.cli.doctor import doctor
 from wan_loader.cli.download import download
 from wan_loader.cli.estimate import estimate
@@ -75,6 +76,7 @@ def main() -> None:
         if options.verbose():
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        fail_together(error)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

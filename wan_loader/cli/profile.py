@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wan_loader.cli.distributed import own_file, together
 from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Threads, Verbose
+from wan_loader.loader.processes import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,12 +61,16 @@ def profile(
         wan-loader profile -o run.json --until "Generating" -- python generate.py --task t2v-A14B
 
         wan-loader profile -- torchrun --nproc_per_node 2 generate.py
+
+        torchrun --nproc_per_node 2 -m wan_loader profile CKPT -o run.json && wan-loader report run.rank*.json
     """
     from wan_loader.cli.output import check_output
 
+    words = _program(context)
+    if words is None:
+        output, trace, html = (own_file(target) for target in (output, trace, html))
     for target in (output, trace, html):
         check_output(target, force=force)
-    words = _program(context)
     if words is not None:
         session, returncode = _profile_program(words, until, seconds, stop=stop, json=json, measure=ceilings)
     else:
@@ -74,7 +80,10 @@ def profile(
     from wan_loader.cli.render import error_console, output_console, print_warnings
 
     console = error_console() if words is not None else output_console()
-    render_session(session, console, json=json, output=output, trace=trace, html=html)
+    quiet = words is None and not is_first()
+    render_session(session, console, json=json, output=output, trace=trace, html=html, quiet=quiet)
+    if quiet:
+        return
     print_warnings(session.report.warnings)
     if returncode:
         raise typer.Exit(returncode if returncode > 0 else 128 - returncode)
@@ -98,6 +107,7 @@ def render_session(
     output: Path | None = None,
     trace: Path | None = None,
     html: Path | None = None,
+    quiet: bool = False,
 ) -> None:
     """Write the files that were asked for, and the report to the terminal, or JSON to stdout."""
     from wan_loader.atomic import write_text
@@ -112,6 +122,8 @@ def render_session(
         write_json(trace, to_trace(session))
     if html is not None:
         write_text(html, to_page(session))
+    if quiet:
+        return
     if json:
         print_json(session.to_json())
     else:
@@ -130,8 +142,11 @@ def _profile_load(
     files = [f.path for f in checkpoint.files]
     fp32 = sum(t.nbytes for t in checkpoint.tensors if t.dtype == "float32")
     before = limits()
-    with reading_progress(checkpoint.nbytes) as observer:
-        loaded = wan_loader.load(path, device=device, dtype=dtype, io=io.value, threads=threads, observer=observer)
+    with together(device) as (device, group), reading_progress(checkpoint.nbytes) as observer:
+        loaded = wan_loader.load(
+            path, device=device, dtype=dtype, io=io.value, threads=threads, group=group, observer=observer
+        )
+    measure = measure and is_first()
     report, spans = loaded.report, loaded.spans
     del loaded
     around = _surroundings(files, report.device, before, measure=measure)

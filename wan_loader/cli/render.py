@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wan_loader.events import Observer, Span
+    from wan_loader.profiler.spread import Spread
     from wan_loader.report import CacheReport, LoadReport
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "output_console",
     "plain",
     "print_load",
+    "print_spread",
     "print_warnings",
     "reading_progress",
     "step_progress",
@@ -167,6 +169,21 @@ def _phase_table(report: LoadReport) -> Table:
             f"{share:.0%}",
         )
     return table
+
+
+def print_spread(console: Console, found: Spread) -> None:
+    """The processes of a distributed load, one a line."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("process", "seconds", "read", "received", "reading s", "collectives s", "host peak", "device peak"):
+        table.add_column(title, justify="right")
+    for m in found.members:
+        sizes = (m.nbytes_read, m.nbytes_received, m.host_peak_bytes, m.device_peak_bytes)
+        read, received, host, device = map(format_bytes, sizes)
+        times = (f"{m.seconds:.3f}", f"{m.read_s:.3f}", f"{m.shard_s:.3f}")
+        table.add_row(str(m.rank), times[0], read, received, times[1], times[2], host, device)
+    console.print(plain(f"{found.target}: {len(found.members)} of {found.n_processes} processes"))
+    console.print(table)
+    console.print(plain(f"{format_bytes(found.nbytes_read)} read in all; {found.sentence}"))
 
 
 def print_warnings(warnings: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`wan-loader report`: a saved session, rendered again."""
+"""`wan-loader report`: a saved session, rendered again; several of one distributed load, side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ __all__ = ["report"]
 
 
 def report(
-    session: Annotated[Path, typer.Argument(metavar="RUN.json", help="Saved by `wan-loader profile -o`.")],
+    sessions: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN.json...", help="Saved by `wan-loader profile -o`; all processes of a distributed load."
+        ),
+    ],
     json: JsonOut = False,
     trace: TraceFile = None,
     html: PageFile = None,
@@ -23,14 +28,36 @@ def report(
 ) -> None:
     """Render a saved session again: as text, a page, a trace or JSON.
 
-    Example:
+    Of a distributed load, give the sessions of all processes: the report shows how they differ.
+
+    Examples:
 
         wan-loader report run.json --html run.html --trace run.trace.json
+
+        wan-loader report run.rank0.json run.rank1.json
     """
     from wan_loader.cli.output import check_output
     from wan_loader.cli.render import output_console
     from wan_loader.profiler.session import read_session
 
+    if len(sessions) > 1:
+        if trace or html:
+            raise typer.BadParameter("--trace and --html show one session: name one")
+        _compare(sessions, json=json)
+        return
     for target in (trace, html):
         check_output(target, force=force)
-    render_session(read_session(session), output_console(), json=json, trace=trace, html=html)
+    render_session(read_session(sessions[0]), output_console(), json=json, trace=trace, html=html)
+
+
+def _compare(paths: list[Path], *, json: bool) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console, print_spread
+    from wan_loader.profiler.session import read_session
+    from wan_loader.profiler.spread import spread
+
+    found = spread([read_session(path) for path in paths])
+    if json:
+        print_json(found.to_json())
+    else:
+        print_spread(output_console(), found)

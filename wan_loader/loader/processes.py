@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "Joined",
     "end_now",
     "is_first",
+    "join",
     "next_name",
     "open_store",
     "own_device",
@@ -32,6 +35,9 @@ __all__ = [
 
 #: How long a process tries to reach the first one.
 _REACH = timedelta(minutes=1)
+#: How long the start waits for a process, and torch for a collective.
+_WAIT_S = 600.0
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _runs = iter(range(1 << 30))
 
 
@@ -65,7 +71,7 @@ def warms() -> bool:
 
 def next_name() -> str:
     """What a run is called in the store: the same in each process, and new for each run of a process."""
-    return f"wan_pipeline/{next(_runs)}"
+    return f"run/{next(_runs)}"
 
 
 def open_store() -> Any:
@@ -92,6 +98,59 @@ def open_store() -> Any:
             f"process {rank} cannot reach the others at {host}:{port} (MASTER_ADDR, MASTER_PORT): {reason}"
         ) from error
     return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@dataclass(slots=True)
+class Joined:
+    """This process, connected with the others."""
+
+    device: torch.device
+    peers: Peers
+    started_torch: bool
+    """Whether torch.distributed was started here, and is ended here."""
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Leave when all do; with an error, the others are told, and nobody waits."""
+        import torch.distributed as dist
+
+        if error is not None:
+            self.peers.__exit__(type(error), error, None)
+            return
+        self.peers.agree("end")
+        self.peers.leave()
+        if self.started_torch and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str | torch.device) -> Joined:
+    """Meet the other processes and start torch.distributed, unless the caller has. device: "auto" and "cuda" mean the
+    GPU of this process's local rank.
+
+    Raises `OptionError` where the environment of a distributed run is incomplete, `DeviceError` where there are
+    more processes than GPUs, `DistributedError` where the others fail or do not come.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    starts = not dist.is_initialized()
+    store: Any = open_store() if starts else _get_default_store()
+    rank, world = process_rank(), world_size()
+    with contextlib.ExitStack() as stack:
+        peers = stack.enter_context(Peers(store.clone(), rank, range(world), next_name(), patience_s=_WAIT_S))
+        mine = own_device(device)
+        peers.agree("start")
+        if starts:
+            dist.init_process_group(
+                "nccl" if mine.type == "cuda" else "gloo",
+                store=PrefixStore("torch", store),
+                rank=rank,
+                world_size=world,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=mine if mine.type == "cuda" else None,
+            )
+        peers.patience_s = None
+        stack.pop_all()
+        return Joined(mine, peers, starts)
 
 
 def tell_others(error: BaseException) -> None:

@@ -1,0 +1,49 @@
+"""Commands under torchrun: the processes load together, the first one speaks, each writes files of its own."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import WanLoaderError
+from wan_loader.loader.processes import end_now, join, process_rank, tell_others, world_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["fail_together", "own_file", "together"]
+
+
+def own_file(path: Path | None) -> Path | None:
+    """Where this process writes what is to go to `path`: run.rank1.json for run.json in a distributed run."""
+    if path is None or world_size() == 1:
+        return path
+    return path.with_suffix(f".rank{process_rank()}{path.suffix}")
+
+
+def fail_together(error: WanLoaderError) -> None:
+    """In a distributed run: tell processes that wait for this one, and end it, whatever hangs in a collective."""
+    with suppress(WanLoaderError):  # what is wrong with the environment was said
+        tell_others(error)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        end_now(1)
+
+
+@contextmanager
+def together(device: str) -> Iterator[tuple[Any, Any]]:
+    """The device of this process and the group of all, which is None outside of a distributed run."""
+    if world_size() == 1:
+        yield device, None
+        return
+    import torch.distributed as dist
+
+    joined = join(device)
+    try:
+        yield joined.device, dist.group.WORLD
+    except BaseException as error:
+        joined.leave(error)
+        raise
+    joined.leave()
