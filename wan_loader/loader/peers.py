@@ -102,6 +102,8 @@ class Peers:
                     time.sleep(_POLL_S)
                 self._here.add(rank)
             return [self._store.get(self._key(stage, rank)).decode() for rank in self.ranks]
+        except DistributedError:
+            raise
         except RuntimeError as error:
             raise self.explained(error) from error
 
@@ -123,13 +125,13 @@ class Peers:
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.005)
             work.wait()
+        except DistributedError:
+            raise
         except RuntimeError as error:
             raise self.explained(error) from error
 
     def explained(self, error: RuntimeError) -> DistributedError:
         """What torch says when a connection broke, as the failure that was behind it, if that comes out."""
-        if isinstance(error, DistributedError):
-            return error
         self._watch.join(SILENCE_S + 4 * _BEAT_S)
         return DistributedError(self._problem or f"torch.distributed failed: {_first_line(error)}")
 

@@ -109,6 +109,8 @@ class Team:
         """Fill in what the others have read; returns facts for the report."""
         assert self.division is not None
         flats = {plan.storage: to.flat for plan, to in zip(plans, destinations, strict=True)}
+        if self.parts:
+            _check_backend(self.group, flats)
         self.peers.agree("read")
         received = 0
         for what in exchanges(self.division.holders, self.parts, self.scales):
@@ -190,6 +192,16 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
         raise OptionError(f"process {rank} is not in the group that was given, which has {list(ranks)}")
     with Peers(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S) as peers:
         yield Team(peers, group, {ranks: group})
+
+
+def _check_backend(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> None:
+    import torch.distributed as dist
+
+    device = next(iter(flats.values())).device.type
+    if f"{device}:" not in (config := dist.get_backend_config(group)):
+        raise OptionError(
+            f"the group exchanges through {config}, not on {device}: load to that device, or pass another"
+        )
 
 
 def _group_of(module: torch.nn.Module) -> ProcessGroup | None:
