@@ -77,6 +77,16 @@ def test_the_slow_one_is_named(profiled):
         spread([dataclasses.replace(sessions[0], report=alone)])
 
 
+def test_load_together(profiled):
+    here, _ = profiled
+    words = ["wan_loader", "load", "model.safetensors", "--device", "cpu", "--verify", "--json"]
+    done = run("torch.distributed.run", "--nproc_per_node", 2, "-m", *words, cwd=here)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verified_tensors"] == 6
+    assert document["settings"]["nbytes_read"] == document["settings"]["nbytes_received"] == 3 << 20
+
+
 def test_a_process_without_the_file_ends_all(profiled):
     here, _ = profiled
     done = run(

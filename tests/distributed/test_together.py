@@ -51,7 +51,11 @@ def checkpoints(tmp_path_factory):
     return here
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_equal_bit_for_bit_and_read_once(ranks, checkpoints, n):
-    for ended in ranks("worker_equal.py", n, checkpoints):
+@pytest.mark.parametrize(
+    ("device", "n"), [("cpu", 2), ("cpu", 4), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (2, 4))]
+)
+def test_equal_bit_for_bit_and_read_once(ranks, checkpoints, device, n):
+    if device == "cuda" and torch.cuda.device_count() < n:
+        pytest.skip(f"fewer than {n} GPUs")
+    for ended in ranks("worker_equal.py", n, checkpoints, device):
         assert ended.code == 0, ended.output

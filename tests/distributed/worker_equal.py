@@ -1,7 +1,10 @@
 """One process of test_together.py: loads in every way that processes can share, and compares bit for bit."""
 
+import contextlib
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import wan_loader
 from wan_loader.formats.facts import Checkpoint
 
-HERE = Path(sys.argv[1])
+HERE, DEVICE = Path(sys.argv[1]), sys.argv[2]
 REFERENCE = torch.load(HERE / "net.pth")
 
 
@@ -49,7 +52,7 @@ def sharded(mesh=None):
 
 
 def total(number):
-    out = torch.tensor(number)
+    out = torch.tensor(number, device=DEVICE)
     dist.all_reduce(out)
     return int(out)
 
@@ -59,13 +62,13 @@ def read_chars():
 
 
 def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 def compare(state, expected=REFERENCE):
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        got = full(state[name]).detach()
+        got = full(state[name])
         assert got.dtype == tensor.dtype, name
         assert got.shape == tensor.shape, name
         assert (
@@ -87,13 +90,17 @@ def counted(load, nbytes):
 
 
 def fsdp(n):
-    plain = Net()
+    plain = Net().to(DEVICE)
     plain.load_state_dict(REFERENCE)
-    x = torch.arange(12)
+    x = torch.arange(12, device=DEVICE)
     module = sharded()
-    report, _ = counted(
-        lambda: wan_loader.load_into(module, HERE / "net.safetensors", device="cpu", io="buffered"), nbytes_of("net")
-    )
+    with allocations() as shapes:
+        report, _ = counted(
+            lambda: wan_loader.load_into(module, HERE / "net.safetensors", device=DEVICE, io="buffered"),
+            nbytes_of("net"),
+        )
+    assert not shapes & {(1031, 96), (1031 * 96,), (1500, 96), (1500 * 96,)}  # nobody ever held a whole one
+    assert module.embed.weight.to_local().shape in shapes
     local = sum(p.to_local().nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
     assert report.nbytes_device == local  # no process holds more than it keeps
     assert report.settings["processes"] == report.settings["processes_here"] == n
@@ -102,10 +109,10 @@ def fsdp(n):
     assert module.head.weight is module.embed.weight
     assert not module.tail.weight.requires_grad
     assert torch.equal(module(x), plain(x))
-    wan_loader.load_into(module, HERE / "net.safetensors", device="cpu")  # again, while the root is gathered
+    wan_loader.load_into(module, HERE / "net.safetensors", device=DEVICE)  # again, while the root is gathered
     assert torch.equal(module(x), plain(x))
     cast = sharded()
-    wan_loader.load_into(cast, HERE / "net.pth", device="cpu", dtype="bf16", keep_fp32=["tail"])
+    wan_loader.load_into(cast, HERE / "net.pth", device=DEVICE, dtype="bf16", keep_fp32=["tail"])
     compare(cast.state_dict(), in_bf16(REFERENCE))
 
 
@@ -121,10 +128,10 @@ def nbytes_of(name):
 
 
 def hsdp():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
     module = sharded(mesh)
     report, _ = counted(
-        lambda: wan_loader.load_into(module, HERE / "net.safetensors", device="cpu", io="buffered"), nbytes_of("net")
+        lambda: wan_loader.load_into(module, HERE / "net.safetensors", device=DEVICE, io="buffered"), nbytes_of("net")
     )
     assert report.settings["nbytes_received"] > 0
     compare(module.state_dict())
@@ -133,26 +140,30 @@ def hsdp():
 def replicated():
     for path in ("net.safetensors", "net.pth"):
         for io in ("auto", "direct", "mapped", "buffered"):
-            loaded = wan_loader.load(HERE / path, group=dist.group.WORLD, io=io)
+            loaded = wan_loader.load(HERE / path, device=DEVICE, group=dist.group.WORLD, io=io)
             compare(loaded.tensors)
     counted(
-        lambda: wan_loader.load(HERE / "net.safetensors", io="buffered", group=dist.group.WORLD),
+        lambda: wan_loader.load(HERE / "net.safetensors", io="buffered", device=DEVICE, group=dist.group.WORLD),
         wan_loader.open_checkpoint(HERE / "net.safetensors").nbytes,
     )
-    tensors = wan_loader.load_file(HERE / "net.safetensors", dtype="bf16", keep_fp32=["tail"], group=dist.group.WORLD)
+    tensors = wan_loader.load_file(
+        HERE / "net.safetensors", dtype="bf16", keep_fp32=["tail"], device=DEVICE, group=dist.group.WORLD
+    )
     compare(tensors, in_bf16(REFERENCE))
-    some = wan_loader.load_file(HERE / "net.safetensors", names=["steps", "scalar"], group=dist.group.WORLD)
+    some = wan_loader.load_file(
+        HERE / "net.safetensors", names=["steps", "scalar"], device=DEVICE, group=dist.group.WORLD
+    )
     compare(some, {name: REFERENCE[name] for name in ("steps", "scalar")})
     module = on_meta()
-    wan_loader.load_into(module, HERE / "net.safetensors", device="cpu", group=dist.group.WORLD)
+    wan_loader.load_into(module, HERE / "net.safetensors", device=DEVICE, group=dist.group.WORLD)
     compare(module.state_dict())
-    legacy = wan_loader.load_file(HERE / "legacy.pth", group=dist.group.WORLD)
+    legacy = wan_loader.load_file(HERE / "legacy.pth", device=DEVICE, group=dist.group.WORLD)
     compare(legacy)
 
 
 def dtensors(n):
     """DTensors without FSDP: any shape, tensors of a .pth that share a storage or are stored column by column."""
-    mesh = init_device_mesh("cpu", (n,))
+    mesh = init_device_mesh(DEVICE, (n,))
     expected = torch.load(HERE / "odd.pth")
     module = nn.Module()
     for name, tensor in expected.items():
@@ -162,12 +173,31 @@ def dtensors(n):
         whole = DTensor.from_local(local, mesh, [placement], shape=tensor.shape, stride=tensor.contiguous().stride())
         module.register_parameter(name, nn.Parameter(whole, requires_grad=False))
     for path in ("odd.pth", "odd-legacy.pth"):
-        report = wan_loader.load_into(module, HERE / path, device="cpu")
+        report = wan_loader.load_into(module, HERE / path, device=DEVICE)
         compare(module.state_dict(), expected)
         assert "not stored row by row" in "".join(report.warnings)
-    halves = wan_loader.load_file(HERE / "odd.pth", dtype="fp16", group=dist.group.WORLD)
+    halves = wan_loader.load_file(HERE / "odd.pth", dtype="fp16", device=DEVICE, group=dist.group.WORLD)
     compare(halves, {n: t.half() if t.is_floating_point() else t for n, t in expected.items()})
     assert halves["shared_a"].untyped_storage().data_ptr() == halves["shared_b"].untyped_storage().data_ptr()
+
+
+def dist_rank():
+    return int(os.environ["RANK"])
+
+
+@contextlib.contextmanager
+def allocations():
+    """The shapes of what is allocated in the body, on any device but meta."""
+    shapes, original = set(), torch.empty
+
+    def recorded(*words, **options):
+        tensor = original(*words, **options)
+        if not tensor.is_meta:
+            shapes.add(tuple(tensor.shape))
+        return tensor
+
+    with mock.patch.object(torch, "empty", recorded):
+        yield shapes
 
 
 def rows(count, n):
@@ -176,9 +206,14 @@ def rows(count, n):
 
 
 def main():
-    dist.init_process_group("gloo")
+    device = torch.device(DEVICE, dist_rank()) if DEVICE == "cuda" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device is None else "nccl", device_id=device)
     n = dist.get_world_size()
-    wan_loader.load_file(HERE / "net.safetensors", io="buffered", group=dist.group.WORLD)  # reads modules, too
+    wan_loader.load_file(
+        HERE / "net.safetensors", io="buffered", device=DEVICE, group=dist.group.WORLD
+    )  # reads modules, too
     fsdp(n)
     replicated()
     dtensors(n)

@@ -16,6 +16,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("imageio_ffmpeg")
 
+import torch
+
 from wan_loader.errors import OptionError
 from wan_pipeline import WanT2V
 from wan_pipeline.checkpoint import open_wan
@@ -23,7 +25,7 @@ from wan_pipeline.cli import main
 from wan_pipeline.parallel import Degrees
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3", "--device", "cpu"]
+SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3"]
 
 
 def environment(n):
@@ -37,7 +39,16 @@ def environment(n):
 def run_each(case, n, *words):
     """(exit code, output) of n processes of a case of worker_parallel.py."""
     env = environment(n)
-    command = [sys.executable, Path(__file__).parent / "worker_parallel.py", case, "generate", *SMALL, *words]
+    command = [
+        sys.executable,
+        Path(__file__).parent / "worker_parallel.py",
+        case,
+        "generate",
+        *SMALL,
+        "--device",
+        "cpu",
+        *words,
+    ]
     started = [
         subprocess.Popen(
             [str(word) for word in command],
@@ -76,10 +87,23 @@ def frames():
         ("diffusers", ["--ulysses-size", "2", "--preset", "multi-gpu"], set()),
     ],
 )
-def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, layout, flags, divided):
-    with WanT2V.from_checkpoint(tiny_wan(), device="cpu") as pipe:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, layout, flags, divided, device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("fewer than 2 GPUs")
+    with WanT2V.from_checkpoint(tiny_wan(), device=device) as pipe:
         pipe("two cats", size=(32, 32), frame_num=5, steps=3, seed=3).save(tmp_path / "one.mp4")
-    words = [*SMALL, "--base_seed", "3", "--ckpt_dir", tiny_wan(layout), "--save_file", tmp_path / "two.mp4"]
+    words = [
+        *SMALL,
+        "--device",
+        device,
+        "--base_seed",
+        "3",
+        "--ckpt_dir",
+        tiny_wan(layout),
+        "--save_file",
+        tmp_path / "two.mp4",
+    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
     done = subprocess.run([str(w) for w in command], env=environment(2), capture_output=True, text=True, timeout=100)
@@ -149,7 +173,8 @@ def test_mistakes_are_one_error(tiny_wan, tmp_path, monkeypatch, capfd, env, wor
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    command = ["wan-pipeline", "generate", *SMALL, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4", *words]
+    start = ["wan-pipeline", "generate", *SMALL, "--device", "cpu", "--ckpt_dir", tiny_wan()]
+    command = [*start, "--save_file", tmp_path / "v.mp4", *words]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     with pytest.raises(SystemExit) as end:
         main()

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wan_loader.cli.cache import follow_build, stopping
+from wan_loader.cli.distributed import together
 from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
 from wan_loader.errors import OptionError
+from wan_loader.loader.processes import is_first
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +51,8 @@ def load(
         wan-loader load Wan2.2-T2V-A14B/high_noise_model --device cuda --dtype bf16 --verify
 
         wan-loader load Wan2.2-T2V-A14B/high_noise_model --dtype bf16 --cache
+
+        torchrun --nproc_per_node 2 -m wan_loader load model.safetensors --device cuda
     """
     if cache_dir is not None and not cache:
         raise OptionError("--cache-dir needs --cache")
@@ -65,6 +69,8 @@ def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
 
     hit = loaded.report.cache is not None and loaded.report.cache.state == "hit"
     checked = _verify(path, loaded) if verify and not hit else None
+    if not is_first():  # of a distributed run
+        return
     if json:
         print_json({**loaded.report.to_json(), **({} if checked is None else {"verified_tensors": checked})})
     else:
@@ -100,16 +106,17 @@ def _load(
     from wan_loader.cli.render import reading_progress
 
     total = wan_loader.open_checkpoint(path).nbytes
-    with reading_progress(total) as observer:
+    with together(device) as (on, group), reading_progress(total) as observer:
         return wan_loader.load(
             path,
-            device=device,
+            device=on,
             dtype=dtype,
             io=io.value,
             threads=threads,
             cache=cache,
             cache_dir=cache_dir,
             verify=verify,
+            group=group,
             observer=observer,
         )
 
@@ -117,6 +124,6 @@ def _load(
 def _verify(path: Path, loaded: Loaded) -> int:
     from wan_loader.verify import verify
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and is_first():
         print("verifying: reading everything again ...", file=sys.stderr)
     return verify(path, loaded.tensors)

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from wan_loader.loader.processes import is_first, world_size
 from wan_loader.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ class _ReadProgress:
 
 @contextmanager
 def reading_progress(total: int) -> Iterator[Observer | None]:
-    """An observer that shows a progress bar, where stderr is a terminal."""
+    """An observer that shows a progress bar, where stderr is a terminal; in a distributed run the first process's."""
     console = error_console()
-    if not console.is_terminal:
+    total //= world_size()
+    if not console.is_terminal or not is_first():
         yield None
         return
     with _bar(console) as progress:
