@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
 
 _EXPERTS = ("transformer", "transformer_2")
-#: How long a process has to end by itself after another one failed.
-_GRACE_S = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +130,7 @@ class Run:
 
     def exit_on_failure(self) -> None:
         """End this process soon after another one has failed, even if it hangs in a collective then."""
-        self.peers.on_failure = _end_soon
+        self.peers.on_failure = _end_now
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -157,8 +154,7 @@ def _is_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
 
 
-def _end_soon(problem: str) -> None:
-    time.sleep(_GRACE_S)
+def _end_now(problem: str) -> None:
     print(f"wan-pipeline: {problem}", file=sys.stderr)
     end_now(1)
 

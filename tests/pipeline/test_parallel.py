@@ -133,6 +133,7 @@ def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
     assert first[0] == 1
     assert "wan-pipeline: process 1 is gone" in first[1]
     assert "Traceback" not in first[1]
+    assert first[1].count("wan-pipeline:") == 1
     assert time.monotonic() - start < 40
     assert list(tmp_path.iterdir()) == []
 
@@ -149,6 +150,13 @@ def test_decoding_may_take_longer_than_collectives(tiny_wan, tmp_path):
     for code, output in run_each("slow", 2, *words):
         assert code == 0, output
     assert (tmp_path / "v.mp4").exists()
+
+
+def test_a_process_that_hangs_in_a_collective_is_ended(tiny_wan, tmp_path):
+    words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--save_file", tmp_path / "v.mp4"]
+    first, second = run_each("hangs", 2, *words)
+    assert (first[0], second[0]) == (1, -signal.SIGKILL)
+    assert first[1].splitlines()[-1].startswith("wan-pipeline: process 1 is gone")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ RANK = int(os.environ["RANK"])
 
 if CASE == "killed" and RANK == 1:
     pipeline.WanT2V._denoise = lambda *parts: os.kill(os.getpid(), signal.SIGKILL)
+if CASE == "hangs":  # as in NCCL, which does not notice
+    pipeline.WanT2V._denoise = lambda *parts: time.sleep(60) if RANK == 0 else os.kill(os.getpid(), signal.SIGKILL)
 if CASE == "slow":  # decoding takes longer than collectives may
     processes.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
     decode = pipeline.WanT2V._decode

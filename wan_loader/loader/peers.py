@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-__all__ = ["SILENCE_S", "Peers"]
+__all__ = ["GRACE_S", "SILENCE_S", "Peers"]
 
 #: A process whose heartbeat stands still for so long counts as gone.
 SILENCE_S = 6.0
+#: How long a process has to end by itself after another one failed.
+GRACE_S = 1.5
 _BEAT_S = 0.25
 _POLL_S = 0.01
 _MAX_TEXT = 4000
@@ -33,8 +35,8 @@ class Peers:
     """The processes `ranks`, of which this is `rank`. A context manager: leaving it with an error tells the others.
 
     All of them make one with the same `name`, which no two runs share. patience_s: how long `agree` waits for a
-    process that has not come yet; None waits for ever. on_failure: called in a thread of its own when another process
-    has failed or is gone, for callers whose main thread may hang in a collective meanwhile.
+    process that has not come yet; None waits for ever. on_failure: called with what happened, in a thread of its own,
+    when another process has failed or is gone and this one has not closed `GRACE_S` later: it may hang in a collective.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Peers:
         self._name = name
         self._here: set[int] = {rank}
         self._problem: str | None = None
+        self._noticed = threading.Event()
         self._end = threading.Event()
         self._watch = threading.Thread(target=self._watching, name="peers", daemon=True)
 
@@ -132,7 +135,7 @@ class Peers:
 
     def explained(self, error: RuntimeError) -> DistributedError:
         """What torch says when a connection broke, as the failure that was behind it, if that comes out."""
-        self._watch.join(SILENCE_S + 4 * _BEAT_S)
+        self._noticed.wait(SILENCE_S + 4 * _BEAT_S)
         return DistributedError(self._problem or f"torch.distributed failed: {_first_line(error)}")
 
     def _key(self, stage: str, rank: int) -> str:
@@ -151,7 +154,8 @@ class Peers:
                 self._problem = (
                     f"the process that holds the store of torch.distributed is gone (rank 0?): {_first_line(error)}"
                 )
-        if self._problem is not None and self.on_failure is not None:
+        self._noticed.set()
+        if self._problem is not None and not self._end.wait(GRACE_S) and self.on_failure is not None:
             self.on_failure(self._problem)
 
     def _left_error(self) -> str | None:
