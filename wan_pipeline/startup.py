@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError
 from wan_loader.events import Recorder, span
-from wan_loader.loader.processes import use_device, warms, world_size
+from wan_loader.loader.processes import local_rank, use_device, warms, world_size
 from wan_loader.machine import available_memory
 from wan_loader.source.prewarm import prewarm_files
 from wan_loader.transfer.driver import make_context
@@ -144,8 +144,7 @@ def _begin(
     warming: Prewarm,
     cache: PipelineCache | None,
 ) -> Started:
-    if world_size() == 1:
-        _make_context(options.device, recorder)
+    _make_context(options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
@@ -175,14 +174,15 @@ def _begin(
 
 
 def _make_context(device: str | torch.device, recorder: Recorder) -> None:
-    """Have the driver start the device in the background while torch is imported."""
+    """Have the driver start this process's device in the background while torch is imported."""
     kind, _, index = str(device).partition(":")
+    index = index or str(local_rank())
 
     def work() -> None:
         with span(recorder, "cuda_init"):
-            make_context(int(index or 0))
+            make_context(int(index))
 
-    if "torch" not in sys.modules and kind in ("auto", "cuda") and (not index or index.isdecimal()):
+    if "torch" not in sys.modules and kind in ("auto", "cuda") and index.isdecimal():
         threading.Thread(target=work, name="make context", daemon=True).start()
 
 

@@ -52,7 +52,7 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("device", "n"), [("cpu", 2), ("cpu", 4), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (2, 4))]
+    ("device", "n"), [("cpu", 4), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (2, 4))]
 )
 def test_equal_bit_for_bit_and_read_once(ranks, checkpoints, device, n):
     if device == "cuda" and torch.cuda.device_count() < n:

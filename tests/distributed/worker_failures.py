@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import wan_loader
-from wan_loader.loader import exchange
+from wan_loader.loader import exchange, peers
 from wan_loader.loader import team as team_module
 
 HERE, CASE = Path(sys.argv[1]), sys.argv[2]
@@ -95,6 +95,12 @@ def options(me):
     module.register_parameter("a", nn.Parameter(columns))
     into = lambda: wan_loader.load_into(module, HERE / "columns.safetensors", device="cpu")  # noqa: E731
     check(failing(into), wan_loader.OptionError, "Shard(0)")
+    cached = lambda: wan_loader.load_into(  # noqa: E731
+        module, HERE / "columns.safetensors", device="cpu", dtype="bf16", cache=True, cache_dir=HERE / "cache"
+    )
+    check(failing(cached), wan_loader.OptionError, "cache is for one process")
+    check(failing(lambda: load(dtype="bf16", cache=True, cache_dir=HERE / "cache")), wan_loader.OptionError, "cache")
+    assert not (HERE / "cache").exists()
     pair = dist.new_group([0, 1])
     load_pair = lambda: wan_loader.load_file(HERE / "a.safetensors", group=pair)  # noqa: E731
     if me == 2:
@@ -111,6 +117,7 @@ def options(me):
 
 
 def main():
+    peers.SILENCE_S = 3.0  # test_parallel.py waits for as long as users do
     dist.init_process_group("gloo")
     me = dist.get_rank()
     load()

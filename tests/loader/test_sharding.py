@@ -46,7 +46,7 @@ def test_every_byte_is_read_by_one_holder(sizes, n, itemsize):
     assert max(read, default=0) - min(read, default=0) <= SMALL_BYTES + len(sizes) * itemsize * 256 * n
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(SIZES, st.integers(2, 9), st.sampled_from([(2, 2), (4, 2), (2, 4), (1, 1)]))
 def test_what_is_exchanged_is_what_a_holder_has_not_read(sizes, n, scale):
     """Simulated on marks instead of bytes: afterwards each holder has everybody's."""

@@ -174,6 +174,7 @@ def test_a_process_that_hangs_in_a_collective_is_ended(tiny_wan, tmp_path):
         ({"WORLD_SIZE": "2", "RANK": "0"}, ["--t5_cpu", "--t5_fsdp"], "contradict"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["--preset", "balanced"], "is for one process"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["--offload_model", "True"], "leave out offload_model"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["--cache"], "leave out --cache"),
     ],
 )
 def test_mistakes_are_one_error(tiny_wan, tmp_path, monkeypatch, capfd, env, words, message):

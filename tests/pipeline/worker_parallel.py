@@ -6,7 +6,7 @@ import sys
 import time
 from datetime import timedelta
 
-from wan_loader.loader import processes
+from wan_loader.loader import peers, processes
 from wan_pipeline import pipeline
 from wan_pipeline.cli import main
 
@@ -16,6 +16,7 @@ RANK = int(os.environ["RANK"])
 if CASE == "killed" and RANK == 1:
     pipeline.WanT2V._denoise = lambda *parts: os.kill(os.getpid(), signal.SIGKILL)
 if CASE == "hangs":  # as in NCCL, which does not notice
+    peers.SILENCE_S = 3.0
     pipeline.WanT2V._denoise = lambda *parts: time.sleep(60) if RANK == 0 else os.kill(os.getpid(), signal.SIGKILL)
 if CASE == "slow":  # decoding takes longer than collectives may
     processes.COLLECTIVE_TIMEOUT = timedelta(seconds=4)

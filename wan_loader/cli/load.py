@@ -36,7 +36,10 @@ def load(
         ),
     ] = False,
     cache: Annotated[
-        bool, typer.Option("--cache", help="Keep the converted weights, and read them from there the next time.")
+        bool,
+        typer.Option(
+            "--cache", help="Keep the converted weights, and read them from there the next time. For one process."
+        ),
     ] = False,
     cache_dir: CacheDir = None,
     json: JsonOut = False,

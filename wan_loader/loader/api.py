@@ -127,7 +127,9 @@ def _options(
 
 def _may_cache(cache: bool, team: Team | None) -> bool:
     if cache and team is not None:
-        raise OptionError("the converted cache is for one process, and several load together: leave out cache")
+        raise OptionError(
+            "the converted cache is for one process, and several load together: leave out cache (--cache)"
+        )
     return cache
 
 

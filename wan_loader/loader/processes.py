@@ -23,6 +23,7 @@ __all__ = [
     "end_now",
     "is_first",
     "join",
+    "local_rank",
     "next_name",
     "open_store",
     "own_device",
@@ -64,9 +65,14 @@ def process_rank() -> int:
     return 0 if world_size() == 1 else _from_environment("RANK")
 
 
+def local_rank() -> int:
+    """This process's number among those of its machine; 0 outside of a distributed run."""
+    return 0 if world_size() == 1 else _from_environment("LOCAL_RANK")
+
+
 def warms() -> bool:
     """Whether this process reads files ahead: one of each machine does."""
-    return world_size() == 1 or _from_environment("LOCAL_RANK") == 0
+    return local_rank() == 0
 
 
 def next_name() -> str:
@@ -170,7 +176,7 @@ def own_device(device: str | torch.device) -> torch.device:
 
     from wan_loader.loader.devices import resolve_device
 
-    local, local_world = _from_environment("LOCAL_RANK"), _from_environment("LOCAL_WORLD_SIZE", 1)
+    local, local_world = local_rank(), _from_environment("LOCAL_WORLD_SIZE", 1)
     name = str(device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
