@@ -67,7 +67,7 @@ class Loaded:
 
     def __init__(self) -> None:
         self._storages: dict[CachedTensor, weakref.ref[Any]] = {}
-        self._fingerprints: dict[tuple[CachedTensor, int], torch.Tensor] = {}
+        self._fingerprints: dict[tuple[CachedTensor, int], list[torch.Tensor]] = {}
         self._buffer: torch.Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -106,7 +106,7 @@ class Loaded:
             return None
         words = self._to_host(words) if words.is_cuda else words.clone()
         expected = self._fingerprints[part.tensor, part.start]
-        return words if _fingerprint(words).equal(expected.to("cpu")) else None
+        return words if _same(_fingerprint(words), expected) else None
 
     def _to_host(self, words: torch.Tensor) -> torch.Tensor:
         """On a stream of its own: what was loaded is complete, and nobody has to wait for this copy."""
@@ -140,16 +140,26 @@ def _range(words: torch.Tensor, part: Part) -> torch.Tensor:
     return words[part.start * itemsize // _WORD : (part.start + part.count) * itemsize // _WORD]
 
 
-def _fingerprint(words: torch.Tensor) -> torch.Tensor:
-    """Sums of the words by position modulo each prime: taken modulo their product first, so in one pass."""
-    import torch
+def _fingerprint(words: torch.Tensor) -> list[torch.Tensor]:
+    """Sums of the words by position modulo each prime: taken modulo their product first, so in one pass.
 
+    A last row that is not full is summed by itself. Nothing but sums and copies: each kind of kernel costs a GPU tens
+    of milliseconds when it is first used.
+    """
     columns = math.prod(_PRIMES)
     n = words.numel() // columns * columns
-    sums = words[:n].view(-1, columns).sum(0)
     rest = words[n:]
-    sums[: rest.numel()] += rest
-    return torch.cat([sums.view(-1, prime).sum(0) for prime in _PRIMES])
+    rows = [words[:n].view(-1, columns).sum(0)] if n else []
+    out = [row.view(-1, prime).sum(0) for row in rows for prime in _PRIMES]
+    for prime in _PRIMES:
+        m = rest.numel() // prime * prime
+        out += [rest[:m].view(-1, prime).sum(0)] if m else []
+        out.append(rest[m:].clone())
+    return out
+
+
+def _same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(x.equal(y.to(x.device)) for x, y in zip(a, b, strict=True))
 
 
 def warm_up(device: str | int | torch.device) -> None:
@@ -159,7 +169,8 @@ def warm_up(device: str | int | torch.device) -> None:
     with suppress(RuntimeError, TypeError):  # the load itself says what is wrong with a device
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else "cuda" if device == "auto" else device)
         if found.type == "cuda" and torch.cuda.is_available():
-            _fingerprint(torch.zeros(math.prod(_PRIMES) + 1, dtype=torch.int64, device=found)).cpu()
+            for part in _fingerprint(torch.empty(2 * math.prod(_PRIMES) - 1, dtype=torch.int64, device=found)):
+                part.cpu()
 
 
 def batches(parts: Iterable[Part], loaded: Loaded) -> Iterator[list[Part]]:
