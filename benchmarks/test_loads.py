@@ -1,10 +1,13 @@
 """Whole loads of small checkpoints on the CPU, beside what safetensors and torch take for the same."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import wan_loader
+from wan_loader.cache.build import wait_for_builds
 from wan_loader.verify import verify
 
 
@@ -48,3 +51,27 @@ def test_into_a_module(benchmark, tmp_path, mb):
 
     report = benchmark.pedantic(run, setup=lambda: ((module.to("meta"),), {}), rounds=5)
     assert report.n_tensors == 2 * mb
+
+
+@pytest.mark.parametrize("load", ["without", "first", "second"])
+def test_to_bf16_through_the_cache(benchmark, checkpoint, tmp_path, load):
+    """Without the converted cache, the first load, which builds an entry behind it, and one that reads the entry."""
+    cache = tmp_path / "cache"
+
+    def run(directory):
+        cached = {"cache": True, "cache_dir": directory} if load != "without" else {}
+        return wan_loader.load(checkpoint, dtype="bf16", io="buffered", **cached)
+
+    def fresh():
+        wait_for_builds()
+        if load == "first":
+            shutil.rmtree(cache, ignore_errors=True)
+        return (cache,), {}
+
+    if load == "second":
+        run(cache)
+    loaded = benchmark.pedantic(run, setup=fresh, rounds=5)
+    wait_for_builds()
+    assert verify(checkpoint, loaded.tensors) == len(loaded.tensors)
+    if load != "without":
+        assert loaded.report.cache.state == {"first": "building", "second": "hit"}[load]

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.cache.entry import Building, Entry
     from wan_loader.cache.outline import CachedFile, SourceFile
-    from wan_loader.cache.store import Building, Entry
     from wan_loader.types import StrPath
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 

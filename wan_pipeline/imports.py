@@ -5,12 +5,13 @@ It changes three settings of the process for as long as the body runs, and puts 
 
 from __future__ import annotations
 
-import gc
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING
+
+from wan_loader.loader.load import paused_gc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ _TURN_S = 0.0001
 def short_imports() -> Iterator[None]:
     """The body imports large libraries while other threads load."""
     with ExitStack() as stack:
-        for part in (_short_turns, _paused_gc, _packages_listed_once):
+        for part in (_short_turns, paused_gc, _packages_listed_once):
             stack.enter_context(part())
         yield
 
@@ -42,18 +43,6 @@ def _short_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-@contextmanager
-def _paused_gc() -> Iterator[None]:
-    """Imports make hundreds of thousands of objects that stay: looking for garbage among them finds none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import clock_ns
+from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.request import FPS, Request
-from wan_pipeline.startup import StartOptions, begin, detach
+from wan_pipeline.startup import StartOptions, begin
 from wan_pipeline.timeline import Timeline
 from wan_pipeline.video import write_mp4
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.errors import OptionError
 from wan_loader.events import Recorder, span
 from wan_loader.loader.processes import local_rank, use_device, warms, world_size
-from wan_loader.machine import available_memory
 from wan_loader.source.prewarm import prewarm_files
 from wan_loader.transfer.driver import make_context
 from wan_pipeline import modules, parallel, presets
 from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.fitting import choose_preset, network_dtype
+from wan_pipeline.hooks import attach
 from wan_pipeline.imports import short_imports
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.residency import Fetch, Part, Residency
@@ -36,15 +37,11 @@ if TYPE_CHECKING:
     from wan_loader.source.prewarm import Prewarm
     from wan_loader.types import StrPath
     from wan_pipeline.cached import PipelineCache
-    from wan_pipeline.checkpoint import Component, WanCheckpoint
-    from wan_pipeline.presets import Limits, Phase, Preset
+    from wan_pipeline.checkpoint import WanCheckpoint
+    from wan_pipeline.presets import Preset
 
 __all__ = ["StartOptions", "Started", "begin"]
 
-#: Host memory of a load to a GPU: its staging.
-_STAGING_BYTES = 512 << 20
-#: Of a divided network, what FSDP2 gathers at a time: two blocks; of the text encoder the embedding, too.
-_GATHERED = (1 / 20, 1 / 4)
 #: Readers that warm the page cache: enough for a disk, few enough for the imports that run meanwhile.
 _WARMERS = 4
 
@@ -106,11 +103,12 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
     with span(recorder, "header"):
         checkpoint = open_wan(directory)
         options = _checked_degrees(checkpoint, options)
+    if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
+        raise OptionError(f"{', '.join(missing)} not installed: pip install 'wan-loader[pipeline]'")
+    with span(recorder, "header"):
         cache = _open_cache(checkpoint, options)
     if cache is not None:
         checkpoint = cache.checkpoint
-    if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
-        raise OptionError(f"{', '.join(missing)} not installed: pip install 'wan-loader[pipeline]'")
     files = [f for c in checkpoint.components for f in c.files] if warms() else []
     warming = prewarm_files(files, threads=_WARMERS)
     try:
@@ -229,7 +227,7 @@ def _fetching(
     from wan_loader.loader.devices import resolve_device
 
     device = resolve_device(options.device, recorder) if run is None else run.device
-    preset, reason, phases = _choose(checkpoint, options, device)
+    preset, reason, phases = choose_preset(checkpoint, options, device)
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
         if preset.residency != "everything":
@@ -241,7 +239,7 @@ def _fetching(
         Part(
             component,
             torch.device("cpu") if component.name == "text_encoder" and preset.text_encoder == "cpu" else device,
-            _dtype(component, preset, options),
+            network_dtype(component, preset, options),
             decoder_only=not options.like_diffusers,
             run=run if run is not None and run.loads_together(component.name, preset.text_encoder) else None,
         )
@@ -264,7 +262,7 @@ def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
     """The networks on meta, known to the residency; `KeyMismatchError` if a checkpoint does not fit one."""
     built: dict[str, Any] = {}
     for component in started.checkpoint.components:
-        dtype = _dtype(component, started.preset, options)
+        dtype = network_dtype(component, started.preset, options)
         module = modules.build(component, dtype, decoder_only=not options.like_diffusers)
         modules.check(module, component)
         if started.run is not None:
@@ -288,119 +286,3 @@ def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
         expand_timesteps=checkpoint.task == "ti2v-5B",
         **built,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Hook:
-    """What diffusers asks a module for when its weights may be elsewhere."""
-
-    execution_device: torch.device
-
-
-def attach(pipe: Any, residency: Residency, device: torch.device) -> None:
-    """Have each network of a pipeline made ready when it is about to run."""
-    for name in ("text_encoder", "transformer", "transformer_2"):
-        if (module := getattr(pipe, name, None)) is not None:
-            module._hf_hook = _Hook(device)
-            module.register_forward_pre_hook(_ready(residency, name), with_kwargs=True)
-    pipe.vae._hf_hook = _Hook(device)
-    for name in ("encode", "decode"):
-        setattr(pipe.vae, name, _after_ready(residency, getattr(pipe.vae, name)))
-
-
-def detach(pipe: Any) -> None:
-    """Undo `attach`: the networks are ordinary modules again."""
-    for name in ("text_encoder", "transformer", "transformer_2", "vae"):
-        if (module := getattr(pipe, name, None)) is not None:
-            del module._hf_hook
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks_with_kwargs.clear()
-    del pipe.vae.encode, pipe.vae.decode
-
-
-def _ready(residency: Residency, name: str) -> Any:
-    def hook(module: Any, args: Any, kwargs: Any) -> Any:
-        residency.use(name)
-        if name == "text_encoder":  # may live on the CPU, while the pipeline's tensors are on the GPU
-            args = tuple(x.to(module.device) for x in args)
-        return args, kwargs
-
-    return hook
-
-
-def _after_ready(residency: Residency, method: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        residency.use("vae")
-        return method(*args, **kwargs)
-
-    return call
-
-
-def _dtype(component: Component, preset: Preset, options: StartOptions) -> torch.dtype | None:
-    """The dtype of a network once loaded; None: as in the file."""
-    from wan_loader.dtypes import dtype_name, torch_dtype
-
-    if options.like_diffusers:
-        wanted = options.dtype or (None if component.name == "text_encoder" else "fp32")
-    else:
-        wanted = {"vae": preset.vae_dtype, "text_encoder": None}.get(component.name, preset.dtype)
-    name = dtype_name(wanted)
-    return None if name is None else torch_dtype(name)
-
-
-def _choose(
-    checkpoint: WanCheckpoint, options: StartOptions, device: torch.device
-) -> tuple[Preset, str, tuple[Phase, ...]]:
-    # several processes load together: no network gives way on one of them
-    limits = _limits(device, may_drop=not options.like_diffusers and world_size() == 1)
-    wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
-    adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
-    some = presets.load_preset("fastest" if wanted == "auto" else wanted).adapted(**adapt)  # type: ignore[arg-type]
-    sizes: dict[str, int] = {}
-    gathered: dict[str, int] = {}
-    for component in checkpoint.components:
-        dtype = _dtype(component, some, options)
-        name = None if dtype is None else str(dtype).removeprefix("torch.")
-        nbytes = component.nbytes(name, decoder_only=not options.like_diffusers)
-        sizes[component.name] = nbytes // (world_size() if options.degrees.shards(component.name) else 1)
-        gathered[component.name] = int(nbytes * _GATHERED[component.name == "text_encoder"])
-    workspace = _workspace(checkpoint, options)
-    for name, extra in gathered.items():
-        workspace[name] += extra if options.degrees.shards(name) else 0
-    host_nbytes = _STAGING_BYTES if device.type == "cuda" else 0
-    if wanted == "auto":
-        preset, reason = presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
-    else:
-        preset, reason = some, presets.check_fit(some, sizes, workspace, host_nbytes, limits)
-    return preset, reason, presets.fitted_phases(preset, sizes, workspace, limits)
-
-
-def _limits(device: torch.device, *, may_drop: bool) -> Limits:
-    import torch
-
-    free = None
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=available_memory(), may_drop=may_drop)
-
-
-def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, int]:
-    """Bytes that running each network takes beside the weights: estimates, on the safe side.
-
-    From the tensors that are alive at the peak, by tracing each network on meta at several sizes (an expert 113 kB a
-    token, the VAE 19 to 20 kB a pixel), and 20 % for the libraries' own.
-    """
-    width, height = options.size
-    frames_per, pixels_per = checkpoint.vae_scale
-    tokens = ((options.frame_num - 1) // frames_per + 1) * (width // pixels_per // 2) * (height // pixels_per // 2)
-    out = {"text_encoder": 500_000_000}
-    for name in ("transformer", "transformer_2"):
-        if name in checkpoint.names:
-            config = checkpoint[name].config
-            dim = config["num_attention_heads"] * config["attention_head_dim"]
-            out[name] = tokens * (10 * dim + config["ffn_dim"]) * 2
-    vae = checkpoint["vae"].config
-    base = (vae.get("decoder_base_dim") or vae.get("base_dim", 96)) // (vae.get("patch_size") or 1)
-    out["vae"] = width * height * (base * frames_per * 60 + options.frame_num * 3 * 4 * 3)
-    return out

@@ -239,7 +239,7 @@ def test_a_forked_child_does_not_keep_a_lock(store, fill):
     """It has copies of the descriptors, as the workers of a data loader do."""
     building = store.begin(A, 1000)
     code = "import sys; sys.stdin.read()"
-    os.set_inheritable(building._fd, True)
+    os.set_inheritable(building.fd, True)
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, close_fds=False)
     try:
         building.publish(fill(building, 1000))
@@ -279,7 +279,7 @@ def test_a_building_swept_between_making_and_locking(store, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", sweep_first)
     building = store.begin(A, 10)
     assert names(store, "building") == [A]
-    assert os.fstat(building._fd).st_ino == building.path.stat().st_ino
+    assert os.fstat(building.fd).st_ino == building.path.stat().st_ino
     building.abandon()
 
 

@@ -30,8 +30,7 @@ def generate(root, cache_dir, **settings):
     return frames, report
 
 
-@pytest.mark.parametrize("layout", ["native", "diffusers"])
-@pytest.mark.parametrize("preset", ["fastest", "min-memory"])
+@pytest.mark.parametrize(("layout", "preset"), [("native", "min-memory"), ("diffusers", "fastest")])
 def test_second_start_reads_the_entry_and_gives_the_same_video(tiny_wan, tmp_path, layout, preset):
     first, report = generate(tiny_wan(layout), tmp_path / "cache", preset=preset)
     assert report["cache"]["state"] == "building"

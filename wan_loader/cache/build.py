@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from wan_loader.cache.content import Loaded, ReadParts
+    from wan_loader.cache.entry import Building
     from wan_loader.cache.outline import CachedFile, Outline, SourceFile
-    from wan_loader.cache.store import Building
 
 __all__ = ["Build", "content_digest", "wait_for_builds"]
 

@@ -12,26 +12,21 @@ killed process and is swept away by the next one. Links are never followed.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
 import time
 import uuid
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from wan_loader.cache.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from wan_loader.cache.entry import Building, Entry, Listed, look_at, read_manifest, regular_size
+from wan_loader.cache.locks import is_directory, lock, removable, remove_tree
+from wan_loader.cache.manifest import MANIFEST_NAME
 from wan_loader.errors import CacheError
 from wan_loader.sizes import format_bytes
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import TracebackType
-
-__all__ = ["Building", "Entry", "Listed", "Store", "default_directory"]
+__all__ = ["Store", "default_directory"]
 
 _ROOMS = ("entries", "building", "damaged", "trash")
 _TAG_NAME = "CACHEDIR.TAG"
@@ -48,127 +43,6 @@ def default_directory() -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("wan-loader") / "converted"
-
-
-class _Locked:
-    """A directory with a lock on it; the lock goes with `close` or with the process."""
-
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
-        self._fd = fd
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            with suppress(OSError):  # a forked child may hold a copy of the descriptor: unlock for it as well
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> _Locked:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def share(self) -> None:
-        """Let readers in as well."""
-        fcntl.flock(self._fd, fcntl.LOCK_SH)
-
-
-def _lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> _Locked | None:
-    """Lock a directory; None if it is gone, was replaced meanwhile, or somebody else holds it."""
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            ours, now = os.fstat(fd), os.stat(path, follow_symlinks=False)
-            if (ours.st_ino, ours.st_dev) == (now.st_ino, now.st_dev):
-                return _Locked(path, fd)
-            patience_s = 0.0
-        except OSError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        if time.monotonic() >= end or not patience_s:
-            return None
-        time.sleep(0.01)
-
-
-class Entry(_Locked):
-    """A complete entry, locked for reading: nobody removes it before `close`."""
-
-    manifest: Manifest
-
-    def file(self, path: str) -> Path:
-        """Where a file of the entry lies."""
-        return self.path / path
-
-
-class Building(_Locked):
-    """An entry that only this process writes. `publish` or `abandon` it."""
-
-    def create(self, path: str) -> int:
-        """A new file of the entry, open for writing; the caller closes it. Directories on the way are made."""
-        place = self.path / path
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-    def publish(self, manifest: Manifest) -> Path | None:
-        """Put everything on the disk and make the entry visible; None if another process was first."""
-        fd = self.create(MANIFEST_NAME)
-        with os.fdopen(fd, "wb") as f:
-            f.write(manifest.to_bytes())
-            f.flush()
-            os.fsync(f.fileno())
-        for directory, _, names in os.walk(self.path, topdown=False):
-            for name in names:
-                os.chmod(os.path.join(directory, name), 0o400)
-            _sync_directory(Path(directory))
-        place = self.path.parent.parent / "entries" / self.path.name
-        try:
-            self.path.rename(place)
-        except FileExistsError:
-            place_taken = True
-        except OSError as error:  # a directory that is not empty is ENOTEMPTY
-            if not place.exists():
-                raise CacheError(f"{place} cannot be written: {error.strerror}") from error
-            place_taken = True
-        else:
-            place_taken = False
-        if place_taken:
-            self.abandon()
-            return None
-        with suppress(OSError):  # it is complete and visible; at worst a power cut takes its name away
-            _sync_directory(place.parent)
-        self.path = place
-        self.close()
-        return place
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        _remove_tree(self.path)
-        self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """An entry as `list` shows it."""
-
-    key: str
-    path: Path
-    nbytes: int
-    """Bytes on the disk."""
-    used: float
-    """Seconds since the epoch, when it was last loaded or made."""
-    manifest: Manifest | None
-    state: str
-    """"complete", "in use", "building", "damaged", or "unreadable: why"."""
 
 
 class Store:
@@ -231,13 +105,13 @@ class Store:
 
     def _sweep(self) -> None:
         for path in self._paths("building"):
-            if not _is_directory(path):
-                _remove_tree(path)
-            elif (left := _lock(path, alone=True)) is not None:
+            if not is_directory(path):
+                remove_tree(path)
+            elif (left := lock(path, alone=True)) is not None:
                 with left:
                     self._discard(path)
         for path in self._paths("trash"):
-            _remove_tree(path)
+            remove_tree(path)
 
     def _paths(self, room: str) -> list[Path]:
         with suppress(OSError):
@@ -250,18 +124,18 @@ class Store:
         use: count this as its last use. Raises `CacheError` if there is one that cannot be used.
         """
         path = self.root / "entries" / key
-        if os.path.lexists(path) and not _is_directory(path):
+        if os.path.lexists(path) and not is_directory(path):
             raise CacheError(f"{path} is a link or a file, which no entry is: not used")
-        locked = _lock(path, alone=False, patience_s=_PATIENCE_S)
+        locked = lock(path, alone=False, patience_s=_PATIENCE_S)
         if locked is None:
             return None
-        entry = Entry(path, locked._fd)
+        entry = Entry(path, locked.fd)
         try:
-            entry.manifest = _read_manifest(path)
+            entry.manifest = read_manifest(path)
             if entry.manifest.key != key:
                 raise CacheError(f"{path} holds the manifest of another entry: damaged")
             for file in entry.manifest.files:
-                if (size := _regular_size(path, file.path)) != file.nbytes:
+                if (size := regular_size(path, file.path)) != file.nbytes:
                     raise CacheError(f"{path / file.path} has {size} bytes, not {file.nbytes}: damaged")
             if use:
                 with suppress(OSError):
@@ -283,18 +157,18 @@ class Store:
                 path.mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 raise CacheError(f"cache directory {path.parent}: {error.strerror}: name another") from error
-            if (locked := _lock(path, alone=True)) is not None:
+            if (locked := lock(path, alone=True)) is not None:
                 break
             time.sleep(0.01)
         else:
             return None
-        building = Building(path, locked._fd)
+        building = Building(path, locked.fd)
         try:
             if os.path.lexists(self.root / "entries" / key):
                 building.abandon()
                 return None
             for left in path.iterdir():
-                _remove_tree(left)
+                remove_tree(left)
             self._make_room(nbytes, max_size)
         except BaseException:
             building.abandon()
@@ -323,9 +197,9 @@ class Store:
 
     def listed(self) -> list[Listed]:
         """Everything in the cache, last used first."""
-        listed = [_listed(path, "complete") for path in self._paths("entries")]
-        listed += [_listed(path, "building") for path in self._paths("building")]
-        listed += [_listed(path, "damaged") for path in self._paths("damaged")]
+        listed = [look_at(path, "complete") for path in self._paths("entries")]
+        listed += [look_at(path, "building") for path in self._paths("building")]
+        listed += [look_at(path, "damaged") for path in self._paths("damaged")]
         return sorted((x for x in listed if x is not None), key=lambda x: -x.used)
 
     def prune(self, *, max_size: int | None = None, max_age_s: float | None = None) -> list[Listed]:
@@ -354,7 +228,7 @@ class Store:
 
     def remove(self, listed: Listed) -> bool:
         """Remove an entry; False if it is being read or built."""
-        with _removable(listed.path) as locked:
+        with removable(listed.path) as locked:
             if locked:
                 self._discard(listed.path)
             return locked
@@ -376,94 +250,4 @@ class Store:
         trash = self.root / "trash" / uuid.uuid4().hex
         with suppress(OSError):
             path.rename(trash)
-            _remove_tree(trash)
-
-
-@contextmanager
-def _removable(path: Path) -> Iterator[bool]:
-    if not _is_directory(path):  # a link or a file that somebody put there
-        yield os.path.lexists(path)
-        return
-    locked = _lock(path, alone=True)
-    if locked is None:
-        yield False
-        return
-    with locked:
-        yield True
-
-
-def _listed(path: Path, room: str) -> Listed | None:
-    state, manifest = room, None
-    if not _is_directory(path):
-        state = "unreadable: not a directory"
-    elif room != "building":
-        try:
-            manifest = _read_manifest(path)
-        except CacheError as error:
-            state = f"unreadable: {error}" if room == "complete" else room
-    if room == "complete" and manifest is not None:
-        locked = _lock(path, alone=True)
-        if locked is None:
-            state = "in use"
-        else:
-            locked.close()
-    try:
-        used = os.lstat(path / MANIFEST_NAME if manifest is not None else path).st_mtime
-        nbytes = sum(
-            os.lstat(os.path.join(directory, name)).st_blocks * 512
-            for directory, _, names in (() if path.is_symlink() else os.walk(path))
-            for name in names
-        )
-    except OSError:  # it went away meanwhile
-        return None
-    return Listed(path.name, path, nbytes, used, manifest, state)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    place = path / MANIFEST_NAME
-    try:
-        _regular_size(path, MANIFEST_NAME)
-        with open(place, "rb") as f:
-            return parse_manifest(f.read(MAX_MANIFEST_BYTES + 1), str(place))
-    except OSError as error:
-        if isinstance(error, CacheError):
-            raise
-        raise CacheError(f"{place} cannot be read: {error.strerror}: the entry is not used") from error
-
-
-def _regular_size(root: Path, relative: str) -> int:
-    """Size of a regular file below `root`; neither it nor a directory on the way may be a link."""
-    path = root
-    for part in relative.split("/"):
-        path = path / part
-        try:
-            st = os.lstat(path)
-        except OSError as error:
-            raise CacheError(f"{path} is missing from its entry: damaged") from error
-        if stat.S_ISLNK(st.st_mode):
-            raise CacheError(f"{path} is a link, which no entry holds: not used")
-    if not stat.S_ISREG(st.st_mode):
-        raise CacheError(f"{path} is not a regular file: damaged")
-    return st.st_size
-
-
-def _is_directory(path: Path) -> bool:
-    """Not a link to one."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def _remove_tree(path: Path) -> None:
-    """Remove what is there; links are removed, not followed. What cannot be removed is left for the next sweep."""
-    if _is_directory(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            remove_tree(trash)

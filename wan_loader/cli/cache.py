@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wan_loader.cache.build import Build
-    from wan_loader.cache.store import Listed, Store
+    from wan_loader.cache.entry import Listed
+    from wan_loader.cache.store import Store
 
 __all__ = ["app", "follow_build", "report_build", "stopping"]
 

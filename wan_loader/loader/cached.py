@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.cache.content import Part
+    from wan_loader.cache.entry import Building, Entry
     from wan_loader.cache.outline import CachedFile, SourceFile
-    from wan_loader.cache.store import Building, Entry
     from wan_loader.loader.load import Choice
     from wan_loader.types import StrPath
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from wan_loader.source.reader import Check
     from wan_loader.transfer.base import Target
 
-__all__ = ["Choice", "LoadOptions", "Loaded", "load_checkpoint", "read_storages"]
+__all__ = ["Choice", "LoadOptions", "Loaded", "load_checkpoint", "paused_gc", "read_storages"]
 
 
 #: Between two unregistrations in the background: whoever uses the device meanwhile waits for one at most.
@@ -129,7 +129,7 @@ def load_checkpoint(
     check_io(options.io)
     check_threads(options.threads)
     tee = _Tee(options.observer)
-    with _paused_gc():
+    with paused_gc():
         with span(tee, "header"):
             choice = choose()
         reset_peak_resident()
@@ -168,7 +168,7 @@ def _released_on_failure(carried: Carried) -> Iterator[None]:
 
 
 @contextmanager
-def _paused_gc() -> Iterator[None]:
+def paused_gc() -> Iterator[None]:
     """Keep the cycle collector away: it walks all of torch's objects, 50 ms at a time, while every thread waits."""
     enabled = gc.isenabled()
     gc.disable()

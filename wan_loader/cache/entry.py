@@ -1,0 +1,141 @@
+"""One entry: being read, being written, or being looked at."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from wan_loader.cache.locks import Locked, is_directory, lock, remove_tree, sync_directory
+from wan_loader.cache.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from wan_loader.errors import CacheError
+
+__all__ = ["Building", "Entry", "Listed", "look_at", "read_manifest", "regular_size"]
+
+
+class Entry(Locked):
+    """A complete entry, locked for reading: nobody removes it before `close`."""
+
+    manifest: Manifest
+
+    def file(self, path: str) -> Path:
+        """Where a file of the entry lies."""
+        return self.path / path
+
+
+class Building(Locked):
+    """An entry that only this process writes. `publish` or `abandon` it."""
+
+    def create(self, path: str) -> int:
+        """A new file of the entry, open for writing; the caller closes it. Directories on the way are made."""
+        place = self.path / path
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def publish(self, manifest: Manifest) -> Path | None:
+        """Put everything on the disk and make the entry visible; None if another process was first."""
+        fd = self.create(MANIFEST_NAME)
+        with os.fdopen(fd, "wb") as f:
+            f.write(manifest.to_bytes())
+            f.flush()
+            os.fsync(f.fileno())
+        for directory, _, names in os.walk(self.path, topdown=False):
+            for name in names:
+                os.chmod(os.path.join(directory, name), 0o400)
+            sync_directory(Path(directory))
+        place = self.path.parent.parent / "entries" / self.path.name
+        try:
+            self.path.rename(place)
+        except FileExistsError:
+            place_taken = True
+        except OSError as error:  # a directory that is not empty is ENOTEMPTY
+            if not place.exists():
+                raise CacheError(f"{place} cannot be written: {error.strerror}") from error
+            place_taken = True
+        else:
+            place_taken = False
+        if place_taken:
+            self.abandon()
+            return None
+        with suppress(OSError):  # it is complete and visible; at worst a power cut takes its name away
+            sync_directory(place.parent)
+        self.path = place
+        self.close()
+        return place
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        remove_tree(self.path)
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An entry as `list` shows it."""
+
+    key: str
+    path: Path
+    nbytes: int
+    """Bytes on the disk."""
+    used: float
+    """Seconds since the epoch, when it was last loaded or made."""
+    manifest: Manifest | None
+    state: str
+    """"complete", "in use", "building", "damaged", or "unreadable: why"."""
+
+
+def look_at(path: Path, room: str) -> Listed | None:
+    state, manifest = room, None
+    if not is_directory(path):
+        state = "unreadable: not a directory"
+    elif room != "building":
+        try:
+            manifest = read_manifest(path)
+        except CacheError as error:
+            state = f"unreadable: {error}" if room == "complete" else room
+    if room == "complete" and manifest is not None:
+        locked = lock(path, alone=True)
+        if locked is None:
+            state = "in use"
+        else:
+            locked.close()
+    try:
+        used = os.lstat(path / MANIFEST_NAME if manifest is not None else path).st_mtime
+        nbytes = sum(
+            os.lstat(os.path.join(directory, name)).st_blocks * 512
+            for directory, _, names in (() if path.is_symlink() else os.walk(path))
+            for name in names
+        )
+    except OSError:  # it went away meanwhile
+        return None
+    return Listed(path.name, path, nbytes, used, manifest, state)
+
+
+def read_manifest(path: Path) -> Manifest:
+    place = path / MANIFEST_NAME
+    try:
+        regular_size(path, MANIFEST_NAME)
+        with open(place, "rb") as f:
+            return parse_manifest(f.read(MAX_MANIFEST_BYTES + 1), str(place))
+    except OSError as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"{place} cannot be read: {error.strerror}: the entry is not used") from error
+
+
+def regular_size(root: Path, relative: str) -> int:
+    """Size of a regular file below `root`; neither it nor a directory on the way may be a link."""
+    path = root
+    for part in relative.split("/"):
+        path = path / part
+        try:
+            st = os.lstat(path)
+        except OSError as error:
+            raise CacheError(f"{path} is missing from its entry: damaged") from error
+        if stat.S_ISLNK(st.st_mode):
+            raise CacheError(f"{path} is a link, which no entry holds: not used")
+    if not stat.S_ISREG(st.st_mode):
+        raise CacheError(f"{path} is not a regular file: damaged")
+    return st.st_size

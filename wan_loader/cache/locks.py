@@ -1,0 +1,106 @@
+"""Locks on directories, and directories changed without following links.
+
+A lock is a `flock` on the directory itself: no lock file can be left behind, and the lock ends with the process,
+however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+__all__ = ["Locked", "is_directory", "lock", "removable", "remove_tree", "sync_directory"]
+
+
+class Locked:
+    """A directory with a lock on it; the lock goes with `close` or with the process."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            with suppress(OSError):  # a forked child may hold a copy of the descriptor: unlock for it as well
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Locked:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def share(self) -> None:
+        """Let readers in as well."""
+        fcntl.flock(self.fd, fcntl.LOCK_SH)
+
+
+def lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locked | None:
+    """Lock a directory; None if it is gone, was replaced meanwhile, or somebody else holds it."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            ours, now = os.fstat(fd), os.stat(path, follow_symlinks=False)
+            if (ours.st_ino, ours.st_dev) == (now.st_ino, now.st_dev):
+                return Locked(path, fd)
+            patience_s = 0.0
+        except OSError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if time.monotonic() >= end or not patience_s:
+            return None
+        time.sleep(0.01)
+
+
+@contextmanager
+def removable(path: Path) -> Iterator[bool]:
+    if not is_directory(path):  # a link or a file that somebody put there
+        yield os.path.lexists(path)
+        return
+    locked = lock(path, alone=True)
+    if locked is None:
+        yield False
+        return
+    with locked:
+        yield True
+
+
+def is_directory(path: Path) -> bool:
+    """Not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what is there; links are removed, not followed. What cannot be removed is left for the next sweep."""
+    if is_directory(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
