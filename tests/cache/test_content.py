@@ -60,6 +60,7 @@ def test_what_is_worth_remembering(device):
         cached("view", (MiB,)),
         cached("strided", (1024, 1024)),
         cached("as in the file", (MiB,), "float32"),
+        cached("of another dtype", (MiB,)),
         cached("not loaded", (MiB,)),
     ]
     tensors = {
@@ -68,6 +69,7 @@ def test_what_is_worth_remembering(device):
         "view": torch.zeros(MiB + 4, device=device).bfloat16()[4:],
         "strided": torch.zeros(1024, 1024, device=device).bfloat16().t(),
         "as in the file": torch.zeros(MiB, device=device),
+        "of another dtype": big.half(),
     }
     loaded = noted(tensors, entry)
     known = {t.name for t in entry if loaded.knows(next(parts_of(t)))}

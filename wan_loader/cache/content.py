@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from wan_loader.dtypes import ITEMSIZE
+from wan_loader.dtypes import ITEMSIZE, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,7 +124,9 @@ class Loaded:
 
 
 def _worth_it(cached: CachedTensor, tensor: torch.Tensor) -> bool:
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == cached.nbytes
+    # the loader's own dtype may be another of the same size: bfloat16 in the entry, float16 in memory
+    same = tensor.dtype == torch_dtype(cached.dtype)
+    whole = same and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == cached.nbytes
     converted = cached.dtype != cached.source.dtype or tensor.is_cuda
     return whole and converted and cached.nbytes >= _MIN_NBYTES and cached.nbytes % _WORD == 0
 
