@@ -79,10 +79,13 @@ def test_rooms_that_are_not_ours(store, room, tmp_path):
     assert (tmp_path / "elsewhere" / "precious").exists()
 
 
+@pytest.mark.parametrize("tag", [None, b"Signature: 8a477f597d28d172789f06886806bc55", b"\xff" * 9999])
 @pytest.mark.parametrize("create", [True, False])
-def test_directories_of_other_things_are_not_touched(tmp_path, create):
+def test_directories_of_other_things_are_not_touched(tmp_path, create, tag):
     for name in ("building/app", "trash/photos", "entries/x"):
         (tmp_path / "work" / name).mkdir(parents=True)
+    if tag is not None:  # another program's cache
+        (tmp_path / "work" / "CACHEDIR.TAG").write_bytes(tag)
     (tmp_path / "work").chmod(0o700)
     with pytest.raises(CacheError, match="holds other things"):
         Store(tmp_path / "work", create=create)

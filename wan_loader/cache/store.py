@@ -69,11 +69,16 @@ class Store:
     def _check_ours(self) -> None:
         """What lies in a directory that somebody uses for something else must not be swept away."""
         names = os.listdir(self.root)
-        if names and _TAG_NAME not in names:
+        if names and (_TAG_NAME not in names or not self._tag_is_ours()):
             raise CacheError(
                 f"{self.root} holds other things, such as {min(names)!r}, and is no cache: name a new or empty "
                 "directory with --cache-dir"
             )
+
+    def _tag_is_ours(self) -> bool:
+        """Other programs tag their caches, too. An empty one is being written by another process."""
+        with open(self.root / _TAG_NAME, "rb") as tag:
+            return tag.read(len(_TAG) + 1) in (b"", _TAG.encode())
 
     def _make(self) -> None:
         tag = self.root / _TAG_NAME
