@@ -57,6 +57,7 @@ def test_names_tell_paths_apart():
 
 def test_staged_copies_are_equal_and_removed(checkpoint, tmp_path):
     (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
     place = tmp_path / "place"
     place.mkdir()
     source = checkpoint / "model.safetensors"
@@ -65,6 +66,7 @@ def test_staged_copies_are_equal_and_removed(checkpoint, tmp_path):
         assert home.name.startswith(storage.PREFIX)
         assert Path(copies[0]).read_bytes() == source.read_bytes()
         assert (home / "config.json").exists()
+        assert (home / "model.safetensors.index.json").exists()  # diffusers finds no shards without it
     assert list(place.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +32,8 @@ PREFIX = ".wan-loader-bench-"
 _SIMULATED = "simulated"
 _ALIASES = {"sata": "sata-ssd", "nvme": "nvme-gen3"}
 _PIECE = 16 << 20
-#: Small files beside the weights that say what the component is.
-_SIDECARS = ("config.json",)
+#: Small files beside the weights that say what the component is, and which shards it has.
+_SIDECARS = ("config.json", "*.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,9 @@ def _copy_all(files: Sequence[str], directory: Path, told: Callable[[int], None]
                 told(done)
             os.fsync(copy.fileno())
         copies.append(str(target))
-    for name in _SIDECARS:
-        with suppress(FileNotFoundError):
-            shutil.copyfile(Path(files[0]).parent / name, directory / name)
+    for pattern in _SIDECARS:
+        for beside in Path(files[0]).parent.glob(pattern):
+            shutil.copyfile(beside, directory / beside.name)
     return copies
 
 
