@@ -74,7 +74,8 @@ def _first_use(name: str) -> tuple[int, int, str]:
 
 
 def _small_files(checkpoint: WanCheckpoint) -> dict[str, bytes]:
-    files = {f"tokenizer/{path.name}": _read_small(path) for path in sorted(checkpoint.tokenizer.iterdir())}
+    found = sorted(path for path in checkpoint.tokenizer.iterdir() if not path.is_dir())
+    files = {f"tokenizer/{path.name}": _read_small(path) for path in found}
     for component in checkpoint.components:
         files[f"{component.name}/config.json"] = _json(_config(component))
     files["scheduler/scheduler_config.json"] = _json(checkpoint.scheduler)

@@ -1,6 +1,7 @@
 """The pipeline and the converted cache: one entry for the whole checkpoint, which diffusers opens as well."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -100,6 +101,14 @@ def test_unusable_cache_does_not_keep_the_pipeline_from_starting(tiny_wan, tmp_p
     _, report = generate(tiny_wan("native"), tmp_path)
     assert report["cache"]["state"] == "source"
     assert "written by others" in report["cache"]["reason"]
+
+
+def test_a_directory_beside_the_tokenizer_is_left_out(tiny_wan, tmp_path):
+    root = tmp_path / "wan"
+    shutil.copytree(tiny_wan("native"), root)
+    before = outline_wan(open_wan(root), "bfloat16").small_files
+    (root / "google/umt5-xxl/.cache").mkdir()
+    assert outline_wan(open_wan(root), "bfloat16").small_files == before
 
 
 def test_command_builds_and_then_reads(tiny_wan, tmp_path):
