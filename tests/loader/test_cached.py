@@ -628,6 +628,22 @@ def test_an_entry_that_fits_its_checksums_and_is_no_checkpoint(path, cache):
     found_and_repaired(path, cache, verify=False)
 
 
+@pytest.mark.parametrize("what", ["no file", "another file", "other tensors"])
+def test_an_entry_that_is_sound_and_of_something_else(path, cache, what):
+    load(path, cache, "building")
+    (entry,) = entries(cache)
+    place, file = entry / "manifest.json", entry / ("model.safetensors" if what == "other tensors" else "b.safetensors")
+    manifest = parse_manifest(place.read_bytes(), str(place))
+    file.unlink(missing_ok=True)
+    safetensors.torch.save_file({"x": torch.zeros(9)}, file)
+    header_nbytes = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    made = EntryFile(file.name, file.stat().st_size, header_nbytes, ())
+    made = replace(made, blocks=tuple(digest(file.read_bytes()[a:b]) for a, b in made.ranges()))
+    place.chmod(0o600)
+    place.write_bytes(replace(manifest, files=() if what == "no file" else (made,)).to_bytes())
+    found_and_repaired(path, cache, verify=False)
+
+
 def test_a_newer_version_s_manifest_is_not_used(path, cache):
     load(path, cache, "building")
     (entry,) = entries(cache)

@@ -148,7 +148,7 @@ class CachedLoad:
         try:
             entry = self._store.find(key)
             if entry is not None:
-                return self._from_entry(entry, source)
+                return self._from_entry(entry, source, outline.files[0])
         except (CacheError, CheckpointError) as error:  # the entry's file may vanish or be damaged, too
             self._put_aside(key, error)
         self._building = begin_build(self._store, outline, self._sources)
@@ -159,11 +159,16 @@ class CachedLoad:
             self._from_source("another process is writing the entry")
         return source
 
-    def _from_entry(self, entry: Entry, source: Choice) -> Choice:
+    def _from_entry(self, entry: Entry, source: Choice, outlined: CachedFile) -> Choice:
         self._stack.callback(entry.close)
-        file = entry.manifest.files[0]
-        check_header(entry.path, file)
+        files = entry.manifest.files
+        if [file.path for file in files] != [ENTRY_FILE]:
+            raise CacheError(f"{entry.path} holds other files than {ENTRY_FILE}: damaged or foreign")
+        check_header(entry.path, files[0])
         checkpoint = open_checkpoint(entry.file(ENTRY_FILE))
+        held = {(t.name, t.dtype, t.shape) for t in checkpoint.tensors}
+        if held != {(t.name, t.dtype, t.source.shape) for t in outlined.tensors}:
+            raise CacheError(f"{entry.path} holds other tensors than are made from its source: damaged or foreign")
         rank = {t.name: i for i, t in enumerate(checkpoint.tensors)}
         by_name = {t.name: t for t in checkpoint.tensors}
         tensors = [by_name[t.name] for t in source.tensors]
