@@ -131,6 +131,17 @@ def test_a_new_commit_replaces_what_was_downloaded_and_nothing_else(hub, target)
     assert content(target) == expected(hub)
 
 
+def test_another_repository_does_not_replace_the_first_one(hub, target):
+    download(target)
+    other = "Somebody/Finetuned"
+    hub.repositories[other] = {**native_files(), SHARD: b"other weights of another length"}
+    with pytest.raises(OutputError, match="--force"):
+        download(target, other)
+    assert content(target) == expected(hub)
+    download(target, other, force=True)
+    assert content(target) == expected(hub, other)
+
+
 # Connections
 
 

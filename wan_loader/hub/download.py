@@ -130,7 +130,8 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
 
 
 def _with_history(state: State, before: State | None) -> State:
-    if before is not None:
+    """What was found right of this repository; another one's files are replaced like anybody's, only by force."""
+    if before is not None and before.repository == state.repository:
         state.checked.update(before.checked)
     return state
 
