@@ -373,6 +373,14 @@ def test_entries_in_use_count_against_the_budget(store, put):
     assert set(states(store)) == {"b"}
 
 
+def test_what_cannot_fit_beside_entries_in_use_removes_nothing(store, put):
+    put(store, A, nbytes=1_000_000, age_s=10)
+    put(store, B, nbytes=1_000_000)
+    with store.find(B), pytest.raises(CacheError, match="in use"):
+        store.begin(C, 2_000_000, max_size=2_500_000)
+    assert set(states(store)) == {"a", "b"}
+
+
 def test_the_disk_s_free_space_counts(store, put, monkeypatch):
     put(store, A, nbytes=1_000_000)
     full = shutil.disk_usage(store.root)._replace(free=500_000)

@@ -181,7 +181,8 @@ class Store:
         return building
 
     def _make_room(self, nbytes: int, max_size: int | None) -> None:
-        used = sum(listed.nbytes for listed in self.listed() if listed.state != "building")
+        listed = [x for x in self.listed() if x.state != "building"]
+        used, in_use = sum(x.nbytes for x in listed), sum(x.nbytes for x in listed if x.state == "in use")
         free = shutil.disk_usage(self.root).free
         budget = max_size if max_size is not None else int((free + used) * _DEFAULT_SHARE)
         if nbytes > budget:
@@ -189,11 +190,14 @@ class Store:
                 f"an entry of {format_bytes(nbytes)} is more than the {format_bytes(budget)} that the cache in "
                 f"{self.root} may take: allow more with --max-size, or name a larger disk with --cache-dir"
             )
-        removed = sum(r.nbytes for r in self._remove_least_used(budget - nbytes))
-        if used - removed + nbytes > budget:
+        removed = 0
+        if in_use + nbytes <= budget:  # else nothing that could be removed would be enough
+            removed = sum(r.nbytes for r in self._remove_least_used(budget - nbytes))
+            in_use = used - removed
+        if in_use + nbytes > budget:
             raise CacheError(
                 f"an entry of {format_bytes(nbytes)} does not fit: the cache in {self.root} may take "
-                f"{format_bytes(budget)}, and {format_bytes(used - removed)} of that are in use"
+                f"{format_bytes(budget)}, and {format_bytes(in_use)} of that are in use"
             )
         if nbytes > free + removed:
             raise CacheError(
