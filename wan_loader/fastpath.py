@@ -117,8 +117,9 @@ class FastPath:
         loaded = load([path], device=target, io="buffered" if target == "cpu" else "auto")
         if loaded.tensors.keys() != skeleton.keys():
             raise _LeftAloneError("torch.load of a file with other names than planned")
-        for name in skeleton:
-            skeleton[name] = loaded.tensors[name]
+        made: dict[int, Any] = {}  # what is one object in the file stays one
+        for name, empty in list(skeleton.items()):
+            skeleton[name] = made.setdefault(id(empty), loaded.tensors[name])
         return skeleton, loaded.report.nbytes_file
 
 
@@ -176,4 +177,16 @@ def _skeleton(original: Any, path: str) -> Any:
         raise _LeftAloneError("torch.load of something else than a dict")
     if any(type(t) is not torch.Tensor or t.requires_grad for t in state.values()):
         raise _LeftAloneError("torch.load of a dict that holds more than plain tensors")
+    if not _carries_only_versions(state):
+        raise _LeftAloneError("torch.load of a dict with attributes of its own")
     return state
+
+
+def _carries_only_versions(state: Any) -> bool:
+    """Whether a dict's only attribute is what `state_dict` notes: others may hold tensors, here without weights."""
+    attributes = getattr(state, "__dict__", {})
+    notes = attributes.get("_metadata", {})
+    return attributes.keys() <= {"_metadata"} and all(
+        isinstance(note, dict) and all(isinstance(value, int | float | str | None) for value in note.values())
+        for note in (notes.values() if isinstance(notes, dict) else [None])
+    )

@@ -55,6 +55,22 @@ def test_torch_load_is_the_same(fast, state, tmp_path):
     assert not ours["same"][2:4].any(), "what shares memory in the file shares it here"
 
 
+def test_one_tensor_under_two_names_stays_one(fast, tmp_path):
+    tensor = torch.randn(4)
+    ours = torch.load(saved(tmp_path, {"a": tensor, "b": torch.ones(2), "c": tensor}), map_location="cpu")
+    assert fast.n_loads == 1
+    assert ours["a"] is ours["c"]
+    assert torch.equal(ours["a"], tensor)
+
+
+@pytest.mark.parametrize("attribute", [{"extra": torch.ones(3)}, {"_metadata": {"": {"scale": torch.ones(3)}}}])
+def test_tensors_in_a_dict_s_attributes(fast, state, tmp_path, attribute):
+    vars(state).update(attribute)
+    ours = torch.load(saved(tmp_path, state), map_location="cpu")
+    assert fast.left == {"torch.load of a dict with attributes of its own": 1}
+    assert "device='meta'" not in repr(vars(ours))
+
+
 def test_torch_load_gives_memory_of_its_own(fast, tmp_path):
     path = saved(tmp_path, {"w": torch.ones(1 << 20)})
     tensors = torch.load(path, map_location=torch.device("cpu"), weights_only=True)
