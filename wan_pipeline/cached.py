@@ -130,7 +130,7 @@ class PipelineCache:
         self._missing = set(source.names)
         try:
             self._choose(source, dtype, directory)
-        except CacheError as error:
+        except OSError as error:  # a CacheError is one, too
             self.report = CacheReport("source", f"the cache cannot be used: {error}")
 
     def _choose(self, source: WanCheckpoint, dtype: str, directory: StrPath | None) -> None:
@@ -145,7 +145,7 @@ class PipelineCache:
             if (entry := store.find(key)) is not None:
                 self._read_from(entry)
                 return
-        except (CacheError, CheckpointError):
+        except (OSError, CheckpointError):
             store.set_aside(key)
         self._building = begin_build(store, self._outline, self._sources)
         if self._building is not None:

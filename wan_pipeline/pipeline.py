@@ -129,9 +129,11 @@ class WanT2V:
 
     def _close(self, error: BaseException | None) -> None:
         run, self._started.run = self.run, None
-        if run is not None:
-            run.close(error)
-        self._started.close()
+        try:
+            if run is not None:
+                run.close(error)
+        finally:
+            self._started.close()
 
     @property
     def run(self) -> Run | None:

@@ -1,5 +1,6 @@
 """The directory of entries: who may use it, who builds, what goes when there is no room, what killed processes left."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -399,3 +400,12 @@ def test_what_was_set_aside_stays_as_long_as_there_is_room(store, put):
     store.set_aside(A)
     put(store, A)
     assert sorted(x.state for x in store.listed()) == ["complete", "damaged"]
+
+
+def test_a_file_system_without_locks_is_named(store, monkeypatch):
+    def refuse(fd, operation):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(CacheError, match="cannot be locked"):
+        store.begin(A, 10)

@@ -181,6 +181,9 @@ def test_errors_of_a_script_are_its_own(tmp_path):
     done = run(tmp_path, "1 / 0")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+    done = run(tmp_path, "input()")  # stdin is empty
+    assert done.returncode == 1
+    assert "EOFError" in done.stderr
     missing = subprocess.run(
         [sys.executable, "-m", "wan_loader", "run", "none.py"], capture_output=True, text=True, timeout=60, check=False
     )

@@ -13,6 +13,8 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from wan_loader.errors import CacheError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -47,7 +49,10 @@ class Locked:
 
 
 def lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locked | None:
-    """Lock a directory; None if it is gone, was replaced meanwhile, or somebody else holds it."""
+    """Lock a directory; None if it is gone, was replaced meanwhile, or somebody else holds it.
+
+    Raises `CacheError` where the file system has no locks.
+    """
     end = time.monotonic() + patience_s
     while True:
         try:
@@ -60,8 +65,11 @@ def lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locked | None:
             if (ours.st_ino, ours.st_dev) == (now.st_ino, now.st_dev):
                 return Locked(path, fd)
             patience_s = 0.0
-        except OSError:
+        except (BlockingIOError, FileNotFoundError):
             pass
+        except OSError as error:
+            os.close(fd)
+            raise CacheError(f"{path} cannot be locked ({error.strerror}): name another file system") from error
         except BaseException:
             os.close(fd)
             raise

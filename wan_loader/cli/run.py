@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,9 @@ def run(
     path.install()
     try:
         runpy.run_path(str(script), run_name="__main__")
+    except EOFError:  # the command line's library would take it for its own
+        traceback.print_exc()
+        raise typer.Exit(1) from None
     finally:
         if not quiet:
             sys.stdout.flush()
