@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from wan_loader.cli.distributed import fail_together
+from wan_loader.cli.interrupt import INTERRUPTED, stop_builds
 from wan_loader.errors import WanLoaderError
 from wan_loader.loader.processes import end_now
 from wan_pipeline.generate import generate, load
@@ -125,9 +126,14 @@ def main() -> None:
         code = _fail(error)
         fail_together(error)
         sys.exit(code)
+    except SystemExit as ended:  # Ctrl-C as typer passes it on
+        if ended.code == INTERRUPTED:
+            stop_builds()
+        raise
     except KeyboardInterrupt:
+        stop_builds()
         typer.echo("interrupted", err=True)
-        _exit(130)
+        _exit(INTERRUPTED)
     except Exception:
         if "torch.distributed" not in sys.modules:
             raise

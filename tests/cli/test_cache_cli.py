@@ -395,6 +395,31 @@ def test_ctrl_c(tmp_path, command, when):
     assert not list((cache / "entries").iterdir())
 
 
+def test_ctrl_c_before_anybody_looks_at_the_build(tmp_path):
+    """The signal comes right after the build has begun: the interpreter must not wait for its end."""
+    path, cache = tmp_path / "m.safetensors", tmp_path / "c"
+    save_file({f"{i}": torch.randn(300_000) for i in range(40)}, path)
+    code = SLOW.replace(
+        "main()",
+        """
+import wan_loader.cli.cache as commands
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+commands.report_build = interrupted
+main()
+""",
+    )
+    words = ["cache", "build", str(path), "--cache-dir", str(cache)]
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, **NO_CUDA}, check=False
+    )
+    assert time.monotonic() - start < 9  # to the end it would take 12 s
+    assert done.returncode == 130
+    assert not left_over(cache)
+    assert not list((cache / "entries").iterdir())
+
+
 # help
 
 

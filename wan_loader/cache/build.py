@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from wan_loader.cache.entry import Building
     from wan_loader.cache.outline import CachedFile, Outline, SourceFile
 
-__all__ = ["Build", "content_digest", "wait_for_builds"]
+__all__ = ["Build", "content_digest", "stop_builds", "wait_for_builds"]
 
 _LOG = logging.getLogger("wan_loader")
 _DIGEST_READ_BYTES = 16 << 20
@@ -87,7 +87,8 @@ class Build:
     def stop(self) -> None:
         """Give up; what was written is removed. Returns when that is done."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -158,6 +159,12 @@ def wait_for_builds() -> None:
     """Wait until every entry that this process is writing is complete, or has failed."""
     for build in list(_running):
         build.wait()
+
+
+def stop_builds() -> None:
+    """Give up every entry that this process is writing; returns when what was written is removed."""
+    for build in list(_running):
+        build.stop()
 
 
 def content_digest(path: str) -> str:

@@ -22,6 +22,7 @@ from wan_loader.cli.download import download
 from wan_loader.cli.estimate import estimate
 from wan_loader.cli.evict import evict
 from wan_loader.cli.inspect import inspect
+from wan_loader.cli.interrupt import INTERRUPTED, stop_builds
 from wan_loader.cli.load import load
 from wan_loader.cli.profile import profile
 from wan_loader.cli.report import report
@@ -78,6 +79,11 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         fail_together(error)
         sys.exit(1)
+    except SystemExit as ended:  # Ctrl-C as typer passes it on
+        if ended.code == INTERRUPTED:
+            stop_builds()
+        raise
     except KeyboardInterrupt:
+        stop_builds()
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
