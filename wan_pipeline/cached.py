@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.cache.build import Build
 from wan_loader.cache.content import Loaded
-from wan_loader.cache.outline import Outline, outline_file, why_not
+from wan_loader.cache.outline import Outline, outline_file, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError
 from wan_loader.loader.cached import begin_build, read_parts
@@ -135,7 +135,7 @@ class PipelineCache:
 
     def _choose(self, source: WanCheckpoint, dtype: str, directory: StrPath | None) -> None:
         self._outline = outline_wan(source, dtype)
-        if (reason := _why_not(self._outline)) is not None:
+        if (reason := why_source(self._outline)) is not None:
             self.report = CacheReport("source", reason)
             return
         self._sources: tuple[SourceFile, ...] = self._outline.sources
@@ -180,9 +180,3 @@ class PipelineCache:
         if self._building is not None:
             self._building.abandon()
             self._building = None
-
-
-def _why_not(outline: Outline) -> str | None:
-    if all(t.dtype == t.source.dtype for file in outline.files for t in file.tensors):
-        return "nothing is converted: the source is as fast"
-    return next((reason for file in outline.files if (reason := why_not(file)) is not None), None)

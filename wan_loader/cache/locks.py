@@ -43,10 +43,6 @@ class Locked:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def share(self) -> None:
-        """Let readers in as well."""
-        fcntl.flock(self.fd, fcntl.LOCK_SH)
-
 
 def lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locked | None:
     """Lock a directory; None if it is gone, was replaced meanwhile, or somebody else holds it.

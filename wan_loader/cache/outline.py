@@ -40,6 +40,7 @@ __all__ = [
     "outline_file",
     "safetensors_header",
     "why_not",
+    "why_source",
 ]
 
 FORMAT_VERSION = 1
@@ -180,6 +181,13 @@ def why_not(file: CachedFile) -> str | None:
         if cached.dtype == "float4_e2m1fn_x2" and not facts.shape:
             return f"{facts.name!r} is a single pair of {cached.dtype}, which safetensors cannot express"
     return None
+
+
+def why_source(outline: Outline) -> str | None:
+    """Why a load has nothing to gain from an entry, or cannot have one; None if it is worth one."""
+    if all(t.dtype == t.source.dtype for file in outline.files for t in file.tensors):
+        return "nothing is converted: the source is as fast"
+    return next((reason for file in outline.files if (reason := why_not(file)) is not None), None)
 
 
 def safetensors_header(tensors: Sequence[CachedTensor]) -> bytes:

@@ -15,7 +15,7 @@ from wan_loader.cache.build import Build
 from wan_loader.cache.check import BlockCheck, check_entry, check_header
 from wan_loader.cache.content import Loaded as LoadedTensors
 from wan_loader.cache.content import warm_up
-from wan_loader.cache.outline import Outline, outline_file, why_not
+from wan_loader.cache.outline import Outline, outline_file, why_not, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
@@ -139,7 +139,7 @@ class CachedLoad:
 
     def _choose(self, source: Choice) -> Choice:
         outline = outline_checkpoint(source)
-        if (reason := _pointless(outline.files[0]) or why_not(outline.files[0])) is not None:
+        if (reason := why_source(outline)) is not None:
             self._from_source(reason)
             return source
         self._outline, self._sources = outline, outline.sources
@@ -214,12 +214,6 @@ class CachedLoad:
         build = Build(self._building, self._outline, self._sources, loaded, read_parts)
         self._building = None
         return build.start()
-
-
-def _pointless(file: CachedFile) -> str | None:
-    if all(t.dtype == t.source.dtype for t in file.tensors):
-        return "nothing is converted: the source is as fast"
-    return None
 
 
 def _block_check(entry: Entry) -> BlockCheck:
