@@ -263,23 +263,16 @@ def weight_files(directory):
 
 
 def resident_share(directory):
-    from wan_loader.linux import cached_bytes
+    from wan_loader.source.evict import resident_bytes
 
-    cached = total = 0
-    for name in weight_files(directory):
-        fd = os.open(name, os.O_RDONLY)
-        size = os.fstat(fd).st_size
-        cached, total = cached + cached_bytes(fd, 0, size), total + size
-        os.close(fd)
-    return cached / total
+    files = weight_files(directory)
+    return (resident_bytes(files) or 0) / sum(os.path.getsize(name) for name in files)
 
 
 def evict(directory):
-    for name in weight_files(directory):
-        fd = os.open(name, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+    from wan_loader.source.evict import evict
+
+    evict(weight_files(directory))
 
 
 def warm(directory):
