@@ -87,10 +87,13 @@ def test_nothing_is_kept_alive(device):
 
 
 def taken(tensor, loaded, entry):
-    parts = [loaded.take(part) for part in parts_of(entry)]
-    if any(part is None for part in parts):
-        return None
-    return torch.cat([p.clone().view(torch.uint8) for p in parts]).view(tensor.dtype)
+    parts = []
+    for part in parts_of(entry):
+        words = loaded.take(part)
+        if words is None:
+            return None
+        parts.append(words.clone().view(torch.uint8))  # valid until the next part is taken
+    return torch.cat(parts).view(tensor.dtype)
 
 
 @pytest.mark.parametrize("shape", [(MiB,), (1024, 1025), (PART_BYTES // 2 + 4 * 509,)])

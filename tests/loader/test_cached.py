@@ -420,7 +420,7 @@ CHANGES = {
     "resized to more": lambda t: t["big"].untyped_storage().resize_(4 * MiB),
     "metadata": lambda t: t["big"].t_(),
     "freed": lambda t: t.clear(),
-    "other data": lambda t: t["big"].set_(torch.ones(5, dtype=torch.bfloat16)),
+    "other data": lambda t: t["big"].set_(torch.ones(5, dtype=torch.bfloat16, device=t["big"].device)),
 }
 
 
