@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     {"errors", "types", "_version"},
     {"atomic", "events", "dtypes", "sizes"},
-    {"linux", "plan", "machine", "mounts"},
+    {"aio", "linux", "plan", "machine", "mounts"},
     {"workers"},
     {"formats"},
     {"source"},

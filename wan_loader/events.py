@@ -71,9 +71,9 @@ def clock_ns() -> int:
 
 @contextlib.contextmanager
 def span(
-    observer: Observer | None, name: str, nbytes: int = 0, *, clock: Callable[[], int] = clock_ns
+    observer: Observer | None, name: str, nbytes: int = 0, *, track: str = "", clock: Callable[[], int] = clock_ns
 ) -> Iterator[None]:
-    """Record the body as a span of this thread, also when it raises."""
+    """Record the body as a span of this thread, or of `track`, also when it raises."""
     if observer is None:
         yield
         return
@@ -81,7 +81,7 @@ def span(
     try:
         yield
     finally:
-        observer.record(Span(name, start_ns, clock(), nbytes, threading.current_thread().name))
+        observer.record(Span(name, start_ns, clock(), nbytes, track or threading.current_thread().name))
 
 
 def busy_ns(spans: Iterable[Span]) -> int:

@@ -1,8 +1,7 @@
 """Staging memory: a bounded number of slots that bytes pass through between a file and the target.
 
 One anonymous mapping, asked to be of huge pages (`pin_memory=True` faults 4 KiB pages in one by one, ten times slower),
-cut into page-aligned slots. A slot belongs to one thread at a time; who holds it may write it once `pending.wait()`
-has returned. The memory is unmapped by `close`, which must come after the last copy out of it.
+cut into page-aligned slots. The memory is unmapped by `close`, which must come after the last copy out of it.
 """
 
 from __future__ import annotations
@@ -10,13 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from wan_loader.plan import PAGE
-
-if TYPE_CHECKING:
-    from wan_loader.transfer.base import Ticket
 
 __all__ = ["Slot", "Staging"]
 
@@ -27,13 +22,10 @@ _OPEN: set[Staging] = set()
 
 @dataclass(slots=True)
 class Slot:
-    """`view` is the slot's memory at `address`; `data_start` is where the bytes last read into it begin."""
+    """`view` is the slot's memory at `address`."""
 
     address: int
     view: memoryview
-    pending: Ticket | None = None
-    """Copies out of the slot that may still be running."""
-    data_start: int = field(default=0)
     pinned: bool = False
 
 

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from wan_loader.aio import Request
 from wan_loader.engine import EngineSettings, carry_out
-from wan_loader.errors import CheckpointError
+from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan import PAGE, Extent, Way, make_plan
 from wan_loader.source.reader import Reader
@@ -30,10 +31,23 @@ WAYS = [Way.MAPPED, Way.DIRECT, Way.BUFFERED]
 class FakeTicket:
     def __init__(self, copies):
         self.copies = copies
-        self.done = threading.Event()
+        self.event = threading.Event()
+
+    def done(self):
+        return self.event.is_set()
 
     def wait(self):
-        self.done.wait()
+        self.event.wait()
+
+
+class FakeLine:
+    def __init__(self, device):
+        self.device = device
+        self.thread = threading.get_ident()
+
+    def submit(self, address, file_start, pieces):
+        assert threading.get_ident() == self.thread, "a line is for the thread that made it"
+        return self.device.submit(address, file_start, pieces)
 
 
 class FakeDevice:
@@ -61,10 +75,14 @@ class FakeDevice:
                 self.arrived[storage][at : at + nbytes] = bytes(
                     min(n + 1, 9) for n in self.arrived[storage][at : at + nbytes]
                 )
-            ticket.done.set()
+            ticket.event.set()
 
     def bind(self, destinations):
         self._bound = True
+
+    def line(self):
+        assert self._bound
+        return FakeLine(self)
 
     def pin(self, address, nbytes, *, read_only):
         self.threads.add(threading.get_ident())
@@ -95,7 +113,7 @@ class FakeDevice:
 
     def finish(self):
         for ticket in self._pending:
-            ticket.done.wait()
+            ticket.event.wait()
 
     def close(self):
         self._queue.put(None)
@@ -143,12 +161,12 @@ def load(path):
 
 
 def check(result, path):
-    """Every byte arrived, once; all target calls came from this thread; everything was unpinned."""
+    """Every byte arrived, once; two threads at most told the target; everything was unpinned."""
     data = path.read_bytes()
     for extent, memory, arrived in zip(result.extents, result.target.memory, result.target.arrived, strict=True):
         assert bytes(memory) == data[extent.start : extent.end]
         assert set(arrived) == {1}
-    assert result.target.threads == {threading.get_ident()}
+    assert len(result.target.threads) <= 2
     assert sum(result.carried.nbytes.values()) == result.plan.blocks[-1].end - result.plan.blocks[0].start
     result.carried.release()
     assert result.target.pinned == {}
@@ -157,7 +175,7 @@ def check(result, path):
 
 
 def engine_threads():
-    return {t.name for t in threading.enumerate() if t.name.startswith(("reader", "allocate"))}
+    return {t.name for t in threading.enumerate() if t.name.startswith("mapper")}
 
 
 def mappings_of(path):
@@ -296,17 +314,53 @@ def test_failing_submit(load, way, after, error):
 @pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
 @pytest.mark.parametrize("nth", [1, 5])
 def test_failing_read(load, path, monkeypatch, way, nth):
-    preadv, calls = os.preadv, iter(range(1, 1000))
+    result, calls = Request.result, iter(range(1, 1000))
 
-    def failing(*args):
-        if next(calls) >= nth:
+    def failing(request):
+        if (nbytes := result(request)) is not None and next(calls) >= nth:
             raise OSError(5, "Input/output error")
-        return preadv(*args)
+        return nbytes
 
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(Request, "result", failing)
     error = fails_within_a_second(CheckpointError, lambda: load(way))
     assert str(path) in str(error)
     assert error.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+def test_read_that_cannot_be_queued(load, path, monkeypatch):
+    start, calls = Request.start, iter(range(1, 1000))
+
+    def failing(*args):
+        if next(calls) >= 3:
+            raise OSError(11, "Resource temporarily unavailable")
+        start(*args)
+
+    monkeypatch.setattr(Request, "start", failing)
+    error = fails_within_a_second(CheckpointError, lambda: load(Way.BUFFERED))
+    assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+def test_short_reads_are_continued(load, path, monkeypatch, way):
+    start = Request.start
+    monkeypatch.setattr(Request, "start", lambda r, fd, a, n, o: start(r, fd, a, min(n, 5 * PAGE), o))
+    check(load(way), path)
+
+
+def test_o_direct_refused_in_the_middle(load, path, monkeypatch):
+    result, calls = Request.result, iter(range(1, 1000))
+
+    def refusing(request):
+        if (nbytes := result(request)) is not None and next(calls) == 3:
+            raise OSError(22, "Invalid argument")
+        return nbytes
+
+    monkeypatch.setattr(Request, "result", refusing)
+    loaded = load(Way.DIRECT)
+    assert loaded.carried.nbytes[Way.BUFFERED] > 0
+    assert len([r for r in loaded.carried.refusals if "O_DIRECT" in r]) == 1
+    check(loaded, path)
 
 
 @pytest.mark.usefixtures("clean")
@@ -331,59 +385,53 @@ def test_truncated_file(load, path, way, left):
 
 
 @pytest.mark.usefixtures("clean")
-def test_the_first_failure_is_the_one_raised(load, monkeypatch):
-    first = OSError(5, "the first")
-    lock, calls = threading.Lock(), []
+@pytest.mark.parametrize("may_steal", [False, True])
+def test_a_window_that_fails(load, may_steal):
+    error = DeviceError("memory overlaps")
 
-    def failing(*_):
-        with lock:
-            calls.append(1)
-            number = len(calls)
-        if number == 1:
-            raise first
-        time.sleep(0.05)
-        raise OSError(5, "a later one")
+    def fail(n, read_only):
+        if read_only:
+            raise error
 
-    monkeypatch.setattr(os, "preadv", failing)
-    error = fails_within_a_second(CheckpointError, lambda: load(Way.BUFFERED))
-    assert "the first" in str(error)
-    assert error.__cause__ is first
+    raised = fails_within_a_second(
+        DeviceError, lambda: load(Way.MAPPED, block_bytes=SLOT, refuse=fail, delay_s=0.02, may_steal=may_steal)
+    )
+    assert raised is error
 
 
 @pytest.mark.usefixtures("clean")
 def test_ctrl_c(load, monkeypatch):
-    preadv = os.preadv
+    interrupted = threading.Event()
 
-    def slow(*args):
-        time.sleep(0.1)
-        return preadv(*args)
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupted.set()
 
-    monkeypatch.setattr(os, "preadv", slow)
-    interrupt = threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
+    result, timer = Request.result, threading.Timer(0.15, interrupt)
+    monkeypatch.setattr(Request, "result", lambda request: result(request) if interrupted.is_set() else None)
+    timer.start()
     try:
         fails_within_a_second(KeyboardInterrupt, lambda: load(Way.BUFFERED, threads=1))
     finally:
-        interrupt.join()
+        timer.join()
 
 
-def test_a_reader_that_hangs_does_not_hold_up_the_failure(load, monkeypatch):
+def test_a_read_that_hangs_does_not_hold_up_the_failure(load, monkeypatch):
     """It sits in a system call; its memory stays until it ends."""
-    let_go, hanging = threading.Event(), threading.Event()
-    preadv, error = os.preadv, RuntimeError("submit failed")
+    let_go, error, calls, result = threading.Event(), RuntimeError("submit failed"), [], Request.result
 
-    def hang(fd, buffers, offset):
-        if offset > 7:  # not the first read, which waits for this one to hang
-            hanging.set()
-            let_go.wait()
-        hanging.wait()
-        return preadv(fd, buffers, offset)
+    def hang(request):
+        if request not in calls:
+            calls.append(request)
+        return result(request) if request is calls[0] or let_go.is_set() else None
 
-    monkeypatch.setattr(os, "preadv", hang)
+    monkeypatch.setattr(Request, "result", hang)
     try:
-        fails_within_a_second(error, lambda: load(Way.BUFFERED, threads=2, fail_at=(1, error)))
+        raised = fails_within_a_second(error, lambda: load(Way.BUFFERED, threads=2, fail_at=(1, error)))
+        assert raised.target.pinned
     finally:
         let_go.set()
         for thread in threading.enumerate():
-            if thread.name.startswith("reader"):
+            if thread.name == "release":
                 thread.join()
+    assert raised.target.pinned == {}

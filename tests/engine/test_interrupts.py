@@ -28,9 +28,10 @@ class Target:
 
     can_pin = True
 
-    def __init__(self, *, interrupt_pin=False, interrupt_finish=0):
+    def __init__(self, *, interrupt_pin=False, interrupt_finish=0, pin_s=0.0):
         self.registered = set()
         self.interrupt_pin = interrupt_pin
+        self.pin_s = pin_s
         self.interrupt_finish = interrupt_finish
         self.unmapped_first = []
 
@@ -38,6 +39,7 @@ class Target:
         pass
 
     def pin(self, address, nbytes, *, read_only):
+        time.sleep(self.pin_s)
         self.registered.add(address)
         if self.interrupt_pin:
             signal.raise_signal(signal.SIGINT)
@@ -48,8 +50,11 @@ class Target:
         self.registered.discard(address)
         return True
 
+    def line(self):
+        return self
+
     def submit(self, address, file_start, pieces):
-        return SimpleNamespace(wait=lambda: None)
+        return SimpleNamespace(wait=lambda: None, done=lambda: True)
 
     def finish(self):
         if self.interrupt_finish:
@@ -105,9 +110,9 @@ def test_in_the_last_join(path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
-    target = Target()
+    target = Target(pin_s=0.02)
     with pytest.raises(KeyboardInterrupt):
-        carry(path, target, Way.BUFFERED)
+        carry(path, target, Way.MAPPED)
     check(target)
 
 

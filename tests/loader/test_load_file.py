@@ -20,6 +20,7 @@ import safetensors  # noqa: E402
 import safetensors.torch  # noqa: E402
 
 import wan_loader  # noqa: E402
+from wan_loader.aio import Request  # noqa: E402
 from wan_loader.dtypes import FLOATING, ITEMSIZE  # noqa: E402
 from wan_loader.linux import cached_bytes  # noqa: E402
 from wan_loader.transfer.base import PinError  # noqa: E402
@@ -251,14 +252,13 @@ def test_order_is_the_file_s(tmp_path, kind):
 def test_odd_reads_are_continued(tmp_path, monkeypatch):
     tensors = weights(5)
     path = write("safetensors", tmp_path, tensors)
-    preadv = os.preadv
+    start = Request.start
     direct = [False]
 
-    def short(fd, buffers, offset):
-        n = 12_288 if direct[0] else 10_007
-        return preadv(fd, [b[:n] for b in buffers], offset)
+    def short(request, fd, address, nbytes, offset):
+        start(request, fd, address, min(nbytes, 12_288 if direct[0] else 10_007), offset)
 
-    monkeypatch.setattr(os, "preadv", short)
+    monkeypatch.setattr(Request, "start", short)
     for mode in ("buffered", "direct"):
         direct[0] = mode == "direct"
         same_dicts(wan_loader.load_file(path, io=mode), tensors)
@@ -540,14 +540,14 @@ def test_o_direct_refused_is_reported(tmp_path, device, monkeypatch):
 def test_o_direct_refused_at_the_first_read_is_reported(tmp_path, device, monkeypatch):
     tensors = weights(3)
     path = write("safetensors", tmp_path, tensors)
-    preadv = os.preadv
+    start = Request.start
 
-    def refusing(fd, buffers, offset):
+    def refusing(request, fd, *args):
         if os.readlink(f"/proc/self/fd/{fd}") == str(path) and _flags(fd) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return preadv(fd, buffers, offset)
+        start(request, fd, *args)
 
-    monkeypatch.setattr(os, "preadv", refusing)
+    monkeypatch.setattr(Request, "start", refusing)
     loaded = wan_loader.load(path, device=device, io="direct")
     same_dicts(loaded.tensors, tensors)
     assert loaded.report.io.nbytes_direct == 0
@@ -735,7 +735,7 @@ def test_read_error_names_the_file(tmp_path, device, monkeypatch, mode, code):
     def failing(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(Request, "result", failing)
     with pytest.raises(wan_loader.CheckpointError) as caught:
         wan_loader.load_file(path, device=device, io=mode)
     assert str(path) in str(caught.value)

@@ -1,7 +1,5 @@
 """`load_into`: the right tensor in the right place of a module, or one error and a module that is as it was."""
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,6 +8,7 @@ import safetensors.torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import wan_loader  # noqa: E402
+from wan_loader.aio import Request  # noqa: E402
 
 
 class Net(nn.Module):
@@ -158,7 +157,7 @@ def no_reads(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(os, "preadv", refuse)
+    monkeypatch.setattr(Request, "start", refuse)
     monkeypatch.setattr("mmap.mmap", refuse)
 
 
@@ -239,7 +238,7 @@ def test_module_is_unchanged_after_a_failed_load(path, device, monkeypatch, make
     def failing(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(Request, "result", failing)
     with pytest.raises(wan_loader.CheckpointError):
         wan_loader.load_into(module, path, device=device, io="buffered")
     unchanged(module, before)

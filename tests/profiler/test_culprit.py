@@ -40,9 +40,9 @@ class TestOwnLoads:
         assert session.verdict.why.startswith("healthy")
 
     def test_disk(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.source.reader import Reader
+        from wan_loader.aio import Request
 
-        monkeypatch.setattr(Reader, "read", slowed(Reader.read, 0.2))
+        monkeypatch.setattr(Request, "result", slowed(Request.result, 0.05))
         self.expect("read", profile(checkpoint, ceilings, threads=2))
 
     def test_copies(self, checkpoint, ceilings, monkeypatch):
@@ -61,9 +61,20 @@ class TestOwnLoads:
         self.expect("cast", profile(checkpoint, ceilings, dtype="bf16"))
 
     def test_slots(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.engine.board import Board
+        from wan_loader.transfer.cpu import CpuTarget
 
-        monkeypatch.setattr(Board, "acquire_slot", slowed(Board.acquire_slot, 0.1))
+        class Late:
+            is_done = False
+
+            def done(self):
+                return self.is_done
+
+            def wait(self):
+                time.sleep(0.1)
+                self.is_done = True
+
+        submit = CpuTarget.submit
+        monkeypatch.setattr(CpuTarget, "submit", lambda *args: submit(*args) or Late())
         self.expect("wait", profile(checkpoint, ceilings, threads=1))
 
     def test_headers(self, checkpoint, ceilings, monkeypatch):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from wan_loader import linux
+from wan_loader import aio, linux
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan import PAGE, Block, Extent, Piece, Way, make_plan
-from wan_loader.source.reader import Reader
+from wan_loader.source.reader import BlockRead, Reader
 from wan_loader.source.residency import Residency
 
 MiB = 1 << 20
@@ -102,7 +102,7 @@ def test_residency_of_parts(path, residency, only_in_cache):
 
 def test_residency_after_the_reader_read_a_part(path, residency, reader, only_in_cache, view):
     only_in_cache()
-    reader.read(block(MiB, MiB + 10 * PAGE), view)
+    read(reader, block(MiB, MiB + 10 * PAGE), view)
     assert residency.is_resident(0, MiB, MiB + 10 * PAGE)
     assert total(residency, 0, path.stat().st_size) == 10 * PAGE
 
@@ -139,6 +139,22 @@ def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):
 # the reader
 
 
+def read(reader, block, view):
+    """Read a block as the engine does; returns where in `view` it begins, and the way it took."""
+    reading, request = BlockRead(reader, block), aio.Request()
+    address, complete = ctypes.addressof(ctypes.c_char.from_buffer(view)), False
+    while not complete:
+        start, nbytes, position = reading.wanted
+        request.start(reading.fd, address + start, nbytes, position)
+        try:
+            while (n := request.result()) is None:
+                aio.wait_any([request], 1)
+            complete = reading.arrived(n)
+        except OSError as error:
+            reading.failed(error)
+    return reading.data_start, reading.way
+
+
 @pytest.mark.parametrize("way", [Way.BUFFERED, Way.DIRECT])
 @pytest.mark.parametrize(
     ("start", "end"),
@@ -147,7 +163,7 @@ def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):
 def test_reads_any_range(path, reader, view, way, start, end):
     if way is Way.DIRECT and not reader.open_direct(0):
         pytest.skip("O_DIRECT is refused here")
-    data_start, taken = reader.read(block(start, end, way), view)
+    data_start, taken = read(reader, block(start, end, way), view)
     assert taken is way
     assert bytes(view[data_start : data_start + end - start]) == path.read_bytes()[start:end]
     assert reader.refusals == []
@@ -161,7 +177,7 @@ def test_truncated_file_is_named(path, reader, view, way, left):
         pytest.skip("O_DIRECT is refused here")
     os.truncate(path, left)
     with pytest.raises(CheckpointError, match="truncated") as caught:
-        reader.read(block(100, 3 * MiB + 1234, way), view)
+        read(reader, block(100, 3 * MiB + 1234, way), view)
     assert str(path) in str(caught.value)
 
 
@@ -195,7 +211,7 @@ def test_o_direct_refused(path, reader, view, monkeypatch):
     assert not reader.open_direct(0)
     assert len(reader.refusals) == 1
     assert str(path) in reader.refusals[0]
-    assert reader.read(block(7, 9000, Way.DIRECT), view) == (0, Way.BUFFERED)
+    assert read(reader, block(7, 9000, Way.DIRECT), view) == (0, Way.BUFFERED)
     assert bytes(view[: 9000 - 7]) == path.read_bytes()[7:9000]
 
 
@@ -203,9 +219,9 @@ def test_io_error_is_named(path, reader, view, monkeypatch):
     def failing(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(aio.Request, "result", failing)
     with pytest.raises(CheckpointError, match="Input/output error") as caught:
-        reader.read(block(0, 100), view)
+        read(reader, block(0, 100), view)
     assert str(path) in str(caught.value)
 
 
@@ -215,7 +231,7 @@ def test_direct_reads_leave_the_page_cache_alone(path, reader, view, evict, resi
     evict(path)
     plan = make_plan([Extent(0, 0, 10, 3 * MiB)], block_bytes=MiB, way=lambda *_: Way.DIRECT)
     for b in plan.blocks:
-        reader.read(b, view)
+        read(reader, b, view)
     assert resident(path) == 0
 
 

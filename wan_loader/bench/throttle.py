@@ -1,7 +1,7 @@
 """A slow disk that the machine does not have: reads of our loader are held to a rate. Simulated, and labelled so.
 
 Only our own reader can be slowed down this way, so only our loader is measured on simulated storage. It must read
-through the ring (`io="buffered"` or `"direct"`): pages that are mapped are not seen here. Latency is not simulated.
+through staging (`io="buffered"` or `"direct"`): pages that are mapped are not seen here. Latency is not simulated.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from wan_loader.aio import Request
 from wan_loader.events import clock_ns
-from wan_loader.source.reader import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from wan_loader.plan import Block, Way
 
 __all__ = ["Throttle", "throttle_reads"]
 
@@ -47,12 +45,18 @@ class Throttle:
 
 def throttle_reads(rate: float) -> None:
     """Slow every read of this process's loads down, for good: for a process that takes one sample and ends."""
-    throttle, read = Throttle(rate), Reader.read
+    throttle, start, result = Throttle(rate), Request.start, Request.result
+    due_ns: dict[Request, int] = {}
 
-    def slow(self: Reader, block: Block, view: memoryview) -> tuple[int, Way]:
-        due_ns = throttle.reserve(block.nbytes)
-        done = read(self, block, view)
-        throttle.wait(due_ns)
-        return done
+    def slow_start(request: Request, fd: int, address: int, nbytes: int, offset: int) -> None:
+        due_ns[request] = throttle.reserve(nbytes)
+        start(request, fd, address, nbytes, offset)
 
-    Reader.read = slow  # type: ignore[method-assign]
+    def slow_result(request: Request) -> int | None:
+        nbytes = result(request)
+        if nbytes is not None:
+            throttle.wait(due_ns.pop(request))
+        return nbytes
+
+    Request.start = slow_start  # type: ignore[method-assign, assignment]
+    Request.result = slow_result  # type: ignore[method-assign, assignment]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from wan_loader.cache.build import content_digest
-from wan_loader.cache.manifest import MANIFEST_NAME, digest
+from wan_loader.cache.manifest import BLOCK_BYTES, MANIFEST_NAME, digest
 from wan_loader.errors import CacheError
 from wan_loader.machine import processors
 
@@ -21,7 +21,9 @@ __all__ = ["BlockCheck", "check_entry", "check_header", "check_sources"]
 
 
 class BlockCheck:
-    """Says whether the blocks of an entry's file are what was written: for readers, from any thread."""
+    """Says whether the blocks of an entry's file are what was written."""
+
+    block_bytes = BLOCK_BYTES
 
     def __init__(self, path: Path, file: EntryFile) -> None:
         self._path = path

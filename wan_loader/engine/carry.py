@@ -1,24 +1,26 @@
-"""Carries out a plan: the only threads of the package.
+"""Carries out a plan, in two threads.
 
-Readers (threads) fill staging slots, and fault in mapped windows ahead of time. The calling thread does everything that
-touches the target: it registers windows and submits copies, in whichever order the parts become ready. Readers with
-nothing left to fill take windows from the far end of the queue and send them through staging, because registering
-pages is slower than the PCIe link, and no second thread makes it faster.
+The calling thread looks after staging: it starts reads into slots (`lanes`; the C library's threads carry them out),
+and submits the copy of each slot as it fills. A second thread looks after mapped windows: it registers their pages with
+the driver and submits their copies. Registering is slower than the PCIe link and no further thread makes it faster, so
+staging takes windows too, from the far end of the queue; both meet when everything is done.
 
-Readers never touch the target: the driver serialises its callers, so a copy submitted by a reader would wait behind
-each registration. The first failure of any thread cancels the others and is raised when they have ended.
+The first failure ends both and is raised.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from time import sleep
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from wan_loader.engine.board import Board, CancelledError, Filled, Window
+from wan_loader.engine.activity import wait_until_idle
+from wan_loader.engine.lanes import Desk, Lanes
+from wan_loader.engine.work import Work
 from wan_loader.events import span
 from wan_loader.linux import forget, map_file, populate, unmap
 from wan_loader.plan import Way
@@ -31,12 +33,16 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer
     from wan_loader.plan import Block, Plan
     from wan_loader.source.reader import Reader
-    from wan_loader.transfer.base import Destination, Target
+    from wan_loader.transfer.base import Destination, Line, Target, Ticket
 
 __all__ = ["Carried", "EngineSettings", "carry_out"]
 
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
+#: How soon one thread notices that the other has failed.
+_PATIENCE_S = 0.1
+#: How long memory may stay registered after a load because of others.
+_IDLE_SECONDS = 10.0
 
 
 class Prepared(Protocol):
@@ -55,12 +61,12 @@ class EngineSettings:
     """How many threads and how much memory a load may use."""
 
     threads: int
-    """Readers."""
+    """Reads side by side."""
     slot_bytes: int
     """Size of a staging slot: larger blocks pass through it in parts."""
     n_slots: int
     may_steal: bool = False
-    """Whether idle readers send mapped windows through staging."""
+    """Whether staging takes mapped windows too."""
 
 
 @dataclass(slots=True)
@@ -78,9 +84,13 @@ class Carried:
     def release(self, pause_s: float = 0.0) -> None:
         """Unregister and unmap. In any thread, after the target has finished.
 
-        Pauses between the steps leave the driver's lock to whoever else uses the device.
+        Unregistering holds the driver's lock. With `pause_s`, it gives way to other loads, and pauses between the steps
+        for whoever else uses the device.
         """
+        deadline = monotonic() + _IDLE_SECONDS
         while self.cleanups:
+            if pause_s:
+                wait_until_idle(max(0.0, deadline - monotonic()))
             if not self.cleanups[-1]():
                 return  # still registered: what lies below must stay mapped
             self.cleanups.pop()
@@ -123,112 +133,107 @@ class _Load(Generic[P]):
         self._settings = settings
         self._prepare = prepare
         self._observer = observer
-        self._board = Board(plan, settings.slot_bytes, may_steal=settings.may_steal)
-        self._n_readers = settings.threads if plan.blocks else 0
-        self._needs_slots = settings.may_steal or any(b.way is not Way.MAPPED for b in plan.blocks)
-        self._staging: Staging | None = None
+        self._work = Work(plan, settings.slot_bytes, may_steal=settings.may_steal)
+        self._is_empty = not plan.blocks
+        self._mapper: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._lanes: Lanes | None = None
+        self._line: Line
+        self._copying: deque[tuple[Ticket, Desk]] = deque()
         self._carried = Carried()
         self._pin_slots = target.can_pin
         self.prepared: P | None = None
 
     def run(self) -> Carried:
-        threads = [
-            threading.Thread(target=self._guarded, args=(self._read_all,), name=f"reader {i}", daemon=True)
-            for i in range(self._n_readers)
-        ]
         try:
             self.prepared = self._prepare()
             self._target.bind(self.prepared.destinations)
-            if self._needs_slots:
-                self._add_staging()
-            for thread in threads:
-                thread.start()
-            self._submit_all()
+            if not self._is_empty:
+                self._carry_all()
             with span(self._observer, "wait"):
                 self._target.finish()
-            for thread in threads:
-                thread.join()
         except BaseException:
-            self._board.cancel()
-            self._abandon(threads)
+            self._work.cancel()
+            self._abandon()
             raise
         self._carried.refusals += self._reader.refusals
         return self._carried
 
-    def _abandon(self, threads: list[threading.Thread]) -> None:
+    def _carry_all(self) -> None:
+        if self._work.has_windows:
+            self._mapper = threading.Thread(target=self._map_guarded, name="mapper", daemon=True)
+            self._mapper.start()
+        while (mapper := self._living_mapper()) is not None or self._work.is_left:
+            if self._work.is_left:
+                self._stage_all()
+            elif mapper is not None:
+                mapper.join(_PATIENCE_S)
+        self._raise_failure()
+        if self._lanes is not None:
+            self._lanes.end()
+
+    def _living_mapper(self) -> threading.Thread | None:
+        return self._mapper if self._mapper is not None and self._mapper.is_alive() else None
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _abandon(self) -> None:
         """End everything after a failure, within a second.
 
         In a thread that gets no signals: a second Ctrl-C ends the waiting, not the clean-up, and copies that still run
-        keep what they read and write. A reader that hangs in a system call keeps its memory until it returns.
+        keep what they read and write. A read that hangs in a system call keeps its memory until it returns.
         """
-        ending = threading.Thread(target=self._end, args=(threads,), name="release", daemon=True)
+        ending = threading.Thread(target=self._end, name="release", daemon=True)
         ending.start()
         ending.join(_END_SECONDS)
 
-    def _end(self, threads: list[threading.Thread]) -> None:
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+    def _end(self) -> None:
+        if (mapper := self._living_mapper()) is not None:
+            mapper.join()
+        if self._lanes is not None:
+            self._lanes.end()
         with suppress(BaseException):  # the failure that brought us here is the one to raise
             self._target.finish()
         self._carried.release()
 
-    # other threads
+    # staging: the calling thread
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except CancelledError:
-            pass
-        except BaseException as failure:
-            self._board.fail(failure)
+    def _stage_all(self) -> None:
+        """Bring everything that is left for staging on its way."""
+        if self._lanes is None:
+            staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
+            self._carried.cleanups.append(staging.close)
+            self._carried.staging_nbytes = staging.nbytes
+            self._lanes = Lanes(self._settings.threads, self._reader, staging, self._observer)
+            self._line = self._target.line()
+        lanes = self._lanes
+        while self._work.is_left or lanes.n_reading:
+            while self._copying and self._copying[0][0].done():
+                lanes.give_back(self._copying.popleft()[1])
+            while lanes.has_free and (part := self._work.next_part()) is not None:
+                lanes.start(part)
+            if not lanes.n_reading and self._copying:
+                with span(self._observer, "wait", track="reader"):
+                    self._copying[0][0].wait()
+            for desk in lanes.finished(_PATIENCE_S):
+                self._submit_slot(desk, lanes, self._line)
+            self._raise_failure()
 
-    def _read_all(self) -> None:
-        while (block := self._board.take()) is not None:
-            self._board.put(self._fault_in(block) if block.way is Way.MAPPED else self._fill(block))
-
-    def _fault_in(self, block: Block) -> Window:
-        start, nbytes = block.page_start, block.page_end - block.page_start
-        with span(self._observer, "read", block.nbytes):
-            try:
-                address = map_file(self._reader.fds[block.file], start, nbytes)
-                self._carried.cleanups.append(partial(unmap, address, nbytes))
-                populate(address, nbytes)
-            except OSError as error:
-                raise self._reader.failed(block.file, start, nbytes, error) from error
-        return Window(block, address)
-
-    def _fill(self, block: Block) -> Filled:
-        with span(self._observer, "wait"):
-            slot = self._board.acquire_slot()
-            if slot.pending is not None:
-                slot.pending.wait()
-        with span(self._observer, "read", block.nbytes):
-            slot.data_start, way = self._reader.read(block, slot.view)
-        return Filled(block, slot, way)
-
-    # the carrying thread
-
-    def _submit_all(self) -> None:
-        while (ready := self._board.next_ready()) is not None:
-            if isinstance(ready, Filled):
-                self._submit_slot(ready)
-            elif not self._target.can_pin or self._pin_window(ready):
-                self._submit_window(ready)
-
-    def _add_staging(self) -> None:
-        self._staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
-        self._carried.cleanups.append(self._staging.close)
-        self._carried.staging_nbytes = self._staging.nbytes
-        self._board.add_slots(self._staging.slots)
-
-    def _submit_slot(self, filled: Filled) -> None:
-        block, slot = filled.block, filled.slot
+    def _submit_slot(self, desk: Desk, lanes: Lanes, line: Line) -> None:
+        slot, read = desk.slot, desk.read
+        assert read is not None
+        block, start = read.block, read.data_start
+        self._reader.check(block, slot.view[start : start + block.nbytes])
         if self._pin_slots and not slot.pinned:
             self._pin_slot(slot)
-        slot.pending = self._target.submit(slot.address + slot.data_start, block.start, block.pieces)
-        self._carried.nbytes[filled.way] += block.nbytes
-        self._board.submitted(slot)
+        ticket = line.submit(slot.address, block.start - start, block.pieces)
+        self._carried.nbytes[read.way] += block.nbytes
+        if ticket is None:
+            lanes.give_back(desk)
+        else:
+            self._copying.append((ticket, desk))
 
     def _pin_slot(self, slot: Slot) -> None:
         """Pin a slot when it is first used: its pages are there by then, which makes it cheap."""
@@ -244,28 +249,47 @@ class _Load(Generic[P]):
             slot.pinned = True
             self._carried.pinned_nbytes += len(slot.view)
 
-    def _pin_window(self, window: Window) -> bool:
-        """False if the driver refuses: the window then comes back through staging."""
-        block, nbytes = window.block, window.block.page_end - window.block.page_start
-        self._carried.cleanups.append(partial(self._target.unpin, window.address))
+    # windows: the mapper thread
+
+    def _map_guarded(self) -> None:
+        try:
+            self._map_all()
+        except BaseException as failure:
+            self._failure = failure
+            self._work.cancel()
+
+    def _map_all(self) -> None:
+        line = self._target.line()
+        while (block := self._work.next_window()) is not None:
+            address = self._fault_in(block)
+            if self._target.can_pin and not self._pin_window(block, address):
+                self._work.map_nothing(block)
+                return
+            if line.submit(address, block.page_start, block.pieces) is None:
+                forget(address, block.page_end - block.page_start)
+            self._carried.nbytes[Way.MAPPED] += block.nbytes
+
+    def _fault_in(self, block: Block) -> int:
+        """Map a block's pages; returns the address of the first."""
+        start, nbytes = block.page_start, block.page_end - block.page_start
+        with span(self._observer, "read", block.nbytes):
+            try:
+                address = map_file(self._reader.fds[block.file], start, nbytes)
+                self._carried.cleanups.append(partial(unmap, address, nbytes))
+                populate(address, nbytes)
+            except OSError as error:
+                raise self._reader.failed(block.file, start, nbytes, error) from error
+        return address
+
+    def _pin_window(self, block: Block, address: int) -> bool:
+        """False if the driver refuses."""
+        nbytes = block.page_end - block.page_start
+        self._carried.cleanups.append(partial(self._target.unpin, address))
         try:
             with span(self._observer, "register", block.nbytes):
-                self._target.pin(window.address, nbytes, read_only=True)
+                self._target.pin(address, nbytes, read_only=True)
         except PinError as refusal:
-            self._refused(window, refusal)
+            self._carried.refusals.append(f"page-cache pages are not registered, read through staging: {refusal}")
             return False
         self._carried.registered_nbytes += nbytes
         return True
-
-    def _submit_window(self, window: Window) -> None:
-        block = window.block
-        if self._target.submit(window.address, block.page_start, block.pieces) is None:
-            forget(window.address, block.page_end - block.page_start)
-        self._carried.nbytes[Way.MAPPED] += block.nbytes
-        self._board.submitted()
-
-    def _refused(self, window: Window, refusal: PinError) -> None:
-        self._carried.refusals.append(f"page-cache pages are not registered, read through staging: {refusal}")
-        if self._staging is None:
-            self._add_staging()
-        self._board.give_up_windows(window)

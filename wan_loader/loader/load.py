@@ -27,7 +27,7 @@ from wan_loader.loader.devices import (
 )
 from wan_loader.loader.placement import allocate, check_memory, convert_storage, lay_out, plan_storages
 from wan_loader.loader.route import choose_way, explain
-from wan_loader.loader.settings import block_bytes, check_io, check_threads, engine_settings
+from wan_loader.loader.settings import SLOT_BYTES, block_bytes, check_io, check_threads, engine_settings
 from wan_loader.machine import machine_card, memory_limit, peak_resident, processors, reset_peak_resident
 from wan_loader.plan import MAX_GAP, PAGE, Way, make_plan
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
@@ -218,7 +218,8 @@ def _move(
             way = choose_way(io, may_map=cuda and check is None, reader=reader, residency=residency)
             # what lies between a process's own bytes, others read
             gap = MAX_GAP if team is None else PAGE
-            plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way, max_gap=gap)
+            size = block_bytes(layout.nbytes_read, check.block_bytes if check is not None else SLOT_BYTES)
+            plan = make_plan(layout.extents, block_bytes=size, way=way, max_gap=gap)
             settings = engine_settings(
                 plan,
                 io=io,
@@ -227,6 +228,7 @@ def _move(
                 processors=processors(),
                 cuda=cuda,
                 sharers=sharers,
+                slot_bytes=check.block_bytes if check is not None else None,
             )
         target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
 

@@ -20,7 +20,6 @@ from wan_loader.formats.facts import contiguous_strides
 from wan_loader.machine import available_memory
 from wan_loader.plan import PAGE, Extent
 from wan_loader.transfer.base import Destination
-from wan_loader.transfer.cuda import N_SCRATCH, SCRATCH_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -101,11 +100,6 @@ class Layout:
     warnings: tuple[str, ...] = ()
 
     @property
-    def converts(self) -> bool:
-        """Whether anything is converted on the way."""
-        return any(plan.converts for plan in self.copied)
-
-    @property
     def nbytes_read(self) -> int:
         """Bytes of the files that are wanted."""
         return sum(e.end - e.start for e in (*self.extents, *self.viewed_extents))
@@ -166,7 +160,7 @@ def check_memory(layout: Layout, device: torch.device, path: str, sharers: int =
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        needed = sum(map(_rounded, layout.copied_nbytes)) + (N_SCRATCH * SCRATCH_BYTES if layout.converts else 0)
+        needed = sum(map(_rounded, layout.copied_nbytes))
         if needed > free:
             raise DeviceMemoryError(
                 f"{path} needs {needed} bytes on {device}, {free} of {total} are free: ask for a smaller dtype or "

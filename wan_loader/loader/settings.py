@@ -27,21 +27,25 @@ MiB = 1 << 20
 MAX_THREADS = 64
 MAX_STAGING_BYTES = 512 * MiB
 #: Reads of this size keep any storage busy, and the interpreter out of the way.
-SLOT_BYTES = 16 * MiB
+SLOT_BYTES = 8 * MiB
+#: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
+_CACHED_SLOT_BYTES = 4 * MiB
+#: Conversions on the CPU share their work among cores, and less than this is not worth it.
+_CPU_SLOT_BYTES = 16 * MiB
 #: Blocks are the unit of residency and of registration. Larger ones register no faster.
-MAX_BLOCK_BYTES = 128 * MiB
+MAX_BLOCK_BYTES = 32 * MiB
 
-_READERS = 8
-#: Readers that send resident blocks through staging while others are being registered, which is what limits the
-#: mapped way: six bring the most speed, one the most speed for its CPU time (docs/design/mapped-and-staged.md).
-_HELPERS_AUTO = 6
-_HELPERS_MAPPED = 1
-_SLOTS_PER_READER = 3
+_LANES = 8
+#: Lanes that send resident blocks through staging while others are being registered, which is what limits the mapped
+#: way: six bring the most speed, one the most speed for its CPU time (docs/design/mapped-and-staged.md).
+_LANES_AUTO = 6
+_LANES_MAPPED = 1
+_SLOTS_PER_LANE = 3
 
 
-def block_bytes(nbytes: int) -> int:
+def block_bytes(nbytes: int, at_least: int = SLOT_BYTES) -> int:
     """Size of the plan's blocks for a load of `nbytes`: small loads get smaller ones, so that stages overlap."""
-    size = SLOT_BYTES
+    size = at_least
     while size < MAX_BLOCK_BYTES and size * 64 < nbytes:
         size *= 2
     return size
@@ -68,28 +72,37 @@ def engine_settings(
     processors: int,
     cuda: bool,
     sharers: int = 1,
+    slot_bytes: int | None = None,
 ) -> EngineSettings:
     """Settings for one load.
 
     threads: readers asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never more than a quarter
     of `memory_limit` (bytes); where that allows fewer slots than readers, there are fewer readers. sharers: processes
     of this machine that load at the same time: together they take what one would, though no less than one slot each.
+    slot_bytes: where the size of what is read at once is given; None chooses.
     """
     mapped_only = all(block.way is Way.MAPPED for block in plan.blocks)
-    readers = threads or max(1, _readers(io, processors, mapped_only=mapped_only) // sharers)
-    affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (SLOT_BYTES + PAGE)
+    slot_bytes = slot_bytes or _slot_bytes(plan, cuda=cuda)
+    lanes = threads or max(1, _lanes(io, processors, mapped_only=mapped_only) // sharers)
+    affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (slot_bytes + PAGE)
     if affordable < 1:
         raise HostMemoryError(
-            f"staging needs {SLOT_BYTES + PAGE} bytes, more than a quarter of the {memory_limit} bytes of memory that "
+            f"staging needs {slot_bytes + PAGE} bytes, more than a quarter of the {memory_limit} bytes of memory that "
             "are allowed here: allow more memory"
         )
-    n_slots = min(readers * _SLOTS_PER_READER, max(1, affordable // sharers))
+    n_slots = min(lanes * _SLOTS_PER_LANE, max(1, affordable // sharers))
     return EngineSettings(
-        threads=min(readers, n_slots), slot_bytes=SLOT_BYTES, n_slots=n_slots, may_steal=cuda and mapped_only
+        threads=min(lanes, n_slots), slot_bytes=slot_bytes, n_slots=n_slots, may_steal=cuda and mapped_only
     )
 
 
-def _readers(io: str, processors: int, *, mapped_only: bool) -> int:
+def _slot_bytes(plan: Plan, *, cuda: bool) -> int:
+    if not cuda:
+        return _CPU_SLOT_BYTES
+    return _CACHED_SLOT_BYTES if all(block.way is Way.BUFFERED for block in plan.blocks) else SLOT_BYTES
+
+
+def _lanes(io: str, processors: int, *, mapped_only: bool) -> int:
     if not mapped_only:
-        return _READERS
-    return _HELPERS_MAPPED if io == "mapped" else min(_HELPERS_AUTO, max(1, processors // 2))
+        return _LANES
+    return _LANES_MAPPED if io == "mapped" else min(_LANES_AUTO, max(1, processors // 2))

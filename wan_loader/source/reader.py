@@ -1,7 +1,7 @@
-"""Reads blocks of a checkpoint's files into memory, with O_DIRECT or through the page cache.
+"""Reads of a checkpoint's files, with O_DIRECT or through the page cache: what to ask for, and what came of it.
 
-Thread-safe: positional reads on shared descriptors. A file that is shorter than its header promised is an error that
-names it; a short read is continued.
+Who carries the reads out is another's business (`engine`). A file that is shorter than its header promised is an error
+that names it; a short read is continued.
 """
 
 from __future__ import annotations
@@ -9,29 +9,37 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.plan import PAGE, Way
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
     from wan_loader.formats.facts import FileFacts
     from wan_loader.plan import Block
 
-    #: File number, start and end of a block, and its bytes.
-    Check = Callable[[int, int, int, memoryview], None]
 
-__all__ = ["Reader"]
+__all__ = ["BlockRead", "Check", "Reader"]
+
+
+class Check(Protocol):
+    """Looks at what was read."""
+
+    block_bytes: int
+    """What is read must be cut at multiples of this, and nowhere else."""
+
+    def __call__(self, file: int, start: int, end: int, view: memoryview) -> None:
+        """Raise unless bytes `start` to `end` of a file are what they were."""
 
 
 class Reader:
     """Open files of one checkpoint; a context manager that closes them."""
 
     def __init__(self, files: Sequence[FileFacts], check: Check | None = None) -> None:
-        """check: is given every block once it is in memory, from any thread, and raises if it is not what it was."""
+        """check: is given every block once it is in memory, and raises if it is not what it was."""
         self._files = files
         self._check = check
         self._stack = ExitStack()
@@ -72,55 +80,27 @@ class Reader:
             try:
                 self._direct_fds[file] = self._open(self._files[file].path, os.O_RDONLY | os.O_DIRECT)
             except OSError as error:
-                self._refuse(file, error)
+                self.refuse(file, error)
         return self._direct_fds[file] is not None
 
-    def _refuse(self, file: int, error: OSError) -> None:
+    def direct_fd(self, file: int) -> int | None:
+        """The descriptor for O_DIRECT; None if it was not opened, or is refused."""
+        return self._direct_fds.get(file)
+
+    def refuse(self, file: int, error: OSError) -> None:
+        """Read a file without O_DIRECT from here on."""
         self._direct_fds[file] = None
         self.refusals.append(f"O_DIRECT refused for {self._files[file].path}: {error.strerror}")
 
-    def read(self, block: Block, view: memoryview) -> tuple[int, Way]:
-        """Read a block into `view`; returns where in it the block begins, and the way it really took.
-
-        `view` must be page-aligned memory and hold the block with both ends rounded to pages.
-        """
-        begin, way = self._read(block, view)
+    def check(self, block: Block, data: memoryview) -> None:
+        """Give a block that is in memory to whoever wants to check it."""
         if self._check is not None:
-            self._check(block.file, block.start, block.end, view[begin : begin + block.nbytes])
-        return begin, way
+            self._check(block.file, block.start, block.end, data)
 
-    def _read(self, block: Block, view: memoryview) -> tuple[int, Way]:
-        if block.way is Way.DIRECT and (fd := self._direct_fds.get(block.file)) is not None:
-            try:
-                self._fill(fd, view, block.page_start, block.page_end, block, PAGE)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise self.failed(block.file, block.start, block.nbytes, error) from error
-                self._refuse(block.file, error)
-            else:
-                return block.start - block.page_start, Way.DIRECT
-        try:
-            self._fill(self.fds[block.file], view, block.start, block.end, block, 1)
-        except OSError as error:
-            raise self.failed(block.file, block.start, block.nbytes, error) from error
-        return 0, Way.BUFFERED
-
-    def _fill(self, fd: int, view: memoryview, start: int, end: int, block: Block, step: int) -> None:
-        """Read [start, end) of the file; the block's own end must be reached, the rounding beyond it need not.
-
-        A short read goes on at a multiple of `step`; one that brings nothing new is the end of the file.
-        """
-        position = start
-        while position < block.end:
-            with view[position - start : end - start] as rest:
-                reached = position + os.preadv(fd, [rest], position)
-            if block.end <= reached:
-                return
-            resume = reached - reached % step
-            if resume <= position:
-                path = self._files[block.file].path
-                raise CheckpointError(f"{path} ends at byte {reached}, {block.end} were expected: it was truncated")
-            position = resume
+    def truncated(self, block: Block, reached: int) -> CheckpointError:
+        """The error for a file that ends inside a block."""
+        path = self._files[block.file].path
+        return CheckpointError(f"{path} ends at byte {reached}, {block.end} were expected: it was truncated")
 
     def failed(self, file: int, start: int, nbytes: int, error: OSError) -> CheckpointError:
         """The error for a range of a file that could not be read."""
@@ -129,3 +109,63 @@ class Reader:
         if now < start + nbytes and now < self._files[file].nbytes:
             return CheckpointError(f"{path} was truncated to {now} bytes while it was being loaded: load it again")
         return CheckpointError(f"{path}: reading {nbytes} bytes at {start} failed: {error.strerror}: check the disk")
+
+
+class BlockRead:
+    """The reads that bring one block into memory: one, unless it comes back short or O_DIRECT is refused.
+
+    Into page-aligned memory that holds the block with both ends rounded to pages; the block begins at `data_start`.
+    """
+
+    __slots__ = ("_end", "_position", "_reader", "_start", "_step", "block", "fd", "way")
+
+    def __init__(self, reader: Reader, block: Block) -> None:
+        self._reader = reader
+        self.block = block
+        direct = reader.direct_fd(block.file) if block.way is Way.DIRECT else None
+        self._begin(Way.BUFFERED if direct is None else Way.DIRECT)
+
+    def _begin(self, way: Way) -> None:
+        reader, block = self._reader, self.block
+        self.way = way
+        if way is Way.DIRECT:
+            self._start, self._end, self._step = block.page_start, block.page_end, PAGE
+            fd = reader.direct_fd(block.file)
+            assert fd is not None
+        else:
+            self._start, self._end, self._step = block.start, block.end, 1
+            fd = reader.fds[block.file]
+        self.fd = fd
+        self._position = self._start
+
+    @property
+    def data_start(self) -> int:
+        """Where in the memory the block begins."""
+        return self.block.start - self._start
+
+    @property
+    def wanted(self) -> tuple[int, int, int]:
+        """Of what is to be read next: the place in the memory, the number of bytes, the place in the file."""
+        return self._position - self._start, self._end - self._position, self._position
+
+    def arrived(self, nbytes: int) -> bool:
+        """Take note of a read; whether the block is complete. Its own end must be reached, the rounding need not.
+
+        After a short read, the next begins at a multiple of the step; one that brings nothing new is the file's end.
+        """
+        reached = self._position + nbytes
+        if reached >= self.block.end:
+            return True
+        resume = reached - reached % self._step
+        if resume <= self._position:
+            raise self._reader.truncated(self.block, reached)
+        self._position = resume
+        return False
+
+    def failed(self, error: OSError) -> None:
+        """Begin again without O_DIRECT if that is what was refused, else raise."""
+        if self.way is not Way.DIRECT or error.errno != errno.EINVAL:
+            raise self._reader.failed(self.block.file, self.block.start, self.block.nbytes, error) from error
+        if self._reader.direct_fd(self.block.file) is not None:
+            self._reader.refuse(self.block.file, error)
+        self._begin(Way.BUFFERED)

@@ -1,7 +1,7 @@
 """What a target is: the memory that weights end up in, and how bytes get there.
 
-Two implementations: `CudaTarget` copies asynchronously over PCIe, `CpuTarget` is its twin in host memory. A target is
-used by one thread only, the one that carries out the plan; readers never touch it.
+Two implementations: `CudaTarget` copies asynchronously over PCIe, `CpuTarget` is its twin in host memory. Each thread
+that submits copies asks for a line of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from wan_loader.plan import Piece
 
-__all__ = ["Destination", "PinError", "Target", "Ticket"]
+__all__ = ["Destination", "Line", "PinError", "Target", "Ticket"]
 
 
 class PinError(Exception):
@@ -22,7 +22,10 @@ class PinError(Exception):
 
 
 class Ticket(Protocol):
-    """Submitted copies that may still be running."""
+    """Submitted copies that may still be running. For the thread that submitted them."""
+
+    def done(self) -> bool:
+        """Whether the source bytes are no longer needed."""
 
     def wait(self) -> None:
         """Return once the source bytes are no longer needed."""
@@ -40,13 +43,26 @@ class Destination:
     source_dtype: Any = None
 
 
+class Line(Protocol):
+    """Submits copies, in their order. For one thread, the one in which it was made."""
+
+    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> Ticket | None:
+        """Start copying pieces; byte `file_start` of their file lies at `address`. None: already done.
+
+        Where `address` is one that was pinned, the copies run by themselves.
+        """
+
+
 class Target(Protocol):
     """The memory that weights end up in."""
 
     can_pin: bool
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where storages go, once, before the first `submit`."""
+        """Say where storages go, once, before anything else."""
+
+    def line(self) -> Line:
+        """A line for this thread."""
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory for fast copies; raises `PinError`."""
@@ -54,8 +70,5 @@ class Target(Protocol):
     def unpin(self, address: int) -> bool:
         """Undo `pin`, after the last copy from it, in any thread. False if the memory is still registered."""
 
-    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> Ticket | None:
-        """Start copying pieces; byte `file_start` of their file lies at `address`. None: already done."""
-
     def finish(self) -> None:
-        """Return when everything submitted has arrived."""
+        """Return when everything submitted has arrived. After the last `submit` of any thread."""

@@ -1,6 +1,6 @@
 """The CPU twin of the CUDA target: copies at once, converts with torch's own bounded thread pool.
 
-Runs in the one carrying thread, so that conversions never oversubscribe the cores.
+Runs in the threads that submit, which are few, so that conversions do not oversubscribe the cores.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class CpuTarget:
         for destination in destinations:
             if (nbytes := destination.flat.nbytes) >= _HUGE:
                 prefer_huge_pages(destination.address, nbytes)
+
+    def line(self) -> CpuTarget:
+        """Nothing is kept between copies."""
+        return self
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """There is nothing to register memory with."""

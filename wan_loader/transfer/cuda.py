@@ -1,210 +1,216 @@
-"""The CUDA target: asynchronous copies over PCIe, and conversions on the GPU right behind them.
+"""The CUDA target: asynchronous copies over PCIe, and conversions on the GPU that read host memory themselves.
 
-One stream copies, one stream converts. Bytes that stay as they are go straight into their tensor. Bytes to be converted
-go into one of a few scratch buffers on the device, and from there through a cast kernel into their tensor, while the
-next scratch is being filled. (A converting `.to(device, dtype)` from pinned memory leaves the DMA path and is nine
+Each line is a stream. Bytes that stay as they are are copied straight into their tensor. Bytes to be converted are read
+over PCIe by the cast kernel, at nine tenths of what a copy reaches, and without a scratch buffer that a copy fills, a
+kernel empties and both wait for. (A converting `.to(device, dtype)` from pinned memory leaves the DMA path and is nine
 times slower.)
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import Span, clock_ns
-from wan_loader.plan import Piece
 from wan_loader.transfer import driver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from wan_loader.events import Observer
+    from wan_loader.plan import Piece
     from wan_loader.transfer.base import Destination
 
-__all__ = ["N_SCRATCH", "SCRATCH_BYTES", "CudaTarget", "groups"]
-
-#: Size of each device scratch buffer, and how many there are where anything is converted.
-SCRATCH_BYTES = 32 << 20
-N_SCRATCH = 3
+__all__ = ["CudaTarget", "neighbours"]
 
 
-@dataclass(slots=True)
-class _Scratch:
-    memory: Any
-    address: int
-    free: Any = None
-    """Event after the last cast out of it."""
+def neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in rows that follow each other in the file without a gap."""
+    row: list[Piece] = []
+    for piece in pieces:
+        if row and piece.file_start != row[-1].file_end:
+            yield row
+            row = []
+        row.append(piece)
+    if row:
+        yield row
 
 
-@dataclass(frozen=True, slots=True)
-class _Ticket:
-    event: Any
+class _DeviceView:
+    """Registered host memory as the device sees it, for `torch.as_tensor` (CUDA Array Interface, version 3)."""
 
-    def wait(self) -> None:
-        self.event.synchronize()
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """An interval of work on a stream. `start` None: it began when the one before it ended."""
-
-    nbytes: int
-    start: Any
-    end: Any
-
-
-def groups(pieces: Sequence[Piece], nbytes: int) -> Iterator[list[Piece]]:
-    """Pieces that follow each other and fit into `nbytes` of scratch together, each aligned there."""
-    group: list[Piece] = []
-    for piece in (part for whole in pieces for part in _parts(whole, nbytes)):
-        if group and not (
-            piece.file_start == group[-1].file_end
-            and piece.file_end - group[0].file_start <= nbytes
-            and (piece.file_start - group[0].file_start) % piece.itemsize == 0
-        ):
-            yield group
-            group = []
-        group.append(piece)
-    if group:
-        yield group
-
-
-def _parts(piece: Piece, nbytes: int) -> Iterator[Piece]:
-    for done in range(0, piece.nbytes, nbytes):
-        count = min(nbytes, piece.nbytes - done)
-        yield Piece(piece.storage, piece.storage_start + done, piece.file_start + done, count, piece.itemsize)
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+            "stream": None,
+        }
 
 
 class CudaTarget:
-    """One CUDA device. Made and used in one thread, `bind` excepted, in which the device is the current one."""
+    """One CUDA device. Where a line is made, it becomes the thread's current one."""
 
     can_pin = True
 
     def __init__(self, index: int, observer: Observer | None = None) -> None:
         import torch
 
-        self._torch = torch
-        self._device = torch.device("cuda", index)
-        self._observer = observer
-        self._destinations: Sequence[Destination] = ()
-        self._scratch: deque[_Scratch] = deque()
-        self._copied: list[_Mark] = []
-        self._cast: list[_Mark] = []
-        self._last: Any = None
+        self.torch = torch
+        self.device = torch.device("cuda", index)
+        self.observer = observer
+        self.destinations: Sequence[Destination] = ()
+        self.after: Any = None
+        """Event that the first copy waits for."""
+        self._converts = False
+        self._views: dict[int, Any] = {}
+        self._lines: list[_Line] = []
         self._context = driver.current_context()
-        self._callers = torch.cuda.current_stream(index)
-        self._copies = torch.cuda.Stream(index)
-        self._casts = torch.cuda.Stream(index)
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where storages go; makes the scratch for conversions if there are any.
+        """Say where storages go.
 
         Called once the destinations are allocated, for the caller's stream: the allocator may have handed out memory
-        that work queued there still uses, so copies and casts wait for that work.
+        that work queued there still uses, so copies wait for that work.
         """
-        self._destinations = destinations
-        if any(d.source_dtype is not None for d in destinations):
-            with self._torch.cuda.stream(self._callers):
-                for _ in range(N_SCRATCH):
-                    memory = self._torch.empty(SCRATCH_BYTES, dtype=self._torch.uint8, device=self._device)
-                    self._scratch.append(_Scratch(memory, memory.data_ptr()))
-        after = self._callers.record_event()
-        self._copies.wait_event(after)
-        self._casts.wait_event(after)
+        self.destinations = destinations
+        self._converts = any(d.source_dtype is not None for d in destinations)
+        self.after = self.torch.cuda.current_stream(self.device).record_event()
+
+    def line(self) -> _Line:
+        """A stream of its own."""
+        self.torch.cuda.set_device(self.device)
+        line = _Line(self, f"{self.device} h2d {len(self._lines)}")
+        self._lines.append(line)
+        return line
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory with the driver; raises `PinError`."""
         driver.register(address, nbytes, read_only=read_only)
+        if self._converts:
+            view = _DeviceView(driver.device_address(address), nbytes)
+            self._views[address] = self.torch.as_tensor(view, device=self.device)
 
     def unpin(self, address: int) -> bool:
         """Undo `pin`, in any thread."""
         return driver.unregister(address, self._context)
 
+    def bytes_on_device(self, address: int, start: int, end: int) -> Any:
+        """Bytes `start` to `end` from `address` as a uint8 tensor for kernels: the memory itself where it is pinned."""
+        if address in self._views:
+            return self._views[address][start:end]
+        raw = (ctypes.c_char * (end - start)).from_address(address + start)
+        return self.torch.frombuffer(raw, dtype=self.torch.uint8).to(self.device)
+
+    def finish(self) -> None:
+        """Wait for everything."""
+        for line in self._lines:
+            line.finish()
+        self.destinations = ()  # the weights are their owner's alone from here on
+        self._views.clear()
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """Copies up to an event."""
+
+    line: _Line
+    event: Any
+    nbytes: int
+    submitted_ns: int
+    is_done: bool = False
+
+    def done(self) -> bool:
+        if not self.is_done and self.event.query():
+            self.is_done = True
+            self.line.ended(self)
+        return self.is_done
+
+    def wait(self) -> None:
+        if not self.is_done:
+            self.event.synchronize()
+
+
+class _Line:
+    """A stream, and what happened on it. Events are used again: making one takes longer than recording it."""
+
+    def __init__(self, target: CudaTarget, track: str) -> None:
+        self._target = target
+        self._track = track
+        self._torch = target.torch
+        self._stream = target.torch.cuda.Stream(target.device)
+        self._tickets: deque[_Ticket] = deque()
+        self._events: list[Any] = []
+        # lays the device's clock on the host's; before the stream waits for anything
+        self._origin = self._event()
+        self._origin.synchronize()
+        self._origin_ns = self._ended_ns = clock_ns()
+        self._stream.wait_event(target.after)
+
     def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> _Ticket:
         """Queue copies and casts; the source must stay until the ticket is done."""
-        offset, to = address - file_start, self._destinations
-        idle = self._last is None or self._last.query()
-        start = self._event(self._copies) if idle else None
+        to, submitted_ns = self._target.destinations, clock_ns()
         plain: list[Piece] = []
         converted: list[Piece] = []
         for piece in pieces:
             (plain if to[piece.storage].source_dtype is None else converted).append(piece)
+        offset = address - file_start
         driver.copy_to_device(
             [(to[p.storage].address + p.storage_start, offset + p.file_start, p.nbytes) for p in plain],
-            self._copies.cuda_stream,
+            self._stream.cuda_stream,
         )
-        end = None
         if converted:
-            with self._torch.cuda.stream(self._casts):
-                for group in groups(converted, SCRATCH_BYTES):
-                    end = self._convert(offset, group)
-        self._last = end or self._event(self._copies)
-        if self._observer is not None:
-            self._copied.append(_Mark(sum(p.nbytes for p in pieces), start, self._last))
-        return _Ticket(self._last)
-
-    def _convert(self, offset: int, group: Sequence[Piece]) -> Any:
-        """One copy of the whole group into scratch, then casts out of it. Casts' stream is current.
-
-        Returns the event after the copy.
-        """
-        scratch = self._scratch.popleft()
-        if scratch.free is not None:
-            self._copies.wait_event(scratch.free)
-        base, nbytes = group[0].file_start, group[-1].file_end - group[0].file_start
-        driver.copy_to_device([(scratch.address, offset + base, nbytes)], self._copies.cuda_stream)
-        arrived = self._event(self._copies)
-        self._casts.wait_event(arrived)
-        for (source_dtype, _), same in groupby(group, key=self._dtypes):
-            self._cast_out(scratch.memory, base, source_dtype, list(same))
-        scratch.free = self._event(self._casts)
-        if self._observer is not None:
-            self._cast.append(_Mark(nbytes, arrived, scratch.free))
-        self._scratch.append(scratch)
-        return arrived
+            with self._torch.cuda.stream(self._stream):
+                for row in neighbours(converted):
+                    for (source_dtype, _), same in groupby(row, key=self._dtypes):
+                        self._cast(address, file_start, source_dtype, list(same))
+        ticket = _Ticket(self, self._event(), sum(p.nbytes for p in pieces), submitted_ns)
+        self._tickets.append(ticket)
+        return ticket
 
     def _dtypes(self, piece: Piece) -> tuple[Any, Any]:
-        destination = self._destinations[piece.storage]
+        destination = self._target.destinations[piece.storage]
         return destination.source_dtype, destination.flat.dtype
 
-    def _cast_out(self, memory: Any, base: int, source_dtype: Any, pieces: Sequence[Piece]) -> None:
+    def _cast(self, address: int, file_start: int, source_dtype: Any, pieces: Sequence[Piece]) -> None:
         """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
+        first, last = pieces[0].file_start - file_start, pieces[-1].file_end - file_start
+        raw = self._target.bytes_on_device(address, first, last)
+        if raw.data_ptr() % source_dtype.itemsize:  # kernels need aligned elements
+            raw = raw.clone()
         counts = [piece.nbytes // piece.itemsize for piece in pieces]
-        sources = memory[pieces[0].file_start - base : pieces[-1].file_end - base].view(source_dtype).split(counts)
+        sources = raw.view(source_dtype).split(counts)
         targets = []
         for piece, count in zip(pieces, counts, strict=True):
-            flat, first = self._destinations[piece.storage].flat, piece.storage_start // piece.itemsize
-            targets.append(flat if count == flat.numel() else flat[first : first + count])
+            flat, start = self._target.destinations[piece.storage].flat, piece.storage_start // piece.itemsize
+            targets.append(flat if count == flat.numel() else flat[start : start + count])
         if len(pieces) == 1:
             targets[0].copy_(sources[0])
         else:
             self._torch._foreach_copy_(targets, sources)
 
-    def _event(self, stream: Any) -> Any:
-        event = self._torch.cuda.Event(blocking=True, enable_timing=self._observer is not None)
-        event.record(stream)
+    def _event(self) -> Any:
+        observed = self._target.observer is not None
+        event = self._events.pop() if self._events else self._torch.cuda.Event(blocking=True, enable_timing=observed)
+        event.record(self._stream)
         return event
 
-    def finish(self) -> None:
-        """Wait for everything; then lay the device's own times on the host's clock and report them."""
-        self._copies.synchronize()
-        self._casts.synchronize()
-        self._destinations = ()  # the weights are their owner's alone from here on
-        self._scratch.clear()
-        if self._observer is None:
-            return
-        reference = self._event(self._copies)  # everything has ended: this waits for nothing else
-        reference.synchronize()
-        now_ns = clock_ns()
-        self._report("h2d", self._copied, reference, now_ns, self._observer)
-        self._report("cast", self._cast, reference, now_ns, self._observer)
+    def ended(self, ticket: _Ticket) -> None:
+        """Take note that a ticket is done, with the device's own times; in the order of the tickets."""
+        self._tickets.remove(ticket)
+        observer = self._target.observer
+        if observer is not None:
+            start_ns = max(ticket.submitted_ns, self._ended_ns)  # until then the stream was busy with others
+            self._ended_ns = max(start_ns, self._origin_ns + int(self._origin.elapsed_time(ticket.event) * 1e6))
+            observer.record(Span("h2d", start_ns, self._ended_ns, ticket.nbytes, self._track))
+        self._events.append(ticket.event)
 
-    def _report(self, name: str, marks: list[_Mark], reference: Any, now_ns: int, observer: Observer) -> None:
-        end_ns = now_ns
-        for mark in marks:
-            start_ns = end_ns if mark.start is None else now_ns - int(mark.start.elapsed_time(reference) * 1e6)
-            end_ns = max(start_ns, now_ns - int(mark.end.elapsed_time(reference) * 1e6))
-            observer.record(Span(name, start_ns, end_ns, mark.nbytes, f"{self._device} {name}"))
-        marks.clear()
+    def finish(self) -> None:
+        """Wait for everything on the stream."""
+        self._stream.synchronize()
+        for ticket in list(self._tickets):
+            ticket.done()

@@ -2,7 +2,8 @@
 
 The driver library is the same for every CUDA version that torch may be built with. ctypes releases the interpreter
 lock during a call. The caller must have made torch's context current in this thread (`torch.cuda.set_device`).
-Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemcpyHtoDAsync;
+Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemHostGetDevicePointer,
+cuMemcpyHtoDAsync;
 "Context Management": cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent; "Primary Context Management":
 cuDevicePrimaryCtxRetain.
 """
@@ -19,7 +20,7 @@ from wan_loader.transfer.base import PinError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["copy_to_device", "current_context", "make_context", "register", "unregister"]
+__all__ = ["copy_to_device", "current_context", "device_address", "make_context", "register", "unregister"]
 
 _PORTABLE = 0x01
 _READ_ONLY = 0x08
@@ -33,6 +34,7 @@ def _driver() -> Any:
     lib = ctypes.CDLL("libcuda.so.1")
     lib.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
     lib.cuMemHostUnregister.argtypes = [ctypes.c_void_p]
+    lib.cuMemHostGetDevicePointer_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p, ctypes.c_uint]
     lib.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
     lib.cuCtxGetCurrent.argtypes = lib.cuCtxPopCurrent_v2.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
     lib.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -78,6 +80,14 @@ def register(address: int, nbytes: int, *, read_only: bool) -> None:
         raise DeviceError("host memory overlaps memory that is still registered with CUDA: start the process again")
     if result:
         raise PinError(f"cuMemHostRegister of {nbytes} bytes: {_name(result)}")
+
+
+def device_address(address: int) -> int:
+    """Where kernels find registered memory."""
+    pointer = ctypes.c_uint64()
+    if result := _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(pointer), address, 0):
+        raise DeviceError(f"registered host memory is not visible to the device: {_name(result)}")
+    return pointer.value
 
 
 def unregister(address: int, context: int) -> bool:

@@ -1,0 +1,100 @@
+"""Reads that the C library carries out in threads of its own, by ctypes: POSIX AIO, aio(7).
+
+Nothing of a read needs the interpreter: Python threads that read with preadv hand its lock around at every block, which
+on some machines takes longer than the reads. glibc runs the reads of one descriptor one after the other and those of
+different descriptors side by side, in up to 20 threads, which end when they have been idle for a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["Request", "wait_any"]
+
+_SIGEV_NONE = 1  # bits/sigevent-consts.h
+
+
+class _ControlBlock(ctypes.Structure):
+    """struct aiocb of glibc's aio.h, as it is on every 64-bit Linux; what has no name here is the library's own."""
+
+    _fields_ = [
+        ("aio_fildes", ctypes.c_int),
+        ("aio_lio_opcode", ctypes.c_int),
+        ("aio_reqprio", ctypes.c_int),
+        ("aio_buf", ctypes.c_void_p),
+        ("aio_nbytes", ctypes.c_size_t),
+        ("sigev_value", ctypes.c_void_p),
+        ("sigev_signo", ctypes.c_int),
+        ("sigev_notify", ctypes.c_int),
+        ("_sigevent", ctypes.c_char * 48),
+        ("_internal", ctypes.c_char * 32),
+        ("aio_offset", ctypes.c_int64),
+        ("_reserved", ctypes.c_char * 32),
+    ]
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long)]
+
+
+@cache
+def _library(kind: type[ctypes.CDLL]) -> Any:
+    lib = kind(None, use_errno=True)
+    if not hasattr(lib, "aio_read"):  # before glibc 2.34
+        lib = kind("librt.so.1", use_errno=True)
+    lib.aio_read.argtypes = lib.aio_error.argtypes = lib.aio_return.argtypes = [ctypes.c_void_p]
+    lib.aio_return.restype = ctypes.c_ssize_t
+    lib.aio_suspend.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    lib.aio_cancel.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    return lib
+
+
+class Request:
+    """One read at a time. The memory that it fills, and the request itself, must stay until it is no longer running."""
+
+    __slots__ = ("_address", "_block", "running")
+
+    def __init__(self) -> None:
+        self._block = _ControlBlock(sigev_notify=_SIGEV_NONE)
+        self._address = ctypes.addressof(self._block)
+        self.running = False
+
+    def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
+        """Begin to read `nbytes` of a file at `offset` into memory at `address`. OSError if it cannot be queued."""
+        block = self._block
+        block.aio_fildes, block.aio_buf, block.aio_nbytes, block.aio_offset = fd, address, nbytes, offset
+        self.running = True  # first: Ctrl-C may come right after the call
+        if _library(ctypes.PyDLL).aio_read(self._address):
+            self.running = False
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def result(self) -> int | None:
+        """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
+        lib = _library(ctypes.PyDLL)
+        code = lib.aio_error(self._address)
+        if code == errno.EINPROGRESS:
+            return None
+        self.running = False
+        nbytes = int(lib.aio_return(self._address))
+        if code:
+            raise OSError(code, os.strerror(code))
+        return nbytes
+
+    def cancel(self) -> None:
+        """Take the read back if it has not begun; `result` is to be asked all the same."""
+        _library(ctypes.PyDLL).aio_cancel(self._block.aio_fildes, self._address)
+
+
+def wait_any(requests: Collection[Request], timeout_s: float) -> None:
+    """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""
+    addresses = (ctypes.c_void_p * len(requests))(*(request._address for request in requests))
+    timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
+    _library(ctypes.CDLL).aio_suspend(addresses, len(requests), ctypes.byref(timeout))

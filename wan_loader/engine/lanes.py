@@ -1,0 +1,164 @@
+"""Reads into staging slots, several side by side: the C library's threads read, one thread starts and collects.
+
+A lane is a row of reads that run one after the other, so that a thread that has ended one finds the next without
+waiting for anybody. Lanes run side by side; slots are dealt out to them in turn.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wan_loader.aio import Request, wait_any
+from wan_loader.events import Span, clock_ns
+from wan_loader.source.reader import BlockRead
+
+if TYPE_CHECKING:
+    from wan_loader.events import Observer
+    from wan_loader.plan import Block
+    from wan_loader.source.reader import Reader
+    from wan_loader.staging import Slot, Staging
+
+__all__ = ["Desk", "Lanes"]
+
+_PATIENCE_S = 0.1
+
+
+@dataclass(slots=True)
+class _Descriptor:
+    fd: int
+    n_running: int = 0
+
+
+class _Lane:
+    """Descriptors of its own for the files it reads: the C library queues reads by descriptor."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ended_ns = 0
+        self._open: dict[int, _Descriptor] = {}
+
+    def begin(self, fd: int) -> int:
+        """This lane's own descriptor for the file open at `fd`."""
+        if fd not in self._open:
+            for other in [key for key, descriptor in self._open.items() if not descriptor.n_running]:
+                os.close(self._open.pop(other).fd)
+            self._open[fd] = _Descriptor(os.dup(fd))
+        self._open[fd].n_running += 1
+        return self._open[fd].fd
+
+    def end(self, fd: int) -> None:
+        self._open[fd].n_running -= 1
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1].fd)
+
+
+@dataclass(slots=True, eq=False)
+class Desk:
+    """A slot and the read that fills it."""
+
+    slot: Slot
+    lane: _Lane
+    request: Request = field(default_factory=Request)
+    read: BlockRead | None = None
+    started_ns: int = 0
+    fd: int = -1
+
+
+class Lanes:
+    """Reads under way, and the slots that are free. For one thread."""
+
+    def __init__(self, n_lanes: int, reader: Reader, staging: Staging, observer: Observer | None) -> None:
+        self._reader = reader
+        self._observer = observer
+        self._lanes = [_Lane(f"reader {i}") for i in range(n_lanes)]
+        self._desks = [Desk(slot, self._lanes[i % n_lanes]) for i, slot in enumerate(staging.slots)]
+        self._free = deque(self._desks)
+        self._reading: list[Desk] = []
+
+    @property
+    def n_reading(self) -> int:
+        """Reads under way."""
+        return len(self._reading)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether another read can be started."""
+        return bool(self._free)
+
+    def start(self, block: Block) -> None:
+        """Begin to read a block into a free slot."""
+        desk = self._free.popleft()
+        desk.read = BlockRead(self._reader, block)
+        desk.started_ns = clock_ns()
+        self._reading.append(desk)
+        self._ask(desk, desk.read)
+
+    def give_back(self, desk: Desk) -> None:
+        """What was in the slot is no longer needed."""
+        self._free.append(desk)
+
+    def finished(self, timeout_s: float) -> list[Desk]:
+        """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
+        done = self._collect()
+        if not done and self._reading:
+            wait_any([desk.request for desk in self._reading], timeout_s)
+            done = self._collect()
+        return done
+
+    def _collect(self) -> list[Desk]:
+        done = [desk for desk in self._reading if self._is_done(desk)]
+        self._reading = [desk for desk in self._reading if desk not in done] if done else self._reading
+        return done
+
+    def _is_done(self, desk: Desk) -> bool:
+        assert desk.read is not None
+        try:
+            nbytes = desk.request.result()
+            if nbytes is None:
+                return False
+        except OSError as error:
+            desk.read.failed(error)
+            complete = False
+        else:
+            complete = desk.read.arrived(nbytes)
+        desk.lane.end(desk.fd)
+        if not complete:
+            self._ask(desk, desk.read)
+            return False
+        self._record(desk, desk.read.block)
+        return True
+
+    def _ask(self, desk: Desk, read: BlockRead) -> None:
+        start, nbytes, position = read.wanted
+        desk.fd = read.fd
+        try:
+            desk.request.start(desk.lane.begin(read.fd), desk.slot.address + start, nbytes, position)
+        except OSError as error:
+            desk.lane.end(desk.fd)
+            read.failed(error)
+            self._ask(desk, read)
+
+    def _record(self, desk: Desk, block: Block) -> None:
+        if self._observer is not None:
+            start_ns = max(desk.started_ns, desk.lane.ended_ns)  # until then its lane was busy with another
+            desk.lane.ended_ns = clock_ns()
+            self._observer.record(Span("read", start_ns, desk.lane.ended_ns, block.nbytes, desk.lane.name))
+
+    def end(self) -> None:
+        """Take back what has not begun, wait for what has: a read that hangs keeps its memory until it returns."""
+        for desk in self._desks:
+            if desk.request.running:
+                desk.request.cancel()
+        while running := [desk.request for desk in self._desks if desk.request.running]:
+            wait_any(running, _PATIENCE_S)
+            for request in running:
+                with suppress(OSError):
+                    request.result()
+        for lane in self._lanes:
+            lane.close()

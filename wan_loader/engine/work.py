@@ -1,0 +1,73 @@
+"""What is left to do of a load. Two threads take from it, each from its own end; nobody waits for the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from wan_loader.plan import Way, split
+
+if TYPE_CHECKING:
+    from wan_loader.plan import Block, Plan
+
+__all__ = ["Work"]
+
+
+class Work:
+    """Mapped blocks, taken from the front; all others, and mapped ones from the far end, taken in parts for staging.
+
+    The ends of a deque may be taken by different threads, so the split between the two ways needs no tuning: both meet
+    when everything is done.
+    """
+
+    def __init__(self, plan: Plan, slot_bytes: int, *, may_steal: bool) -> None:
+        self._windows = deque(b for b in plan.blocks if b.way is Way.MAPPED)
+        self._blocks = deque(b for b in plan.blocks if b.way is not Way.MAPPED)
+        self._parts: deque[Block] = deque()
+        self._slot_bytes = slot_bytes
+        self._may_steal = may_steal
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether mapped blocks are left."""
+        return bool(self._windows)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether anything is left for staging."""
+        return bool(self._parts or self._blocks or (self._may_steal and self._windows))
+
+    def next_window(self) -> Block | None:
+        """The next mapped block; for one thread."""
+        return _pop(self._windows, first=True)
+
+    def next_part(self) -> Block | None:
+        """The next block or part of one that fits a slot; for one thread."""
+        if not self._parts:
+            block = _pop(self._blocks, first=True)
+            if block is None and self._may_steal:
+                block = _pop(self._windows, first=False)
+            if block is not None:
+                way = Way.BUFFERED if block.way is Way.MAPPED else block.way
+                self._parts.extend(split(replace(block, way=way), self._slot_bytes))
+        return _pop(self._parts, first=True)
+
+    def map_nothing(self, refused: Block) -> None:
+        """Send a block that cannot be mapped, and those that have not been yet, through staging."""
+        self._blocks.append(refused)
+        while (block := self.next_window()) is not None:
+            self._blocks.append(block)
+
+    def cancel(self) -> None:
+        """Nothing is to be done any more."""
+        self._windows.clear()
+        self._blocks.clear()
+        self._parts.clear()
+
+
+def _pop(blocks: deque[Block], *, first: bool) -> Block | None:
+    try:
+        return blocks.popleft() if first else blocks.pop()
+    except IndexError:  # the other thread took the last one
+        return None
