@@ -50,6 +50,21 @@ def test_loads_compare_by_wall_time(checkpoint, command, write):
     assert compare_runs(run, run, ["median"])[0].change == 0
 
 
+def test_loads_of_other_things_are_named(checkpoint, command, write):
+    load = json.loads(command("load", checkpoint, "--json").stdout)
+    before = write("a.json", load)
+    after = write("b.json", load | {"target": "/other.safetensors", "device": "cuda:0", "dtype": "bfloat16"})
+    assert "not the same" not in command("compare", before, before).stderr
+    done = command("compare", before, after, "--json")
+    assert done.returncode == 0, "still compared"
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert warning.startswith(
+        f"not the same was loaded (target: {load['target']}, /other.safetensors; device: cpu, cuda:0; "
+    )
+    assert "dtype: as stored, bfloat16" in warning
+    assert "cuda:0" in done.stderr
+
+
 def test_nothing_in_common_is_an_error(document, write):
     other = json.loads(json.dumps(document))
     other["cases"][0]["name"] = "other"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Run:
     values: Mapping[str, Mapping[str, float]]
     """Name of a measurement -> metric -> value."""
     spreads: Mapping[str, float]
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    """Of a load or a profile: "target", "device", "dtype". The names of a bench hold them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,10 @@ def read_run(path: StrPath) -> Run:
         if document.whole("schema_version") != 1:
             raise SessionError("it has another schema_version than 1: made by another version of wan-loader")
         command = document.choice("command", ("bench", "load", "profile"))
-        values, spreads = _bench_values(document) if command == "bench" else _load_values(document)
-        return Run(name, document.plain("machine"), values, spreads)
+        machine = document.plain("machine")
+        if command == "bench":
+            return Run(name, machine, *_bench_values(document))
+        return Run(name, machine, *_load_values(document), _loaded(document))
     except FileNotFoundError as error:
         raise SessionError(f"{name} does not exist") from error
     except OSError as error:
@@ -136,6 +140,11 @@ def _load_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, 
         "device": memory.number("device_peak_bytes"),
     }
     return {document.text("command"): values}, {document.text("command"): 0.0}
+
+
+def _loaded(document: Doc) -> dict[str, str]:
+    dtype = document.optional_text("dtype") or "as stored"
+    return {"target": document.text("target"), "device": document.text("device"), "dtype": dtype}
 
 
 def compare_runs(before: Run, after: Run, metrics: Sequence[str]) -> list[Comparison]:

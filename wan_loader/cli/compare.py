@@ -92,6 +92,8 @@ def _doubts(runs: tuple[Run, Run]) -> list[str]:
     facts = ("cpu", "cores", "kernel", "gpu", "torch")
     different = [k for k in facts if before.machine.get(k) != after.machine.get(k)]
     notes = [f"the machines differ ({', '.join(different)}): changes may be theirs"] if different else []
+    if apart := [f"{k}: {v}, {after.loaded[k]}" for k, v in before.loaded.items() if after.loaded.get(k, v) != v]:
+        notes.append(f"not the same was loaded ({'; '.join(apart)}): changes may be due to that")
     lost = len(set(before.values) - set(after.values))
     new = len(set(after.values) - set(before.values))
     if lost or new:
