@@ -63,6 +63,8 @@ def test_loads_of_other_things_are_named(checkpoint, command, write):
     )
     assert "dtype: as stored, bfloat16" in warning
     assert "cuda:0" in done.stderr
+    after.write_text(json.dumps(load | {"target": "\x1b[2J"}))
+    assert "\x1b" not in command("compare", before, after).stderr, "a target comes from a file"
 
 
 def test_nothing_in_common_is_an_error(document, write):

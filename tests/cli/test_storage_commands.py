@@ -96,7 +96,10 @@ def test_stage_says_where_it_is_and_how_to_use_and_remove_it(model, tmp_path):
     document = json.loads(run("stage", model, "--to", target, "--json", "--verify").stdout)
     assert (document["path"], document["nbytes_copied"]) == (str(copy), 0)
     assert document["nbytes_verified"] == document["nbytes"] == 305_002
-    document = json.loads(run("stage", "--remove", "--to", target, "--json").stdout)
+    other = tmp_path / model.name
+    other.mkdir()
+    check_error(run("stage", other, "--remove", "--to", target), "was staged from", str(model))
+    document = json.loads(run("stage", model, "--remove", "--to", target, "--json").stdout)
     assert document["removed"] == [model.name]
     assert not list(target.iterdir())
     check_error(run("stage", "--remove", "--to", target), "nothing is staged")

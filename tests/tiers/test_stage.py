@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,10 +155,36 @@ def test_removing_one_name_of_two(source, target, tmp_path):
     other.write_bytes(b"1234")
     stage(source, target)
     stage(other, target)
-    assert unstage(target, source.name).names == (source.name,)
+    assert unstage(target, source).names == (source.name,)
     assert set(content(target)) == {other.name}
-    with pytest.raises(MissingFileError, match="named x"):
+    with pytest.raises(MissingFileError, match="no copy of x is staged"):
         unstage(target, "x")
+
+
+def test_removing_goes_by_what_was_copied_not_by_its_name(source, target, tmp_path):
+    other = tmp_path / "elsewhere" / source.name
+    other.mkdir(parents=True)
+    stage(source, target)
+    with pytest.raises(OutputError, match=f"was staged from {re.escape(str(source))}"):
+        unstage(target, other)
+    assert content(target / source.name) == content(source)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    shutil.move(source, tmp_path / "gone")
+    assert unstage(target, link / source.name).names == (source.name,), "a source that is gone, by another way to it"
+
+
+def test_removing_leaves_an_unrelated_directory_of_the_same_name(source, target, tmp_path):
+    mine = target / source.name / "vae" / "empty.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"1234")
+    stage(other, target)
+    with pytest.raises(OutputError, match="was not made by `stage`"):
+        unstage(target, source)
+    assert mine.read_text() == "precious"
+    assert (target / other.name).exists()
 
 
 # Damage

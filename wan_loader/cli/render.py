@@ -53,7 +53,11 @@ def error_console() -> Console:
 
 def plain(text: str) -> str:
     """Text of a checkpoint, safe to print: no markup, no control characters."""
-    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+    return escape(_printable(text))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _ReadProgress:
@@ -192,4 +196,4 @@ def print_warnings(warnings: Sequence[str]) -> None:
     """To stderr, one a line."""
     console = error_console()
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(f"warning: {_printable(warning)}", style="yellow", markup=False)

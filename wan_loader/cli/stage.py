@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,12 @@ def stage(
     path: Annotated[
         Path | None, typer.Argument(metavar="PATH", help="A file, an index, or a directory with everything in it.")
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove PATH's copy from DIR; without PATH, all.")] = False,
+    remove: Annotated[
+        bool,
+        typer.Option(
+            "--remove", help="Remove the copy of PATH from DIR, and only what `stage` made; without PATH, all copies."
+        ),
+    ] = False,
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -73,7 +77,7 @@ def _remove(to: Path, path: Path | None, *, json: bool) -> None:
     from wan_loader.sizes import format_bytes, format_count
     from wan_loader.tiers.unstage import unstage
 
-    result = unstage(to, None if path is None else os.path.basename(os.path.abspath(path)))
+    result = unstage(to, path)
     if json:
         print_json(_removed(to, result))
     else:

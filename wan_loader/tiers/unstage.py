@@ -28,10 +28,11 @@ class Unstaged:
     """Files that have changed since they were staged: they are no longer ours."""
 
 
-def unstage(directory: StrPath, name: str | None = None) -> Unstaged:
-    """Remove what was staged to `directory`, or only what has this name there; also what a killed run left.
+def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
+    """Remove what was staged to `directory`, or only the copy of `source`; also what a killed run left.
 
-    Raises `MissingFileError` where nothing (of that name) is staged, `OutputError` for what cannot be removed.
+    `source` need not exist any more: the record of the copy says what it was made from. Raises `MissingFileError` where
+    nothing (of it) is staged, `OutputError` for what cannot be removed and where its name stands for something else.
     """
     place = Path(directory)
     if not place.is_dir():
@@ -42,19 +43,41 @@ def unstage(directory: StrPath, name: str | None = None) -> Unstaged:
     try:
         for entry in entries(place.resolve()):
             with entry:
-                found = entry.manifest.name if entry.manifest else None
-                if name is not None and found != name:
+                if source is not None and not _is_copy(entry, source):
                     continue
                 count, size, changed = _remove(entry)
                 n_files, nbytes, kept = n_files + count, nbytes + size, kept + changed
-                names.append(found or "an unfinished copy")
+                names.append(entry.manifest.name if entry.manifest else "an unfinished copy")
     except WanLoaderError:
         raise
     except OSError as error:
         raise OutputError(f"{error.filename or directory} cannot be removed: {error.strerror}") from error
     if not names:
-        raise MissingFileError(f"nothing{f' named {name}' if name else ''} is staged in {directory}")
+        raise _nothing(place, source)
     return Unstaged(tuple(names), nbytes, n_files, tuple(kept))
+
+
+def _is_copy(entry: Entry, source: StrPath) -> bool:
+    """Whether the entry was made from `source`. Raises `OutputError` for another source of the same name."""
+    given = os.path.abspath(source)
+    if entry.manifest is None or entry.manifest.name != os.path.basename(given):
+        return False
+    made_from = entry.manifest.source
+    if made_from != given and os.path.realpath(made_from) != os.path.realpath(given):
+        raise OutputError(
+            f"{entry.directory / entry.manifest.name} is no copy of {given}: it was staged from {made_from}; "
+            "name that to remove it"
+        )
+    return True
+
+
+def _nothing(directory: Path, source: StrPath | None) -> WanLoaderError:
+    if source is None:
+        return MissingFileError(f"nothing is staged in {directory}")
+    copy = directory / os.path.basename(os.path.abspath(source))
+    if os.path.lexists(copy):
+        return OutputError(f"{copy} was not made by `stage`, and stays: delete it by hand if it is not needed")
+    return MissingFileError(f"no copy of {source} is staged in {directory}")
 
 
 def _remove(entry: Entry) -> tuple[int, int, list[str]]:
