@@ -8,6 +8,7 @@
     ├── DeviceMemoryError(MemoryError)         the weights do not fit on the device
     ├── HostMemoryError(MemoryError)           the machine or its cgroup cannot give the memory asked for
     ├── CacheError(OSError)                    the converted cache cannot be used
+    │   └── NewerFormatError                   an entry was written by a newer version of wan-loader
     ├── HubError(OSError)                      the hub cannot be reached, refuses, or sends other than it promised
     ├── SessionError(ValueError)               a saved session or measurement is damaged or foreign
     ├── DistributedError(RuntimeError)         another process of a distributed load failed, or they disagree
@@ -31,6 +32,7 @@ __all__ = [
     "HubError",
     "KeyMismatchError",
     "MissingFileError",
+    "NewerFormatError",
     "OptionError",
     "OutputError",
     "SessionError",
@@ -71,6 +73,10 @@ class HostMemoryError(WanLoaderError, MemoryError):
 
 class CacheError(WanLoaderError, OSError):
     """The converted cache cannot be read or written."""
+
+
+class NewerFormatError(CacheError):
+    """An entry of the cache was written by a newer version of wan-loader, which can use it."""
 
 
 class HubError(WanLoaderError, OSError):

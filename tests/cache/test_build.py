@@ -127,6 +127,17 @@ def test_stopped(path, cache, caplog):
     build.stop()
 
 
+def test_two_at_once_share_the_budget(path, cache):
+    with loading():  # neither can write yet
+        first = build_entry(Store(cache), outline(path), max_size=6_000_000)
+        with pytest.raises(wan_loader.CacheError, match="being written"):
+            build_entry(Store(cache), outline(path, "float16"), max_size=6_000_000)
+    assert first.wait(30)
+    assert first.failure is None
+    assert rooms(cache) == ONE
+    check_hit(path, cache)
+
+
 def test_waiting_for_all(path, cache):
     builds = [wan_loader.load(path, dtype=d, cache=True, cache_dir=cache).build for d in ("bf16", "fp16", "fp64")]
     wait_for_builds()

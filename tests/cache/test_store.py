@@ -1,5 +1,6 @@
 """The directory of entries: who may use it, who builds, what goes when there is no room, what killed processes left."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -393,6 +394,96 @@ def test_the_disk_s_free_space_counts(store, put, monkeypatch):
         store.begin(B, 600_000, max_size=10**9)
     store.begin(B, 700_000).abandon()
     assert states(store) == {}, "it made room"
+
+
+def test_what_is_being_built_counts_with_what_it_will_have(store, put, fill):
+    put(store, C, nbytes=400_000)
+    building = store.begin(A, 1_000_000, max_size=1_500_000)
+    with pytest.raises(CacheError, match="1 MB of that are in use, being written"):
+        Store(store.root).begin(B, 1_000_000, max_size=1_500_000)
+    assert states(store) == {"a": "building", "c": "complete"}, "nothing was removed in vain"
+    store.begin(B, 400_000, max_size=1_500_000).abandon()
+    assert states(store) == {"a": "building"}, "it made room beside the other"
+    path = building.publish(fill(building, 1_000_000))
+    with store.find(A) as entry:
+        assert check_entry(path, entry.manifest) == []
+    put(store, B, max_size=1_500_000)
+
+
+def test_pruning_counts_what_is_being_built(store, put):
+    for age, key in ((30, A), (10, B)):
+        put(store, key, nbytes=1_000_000, age_s=age)
+    building = store.begin(C, 1_000_000)
+    assert [x.key for x in store.prune(max_size=2_200_000)] == [A]
+    building.abandon()
+
+
+def test_free_space_is_promised_once(store, monkeypatch):
+    left = shutil.disk_usage(store.root)._replace(free=1_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+    building = store.begin(A, 1_000_000, max_size=10**9)
+    with pytest.raises(CacheError, match=r"has 50\d kB free"):
+        store.begin(B, 1_000_000, max_size=10**9)
+    building.abandon()
+    store.begin(B, 1_000_000, max_size=10**9).abandon()
+
+
+def test_two_begun_at_the_same_moment_never_exceed_the_budget(store):
+    begun = []
+
+    def begin(key):
+        together.wait()
+        with contextlib.suppress(CacheError):
+            begun.append(Store(store.root).begin(key, 1_000_000, max_size=1_500_000))
+
+    for _ in range(20):
+        together = threading.Barrier(2)
+        threads = [threading.Thread(target=begin, args=(key,)) for key in (A, B)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(begun) <= 1
+        while begun:
+            begun.pop().abandon()
+    assert names(store, "building") == []
+
+
+def test_a_plan_that_cannot_be_read_counts_what_is_written(store, fill):
+    building = store.begin(A, 10**6)
+    fill(building, 100_000)
+    for text in (b"", b"9" * 40, b"-5", b"\xff"):
+        (building.path / "planned").write_bytes(text)
+        (listed,) = store.listed()
+        assert listed.planned_nbytes in (0, 10**20 - 1)
+        assert listed.nbytes >= 100_000
+    building.abandon()
+
+
+def newer(path):
+    """Make an entry one of the next format."""
+    manifest = path / MANIFEST_NAME
+    manifest.chmod(0o600)
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+
+def test_a_newer_format_is_left_alone(store, put):
+    newer(put(store, A, nbytes=1_000_000, age_s=1000))
+    put(store, B, age_s=2000)
+    assert states(store) == {"a": "newer format", "b": "complete"}
+    assert [x.key for x in store.prune(max_size=1, max_age_s=1)] == [B]
+    with pytest.raises(CacheError, match="newer format"):
+        store.begin(B, 1_000_000, max_size=1_500_000)
+    (listed,) = store.listed()
+    assert store.remove(listed)
+    assert states(store) == {}
+
+
+def test_an_older_format_is_of_no_use(store, put):
+    manifest = put(store, A) / MANIFEST_NAME
+    manifest.chmod(0o600)
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 0'))
+    assert [x.key for x in store.prune()] == [A]
 
 
 def test_what_was_set_aside_stays_as_long_as_there_is_room(store, put):

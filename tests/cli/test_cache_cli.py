@@ -230,6 +230,22 @@ def entry_of(cache, dtype):
     return key
 
 
+def test_a_newer_format_stays_until_clear(cache):
+    manifest = entry_file(cache).parent / "manifest.json"
+    manifest.chmod(0o600)
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    os.utime(manifest, (1e9, 1e9))
+    assert "newer format" in ok("cache", "list", "--cache-dir", cache)
+    assert document("cache", "verify", "--cache-dir", cache)["verified"] == 0
+    done = run("cache", "prune", "--cache-dir", cache, "--max-size", "1kB", "--max-age", "1d")
+    assert (done.returncode, done.stdout) == (0, "0 entries removed, 0 B\n")
+    assert "newer format" in done.stderr
+    assert "cache clear" in done.stderr
+    assert manifest.exists()
+    assert len(document("cache", "clear", "--cache-dir", cache, "--yes")["removed"]) == 1
+    assert not manifest.exists()
+
+
 def test_clear_asks(cache):
     check_error(run("cache", "clear", "--cache-dir", cache), "--yes")
     assert entry_file(cache).exists()

@@ -8,11 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_loader.cache.locks import Locked, is_directory, lock, remove_tree, sync_directory
+from wan_loader.cache.locks import Locked, is_foreign, lock, remove_tree, sync_directory
 from wan_loader.cache.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from wan_loader.errors import CacheError
+from wan_loader.errors import CacheError, NewerFormatError
 
-__all__ = ["Building", "Entry", "Listed", "look_at", "read_manifest", "regular_size"]
+__all__ = ["NEWER", "Building", "Entry", "Listed", "look_at", "read_manifest", "regular_size"]
+
+#: State of an entry that a newer version of this program wrote.
+NEWER = "newer format"
+#: File of an entry that is being built: how many bytes it will have. Goes when it is complete.
+_PLANNED_NAME = "planned"
 
 
 class Entry(Locked):
@@ -28,6 +33,14 @@ class Entry(Locked):
 class Building(Locked):
     """An entry that only this process writes. `publish` or `abandon` it."""
 
+    def plan(self, nbytes: int) -> None:
+        """Tell other processes how large it will be. Before anything is written."""
+        try:
+            with os.fdopen(self.create(_PLANNED_NAME), "w") as f:
+                f.write(str(nbytes))
+        except OSError as error:
+            raise CacheError(f"cache directory {self.path}: {error.strerror}: free space, or name another") from error
+
     def create(self, path: str) -> int:
         """A new file of the entry, open for writing; the caller closes it. Directories on the way are made."""
         place = self.path / path
@@ -36,6 +49,7 @@ class Building(Locked):
 
     def publish(self, manifest: Manifest) -> Path | None:
         """Put everything on the disk and make the entry visible; None if another process was first."""
+        (self.path / _PLANNED_NAME).unlink(missing_ok=True)
         fd = self.create(MANIFEST_NAME)
         with os.fdopen(fd, "wb") as f:
             f.write(manifest.to_bytes())
@@ -83,18 +97,31 @@ class Listed:
     """Seconds since the epoch, when it was last loaded or made."""
     manifest: Manifest | None
     state: str
-    """"complete", "in use", "building", "damaged", or "unreadable: why"."""
+    """"complete", "in use", "building", "damaged", "newer format", or "unreadable: why"."""
+    planned_nbytes: int = 0
+    """Of an entry that is being built: what it will have."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is not ours to remove for another entry: somebody builds it, or a newer version can use it."""
+        return self.state in ("building", NEWER)
+
+    @property
+    def claim(self) -> int:
+        """Bytes to reckon with."""
+        return max(self.nbytes, self.planned_nbytes)
 
 
 def look_at(path: Path, room: str) -> Listed | None:
     state, manifest = room, None
-    if not is_directory(path):
+    if is_foreign(path):
         state = "unreadable: not a directory"
     elif room != "building":
         try:
             manifest = read_manifest(path)
         except CacheError as error:
-            state = f"unreadable: {error}" if room == "complete" else room
+            if room == "complete":
+                state = NEWER if isinstance(error, NewerFormatError) else f"unreadable: {error}"
     if room == "complete" and manifest is not None:
         locked = lock(path, alone=True)
         if locked is None:
@@ -110,7 +137,14 @@ def look_at(path: Path, room: str) -> Listed | None:
         )
     except OSError:  # it went away meanwhile
         return None
-    return Listed(path.name, path, nbytes, used, manifest, state)
+    return Listed(path.name, path, nbytes, used, manifest, state, _planned_nbytes(path) if state == "building" else 0)
+
+
+def _planned_nbytes(path: Path) -> int:
+    """0 where it does not say."""
+    with suppress(OSError, ValueError), open(path / _PLANNED_NAME, "rb") as f:
+        return max(0, int(f.read(20)))
+    return 0
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-__all__ = ["Locked", "is_directory", "lock", "removable", "remove_tree", "sync_directory"]
+__all__ = ["Locked", "is_foreign", "lock", "removable", "remove_tree", "sync_directory"]
 
 
 class Locked:
@@ -77,8 +78,8 @@ def lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locked | None:
 
 @contextmanager
 def removable(path: Path) -> Iterator[bool]:
-    if not is_directory(path):  # a link or a file that somebody put there
-        yield os.path.lexists(path)
+    if is_foreign(path):
+        yield True
         return
     locked = lock(path, alone=True)
     if locked is None:
@@ -88,18 +89,21 @@ def removable(path: Path) -> Iterator[bool]:
         yield True
 
 
-def is_directory(path: Path) -> bool:
-    """Not a link to one."""
-    return path.is_dir() and not path.is_symlink()
+def is_foreign(path: Path) -> bool:
+    """Whether a link or a file lies where only directories do. One look: others make and remove them meanwhile."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def remove_tree(path: Path) -> None:
     """Remove what is there; links are removed, not followed. What cannot be removed is left for the next sweep."""
-    if is_directory(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    if is_foreign(path):
         with suppress(OSError):
             path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from wan_loader.cache.outline import FORMAT_VERSION, SourceFile
-from wan_loader.errors import CacheError, CheckpointError
+from wan_loader.errors import CacheError, CheckpointError, NewerFormatError
 from wan_loader.formats.strict_json import parse_object
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     except CheckpointError as error:
         raise CacheError(str(error)) from None
     if (version := body.pop("format_version", None)) != FORMAT_VERSION:
-        raise CacheError(f"{path} has format version {version!r}, this program knows {FORMAT_VERSION}")
+        kind = NewerFormatError if type(version) is int and version > FORMAT_VERSION else CacheError
+        raise kind(f"{path} has format version {version!r}, this program knows {FORMAT_VERSION}")
     said = body.pop("digest", None)
     if said != _body_digest({"format_version": FORMAT_VERSION, **body}):
         raise CacheError(f"{path} does not match its own checksum: damaged")

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from wan_loader.cache.entry import Building, Entry, Listed, look_at, read_manifest, regular_size
-from wan_loader.cache.locks import is_directory, lock, removable, remove_tree
+from wan_loader.cache.locks import is_foreign, lock, removable, remove_tree
 from wan_loader.cache.manifest import MANIFEST_NAME
 from wan_loader.errors import CacheError
 from wan_loader.sizes import format_bytes
@@ -110,7 +110,7 @@ class Store:
 
     def _sweep(self) -> None:
         for path in self._paths("building"):
-            if not is_directory(path):
+            if is_foreign(path):
                 remove_tree(path)
             elif (left := lock(path, alone=True)) is not None:
                 with left:
@@ -129,7 +129,7 @@ class Store:
         use: count this as its last use. Raises `CacheError` if there is one that cannot be used.
         """
         path = self.root / "entries" / key
-        if os.path.lexists(path) and not is_directory(path):
+        if is_foreign(path):
             raise CacheError(f"{path} is a link or a file, which no entry is: not used")
         locked = lock(path, alone=False, patience_s=_PATIENCE_S)
         if locked is None:
@@ -159,7 +159,8 @@ class Store:
         path = self.root / "building" / key
         for _ in range(_TRIES):  # a sweeper may take what is not locked yet
             try:
-                path.mkdir(mode=0o700, exist_ok=True)
+                with suppress(FileExistsError):  # `exist_ok` fails where it goes away meanwhile
+                    path.mkdir(mode=0o700)
             except OSError as error:
                 raise CacheError(f"cache directory {path.parent}: {error.strerror}: name another") from error
             if (locked := lock(path, alone=True)) is not None:
@@ -174,6 +175,7 @@ class Store:
                 return None
             for left in path.iterdir():
                 remove_tree(left)
+            building.plan(nbytes)
             self._make_room(nbytes, max_size)
         except BaseException:
             building.abandon()
@@ -181,27 +183,31 @@ class Store:
         return building
 
     def _make_room(self, nbytes: int, max_size: int | None) -> None:
-        listed = [x for x in self.listed() if x.state != "building"]
-        used, in_use = sum(x.nbytes for x in listed), sum(x.nbytes for x in listed if x.state == "in use")
+        """For a new entry of `nbytes`, which has told its plan already: two that are begun at once see each other."""
+        listed = self.listed()
+        fixed = sum(x.claim for x in listed if x.stays or x.state == "in use")
+        unwritten = sum(x.claim - x.nbytes for x in listed if x.state == "building")
         free = shutil.disk_usage(self.root).free
-        budget = max_size if max_size is not None else int((free + used) * _DEFAULT_SHARE)
+        budget = max_size if max_size is not None else int((free + sum(x.nbytes for x in listed)) * _DEFAULT_SHARE)
         if nbytes > budget:
             raise CacheError(
                 f"an entry of {format_bytes(nbytes)} is more than the {format_bytes(budget)} that the cache in "
                 f"{self.root} may take: allow more with --max-size, or name a larger disk with --cache-dir"
             )
         removed = 0
-        if in_use + nbytes <= budget:  # else nothing that could be removed would be enough
-            removed = sum(r.nbytes for r in self._remove_least_used(budget - nbytes))
-            in_use = used - removed
-        if in_use + nbytes > budget:
+        if fixed <= budget:  # else nothing that could be removed would be enough
+            removed = sum(r.nbytes for r in self._remove_least_used(budget))
+            fixed = sum(x.claim for x in listed) - removed
+        if fixed > budget:
             raise CacheError(
                 f"an entry of {format_bytes(nbytes)} does not fit: the cache in {self.root} may take "
-                f"{format_bytes(budget)}, and {format_bytes(in_use)} of that are in use"
+                f"{format_bytes(budget)}, and {format_bytes(fixed - nbytes)} of that are in use, "
+                "being written, or of a newer format"
             )
-        if nbytes > free + removed:
+        if unwritten > free + removed:
+            left = max(0, free + removed - (unwritten - nbytes))
             raise CacheError(
-                f"an entry of {format_bytes(nbytes)} does not fit: {self.root} has {format_bytes(free + removed)} free"
+                f"an entry of {format_bytes(nbytes)} does not fit: {self.root} has {format_bytes(left)} free"
             )
 
     def listed(self) -> list[Listed]:
@@ -214,25 +220,24 @@ class Store:
     def prune(self, *, max_size: int | None = None, max_age_s: float | None = None) -> list[Listed]:
         """Remove damaged entries, those not used for `max_age_s` seconds, and the least recently used over `max_size`.
 
-        What is being read stays. Returns what was removed.
+        What is being read or built stays, and what a newer version of this program wrote. Returns what was removed.
         """
         removed, now = [], time.time()
         for listed in self.listed():
             damaged = listed.manifest is None or listed.state == "damaged"
             old = max_age_s is not None and now - listed.used > max_age_s
-            if listed.state != "building" and (damaged or old) and self.remove(listed):
+            if not listed.stays and (damaged or old) and self.remove(listed):
                 removed.append(listed)
         return removed + ([] if max_size is None else self._remove_least_used(max_size))
 
     def _remove_least_used(self, max_size: int) -> list[Listed]:
-        removed, kept = [], 0
-        for listed in self.listed():
-            if listed.state == "building":
-                continue
-            if kept + listed.nbytes > max_size and self.remove(listed):
-                removed.append(listed)
+        listed = self.listed()
+        removed, kept = [], sum(x.claim for x in listed if x.stays)
+        for entry in (x for x in listed if not x.stays):
+            if kept + entry.nbytes > max_size and self.remove(entry):
+                removed.append(entry)
             else:
-                kept += listed.nbytes
+                kept += entry.nbytes
         return removed
 
     def remove(self, listed: Listed) -> bool:

@@ -244,7 +244,7 @@ def verify(
 
 
 def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
-    complete = [x for x in store.listed() if x.state not in ("building", "damaged")] if store is not None else []
+    complete = [x for x in store.listed() if x.state != "damaged" and not x.stays] if store is not None else []
     if entry is None:
         return complete
     found = [x for x in complete if x.key.startswith(entry)]
@@ -278,7 +278,7 @@ def prune(
     json: JsonOut = False,
     verbose: Verbose = False,
 ) -> None:
-    """Remove damaged entries and those least recently used; what is being read stays.
+    """Remove damaged entries and those least recently used; what is being read or of a newer format stays.
 
     Examples:
 
@@ -286,11 +286,18 @@ def prune(
 
         wan-loader cache prune --max-age 30d
     """
-    from wan_loader.sizes import parse_age
+    from wan_loader.cache.entry import NEWER
+    from wan_loader.cli.render import print_warnings
+    from wan_loader.sizes import format_bytes, parse_age
 
     size, age = _size(max_size), parse_age(max_age) if max_age is not None else None
     store = _store(cache_dir)
-    _say_removed("cache prune", store.prune(max_size=size, max_age_s=age) if store is not None else [], json=json)
+    removed = store.prune(max_size=size, max_age_s=age) if store is not None else []
+    _say_removed("cache prune", removed, json=json)
+    newer = [x for x in store.listed() if x.state == NEWER] if store is not None else []
+    if newer:
+        stay = f"{len(newer)} entries, {format_bytes(sum(x.nbytes for x in newer))}, are of a newer format and stay"
+        print_warnings([f"{stay}: a newer wan-loader uses them, `wan-loader cache clear` removes them"])
 
 
 @app.command()
