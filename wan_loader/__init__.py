@@ -5,6 +5,9 @@ Importing this package does not import torch; the first call that needs it does.
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -85,3 +88,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _at_exit(pid: int) -> None:
+    """Other processes of a distributed run may wait for this one; forked ones are none of them."""
+    if "torch.distributed" in sys.modules and os.getpid() == pid:
+        from wan_loader.loader.ended import leave_note
+
+        leave_note()
+
+
+atexit.register(_at_exit, os.getpid())

@@ -164,6 +164,8 @@ def _begin(
     except BaseException as error:
         first.cancel()
         for started in found:
+            if started.run is not None:  # before its loads are cancelled, which others wait for
+                started.run.peers.fail(error)
             started.residency.close()
             if started.run is not None:
                 started.run.close(error)

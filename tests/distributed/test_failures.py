@@ -27,6 +27,25 @@ def test_one_fails_all_fail_and_the_next_load_works(ranks, checkpoints):
 
 
 @pytest.mark.parametrize(
+    ("case", "n", "victim", "code", "message"),
+    [
+        ("ends", 3, 2, 0, "process 2 ended before it came to 'headers': see its own output"),
+        ("crashes", 3, 2, 1, "process 2 ended with ValueError: boom before it came to 'headers'"),
+        ("ends-later", 2, 1, 0, "process 1 ended before it came to 'headers'"),
+        ("ends-first", 2, 0, 0, "the process that holds the store"),
+    ],
+)
+def test_a_process_that_ends_without_loading_ends_the_others(ranks, checkpoints, case, n, victim, code, message):
+    """Within ten seconds: the worker looks at its clock."""
+    ended = ranks("worker_failures.py", n, checkpoints, case)
+    assert ended[victim].code == code, ended[victim].output
+    for rank in {*range(n)} - {victim}:
+        assert ended[rank].code == 1, ended[rank].output
+        assert f"DistributedError: {message}" in ended[rank].output, ended[rank].output
+        assert "Traceback" not in ended[rank].output
+
+
+@pytest.mark.parametrize(
     ("case", "n", "victim", "message"),
     [
         ("kill", 3, 2, "process 2 is gone"),

@@ -1,4 +1,4 @@
-"""One process of test_failures.py. The words: a directory, and how this run ends: "survive", "kill" or "exchange"."""
+"""One process of test_failures.py. The words: a directory, and how this run ends: "survive", "kill", "ends-later"..."""
 
 import os
 import signal
@@ -116,12 +116,29 @@ def options(me):
     dist.barrier()
 
 
+def end_or_wait(me, victim):
+    """One process ends without a word; the others wait for it."""
+    if me == victim:
+        if CASE == "crashes":
+            raise ValueError("boom")
+        sys.exit(0)
+    if CASE == "ends-first":  # and its store with it
+        time.sleep(2)
+    error = failing(load)
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(1)
+
+
 def main():
     peers.SILENCE_S = 3.0  # test_parallel.py waits for as long as users do
     dist.init_process_group("gloo")
     me = dist.get_rank()
+    if CASE in ("ends", "crashes", "ends-first"):
+        end_or_wait(me, 0 if CASE == "ends-first" else dist.get_world_size() - 1)
     load()
     dist.barrier()
+    if CASE == "ends-later":
+        end_or_wait(me, dist.get_world_size() - 1)
     if CASE == "survive":
         survive(me)
     elif CASE == "exchange" and me == 1:

@@ -50,6 +50,39 @@ def test_the_first_error_reaches_the_others(store):
         first.agree("stage")
 
 
+def test_what_one_tells_of_another_is_told_as_it_is(store):
+    first, second = pair(store)
+    with pytest.raises(DistributedError), second:
+        raise DistributedError("process 7 is gone: look for its own error")
+    with pytest.raises(DistributedError, match=r"^process 7 is gone: look for its own error$"), first:
+        first.agree("stage")
+
+
+def test_what_ends_a_run_ends_its_loads_with_its_reason(store):
+    run, other_run = pair(store)
+    one, other = (Peers(store, rank, (0, 1), "load", outer=(run, other_run)[rank]) for rank in range(2))
+    other_run.fail(CheckpointError("a.safetensors is damaged"))
+    told = r"^process 1 failed: CheckpointError: a.safetensors is damaged$"
+    with pytest.raises(DistributedError, match=told):
+        other.agree("stage")
+    with pytest.raises(RuntimeError, match="cancelled"), other:
+        raise RuntimeError("cancelled")
+    with pytest.raises(DistributedError, match=told), one:
+        one.agree("next")
+
+
+def test_a_process_that_came_and_ended_is_not_missed(store):
+    first, second = pair(store)
+    with first, second:
+        other = beside(lambda: second.agree("stage"))
+        time.sleep(0.05)
+        store.set("wan_loader/ended/1", "")
+        assert first.agree("stage") == ["", ""]
+        other.join()
+        with pytest.raises(DistributedError, match="process 1 ended before it came to 'next'"):
+            first.agree("next")
+
+
 def test_a_silent_process_is_gone_and_whoever_hangs_is_told(store, monkeypatch):
     monkeypatch.setattr(module, "SILENCE_S", 0.5)
     monkeypatch.setattr(module, "GRACE_S", 0.2)

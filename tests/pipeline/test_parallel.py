@@ -145,6 +145,16 @@ def test_a_process_without_the_checkpoint_ends_the_others(tiny_wan, tmp_path):
     assert "wan-pipeline: process 1 failed: MissingFileError: /nowhere is no directory" in first[1]
 
 
+def test_a_cancelled_load_tells_the_others_the_reason(tiny_wan, tmp_path):
+    words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--t5_fsdp", "--save_file", tmp_path / "v.mp4"]
+    first, second = run_each("cancels", 2, *words)
+    assert (first[0], second[0]) == (1, 1)
+    assert "wan-pipeline: the module and the checkpoint disagree" in second[1]
+    reason = "process 1 failed: KeyMismatchError: the module and the checkpoint disagree"
+    assert f"wan-pipeline: {reason}\n" in first[1], first[1]
+    assert "cancelled" not in first[1] + second[1]
+
+
 def test_decoding_may_take_longer_than_collectives(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--ulysses_size", "2", "--save_file", tmp_path / "v.mp4"]
     for code, output in run_each("slow", 2, *words):

@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 
+from wan_loader.errors import KeyMismatchError
 from wan_loader.loader import peers, processes
-from wan_pipeline import pipeline
+from wan_pipeline import pipeline, residency, startup
 from wan_pipeline.cli import main
 
 CASE = sys.argv.pop(1)
@@ -24,5 +26,22 @@ if CASE == "slow":  # decoding takes longer than collectives may
     pipeline.WanT2V._decode = lambda *parts: (time.sleep(6), decode(*parts))[1]
 if CASE == "missing" and RANK == 1:
     sys.argv[sys.argv.index("--ckpt_dir") + 1] = "/nowhere"
+
+if CASE == "cancels":  # loading is under way when something else fails
+    loading = threading.Event()
+    record = residency._Stopper.record
+
+    def slowly(self, span):
+        loading.set()
+        time.sleep(0.3)
+        record(self, span)
+
+    def failing(*parts):
+        assert loading.wait(30)
+        raise KeyMismatchError("the module and the checkpoint disagree")
+
+    if RANK == 1:
+        residency._Stopper.record = slowly
+        startup._build_all = failing
 
 main()

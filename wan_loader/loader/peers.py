@@ -3,24 +3,27 @@
 It all goes through the store that torch.distributed was started with (a small key-value server), so it works while a
 collective hangs and before the first one. Each process counts up a heartbeat; a process that fails leaves its error;
 the others notice either within seconds. A process that is gone without a word (killed, out of memory) is noticed when
-its heartbeat has stood still for `SILENCE_S`.
+its heartbeat has stood still for `SILENCE_S`; one that ended without ever coming, by the note that it left (`ended`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import DistributedError
+from wan_loader.loader.ended import how_ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-__all__ = ["GRACE_S", "SILENCE_S", "Peers"]
+__all__ = ["GRACE_S", "SILENCE_S", "Peers", "own_connection"]
 
 #: A process whose heartbeat stands still for so long counts as gone.
 SILENCE_S = 6.0
@@ -28,7 +31,26 @@ SILENCE_S = 6.0
 GRACE_S = 1.5
 _BEAT_S = 0.25
 _POLL_S = 0.01
+#: Polls between two looks at whether the process that is waited for has ended.
+_POLLS_A_LOOK = 25
 _MAX_TEXT = 4000
+_REACH_S = 5.0
+
+
+def own_connection(store: Any) -> Any:
+    """Another connection to a store: one that others use may be held for as long as they wait.
+
+    Raises `DistributedError` where the process that holds it is gone; torch would try for half an hour.
+    """
+    base = store
+    while hasattr(base, "underlying_store"):  # under its prefixes
+        base = base.underlying_store
+    try:
+        if hasattr(base, "port"):
+            socket.create_connection((base.host, base.port), timeout=_REACH_S).close()
+    except OSError as error:
+        raise DistributedError(_store_is_gone(error)) from error
+    return store.clone()
 
 
 class Peers:
@@ -37,6 +59,7 @@ class Peers:
     All of them make one with the same `name`, which no two runs share. patience_s: how long `agree` waits for a
     process that has not come yet; None waits for ever. on_failure: called with what happened, in a thread of its own,
     when another process has failed or is gone and this one has not closed `GRACE_S` later: it may hang in a collective.
+    outer: the run that this is a part of, where there is one; what happens there happens here, too.
     """
 
     def __init__(
@@ -48,11 +71,13 @@ class Peers:
         *,
         patience_s: float | None = None,
         on_failure: Callable[[str], None] | None = None,
+        outer: Peers | None = None,
     ) -> None:
         self.rank = rank
         self.ranks = tuple(ranks)
         self.patience_s = patience_s
         self.on_failure = on_failure
+        self._outer = outer
         self._store = store
         self._name = name
         self._here: set[int] = {rank}
@@ -78,16 +103,19 @@ class Peers:
             self._watch.join(1.0)
 
     def fail(self, error: BaseException) -> None:
-        """Leave an error for the others, unless one of them was first."""
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        text = json.dumps([self.rank, what[:_MAX_TEXT]])
+        """Leave an error for the others, unless one of them was first. What waits here ends, too."""
+        self._problem = self._known() or _sentence(self.rank, error)[:_MAX_TEXT]
+        text = json.dumps([self.rank, self._problem])
         with contextlib.suppress(Exception):  # the store may be gone with its process
             self._store.compare_set(f"{self._name}/failed", "", text)
 
     def check(self) -> None:
-        """Raise `DistributedError` if another process has failed or is gone. Costs nothing."""
-        if self._problem is not None:
-            raise DistributedError(self._problem)
+        """Raise `DistributedError` if a process has failed or is gone. Costs nothing."""
+        if (problem := self._known()) is not None:
+            raise DistributedError(problem)
+
+    def _known(self) -> str | None:
+        return (self._outer._known() if self._outer is not None else None) or self._problem
 
     def agree(self, stage: str, fact: str = "") -> list[str]:
         """Wait until every process has come to `stage`; returns what each gave as `fact`, in the order of `ranks`."""
@@ -95,20 +123,33 @@ class Peers:
             self._store.set(self._key(stage, self.rank), fact)
             start = time.monotonic()
             for rank in self.ranks:
-                while not self._store.check([self._key(stage, rank)]):
-                    self.check()
-                    if self.patience_s is not None and time.monotonic() - start > self.patience_s:
-                        raise DistributedError(
-                            f"process {rank} did not come to {stage!r} within {self.patience_s:.0f} s: see whether it "
-                            "was started, and whether every process makes the same calls"
-                        )
-                    time.sleep(_POLL_S)
+                self._await(rank, stage, start)
                 self._here.add(rank)
             return [self._store.get(self._key(stage, rank)).decode() for rank in self.ranks]
         except DistributedError:
             raise
         except RuntimeError as error:
             raise self.explained(error) from error
+
+    def _await(self, rank: int, stage: str, start: float) -> None:
+        key = self._key(stage, rank)
+        for poll in itertools.count():
+            if self._store.check([key]):
+                return
+            self.check()
+            if self.patience_s is not None and time.monotonic() - start > self.patience_s:
+                raise DistributedError(
+                    f"process {rank} did not come to {stage!r} within {self.patience_s:.0f} s: see whether it "
+                    "was started, and whether every process makes the same calls"
+                )
+            if poll % _POLLS_A_LOOK == 0:
+                why = how_ended(self._store, rank)
+                if why is not None and not self._store.check([key]):  # it may have come, and ended then
+                    raise DistributedError(
+                        f"process {rank} ended{f' with {why}' * bool(why)} before it came to {stage!r}: see its own "
+                        "output, and whether every process makes the same calls"
+                    )
+            time.sleep(_POLL_S)
 
     def leave(self) -> None:
         """After the last `agree`. The first process may hold the store: it stays until the others need it no more."""
@@ -149,11 +190,10 @@ class Peers:
             count += 1
             try:
                 self._store.set(self._key("beat", self.rank), str(count))
-                self._problem = self._left_error() or self._gone(beats, silent)
+                found = self._left_error() or self._gone(beats, silent)
             except RuntimeError as error:
-                self._problem = (
-                    f"the process that holds the store of torch.distributed is gone (rank 0?): {_first_line(error)}"
-                )
+                found = _store_is_gone(error)
+            self._problem = self._problem or found  # this process may have failed meanwhile
         self._noticed.set()
         if self._problem is not None and not self._end.wait(GRACE_S) and self.on_failure is not None:
             self.on_failure(self._problem)
@@ -163,7 +203,7 @@ class Peers:
         if not self._store.check([key]):
             return None
         rank, what = json.loads(self._store.get(key))
-        return None if rank == self.rank else f"process {rank} failed: {what}"
+        return None if rank == self.rank else str(what)
 
     def _gone(self, beats: dict[int, bytes], silent: dict[int, int]) -> str | None:
         """Counts its own beats, not seconds: a machine that was suspended has lost nobody."""
@@ -176,6 +216,16 @@ class Peers:
                     f"process {rank} is gone: no sign of life for {SILENCE_S:.0f} s; look for its own error or a kill"
                 )
         return None
+
+
+def _sentence(rank: int, error: BaseException) -> str:
+    if isinstance(error, DistributedError):  # it names its process already
+        return str(error)
+    return f"process {rank} failed: {type(error).__name__}{f': {error}' if str(error) else ''}"
+
+
+def _store_is_gone(error: Exception) -> str:
+    return f"the process that holds the store of torch.distributed is gone (rank 0?): {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import DistributedError, OptionError, WanLoaderError
-from wan_loader.loader.peers import Peers
+from wan_loader.loader.peers import Peers, own_connection
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ __all__ = [
     "open_store",
     "own_device",
     "process_rank",
+    "run_peers",
     "tell_others",
     "use_device",
     "warms",
@@ -40,6 +41,7 @@ _REACH = timedelta(minutes=1)
 _WAIT_S = 600.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _runs = iter(range(1 << 30))
+_joined: list[Peers] = []
 
 
 def _from_environment(name: str, default: int | None = None) -> int:
@@ -119,6 +121,8 @@ class Joined:
         """Leave when all do; with an error, the others are told, and nobody waits."""
         import torch.distributed as dist
 
+        if self.peers in _joined:
+            _joined.remove(self.peers)
         if error is not None:
             self.peers.__exit__(type(error), error, None)
             return
@@ -142,7 +146,7 @@ def join(device: str | torch.device) -> Joined:
     store: Any = open_store() if starts else _get_default_store()
     rank, world = process_rank(), world_size()
     with contextlib.ExitStack() as stack:
-        peers = stack.enter_context(Peers(store.clone(), rank, range(world), next_name(), patience_s=_WAIT_S))
+        peers = stack.enter_context(Peers(own_connection(store), rank, range(world), next_name(), patience_s=_WAIT_S))
         mine = own_device(device)
         peers.agree("start")
         if starts:
@@ -156,7 +160,13 @@ def join(device: str | torch.device) -> Joined:
             )
         peers.patience_s = None
         stack.pop_all()
+        _joined.append(peers)
         return Joined(mine, peers, starts)
+
+
+def run_peers() -> Peers | None:
+    """The processes of the run that this one has joined, and not left; None outside of one."""
+    return _joined[-1] if _joined else None
 
 
 def tell_others(error: BaseException) -> None:

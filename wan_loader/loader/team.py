@@ -25,7 +25,8 @@ from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
 from wan_loader.loader.binding import is_dtensor
 from wan_loader.loader.exchange import carry
-from wan_loader.loader.peers import Peers
+from wan_loader.loader.peers import Peers, own_connection
+from wan_loader.loader.processes import run_peers
 from wan_loader.loader.sharding import Spread, borders, divide, exchanges
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
     rank = dist.get_rank()
     if rank not in ranks:
         raise OptionError(f"process {rank} is not in the group that was given, which has {list(ranks)}")
-    with Peers(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S) as peers:
+    with Peers(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_peers()) as peers:
         yield Team(peers, group, {ranks: group})
 
 
@@ -285,11 +286,9 @@ def _host() -> str:
 
 
 def _store() -> Any:
-    """A connection of our own to the run's store: one that others use may be held for as long as they wait."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store: Any = _get_default_store()
-    return store.clone()
+    return own_connection(_get_default_store())
 
 
 def _name(ranks: tuple[int, ...]) -> str:
