@@ -16,7 +16,7 @@ from wan_loader.cache.content import Loaded
 from wan_loader.cache.outline import Outline, outline_file, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError
-from wan_loader.loader.cached import begin_build, read_parts
+from wan_loader.loader.cached import find_or_begin, read_parts
 from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.report import CacheReport
 from wan_pipeline.checkpoint import EXPERTS, open_wan
@@ -139,28 +139,25 @@ class PipelineCache:
             self.report = CacheReport("source", reason)
             return
         self._sources: tuple[SourceFile, ...] = self._outline.sources
-        store = Store(directory)
-        key = self._outline.key(self._sources)
-        try:
-            if (entry := store.find(key)) is not None:
-                self._read_from(entry)
-                return
-        except (OSError, CheckpointError):
-            store.set_aside(key)
-        self._building = begin_build(store, self._outline, self._sources)
-        if self._building is not None:
-            self.report = CacheReport("building", "no entry yet: one is written once everything was loaded")
+        warnings: list[str] = []
+        self._entry, self._building = find_or_begin(
+            Store(directory), self._outline, self._sources, self._opened, warnings.append
+        )
+        if self._entry is not None:
+            self.report = CacheReport("hit", "the source is unchanged", str(self._entry.path))
+        elif self._building is not None:
+            why = "; ".join(warnings) or "no entry yet"
+            self.report = CacheReport("building", f"{why}: one is written once everything was loaded")
         else:
-            self.report = CacheReport("source", "another process is writing the entry")
+            self.report = CacheReport("source", "; ".join([*warnings, "another process is writing the entry"]))
 
-    def _read_from(self, entry: Entry) -> None:
+    def _opened(self, entry: Entry) -> Entry:
         try:
             self.checkpoint = open_wan(entry.path)
         except BaseException:
             entry.close()
             raise
-        self._entry = entry
-        self.report = CacheReport("hit", "the source is unchanged", str(entry.path))
+        return entry
 
     def note(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """A network was loaded: `tensors` by their names in the source. Call before anybody else has them."""

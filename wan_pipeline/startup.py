@@ -97,6 +97,17 @@ class Started:
             self.cache.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What each step of a start works with."""
+
+    checkpoint: WanCheckpoint
+    options: StartOptions
+    recorder: Recorder
+    warming: Prewarm
+    cache: PipelineCache | None
+
+
 def begin(directory: StrPath, options: StartOptions) -> Started:
     """Start. Raises everything that can be found wrong before a weight is loaded."""
     recorder = Recorder()
@@ -113,7 +124,7 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
     warming = prewarm_files(files, threads=_WARMERS)
     try:
         with short_imports():
-            return _begin(checkpoint, options, recorder, warming, cache)
+            return _begin(_Plan(checkpoint, options, recorder, warming, cache))
     except BaseException:
         warming.stop()
         if cache is not None:
@@ -135,19 +146,14 @@ def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCac
     return PipelineCache(checkpoint, dtype, options.cache_dir)
 
 
-def _begin(
-    checkpoint: WanCheckpoint,
-    options: StartOptions,
-    recorder: Recorder,
-    warming: Prewarm,
-    cache: PipelineCache | None,
-) -> Started:
-    _make_context(options.device, recorder)
+def _begin(plan: _Plan) -> Started:
+    recorder = plan.recorder
+    _make_context(plan.options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
     # the CUDA context, and then the weights, take their time while the libraries are imported
-    first = Fetch("start", lambda stop: found.append(_start_fetching(checkpoint, options, recorder, warming, cache)))
+    first = Fetch("start", lambda stop: found.append(_start_fetching(plan)))
     try:
         with span(recorder, "import"):
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
@@ -157,7 +163,7 @@ def _begin(
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
-            started.pipe = _pipeline(checkpoint, _build_all(started, options))
+            started.pipe = _pipeline(plan.checkpoint, _build_all(started, plan.options))
             attach(started.pipe, started.residency, started.device)
         if started.run is not None:
             started.residency.wait_all()
@@ -199,36 +205,24 @@ def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartO
     return replace(options, degrees=degrees)
 
 
-def _start_fetching(
-    checkpoint: WanCheckpoint,
-    options: StartOptions,
-    recorder: Recorder,
-    warming: Prewarm,
-    cache: PipelineCache | None,
-) -> Started:
+def _start_fetching(plan: _Plan) -> Started:
     """Choose the preset and begin to load; needs torch and the device, no other library."""
-    run = parallel.connect(options.degrees, options.device) if world_size() > 1 else None
+    run = parallel.connect(plan.options.degrees, plan.options.device) if world_size() > 1 else None
     try:
-        return _fetching(checkpoint, options, recorder, warming, cache, run)
+        return _fetching(plan, run)
     except BaseException as error:
         if run is not None:
             run.close(error)
         raise
 
 
-def _fetching(
-    checkpoint: WanCheckpoint,
-    options: StartOptions,
-    recorder: Recorder,
-    warming: Prewarm,
-    cache: PipelineCache | None,
-    run: parallel.Run | None,
-) -> Started:
+def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
     import torch
 
     from wan_loader.loader.devices import resolve_device
 
-    device = resolve_device(options.device, recorder) if run is None else run.device
+    checkpoint, options, cache = plan.checkpoint, plan.options, plan.cache
+    device = resolve_device(options.device, plan.recorder) if run is None else run.device
     preset, reason, phases = choose_preset(checkpoint, options, device)
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
@@ -251,13 +245,13 @@ def _fetching(
     residency = Residency(
         parts,
         phases,
-        observer=recorder,
+        observer=plan.recorder,
         warm_ahead=preset.warm_ahead,
-        warming=warming,
+        warming=plan.warming,
         on_loaded=None if cache is None else cache.note,
     )
     residency.start()
-    return Started(None, checkpoint, residency, preset, reason, device, recorder, cache, run)
+    return Started(None, checkpoint, residency, preset, reason, device, plan.recorder, cache, run)
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:

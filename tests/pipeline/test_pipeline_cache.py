@@ -92,6 +92,8 @@ def test_damaged_entry_is_set_aside_and_the_source_is_loaded(tiny_wan, tmp_path)
     config.write_text("{")
     again, report = generate(tiny_wan("native"), tmp_path)
     assert report["cache"]["state"] == "building"
+    assert "transformer/config.json" in report["cache"]["reason"]
+    assert "set aside in" in report["cache"]["reason"]
     assert (first == again).all()
     assert generate(tiny_wan("native"), tmp_path)[1]["cache"]["state"] == "hit"
 

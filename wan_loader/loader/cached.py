@@ -5,11 +5,12 @@ Whatever is wrong with the cache, the load goes on from the source, with one war
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from wan_loader.cache.build import Build
 from wan_loader.cache.check import BlockCheck, check_entry, check_header
@@ -25,7 +26,7 @@ from wan_loader.loader.placement import StoragePlan
 from wan_loader.report import CacheReport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -37,7 +38,19 @@ if TYPE_CHECKING:
     from wan_loader.loader.load import Choice
     from wan_loader.types import StrPath
 
-__all__ = ["ENTRY_FILE", "CacheOptions", "CachedLoad", "begin_build", "build_entry", "outline_checkpoint", "read_parts"]
+__all__ = [
+    "ENTRY_FILE",
+    "CacheOptions",
+    "CachedLoad",
+    "begin_build",
+    "build_entry",
+    "find_or_begin",
+    "outline_checkpoint",
+    "read_parts",
+]
+
+T = TypeVar("T")
+_LOG = logging.getLogger("wan_loader")
 
 #: The one file of an entry that was made from one checkpoint.
 ENTRY_FILE = "model.safetensors"
@@ -72,6 +85,34 @@ def begin_build(
     return store.begin(outline.key(sources), outline.nbytes, max_size)
 
 
+def find_or_begin(
+    store: Store,
+    outline: Outline,
+    sources: Sequence[SourceFile],
+    read: Callable[[Entry], T],
+    warn: Callable[[str], object],
+    *,
+    max_size: int | None = None,
+) -> tuple[T | None, Building | None]:
+    """What `read` makes of the entry, which it closes; else this process builds it, unless another one does: two None.
+
+    An entry that is damaged, or that `read` raises `CacheError` or `CheckpointError` for, is set aside with a warning.
+    Raises `CacheError` where nothing can be built.
+    """
+    key = outline.key(sources)
+    try:
+        if (entry := store.find(key)) is not None:
+            return read(entry), None
+    except (CacheError, CheckpointError) as error:  # the entry's file may vanish or be damaged, too
+        warn(_put_aside(store, key, error))
+    return None, begin_build(store, outline, sources, max_size)
+
+
+def _put_aside(store: Store, key: str, why: Exception) -> str:
+    place = store.set_aside(key)
+    return f"{why}; the entry was set aside{f' in {place}' if place else ''}, and is built again"
+
+
 def build_entry(
     store: Store, outline: Outline, *, max_size: int | None = None, digest_contents: bool = False
 ) -> Build | Path | None:
@@ -83,17 +124,16 @@ def build_entry(
         if (reason := why_not(file)) is not None:
             raise CacheError(f"{outline.label} cannot be cached: {reason}")
     sources = outline.sources
-    key = outline.key(sources)
-    with suppress(CacheError):  # a damaged one is replaced
-        if (entry := store.find(key)) is not None:
-            entry.close()
-            return entry.path
-    store.set_aside(key)
-    building = begin_build(store, outline, sources, max_size)
+    path, building = find_or_begin(store, outline, sources, _close, _LOG.warning, max_size=max_size)
     if building is None:
-        return None
+        return path
     loaded = LoadedTensors()
     return Build(building, outline, sources, loaded, read_parts, digest_contents=digest_contents).start()
+
+
+def _close(entry: Entry) -> Path:
+    entry.close()
+    return entry.path
 
 
 class CachedLoad:
@@ -144,14 +184,15 @@ class CachedLoad:
             return source
         self._outline, self._sources = outline, outline.sources
         self._store = Store(self._options.directory)
-        key = outline.key(self._sources)
-        try:
-            entry = self._store.find(key)
-            if entry is not None:
-                return self._from_entry(entry, source, outline.files[0])
-        except (CacheError, CheckpointError) as error:  # the entry's file may vanish or be damaged, too
-            self._put_aside(key, error)
-        self._building = begin_build(self._store, outline, self._sources)
+        chosen, self._building = find_or_begin(
+            self._store,
+            outline,
+            self._sources,
+            lambda entry: self._from_entry(entry, source, outline.files[0]),
+            self.warnings.append,
+        )
+        if chosen is not None:
+            return chosen
         if self._building is not None:
             self.report = CacheReport("building", "no entry yet: one is being written in the background")
             threading.Thread(target=warm_up, args=(self._device,), name="warm up", daemon=True).start()
@@ -191,14 +232,11 @@ class CachedLoad:
     def set_aside(self, why: Exception) -> None:
         """The entry that was chosen turned out to be damaged: load again, from the source."""
         assert self._entry is not None
+        assert self._store is not None
         key = self._entry.path.name
         self._stack.close()
         self._entry = None
-        self._put_aside(key, why)
-
-    def _put_aside(self, key: str, why: Exception) -> None:
-        place = self._store.set_aside(key) if self._store is not None else None
-        self.warnings.append(f"{why}; the entry was set aside{f' in {place}' if place else ''}, and is built again")
+        self.warnings.append(_put_aside(self._store, key, why))
 
     def _from_source(self, reason: str, *, warn: bool = False) -> None:
         self.report = CacheReport("source", reason)
