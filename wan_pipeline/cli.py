@@ -91,7 +91,7 @@ def cache_build(
 ) -> None:
     """What `wan-loader cache build` does with the directory of a whole pipeline."""
     from wan_loader.cache.store import Store
-    from wan_loader.cli.cache import report_build
+    from wan_loader.cli.building import report_build
     from wan_loader.dtypes import parse_dtype
     from wan_loader.loader.cached import build_entry
     from wan_loader.sizes import parse_size

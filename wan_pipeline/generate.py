@@ -214,7 +214,7 @@ def _cache_settings(cache: bool, cache_dir: Path | None) -> dict[str, Any]:
 
 def _finish_cache(report: dict[str, Any], pipe: WanT2V) -> None:
     """Say what the cache had to do with it, and wait for the entry that is being written."""
-    from wan_loader.cli.cache import follow_build
+    from wan_loader.cli.building import follow_build
 
     if report["cache"] is None:
         return

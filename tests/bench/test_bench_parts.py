@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from wan_loader.bench import storage
 from wan_loader.bench.check import compare_tensors
+from wan_loader.bench.loader import Outcome, Task
 from wan_loader.bench.markdown import to_markdown
-from wan_loader.bench.peers import LOADERS, Outcome, Task, find_loaders
+from wan_loader.bench.peers import LOADERS, find_loaders
 from wan_loader.bench.picture import to_svg
 from wan_loader.bench.runner import distinct_names
 from wan_loader.bench.statistics import case_warnings, summarize_samples

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from wan_loader.bench.child import ask
-from wan_loader.bench.peers import Task
+from wan_loader.bench.loader import Task
 
 FAKES = {
     "fastsafetensors": """

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from wan_loader.errors import CheckpointError, HostMemoryError, MissingFileError, OutputError
-from wan_loader.tiers import blocks
+from wan_loader.tiers import blocks, copying
 from wan_loader.tiers import stage as module
 from wan_loader.tiers.entry import HIDDEN
 from wan_loader.tiers.stage import stage
@@ -302,13 +302,13 @@ def test_what_was_written_before_a_file_was_deleted_is_not_taken_for_its_copy(so
 
 
 def test_a_source_that_changes_after_its_last_block_was_read(source, target, monkeypatch):
-    settle = module._Job._settle
+    settle = copying.Copying.settle
 
     def changing(job, files):
         (source / "model_index.json").write_text("changed")
         settle(job, files)
 
-    monkeypatch.setattr(module._Job, "_settle", changing)
+    monkeypatch.setattr(copying.Copying, "settle", changing)
     with pytest.raises(CheckpointError, match=r"model_index\.json changed"):
         stage(source, target)
     assert not content(target)
@@ -544,7 +544,7 @@ def test_names_of_300_characters(tmp_path, target):
 
 _SLOW = """
 import sys
-from wan_loader.tiers import blocks
+from wan_loader.tiers import blocks, copying
 from wan_loader.tiers import stage as module
 module.blocks.BLOCK_BYTES = 4096
 module.stage(sys.argv[1], sys.argv[2])

@@ -9,7 +9,7 @@ from wan_loader.formats import open_checkpoint
 from wan_loader.verify import reference_tensors, same_bits
 
 if TYPE_CHECKING:
-    from wan_loader.bench.peers import Outcome, Task
+    from wan_loader.bench.loader import Outcome, Task
 
 __all__ = ["compare_tensors"]
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.bench.peers import installed_version
+from wan_loader.bench.loader import installed_version
 from wan_loader.bench.statistics import case_warnings, summarize_samples
 
 if TYPE_CHECKING:

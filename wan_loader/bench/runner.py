@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.child import ask
-from wan_loader.bench.peers import Loader, Task, installed_version
+from wan_loader.bench.loader import Loader, Task, installed_version
 from wan_loader.bench.storage import Place, leftovers, part_of, scratch, staged, warm
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint

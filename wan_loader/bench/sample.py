@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.atomic import write_text
-from wan_loader.bench.peers import LOADERS, Loader, NotApplicableError, Outcome, Task
+from wan_loader.bench.loader import Loader, NotApplicableError, Outcome, Task
+from wan_loader.bench.peers import LOADERS
 from wan_loader.bench.throttle import throttle_reads
 from wan_loader.events import clock_ns
 from wan_loader.machine import machine_card, peak_resident, processors, reset_peak_resident

@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from wan_loader.cli.building import report_build
 from wan_loader.cli.options import CacheDir, Dtype, JsonOut, PathArgument, Verbose
 from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from wan_loader.cache.build import Build
     from wan_loader.cache.entry import Listed
     from wan_loader.cache.store import Store
 
-__all__ = ["app", "follow_build", "report_build", "stopping"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="cache",
@@ -82,61 +79,6 @@ def _build_pipeline() -> None:
         raise OptionError("the entry of a whole pipeline needs the pipeline extra: pip install 'wan-loader[pipeline]'")
     words = sys.argv[sys.argv.index("build") + 1 :]
     os.execv(sys.executable, [sys.executable, "-m", "wan_pipeline", "cache-build", *words])
-
-
-def report_build(build: Build | Path | None, *, json: bool) -> None:
-    """Wait for a build with a progress bar, and say what came of it; Ctrl-C ends the build."""
-    from wan_loader.errors import CacheError
-
-    if build is None:
-        raise CacheError("another process is writing this entry: wait for it, then ask again")
-    if isinstance(build, Path):
-        _say_built("present", build, 0, 0.0, json=json)
-        return
-    start = time.monotonic()
-    with stopping(build):
-        follow_build(build)
-        if build.path is None:
-            raise CacheError(build.failure or "the entry was not written")
-        _say_built("built", build.path, build.nbytes_written, time.monotonic() - start, json=json)
-
-
-def _say_built(state: str, path: Path, nbytes: int, seconds: float, *, json: bool) -> None:
-    from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import output_console, plain
-    from wan_loader.sizes import format_bytes, format_seconds
-
-    if json:
-        document = {"state": state, "entry": str(path), "nbytes_written": nbytes, "seconds": seconds}
-        print_json({"schema_version": 1, "command": "cache build", **document})
-    elif state == "built":
-        done = f"[bold]{format_bytes(nbytes)}[/bold] in {format_seconds(seconds)}"
-        output_console().print(f"written: {done}\n{plain(str(path))}")
-    else:
-        output_console().print(f"there is a valid entry already\n{plain(str(path))}")
-
-
-@contextmanager
-def stopping(build: Build | None) -> Iterator[None]:
-    """Ctrl-C in the body ends a build, which the interpreter would wait for otherwise."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if build is not None:
-            build.stop()
-        raise
-
-
-def follow_build(build: Build) -> None:
-    """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
-    with stopping(build):
-        from wan_loader.cli.render import counting_progress
-
-        with counting_progress("writing the cache", build.nbytes) as advance:
-            shown = 0
-            while not build.wait(0.1):
-                advance(build.nbytes_written - shown)
-                shown = build.nbytes_written
 
 
 @app.command(name="list")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wan_loader.cli.cache import follow_build, stopping
+from wan_loader.cli.building import follow_build, stopping
 from wan_loader.cli.distributed import together
 from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
 from wan_loader.errors import OptionError

@@ -10,35 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import shutil
-import threading
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, HostMemoryError, OutputError, WanLoaderError
 from wan_loader.events import clock_ns
-from wan_loader.linux import start_writeback
 from wan_loader.machine import available_memory
 from wan_loader.mounts import mount_of
 from wan_loader.sizes import format_bytes
-from wan_loader.source.evict import drop_pages
-from wan_loader.source.prewarm import MEMORY_SHARE, fill
+from wan_loader.source.prewarm import MEMORY_SHARE
 from wan_loader.source.tree import list_tree
 from wan_loader.tiers import blocks
+from wan_loader.tiers.copying import Copying
 from wan_loader.tiers.entry import Entry, Manifest, Planned, open_entry
-from wan_loader.workers import StoppedError, default_threads, run_all
+from wan_loader.workers import default_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Sequence
 
     from wan_loader.source.tree import Tree
+    from wan_loader.tiers.copying import Progress
     from wan_loader.types import StrPath
-
-    Progress = Callable[[str, int, int], None]
 
 __all__ = ["Staged", "stage"]
 
@@ -104,8 +99,8 @@ def stage(
         filesystem=mount.kind if mount else "",
         n_files=len(tree.files),
         nbytes=tree.nbytes,
-        nbytes_copied=job.nbytes_copied,
-        nbytes_verified=job.nbytes_verified,
+        nbytes_copied=job.copying.nbytes_copied,
+        nbytes_verified=job.copying.nbytes_verified,
         seconds=(clock_ns() - start_ns) / 1e9,
         warnings=(*tree.warnings, *job.warnings),
     )
@@ -142,21 +137,12 @@ class _Job:
 
     def __init__(self, tree: Tree, entry: Entry, threads: int, progress: Progress | None) -> None:
         self._entry = entry
-        self._threads = threads
-        self._progress = progress
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._buffers = threading.local()
         self._manifest = Manifest(tree.path, tree.name, tree.is_directory, ())
         self._sources = {self._manifest.planned(file): file for file in tree.files}
         self._manifest = replace(self._manifest, files=tuple(self._sources))
         mount = mount_of(entry.directory)
         self._in_memory = mount is not None and mount.in_memory
-        self._cold: dict[Planned, set[int]] = {}
-        self._done = 0
-        self._bad: list[tuple[Planned, int]] = []
-        self.nbytes_copied = 0
-        self.nbytes_verified = 0
+        self.copying = Copying(entry, self._sources, in_memory=self._in_memory, threads=threads, progress=progress)
         self.warnings: list[str] = []
 
     def run(self, verify: bool | None, force: bool) -> None:
@@ -168,11 +154,12 @@ class _Job:
         entry.discard_parts({file.key for file in todo})
         self._check_space(todo)
         entry.write_manifest(self._manifest)
-        left = {file: self._blocks_left(file) for file in todo}
+        left = {file: self.copying.blocks_left(file) for file in todo}
         resumed = [(f, b) for f in todo for b in set(range(blocks.n_blocks(f))) - set(left[f])]
-        self._copy([(file, block) for file in todo for block in left[file]])
-        self._settle(todo)
-        self._verify(resumed if verify is False else [(f, b) for f in todo for b in range(blocks.n_blocks(f))])
+        self.copying.copy([(file, block) for file in todo for block in left[file]])
+        self.copying.settle(todo)
+        again = resumed if verify is False else [(f, b) for f in todo for b in range(blocks.n_blocks(f))]
+        self.warnings += self.copying.verify(again)
         for file in todo:
             self._place(file, force)
         self._remove_outdated({file.path for file in files})
@@ -223,101 +210,9 @@ class _Job:
                 "free): stage a part, such as one expert, or choose a disk"
             )
 
-    def _blocks_left(self, file: Planned) -> list[int]:
-        """Blocks that no earlier run has written."""
-        with contextlib.suppress(OSError):
-            if os.stat(self._entry.part(file)).st_size == file.nbytes:
-                return [b for b in range(blocks.n_blocks(file)) if self._noted(file, b) is None]
-        self._entry.forget_blocks(file)
-        return list(range(blocks.n_blocks(file)))
-
-    def _noted(self, file: Planned, block: int) -> str | None:
-        """The checksum of a block as it was written, by this run or an earlier one."""
-        place = (block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block))
-        return self._entry.blocks.get(file.key, {}).get(place)
-
-    # Steps; each runs over all files, so that the threads stay busy whatever the files' sizes are
-
-    def _each(self, step: str, tasks: Iterable[Callable[[], None]], total: int) -> None:
-        self._done = 0
-        tick = None if self._progress is None else lambda: self._progress(step, self._done, total)  # type: ignore[misc]
-        run_all(tasks, threads=self._threads, stop=self._stop, tick=tick)
-
-    def _copy(self, work: Sequence[tuple[Planned, int]]) -> None:
-        for file in {file for file, _ in work} | {f for f in self._sources if not f.nbytes}:
-            with blocks.opened(self._entry.part(file), os.O_RDWR | os.O_CREAT) as fd:
-                os.ftruncate(fd, file.nbytes)
-        for file in {file for file, _ in work} - set(self._cold):
-            self._cold[file] = blocks.cold_blocks(self._sources[file])
-        total = sum(blocks.block_nbytes(file, block) for file, block in work)
-        self._each("copying", (partial(self._copy_block, file, block) for file, block in work), total)
-
-    def _copy_block(self, file: Planned, block: int) -> None:
-        start, nbytes = block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block)
-        view = self._buffer()[:nbytes]
-        blocks.read_source(self._sources[file], start, view, keep_pages=block not in self._cold[file])
-        self._check_stop()
-        with blocks.opened(self._entry.part(file), os.O_WRONLY) as fd:
-            blocks.write(fd, start, view)
-            if not self._in_memory:
-                start_writeback(fd, start, nbytes)
-        self._entry.note_block(file, start, nbytes, blocks.checksum(view))
-        with self._lock:
-            self._done += nbytes
-            self.nbytes_copied += nbytes
-
-    def _settle(self, files: Sequence[Planned]) -> None:
-        """Everything onto the storage, and out of the page cache, so that it is the storage that is read back."""
-        self._each("writing", (partial(self._settle_file, file) for file in files), 0)
-
-    def _settle_file(self, file: Planned) -> None:
-        blocks.check_unchanged(self._sources[file])
-        if cold := self._cold.get(file):  # what reading ahead has brought back
-            with blocks.opened(self._sources[file].path, os.O_RDONLY) as fd:
-                for block in cold:
-                    os.posix_fadvise(fd, block * blocks.BLOCK_BYTES, blocks.BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
-        with blocks.opened(self._entry.part(file), os.O_RDWR) as fd:
-            os.fsync(fd)
-            if not self._in_memory:
-                drop_pages(fd)
-
-    def _verify(self, work: Sequence[tuple[Planned, int]]) -> None:
-        """Compare; what differs is copied once more, and a second difference is an error."""
-        if not (bad := self._compare(work)):
-            return
-        self._copy(bad)
-        self._settle(list({file for file, _ in bad}))
-        if still := self._compare(bad):
-            raise OutputError(
-                f"{self._entry.directory} gives back other bytes than were written ({still[0][0].path}): "
-                "its memory or disk is damaged; do not use it"
-            )
-        names = ", ".join(sorted({file.path for file, _ in bad}))
-        self.warnings.append(f"{len(bad)} blocks were not what had been copied, and were copied again: {names}")
-
-    def _compare(self, work: Sequence[tuple[Planned, int]], *, in_place: bool = False) -> list[tuple[Planned, int]]:
-        self._bad = []
-        total = sum(blocks.block_nbytes(file, block) for file, block in work)
-        self._each("verifying", (partial(self._compare_block, f, b, in_place) for f, b in work), total)
-        return list(self._bad)
-
-    def _compare_block(self, file: Planned, block: int, in_place: bool) -> None:
-        self._check_stop()
-        nbytes = blocks.block_nbytes(file, block)
-        view = self._buffer()[:nbytes]
-        path = self._entry.target(file) if in_place else self._entry.part(file)
-        with blocks.opened(path, os.O_RDONLY) as fd:
-            whole = fill(fd, block * blocks.BLOCK_BYTES, view) == nbytes
-        same = whole and blocks.checksum(view) == self._noted(file, block)
-        with self._lock:
-            self._done += nbytes
-            self.nbytes_verified += nbytes
-            if not same:
-                self._bad.append((file, block))
-
     def _damaged_in_place(self) -> set[Planned]:
         held = [file for file in self._manifest.files if self._entry.holds(file)]
-        bad = self._compare([(f, b) for f in held for b in range(blocks.n_blocks(f))], in_place=True)
+        bad = self.copying.compare([(f, b) for f in held for b in range(blocks.n_blocks(f))], in_place=True)
         damaged = {file for file, _ in bad}
         self.warnings += [f"{f.path} was no longer what had been staged, and was copied again" for f in damaged]
         return damaged
@@ -346,16 +241,6 @@ class _Job:
         for path in set(self._entry.placed) - wanted:
             if self._entry.owns(path):
                 os.unlink(self._entry.directory / path)
-
-    def _buffer(self) -> memoryview:
-        if not hasattr(self._buffers, "view"):
-            self._buffers.view = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
-        view: memoryview = self._buffers.view
-        return view
-
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise StoppedError
 
 
 def _holds_anything(path: Path) -> bool:

@@ -1,0 +1,84 @@
+"""What a loader is to a bench: its name, what it needs, one load asked of it, and what it gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from wan_loader._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Loader", "NotApplicableError", "Outcome", "Task", "installed_version"]
+
+
+class NotApplicableError(Exception):
+    """The loader cannot do this case by its nature; the message says why. Never reaches a caller of the library."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One load."""
+
+    files: tuple[str, ...]
+    format: str
+    """As `Checkpoint.format`: safetensors, torch-zip or torch-pickle."""
+    file_dtype: str
+    """The dtype that most bytes of the checkpoint have."""
+    device: str
+    dtype: str | None = None
+    directory: str = ""
+    """The component's directory, for loaders that want one; empty where the files are only a part of it."""
+    packed: str = ""
+    """The converted file, for a loader with its own format."""
+    io: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a loader gave: tensors by name, and what only it knows. `keep` is held until the tensors were compared."""
+
+    tensors: dict[str, Any]
+    report: dict[str, Any] | None = None
+    spans: Sequence[Any] = ()
+    is_module: bool = False
+    """The tensors are a module's: it may keep some in another dtype and under more names than the file has."""
+    keep: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """One way to load."""
+
+    name: str
+    packages: tuple[str, ...]
+    """Distributions that must be installed; none for this package itself."""
+    modules: tuple[str, ...]
+    """Imported before the clock starts."""
+    how: str
+    """The calls that are timed, for the report."""
+    load: Callable[[Task], Outcome]
+    formats: tuple[str, ...] = ("safetensors",)
+    cuda_only: bool = False
+    convert: Callable[[Task], None] | None = None
+    """Writes `task.packed`, once, outside the clock."""
+
+    def refusal(self, task: Task) -> str | None:
+        """Why this loader cannot do a task, as far as that is known without trying; pure."""
+        if task.format not in self.formats:
+            return f"does not read {task.format} files"
+        if self.cuda_only and not task.device.startswith("cuda"):
+            return "loads to CUDA devices only"
+        return None
+
+
+def installed_version(loader: Loader) -> str | None:
+    """Version of the loader's (first) package, or None where one of them is not installed."""
+    try:
+        versions = [version(package) for package in loader.packages]
+        return versions[0] if versions else __version__
+    except PackageNotFoundError:
+        return None
