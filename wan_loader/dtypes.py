@@ -4,6 +4,7 @@ checked and planned without importing torch; `torch_dtype` turns a name into the
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError
@@ -70,6 +71,7 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return parse_dtype(str(dtype).removeprefix("torch."))
 
 
+@cache
 def torch_dtype(name: str) -> Any:
     """The torch dtype object of a canonical name."""
     import torch

@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from mmap import PAGESIZE
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.errors import OptionError
 
@@ -39,8 +39,7 @@ class Way(Enum):
     BUFFERED = "buffered"
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """Bytes `start` to `end` of file number `file`, to become storage number `storage`."""
 
     storage: int
@@ -53,8 +52,7 @@ class Extent:
     """Where in the storage they belong, counted in bytes of the file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """`nbytes` at `file_start` of the block's file belong at byte `storage_start` of storage number `storage`."""
 
     storage: int
@@ -133,6 +131,8 @@ def make_plan(
 
 def split(block: Block, nbytes: int) -> list[Block]:
     """Cut a block at multiples of `nbytes` in its file, and between elements where they are converted."""
+    if block.start // nbytes == (block.end - 1) // nbytes:
+        return [block]
     blocks: list[Block] = []
     pieces = deque(block.pieces)
     for border in _borders(block, nbytes):

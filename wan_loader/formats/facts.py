@@ -1,7 +1,8 @@
 """What a checkpoint's headers say: which bytes of which file make up which tensor. Facts only, no weights.
 
 A *storage* is a contiguous byte range of one file; a *tensor* is a view of one storage. Safetensors has one storage
-per tensor; a torch zip checkpoint may let several tensors share one, and keeps strides.
+per tensor; a torch zip checkpoint may let several tensors share one, and keeps strides. What there is one of for every
+tensor is a named tuple: a third of the time that a frozen dataclass takes to make.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError, MissingFileError
@@ -44,8 +45,7 @@ class FileFacts:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class StorageFacts:
+class StorageFacts(NamedTuple):
     """Bytes `start` to `start + nbytes` of file number `file`."""
 
     file: int
@@ -53,8 +53,7 @@ class StorageFacts:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorFacts:
+class TensorFacts(NamedTuple):
     """A tensor: a view of storage number `storage`. `stride` and `offset` count elements."""
 
     name: str

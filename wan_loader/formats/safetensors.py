@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from wan_loader.dtypes import ITEMSIZE
@@ -45,6 +47,7 @@ _DTYPES = {
 }
 #: How safetensors calls a dtype.
 SAFETENSORS_NAMES = {name: code for code, name in _DTYPES.items()}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 def read_safetensors(path: str) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts], dict[str, str]]:
@@ -82,22 +85,28 @@ def parse_header(
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
-    ranges = sorted((_parse_entry(name, entry, path) for name, entry in entries.items()), key=lambda r: r[:2])
+    ranges = []
+    for name, entry in entries.items():
+        try:
+            ranges.append((name, *_parse_entry(entry)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: tensor {name!r}: {error}") from None
+    ranges.sort(key=itemgetter(1, 2))
     data_start, frontier = 8 + len(header), 0
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
-    for start, end, name, dtype, shape in ranges:
+    for name, start, end, (dtype, shape, stride, _) in ranges:
         if start != frontier:
             kind = "overlap" if start < frontier else "leave a gap"
             raise CheckpointError(
                 f"{path}: tensor {name!r}: offsets [{start}, {end}] {kind} at {frontier}: damaged file"
             )
         frontier = end
-        tensors.append(TensorFacts(name, dtype, shape, len(storages), contiguous_strides(shape)))
+        tensors.append(TensorFacts(name, dtype, shape, len(storages), stride))
         storages.append(StorageFacts(0, data_start + start, end - start))
     if frontier > nbytes_data:
         raise CheckpointError(
-            f"{path} is truncated: tensor {ranges[-1][2]!r} ends at byte {frontier} of the data, "
+            f"{path} is truncated: tensor {ranges[-1][0]!r} ends at byte {frontier} of the data, "
             f"but only {nbytes_data} are there; download it again"
         )
     if frontier < nbytes_data:
@@ -105,38 +114,36 @@ def parse_header(
     return storages, tensors, metadata
 
 
-def _parse_entry(name: str, entry: Any, path: str) -> tuple[int, int, str, str, tuple[int, ...]]:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: needs dtype, shape and data_offsets, and nothing else")
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise CheckpointError(f"{where}: unknown dtype {entry['dtype']!r}; known: {', '.join(_DTYPES)}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: shape or data_offsets are not lists of sizes: damaged file")
-    check_shape(shape, where)
-    if entry["dtype"] == "F4":
-        shape = _pack_fp4(shape, where)
-    nbytes = math.prod(shape) * ITEMSIZE[dtype]
-    if nbytes != offsets[1] - offsets[0]:
-        raise CheckpointError(
-            f"{where}: {entry['dtype']} {entry['shape']} needs {nbytes} bytes, "
-            f"but its range holds {offsets[1] - offsets[0]}"
-        )
-    return offsets[0], offsets[1], name, dtype, tuple(shape)
+#: Dtype, shape and strides as torch has them, and bytes.
+_Form = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
 
-def _counts(values: Any) -> bool:
-    if not isinstance(values, list):
-        return False
-    for v in values:  # noqa: SIM110 - a generator costs twice as much here, for every tensor
-        if type(v) is not int or not 0 <= v < 2**63:
-            return False
-    return True
+def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
+    """Start and end in the data section, and the form. The caller says of which tensor an error speaks."""
+    if type(entry) is not dict or entry.keys() != _FIELDS:
+        raise CheckpointError("needs dtype, shape and data_offsets, and nothing else")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(code) is not str or code not in _DTYPES:
+        raise CheckpointError(f"unknown dtype {code!r}; known: {', '.join(_DTYPES)}")
+    if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        raise CheckpointError("shape or data_offsets are not lists of sizes: damaged file")
+    for size in (*shape, *offsets):
+        if type(size) is not int or not 0 <= size < 2**63:
+            raise CheckpointError("shape or data_offsets are not lists of sizes: damaged file")
+    start, end = offsets
+    form = _form(code, tuple(shape))
+    if form[3] != end - start:
+        raise CheckpointError(f"{code} {shape} needs {form[3]} bytes, but its range holds {end - start}")
+    return start, end, form
 
 
-def _pack_fp4(shape: list[int], where: str) -> list[int]:
-    if not shape or shape[-1] % 2:
-        raise CheckpointError(f"{where}: F4 packs two values into a byte, so the last dimension must be even")
-    return [*shape[:-1], shape[-1] // 2]
+@lru_cache(maxsize=4096)
+def _form(code: str, shape: tuple[int, ...]) -> _Form:
+    """Of a known dtype and checked sizes, which many tensors of a model share."""
+    check_shape(shape, code)
+    if code == "F4":
+        if not shape or shape[-1] % 2:
+            raise CheckpointError("F4 packs two values into a byte, so the last dimension must be even")
+        shape = (*shape[:-1], shape[-1] // 2)
+    dtype = _DTYPES[code]
+    return dtype, shape, contiguous_strides(shape), math.prod(shape) * ITEMSIZE[dtype]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from wan_loader.errors import CheckpointError
@@ -14,11 +15,10 @@ def parse_object(text: bytes, *, path: str, what: str) -> dict[str, Any]:
     """Parse a JSON object in which no key stands twice; `what` says in errors what the text is."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in out:
-                raise CheckpointError(f"{path}: key {name!r} stands twice in {what}: damaged file")
-            out[name] = value
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise CheckpointError(f"{path}: key {name!r} stands twice in {what}: damaged file")
         return out
 
     try:

@@ -8,11 +8,12 @@ each view is a storage of its own.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections import defaultdict
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
@@ -46,8 +47,7 @@ _OWN_MAP_BYTES = 1 << 20
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
 
 
-@dataclass(frozen=True, slots=True)
-class StoragePlan:
+class StoragePlan(NamedTuple):
     """What becomes of one storage: its dtype in the file and its dtype once loaded, None where it is only bytes."""
 
     storage: int
@@ -121,9 +121,10 @@ def lay_out(
 
     reads: storages of which only some bytes, from and to, are read; the others come from elsewhere.
     """
-    viewed = [p for p in plans if views and _can_view(checkpoint, p)]
-    among_viewed = {p.storage for p in viewed}
-    copied = [p for p in plans if p.storage not in among_viewed]
+    viewed: list[StoragePlan] = []
+    copied: list[StoragePlan] = []
+    for plan in plans:
+        (viewed if views and _can_view(checkpoint, plan) else copied).append(plan)
     misaligned = sum(views and not p.converts and not p.late for p in copied)
     return Layout(
         tuple(copied),
@@ -196,15 +197,31 @@ def allocate(checkpoint: Checkpoint, layout: Layout, device: torch.device, fds: 
         raise DeviceMemoryError(f"{checkpoint.path}: {device} has no room for its weights any more: {error}") from error
     shared: dict[int, mmap.mmap] = {}
     for plan in layout.viewed:
-        _add_tensors(placement, plan, _view(checkpoint, plan.storage, fds, shared), device)
+        dtype, shape, sole = _memory(plan, checkpoint.storages[plan.storage].nbytes)
+        flat = _view(checkpoint, plan.storage, dtype, fds, shared)
+        _add_tensors(placement, plan, flat.resize_(shape) if flat.shape != shape else flat, sole)
     return placement
 
 
 def _allocate_copied(placement: Placement, layout: Layout, device: torch.device) -> None:
+    import torch
+
     for plan, nbytes in zip(layout.copied, layout.copied_nbytes, strict=True):
-        flat = _storage(placement, plan, nbytes, device)
+        dtype, shape, sole = _memory(plan, nbytes)
+        whole = torch.empty(shape, dtype=dtype, device=device)
+        _add_tensors(placement, plan, whole, sole)
         source = torch_dtype(plan.source) if plan.source and plan.converts else None
-        placement.destinations.append(Destination(flat, flat.data_ptr(), source))
+        placement.destinations.append(Destination(whole, whole.data_ptr(), source))
+
+
+def _memory(plan: StoragePlan, nbytes: int) -> tuple[Any, tuple[int, ...], bool]:
+    """What the memory of a storage is made as: dtype, shape, and whether that is its only tensor."""
+    if plan.target is None:
+        return torch_dtype("uint8"), (nbytes,), False
+    first, count = plan.tensors[0], nbytes // ITEMSIZE[plan.target]
+    whole = first.offset == 0 and math.prod(first.shape) == count and first.stride == contiguous_strides(first.shape)
+    sole = whole and len(plan.tensors) == 1
+    return torch_dtype(plan.target), first.shape if sole else (count,), sole
 
 
 def _reserve_cuda(layout: Layout, device: torch.device) -> None:
@@ -216,8 +233,10 @@ def _reserve_cuda(layout: Layout, device: torch.device) -> None:
         torch.empty(large, dtype=torch.uint8, device=device)  # freed at once: it stays with the allocator
 
 
-def _view(checkpoint: Checkpoint, storage: int, fds: Sequence[int], shared: dict[int, mmap.mmap]) -> torch.Tensor:
-    """The bytes of a storage as a private mapping: written pages become copies, the file is never changed.
+def _view(
+    checkpoint: Checkpoint, storage: int, dtype: torch.dtype, fds: Sequence[int], shared: dict[int, mmap.mmap]
+) -> torch.Tensor:
+    """The elements of a storage as a private mapping: written pages become copies, the file is never changed.
 
     Each has a mapping of its own, so that freeing it frees the pages that were written; small ones share one a file.
     """
@@ -226,14 +245,15 @@ def _view(checkpoint: Checkpoint, storage: int, fds: Sequence[int], shared: dict
     facts = checkpoint.storages[storage]
     file = checkpoint.files[facts.file]
     if facts.nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=dtype)
+    count = facts.nbytes // dtype.itemsize
     if facts.nbytes >= _OWN_MAP_BYTES:
         start = facts.start // PAGE * PAGE
         mapping = _map_private(fds[facts.file], start, facts.start + facts.nbytes - start, file)
-        return torch.frombuffer(mapping, dtype=torch.uint8, count=facts.nbytes, offset=facts.start - start)
+        return torch.frombuffer(mapping, dtype=dtype, count=count, offset=facts.start - start)
     if facts.file not in shared:
         shared[facts.file] = _map_private(fds[facts.file], 0, file.nbytes, file)
-    return torch.frombuffer(shared[facts.file], dtype=torch.uint8, count=facts.nbytes, offset=facts.start)
+    return torch.frombuffer(shared[facts.file], dtype=dtype, count=count, offset=facts.start)
 
 
 def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> mmap.mmap:
@@ -244,31 +264,16 @@ def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> mmap.mmap
         raise CheckpointError(f"{file.path} cannot be mapped ({error}): load it with io='buffered'") from error
 
 
-def _storage(placement: Placement, plan: StoragePlan, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory for a copied storage, and its tensors on it; returns the storage as a 1-D tensor."""
+def _add_tensors(placement: Placement, plan: StoragePlan, whole: torch.Tensor, sole: bool) -> None:
+    """Name the tensors of a storage. sole: `whole`, which holds all of it, is the only one."""
     import torch
 
-    if plan.target is None:
-        flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    else:
-        dtype, count = torch_dtype(plan.target), nbytes // ITEMSIZE[plan.target]
-        first = plan.tensors[0]
-        whole = first.offset == 0 and first.stride == contiguous_strides(first.shape)
-        if len(plan.tensors) == 1 and whole and first.nbytes == count * ITEMSIZE[first.dtype]:
-            tensor = torch.empty(first.shape, dtype=dtype, device=device)
-            placement.tensors[first.name] = tensor
-            return tensor.view(-1)
-        flat = torch.empty(count, dtype=dtype, device=device)
-    _add_tensors(placement, plan, flat, device)
-    return flat
-
-
-def _add_tensors(placement: Placement, plan: StoragePlan, flat: torch.Tensor, device: torch.device) -> None:
-    import torch
-
-    memory = flat.untyped_storage()
+    if sole:
+        placement.tensors[plan.tensors[0].name] = whole
+        return
+    memory = whole.untyped_storage()
     for facts in plan.tensors:
-        tensor = torch.empty(0, dtype=torch_dtype(plan.target or facts.dtype), device=device)
+        tensor = torch.empty(0, dtype=torch_dtype(plan.target or facts.dtype), device=whole.device)
         placement.tensors[facts.name] = tensor.set_(memory, facts.offset, facts.shape, facts.stride)
 
 

@@ -118,7 +118,7 @@ def divide(
         cut = spread.n_blocks > 1
         if cut and _row_by_row(tensor) and checkpoint.format != "torch-pickle":
             block, storage = _block(tensor, checkpoint.storages[tensor.storage], spread)
-            facts.append(replace(block, storage=len(storages)))
+            facts.append(block._replace(storage=len(storages)))
             storages.append(storage)
             holders.append(spread.holders)
             continue
@@ -128,7 +128,7 @@ def divide(
             whole[tensor.storage] = len(storages)
             storages.append(checkpoint.storages[tensor.storage])
             holders.append(shared.get(tensor.storage, (rank,)))
-        facts.append(replace(tensor, storage=whole[tensor.storage]))
+        facts.append(tensor._replace(storage=whole[tensor.storage]))
     warnings = (f"{len(cuts)} tensors are not stored row by row: every process reads them whole",) if cuts else ()
     local = replace(
         checkpoint, storages=tuple(storages), tensors=tuple(facts), warnings=(*checkpoint.warnings, *warnings)
@@ -159,7 +159,7 @@ def _block(tensor: TensorFacts, storage: StorageFacts, spread: Spread) -> tuple[
     shape = (last - first, *tensor.shape[1:])
     row_nbytes = tensor.nbytes // max(tensor.shape[0], 1)
     start = storage.start + tensor.offset * ITEMSIZE[tensor.dtype] + first * row_nbytes
-    block = replace(tensor, shape=shape, stride=contiguous_strides(shape), offset=0)
+    block = tensor._replace(shape=shape, stride=contiguous_strides(shape), offset=0)
     return block, StorageFacts(storage.file, start, (last - first) * row_nbytes)
 
 

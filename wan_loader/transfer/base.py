@@ -6,8 +6,7 @@ that submits copies asks for a line of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,16 +30,20 @@ class Ticket(Protocol):
         """Return once the source bytes are no longer needed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where a storage ends up: the 1-D tensor `flat` owns (or views the whole of) its memory.
+class Destination(NamedTuple):
+    """Where a storage ends up: the contiguous tensor `whole` owns (or views the whole of) its memory.
 
     `source_dtype` is the dtype in the file where the bytes are converted on the way, else None: they are copied.
     """
 
-    flat: Any
+    whole: Any
     address: int
     source_dtype: Any = None
+
+    @property
+    def flat(self) -> Any:
+        """The storage as a 1-D tensor."""
+        return self.whole.view(-1)
 
 
 class Line(Protocol):

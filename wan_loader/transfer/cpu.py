@@ -38,7 +38,7 @@ class CpuTarget:
         """Say where storages go."""
         self._destinations = destinations
         for destination in destinations:
-            if (nbytes := destination.flat.nbytes) >= _HUGE:
+            if (nbytes := destination.whole.nbytes) >= _HUGE:
                 prefer_huge_pages(destination.address, nbytes)
 
     def line(self) -> CpuTarget:

@@ -174,7 +174,7 @@ class _Line:
 
     def _dtypes(self, piece: Piece) -> tuple[Any, Any]:
         destination = self._target.destinations[piece.storage]
-        return destination.source_dtype, destination.flat.dtype
+        return destination.source_dtype, destination.whole.dtype
 
     def _cast(self, address: int, file_start: int, source_dtype: Any, pieces: Sequence[Piece]) -> None:
         """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
