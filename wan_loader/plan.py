@@ -162,15 +162,14 @@ def _borders(block: Block, nbytes: int) -> Iterable[int]:
 def _runs(extents: Iterable[Extent], max_gap: int) -> Iterable[Block]:
     """Extents that follow each other, as one block each."""
     run: list[Piece] = []
-    file = -1
-    for extent in extents:
-        if extent.start == extent.end:
+    run_file, run_end = -1, 0
+    for storage, file, start, end, itemsize, storage_start in extents:
+        if start == end:
             continue
-        if run and not (file == extent.file and 0 <= extent.start - run[-1].file_end <= max_gap):
-            yield Block(Way.BUFFERED, file, run[0].file_start, run[-1].file_end, tuple(run))
+        if run and not (file == run_file and 0 <= start - run_end <= max_gap):
+            yield Block(Way.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
             run = []
-        file = extent.file
-        nbytes = extent.end - extent.start
-        run.append(Piece(extent.storage, extent.storage_start, extent.start, nbytes, extent.itemsize))
+        run.append(Piece(storage, storage_start, start, end - start, itemsize))
+        run_file, run_end = file, end
     if run:
-        yield Block(Way.BUFFERED, file, run[0].file_start, run[-1].file_end, tuple(run))
+        yield Block(Way.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))

@@ -189,6 +189,17 @@ def test_threads_and_tensors_larger_than_a_block(tmp_path, device, mode, threads
 
 
 @pytest.mark.parametrize("mode", IO)
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["as it is", "converted"])
+def test_thousands_of_small_tensors(tmp_path, device, mode, dtype):
+    """Of one size and of many: neighbours in the file may be neighbours on the device, and must not mix."""
+    values = torch.randn(3_000_000).to(torch.bfloat16)
+    sizes = [512] * 5000 + [1 + i * 7 % 600 for i in range(1000)]
+    tensors = {f"w{i}": t.clone() for i, t in enumerate(values[: sum(sizes)].split(sizes))}
+    loaded = wan_loader.load_file(write("safetensors", tmp_path, tensors), device=device, io=mode, dtype=dtype)
+    same_dicts(loaded, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("mode", IO)
 @pytest.mark.parametrize("remainder", [0, 1, 2, 3, 4, 7, 8, 9, 15])
 def test_misaligned_data_section(tmp_path, device, mode, remainder):
     dtypes = [getattr(torch, name) for name in ST_NAMES]

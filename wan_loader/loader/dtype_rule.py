@@ -29,7 +29,8 @@ class DtypeRule:
         """The dtype that a tensor of dtype `source` gets."""
         if self.dtype is None or source not in FLOATING:
             return source
-        name = self.module_names.get(name, name)
-        if any(f".{part}." in f".{name}." for part in self.keep_fp32):
-            return "float32"
+        if self.keep_fp32:
+            dotted = f".{self.module_names.get(name, name)}."
+            if any(f".{part}." in dotted for part in self.keep_fp32):
+                return "float32"
         return self.dtype

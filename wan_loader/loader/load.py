@@ -213,12 +213,13 @@ def _move(
             reads = team.reads(plans) if team is not None else {}
             layout = lay_out(checkpoint, plans, views=views, reads=reads)
             check_memory(layout, device, checkpoint.path, sharers)
+            nbytes_read = layout.nbytes_read
             residency = Residency(reader.fds)
             resident = residency.total((*layout.extents, *layout.viewed_extents))
             way = choose_way(io, may_map=cuda and check is None, reader=reader, residency=residency)
             # what lies between a process's own bytes, others read
             gap = MAX_GAP if team is None else PAGE
-            size = block_bytes(layout.nbytes_read, check.block_bytes if check is not None else SLOT_BYTES)
+            size = block_bytes(nbytes_read, check.block_bytes if check is not None else SLOT_BYTES)
             plan = make_plan(layout.extents, block_bytes=size, way=way, max_gap=gap)
             settings = engine_settings(
                 plan,
@@ -242,10 +243,10 @@ def _move(
             for file in checkpoint.files:
                 file.check_unchanged()
             if team is not None:
-                used |= team.exchange(layout.copied, placement.destinations, layout.nbytes_read, observer)
+                used |= team.exchange(layout.copied, placement.destinations, nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
-    reason = explain(io, resident, layout.nbytes_read, viewed)
+    reason = explain(io, resident, nbytes_read, viewed)
     return _Moved(
         placement.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
     )

@@ -40,11 +40,11 @@ class Residency:
         Extents that touch are asked for together: one system call for a file that is wanted whole.
         """
         spans: list[list[int]] = []
-        for extent in sorted(extents, key=lambda e: (e.file, e.start)):
-            if spans and spans[-1][0] == extent.file and extent.start <= spans[-1][2]:
-                spans[-1][2] = max(spans[-1][2], extent.end)
+        for file, start, end in sorted((e.file, e.start, e.end) for e in extents):
+            if spans and spans[-1][0] == file and start <= spans[-1][2]:
+                spans[-1][2] = max(spans[-1][2], end)
             else:
-                spans.append([extent.file, extent.start, extent.end])
+                spans.append([file, start, end])
         try:
             return sum(cached_bytes(self.fds[file], start, end - start) for file, start, end in spans)
         except OSError:

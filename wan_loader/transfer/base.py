@@ -43,7 +43,7 @@ class Destination(NamedTuple):
     @property
     def flat(self) -> Any:
         """The storage as a 1-D tensor."""
-        return self.whole.view(-1)
+        return self.whole if self.whole.dim() == 1 else self.whole.view(-1)
 
 
 class Line(Protocol):
