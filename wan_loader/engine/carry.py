@@ -1,11 +1,11 @@
-"""Carries out a plan, in two threads.
+"""Carries out a plan, in at most three threads.
 
 The calling thread looks after staging: it starts reads into slots (`lanes`; the C library's threads carry them out),
-and submits the copy of each slot as it fills. A second thread looks after mapped windows: it registers their pages with
-the driver and submits their copies. Registering is slower than the PCIe link and no further thread makes it faster, so
-staging takes windows too, from the far end of the queue; both meet when everything is done.
+and submits the copy of each slot as it fills. Two threads look after mapped windows: one faults their pages in, one
+registers them with the driver and submits their copies. Registering is slower than the PCIe link and no further thread
+makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything is done.
 
-The first failure ends both and is raised.
+The first failure ends all and is raised.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Carried", "EngineSettings", "carry_out"]
 
+#: Windows faulted in before the one that is being registered is done.
+_WINDOWS_AHEAD = 2
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
 #: How soon one thread notices that the other has failed.
@@ -108,8 +111,8 @@ def carry_out(
 ) -> tuple[P, Carried]:
     """Move every block of the plan into the target and wait until it has arrived.
 
-    `prepare` allocates the destinations and returns them. It runs first: beside reader threads it would wait for the
-    interpreter at every tensor, which takes ten times longer than to allocate one. The caller must call `release` on
+    `prepare` allocates the destinations and returns them, while the first reads are under way; it runs before other
+    Python threads do, beside which it would wait for the interpreter at every tensor. The caller must call `release` on
     the `Carried`. Raises the first failure of any thread; then everything is released.
     """
     load = _Load(plan, reader, target, settings, prepare, observer)
@@ -134,11 +137,11 @@ class _Load(Generic[P]):
         self._prepare = prepare
         self._observer = observer
         self._work = Work(plan, settings.slot_bytes, may_steal=settings.may_steal)
-        self._is_empty = not plan.blocks
         self._mapper: threading.Thread | None = None
+        self._faulted: SimpleQueue[tuple[Block, int] | None] = SimpleQueue()
+        self._may_fault = threading.Semaphore(_WINDOWS_AHEAD)
         self._failure: BaseException | None = None
         self._lanes: Lanes | None = None
-        self._line: Line
         self._copying: deque[tuple[Ticket, Desk]] = deque()
         self._carried = Carried()
         self._pin_slots = target.can_pin
@@ -146,10 +149,11 @@ class _Load(Generic[P]):
 
     def run(self) -> Carried:
         try:
+            if self._work.is_left:
+                self._start_reads(self._open_lanes())
             self.prepared = self._prepare()
             self._target.bind(self.prepared.destinations)
-            if not self._is_empty:
-                self._carry_all()
+            self._carry_all()
             with span(self._observer, "wait"):
                 self._target.finish()
         except BaseException:
@@ -161,11 +165,11 @@ class _Load(Generic[P]):
 
     def _carry_all(self) -> None:
         if self._work.has_windows:
-            self._mapper = threading.Thread(target=self._map_guarded, name="mapper", daemon=True)
+            self._mapper = threading.Thread(target=self._guarded, args=(self._map_all,), name="mapper", daemon=True)
             self._mapper.start()
-        while (mapper := self._living_mapper()) is not None or self._work.is_left:
-            if self._work.is_left:
-                self._stage_all()
+        while (mapper := self._living_mapper()) is not None or self._is_staging():
+            if self._is_staging():
+                self._stage_all(self._lanes or self._open_lanes())
             elif mapper is not None:
                 mapper.join(_PATIENCE_S)
         self._raise_failure()
@@ -200,25 +204,32 @@ class _Load(Generic[P]):
 
     # staging: the calling thread
 
-    def _stage_all(self) -> None:
+    def _open_lanes(self) -> Lanes:
+        staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
+        self._carried.cleanups.append(staging.close)
+        self._carried.staging_nbytes = staging.nbytes
+        self._lanes = Lanes(self._settings.threads, self._reader, staging, self._observer)
+        return self._lanes
+
+    def _is_staging(self) -> bool:
+        return self._work.is_left or (self._lanes is not None and self._lanes.n_reading > 0)
+
+    def _start_reads(self, lanes: Lanes) -> None:
+        while lanes.has_free and (part := self._work.next_part()) is not None:
+            lanes.start(part)
+
+    def _stage_all(self, lanes: Lanes) -> None:
         """Bring everything that is left for staging on its way."""
-        if self._lanes is None:
-            staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
-            self._carried.cleanups.append(staging.close)
-            self._carried.staging_nbytes = staging.nbytes
-            self._lanes = Lanes(self._settings.threads, self._reader, staging, self._observer)
-            self._line = self._target.line()
-        lanes = self._lanes
-        while self._work.is_left or lanes.n_reading:
+        line = self._target.line()
+        while self._is_staging():
             while self._copying and self._copying[0][0].done():
                 lanes.give_back(self._copying.popleft()[1])
-            while lanes.has_free and (part := self._work.next_part()) is not None:
-                lanes.start(part)
+            self._start_reads(lanes)
             if not lanes.n_reading and self._copying:
                 with span(self._observer, "wait", track="reader"):
                     self._copying[0][0].wait()
             for desk in lanes.finished(_PATIENCE_S):
-                self._submit_slot(desk, lanes, self._line)
+                self._submit_slot(desk, lanes, line)
             self._raise_failure()
 
     def _submit_slot(self, desk: Desk, lanes: Lanes, line: Line) -> None:
@@ -249,25 +260,39 @@ class _Load(Generic[P]):
             slot.pinned = True
             self._carried.pinned_nbytes += len(slot.view)
 
-    # windows: the mapper thread
+    # windows: two other threads
 
-    def _map_guarded(self) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            self._map_all()
+            work()
         except BaseException as failure:
-            self._failure = failure
+            self._failure = self._failure or failure
             self._work.cancel()
+            self._may_fault.release()  # the one who waits finds nothing left
+
+    def _fault_all(self) -> None:
+        try:
+            while self._may_fault.acquire() and (block := self._work.next_window()) is not None:
+                self._faulted.put((block, self._fault_in(block)))
+        finally:
+            self._faulted.put(None)
 
     def _map_all(self) -> None:
-        line = self._target.line()
-        while (block := self._work.next_window()) is not None:
-            address = self._fault_in(block)
-            if self._target.can_pin and not self._pin_window(block, address):
-                self._work.map_nothing(block)
-                return
-            if line.submit(address, block.page_start, block.pieces) is None:
-                forget(address, block.page_end - block.page_start)
-            self._carried.nbytes[Way.MAPPED] += block.nbytes
+        threading.Thread(target=self._guarded, args=(self._fault_all,), name="mapper ahead", daemon=True).start()
+        line, refused = self._target.line(), False
+        while (found := self._faulted.get()) is not None:
+            refused = refused or not self._map_window(line, *found)
+            if refused:
+                self._work.map_nothing(found[0])
+            self._may_fault.release()
+
+    def _map_window(self, line: Line, block: Block, address: int) -> bool:
+        if self._target.can_pin and not self._pin_window(block, address):
+            return False
+        if line.submit(address, block.page_start, block.pieces) is None:
+            forget(address, block.page_end - block.page_start)
+        self._carried.nbytes[Way.MAPPED] += block.nbytes
+        return True
 
     def _fault_in(self, block: Block) -> int:
         """Map a block's pages; returns the address of the first."""
