@@ -17,7 +17,11 @@ def test_benchmark_runs(tmp_path):
     words = [tmp_path, "--size", "tiny", "--device", "cpu", "--repeat", "1", "--no-cold"]
     words += ["--only", "divided, usual", "--only", "replicated, wan-loader"]
     words += ["--dtype", "float16", "--output", tmp_path / "out.json"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     script = ROOT / "benchmarks" / "several_gpus.py"
     done = subprocess.run(
         [sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True, check=False

@@ -1,10 +1,8 @@
 """One process of test_together.py: loads in every way that processes can share, and compares bit for bit."""
 
-import contextlib
 import os
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_loader
 from wan_loader.formats.facts import Checkpoint
@@ -94,11 +93,12 @@ def fsdp(n):
     plain.load_state_dict(REFERENCE)
     x = torch.arange(12, device=DEVICE)
     module = sharded()
-    with allocations() as shapes:
+    with Allocations() as allocated:
         report, _ = counted(
             lambda: wan_loader.load_into(module, HERE / "net.safetensors", device=DEVICE, io="buffered"),
             nbytes_of("net"),
         )
+    shapes = allocated.shapes
     assert not shapes & {(1031, 96), (1031 * 96,), (1500, 96), (1500 * 96,)}  # nobody ever held a whole one
     assert module.embed.weight.to_local().shape in shapes
     local = sum(p.to_local().nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
@@ -185,19 +185,18 @@ def dist_rank():
     return int(os.environ["RANK"])
 
 
-@contextlib.contextmanager
-def allocations():
-    """The shapes of what is allocated in the body, on any device but meta."""
-    shapes, original = set(), torch.empty
+class Allocations(TorchDispatchMode):
+    """Keeps the shapes of what is allocated meanwhile in this thread, on any device but meta."""
 
-    def recorded(*words, **options):
-        tensor = original(*words, **options)
-        if not tensor.is_meta:
-            shapes.add(tuple(tensor.shape))
-        return tensor
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
 
-    with mock.patch.object(torch, "empty", recorded):
-        yield shapes
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if "empty" in function.name() and not out.is_meta:
+            self.shapes.add(tuple(out.shape))
+        return out
 
 
 def rows(count, n):

@@ -37,7 +37,7 @@ def test_a_whole_run(tiny_wan, tmp_path):
     """A fresh process: headers, prewarm, imports, loads, and the report of all that."""
     words = [*SMALL, "--ckpt_dir", tiny_wan(), "--device", "cpu", "--save_file", tmp_path / "cats.mp4"]
     words += ["--profile-out", tmp_path / "run.json"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-m", "wan_pipeline", "generate", *map(str, words)], env=env, capture_output=True, text=True
     )
@@ -170,7 +170,7 @@ def test_benchmark_runs(tmp_path):
         "--output",
         tmp_path / "out.json",
     ]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     script = ROOT / "benchmarks" / "pipeline_start.py"
     done = subprocess.run([sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
