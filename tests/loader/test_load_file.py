@@ -505,7 +505,7 @@ def test_half_resident_file_goes_both_ways(tmp_path, device, evict, resident):
     before = resident(path)
     report = (loaded := wan_loader.load(path, device=device, dtype="bf16")).report
     assert report.io.nbytes_direct > 8 * MiB
-    assert (report.io.nbytes_mapped if device == "cuda" else report.io.nbytes_buffered) > 8 * MiB
+    assert report.io.nbytes_mapped + report.io.nbytes_buffered > 8 * MiB  # which, depends on the number of processors
     assert half - MiB <= report.io.resident_before <= half + 2 * MiB
     assert "%" in report.io.reason
     assert resident(path) <= before + MiB

@@ -1,11 +1,11 @@
-"""Carries out a plan, in at most three threads.
+"""Carries out a plan, in two threads at most.
 
 The calling thread looks after staging: it starts reads into slots (`lanes`; the C library's threads carry them out),
-and submits the copy of each slot as it fills. Two threads look after mapped windows: one faults their pages in, one
-registers them with the driver and submits their copies. Registering is slower than the PCIe link and no further thread
-makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything is done.
+and submits the copy of each slot as it fills. A second thread looks after mapped windows: it registers their pages with
+the driver and submits their copies. Registering is slower than the PCIe link and no further thread makes it faster, so
+staging takes windows too, from the far end of the queue; both meet when everything is done.
 
-The first failure ends all and is raised.
+The first failure ends both and is raised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Carried", "EngineSettings", "carry_out"]
 
-#: Windows faulted in before the one that is being registered is done.
-_WINDOWS_AHEAD = 2
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
 #: How soon one thread notices that the other has failed.
@@ -138,8 +135,6 @@ class _Load(Generic[P]):
         self._observer = observer
         self._work = Work(plan, settings.slot_bytes, may_steal=settings.may_steal)
         self._mapper: threading.Thread | None = None
-        self._faulted: SimpleQueue[tuple[Block, int] | None] = SimpleQueue()
-        self._may_fault = threading.Semaphore(_WINDOWS_AHEAD)
         self._failure: BaseException | None = None
         self._lanes: Lanes | None = None
         self._copying: deque[tuple[Ticket, Desk]] = deque()
@@ -165,7 +160,7 @@ class _Load(Generic[P]):
 
     def _carry_all(self) -> None:
         if self._work.has_windows:
-            self._mapper = threading.Thread(target=self._guarded, args=(self._map_all,), name="mapper", daemon=True)
+            self._mapper = threading.Thread(target=self._map_guarded, name="mapper", daemon=True)
             self._mapper.start()
         while (mapper := self._living_mapper()) is not None or self._is_staging():
             if self._is_staging():
@@ -260,31 +255,20 @@ class _Load(Generic[P]):
             slot.pinned = True
             self._carried.pinned_nbytes += len(slot.view)
 
-    # windows: two other threads
+    # windows: the mapper thread
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _map_guarded(self) -> None:
         try:
-            work()
+            self._map_all()
         except BaseException as failure:
-            self._failure = self._failure or failure
+            self._failure = failure
             self._work.cancel()
-            self._may_fault.release()  # the one who waits finds nothing left
-
-    def _fault_all(self) -> None:
-        try:
-            while self._may_fault.acquire() and (block := self._work.next_window()) is not None:
-                self._faulted.put((block, self._fault_in(block)))
-        finally:
-            self._faulted.put(None)
 
     def _map_all(self) -> None:
-        threading.Thread(target=self._guarded, args=(self._fault_all,), name="mapper ahead", daemon=True).start()
-        line, refused = self._target.line(), False
-        while (found := self._faulted.get()) is not None:
-            refused = refused or not self._map_window(line, *found)
-            if refused:
-                self._work.map_nothing(found[0])
-            self._may_fault.release()
+        line = self._target.line()
+        while (block := self._work.next_window()) is not None:
+            if not self._map_window(line, block, self._fault_in(block)):
+                self._work.map_nothing(block)
 
     def _map_window(self, line: Line, block: Block, address: int) -> bool:
         if self._target.can_pin and not self._pin_window(block, address):

@@ -27,7 +27,14 @@ from wan_loader.loader.devices import (
 )
 from wan_loader.loader.placement import allocate, check_memory, convert_storage, lay_out, plan_storages
 from wan_loader.loader.route import choose_way, explain
-from wan_loader.loader.settings import SLOT_BYTES, block_bytes, check_io, check_threads, engine_settings
+from wan_loader.loader.settings import (
+    SLOT_BYTES,
+    block_bytes,
+    check_io,
+    check_threads,
+    engine_settings,
+    prefers_mapping,
+)
 from wan_loader.machine import machine_card, memory_limit, peak_resident, processors, reset_peak_resident
 from wan_loader.plan import MAX_GAP, PAGE, Way, make_plan
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
@@ -216,7 +223,8 @@ def _move(
             nbytes_read = layout.nbytes_read
             residency = Residency(reader.fds)
             resident = residency.total((*layout.extents, *layout.viewed_extents))
-            way = choose_way(io, may_map=cuda and check is None, reader=reader, residency=residency)
+            may_map = cuda and check is None and prefers_mapping(processors() // sharers)
+            way = choose_way(io, may_map=may_map, reader=reader, residency=residency)
             # what lies between a process's own bytes, others read
             gap = MAX_GAP if team is None else PAGE
             size = block_bytes(nbytes_read, check.block_bytes if check is not None else SLOT_BYTES)

@@ -21,10 +21,12 @@ _WORTH = 0.25
 def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
     """The rule for `make_plan`.
 
-    Resident pages are mapped for the GPU, and read with ordinary calls for the CPU, where a mapped file that shrinks
-    would kill the process. Cold ranges are read with O_DIRECT, which leaves the page cache as it was. Of a range that
-    is partly there, an ordinary read fetches only the rest; O_DIRECT would fetch all of it.
-    may_map: whether the target can fetch mapped pages, and the bytes need not pass through this process.
+    Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
+    CPU, where a mapped file that shrinks would kill the process. Cold ranges are read with O_DIRECT, which leaves the
+    page cache as it was. Of a range that is partly there, an ordinary read fetches only the rest; O_DIRECT would fetch
+    all of it.
+    may_map: whether the target can fetch mapped pages, is best served so, and the bytes need not pass through this
+    process.
     """
 
     def direct(file: int) -> Way:

@@ -20,6 +20,7 @@ __all__ = [
     "check_io",
     "check_threads",
     "engine_settings",
+    "prefers_mapping",
 ]
 
 MiB = 1 << 20
@@ -49,6 +50,15 @@ def block_bytes(nbytes: int, at_least: int = SLOT_BYTES) -> int:
     while size < MAX_BLOCK_BYTES and size * 64 < nbytes:
         size *= 2
     return size
+
+
+def prefers_mapping(processors: int) -> bool:
+    """Whether pages that are resident should be registered with the driver rather than read through staging.
+
+    Registering takes a tenth of the processor time, but holds locks that slow staging beside it down: on some machines
+    by half. Staging alone keeps the link busy from eight processors on (docs/design/mapped-and-staged.md).
+    """
+    return processors < _LANES
 
 
 def check_io(io: str) -> None:

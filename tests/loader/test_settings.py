@@ -1,0 +1,98 @@
+"""Decisions: ways, threads, sizes, from the plan and the machine."""
+
+import pytest
+
+from wan_loader.errors import HostMemoryError
+from wan_loader.loader.route import choose_way
+from wan_loader.loader.settings import (
+    MAX_STAGING_BYTES,
+    SLOT_BYTES,
+    block_bytes,
+    engine_settings,
+    prefers_mapping,
+)
+from wan_loader.plan import Extent, Way, make_plan
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+class Residency:
+    def __init__(self, share):
+        self.share = lambda file, start, end: share
+
+
+class Reader:
+    def __init__(self, direct):
+        self.open_direct = lambda file: direct
+
+
+def plan(*ways):
+    ways = list(ways)
+    extents = [Extent(i, 0, i * GiB, i * GiB + 32 * MiB) for i in range(len(ways))]
+    return make_plan(extents, block_bytes=32 * MiB, way=lambda file, start, end: ways[start // GiB])
+
+
+def settings(*ways, io="auto", threads=None, memory=64 * GiB, processors=16, cuda=True, **options):
+    return engine_settings(
+        plan(*ways), io=io, threads=threads, memory_limit=memory, processors=processors, cuda=cuda, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "processors", "direct", "way"),
+    [
+        (1.0, 4, True, Way.MAPPED),
+        (1.0, 16, True, Way.BUFFERED),
+        (0.6, 4, True, Way.BUFFERED),
+        (0.0, 16, True, Way.DIRECT),
+        (0.0, 16, False, Way.BUFFERED),
+    ],
+)
+def test_auto_goes_by_residency_and_processors(share, processors, direct, way):
+    may_map = prefers_mapping(processors)
+    rule = choose_way("auto", may_map=may_map, reader=Reader(direct), residency=Residency(share))
+    assert rule(0, 0, MiB) is way
+
+
+def test_what_is_asked_for_is_done():
+    for io, way in (("mapped", Way.MAPPED), ("direct", Way.DIRECT), ("buffered", Way.BUFFERED)):
+        rule = choose_way(io, may_map=False, reader=Reader(True), residency=Residency(0.0))
+        assert rule(0, 0, MiB) is way
+
+
+def test_slots_fit_what_they_are_for():
+    cached = settings(Way.BUFFERED)
+    assert cached.slot_bytes * cached.n_slots <= 100 * MiB, "stays in the processor's cache"
+    assert settings(Way.DIRECT).slot_bytes == settings(Way.BUFFERED, Way.DIRECT).slot_bytes == SLOT_BYTES
+    assert settings(Way.BUFFERED, cuda=False).slot_bytes == 16 * MiB
+    assert settings(Way.BUFFERED, slot_bytes=3 * MiB).slot_bytes == 3 * MiB
+
+
+def test_only_mapped_windows_are_stolen_and_only_for_the_gpu():
+    assert settings(Way.MAPPED).may_steal
+    assert settings(Way.MAPPED, io="mapped").threads == 1
+    assert not settings(Way.MAPPED, cuda=False).may_steal
+    assert not settings(Way.MAPPED, Way.DIRECT).may_steal
+
+
+@pytest.mark.parametrize("memory", [128 * MiB, 300 * MiB, 64 * GiB])
+@pytest.mark.parametrize("threads", [None, 1, 64])
+@pytest.mark.parametrize("way", list(Way))
+def test_staging_is_bounded(way, threads, memory):
+    chosen = settings(way, threads=threads, memory=memory)
+    assert chosen.slot_bytes * chosen.n_slots <= min(MAX_STAGING_BYTES, memory // 4)
+    assert 1 <= chosen.threads <= chosen.n_slots
+
+
+def test_too_little_memory_is_said():
+    with pytest.raises(HostMemoryError, match="allow more memory"):
+        settings(Way.DIRECT, memory=20 * MiB)
+
+
+def test_blocks_grow_with_the_load():
+    sizes = [block_bytes(nbytes) for nbytes in (1, 100 * MiB, 2 * GiB, 100 * GiB)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == SLOT_BYTES
+    assert all(size % SLOT_BYTES == 0 for size in sizes)
+    assert block_bytes(1, 16 * MiB) == 16 * MiB
