@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -125,6 +126,25 @@ def test_stopped(path, cache, caplog):
     assert rooms(cache) == NOTHING
     assert len(caplog.records) == 1
     build.stop()
+
+
+def test_stopped_after_ctrl_c_ended_the_waiting(path, cache, monkeypatch):
+    """What was interrupted while it waited for a build still waits for the end of it."""
+    write = build_module._Writer._write_all
+
+    def slow(self, part):
+        time.sleep(0.5)
+        write(self, part)
+
+    monkeypatch.setattr(build_module._Writer, "_write_all", slow)
+    build = wan_loader.load(path, dtype="bf16", cache=True, cache_dir=cache).build
+    interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        build.wait(20)
+    interrupt.join()
+    build.stop()
+    assert rooms(cache) == NOTHING
 
 
 def test_two_at_once_share_the_budget(path, cache):

@@ -102,18 +102,17 @@ def test_while_waiting_for_the_last_copies(path, times):
     check(target)
 
 
-def test_in_the_last_join(path, monkeypatch):
-    join = threading.Thread.join
-
-    def interrupted(self, timeout=None):
-        monkeypatch.setattr(threading.Thread, "join", join)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
-    target = Target(pin_s=0.02)
+@pytest.mark.parametrize("moment", [0.1, 0.25])
+def test_while_windows_are_registered(path, moment):
+    """What the other thread still does is waited for before anything is given back."""
+    target = Target(pin_s=0.1)
+    interrupt = threading.Timer(moment, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         carry(path, target, Way.MAPPED)
+    interrupt.join()
     check(target)
+    assert not target.registered
 
 
 def test_a_forgotten_result_stays_mapped(path):

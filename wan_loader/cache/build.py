@@ -65,6 +65,7 @@ class Build:
         self._digest_contents = digest_contents
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cache", daemon=False)
+        self._ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self.nbytes = outline.nbytes
         self.nbytes_written = 0
         self.nbytes_from_source = 0
@@ -81,14 +82,12 @@ class Build:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end, at most `timeout_s` seconds; says whether it has come."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._thread.ident is None or self._ended.wait(timeout_s)
 
     def stop(self) -> None:
         """Give up; what was written is removed. Returns when that is done."""
         self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self.wait()
 
     def _run(self) -> None:
         try:
@@ -99,6 +98,7 @@ class Build:
             _LOG.warning("not cached: %s", self.failure)
         finally:
             _running.discard(self)
+            self._ended.set()
 
     def _write(self) -> Manifest:
         files = [self._write_tensors(file) for file in self._outline.files]

@@ -134,7 +134,8 @@ class _Load(Generic[P]):
         self._prepare = prepare
         self._observer = observer
         self._work = Work(plan, settings.slot_bytes, may_steal=settings.may_steal)
-        self._mapper: threading.Thread | None = None
+        self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
+        self._mapper_ended.set()
         self._failure: BaseException | None = None
         self._lanes: Lanes | None = None
         self._copying: deque[tuple[Ticket, Desk]] = deque()
@@ -160,19 +161,16 @@ class _Load(Generic[P]):
 
     def _carry_all(self) -> None:
         if self._work.has_windows:
-            self._mapper = threading.Thread(target=self._map_guarded, name="mapper", daemon=True)
-            self._mapper.start()
-        while (mapper := self._living_mapper()) is not None or self._is_staging():
+            self._mapper_ended.clear()
+            threading.Thread(target=self._map_guarded, name="mapper", daemon=True).start()
+        while not self._mapper_ended.is_set() or self._is_staging():
             if self._is_staging():
                 self._stage_all(self._lanes or self._open_lanes())
-            elif mapper is not None:
-                mapper.join(_PATIENCE_S)
+            else:
+                self._mapper_ended.wait(_PATIENCE_S)
         self._raise_failure()
         if self._lanes is not None:
             self._lanes.end()
-
-    def _living_mapper(self) -> threading.Thread | None:
-        return self._mapper if self._mapper is not None and self._mapper.is_alive() else None
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -189,8 +187,7 @@ class _Load(Generic[P]):
         ending.join(_END_SECONDS)
 
     def _end(self) -> None:
-        if (mapper := self._living_mapper()) is not None:
-            mapper.join()
+        self._mapper_ended.wait()
         if self._lanes is not None:
             self._lanes.end()
         with suppress(BaseException):  # the failure that brought us here is the one to raise
@@ -263,6 +260,8 @@ class _Load(Generic[P]):
         except BaseException as failure:
             self._failure = failure
             self._work.cancel()
+        finally:
+            self._mapper_ended.set()
 
     def _map_all(self) -> None:
         line = self._target.line()
