@@ -15,6 +15,7 @@ import pytest
 
 from wan_loader.aio import Request
 from wan_loader.engine import EngineSettings, carry_out
+from wan_loader.engine.activity import loading
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan import PAGE, Extent, Way, make_plan
@@ -276,6 +277,19 @@ def test_slow_allocation_delays_nothing_but_the_submits(load, path, way):
         return SimpleNamespace(destinations=())
 
     check(load(way, prepare=prepare), path)
+
+
+@pytest.mark.parametrize(("way", "waits"), [(Way.MAPPED, True), (Way.BUFFERED, False)])
+def test_unregistering_windows_gives_way_to_other_loads(load, way, waits):
+    result = load(way, block_bytes=SLOT)
+    with loading():
+        releasing = threading.Thread(target=result.carried.release, args=(0.001,))
+        releasing.start()
+        releasing.join(0.5)
+        assert releasing.is_alive() == waits
+        assert bool(result.target.pinned) == waits
+    releasing.join(5)
+    assert result.target.pinned == {}
 
 
 # failure

@@ -41,8 +41,8 @@ __all__ = ["Carried", "EngineSettings", "carry_out"]
 _END_SECONDS = 0.9
 #: How soon one thread notices that the other has failed.
 _PATIENCE_S = 0.1
-#: How long memory may stay registered after a load because of others.
-_IDLE_SECONDS = 10.0
+#: How long windows may stay registered after a load because of others.
+_IDLE_SECONDS = 3.0
 
 
 class Prepared(Protocol):
@@ -84,12 +84,12 @@ class Carried:
     def release(self, pause_s: float = 0.0) -> None:
         """Unregister and unmap. In any thread, after the target has finished.
 
-        Unregistering holds the driver's lock. With `pause_s`, it gives way to other loads, and pauses between the steps
-        for whoever else uses the device.
+        Unregistering windows holds the driver's lock for long. With `pause_s`, that gives way to other loads, and there
+        are pauses between the steps for whoever else uses the device.
         """
         deadline = monotonic() + _IDLE_SECONDS
         while self.cleanups:
-            if pause_s:
+            if pause_s and self.registered_nbytes:
                 wait_until_idle(max(0.0, deadline - monotonic()))
             if not self.cleanups[-1]():
                 return  # still registered: what lies below must stay mapped
