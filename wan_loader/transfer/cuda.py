@@ -92,15 +92,17 @@ class CudaTarget:
         """Register host memory with the driver; raises `PinError`."""
         driver.register(address, nbytes, read_only=read_only)
         if self._converts:
-            view = _DeviceView(driver.device_address(address), nbytes)
-            self._views[address] = self.torch.as_tensor(view, device=self.device)
+            on_device = driver.device_address(address)
+            view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
+            if view.data_ptr() == on_device:  # a copy would keep what is there now
+                self._views[address] = view
 
     def unpin(self, address: int) -> bool:
         """Undo `pin`, in any thread."""
         return driver.unregister(address, self._context)
 
     def bytes_on_device(self, address: int, start: int, end: int) -> Any:
-        """Bytes `start` to `end` from `address` as a uint8 tensor for kernels: the memory itself where it is pinned."""
+        """Bytes `start` to `end` from `address` as a uint8 tensor for kernels: the memory itself if it is pinned."""
         if address in self._views:
             return self._views[address][start:end]
         raw = (ctypes.c_char * (end - start)).from_address(address + start)
