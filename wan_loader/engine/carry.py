@@ -233,8 +233,10 @@ class _Load(Generic[P]):
             self._pin_slot(slot)
         ticket = line.submit(slot.address, block.start - start, block.pieces)
         self._carried.nbytes[read.way] += block.nbytes
-        if ticket is None:
+        if ticket is None:  # the copy has taken its time
             lanes.give_back(desk)
+            lanes.look()
+            self._start_reads(lanes)
         else:
             self._copying.append((ticket, desk))
 

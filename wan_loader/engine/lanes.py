@@ -17,6 +17,8 @@ from wan_loader.events import Span, clock_ns
 from wan_loader.source.reader import BlockRead
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from wan_loader.events import Observer
     from wan_loader.plan import Block
     from wan_loader.source.reader import Reader
@@ -80,11 +82,12 @@ class Lanes:
         self._desks = [Desk(slot, self._lanes[i % n_lanes]) for i, slot in enumerate(staging.slots)]
         self._free = deque(self._desks)
         self._reading: list[Desk] = []
+        self._done: deque[Desk] = deque()
 
     @property
     def n_reading(self) -> int:
-        """Reads under way."""
-        return len(self._reading)
+        """Reads under way, or not yet asked for."""
+        return len(self._reading) + len(self._done)
 
     @property
     def has_free(self) -> bool:
@@ -103,18 +106,21 @@ class Lanes:
         """What was in the slot is no longer needed."""
         self._free.append(desk)
 
-    def finished(self, timeout_s: float) -> list[Desk]:
+    def finished(self, timeout_s: float) -> Iterator[Desk]:
         """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
-        done = self._collect()
-        if not done and self._reading:
+        self.look()
+        if not self._done and self._reading:
             wait_any([desk.request for desk in self._reading], timeout_s)
-            done = self._collect()
-        return done
+            self.look()
+        while self._done:
+            yield self._done.popleft()
 
-    def _collect(self) -> list[Desk]:
+    def look(self) -> None:
+        """Take note of reads that have ended: as soon as possible, since their spans end now."""
         done = [desk for desk in self._reading if self._is_done(desk)]
-        self._reading = [desk for desk in self._reading if desk not in done] if done else self._reading
-        return done
+        if done:
+            self._reading = [desk for desk in self._reading if desk not in done]
+            self._done.extend(done)
 
     def _is_done(self, desk: Desk) -> bool:
         assert desk.read is not None
