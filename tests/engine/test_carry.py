@@ -342,15 +342,16 @@ def test_failing_read(load, path, monkeypatch, way, nth):
 
 
 @pytest.mark.usefixtures("clean")
-def test_read_that_cannot_be_queued(load, path, monkeypatch):
-    start, calls = Request.start, iter(range(1, 1000))
+@pytest.mark.parametrize(("place", "name", "code"), [(Request, "start", 11), (os, "dup", 24)])
+def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
+    original, calls = getattr(place, name), iter(range(1, 1000))
 
     def failing(*args):
         if next(calls) >= 3:
-            raise OSError(11, "Resource temporarily unavailable")
-        start(*args)
+            raise OSError(code, os.strerror(code))
+        return original(*args)
 
-    monkeypatch.setattr(Request, "start", failing)
+    monkeypatch.setattr(place, name, failing)
     error = fails_within_a_second(CheckpointError, lambda: load(Way.BUFFERED))
     assert str(path) in str(error)
 

@@ -68,7 +68,7 @@ Dtype = Annotated[
 ]
 Io = Annotated[IoChoice, typer.Option(help="Way to read; auto chooses from what lies in the page cache.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=64, help="Reader threads.", show_default="chosen from the plan")
+    int | None, typer.Option(min=1, max=64, help="Reads side by side.", show_default="chosen from the plan")
 ]
 JsonOut = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 OutFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON document to a file.")]

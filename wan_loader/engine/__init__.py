@@ -1,4 +1,4 @@
-"""Carries out plans: the only threads of the package."""
+"""Carries out plans: reads, registers, submits copies, and cleans up behind them."""
 
 from wan_loader.engine.carry import Carried, EngineSettings, carry_out
 

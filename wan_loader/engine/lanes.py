@@ -144,9 +144,13 @@ class Lanes:
         start, nbytes, position = read.wanted
         desk.fd = read.fd
         try:
-            desk.request.start(desk.lane.begin(read.fd), desk.slot.address + start, nbytes, position)
+            own = desk.lane.begin(read.fd)
+            try:
+                desk.request.start(own, desk.slot.address + start, nbytes, position)
+            except OSError:
+                desk.lane.end(read.fd)
+                raise
         except OSError as error:
-            desk.lane.end(desk.fd)
             read.failed(error)
             self._ask(desk, read)
 
