@@ -69,7 +69,7 @@ def bench(
     ] = None,
     threads: Annotated[
         list[int] | None,
-        typer.Option(min=1, max=64, help="Reader threads of our loader; may be repeated.", show_default="chosen"),
+        typer.Option(min=1, max=64, help="Reads side by side of our loader; may be repeated.", show_default="chosen"),
     ] = None,
     part: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Only the first files that hold this much, such as 4GB.")
