@@ -6,6 +6,8 @@ import mmap
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -102,6 +104,41 @@ def test_memory_that_is_not_there(fd):
     with pytest.raises(OSError) as caught:
         wait(request)
     assert caught.value.errno == errno.EFAULT
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_forked_process_reads_without_its_parent_s_threads(fd, data, memory, tmp_path, depth):
+    code = """
+import ctypes, os, signal, sys
+from wan_loader.aio import Request, wait_any
+memory = ctypes.create_string_buffer(1000)
+fd = os.open(sys.argv[1], os.O_RDONLY)
+def read():
+    request = Request()
+    request.start(fd, ctypes.addressof(memory), 1000, 100)
+    while (nbytes := request.result()) is None:
+        wait_any([request], 1)
+    return nbytes
+def failing():
+    request = Request()
+    request.start(-1, ctypes.addressof(memory), 1000, 100)
+    try:
+        return request.result()
+    except OSError:
+        request.cancel()
+        return not request.running
+assert read() == 1000
+for _ in range(int(sys.argv[2])):  # while its threads are still there, idle
+    if pid := os.fork():
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    signal.alarm(5)
+    memory[:] = bytes(1000)
+    assert read() == 1000 and failing() is True
+os.write(1, memory.raw)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "f", str(depth)], capture_output=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == data[100:1100]
 
 
 @pytest.fixture

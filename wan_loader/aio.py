@@ -3,6 +3,9 @@
 Nothing of a read needs the interpreter: Python threads that read with preadv hand its lock around at every block, which
 on some machines takes longer than the reads. glibc runs the reads of one descriptor one after the other and those of
 different descriptors side by side, in up to 20 threads, which end when they have been idle for a second.
+
+A process that was forked has none of its parent's threads, which the library does not notice: reads would wait for
+ever. There, after any read of the parent, a read is carried out when it is started.
 """
 
 from __future__ import annotations
@@ -19,6 +22,17 @@ if TYPE_CHECKING:
 __all__ = ["Request", "wait_any"]
 
 _SIGEV_NONE = 1  # bits/sigevent-consts.h
+
+_used = False
+_orphaned = False
+
+
+def _after_fork() -> None:
+    global _orphaned
+    _orphaned = _used or _orphaned
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _ControlBlock(ctypes.Structure):
@@ -59,15 +73,21 @@ def _library(kind: type[ctypes.CDLL]) -> Any:
 class Request:
     """One read at a time. The memory that it fills, and the request itself, must stay until it is no longer running."""
 
-    __slots__ = ("_address", "_block", "running")
+    __slots__ = ("_address", "_block", "_outcome", "running")
 
     def __init__(self) -> None:
         self._block = _ControlBlock(sigev_notify=_SIGEV_NONE)
         self._address = ctypes.addressof(self._block)
+        self._outcome: int | OSError | None = None
         self.running = False
 
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
         """Begin to read `nbytes` of a file at `offset` into memory at `address`. OSError if it cannot be queued."""
+        global _used
+        if _orphaned:
+            self._outcome, self.running = _read(fd, address, nbytes, offset), True
+            return
+        _used = True
         block = self._block
         block.aio_fildes, block.aio_buf, block.aio_nbytes, block.aio_offset = fd, address, nbytes, offset
         self.running = True  # first: Ctrl-C may come right after the call
@@ -78,6 +98,11 @@ class Request:
 
     def result(self) -> int | None:
         """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
+        if _orphaned:
+            outcome, self._outcome, self.running = self._outcome, None, False
+            if isinstance(outcome, OSError):
+                raise outcome
+            return outcome
         lib = _library(ctypes.PyDLL)
         code = lib.aio_error(self._address)
         if code == errno.EINPROGRESS:
@@ -90,11 +115,21 @@ class Request:
 
     def cancel(self) -> None:
         """Take the read back if it has not begun; `result` is to be asked all the same."""
-        _library(ctypes.PyDLL).aio_cancel(self._block.aio_fildes, self._address)
+        if not _orphaned:
+            _library(ctypes.PyDLL).aio_cancel(self._block.aio_fildes, self._address)
+
+
+def _read(fd: int, address: int, nbytes: int, offset: int) -> int | OSError:
+    try:
+        return os.preadv(fd, [(ctypes.c_char * nbytes).from_address(address)], offset)
+    except OSError as error:
+        return error
 
 
 def wait_any(requests: Collection[Request], timeout_s: float) -> None:
     """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""
+    if _orphaned:
+        return
     addresses = (ctypes.c_void_p * len(requests))(*(request._address for request in requests))
     timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
     _library(ctypes.CDLL).aio_suspend(addresses, len(requests), ctypes.byref(timeout))
