@@ -53,7 +53,7 @@ def load_file(
     names: only these tensors, the most urgent first; None loads all, in file order, which is fastest.
     keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
     io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one way.
-    threads: readers, 1 to 64; None chooses.
+    threads: reads side by side, 1 to 64 (of which the C library runs 20); None chooses.
     cache: keep the converted tensors in the converted cache, and read them from there as long as the source is
         unchanged. The entry is written in the background from what was loaded: the process waits for it at exit.
         Where the cache cannot be used, the source is loaded, and a warning in the report says why.

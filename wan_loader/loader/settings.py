@@ -37,9 +37,7 @@ _CPU_SLOT_BYTES = 16 * MiB
 MAX_BLOCK_BYTES = 32 * MiB
 
 _LANES = 8
-#: Lanes that send resident blocks through staging while others are being registered, which is what limits the mapped
-#: way: six bring the most speed, one the most speed for its CPU time (docs/design/mapped-and-staged.md).
-_LANES_AUTO = 6
+#: Beside the mapped way, where that was asked for: the most speed for its CPU time.
 _LANES_MAPPED = 1
 _SLOTS_PER_LANE = 3
 
@@ -68,7 +66,7 @@ def check_io(io: str) -> None:
 
 
 def check_threads(threads: int | None) -> None:
-    """`OptionError` unless `threads` is a sensible number of readers."""
+    """`OptionError` unless `threads` is a sensible number of reads side by side."""
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise OptionError(f"threads={threads}: use 1 to {MAX_THREADS}")
 
@@ -86,9 +84,10 @@ def engine_settings(
 ) -> EngineSettings:
     """Settings for one load.
 
-    threads: readers asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never more than a quarter
-    of `memory_limit` (bytes); where that allows fewer slots than readers, there are fewer readers. sharers: processes
-    of this machine that load at the same time: together they take what one would, though no less than one slot each.
+    threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
+    more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
+    sharers: processes of this machine that load at the same time: together they take what one would, though no less
+    than one slot each.
     slot_bytes: where the size of what is read at once is given; None chooses.
     """
     mapped_only = all(block.way is Way.MAPPED for block in plan.blocks)
@@ -115,4 +114,4 @@ def _slot_bytes(plan: Plan, *, cuda: bool) -> int:
 def _lanes(io: str, processors: int, *, mapped_only: bool) -> int:
     if not mapped_only:
         return _LANES
-    return _LANES_MAPPED if io == "mapped" else min(_LANES_AUTO, max(1, processors // 2))
+    return _LANES_MAPPED if io == "mapped" else min(_LANES, max(1, processors // 2))
