@@ -71,7 +71,7 @@ def warm(
     before = _resident(paths, wanted)
     _check_fits(wanted, before)
     start_ns = clock_ns()
-    nbytes_read, after = 0, before
+    after = before
     warnings: tuple[str, ...] = ()
     for _ in range(_PASSES):
         running = Prewarm(paths, threads=threads or default_threads(), budget_nbytes=wanted, first_nbytes=wanted)
@@ -81,11 +81,11 @@ def warm(
             running.stop(_GRACE_S)
         if running.failures:
             raise CheckpointError(f"{running.failures[0]}: check the file and the disk")
-        nbytes_read, after = nbytes_read + running.nbytes_read, _resident(paths, wanted)
+        after = _resident(paths, wanted)
         if after >= wanted or warnings:
             break
     seconds = (clock_ns() - start_ns) / 1e9
-    return Warmed(wanted, before, after, nbytes_read, seconds, warnings)
+    return Warmed(wanted, before, after, max(0, after - before), seconds, warnings)
 
 
 def _resident(paths: Sequence[str], nbytes: int) -> int:
