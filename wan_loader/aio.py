@@ -29,7 +29,7 @@ _orphaned = False
 
 def _after_fork() -> None:
     global _orphaned
-    _orphaned = _used or _orphaned
+    _orphaned = _used
 
 
 os.register_at_fork(after_in_child=_after_fork)

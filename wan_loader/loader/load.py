@@ -227,7 +227,8 @@ def _move(
             way = choose_way(io, may_map=may_map, reader=reader, residency=residency)
             # what lies between a process's own bytes, others read
             gap = MAX_GAP if team is None else PAGE
-            size = block_bytes(nbytes_read, check.block_bytes if check is not None else SLOT_BYTES)
+            unit = check.block_bytes if check is not None else None
+            size = block_bytes(nbytes_read, unit or SLOT_BYTES)
             plan = make_plan(layout.extents, block_bytes=size, way=way, max_gap=gap)
             settings = engine_settings(
                 plan,
@@ -237,7 +238,7 @@ def _move(
                 processors=processors(),
                 cuda=cuda,
                 sharers=sharers,
-                slot_bytes=check.block_bytes if check is not None else None,
+                slot_bytes=unit,
             )
         target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
 

@@ -41,10 +41,13 @@ class Warmed:
     """Bytes that were asked for."""
     resident_before: int
     resident_after: int
-    nbytes_read: int
-    """Bytes brought in from storage."""
     seconds: float
     warnings: tuple[str, ...]
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes brought in from storage."""
+        return max(0, self.resident_after - self.resident_before)
 
     @property
     def complete(self) -> bool:
@@ -85,7 +88,7 @@ def warm(
         if after >= wanted or warnings:
             break
     seconds = (clock_ns() - start_ns) / 1e9
-    return Warmed(wanted, before, after, max(0, after - before), seconds, warnings)
+    return Warmed(wanted, before, after, seconds, warnings)
 
 
 def _resident(paths: Sequence[str], nbytes: int) -> int:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from wan_loader.plan import Piece
     from wan_loader.transfer.base import Destination
 
-__all__ = ["CudaTarget", "neighbours"]
+__all__ = ["CudaTarget"]
 
 
-def neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Pieces in rows that follow each other in the file without a gap."""
     row: list[Piece] = []
     for piece in pieces:
@@ -167,7 +167,7 @@ class _Line:
         )
         if converted:
             with self._torch.cuda.stream(self._stream):
-                for row in neighbours(converted):
+                for row in _neighbours(converted):
                     for (source_dtype, _), same in groupby(row, key=self._dtypes):
                         self._cast(address, file_start, source_dtype, list(same))
         ticket = _Ticket(self, self._event(), sum(p.nbytes for p in pieces), submitted_ns)
