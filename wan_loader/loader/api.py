@@ -71,8 +71,8 @@ def load_file(
 
     Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
     then nothing stays allocated. With a group also `DistributedError`: another process failed or is gone, which is
-    noticed within ten seconds once it has come here (before, it is waited for, ten minutes at most), or sees another
-    checkpoint. A CPU load of a group copies, it maps nothing.
+    noticed within ten seconds once it has come here (before, only if it exits by itself: a killed one is waited for,
+    ten minutes at most), or sees another checkpoint. A CPU load of a group copies, it maps nothing.
     """
     return load(
         path,
