@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -458,6 +459,15 @@ def test_report_adds_up(tmp_path, device, kind, mode):
     json.dumps(report.to_json())
     if mode != "auto":
         assert mode in report.io.reason
+
+
+def test_report_can_be_asked_for_after_the_weights_are_gone(tmp_path, device):
+    loaded = wan_loader.load(write("safetensors", tmp_path, weights(5)), device=device, io="buffered")
+    gone = [weakref.ref(tensor) for tensor in loaded.tensors.values()]
+    loaded.tensors.clear()
+    assert not any(tensor() for tensor in gone), "nothing but the dict holds them"
+    assert loaded.report.n_tensors == len(gone)
+    assert loaded.report is loaded.report
 
 
 def test_report_of_views(tmp_path):

@@ -69,6 +69,15 @@ def test_slots_fit_what_they_are_for():
     assert settings(Way.BUFFERED, slot_bytes=3 * MiB).slot_bytes == 3 * MiB
 
 
+@pytest.mark.parametrize(
+    ("processors", "sharers", "each"),
+    [(16, 1, 8), (2, 1, 8), (16, 2, 4), (32, 2, 8), (64, 4, 8), (8, 8, 1), (4, 16, 1)],
+)
+@pytest.mark.parametrize("way", [Way.BUFFERED, Way.DIRECT])
+def test_processes_share_what_there_is(way, processors, sharers, each):
+    assert settings(way, processors=processors, sharers=sharers).threads == each
+
+
 def test_only_mapped_windows_are_stolen_and_only_for_the_gpu():
     assert settings(Way.MAPPED).may_steal
     assert settings(Way.MAPPED, io="mapped").threads == 1

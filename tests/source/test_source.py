@@ -12,6 +12,7 @@ import pytest
 from wan_loader import aio, linux
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import stat_file
+from wan_loader.linux import cached_bytes
 from wan_loader.plan import PAGE, Block, Extent, Piece, Way, make_plan
 from wan_loader.source.reader import BlockRead, Reader
 from wan_loader.source.residency import Residency
@@ -122,6 +123,24 @@ def test_total_counts_touching_and_repeated_bytes_once(reader):
     assert residency.total(extents) == 5001
     assert residency.total(reversed(extents)) == 5001
     assert residency.total([]) == 0
+
+
+def test_what_is_uniform_is_asked_once(path, reader, only_in_cache, monkeypatch):
+    only_in_cache((0, MiB))
+    asked = []
+    monkeypatch.setattr("wan_loader.source.residency.cached_bytes", lambda *r: asked.append(r) or cached_bytes(*r))
+    residency = Residency(reader.fds)
+    size = path.stat().st_size
+    assert residency.total([Extent(0, 0, 5, MiB - 5), Extent(1, 0, 2 * MiB, size)]) == MiB - 10
+    assert len(asked) == 2
+    assert residency.share(0, 100, 200) == residency.share(0, 0, MiB) == 1.0
+    assert residency.share(0, 2 * MiB, 2 * MiB + 1) == residency.share(0, 2 * MiB, size) == 0.0
+    assert len(asked) == 2
+    assert 0 < residency.share(0, MiB // 2, 2 * MiB) < 1
+    assert len(asked) == 3, "no range that was found uniform holds this one"
+    assert residency.total([Extent(0, 0, 0, size)]) == MiB
+    assert residency.share(0, 0, MiB) == 1.0
+    assert residency.share(0, MiB, size) == 0.0
 
 
 def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):

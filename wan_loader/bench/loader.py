@@ -42,7 +42,8 @@ class Outcome:
     """What a loader gave: tensors by name, and what only it knows. `keep` is held until the tensors were compared."""
 
     tensors: dict[str, Any]
-    report: dict[str, Any] | None = None
+    report: Callable[[], dict[str, Any]] | None = None
+    """Makes the loader's own report, outside the clock."""
     spans: Sequence[Any] = ()
     is_module: bool = False
     """The tensors are a module's: it may keep some in another dtype and under more names than the file has."""

@@ -54,7 +54,7 @@ def _ours(task: Task) -> Outcome:
 
     files: Any = list(task.files)
     loaded = load(files, device=task.device, dtype=task.dtype, io=task.io, threads=task.threads)  # type: ignore[arg-type]
-    return Outcome(loaded.tensors, report=loaded.report.to_json(), spans=loaded.spans)
+    return Outcome(loaded.tensors, report=lambda: loaded.report.to_json(), spans=loaded.spans)
 
 
 def _safetensors(task: Task) -> Outcome:

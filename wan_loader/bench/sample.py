@@ -125,7 +125,11 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         "resident_before": resident_bytes(watched),
     }
     outcome, measured = _timed(loader, task)
-    result = {**facts, **measured, **_memory(task.device, outcome), "report": _short_report(outcome)}
+    memory = _memory(task.device)
+    report = outcome.report() if outcome.report is not None else None
+    if report is not None:
+        memory["pinned_bytes"] = report["memory"]["pinned_bytes"]
+    result = {**facts, **measured, **memory, "report": _short_report(report)}
     if request.get("check"):
         result |= _checked(task, outcome)
     return result
@@ -235,16 +239,13 @@ def _difference(before: Mapping[str, float], after: Mapping[str, float], seconds
     }
 
 
-def _memory(device: str, outcome: Outcome) -> dict[str, Any]:
+def _memory(device: str) -> dict[str, Any]:
     """Peaks in bytes; None for what cannot be known of a loader."""
     import torch
 
     peaks: dict[str, Any] = {"host_peak_bytes": peak_resident(), "pinned_bytes": None, "device_peak_bytes": None}
-    if outcome.report is not None:
-        peaks["pinned_bytes"] = outcome.report["memory"]["pinned_bytes"]
-    elif device.startswith("cuda"):
-        peaks["pinned_bytes"] = _pinned_by_torch()
     if device.startswith("cuda"):
+        peaks["pinned_bytes"] = _pinned_by_torch()
         peaks["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return peaks
 
@@ -270,10 +271,10 @@ def _phases(spans: Iterable[Any], start_ns: int, end_ns: int) -> dict[str, list[
     return {name: [[(a - start_ns) / 1e9, (b - start_ns) / 1e9] for a, b in row] for name, row in merged.items()}
 
 
-def _short_report(outcome: Outcome) -> dict[str, Any] | None:
-    if outcome.report is None:
+def _short_report(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if report is None:
         return None
-    return {key: outcome.report[key] for key in ("io", "phases", "bottleneck", "memory", "settings", "warnings")}
+    return {key: report[key] for key in ("io", "phases", "bottleneck", "memory", "settings", "warnings")}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import dtype_name
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.binding import KeyMap
     from wan_loader.loader.team import Team
-    from wan_loader.report import LoadReport
+    from wan_loader.report import CacheReport, LoadReport
     from wan_loader.types import IoMode, StrPath
 
 __all__ = ["load", "load_file", "load_into"]
@@ -164,9 +165,13 @@ def _load(
             cached.set_aside(error)
             loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
         build = cached.keep(loaded.tensors)
-    warnings = (*loaded.report.warnings, *cached.warnings)
-    report = replace(loaded.report, cache=cached.report, warnings=warnings)
-    return replace(loaded, tensors=cached.in_order(loaded.tensors), report=report, build=build)
+    report = partial(_with_cache, loaded.make_report, cached.report, tuple(cached.warnings))
+    return replace(loaded, tensors=cached.in_order(loaded.tensors), make_report=report, build=build)
+
+
+def _with_cache(make: Callable[[], LoadReport], cache: CacheReport | None, warnings: tuple[str, ...]) -> LoadReport:
+    report = make()
+    return replace(report, cache=cache, warnings=(*report.warnings, *warnings))
 
 
 def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:

@@ -10,7 +10,7 @@ import gc
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import torch_dtype
@@ -87,15 +87,20 @@ class Choice:
     """Is given every block while it is read; then nothing is mapped."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loaded:
-    """Filled tensors by checkpoint name, the report, and the spans that it was made from."""
+    """Filled tensors by checkpoint name, the report, and the spans that it is made from."""
 
     tensors: dict[str, torch.Tensor]
-    report: LoadReport
-    spans: tuple[Span, ...] = ()
+    make_report: Callable[[], LoadReport] = field(repr=False)
+    spans: tuple[Span, ...] = field(default=(), repr=False)
     build: Build | None = None
     """The cache entry that is being written from this load."""
+
+    @cached_property
+    def report(self) -> LoadReport:
+        """Made when it is asked for: that takes milliseconds, for which nobody waits who only wants the tensors."""
+        return self.make_report()
 
 
 @dataclass(slots=True)
@@ -155,7 +160,11 @@ def load_checkpoint(
                     options.team.arrived()
                 moved.warnings += bind(ordered) if bind is not None else []
             seconds = (clock_ns() - start_ns) / 1e9
-            report = _report(choice, plans, options, device, moved, tee, seconds)
+            memory = MemoryReport(
+                peak_resident(), moved.carried.pinned_nbytes, device_peak_bytes(device), moved.carried.registered_nbytes
+            )
+            moved.tensors = {}  # the report must not keep what its owner drops
+            report = partial(_report, choice, plans, options, device, moved, tee, seconds, memory)
             if device.type == "cuda":  # unregistering takes time that nobody has to wait for
                 release = partial(moved.carried.release, _RELEASE_PAUSE_S)
                 threading.Thread(target=release, name="release", daemon=True).start()
@@ -298,6 +307,7 @@ def _report(
     moved: _Moved,
     tee: _Tee,
     seconds: float,
+    memory: MemoryReport,
 ) -> LoadReport:
     phases = summarize(tee.recorder.spans)
     ways = [way for way in Way if moved.carried.nbytes[way]]
@@ -321,9 +331,7 @@ def _report(
         ),
         phases=phases,
         bottleneck=_bottleneck(phases),
-        memory=MemoryReport(
-            peak_resident(), moved.carried.pinned_nbytes, device_peak_bytes(device), moved.carried.registered_nbytes
-        ),
+        memory=memory,
         machine={**machine_card(), **device_card(device)},
         settings={"io": options.io, **moved.settings},
         warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.carried.refusals))),

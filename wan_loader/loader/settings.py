@@ -40,6 +40,8 @@ _LANES = 8
 #: Beside the mapped way, where that was asked for: the most speed for its CPU time.
 _LANES_MAPPED = 1
 _SLOTS_PER_LANE = 3
+#: From the page cache: one slot is filled while the other is fetched. A third only takes room in the processor's cache.
+_SLOTS_PER_CACHED_LANE = 2
 
 
 def block_bytes(nbytes: int, at_least: int = SLOT_BYTES) -> int:
@@ -86,32 +88,33 @@ def engine_settings(
 
     threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
     more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
-    sharers: processes of this machine that load at the same time: together they take what one would, though no less
-    than one slot each.
+    sharers: processes of this machine that load at the same time: together they take what one would, or half of the
+    processors if that is more, though no less than one slot each.
     slot_bytes: where the size of what is read at once is given; None chooses.
     """
     mapped_only = all(block.way is Way.MAPPED for block in plan.blocks)
-    slot_bytes = slot_bytes or _slot_bytes(plan, cuda=cuda)
-    lanes = threads or max(1, _lanes(io, processors, mapped_only=mapped_only) // sharers)
+    cached = cuda and all(block.way is Way.BUFFERED for block in plan.blocks)
+    slot_bytes = slot_bytes or _slot_bytes(cached=cached, cuda=cuda)
+    share = max(1, min(_LANES, max(_LANES, processors // 2) // sharers))
+    lanes = threads or (_lanes_beside(io, processors // sharers) if mapped_only else share)
     affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (slot_bytes + PAGE)
     if affordable < 1:
         raise HostMemoryError(
             f"staging needs {slot_bytes + PAGE} bytes, more than a quarter of the {memory_limit} bytes of memory that "
             "are allowed here: allow more memory"
         )
-    n_slots = min(lanes * _SLOTS_PER_LANE, max(1, affordable // sharers))
+    n_slots = min(lanes * (_SLOTS_PER_CACHED_LANE if cached else _SLOTS_PER_LANE), max(1, affordable // sharers))
     return EngineSettings(
         threads=min(lanes, n_slots), slot_bytes=slot_bytes, n_slots=n_slots, may_steal=cuda and mapped_only
     )
 
 
-def _slot_bytes(plan: Plan, *, cuda: bool) -> int:
+def _slot_bytes(*, cached: bool, cuda: bool) -> int:
     if not cuda:
         return _CPU_SLOT_BYTES
-    return _CACHED_SLOT_BYTES if all(block.way is Way.BUFFERED for block in plan.blocks) else SLOT_BYTES
+    return _CACHED_SLOT_BYTES if cached else SLOT_BYTES
 
 
-def _lanes(io: str, processors: int, *, mapped_only: bool) -> int:
-    if not mapped_only:
-        return _LANES
+def _lanes_beside(io: str, processors: int) -> int:
+    """Beside the mapped way."""
     return _LANES_MAPPED if io == "mapped" else min(_LANES, max(1, processors // 2))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from math import inf
 from typing import TYPE_CHECKING
 
 from wan_loader.linux import cached_bytes
@@ -16,21 +17,29 @@ if TYPE_CHECKING:
 __all__ = ["Residency"]
 
 
-@dataclass(frozen=True, slots=True)
 class Residency:
-    """Asks the kernel about byte ranges of open files."""
+    """Asks the kernel about byte ranges of open files, and remembers what it said of large ones."""
 
-    fds: Sequence[int]
+    def __init__(self, fds: Sequence[int]) -> None:
+        self._fds = fds
+        self._uniform: list[tuple[int, int, int, float]] = []
+        """File, start and end of ranges that are there altogether (1.0) or not at all (0.0), in order."""
 
     def is_resident(self, file: int, start: int, end: int) -> bool:
         """Whether every page of the range is in the page cache; False also where the kernel cannot say."""
         return self.share(file, start, end) == 1.0
 
     def share(self, file: int, start: int, end: int) -> float:
-        """How much of the range, in whole pages, is in the page cache, from 0 to 1; 0 where the kernel cannot say."""
+        """How much of the range, in whole pages, is in the page cache, from 0 to 1; 0 where the kernel cannot say.
+
+        Within a range that `total` found uniform nothing is asked again.
+        """
+        start, end = _pages(start, end)
+        at = bisect_right(self._uniform, (file, start, inf)) - 1
+        if at >= 0 and self._uniform[at][0] == file and end <= self._uniform[at][2]:
+            return self._uniform[at][3]
         try:
-            start, end = start // PAGE * PAGE, -(-end // PAGE) * PAGE
-            return cached_bytes(self.fds[file], start, end - start) / (end - start)
+            return cached_bytes(self._fds[file], start, end - start) / (end - start)
         except OSError:
             return 0.0
 
@@ -45,7 +54,20 @@ class Residency:
                 spans[-1][2] = max(spans[-1][2], end)
             else:
                 spans.append([file, start, end])
-        try:
-            return sum(cached_bytes(self.fds[file], start, end - start) for file, start, end in spans)
-        except OSError:
-            return 0
+        uniform, cached = [], 0
+        for file, start, end in spans:
+            first, last = _pages(start, end)
+            try:
+                nbytes = cached_bytes(self._fds[file], first, last - first)
+            except OSError:
+                return 0
+            cached += min(nbytes, end - start)
+            if nbytes in (0, last - first):
+                uniform.append((file, first, last, float(nbytes > 0)))
+        self._uniform = uniform
+        return cached
+
+
+def _pages(start: int, end: int) -> tuple[int, int]:
+    """Both ends rounded to pages, outwards."""
+    return start // PAGE * PAGE, -(-end // PAGE) * PAGE

@@ -112,6 +112,8 @@ class CudaTarget:
         """Wait for everything."""
         for line in self._lines:
             line.finish()
+        while self._lines:
+            driver.destroy_stream(self._lines.pop().handle)
         self.destinations = ()  # the weights are their owner's alone from here on
         self._views.clear()
 
@@ -144,7 +146,8 @@ class _Line:
         self._target = target
         self._track = track
         self._torch = target.torch
-        self._stream = target.torch.cuda.Stream(target.device)
+        self.handle = driver.make_stream()
+        self._stream = target.torch.cuda.ExternalStream(self.handle, target.device)
         self._tickets: deque[_Ticket] = deque()
         self._events: list[Any] = []
         # lays the device's clock on the host's; before the stream waits for anything
@@ -163,7 +166,7 @@ class _Line:
         offset = address - file_start
         driver.copy_to_device(
             [(to[p.storage].address + p.storage_start, offset + p.file_start, p.nbytes) for p in plain],
-            self._stream.cuda_stream,
+            self.handle,
         )
         if converted:
             with self._torch.cuda.stream(self._stream):
