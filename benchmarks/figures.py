@@ -5,6 +5,7 @@
 
 Makes the checkpoints that a step needs (random weights in the published shapes) in the first directory, which should
 lie on the disk to be measured, unless they are there. 60 GB are enough with --only; flashpack packs a copy beside.
+`sparse-*` have holes for weights, which take no time to make and no room: for what is in the page cache anyway.
 Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for the peers,
 `peers`.
 """
@@ -21,10 +22,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparse import make_sparse
+
 GB = 10**9
 MB = 10**6
-#: About 0.7 GB a block in bf16, 1.4 GB in fp32: 40 blocks are an expert.
-SIZES = {"bf16-1g": 1, "bf16-7g": 10, "bf16-14g": 20, "bf16-28g": 40}
+#: Blocks by size in bf16: about 0.7 GB a block, and 40 are an expert. In fp32 half of them have the same size.
+BLOCKS = {"1g": 1, "7g": 10, "14g": 20, "28g": 40, "57g": 80}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ STEPS = {
     "peers-cold": Step(("bf16-28g",), f"{ALL} --cache cold --repeat 1"),
     "peers-small": Step(("small",), f"{ALL} --cache warm --repeat 5"),
     "fp32-to-bf16": Step(("fp32-28g",), f"{ALL} --cache warm --repeat 3 --dtype bf16"),
+    "fp32-to-bf16-14g": Step(("fp32-14g",), f"{ALL} --cache warm --repeat 3 --dtype bf16"),
     "io": Step(("bf16-28g",), "--loader ours --io auto --io mapped --io direct --io buffered --cache warm --repeat 3"),
     "io-cold": Step(("bf16-28g",), "--loader ours --io auto --io direct --io buffered --cache cold --repeat 2"),
     "threads": Step(
@@ -50,14 +54,16 @@ STEPS = {
         ("bf16-7g",),
         f"--loader ours --io direct {THREADS} --cache cold --repeat 2",
     ),
-    "sizes": Step(tuple(SIZES), "--loader ours,safetensors-cuda --cache warm --repeat 3"),
-    "size-57g": Step(("fp32-57g",), "--loader ours,safetensors-cuda --cache warm --repeat 3"),
-    "storage": Step(
-        ("bf16-7g",),
-        "--loader ours,safetensors-cuda --storage ram=/dev/shm --storage hdd=simulated --storage sata=simulated "
-        "--storage nvme=simulated --cache warm --repeat 3",
+    "sizes": Step(
+        ("sparse-1g", "sparse-7g", "sparse-28g", "sparse-57g"),
+        "--loader ours,safetensors-cuda --cache warm --repeat 3",
     ),
+    "storage-ram": Step(("bf16-7g",), "--loader ours,safetensors-cuda --storage ram=/dev/shm --cache warm --repeat 3"),
     "storage-disk": Step(("bf16-7g",), "--loader ours,safetensors-cuda --cache cold --cache warm --repeat 3"),
+    "storage-simulated": Step(
+        ("bf16-1g",),
+        "--loader ours --storage hdd=simulated --storage sata=simulated --storage nvme=simulated --repeat 3",
+    ),
     "shapes": Step(("many", "huge"), "--loader ours,safetensors-cuda --cache warm --repeat 5"),
 }
 
@@ -69,14 +75,26 @@ def make(directory: Path, name: str) -> Path:
         return _make_plain(target, name)
     done = target / "transformer"
     if not done.exists():
-        from wan_pipeline.synth import synth
-
         dtype, size = name.split("-")
-        blocks = {"fp32-28g": 20, "fp32-57g": 40}.get(name) or SIZES[name]
+        fp32 = dtype == "fp32" or size == "57g"  # 57 GB are a whole expert in fp32
+        shape = {
+            "layout": "diffusers",
+            "size": "full",
+            "components": ["high_noise"],
+            "blocks": BLOCKS[size] // (2 if fp32 else 1),
+            "dtype": "fp32" if fp32 else "bf16",
+        }
         started = time.perf_counter()
-        made = synth(target, layout="diffusers", size="full", components=["high_noise"], blocks=blocks, dtype=dtype)
-        print(f"{name}: made {made.nbytes / GB:.1f} GB ({size}) in {time.perf_counter() - started:.0f} s", flush=True)
+        (make_sparse if dtype == "sparse" else _synth)(target, **shape)
+        nbytes = sum(path.stat().st_size for path in done.glob("*.safetensors"))
+        print(f"{name}: made {nbytes / GB:.1f} GB in {time.perf_counter() - started:.0f} s", flush=True)
     return done
+
+
+def _synth(target: Path, **shape) -> None:
+    from wan_pipeline.synth import synth
+
+    synth(target, **shape)
 
 
 def _make_plain(target: Path, name: str) -> Path:

@@ -61,7 +61,7 @@ def divide(tree, mesh) -> None:
     fully_shard(tree, mesh=mesh)
 
 
-def load(way: str, loader: str, path: Path, dtype: str | None, device, mesh) -> dict:
+def load(way: str, loader: str, path: Path, dtype: str | None, threads: int | None, device, mesh) -> dict:
     """What this process keeps, by name; and our loader's report."""
     import safetensors.torch
     import torch
@@ -72,11 +72,11 @@ def load(way: str, loader: str, path: Path, dtype: str | None, device, mesh) -> 
     cast = getattr(torch, dtype) if dtype else None
     if loader == "wan-loader":
         if way == "replicated":
-            loaded = wan_loader.load(path, device=device, dtype=dtype, group=dist.group.WORLD)
+            loaded = wan_loader.load(path, device=device, dtype=dtype, threads=threads, group=dist.group.WORLD)
             return {"tensors": loaded.tensors, "report": loaded.report.to_json()}
         tree = tree_of(path)
         divide(tree, mesh)
-        report = wan_loader.load_into(tree, path, device=device, dtype=dtype)
+        report = wan_loader.load_into(tree, path, device=device, dtype=dtype, threads=threads)
         return {"tensors": dict(tree.named_parameters()), "report": report.to_json()}
     on = "cpu" if way == "divided" else str(device)
     state = {}
@@ -129,7 +129,7 @@ def warm_up(mesh, device) -> None:
     dist.all_reduce(torch.ones(1, device=device))
 
 
-def sample(way: str, loader: str, path: Path, dtype: str | None, verify: bool, kind: str) -> dict:
+def sample(way: str, loader: str, path: Path, dtype: str | None, threads: int | None, verify: bool, kind: str) -> dict:
     """This process's part of one load; the parent makes them fresh ones."""
     import torch
     import torch.distributed as dist
@@ -145,7 +145,7 @@ def sample(way: str, loader: str, path: Path, dtype: str | None, verify: bool, k
     resident = resident_share(path)
     dist.barrier()
     before, start = read_bytes(), time.perf_counter()
-    loaded = load(way, loader, path, dtype, device, mesh)
+    loaded = load(way, loader, path, dtype, threads, device, mesh)
     if kind == "cuda":
         torch.cuda.synchronize()
     own_seconds = time.perf_counter() - start
@@ -180,7 +180,7 @@ def run_sample(case: tuple, path: Path, options: argparse.Namespace, verify: boo
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(options.processes)}
-    spec = json.dumps([way, loader, str(path), options.dtype, verify, options.device])
+    spec = json.dumps([way, loader, str(path), options.dtype, options.threads, verify, options.device])
     command = [sys.executable, __file__, "--sample", spec]
     started = [
         subprocess.Popen(
@@ -204,6 +204,8 @@ def run_sample(case: tuple, path: Path, options: argparse.Namespace, verify: boo
 def make(options: argparse.Namespace) -> Path:
     from wan_pipeline.synth import synth
 
+    if options.path:
+        return options.path
     target = options.directory / f"{options.size}-{options.file_dtype}-{options.blocks}"
     if not target.exists():
         synth(
@@ -220,6 +222,8 @@ def make(options: argparse.Namespace) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--path", type=Path, help="load this checkpoint instead of making one")
+    parser.add_argument("--threads", type=int, help="reads side by side of each of our processes")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
@@ -233,8 +237,8 @@ def main() -> None:
     parser.add_argument("--sample", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.sample:
-        way, loader, path, dtype, verify, kind = json.loads(options.sample)
-        print(json.dumps(sample(way, loader, Path(path), dtype, verify, kind)))
+        way, loader, path, *rest = json.loads(options.sample)
+        print(json.dumps(sample(way, loader, Path(path), *rest)))
         return
     run(options)
 

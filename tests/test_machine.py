@@ -99,6 +99,34 @@ def test_cgroup_v1_whose_path_is_not_mounted_here(tree):
 
 def test_this_machine():
     assert 1 <= machine.processors() <= (os.cpu_count() or 1)
+
+
+V1 = {"proc/self/cgroup": "12:cpu,cpuacct:/x\n7:memory:/y\n"}
+V2 = {"proc/self/cgroup": "0::/a/b\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "allowed"),
+    [
+        ({}, 64),
+        (V2 | {"cgroup/a/b/cpu.max": "max 100000\n"}, 64),
+        (V2 | {"cgroup/a/b/cpu.max": "max 100000\n", "cgroup/a/cpu.max": "250000 100000\n"}, 3),
+        (V2 | {"cgroup/a/b/cpu.max": "50000 100000\n", "cgroup/a/cpu.max": "800000 100000\n"}, 1),
+        (V2 | {"cgroup/a/b/cpu.max": "9900000 100000\n"}, 64),
+        (V2 | {"cgroup/a/b/cpu.max": "what\n"}, 64),
+        (V1 | {"cgroup/cpu/x/cpu.cfs_quota_us": 600000, "cgroup/cpu/x/cpu.cfs_period_us": 100000}, 6),
+        (V1 | {"cgroup/cpu/x/cpu.cfs_quota_us": -1, "cgroup/cpu/x/cpu.cfs_period_us": 100000}, 64),
+        (V1 | {"cgroup/cpu/cpu.cfs_quota_us": 100000, "cgroup/cpu/cpu.cfs_period_us": 0}, 64),
+    ],
+)
+def test_a_quota_counts_as_fewer_processors(tree, monkeypatch, files, allowed):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    tree(files)
+    machine._cpu_quota.cache_clear()
+    try:
+        assert machine.processors() == allowed
+    finally:
+        machine._cpu_quota.cache_clear()
     assert machine.available_memory() > 0
     assert machine.memory_limit() > 64 << 20
     card = machine.machine_card()

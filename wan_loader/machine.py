@@ -1,7 +1,7 @@
 """What this machine allows: memory limits, processors, and a card of facts for reports.
 
-Memory is what the cgroup allows, not what /proc/meminfo shows. Nothing here imports torch; device facts are added by
-whoever has it imported.
+Memory and processors are what the cgroup allows, not what the machine has. Nothing here imports torch; device facts are
+added by whoever has it imported.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import platform
 import re
 from functools import cache
+from math import ceil
 from pathlib import Path
 
 __all__ = ["available_memory", "machine_card", "memory_limit", "peak_resident", "processors", "reset_peak_resident"]
@@ -19,20 +20,40 @@ _PROC = Path("/proc")
 
 
 def processors() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """CPUs that this process may keep busy: those it may run on, or fewer where its cgroup has a quota."""
+    return max(1, min(len(os.sched_getaffinity(0)), _cpu_quota()))
 
 
-def _cgroup_directories() -> list[Path]:
-    """This process's memory cgroup and its ancestors, v2 or v1; each may set a limit."""
+@cache
+def _cpu_quota() -> int:
+    """Processors' worth of time that the cgroup allows, rounded up."""
+    quotas = [quota for d in _cgroup_directories("cpu") if (quota := _quota(d)) is not None]
+    return ceil(min(quotas, default=1 << 16))
+
+
+def _quota(directory: Path) -> float | None:
+    """Of cpu.max (v2), or of cpu.cfs_quota_us and cpu.cfs_period_us (v1), where -1 and "max" are no limit."""
+    try:
+        words = (directory / "cpu.max").read_text().split()
+    except OSError:
+        words = [str(_number(directory, f"cpu.cfs_{name}_us")) for name in ("quota", "period")]
+    try:
+        quota, period = map(int, words)
+    except ValueError:
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _cgroup_directories(controller: str) -> list[Path]:
+    """This process's cgroup for "memory" or "cpu", and its ancestors, v2 or v1; each may set a limit."""
     try:
         lines = (_PROC / "self/cgroup").read_text().splitlines()
     except OSError:
         return []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):
-            root = _CGROUP / "memory" if controllers else _CGROUP
+        if controllers == "" or controller in controllers.split(","):
+            root = _CGROUP / controller if controllers else _CGROUP
             leaf = root / path.lstrip("/")
             return [leaf, *leaf.parents[: len(leaf.parts) - len(root.parts)]]
     return []
@@ -61,14 +82,14 @@ def _meminfo(field: str) -> int:
 
 def memory_limit() -> int:
     """Bytes of memory this process may use at most: the machine's, or what its cgroup allows."""
-    limits = [limit for d in _cgroup_directories() if (limit := _limit(d)) is not None]
+    limits = [limit for d in _cgroup_directories("memory") if (limit := _limit(d)) is not None]
     return min([_meminfo("MemTotal") or 1 << 62, *limits])
 
 
 def available_memory() -> int:
     """Bytes that can be taken now without pushing anything but clean page cache out."""
     headrooms = [_meminfo("MemAvailable")]
-    for directory in _cgroup_directories():
+    for directory in _cgroup_directories("memory"):
         limit, used = _limit(directory), _number(directory, "memory.current", "memory.usage_in_bytes")
         if limit is not None and used is not None:
             headrooms.append(max(0, limit - used + _inactive_file(directory)))

@@ -32,6 +32,7 @@ PREFIX = ".wan-loader-bench-"
 _SIMULATED = "simulated"
 _ALIASES = {"sata": "sata-ssd", "nvme": "nvme-gen3"}
 _PIECE = 16 << 20
+_TRIES = 3
 #: Small files beside the weights that say what the component is, and which shards it has.
 _SIDECARS = ("config.json", "*.index.json")
 
@@ -142,15 +143,19 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def warm(files: Sequence[str]) -> None:
-    """Read files into the page cache, unless they are there."""
-    buffer = bytearray(_PIECE)
+    """Read files into the page cache, unless they are there.
+
+    The kernel sometimes drops pages again at once, right after others were evicted: then once more.
+    """
     for path in files:
-        if resident_bytes([path]) == os.path.getsize(path):
-            continue
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            position = 0
-            while count := os.preadv(fd, [buffer], position):
-                position += count
-        finally:
-            os.close(fd)
+        for _ in range(_TRIES):
+            if resident_bytes([path]) == os.path.getsize(path):
+                break
+            _read_through(path)
+
+
+def _read_through(path: str) -> None:
+    buffer = bytearray(_PIECE)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
