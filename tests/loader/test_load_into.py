@@ -1,5 +1,8 @@
 """`load_into`: the right tensor in the right place of a module, or one error and a module that is as it was."""
 
+import sys
+from types import ModuleType
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -80,6 +83,14 @@ def test_fills_a_module(path, reference, device, make, mode):
     assert module.table is table
     assert any("table" in w for w in report.warnings) is (make is on_meta)
     assert report.n_tensors == len(reference.state_dict()) - 1
+
+
+@pytest.mark.parametrize("name", ["torch.distributed.tensor", "torch.distributed.fsdp"])
+def test_while_another_thread_imports_dtensors(path, reference, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))  # begun, and empty so far
+    module = on_meta()
+    wan_loader.load_into(module, path, device="cpu")
+    assert torch.equal(module.embed.weight, reference.embed.weight)
 
 
 def test_same_output_as_load_state_dict(tmp_path, device):

@@ -99,9 +99,12 @@ def _parameter(old: Any, tensor: torch.Tensor) -> torch.nn.Parameter:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor. Where nothing has imported those, nothing is, and they need not be imported."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
+    """Whether a tensor is a DTensor. Where nothing has imported those, nothing is, and they need not be imported.
+
+    Nor is anything while another thread is still importing them.
+    """
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def _distributed(old: Any, local: torch.Tensor) -> Any:

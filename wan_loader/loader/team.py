@@ -226,10 +226,11 @@ def _group_of(module: torch.nn.Module) -> ProcessGroup | None:
 
 def _reshard(module: torch.nn.Module) -> None:
     """Modules that were gathered for a forward give their full parameters back first."""
-    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is None:
+    divided = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if divided is None:  # or still being imported, by another thread
         return
     for owner in module.modules():
-        if isinstance(owner, fsdp.FSDPModule):
+        if isinstance(owner, divided):
             owner.reshard()
 
 
