@@ -6,17 +6,19 @@
 Makes an A14B-shaped checkpoint of random weights with N blocks per expert (native layout) unless it is there. Every
 case is a set of fresh processes with the environment that torchrun gives them; the files are in the page cache.
 
-    one            one process, preset fastest
-    again          one process: the same video, then with another attention kernel, and two that are meant to differ
-    fp32           one process, experts in fp32
-    ulysses        N processes that divide attention; each has all weights of the experts and the text encoder
-    ulysses+fsdp   N processes that divide attention and these weights
+    one                 one process, preset fastest
+    again               one process: the same video, with another attention kernel, and two that are meant to differ
+    ulysses             N processes that divide attention; each has all weights of experts and text encoder
+    ulysses+fsdp        N processes that divide attention and these weights
+    fp32                one process, experts in fp32; also with another attention kernel, and one meant to differ
+    fp32 ulysses+fsdp   N processes, experts in fp32
 
 Frames are compared as they leave the VAE, in levels of 255; final latents by their distance, over that by which the
 experts moved them from the noise; the text by the distance of the prompts' embeddings. What bf16 tolerance is, two
 yardsticks say: how far the video of one process is from the same with another attention kernel, which adds up in
 another order, and from that in fp32. Within twice a yardstick, in mean frames and in latents, is as close as bf16 gets.
-That says nothing where real mistakes are as close: another prompt, and two exchanged blocks, show whether they are.
+That says little where mistakes are as close: another prompt, and a pair of blocks exchanged, show whether they are. In
+fp32 mistakes are not covered by rounding: those videos are compared among themselves.
 
 `loading` is the sum over the networks, as the pipeline reports it, beside the imports; `read` is what all processes
 read together, over the weights needed (of the VAE the decoder alone); `kept` is what loading left on a device;
@@ -45,9 +47,9 @@ from pipeline_start import machine, watch_memory
 from videos import compare, judge, verdicts
 
 GB = 1e9
-YARDSTICKS = ("other attention", "fp32")
-JUDGED = ("ulysses", "ulysses+fsdp")
-CONTROLS = ("other prompt", "exchanged blocks")
+#: By the video with which others are compared.
+YARDSTICKS = {"one": ("other attention", "fp32"), "fp32": ("fp32 other attention",)}
+CONTROLS = ("other prompt", "exchanged blocks", "fp32 exchanged blocks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +65,15 @@ class Case:
 
 
 def cases(n: int) -> list[Case]:
-    ulysses, fsdp = {"ulysses_size": n}, {"dit_fsdp": True, "t5_fsdp": True}
-    alone = {"preset": "fastest"}
+    ulysses, fsdp = {"preset": "multi-gpu", "ulysses_size": n}, {"dit_fsdp": True, "t5_fsdp": True}
+    alone, fp32 = {"preset": "fastest"}, {"dtype": "fp32"}
     return [
         Case(name="one", start=alone),
-        Case(name="again", start=alone, videos=("again", "other attention", *CONTROLS)),
-        Case(name="fp32", start=alone | {"dtype": "fp32"}),
+        Case(name="again", start=alone, videos=("again", "other attention", *CONTROLS[:2])),
         Case(name="ulysses", processes=n, start=ulysses),
         Case(name="ulysses+fsdp", processes=n, start=ulysses | fsdp),
+        Case(name="fp32", start=alone | fp32, videos=("fp32", "fp32 other attention", CONTROLS[-1])),
+        Case(name="fp32 ulysses+fsdp", processes=n, start=ulysses | fsdp | fp32),
     ]
 
 
@@ -140,8 +143,8 @@ def warm(path: Path) -> float:
 
 COLUMNS = [
     *("video", "processes", "loading", "read", "kept each", "device peak", "host peak", "process", "denoising"),
-    *("decode", "frames differ: mean, max", "PSNR", "latents differ", "text differs"),
-    *(f"times {name}: frames, latents" for name in YARDSTICKS),
+    *("decode", "beside", "frames differ: mean, max", "PSNR", "latents differ", "text differs"),
+    *("times other attention: frames, latents", "times fp32: frames, latents"),
 ]
 
 
@@ -150,7 +153,7 @@ def table(document: dict) -> str:
     for case in document["cases"]:
         head = [case["case"], str(len(case["processes"]))]
         if "error" in case:
-            rows.append([*head, f"failed: {case['error']}"])
+            rows.append([*head, f"failed: {case['error']}".replace("|", "/")])
             continue
         for index, name in enumerate(case["processes"][0]["videos"]):
             costs = (
@@ -179,17 +182,19 @@ def process_cells(processes: list[dict], nbytes: dict[str, int]) -> list[str]:
 
 
 def difference_cells(name: str, video: dict | None) -> list[str]:
-    if video is None or name == "one":
-        return ["no video of one" if video is None else "(compared with)"]
+    if video is None:
+        return ["nothing to compare with"]
+    if name == video["beside"]:
+        return [""]
     if video["identical"]:
-        return ["identical"]
+        return [video["beside"], "identical"]
     times = [[unit["mean_levels"], unit["latents"]] for unit in video["yardsticks"].values()]
     return [
-        f"{video['mean_levels']:.4f}, {video['max_levels']:.2f}",
+        video["beside"],
+        f"{video['mean_levels']:.3g}, {video['max_levels']:.3g}",
         "-" if video["psnr_db"] is None else f"{video['psnr_db']:.1f} dB",
-        f"{video['latents']:.2%}",
-        f"{video['text']:.2%}",
-        *(", ".join("-" if ratio is None else f"{ratio:.2f} x" for ratio in pair) for pair in times),
+        *(f"{video[key] * 100:.3g} %" for key in ("latents", "text")),
+        *(", ".join("-" if ratio is None else f"{ratio:.3g} x" for ratio in pair) for pair in times),
     ]
 
 
@@ -216,28 +221,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     parser.add_argument("--blocks", type=int, default=8, help="DiT blocks per expert, of 40; tiny has all of its 4")
     parser.add_argument("--file-dtype", choices=["bf16", "fp32"], default="bf16", help="of the experts' files")
-    parser.add_argument("--video-size", help="WIDTH*HEIGHT; 832*480 unless given, tiny 64*64")
+    parser.add_argument("--video-size", help="WIDTH*HEIGHT; 640*384 unless given, tiny 64*64")
     parser.add_argument("--frames", type=int, help="4n+1; 17 unless given, tiny 9")
     parser.add_argument("--steps", type=int, default=4, help="enough for both experts")
     parser.add_argument("--only", nargs="+", choices=[case.name for case in cases(2)], help="and no other cases")
     parser.add_argument("--timeout", type=float, default=180, help="seconds for each case")
     parser.add_argument("--output", type=Path, help="write everything as JSON")
     options = parser.parse_args()
-    options.video_size = options.video_size or ("64*64" if options.size == "tiny" else "832*480")
+    options.video_size = options.video_size or ("64*64" if options.size == "tiny" else "640*384")
     options.frames = options.frames or (9 if options.size == "tiny" else 17)
     options.wh = tuple(int(x) for x in options.video_size.split("*"))
     return options
 
 
 def main() -> None:
+    from wan_loader.errors import WanLoaderError
+
     options = parse()
     options.directory.mkdir(parents=True, exist_ok=True)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, pipeline_start.__file__, str(options.directory), "--child", "imports"]
     importing = subprocess.Popen(command)  # their byte code is compiled once, untimed
-    path = make(options)
-    importing.wait()
-    run(options, path)
+    try:
+        path = make(options)
+        importing.wait()
+        run(options, path)
+    except WanLoaderError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
 
 
 def run(options: argparse.Namespace, path: Path) -> None:
@@ -272,15 +282,18 @@ def run(options: argparse.Namespace, path: Path) -> None:
 
 
 def note(document: dict, found: dict, results: Path) -> None:
-    """Compare the videos of a case with that of one process."""
-    videos, reference = document["videos"], results / "one.one.npz"
-    if "error" not in found and reference.exists():
-        for name in found["processes"][0]["videos"]:
-            videos[name] = compare(results / f"{found['case']}.{name}.npz", reference)
-    yardsticks = {name: videos[name] for name in YARDSTICKS if name in videos}
+    """Compare the videos of a case with that of one process in the same precision."""
+    videos = document["videos"]
+    for name in () if "error" in found else found["processes"][0]["videos"]:
+        beside = "fp32" if name.startswith("fp32 ") else "one"
+        if (reference := results / f"{beside}.{beside}.npz").exists():
+            compared = compare(results / f"{found['case']}.{name}.npz", reference)
+            videos[name] = {"beside": beside, **compared, "yardsticks": {}}
     for name, video in videos.items():
-        video["yardsticks"] = judge(video, yardsticks) if name in (*JUDGED, *CONTROLS) else {}
-    document["verdicts"] = verdicts(videos, JUDGED, CONTROLS)
+        units = YARDSTICKS[video["beside"]]
+        if name not in (video["beside"], *units):
+            video["yardsticks"] = judge(video, {unit: videos[unit] for unit in units if unit in videos})
+    document["verdicts"] = verdicts(videos, CONTROLS)
 
 
 if __name__ == "__main__":

@@ -90,16 +90,18 @@ def make_video(pipe, name: str, settings: dict, spec: dict) -> dict:
     """One video; steps are timed with the device synchronised after each."""
     import numpy as np
 
-    before = pipe.report()["pipeline"]
-    prompt = OTHER_PROMPT if name == "other prompt" else PROMPT
+    before, kind = pipe.report()["pipeline"], name.removeprefix("fp32 ")
+    precise, prompt = spec["start"].get("dtype") == "fp32", OTHER_PROMPT if kind == "other prompt" else PROMPT
     with (
-        other_attention(spec["device"]) if name == "other attention" else contextlib.nullcontext(),
-        exchanged(pipe.pipe.transformer.blocks) if name == "exchanged blocks" else contextlib.nullcontext(),
+        other_attention(spec["device"], precise) if kind == "other attention" else contextlib.nullcontext(),
+        exchanged(pipe.pipe.transformer.blocks) if kind == "exchanged blocks" else contextlib.nullcontext(),
         kept(pipe.pipe, "encode_prompt", lambda args, embeds: [e.float().cpu().numpy() for e in embeds]) as text,
         kept(pipe.pipe.vae, "decode", lambda args, frames: unscaled(args[0], pipe.pipe.vae.config)) as latents,
     ):
         made = pipe(prompt, steps=spec["steps"], progress=lambda phase, done, total: sync(spec["device"]), **settings)
     if latents:  # process 0 alone decodes
+        if not np.isfinite(made.frames_THWC).all() or not np.isfinite(latents[0]).all():
+            raise AssertionError(f"{name}: frames or latents are no numbers")
         np.savez(f"{spec['result']}.{name}.npz", frames=made.frames_THWC, latents=latents[0], text=text[0])
     after = pipe.report()["pipeline"]
     stages = {x["name"]: x["seconds"] for x in after["stages"][len(before["stages"]) :]}
@@ -136,11 +138,12 @@ def unscaled(latents, config):
     return ((latents - mean) / std).cpu().numpy()
 
 
-def other_attention(device: str):
-    """A kernel that neither kind of device takes by itself for the experts."""
+def other_attention(device: str, precise: bool):
+    """A kernel that the device does not take by itself for the experts; a GPU takes the efficient one in fp32."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel(SDPBackend.MATH if device == "cpu" else SDPBackend.EFFICIENT_ATTENTION)
+    efficient = device == "cuda" and not precise
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if efficient else SDPBackend.MATH)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from pathlib import Path
 
 #: What is within so many times a yardstick is as close as that.
@@ -22,17 +22,14 @@ TOLERANCE = 2.0
 def compare(path: Path, reference: Path, seed: int = 0) -> dict:
     """A video beside another one of the same noise."""
     video, one = np.load(path), np.load(reference)
-    frames, difference = video["frames"], np.abs(video["frames"].astype(np.float64) - one["frames"]) * 255
-    moved, apart = (
-        distance(one["latents"], noise(one["latents"].shape, seed)),
-        distance(video["latents"], one["latents"]),
-    )
+    difference = np.abs(video["frames"].astype(np.float64) - one["frames"]) * 255
     rms = float(np.sqrt((difference**2).mean()))
+    begun = noise(one["latents"].shape, seed)
+    moved, apart = distance(one["latents"], begun), distance(video["latents"], one["latents"])
     return {
-        "finite": bool(np.isfinite(frames).all() and np.isfinite(video["latents"]).all()),
-        "std_levels": float(frames.std()) * 255,
-        "moved_of_noise": moved / distance(noise(one["latents"].shape, seed)),
         "identical": all(np.array_equal(video[name], one[name]) for name in ("frames", "latents", "text")),
+        "std_levels": float(video["frames"].std()) * 255,
+        "moved_of_noise": distance(video["latents"], begun) / distance(begun),
         "mean_levels": float(difference.mean()),
         "max_levels": float(difference.max()),
         "psnr_db": 20 * float(np.log10(255 / rms)) if rms else None,
@@ -59,38 +56,38 @@ def judge(video: dict, yardsticks: dict[str, dict]) -> dict[str, dict]:
     for name, yardstick in yardsticks.items():
         pairs = {key: (video[key], yardstick[key]) for key in ("mean_levels", "latents")}
         times = {key: apart / unit if unit else None for key, (apart, unit) in pairs.items()}
-        found[name] = times | {
-            "within": video["finite"] and all(apart <= TOLERANCE * unit for apart, unit in pairs.values())
-        }
+        found[name] = times | {"within": all(apart <= TOLERANCE * unit for apart, unit in pairs.values())}
     return found
 
 
-def verdicts(videos: dict[str, dict], judged: Iterable[str], controls: Iterable[str]) -> list[str]:
+def verdicts(videos: dict[str, dict], controls: Sequence[str]) -> list[str]:
     """What the comparison says, and whether it can say anything. controls: videos that really are others."""
-    if "one" not in videos:
-        return ["no video of one process to compare with"]
-    one = videos["one"]
+    lines = []
+    if (one := videos.get("one")) is not None:
+        lines.append(
+            f"one: standard deviation of the frames {one['std_levels']:.1f} of 255 levels; "
+            f"the experts move the latents by {one['moved_of_noise']:.0%} of the noise"
+        )
+        lines += ["THE COMPARISON SAYS NOTHING: its frames are constant"] if one["std_levels"] < 1 else []
+    for name, video in videos.items():
+        if video["identical"] and name != video["beside"]:
+            lines.append(f"{name}: identical to {video['beside']}, bit for bit")
+        elif name in controls:
+            lines += [
+                f"{name}: {line}" for line in verdict(video, "would be noticed, beyond", "would go UNNOTICED, within")
+            ]
+        else:
+            others = {c: videos[c] for c in controls if c in videos and videos[c]["beside"] == video["beside"]}
+            lines += [f"{name}: {line}" for line in verdict(video, "NOT within", "within", others)]
+    return lines or ["no video of one process to compare with"]
+
+
+def verdict(video: dict, beyond: str, within: str, controls: dict[str, dict] | None = None) -> list[str]:
     lines = [
-        f"one: standard deviation of the frames {one['std_levels']:.1f} of 255 levels; "
-        f"the experts move the latents by {one['moved_of_noise']:.0%} of the noise"
-    ]
-    if not one["finite"] or one["std_levels"] < 1:
-        lines.append("THE COMPARISON SAYS NOTHING: its frames are constant or no numbers")
-    for name in (name for name in judged if name in videos):
-        lines += [f"{name}: {finding}" for finding in findings(videos[name])]
-    for name in (name for name in controls if name in videos):
-        for yardstick, unit in videos[name]["yardsticks"].items():
-            noticed = "would NOT be noticed" if unit["within"] else "would be noticed"
-            lines.append(f"a difference like that of {name} {noticed} beside {yardstick}")
-    return lines
-
-
-def findings(video: dict) -> list[str]:
-    if not video["finite"]:
-        return ["NOT FINITE"]
-    if video["identical"]:
-        return ["identical to one, bit for bit"]
-    return [
-        f"{'within' if unit['within'] else 'NOT WITHIN'} {TOLERANCE:g} x the difference of {yardstick}"
+        f"{within if unit['within'] else beyond} {TOLERANCE:g} x the difference of {yardstick}"
         for yardstick, unit in video["yardsticks"].items()
-    ] or ["no yardstick to compare with"]
+    ]
+    if lines and controls and video["latents"]:
+        farther = (f"{other['latents'] / video['latents']:.3g} x ({name})" for name, other in controls.items())
+        lines.append(f"in latents, videos that are meant to differ are farther: {', '.join(farther)}")
+    return lines
