@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, help="samples of each loader, instead of the step's own number")
     parser.add_argument("--only", action="store_true", help="remove checkpoints of other steps first, for small disks")
     parser.add_argument("--make-only", action="store_true", help="make the checkpoints, measure nothing")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if unknown := [name for name in options.steps if name not in STEPS]:
         parser.error(f"unknown step {unknown[0]}")
     if not options.steps:
