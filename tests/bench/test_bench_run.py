@@ -163,8 +163,8 @@ def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_p
         device="cpu",
         repeat=1,
     )
-    told = []
-    cases = run_cases(settings, told.append)
+    cases = []
+    run_cases(settings, lambda line: None, cases)
     assert "no room" in cases[0].failure
     assert cases[1].results[0].status == "ok"
     assert list(here.iterdir()) == []
@@ -173,12 +173,13 @@ def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_bench_cleans_up(checkpoint, tmp_path, number):
-    place = tmp_path / "place"
+def test_an_interrupted_bench_cleans_up_and_keeps_what_it_has(checkpoint, tmp_path, number):
+    place, out = tmp_path / "place", tmp_path / "out.json"
     place.mkdir()
     words = ["bench", checkpoint, "--loader", "ours", "--repeat", "1000", "--storage", f"disk={place}"]
     with subprocess.Popen(
-        [sys.executable, "-m", "wan_loader", *map(str, words)],
+        [sys.executable, "-m", "wan_loader", *map(str, words), "--export-json", out],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
@@ -190,8 +191,30 @@ def test_an_interrupted_bench_cleans_up(checkpoint, tmp_path, number):
         assert len(list(place.iterdir())) == 1, "a copy is being measured"
         child.send_signal(number)
         rest = child.stderr.read()
+        table = child.stdout.read()
         assert child.wait(30) == 130, rest
+    assert "interrupted: this is what was measured until then" in rest
+    assert " equal" in table
     assert list(place.iterdir()) == []
+    (case,) = json.loads(out.read_text())["cases"]
+    assert 1 <= case["results"][0]["summary"]["n"] < 1000
+
+
+def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(checkpoint, tmp_path, monkeypatch):
+    from wan_loader.bench import runner
+    from wan_loader.cli.app import main
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "ask", interrupt)
+    monkeypatch.setattr(
+        sys, "argv", ["wan-loader", "bench", str(checkpoint), "--export-json", str(tmp_path / "o.json")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert not (tmp_path / "o.json").exists()
 
 
 def test_simulated_storage_sets_the_pace(checkpoint, command):

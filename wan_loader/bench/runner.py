@@ -98,14 +98,15 @@ class Case:
     """Why nothing was measured."""
 
 
-def run_cases(settings: Settings, tell: Callable[[str], None]) -> list[Case]:
-    """Measure everything; `tell` is given a line for each thing done. Raises `CheckpointError` before measuring."""
+def run_cases(settings: Settings, tell: Callable[[str], None], cases: list[Case]) -> None:
+    """Measure everything; `tell` is given a line for each thing done. Raises `CheckpointError` before measuring.
+
+    cases: where the results go, each when it is begun, so that what was measured is there if an interrupt ends it.
+    """
     checkpoints = [open_checkpoint(path) for path in settings.paths]
-    cases: list[Case] = []
     for path, name, checkpoint in zip(settings.paths, distinct_names(settings.paths), checkpoints, strict=True):
         for place in settings.places:
-            cases += _Bench(settings, tell, Case(path, name, place, ""), checkpoint).run()
-    return cases
+            _Bench(settings, tell, Case(path, name, place, ""), checkpoint).run(cases)
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
@@ -140,9 +141,9 @@ class _Bench:
             is_part=is_part,
         )
 
-    def run(self) -> list[Case]:
+    def run(self, cases: list[Case]) -> None:
         caches = ["simulated"] if self._place.rate else list(self._settings.caches)
-        done: list[Case] = []
+        n_before = len(cases)
         try:
             with ExitStack() as stack:
                 self._warn_of_leftovers()
@@ -152,15 +153,15 @@ class _Bench:
                 for cache in caches:
                     results = [replace(result, samples=[]) for result in prepared]
                     case = replace(self._case, cache=cache, notes=[], results=results)
-                    done.append(case)
+                    cases.append(case)
                     if cache == "cold" and case.storage.get("in_memory"):
                         case.failure = f"{case.storage['filesystem']} lies in memory: it is never cold"
                     else:
                         self._run_case(case)
         except OutputError as error:
             self._tell(f"{self._place.name}: {error}")
-            done += [replace(self._case, cache=c, failure=str(error)) for c in caches[len(done) :]]
-        return done
+            left = caches[len(cases) - n_before :]
+            cases += [replace(self._case, cache=c, failure=str(error)) for c in left]
 
     def _warn_of_leftovers(self) -> None:
         if self._place.directory is None:

@@ -86,7 +86,8 @@ def bench(
 ) -> None:
     """Compare loaders, settings and storage: fresh processes, taking turns, every tensor compared in the run.
 
-    Loaders that are not installed are listed as such. Progress goes to stderr.
+    Loaders that are not installed are listed as such. Progress goes to stderr. Ctrl-C ends it early, and shows and
+    exports what was measured until then.
 
     Examples:
 
@@ -123,9 +124,11 @@ def bench(
         time_limit_s=time_limit,
         part=nbytes,
     )
-    document = _measure(settings, machine)
+    document, interrupted = _measure(settings, machine)
     _export(document, export_json, export_markdown, export_picture)
     _show(document, json=json)
+    if interrupted:
+        raise KeyboardInterrupt
     if not any(r["summary"] for c in document["cases"] for r in c["results"]):
         raise typer.Exit(1)
 
@@ -176,18 +179,29 @@ def _machine(device: str) -> tuple[str, dict[str, Any]]:
     return answer["device"], answer["machine"]
 
 
-def _measure(settings: Settings, machine: dict[str, Any]) -> dict[str, Any]:
+def _measure(settings: Settings, machine: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The result, and whether Ctrl-C or SIGTERM ended it early: then of what there is."""
     from datetime import UTC, datetime
 
     from wan_loader.bench.document import to_document
-    from wan_loader.bench.runner import run_cases
+    from wan_loader.bench.runner import Case, run_cases
     from wan_loader.cli.render import error_console
 
     console = error_console()
-    with _ended_by_sigterm():
-        cases = run_cases(settings, lambda line: console.print(line, style="dim", markup=False))
+    cases: list[Case] = []
+    interrupted = False
+    try:
+        with _ended_by_sigterm():
+            run_cases(settings, lambda line: console.print(line, style="dim", markup=False), cases)
+    except KeyboardInterrupt:
+        if not any(result.samples for case in cases for result in case.results):
+            raise
+        interrupted = True
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return to_document(settings, cases, argv=["wan-loader", *sys.argv[1:]], machine=machine, created=created)
+    document = to_document(settings, cases, argv=["wan-loader", *sys.argv[1:]], machine=machine, created=created)
+    if interrupted:
+        document["warnings"].append("interrupted: this is what was measured until then, run it again for the rest")
+    return document, interrupted
 
 
 @contextmanager
