@@ -110,10 +110,15 @@ def _line(row: Row) -> str:
     if row.seconds is None:
         return f"| {name} | {row.note} | | | | |"
     note = f" ({row.note})" if row.note else ""
-    seconds = f"{row.seconds:.3g}" if row.seconds < 100 else f"{row.seconds:.0f}"
     limit = f"{row.of_limit:.2f}" if row.of_limit is not None else ""
-    gbps = f"{row.gbps:.3g}" if row.gbps is not None else ""
-    return f"| {name}{note} | {seconds} | {gbps} | {limit} | {row.cpu_s:.3g} | {row.n} |"
+    return f"| {name}{note} | {_digits(row.seconds)} | {_digits(row.gbps)} | {limit} | {_digits(row.cpu_s)} | {row.n} |"
+
+
+def _digits(value: float | None) -> str:
+    """Three of them, or all before the point."""
+    if value is None:
+        return ""
+    return f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"
 
 
 def section() -> str:

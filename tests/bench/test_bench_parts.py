@@ -159,9 +159,10 @@ def test_comparison_wants_the_dtype_asked_for(checkpoint):
 def test_rows_put_the_fastest_first_and_failures_last(document, make_result):
     case = document["cases"][0]
     case["results"].append(make_result("x", status="crashed", reason="killed by SIGSEGV"))
+    case["results"].append(make_result("interrupted before it had a turn"))
     rows = case_rows(case)
-    assert [row[0] for row in rows] == ["ours", "safetensors", "x"]
-    assert rows[2][1] == "crashed: killed by SIGSEGV"
+    assert [row[0] for row in rows][:3] == ["ours", "safetensors", "x"]
+    assert [row[1] for row in rows][2:] == ["crashed: killed by SIGSEGV", "not measured"]
     assert [HEADERS[i] for i in visible_columns(rows, 30)][:2] == ["loader", "median"]
     assert len(visible_columns(rows, 30)) < len(visible_columns(rows, 1000))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.bench.table import case_title, machine_line, ordered
+from wan_loader.bench.table import case_title, machine_line, ordered, why_no_time
 from wan_loader.profiler.charts import axis_step
 from wan_loader.sizes import format_seconds
 
@@ -77,7 +77,7 @@ def _bar(result: Mapping[str, Any], y: int, scale: float) -> list[str]:
     parts = [_text(_LEFT - 10, y + 16, result["loader"], anchor="end", weight=600 if ours else 400)]
     summary = result["summary"]
     if summary is None:
-        why = f"{result['status']}: {result['reason']}" if result["reason"] else result["status"]
+        why = why_no_time(result)
         return [*parts, _text(_LEFT + 4, y + 16, _short(why, 120), colour=_SOFT, size=11)]
     width = summary["median_s"] * scale
     fill = _OURS if ours else _OTHER

@@ -9,7 +9,16 @@ from wan_loader.sizes import format_bytes, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["HEADERS", "case_rows", "case_title", "footnotes", "machine_line", "ordered", "visible_columns"]
+__all__ = [
+    "HEADERS",
+    "case_rows",
+    "case_title",
+    "footnotes",
+    "machine_line",
+    "ordered",
+    "visible_columns",
+    "why_no_time",
+]
 
 HEADERS = (
     "loader",
@@ -81,8 +90,7 @@ def case_rows(case: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     summary = result["summary"]
     if summary is None:
-        state = result["status"] + (f": {result['reason']}" if result["reason"] else "")
-        return (result["loader"], state, *[""] * (len(HEADERS) - 2))
+        return (result["loader"], why_no_time(result), *[""] * (len(HEADERS) - 2))
     checked = result["compared_tensors"]
     state = "" if result["status"] == "ok" else f" ({result['status']})"
     return (
@@ -100,6 +108,12 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
         str(summary["n"]),
         f"{checked} equal" if checked is not None else "no",
     )
+
+
+def why_no_time(result: Mapping[str, Any]) -> str:
+    """What became of a loader that has no sample; one that was well had no turn before the bench was interrupted."""
+    state = "not measured" if result["status"] == "ok" else result["status"]
+    return f"{state}: {result['reason']}" if result["reason"] else str(state)
 
 
 def visible_columns(rows: Sequence[tuple[str, ...]], width: int) -> list[int]:
