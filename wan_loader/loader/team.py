@@ -64,6 +64,7 @@ class Team:
     division: Division | None = None
     parts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scales: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _spreads: dict[tuple[Any, ...], Spread] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -137,7 +138,12 @@ class Team:
         return {n: t[slice(*cuts[n])].clone().contiguous() if n in cuts else t for n, t in tensors.items()}
 
     def _spread(self, tensor: Any) -> Spread:
-        return _mesh_spread(tensor, self) if is_dtensor(tensor) else Spread(self.peers.ranks)
+        if not is_dtensor(tensor):
+            return Spread(self.peers.ranks)
+        key = (tensor.device_mesh, tensor.placements)
+        if key not in self._spreads:  # a module has a thousand tensors, and one or two ways to lay them
+            self._spreads[key] = _mesh_spread(*key, self)
+        return self._spreads[key]
 
     def _compare(
         self,
@@ -234,21 +240,21 @@ def _reshard(module: torch.nn.Module) -> None:
             owner.reshard()
 
 
-def _mesh_spread(tensor: Any, team: Team) -> Spread:
-    """Blocks and holders of a DTensor; `OptionError` for placements other than `Shard(0)` and `Replicate`."""
+def _mesh_spread(mesh: Any, placements: tuple[Any, ...], team: Team) -> Spread:
+    """Blocks and holders of DTensors; `OptionError` for placements other than `Shard(0)` and `Replicate`."""
     import torch.distributed as dist
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    coordinate = mesh.get_coordinate()
     cut: list[int] = []
     kept: list[int] = []
-    for dim, placement in enumerate(tensor.placements):
+    for dim, placement in enumerate(placements):
         if type(placement) is Shard and placement.dim == 0:
             cut.append(dim)
         elif isinstance(placement, Replicate):
             kept.append(dim)
     if len(cut) + len(kept) != mesh.ndim or len(cut) > 1 or coordinate is None:
-        raise OptionError(f"placements {tensor.placements} cannot be loaded: one Shard(0), and Replicate, can")
+        raise OptionError(f"placements {placements} cannot be loaded: one Shard(0), and Replicate, can")
     ranks = mesh.mesh[tuple(slice(None) if dim in kept else coordinate[dim] for dim in range(mesh.ndim))]
     holders = tuple(int(rank) for rank in ranks.flatten())
     if len(holders) > 1 and holders not in team.groups:
@@ -259,7 +265,7 @@ def _mesh_spread(tensor: Any, team: Team) -> Spread:
         elif set(holders) == set(team.peers.ranks):
             holders = team.peers.ranks
         else:
-            raise OptionError(f"placements {tensor.placements} cannot be loaded: several partial replicas of one mesh")
+            raise OptionError(f"placements {placements} cannot be loaded: several partial replicas of one mesh")
     return Spread(holders, mesh.size(cut[0]), coordinate[cut[0]]) if cut else Spread(holders)
 
 
