@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.cache.build import Build
-    from wan_loader.loader.load import Loaded
+    from wan_loader.loader.outcome import Loaded
 
 __all__ = ["load"]
 

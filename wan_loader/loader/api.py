@@ -12,7 +12,7 @@ from wan_loader.formats import open_checkpoint
 from wan_loader.loader.binding import Match, bind, match, module_slots
 from wan_loader.loader.cached import CachedLoad, CacheOptions
 from wan_loader.loader.dtype_rule import DtypeRule
-from wan_loader.loader.load import Choice, Loaded, LoadOptions, load_checkpoint
+from wan_loader.loader.load import Choice, LoadOptions, load_checkpoint
 from wan_loader.loader.team import joined
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.binding import KeyMap
+    from wan_loader.loader.outcome import Loaded
     from wan_loader.loader.team import Team
     from wan_loader.report import CacheReport, LoadReport
     from wan_loader.types import IoMode, StrPath

@@ -9,22 +9,22 @@ from __future__ import annotations
 import gc
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import Carried, carry_out
+from wan_loader.engine import carry_out
 from wan_loader.engine.activity import loading
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.devices import (
     current,
-    device_card,
     device_peak_bytes,
     reset_device_peak,
     resolve_device,
 )
+from wan_loader.loader.outcome import Loaded, Moved, make_report
 from wan_loader.loader.placement import allocate, check_memory, convert_storage, lay_out, plan_storages
 from wan_loader.loader.route import choose_way, explain
 from wan_loader.loader.settings import (
@@ -35,9 +35,9 @@ from wan_loader.loader.settings import (
     engine_settings,
     prefers_mapping,
 )
-from wan_loader.machine import machine_card, memory_limit, peak_resident, processors, reset_peak_resident
+from wan_loader.machine import memory_limit, peak_resident, processors, reset_peak_resident
 from wan_loader.plan import MAX_GAP, PAGE, Way, make_plan
-from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
+from wan_loader.report import MemoryReport
 from wan_loader.source.reader import Reader
 from wan_loader.source.residency import Residency
 from wan_loader.transfer.cpu import CpuTarget
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.cache.build import Build
+    from wan_loader.engine import Carried
     from wan_loader.events import Observer, Span
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.dtype_rule import DtypeRule
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from wan_loader.source.reader import Check
     from wan_loader.transfer.base import Target
 
-__all__ = ["Choice", "LoadOptions", "Loaded", "load_checkpoint", "paused_gc", "read_storages"]
+__all__ = ["Choice", "LoadOptions", "load_checkpoint", "paused_gc", "read_storages"]
 
 
 #: Between two unregistrations in the background: whoever uses the device meanwhile waits for one at most.
@@ -85,37 +85,6 @@ class Choice:
     rule: DtypeRule
     check: Check | None = None
     """Is given every block while it is read; then nothing is mapped."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Filled tensors by checkpoint name, the report, and the spans that it is made from."""
-
-    tensors: dict[str, torch.Tensor]
-    make_report: Callable[[], LoadReport] = field(repr=False)
-    spans: tuple[Span, ...] = field(default=(), repr=False)
-    build: Build | None = None
-    """The cache entry that is being written from this load."""
-
-    @cached_property
-    def report(self) -> LoadReport:
-        """Made when it is asked for: that takes milliseconds, for which nobody waits who only wants the tensors."""
-        return self.make_report()
-
-
-@dataclass(slots=True)
-class _Moved:
-    """What moving the bytes came to."""
-
-    tensors: dict[str, torch.Tensor]
-    nbytes: int
-    """Bytes loaded."""
-    carried: Carried = field(default_factory=Carried)
-    resident_before: int = 0
-    nbytes_viewed: int = 0
-    reason: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
 
 class _Tee:
@@ -164,13 +133,14 @@ def load_checkpoint(
                 peak_resident(), moved.carried.pinned_nbytes, device_peak_bytes(device), moved.carried.registered_nbytes
             )
             moved.tensors = {}  # the report must not keep what its owner drops
-            report = partial(_report, choice, plans, options, device, moved, tee, seconds, memory)
+            spans = tuple(tee.recorder.spans)
+            report = partial(make_report, choice, plans, options, device, moved, spans, seconds, memory)
             if device.type == "cuda":  # unregistering takes time that nobody has to wait for
                 release = partial(moved.carried.release, _RELEASE_PAUSE_S)
                 threading.Thread(target=release, name="release", daemon=True).start()
             else:
                 moved.carried.release()
-    return Loaded(ordered, report, tuple(tee.recorder.spans))
+    return Loaded(ordered, report, spans)
 
 
 @contextmanager
@@ -206,7 +176,7 @@ def read_storages(checkpoint: Checkpoint, plans: Sequence[StoragePlan]) -> dict[
 
 def _move_chosen(
     choice: Choice, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
-) -> _Moved:
+) -> Moved:
     if choice.checkpoint.format == "torch-pickle":
         return _move_through_torch(choice.checkpoint, plans, options, device, observer)
     return _move(choice.checkpoint, plans, options, device, observer, choice.check)
@@ -219,7 +189,7 @@ def _move(
     device: torch.device,
     observer: Observer | None,
     check: Check | None = None,
-) -> _Moved:
+) -> Moved:
     """Plan, and have the engine fill the tensors; they are allocated while the first bytes are on their way."""
     cuda, io, team = device.type == "cuda", _io(options, check), options.team
     sharers = team.n_local if team is not None else 1
@@ -265,7 +235,7 @@ def _move(
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
     reason = explain(io, resident, nbytes_read, viewed)
-    return _Moved(
+    return Moved(
         placement.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
     )
 
@@ -277,7 +247,7 @@ def _io(options: LoadOptions, check: Check | None) -> str:
 
 def _move_through_torch(
     checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
-) -> _Moved:
+) -> Moved:
     """The way for pickles that cannot be planned."""
     nbytes = sum(checkpoint.storages[p.storage].nbytes for p in plans)
     state: dict[str, torch.Tensor] = {}
@@ -290,58 +260,10 @@ def _move_through_torch(
             if plan.converts:
                 convert_storage(state, plan)
     loaded = sum(plan.nbytes_loaded(checkpoint.storages[plan.storage].nbytes) for plan in plans)
-    return _Moved(state, loaded, reason="the file cannot be planned: torch.load read it")
+    return Moved(state, loaded, reason="the file cannot be planned: torch.load read it")
 
 
 def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypeRule) -> None:
     """Tensors that share a storage but need different dtypes part here."""
     for facts in (t for plan in plans if plan.late for t in plan.tensors):
         tensors[facts.name] = tensors[facts.name].to(torch_dtype(rule.target(facts.name, facts.dtype)))
-
-
-def _report(
-    choice: Choice,
-    plans: Sequence[StoragePlan],
-    options: LoadOptions,
-    device: torch.device,
-    moved: _Moved,
-    tee: _Tee,
-    seconds: float,
-    memory: MemoryReport,
-) -> LoadReport:
-    phases = summarize(tee.recorder.spans)
-    ways = [way for way in Way if moved.carried.nbytes[way]]
-    return LoadReport(
-        command="load",
-        target=choice.checkpoint.path,
-        device=str(device),
-        dtype=choice.rule.dtype,
-        seconds=seconds,
-        nbytes_file=sum(choice.checkpoint.storages[p.storage].nbytes for p in plans),
-        nbytes_device=moved.nbytes,
-        n_tensors=len(choice.tensors),
-        io=IoReport(
-            "+".join(way.value for way in ways) or "none",
-            moved.reason,
-            moved.resident_before,
-            nbytes_mapped=moved.carried.nbytes[Way.MAPPED],
-            nbytes_direct=moved.carried.nbytes[Way.DIRECT],
-            nbytes_buffered=moved.carried.nbytes[Way.BUFFERED],
-            nbytes_viewed=moved.nbytes_viewed,
-        ),
-        phases=phases,
-        bottleneck=_bottleneck(phases),
-        memory=memory,
-        machine={**machine_card(), **device_card(device)},
-        settings={"io": options.io, **moved.settings},
-        warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.carried.refusals))),
-    )
-
-
-def _bottleneck(phases: Sequence[Phase]) -> Bottleneck:
-    """The busiest phase that does work (waiting is a symptom)."""
-    working = [p for p in phases if p.name != "wait"]
-    if not working:
-        return Bottleneck("other", "nothing was measured")
-    busiest = max(working, key=lambda p: p.busy_s)
-    return Bottleneck(busiest.name, f"{busiest.name} was busy for {busiest.busy_s:.3f} s, longer than any other phase")
