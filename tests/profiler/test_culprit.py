@@ -42,7 +42,7 @@ class TestOwnLoads:
     def test_disk(self, checkpoint, ceilings, monkeypatch):
         from wan_loader.aio import Request
 
-        monkeypatch.setattr(Request, "result", slowed(Request.result, 0.05))
+        monkeypatch.setattr(Request, "result", slowed(Request.result, 0.2))
         self.expect("read", profile(checkpoint, ceilings, threads=2))
 
     def test_copies(self, checkpoint, ceilings, monkeypatch):
