@@ -9,6 +9,7 @@ the comparison of the tensors. Ends without clean-up: how long a loader takes to
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -138,6 +139,7 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
 def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
     """The load itself: all that is between the two readings of the clock, and of the counters."""
     reset_peak_resident()
+    gc.collect()  # what the imports have left: the collector would come for it in the middle of some load
     before = _counters()
     start_ns = clock_ns()
     outcome = loader.load(task)
