@@ -97,7 +97,8 @@ def table(document: dict, chosen: dict) -> str:
     machine = document["machine"]
     where = f"{machine.get('gpu') or 'no GPU'}, {machine['cores']} cores, torch {machine['torch']}"
     folder = Path(chosen["file"])
-    lines += ["", f"Medians, measured on: {where} ([all samples](benchmarks/results/{folder}))."]
+    what = "Medians" if any(row.n > 1 for row in rows) else "One sample each"
+    lines += ["", f"{what}, measured on: {where} ([everything](benchmarks/results/{folder}))."]
     best = next((r for r in rows if r.ours and r.seconds is not None), None)
     faster = [r for r in rows if not r.ours and r.seconds is not None and best and r.seconds < best.seconds]
     if faster:

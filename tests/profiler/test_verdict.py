@@ -144,6 +144,16 @@ def test_advice_on_storage_and_memory():
     limits = {"memory_available_bytes": 10 * GB}
     found = {a.rule for a in advise(evidence(spans, 101, cold_bytes=20 * GB, storage=storage, limits=limits))}
     assert "cold-cache" not in found
+    rotating = {"rotational": True, "filesystem": "ext4"}
+    for rate, advised in ((0.2, True), (2.0, False)):  # a virtual disk that only calls itself rotating
+        ceilings = {**CEILINGS, "disk_gbps": rate}
+        found = advise(evidence(spans, 101, cold_bytes=20 * GB, storage=rotating, ceilings=ceilings))
+        assert ("slow-storage" in {a.rule for a in found}) is advised
+
+
+def test_gains_that_nobody_notices_are_not_mentioned():
+    spans = [mark("read", 0, 0.004, GB // 1000, "reader 0"), mark("read", 0, 0.004, GB // 1000, "reader 1")]
+    assert advise(evidence(spans, 0.004, dtype="bf16", nbytes_file=GB // 500, fp32_bytes=GB // 500)) == ()
 
 
 def test_advice_on_fp32_files():

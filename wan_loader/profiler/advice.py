@@ -1,7 +1,7 @@
 """What to change: rules over the evidence of one session. Pure.
 
 Each rule says what speaks for it in this session and what it would win, computed from this session's own numbers. A
-rule without evidence says nothing, and wins below 2 % of the wall time are not mentioned.
+rule without evidence says nothing, and wins below 2 % of the wall time, or below 5 ms, are not mentioned.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["advise"]
 
 _WORTH = 0.02
+_WORTH_S = 0.005
 #: A local NVMe drive, for the gain of leaving a slower one.
 _NVME_GBPS = 3.0
 
 
 def advise(e: Evidence) -> tuple[Advice, ...]:
     """All that applies, the largest gain first."""
-    found = [advice for rule in _RULES for advice in rule(e) if advice.gain_s >= _WORTH * e.seconds]
+    found = [advice for rule in _RULES for advice in rule(e) if advice.gain_s >= max(_WORTH * e.seconds, _WORTH_S)]
     return tuple(sorted(found, key=lambda a: -a.gain_s))
 
 
@@ -42,7 +43,7 @@ def _fp32_file(e: Evidence) -> Iterator[Advice]:
         gain = moved * e.fp32_bytes / e.nbytes_file / 2
         yield Advice(
             "fp32-file",
-            f"keep a copy converted to {e.dtype} (load_file, then safetensors.torch.save_file)",
+            f"keep a copy converted to {e.dtype}: cache=True, or --cache",
             evidence,
             gain,
         )
@@ -59,7 +60,8 @@ def _random_init(e: Evidence) -> Iterator[Advice]:
     seconds = e.blame.get("random_init", 0.0)
     if seconds and (e.nbytes_file or "assign" in e.phases):
         nbytes = e.phases["random_init"].nbytes
-        evidence = f"{_gb(nbytes)} were filled with random numbers in {seconds:.2f} s, and weights are loaded over them"
+        loaded = ", and weights are loaded over them" if e.nbytes_file else ""
+        evidence = f"{_gb(nbytes)} were filled with random numbers in {seconds:.2f} s{loaded}"
         text = (
             'build the model under torch.device("meta"), then fill it: wan_loader.load_into(module, path, device=...)'
         )
@@ -111,17 +113,19 @@ def _cold(e: Evidence) -> Iterator[Advice]:
     free = int(e.limits.get("memory_available_bytes") or 0)
     if e.cold_bytes and cache and free > 2 * e.nbytes_file:
         evidence = f"{_gb(e.cold_bytes)} came from the disk; {_gb(free)} of memory are free"
-        text = "read the files into the page cache while something else runs: wan_loader.prewarm(PATH)"
+        text = "read the files into the page cache before: wan-loader warm PATH; or beside it: wan_loader.prewarm(PATH)"
         yield Advice("cold-cache", text, evidence, seconds - e.nbytes_file / cache / 1e9)
 
 
 def _slow_storage(e: Evidence) -> Iterator[Advice]:
-    what = "a network file system" if e.storage.get("network") else "a disk that calls itself rotating"
+    network = bool(e.storage.get("network"))
+    what = "a network file system" if network else "a disk that calls itself rotating"
     seconds = e.blame.get("read", 0.0)
-    slow = (
-        seconds > 0 and e.cold_bytes / seconds < _NVME_GBPS / 10 * 1e9
-    )  # virtual disks often call themselves rotating
-    if e.cold_bytes and slow and (e.storage.get("network") or e.storage.get("rotational")):
+    reached = e.cold_bytes / seconds / 1e9 if seconds > 0 else _NVME_GBPS
+    if not network:  # virtual disks often call themselves rotating: what was measured of them counts
+        reached = max(reached, e.ceilings.get("disk_gbps", 0.0))
+    slow = reached < _NVME_GBPS / 10
+    if e.cold_bytes and slow and (network or e.storage.get("rotational")):
         evidence = f"{_gb(e.cold_bytes)} were read from {what} ({e.storage.get('filesystem')}) in {seconds:.2f} s"
         gain = seconds - e.cold_bytes / _NVME_GBPS / 1e9
         yield Advice("slow-storage", "keep a copy of the files on a local NVMe drive", evidence, gain)

@@ -67,6 +67,8 @@ def print_session(console: Console, session: Session) -> None:
     for number, advice in enumerate(session.advice, 1):
         gain = f"saves about {format_seconds(advice.gain_s)}"
         console.print(f"[bold]{number}. {escape(advice.text)}[/bold] ({gain})\n   {escape(advice.evidence)}")
+    if len(session.advice) > 1:
+        console.print("these gains overlap, they do not add up", style="dim")
     for note in session.notes:
         console.print(f"note: {escape(note)}", style="dim")
 
