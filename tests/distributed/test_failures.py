@@ -33,6 +33,7 @@ def test_one_fails_all_fail_and_the_next_load_works(ranks, checkpoints):
         ("crashes", 3, 2, 1, "process 2 ended with ValueError: boom before it came to 'headers'"),
         ("ends-later", 2, 1, 0, "process 1 ended before it came to 'headers'"),
         ("ends-first", 2, 0, 0, "the process that holds the store"),
+        ("ends-later-first", 2, 0, 0, "the process that holds the store"),
     ],
 )
 def test_a_process_that_ends_without_loading_ends_the_others(ranks, checkpoints, case, n, victim, code, message):
@@ -61,3 +62,28 @@ def test_a_killed_process_is_noticed(ranks, checkpoints, case, n, victim, messag
     for rank in {*range(n)} - {victim}:
         assert ended[rank].code == 1, ended[rank].output
         assert f"DistributedError: {message}" in ended[rank].output, ended[rank].output
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_process_without_the_file_ends_a_command_on_all(ranks, tmp_path, present):
+    """Without torchrun, too: process 0, which holds the store then, stays until the others know."""
+    safetensors.torch.save_file({"a": torch.ones(3)}, tmp_path / f"{present}.safetensors")
+    ended = ranks("worker_cli.py", 2, "load", tmp_path / "RANK.safetensors", "--device", "cpu")
+    absent = 1 - present
+    assert [process.code for process in ended] == [1, 1]
+    assert ended[absent].output.startswith(f"error: {tmp_path / f'{absent}.safetensors'} does not exist")
+    assert ended[present].output.startswith(f"error: process {absent} failed: MissingFileError: "), ended
+    assert all(process.output.count("\n") == 1 for process in ended), ended
+
+
+def test_a_failure_of_all_together_is_told_by_all(ranks, checkpoints):
+    words = ("load", checkpoints / "a.safetensors", "--device", "cpu", "--cache", "--cache-dir", checkpoints / "cache")
+    for process in ranks("worker_cli.py", 2, *words):
+        assert process.code == 1
+        assert process.output.startswith("error: the converted cache is for one process"), process.output
+
+
+def test_bench_is_for_one_process(ranks, checkpoints):
+    for process in ranks("worker_cli.py", 2, "bench", checkpoints / "a.safetensors", "--device", "cpu"):
+        assert process.code == 1
+        assert process.output.startswith("error: 2 processes would disturb"), process.output

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_loader
 from wan_loader.formats.facts import Checkpoint
+from wan_loader.loader import team as team_module
 
 HERE, DEVICE = Path(sys.argv[1]), sys.argv[2]
 REFERENCE = torch.load(HERE / "net.pth")
@@ -171,14 +174,59 @@ def dtensors(n):
         first, last = rows(tensor.shape[0], n) if isinstance(placement, Shard) else (0, None)
         local = torch.empty((last - first, *tensor.shape[1:]) if last is not None else tensor.shape, device="meta")
         whole = DTensor.from_local(local, mesh, [placement], shape=tensor.shape, stride=tensor.contiguous().stride())
-        module.register_parameter(name, nn.Parameter(whole, requires_grad=False))
+        if name == "kept" or name.startswith("shared"):
+            module.register_buffer(name, whole)
+        else:
+            module.register_parameter(name, nn.Parameter(whole, requires_grad=False))
     for path in ("odd.pth", "odd-legacy.pth"):
         report = wan_loader.load_into(module, HERE / path, device=DEVICE)
         compare(module.state_dict(), expected)
+        assert all(isinstance(tensor, DTensor) for tensor in module.state_dict().values())
         assert "not stored row by row" in "".join(report.warnings)
     halves = wan_loader.load_file(HERE / "odd.pth", dtype="fp16", device=DEVICE, group=dist.group.WORLD)
     compare(halves, {n: t.half() if t.is_floating_point() else t for n, t in expected.items()})
     assert halves["shared_a"].untyped_storage().data_ptr() == halves["shared_b"].untyped_storage().data_ptr()
+
+
+class OnHeader:
+    """Sets an event when a load has compared the headers."""
+
+    def __init__(self):
+        self.seen = threading.Event()
+
+    def record(self, span):
+        if span.name == "header":
+            self.seen.set()
+
+
+def threads():
+    """Loads in several threads take turns: collectives of one must not meet those of another."""
+    carry, together, most = team_module.carry, [], []
+
+    def slow(*parts):
+        together.append(1)
+        most.append(len(together))
+        time.sleep(0.2)
+        carry(*parts)
+        together.pop()
+
+    loaded = {}
+
+    def load(name, observer):
+        loaded[name] = wan_loader.load_file(HERE / name, device=DEVICE, group=dist.group.WORLD, observer=observer)
+
+    team_module.carry, running = slow, []
+    for name in ("net.safetensors", "odd.pth"):
+        observer = OnHeader()
+        running.append(threading.Thread(target=load, args=(name, observer)))
+        running[-1].start()
+        observer.seen.wait(0.1 if running[1:] else 60)  # all processes begin in the same order
+    for thread in running:
+        thread.join()
+    team_module.carry = carry
+    assert set(most) == {1}, most
+    compare(loaded["net.safetensors"])
+    compare(loaded["odd.pth"], torch.load(HERE / "odd.pth"))
 
 
 def dist_rank():
@@ -216,6 +264,7 @@ def main():
     fsdp(n)
     replicated()
     dtensors(n)
+    threads()
     if n == 4:
         hsdp()
     dist.barrier()

@@ -122,7 +122,7 @@ def end_or_wait(me, victim):
         if CASE == "crashes":
             raise ValueError("boom")
         sys.exit(0)
-    if CASE == "ends-first":  # and its store with it
+    if "first" in CASE:  # and its store with it
         time.sleep(2)
     error = failing(load)
     print(f"{type(error).__name__}: {error}")
@@ -137,8 +137,8 @@ def main():
         end_or_wait(me, 0 if CASE == "ends-first" else dist.get_world_size() - 1)
     load()
     dist.barrier()
-    if CASE == "ends-later":
-        end_or_wait(me, dist.get_world_size() - 1)
+    if CASE.startswith("ends-later"):
+        end_or_wait(me, 0 if CASE.endswith("first") else dist.get_world_size() - 1)
     if CASE == "survive":
         survive(me)
     elif CASE == "exchange" and me == 1:

@@ -128,14 +128,18 @@ def test_processes_of_a_machine_share_its_budgets():
 
     plan = make_plan([Extent(0, 0, 0, 1 << 30)], block_bytes=SLOT_BYTES, way=lambda *range_: Way.DIRECT)
 
-    def shared(sharers, memory=1 << 40):
+    def shared(sharers, memory=1 << 40, processors=16):
         return engine_settings(
-            plan, io="auto", threads=None, memory_limit=memory, processors=64, cuda=True, sharers=sharers
+            plan, io="auto", threads=None, memory_limit=memory, processors=processors, cuda=True, sharers=sharers
         )
 
+    alone = shared(1)
     for sharers in (2, 4, 8):
         each = shared(sharers)
-        assert each.threads * sharers <= 64 // 2
+        assert each.threads * sharers <= alone.threads
         assert each.n_slots * each.slot_bytes * sharers <= MAX_STAGING_BYTES
+        many = shared(sharers, processors=64)  # then half of them
+        assert alone.threads < many.threads * sharers <= 32
+        assert many.n_slots * many.slot_bytes * sharers <= MAX_STAGING_BYTES
     assert shared(64).threads == shared(64).n_slots == 1
     assert shared(8, memory=1 << 28).n_slots == 1

@@ -13,6 +13,7 @@ import typer
 
 from wan_loader.cli.options import Dtype, Force, IoChoice, JsonOut, Verbose
 from wan_loader.errors import OptionError
+from wan_loader.loader.processes import world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,6 +102,10 @@ def bench(
     """
     from wan_loader.cli.output import check_output
 
+    if world_size() > 1:
+        raise OptionError(
+            f"{world_size()} processes would disturb each other's measurements: run bench without torchrun"
+        )
     for target in (export_json, export_markdown, export_picture):
         check_output(target, force=force)
     if export_picture is not None and export_picture.suffix != ".svg":

@@ -80,7 +80,7 @@ def bind(module: torch.nn.Module, found: Match, tensors: Mapping[str, torch.Tens
                 new = new if new is not None else _parameter(owner._parameters[attribute], tensors[name])
                 owner._parameters[attribute] = new
             else:
-                owner._buffers[attribute] = tensors[name]
+                owner._buffers[attribute] = _as(owner._buffers[attribute], tensors[name])
     everything = [*module.named_parameters(), *module.named_buffers()]
     if any(is_dtensor(tensor) for _, tensor in everything):
         module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
@@ -90,8 +90,7 @@ def bind(module: torch.nn.Module, found: Match, tensors: Mapping[str, torch.Tens
 def _parameter(old: Any, tensor: torch.Tensor) -> torch.nn.Parameter:
     import torch
 
-    if is_dtensor(old):
-        tensor = _distributed(old, tensor)
+    tensor = _as(old, tensor)
     differentiable = tensor.is_floating_point() or tensor.is_complex()
     new = torch.nn.Parameter(tensor, requires_grad=old.requires_grad and differentiable)
     new.__dict__.update(old.__dict__)
@@ -107,8 +106,10 @@ def is_dtensor(tensor: Any) -> bool:
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
-def _distributed(old: Any, local: torch.Tensor) -> Any:
-    """The DTensor whose part of this process is `local`."""
+def _as(old: Any, local: torch.Tensor) -> Any:
+    """The tensor in place of `old`: where that is a DTensor, the one whose part of this process is `local`."""
+    if not is_dtensor(old):
+        return local
     return type(old).from_local(
         local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
     )

@@ -87,7 +87,10 @@ class Peers:
         self._watch = threading.Thread(target=self._watching, name="peers", daemon=True)
 
     def __enter__(self) -> Peers:
-        self._store.set(self._key("beat", self.rank), "0")
+        try:
+            self._store.set(self._key("beat", self.rank), "0")
+        except RuntimeError as error:
+            raise DistributedError(_store_is_gone(error)) from error
         self._watch.start()
         return self
 
@@ -108,6 +111,15 @@ class Peers:
         text = json.dumps([self.rank, self._problem])
         with contextlib.suppress(Exception):  # the store may be gone with its process
             self._store.compare_set(f"{self._name}/failed", "", text)
+            self._store.set(self._key("left", self.rank), "")
+
+    def linger(self, limit_s: float) -> None:
+        """After `fail`, where this process holds the store: wait until the others have learnt from it what failed."""
+        others = [self._key("left", rank) for rank in self.ranks if rank != self.rank]
+        end = time.monotonic() + limit_s
+        with contextlib.suppress(RuntimeError):
+            while not self._store.check(others) and time.monotonic() < end:
+                time.sleep(_POLL_S)
 
     def check(self) -> None:
         """Raise `DistributedError` if a process has failed or is gone. Costs nothing."""

@@ -40,6 +40,9 @@ _REACH = timedelta(minutes=1)
 #: How long the start waits for a process, and torch for a collective.
 _WAIT_S = 600.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+#: How long a failed process that holds the store stays for the others: those that are here, those that still start.
+_LINGER_S = 3.0
+_LINGER_START_S = 10.0
 _runs = iter(range(1 << 30))
 _joined: list[Peers] = []
 
@@ -95,17 +98,18 @@ def open_store() -> Any:
     host, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT")
     if not 0 < port < 65536:
         raise OptionError(f"MASTER_PORT {port} is no port: start the processes with torchrun --nproc_per_node N")
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = stores.TCPStore(
-            host, port, None, rank == 0 and not agent, _REACH, wait_for_workers=False, multi_tenant=True
-        )
+        store = stores.TCPStore(host, port, None, _holds_store(), _REACH, wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise DistributedError(
             f"process {rank} cannot reach the others at {host}:{port} (MASTER_ADDR, MASTER_PORT): {reason}"
         ) from error
     return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _holds_store() -> bool:
+    return process_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 @dataclass(slots=True)
@@ -125,6 +129,8 @@ class Joined:
             _joined.remove(self.peers)
         if error is not None:
             self.peers.__exit__(type(error), error, None)
+            if self.started_torch and _holds_store() and isinstance(error, Exception):
+                self.peers.linger(_LINGER_S)
             return
         self.peers.agree("end")
         self.peers.leave()
@@ -177,7 +183,10 @@ def tell_others(error: BaseException) -> None:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            Peers(open_store(), process_rank(), range(world_size()), next_name()).fail(error)
+            peers = Peers(open_store(), process_rank(), range(world_size()), next_name())
+            peers.fail(error)
+            if _holds_store():
+                peers.linger(_LINGER_START_S)
 
 
 def own_device(device: str | torch.device) -> torch.device:

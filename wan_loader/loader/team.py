@@ -15,6 +15,8 @@ import json
 import os
 import platform
 import sys
+import threading
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,8 @@ PATIENCE_S = 600.0
 _SAMPLE_BYTES = 4096
 #: Loads of each group so far: names of what they leave in the store.
 _counts: dict[str, int] = {}
+#: Loads of one group follow each other: their collectives would meet those of another load of the same group.
+_turns: defaultdict[tuple[int, ...], threading.Lock] = defaultdict(threading.Lock)
 
 
 @dataclass(slots=True)
@@ -156,7 +160,11 @@ class Team:
         mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}
         facts = [json.loads(text) for text in self.peers.agree("headers", json.dumps(mine))]
         for key, what, cure in (
-            ("checkpoint", f"see another checkpoint at {checkpoint.path}", "put the same files on every machine"),
+            (
+                "checkpoint",
+                f"see another checkpoint at {checkpoint.path}",
+                "put the same files on every machine, and load them in the same order everywhere",
+            ),
             ("request", "ask for other tensors, dtypes or shards", "call with the same module and options everywhere"),
         ):
             if others := [r for r, f in zip(self.peers.ranks, facts, strict=True) if f[key] != facts[0][key]]:
@@ -181,7 +189,8 @@ class _Watch:
 def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[Team | None]:
     """The team of a load; None where this process loads alone. Every process of the group must come here.
 
-    group: None takes the one that the module's DTensors lie on, if there are any.
+    group: None takes the one that the module's DTensors lie on, if there are any. Loads of the same group in several
+    threads take turns.
     """
     import torch.distributed as dist
 
@@ -197,7 +206,10 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
     rank = dist.get_rank()
     if rank not in ranks:
         raise OptionError(f"process {rank} is not in the group that was given, which has {list(ranks)}")
-    with Peers(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_peers()) as peers:
+    with (
+        _turns[ranks],
+        Peers(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_peers()) as peers,
+    ):
         yield Team(peers, group, {ranks: group})
 
 
