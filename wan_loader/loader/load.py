@@ -134,7 +134,7 @@ def load_checkpoint(
             )
             moved.tensors = {}  # the report must not keep what its owner drops
             spans = tuple(tee.recorder.spans)
-            report = partial(make_report, choice, plans, options, device, moved, spans, seconds, memory)
+            report = partial(make_report, choice, plans, options.io, device, moved, spans, seconds, memory)
             if device.type == "cuda":  # unregistering takes time that nobody has to wait for
                 release = partial(moved.carried.release, _RELEASE_PAUSE_S)
                 threading.Thread(target=release, name="release", daemon=True).start()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from wan_loader.cache.build import Build
     from wan_loader.events import Span
-    from wan_loader.loader.load import Choice, LoadOptions
+    from wan_loader.loader.load import Choice
     from wan_loader.loader.placement import StoragePlan
 
 __all__ = ["Loaded", "Moved", "make_report"]
@@ -59,7 +59,7 @@ class Moved:
 def make_report(
     choice: Choice,
     plans: Sequence[StoragePlan],
-    options: LoadOptions,
+    io: str,
     device: torch.device,
     moved: Moved,
     spans: Sequence[Span],
@@ -91,7 +91,7 @@ def make_report(
         bottleneck=_bottleneck(phases),
         memory=memory,
         machine={**machine_card(), **device_card(device)},
-        settings={"io": options.io, **moved.settings},
+        settings={"io": io, **moved.settings},
         warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.carried.refusals))),
     )
 
