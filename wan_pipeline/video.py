@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wan_loader.errors import OutputError
 
 if TYPE_CHECKING:
+    from typing import IO
+
     import numpy as np
 
     from wan_loader.types import StrPath
 
 __all__ = ["check_writable", "write_mp4"]
 
-_QUALITY = 8
+_CRF = "10"  # libx264's quality, 0 (lossless) to 51
 
 
 def check_writable(path: Path, *, force: bool) -> None:
@@ -28,25 +33,82 @@ def check_writable(path: Path, *, force: bool) -> None:
 
 
 def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:
-    """Write frames of floats from 0 to 1 as H.264. The same frames give the same file."""
-    import imageio
+    """Write frames of floats from 0 to 1 as H.264. The same frames give the same file.
 
-    get_writer: Any = imageio.get_writer
+    Writes beside `path` and renames what is whole: the encoder ended well, and the file is on the disk and holds every
+    frame (counted without decoding). Raises `OutputError` otherwise; then what was at `path` is still there.
+    """
     target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".mp4", dir=target.parent)
-    os.close(handle)
     try:
-        with get_writer(
-            name, format="FFMPEG", fps=fps, codec="libx264", quality=_QUALITY, macro_block_size=1
-        ) as writer:
-            for frame_HWC in frames_THWC:
-                writer.append_data((frame_HWC * 255).astype("uint8"))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".mp4", dir=target.parent)
+        try:
+            _encode(name, frames_THWC, fps)
+            if (held := _count_frames(name)) != len(frames_THWC):
+                raise OSError(f"the encoder wrote {held} of {len(frames_THWC)} frames")
+            os.fsync(handle)  # some file systems only now say that they are full
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, target)
+        finally:
+            os.close(handle)
+            Path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error}") from error
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _encode(name: str, frames_THWC: np.ndarray, fps: int) -> None:
+    _, height, width, _ = frames_THWC.shape
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    coded = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", _CRF]
+    with tempfile.TemporaryFile() as said:
+        encoder = _ffmpeg([*raw, *coded, "-y", name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+        with encoder:
+            _send(encoder, frames_THWC)
+        if encoder.returncode:
+            raise OSError(_reason(said, encoder.returncode))
+
+
+def _send(encoder: subprocess.Popen[bytes], frames_THWC: np.ndarray) -> None:
+    assert encoder.stdin is not None
+    try:
+        for frame_HWC in frames_THWC:
+            encoder.stdin.write((frame_HWC * 255).astype("uint8").tobytes())
+    except BrokenPipeError:
+        pass  # the encoder has ended; what it said is a better reason
+    except BaseException:
+        encoder.kill()
+        raise
     finally:
-        Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(BrokenPipeError):
+            encoder.stdin.close()
+
+
+def _count_frames(name: str) -> int:
+    """Frames that can be read from a video; reads the file once and decodes nothing."""
+    words = ["-i", name, "-map", "0:v:0", "-c", "copy", "-progress", "pipe:1", "-f", "null", "-"]
+    with tempfile.TemporaryFile() as said:
+        with _ffmpeg(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as reader:
+            told, _ = reader.communicate()
+        if reader.returncode:
+            raise OSError(_reason(said, reader.returncode))
+    counts = re.findall(rb"^frame=\s*(\d+)", told, re.MULTILINE)
+    return int(counts[-1]) if counts else 0
+
+
+def _ffmpeg(words: list[str], *, stdin: int, stdout: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    """In a session of its own: Ctrl-C is for us, and we end it."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-v", "error", *words]
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
+
+
+def _reason(said: IO[bytes], code: int) -> str:
+    """The last thing that ffmpeg said, without the name of the part of it that said so."""
+    said.seek(0)
+    lines = said.read(100_000).decode(errors="replace").split("\n")
+    lines = [re.sub(r"^(\[[^\]]*\] ?)+", "", line).strip() for line in lines]
+    lines = [line for line in lines if line and line != "Conversion failed!"]
+    return f"{lines[-1] if lines else 'it said nothing'} (ffmpeg, exit code {code})"
 
 
 def _umask() -> int:
