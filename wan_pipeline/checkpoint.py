@@ -140,7 +140,15 @@ def open_wan(directory: StrPath) -> WanCheckpoint:
 
     Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files.
     """
-    root = Path(directory)
+    try:
+        return _open(Path(directory))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+
+
+def _open(root: Path) -> WanCheckpoint:
     if not root.is_dir():
         raise MissingFileError(f"{root} is no directory: name the directory of a WAN2.2 checkpoint")
     if (root / "model_index.json").exists():

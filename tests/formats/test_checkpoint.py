@@ -341,6 +341,37 @@ def test_a_directory_of_components_says_to_name_one(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def make_parts(directory, *names):
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+
+def test_a_model_directory_names_its_parts(tmp_path):
+    make_parts(tmp_path, "Wan2.1_VAE.pth", "models_t5.pth", "assets/logo.png", "high_noise_model/a.safetensors")
+    make_parts(tmp_path, "low_noise_model/a.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    names = ("high_noise_model", "low_noise_model", "Wan2.1_VAE.pth", "models_t5.pth")
+    parts = ", ".join(str(tmp_path / name) for name in names)
+    assert str(caught.value) == f"{tmp_path} is a WAN2.2 model's directory: name one of its parts: {parts}"
+
+
+def test_a_diffusers_directory_names_its_parts(tmp_path):
+    make_parts(tmp_path, "model_index.json", "scheduler/config.json", "vae/a.safetensors", "transformer/a.safetensors")
+    with pytest.raises(MissingFileError) as caught:
+        open_checkpoint(tmp_path)
+    parts = f"{tmp_path}/transformer, {tmp_path}/vae"
+    assert str(caught.value) == f"{tmp_path} is a diffusers model's directory: name one of its parts: {parts}"
+
+
+def test_a_directory_of_many_names_some(tmp_path):
+    make_parts(tmp_path, *(f"part{i:02d}/a.safetensors" for i in range(12)))
+    with pytest.raises(MissingFileError, match=r"subdirectories only: .*/part07, and 4 more$"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_directory_that_does_not_exist(tmp_path):
     with pytest.raises(MissingFileError, match="nothing-here"):
         open_checkpoint(tmp_path / "nothing-here")

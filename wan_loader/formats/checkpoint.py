@@ -6,6 +6,7 @@ in the index's own directory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import replace
@@ -29,6 +30,14 @@ _MAX_INDEX_BYTES = 100_000_000
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 #: How the names of files with weights end.
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+#: What a directory is that holds one of these.
+_MODELS = {
+    "high_noise_model": "is a WAN2.2 model's directory",
+    "low_noise_model": "is a WAN2.2 model's directory",
+    "model_index.json": "is a diffusers model's directory",
+}
+_MAX_NAMED = 8
+_MAX_SEEN = 1000
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
@@ -42,6 +51,17 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
     for what is not there.
     """
+    try:
+        return _open(path)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        kind = MissingFileError if isinstance(error, FileNotFoundError) else CheckpointError
+        raise kind(f"{error.filename or path} {what}") from error
+
+
+def _open(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     if isinstance(path, str | os.PathLike):
         target = os.fspath(path)
         if os.path.isdir(target):
@@ -68,18 +88,34 @@ def _only_checkpoint(directory: str) -> str:
             found.add(name)
         elif shard["stem"] + shard["suffix"] not in indexed:
             found.add(f"{shard['stem']}-00001-of-{shard['count']}{shard['suffix']}")
-    if not found:
-        hint = "; it has subdirectories: name one of them" if _has_directories(directory, names) else ""
-        raise MissingFileError(
-            f"{directory} holds no checkpoint (*.index.json, {', '.join('*' + s for s in WEIGHT_SUFFIXES)}){hint}"
-        )
-    if len(found) > 1:
-        raise CheckpointError(f"{directory} holds {len(found)} checkpoints: name one of {', '.join(sorted(found))}")
-    return os.path.join(directory, found.pop())
+    if len(found) == 1:
+        return os.path.join(directory, found.pop())
+    raise _not_one(directory, names, sorted(found))
 
 
-def _has_directories(directory: str, names: list[str]) -> bool:
-    return any(os.path.isdir(os.path.join(directory, n)) for n in names)
+def _not_one(directory: str, names: Sequence[str], found: Sequence[str]) -> CheckpointError:
+    """The error that names the checkpoints in a directory, and in its subdirectories, when it holds not just one."""
+    parts = [*_directories_with_weights(directory, names), *found]
+    if not parts:
+        suffixes = ", ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)
+        return MissingFileError(f"{directory} holds no checkpoint (*.index.json, {suffixes})")
+    what = f"holds {len(found)} checkpoints" if found else "holds checkpoints in subdirectories only"
+    what = next((kind for mark, kind in _MODELS.items() if mark in names), what)
+    paths = [os.path.join(directory, part) for part in parts[:_MAX_NAMED]]
+    paths += [f"and {len(parts) - _MAX_NAMED} more"] if len(parts) > _MAX_NAMED else []
+    return (CheckpointError if found else MissingFileError)(
+        f"{directory} {what}: name one of its parts: {', '.join(paths)}"
+    )
+
+
+def _directories_with_weights(directory: str, names: Sequence[str]) -> list[str]:
+    """Some of the subdirectories that directly hold files with weights."""
+    held = []
+    for name in names[:_MAX_SEEN]:
+        with contextlib.suppress(OSError):  # a file, or not for us to read
+            if any(n.endswith(WEIGHT_SUFFIXES) for n in os.listdir(os.path.join(directory, name))):
+                held.append(name)
+    return held
 
 
 def _complete_shards(path: str) -> list[str]:
@@ -133,7 +169,7 @@ def _read_index(path: str) -> dict[str, str]:
 
 def _join(path: str, paths: list[str]) -> Checkpoint:
     """One checkpoint of several files; every tensor name may stand in one file only."""
-    if missing := [p for p in paths if not os.path.exists(p)]:
+    if missing := [p for p in paths if _is_missing(p)]:
         more = f" (and {len(missing) - 1} more of {len(paths)} files)" if len(missing) > 1 else ""
         raise MissingFileError(f"{missing[0]} does not exist{more}: check the path, or finish the download")
     if len(paths) == 1:
@@ -157,6 +193,15 @@ def _join(path: str, paths: list[str]) -> Checkpoint:
     warnings = tuple(w for part in parts for w in part.warnings)
     metadata = parts[0].metadata
     return Checkpoint(path, parts[0].format, tuple(files), tuple(storages), tuple(tensors), metadata, warnings)
+
+
+def _is_missing(path: str) -> bool:
+    """As `not os.path.exists`, but what may not be looked at is an error."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
 
 
 def _open_file(path: str) -> Checkpoint:
