@@ -1,7 +1,10 @@
 """Fixtures that several test modules share."""
 
+import contextlib
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +68,28 @@ def open_files():
         return len(os.listdir("/proc/self/fd")), mapped
 
     return open_files
+
+
+@pytest.fixture
+def unprivileged():
+    """A context in which modes of files count, for root too."""
+
+    @contextlib.contextmanager
+    def unprivileged():
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return unprivileged
+
+
+@pytest.fixture
+def open_dir():
+    """A directory that everybody may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)

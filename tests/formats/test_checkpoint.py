@@ -377,6 +377,21 @@ def test_a_directory_that_does_not_exist(tmp_path):
         open_checkpoint(tmp_path / "nothing-here")
 
 
+def test_what_may_not_be_read_does_not_pass_for_missing(open_dir, unprivileged):
+    write_index(open_dir, write_shards(open_dir))
+    shut = open_dir / "shut"
+    shut.mkdir()
+    write_shards(shut)
+    shut.chmod(0)
+    (open_dir / INDEX).chmod(0)
+    for path in (shut, shut / shard_name(1, 3), [shut / shard_name(1, 3)], open_dir):
+        with unprivileged(), pytest.raises(CheckpointError, match=r"cannot be read: Permission denied$") as caught:
+            open_checkpoint(path)
+        assert not isinstance(caught.value, MissingFileError)
+        assert str(open_dir) in str(caught.value)
+    shut.chmod(0o755)
+
+
 def two_files(directory):
     save_file({"w": torch.ones(2)}, directory / "one.safetensors")
     save_file({"w": torch.ones(2)}, directory / "two.safetensors")

@@ -1,6 +1,7 @@
 """Which files belong to text-to-video, and which are missing, in both layouts."""
 
 import json
+import shutil
 
 import pytest
 from hub_standin import native_files, needed
@@ -129,3 +130,15 @@ def test_inventory_says_which_part_is_damaged(real, content):
     ((name, error),) = inventory.damaged
     assert name == "transformer"
     assert "00002-of-00002" in error
+
+
+def test_inventory_names_what_may_not_be_read(real, open_dir, unprivileged):
+    root = shutil.copytree(real, open_dir / "real")
+    for path in root.rglob("*.safetensors"):
+        path.chmod(0o644)
+    (root / "high_noise_model").chmod(0)
+    with unprivileged():
+        inventory = take_inventory(root)
+    assert ("transformer", f"{root / 'high_noise_model'} cannot be read: Permission denied") in inventory.damaged
+    assert list(inventory.parts) == ["text_encoder", "transformer_2", "vae"]
+    (root / "high_noise_model").chmod(0o755)

@@ -199,3 +199,16 @@ def test_foreign_tensors(copy):
     save_file({**load_file(file), "lora.alpha": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match=r"lora\.alpha"):
         open_wan(root)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_part_that_may_not_be_read(tiny_wan, open_dir, unprivileged, layout):
+    root = open_dir / layout
+    shutil.copytree(tiny_wan(layout), root)
+    weights = [path for path in root.rglob("*") if path.suffix in (".pth", ".safetensors")]
+    for path in (*weights, *(p for p in root.rglob("*") if p.is_dir()), root):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        with unprivileged(), pytest.raises(CheckpointError, match=f"{root}.* cannot be read: Permission denied$"):
+            open_wan(root)
+        path.chmod(mode)
