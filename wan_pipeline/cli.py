@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from wan_loader import __version__
 from wan_loader.cli.distributed import fail_together
 from wan_loader.cli.interrupt import INTERRUPTED, stop_builds
 from wan_loader.errors import WanLoaderError
@@ -26,13 +27,29 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 _COMPONENTS = f"One of {', '.join(get_args(Component))}."
 
 
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"wan-pipeline {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _app() -> None:
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Text to video with WAN2.2, started as fast as the hardware allows."""
 
 
@@ -61,6 +78,7 @@ def synth(
     wan-pipeline synth /data/wan --size full                  126 GB, as published
     wan-pipeline synth /data/part --size full --blocks 4 --component high_noise --dtype bf16
     """
+    from wan_loader.sizes import format_bytes, format_count
     from wan_pipeline.synth import synth as write
 
     with _progress(f"writing {directory}") as progress:
@@ -76,7 +94,7 @@ def synth(
             force=force,
             progress=progress,
         )
-    typer.echo(f"{report.directory}: {len(report.files)} files, {report.nbytes} bytes")
+    typer.echo(f"{report.directory}: {format_count(len(report.files), 'file')}, {format_bytes(report.nbytes)}")
 
 
 @app.command(name="cache-build", hidden=True)
@@ -152,5 +170,5 @@ def _exit(code: int) -> None:
 def _fail(error: WanLoaderError) -> int:
     if {"-v", "--verbose"} & {*sys.argv[1:]}:
         traceback.print_exc()
-    typer.echo(f"wan-pipeline: {error}", err=True)
+    typer.echo(f"error: {error}", err=True)
     return 1

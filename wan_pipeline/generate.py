@@ -113,7 +113,7 @@ def generate(
     \b
     wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
     wan-pipeline generate --ckpt_dir DIR --prompt TEXT --preset min-memory --size 832*480 --save_file cats.mp4
-    torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT \
+    torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT \\
         --dit_fsdp --t5_fsdp --ulysses_size 8
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)

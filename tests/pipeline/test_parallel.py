@@ -135,9 +135,9 @@ def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
     first, second = run_each("killed", 2, *words)
     assert second[0] == -signal.SIGKILL
     assert first[0] == 1
-    assert "wan-pipeline: process 1 is gone" in first[1]
+    assert "error: process 1 is gone" in first[1]
     assert "Traceback" not in first[1]
-    assert first[1].count("wan-pipeline:") == 1
+    assert first[1].count("error: ") == 1
     assert time.monotonic() - start < 40
     assert list(tmp_path.iterdir()) == []
 
@@ -145,8 +145,8 @@ def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
 def test_a_process_without_the_checkpoint_ends_the_others(tiny_wan, tmp_path):
     first, second = run_each("missing", 2, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4")
     assert (first[0], second[0]) == (1, 1)
-    assert "wan-pipeline: /nowhere is no directory" in second[1]
-    assert "wan-pipeline: process 1 failed: MissingFileError: /nowhere is no directory" in first[1]
+    assert "error: /nowhere is no directory" in second[1]
+    assert "error: process 1 failed: MissingFileError: /nowhere is no directory" in first[1]
 
 
 def test_a_cancelled_load_tells_the_others_the_reason(tiny_wan, tmp_path):
@@ -170,7 +170,7 @@ def test_a_process_that_hangs_in_a_collective_is_ended(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--save_file", tmp_path / "v.mp4"]
     first, second = run_each("hangs", 2, *words)
     assert (first[0], second[0]) == (1, -signal.SIGKILL)
-    assert first[1].splitlines()[-1].startswith("wan-pipeline: process 1 is gone")
+    assert first[1].splitlines()[-1].startswith("error: process 1 is gone")
 
 
 @pytest.mark.parametrize(

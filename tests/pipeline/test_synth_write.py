@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from wan_loader.errors import OptionError, OutputError
+from wan_loader.sizes import format_bytes
 from wan_pipeline.cli import main
 from wan_pipeline.synth import synth
 from wan_pipeline.synth.fill import Pool
@@ -24,15 +25,15 @@ from wan_pipeline.synth.fill import Pool
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "torch"}, "layout is 'torch'; it must be one of native, diffusers"),
-        ({"size": "huge"}, "size is 'huge'"),
-        ({"task": "i2v"}, "task is 'i2v'"),
-        ({"dtype": "int4"}, "dtype is 'int4'"),
-        ({"blocks": 0}, "blocks is 0; t2v-A14B in size tiny has 1 to 4"),
+        ({"layout": "torch"}, "--layout torch: it must be one of native, diffusers"),
+        ({"size": "huge"}, "--size huge: it must"),
+        ({"task": "i2v"}, "--task i2v: it must"),
+        ({"dtype": "int4"}, "--dtype int4: it must"),
+        ({"blocks": 0}, "--blocks 0: t2v-A14B in size tiny has 1 to 4"),
         ({"blocks": 41, "size": "full"}, "has 1 to 40"),
         ({"components": ["transformer"]}, "t2v-A14B has no transformer"),
         ({"components": []}, "no component is wanted"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "--seed -1: it must"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, options, message):
@@ -43,7 +44,7 @@ def test_settings_that_make_no_sense(tmp_path, options, message):
 
 def test_a_full_directory_is_refused_or_added_to(tmp_path):
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(OutputError, match="is not empty"):
+    with pytest.raises(OutputError, match=r"is not empty.*--force"):
         synth(tmp_path, components=["vae"])
     report = synth(tmp_path, components=["vae"], force=True)
     assert (tmp_path / "mine").read_text() == "keep"
@@ -55,7 +56,7 @@ def test_a_full_directory_is_refused_or_added_to(tmp_path):
 
 def test_too_little_space(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_000_000))
-    with pytest.raises(OutputError, match=r"needs 0\.01 GB, and .* has 0\.00 GB free"):
+    with pytest.raises(OutputError, match=r"needs \d\.\d\d MB, and .* has 1 MB free"):
         synth(tmp_path / "ckpt")
     assert not (tmp_path / "ckpt").exists()
 
@@ -121,9 +122,11 @@ def test_cli(tmp_path, monkeypatch, capsys):
     assert run_cli(monkeypatch, *arguments, "--blocks", "1", "--dtype", "bf16", "--seed", "3") == 0
     files = [file for file in target.rglob("*") if file.is_file()]
     nbytes = sum(file.stat().st_size for file in files)
-    assert capsys.readouterr() == (f"{target}: {len(files)} files, {nbytes} bytes\n", "")
+    assert capsys.readouterr() == (f"{target}: {len(files)} files, {format_bytes(nbytes)}\n", "")
     assert run_cli(monkeypatch, *arguments) == 1
-    assert "is not empty" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {target} is not empty")
+    assert error.count("\n") == 1
     assert run_cli(monkeypatch, *arguments, "--force") == 0
     assert run_cli(monkeypatch, *arguments, "--size", "huge") == 2
 
@@ -132,3 +135,27 @@ def test_cli_starts_light():
     code = "import sys, wan_pipeline.cli; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "numpy", "rich.progress"} & set(modules)
+
+
+@pytest.mark.parametrize(("flag", "start"), [("--version", "wan-pipeline "), ("-h", "Usage: "), ("--help", "Usage: ")])
+def test_version_and_help(monkeypatch, capsys, flag, start):
+    assert run_cli(monkeypatch, flag) == 0
+    assert capsys.readouterr().out.startswith(start)
+
+
+def test_wan_loader_synth_is_called_by_its_name():
+    for words, code in (("-h", 0), ("--bogus", 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "wan_loader", "synth", "dir", words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code
+        assert "Usage: wan-loader synth " in done.stdout + done.stderr
+
+
+def test_help_of_generate_is_clean(monkeypatch, capsys):
+    assert run_cli(monkeypatch, "generate", "-h") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "--profile_out" in line]
+    example = next(i for i, line in enumerate(lines) if "torchrun" in line)
+    assert lines[example].endswith("--prompt TEXT \\")
+    assert lines[example + 1].split() == ["--dit_fsdp", "--t5_fsdp", "--ulysses_size", "8"]

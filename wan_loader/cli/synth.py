@@ -15,6 +15,9 @@ from wan_loader.errors import OptionError
 
 __all__ = ["synth"]
 
+#: Under our name: it stands in the usage.
+_PROGRAM = "import sys; sys.argv[0] = 'wan-loader'; from wan_pipeline.cli import main; main()"
+
 
 def synth(context: typer.Context) -> None:
     """Make a WAN2.2-shaped checkpoint of random weights (needs the pipeline extra).
@@ -25,4 +28,4 @@ def synth(context: typer.Context) -> None:
     """
     if find_spec("wan_pipeline") is None or find_spec("diffusers") is None:
         raise OptionError("synth needs the pipeline extra: pip install 'wan-loader[pipeline]'")
-    os.execv(sys.executable, [sys.executable, "-m", "wan_pipeline", "synth", *context.args])
+    os.execv(sys.executable, [sys.executable, "-c", _PROGRAM, "synth", *context.args])

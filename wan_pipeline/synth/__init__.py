@@ -82,7 +82,7 @@ def synth(
 
     arch = _arch(layout, size, task, blocks, dtype)
     if not 0 <= seed < 1 << 63:
-        raise OptionError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
+        raise OptionError(f"--seed {seed}: it must be from 0 to 2**63 - 1")
     target = Path(directory)
     plan = _plan(arch, layout, components, dtype)
     check_target(target, plan.nbytes, force=force)
@@ -95,7 +95,7 @@ def _arch(layout: Layout, size: Size, task: Task, blocks: int | None, dtype: DTy
     choices = (("layout", layout, Layout), ("size", size, Size), ("task", task, Task))
     for option, value, choice in (*choices, ("dtype", dtype or "fp32", DType)):
         if value not in get_args(choice):
-            raise OptionError(f"{option} is {value!r}; it must be one of {', '.join(get_args(choice))}")
+            raise OptionError(f"--{option} {value}: it must be one of {', '.join(get_args(choice))}")
     return ARCHS[task, size].with_blocks(blocks)
 
 

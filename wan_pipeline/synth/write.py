@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import OutputError
+from wan_loader.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,11 +37,11 @@ def check_target(directory: Path, nbytes: int, *, force: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"{directory} is not a directory; name another place")
     if not force and directory.is_dir() and any(directory.iterdir()):
-        raise OutputError(f"{directory} is not empty; name another place, or overwrite files in it with force")
+        raise OutputError(f"{directory} is not empty; name another place, or overwrite files in it with --force")
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if nbytes > free:
-        raise OutputError(f"{directory} needs {nbytes / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB free")
+        raise OutputError(f"{directory} needs {format_bytes(nbytes)}, and {existing} has {format_bytes(free)} free")
 
 
 def write_plan(plan: Plan, directory: Path, data: Data, progress: Progress | None) -> tuple[Path, ...]:
