@@ -190,5 +190,9 @@ def test_inspect_of_half_a_model(tmp_path):
     assert done.returncode == 1
     for name in ("low_noise_model/", "high_noise_model/config.json", "models_t5_umt5-xxl-enc-bf16.pth"):
         assert name in done.stdout
-    assert "is not complete" in done.stderr
+    absent = ["models_t5_umt5-xxl-enc-bf16.pth", "high_noise_model/config.json"]
+    absent += ["high_noise_model/diffusion_pytorch_model.safetensors.index.json", "low_noise_model/"]
+    absent += ["google/umt5-xxl/tokenizer.json", "google/umt5-xxl/tokenizer_config.json"]
+    missing = f"{', '.join(absent[:-1])} and {absent[-1]} are missing"
+    assert f"is not complete: {missing}" in " ".join(done.stderr.split())
     assert "wan-loader download Wan-AI/Wan2.2-T2V-A14B" in done.stderr

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect_model"]
 
+_MAX_NAMED = 8
 _TITLES = {"text_encoder": "text encoder", "transformer": "high-noise expert", "transformer_2": "low-noise expert"}
 
 
@@ -31,10 +32,18 @@ def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
     print_warnings(document["warnings"])
     if inventory.complete:
         return
-    what = [f"{format_count(len(inventory.absent), 'file')} missing"] if inventory.absent else []
+    what = [f"{_names(inventory)} missing"] if inventory.absent else []
     what += [f"{format_count(len(inventory.damaged), 'part')} damaged"] if inventory.damaged else []
-    error_console().print(f"error: {plain(str(path))} is not complete: {', '.join(what)}: {_advice(path, inventory)}")
+    error_console().print(f"error: {plain(str(path))} is not complete: {'; '.join(what)}: {_advice(path, inventory)}")
     raise typer.Exit(1)
+
+
+def _names(inventory: Inventory) -> str:
+    from wan_loader.cli.render import plain
+
+    names = [plain(missing.path) for missing in inventory.absent]
+    names[_MAX_NAMED:] = [f"{len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
+    return f"{', '.join(names[:-1])} and {names[-1]} are" if len(names) > 1 else f"{names[0]} is"
 
 
 def _advice(path: Path, inventory: Inventory) -> str:
