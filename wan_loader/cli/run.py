@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import runpy
 import sys
-import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wan_loader.cli.options import Verbose
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 __all__ = ["run"]
 
@@ -32,7 +34,8 @@ def run(
 
         wan-loader run --quiet serve.py
     """
-    from wan_loader.errors import OptionError
+    from wan_loader.cli.distributed import fail_together
+    from wan_loader.errors import OptionError, WanLoaderError
     from wan_loader.fastpath import FastPath
 
     if not script.is_file():
@@ -43,10 +46,22 @@ def run(
     path.install()
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except EOFError:  # the command line's library would take it for its own
-        traceback.print_exc()
+    except Exception as error:
+        sys.stdout.flush()
+        sys.excepthook(type(error), error, _of_script(error, str(script)))
+        if isinstance(error, WanLoaderError):
+            fail_together(error)
         raise typer.Exit(1) from None
     finally:
         if not quiet:
             sys.stdout.flush()
             print(f"wan-loader: {path.summary()}", file=sys.stderr)
+
+
+def _of_script(error: Exception, script: str) -> TracebackType | None:
+    """The traceback as the script alone would have it; None for a mistake in its syntax."""
+    found = error.__traceback__
+    while found is not None and found.tb_frame.f_code.co_filename != script:
+        found = found.tb_next
+    error.__traceback__ = found
+    return found
