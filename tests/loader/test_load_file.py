@@ -818,7 +818,7 @@ def test_options_that_make_no_sense(tmp_path, kind, options):
         wan_loader.load_file(path, **options)
 
 
-@pytest.mark.parametrize("name", ["mps", "meta", "gpu", "cuda:x", "", "cpu:-3"])
+@pytest.mark.parametrize("name", ["mps", "meta", "gpu", "cuda:x", "", "cpu:-3", "cpu:3"])
 def test_devices_that_are_none(tmp_path, name):
     path = write("safetensors", tmp_path, weights(1))
     with pytest.raises(wan_loader.DeviceError):

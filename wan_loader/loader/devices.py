@@ -30,6 +30,8 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
     except (RuntimeError, TypeError) as error:
         raise DeviceError(f"device {device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
     if found.type == "cpu":
+        if found.index:
+            raise DeviceError(f"device {str(found)!r} does not exist: there is one, cpu")
         return torch.device("cpu")
     if found.type != "cuda":
         raise DeviceError(f"device {str(found)!r} is not supported: use auto, cpu, cuda or cuda:N")
