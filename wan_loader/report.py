@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import PHASES, Span, busy_ns
+from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -114,6 +115,13 @@ class LoadReport:
     warnings: tuple[str, ...] = ()
     cache: CacheReport | None = None
     """None where no cache was asked for."""
+
+    def __str__(self) -> str:
+        """One line: what, how much, how long, which ways; a second one if there are warnings."""
+        size = f"{format_count(self.n_tensors, 'tensor')}, {format_bytes(self.nbytes_file)}"
+        rate = f" ({self.gbps:.3g} GB/s)" if self.gbps else ""
+        line = f"{self.target} to {self.device}: {size} in {format_seconds(self.seconds)}{rate}, {self.io.mode}"
+        return f"{line}\n{format_count(len(self.warnings), 'warning')}: {self.warnings[0]}" if self.warnings else line
 
     @property
     def gbps(self) -> float:

@@ -96,6 +96,12 @@ class Component:
         return self.name == "vae" and name.startswith(("encoder.", "conv1.", "quant_conv."))
 
     @property
+    def kept_parts(self) -> list[str]:
+        """Those of `keep_fp32` that names in the file contain: the others are the other layout's."""
+        names = [f".{tensor.name}." for tensor in self.facts.tensors]
+        return [part for part in self.keep_fp32 if any(f".{part}." in name for name in names)]
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Paths of all files."""
         return tuple(file.path for file in self.facts.files)

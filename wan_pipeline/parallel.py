@@ -198,7 +198,7 @@ def fetch(
         component.source,
         device=run.device,
         dtype=dtype,
-        keep_fp32=component.keep_fp32,
+        keep_fp32=component.kept_parts,
         group=dist.group.WORLD,
         observer=observer,
     )

@@ -1,5 +1,6 @@
 """`load_into`: the right tensor in the right place of a module, or one error and a module that is as it was."""
 
+import re
 import sys
 from types import ModuleType
 
@@ -223,7 +224,8 @@ def test_not_strict_still_refuses_wrong_shapes(tmp_path):
 def test_keep_fp32(path, reference, device):
     module = on_meta()
     options = {"dtype": "bf16", "keep_fp32": ("body.1", "scale", "od", "emb")}
-    wan_loader.load_into(module, path, device=device, **options)
+    report = wan_loader.load_into(module, path, device=device, **options)
+    assert any(w.endswith("keep_fp32, but part of no name in the module: od, emb") for w in report.warnings)
     for name, tensor in module.state_dict().items():
         kept = name.startswith("body.1.") or name == "scale"
         expected = reference.state_dict()[name].to(device)
@@ -239,6 +241,19 @@ def test_keep_fp32_raises_half_precision_only_when_a_dtype_is_asked_for(tmp_path
         module = nn.Linear(2, 2)
         wan_loader.load_into(module, tmp_path / "x.pth", device="cpu", dtype=dtype, keep_fp32=("bias",))
         assert module.bias.dtype is expected
+
+
+def test_a_report_prints_as_a_line(tmp_path):
+    torch.save({"weight": torch.ones(20, 20), "bias": torch.ones(20)}, tmp_path / "x.pth")
+    options = {"device": "cpu", "dtype": "bf16"}
+    report = wan_loader.load_into(nn.Linear(20, 20), tmp_path / "x.pth", **options)
+    pattern = re.escape(f"{tmp_path / 'x.pth'} to cpu: 2 tensors, 1.68 kB in ") + r"[\d.]+ m?s \(.* GB/s\), \w+"
+    assert re.fullmatch(pattern, str(report)), str(report)
+    assert repr(report).startswith("LoadReport(command='load'")
+    report = wan_loader.load_into(nn.Linear(20, 20), tmp_path / "x.pth", **options, keep_fp32=["nonsense"])
+    assert (
+        str(report).splitlines()[1].startswith("1 warning: in keep_fp32, but part of no name in the module: nonsense")
+    )
 
 
 @pytest.mark.parametrize("make", [Net, on_meta])

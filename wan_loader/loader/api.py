@@ -209,7 +209,8 @@ def load_into(
     key_map: checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to None
         is left out.
     strict: missing or unexpected names are an error. Wrong shapes always are.
-    keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32.
+    keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32. A
+        part that no name contains is a warning in the report.
     group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
         tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
         cache=True is an `OptionError`.
@@ -256,6 +257,7 @@ def _fill(
             "not in the checkpoint": found.missing,
             "in the checkpoint, but not in the module": found.unexpected,
             "still on the meta device, compute them before use": left_on_meta,
+            "in keep_fp32, but part of no name in the module": rule.unused_parts(module_slots(module)),
         }
         return [f"{title}: {', '.join(names)}" for title, names in notes.items() if names]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from wan_loader.dtypes import FLOATING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["DtypeRule"]
 
@@ -34,3 +34,8 @@ class DtypeRule:
             if any(f".{part}." in dotted for part in self.keep_fp32):
                 return "float32"
         return self.dtype
+
+    def unused_parts(self, names: Iterable[str]) -> list[str]:
+        """Those of `keep_fp32` that none of these names contains."""
+        dotted = [f".{name}." for name in names]
+        return [part for part in self.keep_fp32 if not any(f".{part}." in name for name in dotted)]
