@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wan_loader import CheckpointError, MissingFileError, WanLoaderError, load_file, open_checkpoint
+from wan_loader import CheckpointError, MissingFileError, WanLoaderError, load, load_file, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -446,6 +446,30 @@ def test_a_directory_with_two_checkpoints(tmp_path, make):
         open_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert not isinstance(caught.value, MissingFileError)
+
+
+def test_the_first_shard_stands_for_its_set_with_a_warning(tmp_path):
+    write_shards(tmp_path)
+    first, second = (tmp_path / shard_name(number, 3) for number in (1, 2))
+    checkpoint = open_checkpoint(first)
+    check_three_shards(checkpoint)
+    assert "first of 3 files" in checkpoint.warnings[0]
+    assert f"[{str(first)!r}], loads it alone" in checkpoint.warnings[0]
+    assert load(first).report.warnings == checkpoint.warnings
+    assert not open_checkpoint(tmp_path).warnings
+    for alone, number in (([first], 0), (second, 1)):
+        checkpoint = open_checkpoint(alone)
+        assert {*checkpoint.names} == {f"block.{number}.weight", f"block.{number}.bias"}
+        assert not checkpoint.warnings
+    second.unlink()
+    with pytest.raises(MissingFileError) as caught:
+        open_checkpoint(first)
+    assert f"{second} does not exist" in str(caught.value)
+    assert f"[{str(first)!r}], loads it alone" in str(caught.value)
+    first.unlink()
+    with pytest.raises(MissingFileError) as caught:
+        open_checkpoint(first)
+    assert "alone" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])

@@ -79,6 +79,16 @@ def test_torch_load_gives_memory_of_its_own(fast, tmp_path):
     assert tensors["w"].sum() == 1 << 20
 
 
+def test_a_shard_is_the_file_that_was_named(fast, tmp_path):
+    for number in (1, 2):
+        tensors = {f"w{number}": torch.full((3,), number)}
+        safetensors.torch.save_file(tensors, tmp_path / f"x-0000{number}-of-00002.safetensors")
+        torch.save(tensors, tmp_path / f"x-0000{number}-of-00002.bin")
+    assert list(safetensors.torch.load_file(tmp_path / "x-00001-of-00002.safetensors")) == ["w1"]
+    assert list(torch.load(tmp_path / "x-00001-of-00002.bin", map_location="cpu")) == ["w1"]
+    assert fast.n_loads == 2
+
+
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_load_file_is_the_same(fast, state, tmp_path, kind):
     if kind == "cuda" and not torch.cuda.is_available():
