@@ -212,3 +212,16 @@ def test_a_part_that_may_not_be_read(tiny_wan, open_dir, unprivileged, layout):
         with unprivileged(), pytest.raises(CheckpointError, match=f"{root}.* cannot be read: Permission denied$"):
             open_wan(root)
         path.chmod(mode)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_without_an_index_are_a_directory_s(copy, layout):
+    root = copy(layout)
+    indexes = [*root.rglob("*.index.json")]
+    assert indexes
+    for index in indexes:
+        index.unlink()
+    for component in open_wan(root).components:
+        _, report = modules.fetch(component, device="cpu", dtype=None)
+        assert not report.warnings
+        assert report.n_tensors == len(component.facts.tensors)
