@@ -155,7 +155,7 @@ def _is_connection(error: RuntimeError) -> bool:
 
 
 def _end_now(problem: str) -> None:
-    print(f"wan-pipeline: {problem}", file=sys.stderr)
+    print(f"error: {problem}", file=sys.stderr)
     end_now(1)
 
 

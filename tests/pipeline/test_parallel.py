@@ -153,9 +153,9 @@ def test_a_cancelled_load_tells_the_others_the_reason(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--t5_fsdp", "--save_file", tmp_path / "v.mp4"]
     first, second = run_each("cancels", 2, *words)
     assert (first[0], second[0]) == (1, 1)
-    assert "wan-pipeline: the module and the checkpoint disagree" in second[1]
+    assert "error: the module and the checkpoint disagree" in second[1]
     reason = "process 1 failed: KeyMismatchError: the module and the checkpoint disagree"
-    assert f"wan-pipeline: {reason}\n" in first[1], first[1]
+    assert f"error: {reason}\n" in first[1], first[1]
     assert "cancelled" not in first[1] + second[1]
 
 

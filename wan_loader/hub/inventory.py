@@ -117,5 +117,5 @@ def _absent_by_layout(root: Path, layout: Layout) -> tuple[list[Absent], list[tu
         return [Absent(path, None, 0) for path in missing_files(root, layout)], []
     except CheckpointError as error:
         return [], [("configuration", str(error))]
-    except OSError as error:  # each part that may not be read says so when it is opened
-        return [], [("directory", f"{error.filename} cannot be read: {error.strerror}")]
+    except OSError as error:  # nothing can be said about what is missing
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
