@@ -234,9 +234,7 @@ def _component(
     mapped = keymap(map_name)
     native = all(mapped.native.rename(tensor.name) is not None for tensor in facts.tensors)
     key_map = partial(_rename, mapped.native.rename) if native else None
-    shards = len(facts.files) > 1 and not facts.path.endswith(".json")  # its path is the first one's
-    source = str(Path(facts.path).parent) if shards else facts.path
-    return Component(name, source, facts, config, key_map, keep_fp32)  # type: ignore[arg-type]
+    return Component(name, facts.path, facts, config, key_map, keep_fp32)  # type: ignore[arg-type]
 
 
 def _rename(table: Callable[[str], str | None], name: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wan_loader import CheckpointError, MissingFileError, WanLoaderError, load, load_file, open_checkpoint
+from wan_loader import CheckpointError, MissingFileError, WanLoaderError, load_file, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -53,17 +53,15 @@ def check_three_shards(checkpoint):
     ("suffix", "indexed"),
     [(".safetensors", True), (".bin", True), (".safetensors", False), (".bin", False), (".pth", False)],
 )
-@pytest.mark.parametrize("given", ["directory", "file", "list"])
+@pytest.mark.parametrize("given", ["directory", "index", "list"])
 def test_shards(tmp_path, suffix, indexed, given):
     weight_map = write_shards(tmp_path, suffix=suffix)
     if indexed:
         index = write_index(tmp_path, weight_map, f"model{suffix}.index.json")
     files = sorted(set(weight_map.values()))
-    path = {
-        "directory": tmp_path,
-        "file": index if indexed else tmp_path / files[0],
-        "list": [tmp_path / name for name in files],
-    }[given]
+    if given == "index" and not indexed:
+        pytest.skip("has none")
+    path = {"directory": tmp_path, "index": indexed and index, "list": [tmp_path / name for name in files]}[given]
     check_three_shards(open_checkpoint(path))
     loaded = load_file(path)
     assert loaded["block.2.bias"].tolist() == [-2, -2, -2]
@@ -448,28 +446,17 @@ def test_a_directory_with_two_checkpoints(tmp_path, make):
     assert not isinstance(caught.value, MissingFileError)
 
 
-def test_the_first_shard_stands_for_its_set_with_a_warning(tmp_path):
+def test_a_shard_is_a_file_and_its_directory_the_set(tmp_path):
     write_shards(tmp_path)
-    first, second = (tmp_path / shard_name(number, 3) for number in (1, 2))
-    checkpoint = open_checkpoint(first)
-    check_three_shards(checkpoint)
-    assert "first of 3 files" in checkpoint.warnings[0]
-    assert f"[{str(first)!r}], loads it alone" in checkpoint.warnings[0]
-    assert load(first).report.warnings == checkpoint.warnings
-    assert not open_checkpoint(tmp_path).warnings
-    for alone, number in (([first], 0), (second, 1)):
-        checkpoint = open_checkpoint(alone)
+    for number in range(3):
+        checkpoint = open_checkpoint(tmp_path / shard_name(number + 1, 3))
         assert {*checkpoint.names} == {f"block.{number}.weight", f"block.{number}.bias"}
-        assert not checkpoint.warnings
-    second.unlink()
-    with pytest.raises(MissingFileError) as caught:
-        open_checkpoint(first)
-    assert f"{second} does not exist" in str(caught.value)
-    assert f"[{str(first)!r}], loads it alone" in str(caught.value)
-    first.unlink()
-    with pytest.raises(MissingFileError) as caught:
-        open_checkpoint(first)
-    assert "alone" not in str(caught.value)
+    whole = open_checkpoint(tmp_path)
+    check_three_shards(whole)
+    assert whole.path == str(tmp_path)
+    check_three_shards(open_checkpoint(whole.path))
+    (tmp_path / shard_name(2, 3)).unlink()
+    assert len(open_checkpoint(tmp_path / shard_name(1, 3)).names) == 2
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])

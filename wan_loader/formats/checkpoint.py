@@ -45,10 +45,9 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     """Read the headers of a checkpoint and return its facts; no weight is read.
 
     path: a .safetensors, .pth, .pt or .bin file, a *.index.json, a directory holding exactly one checkpoint, or a
-    list of files that together are one. The first of a set of shards (x-00001-of-00002.safetensors) stands for the
-    whole set, with a warning; any other shard, and a list with one path, for that file alone. Costs a few small reads
-    per file (about 1 ms for 1000 tensors). Does not import torch, except for pickles that only torch can read (legacy
-    ones, tensor subclasses).
+    list of files that together are one. A file is that file, also where it is one of a set of shards: the set is
+    meant by its index or its directory. Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import
+    torch, except for pickles that only torch can read (legacy ones, tensor subclasses).
 
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
     for what is not there.
@@ -65,12 +64,12 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
 
 def _open(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     if isinstance(path, str | os.PathLike):
-        named = os.fspath(path)
-        target = _only_checkpoint(named) if os.path.isdir(named) else named
-        if target.endswith(".json"):
-            return _open_index(target)
-        paths = _complete_shards(target)
-        return _join(target, paths) if target != named or len(paths) == 1 else _open_set(target, paths)
+        target = os.fspath(path)
+        shards = [target]
+        if os.path.isdir(target):
+            shards = _complete_shards(_only_checkpoint(target))
+            target = target if len(shards) > 1 else shards[0]
+        return _open_index(target) if target.endswith(".json") else _join(target, shards)
     files = [os.fspath(p) for p in path]
     if not files:
         raise CheckpointError("an empty list of files is no checkpoint")
@@ -130,14 +129,6 @@ def _complete_shards(path: str) -> list[str]:
     return [os.path.join(directory, f"{stem}-{i + 1:05d}-of-{count}{suffix}") for i in range(int(count))]
 
 
-def _open_set(first: str, paths: list[str]) -> Checkpoint:
-    """All files of a set of which the first was named: maybe only that one was meant."""
-    alone = f"a list with this one path, [{first!r}], loads it alone"
-    checkpoint = _join(first, paths, "" if _is_missing(first) else f"; {alone}")
-    note = f"{first} is the first of {len(paths)} files of one checkpoint, and all of them were taken: {alone}"
-    return replace(checkpoint, warnings=(*checkpoint.warnings, note))
-
-
 def _open_index(path: str) -> Checkpoint:
     weight_map = _read_index(path)
     directory = os.path.dirname(path) or "."
@@ -177,11 +168,11 @@ def _read_index(path: str) -> dict[str, str]:
     return weight_map
 
 
-def _join(path: str, paths: list[str], hint: str = "") -> Checkpoint:
+def _join(path: str, paths: list[str]) -> Checkpoint:
     """One checkpoint of several files; every tensor name may stand in one file only."""
     if missing := [p for p in paths if _is_missing(p)]:
         more = f" (and {len(missing) - 1} more of {len(paths)} files)" if len(missing) > 1 else ""
-        raise MissingFileError(f"{missing[0]} does not exist{more}: check the path, or finish the download{hint}")
+        raise MissingFileError(f"{missing[0]} does not exist{more}: check the path, or finish the download")
     if len(paths) == 1:
         return replace(_open_file(paths[0]), path=path)
     files: list[FileFacts] = []

@@ -50,8 +50,7 @@ def load_file(
     """Load a checkpoint into a dict of tensors: `safetensors.torch.load_file` and `torch.load` in one, and faster.
 
     path: a .safetensors, .pth/.pt/.bin file, a *.index.json, a directory holding one checkpoint, or a list of files.
-        The first of a set of shards (x-00001-of-00002.safetensors) loads the whole set, and a warning in the report
-        says so: `[path]` loads that file alone, as `safetensors.torch.load_file(path)` does.
+        A shard is that file alone, as for `safetensors.torch.load_file`; its index or directory means all of them.
     device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
     dtype: floating tensors are converted to it on the target, bit for bit as `.to(dtype)` does; None keeps the file's.
     names: only these tensors, the most urgent first; None loads all, in file order, which is fastest.
