@@ -70,7 +70,7 @@ def build(
 
 
 def _is_pipeline(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in ("model_index.json", "high_noise_model"))
+    return os.path.isdir(path) and any(os.path.exists(path / name) for name in ("model_index.json", "high_noise_model"))
 
 
 def _build_pipeline() -> None:

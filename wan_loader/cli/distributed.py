@@ -23,7 +23,7 @@ def own_file(path: Path | None) -> Path | None:
     return path.with_suffix(f".rank{process_rank()}{path.suffix}")
 
 
-def fail_together(error: WanLoaderError) -> None:
+def fail_together(error: WanLoaderError | OSError) -> None:
     """In a distributed run: tell processes that wait for this one, and end it, whatever hangs in a collective."""
     with suppress(WanLoaderError):  # what is wrong with the environment was said
         tell_others(error)

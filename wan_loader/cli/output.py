@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from wan_loader.atomic import write_text
 from wan_loader.errors import OutputError
 
-__all__ = ["check_output", "print_json", "write_json"]
+__all__ = ["check_output", "flush_output", "print_json", "write_json"]
 
 
 def check_output(path: Path | None, *, force: bool) -> None:
@@ -31,3 +32,13 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 def print_json(document: dict[str, Any]) -> None:
     """One document on stdout."""
     print(json.dumps(document, indent=2))
+
+
+def flush_output() -> OSError | None:
+    """Why stdout cannot be written (a full disk, a reader that left), or None. Then nothing more is written to it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its end
+        return error
+    return None

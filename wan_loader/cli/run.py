@@ -40,6 +40,7 @@ def run(
 
     if not script.is_file():
         raise OptionError(f"{script} is no script: name a Python file")
+    script.open("rb").close()
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))
     path = FastPath()

@@ -200,7 +200,7 @@ def _is_missing(path: str) -> bool:
     """As `not os.path.exists`, but what may not be looked at is an error."""
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return True
     return False
 

@@ -56,7 +56,7 @@ class Inventory:
 
 def take_inventory(root: Path) -> Inventory | None:
     """Look through a model's directory; None for a directory that is not one (one component's, for instance)."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return None
     state = read_state(root)
     layout = state.layout if state else layout_of(root)

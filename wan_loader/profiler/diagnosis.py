@@ -26,7 +26,7 @@ def checkpoints_in(path: Path) -> list[Checkpoint]:
     try:
         return [open_checkpoint(path)]
     except CheckpointError:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise
     found = [open_checkpoint(entry) for entry in sorted(path.iterdir()) if _holds_weights(entry)]
     if not found:

@@ -86,12 +86,13 @@ def list_tree(path: StrPath, *, follow: bool = False) -> Tree:
     try:
         if os.path.isdir(given):
             return _Walk(given, follow).tree()
-        if not os.path.exists(given):
-            raise MissingFileError(f"{path} does not exist: check the path")
+        os.stat(given)  # unlike os.path.exists, this tells what is not there from what may not be looked at
         return _flat(given, follow)
     except OSError as error:
         if isinstance(error, MissingFileError):
             raise
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and error.filename == given:
+            raise MissingFileError(f"{path} does not exist: check the path") from error
         raise CheckpointError(f"{path} cannot be listed: {error.filename or path}: {error.strerror}") from error
 
 

@@ -1,0 +1,102 @@
+"""What goes wrong around a command, and what it says: one line that names the file or the option, no traceback."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+NO_CUDA = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+
+def run(*arguments, prefix=(), stdout=subprocess.PIPE, **environment):
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", "wan_loader", *map(str, arguments)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **NO_CUDA, **environment},
+    )
+
+
+def check_error(done, *words, code=1):
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert str(word) in done.stderr
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.randn(64, 64)}, path)
+    return path
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A file in a directory that may not be entered, and the prefix under which that holds for root, too."""
+    path = tmp_path / "closed" / "model.safetensors"
+    path.parent.mkdir()
+    save_file({"w": torch.zeros(4)}, path)
+    path.parent.chmod(0)
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    if prefix and (not shutil.which("setpriv") or subprocess.run([*prefix, "true"], check=False).returncode):
+        pytest.skip("root may do everything here")
+    yield path, prefix
+    path.parent.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect"],
+        ["estimate"],
+        ["doctor"],
+        ["run"],
+        ["cache", "build"],
+        ["load"],
+        ["profile"],
+        ["warm"],
+        ["evict"],
+        ["stage", "--to", "."],
+        ["bench", "--loader", "ours"],
+    ],
+    ids=" ".join,
+)
+def test_a_directory_that_may_not_be_entered(closed, words):
+    path, prefix = closed
+    done = run(*words, path, prefix=prefix)
+    check_error(done, path, "Permission denied")
+    assert "does not exist" not in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"]], ids=" ".join)
+def test_stdout_on_a_full_disk(model, words, unbuffered):
+    with open("/dev/full", "w") as full:
+        done = run(*words, model, stdout=full, PYTHONUNBUFFERED=unbuffered)
+    check_error(done, "standard output", "No space left")
+
+
+def test_a_reader_that_left_is_no_news(model):
+    read, write = os.pipe()
+    os.close(read)
+    done = run("inspect", "--json", model, stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_script_keeps_the_traceback_of_its_own_errors(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("open('/nowhere/at/all')\n")
+    done = run("run", "--quiet", script)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError")
