@@ -100,3 +100,25 @@ def test_a_script_keeps_the_traceback_of_its_own_errors(tmp_path):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("FileNotFoundError")
+
+
+# Files that cannot be written after the work
+
+
+def test_a_profile_is_shown_though_a_file_of_it_cannot_be_written(model, tmp_path):
+    too_long = tmp_path / ("x" * 250)
+    done = run("profile", model, "--no-ceilings", "-o", too_long, "--html", tmp_path / "run.html")
+    assert done.returncode == 1
+    assert "phase" in done.stdout
+    assert f"error: {too_long} cannot be written" in done.stderr
+    assert (tmp_path / "run.html").exists()
+
+
+def test_a_bench_is_shown_though_a_file_of_it_cannot_be_written(model, tmp_path):
+    too_long = tmp_path / ("x" * 250)
+    options = ["--loader", "ours", "--repeat", "1", "--export-json", too_long, "--export-markdown", tmp_path / "b.md"]
+    done = run("bench", model, *options)
+    assert done.returncode == 1, done.stderr
+    assert "ours" in done.stdout
+    assert f"error: {too_long} cannot be written" in done.stderr
+    assert (tmp_path / "b.md").exists()

@@ -17,6 +17,7 @@ from wan_loader.loader.processes import world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from wan_loader.bench.runner import Entry, Settings
     from wan_loader.bench.storage import Place
@@ -130,8 +131,8 @@ def bench(
         part=nbytes,
     )
     document, interrupted = _measure(settings, machine)
-    _export(document, export_json, export_markdown, export_picture)
-    _show(document, json=json)
+    with _exported(document, export_json, export_markdown, export_picture):
+        _show(document, json=json)
     if interrupted:
         raise KeyboardInterrupt
     if not any(r["summary"] for c in document["cases"] for r in c["results"]):
@@ -223,18 +224,18 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _export(document: dict[str, Any], json: Path | None, markdown: Path | None, picture: Path | None) -> None:
-    from wan_loader.atomic import write_text
+def _exported(
+    document: dict[str, Any], json: Path | None, markdown: Path | None, picture: Path | None
+) -> AbstractContextManager[None]:
     from wan_loader.bench.markdown import to_markdown
     from wan_loader.bench.picture import to_svg
-    from wan_loader.cli.output import write_json
+    from wan_loader.cli.output import to_text, writing
 
-    if json is not None:
-        write_json(json, document)
-    if markdown is not None:
-        write_text(markdown, to_markdown(document))
-    if picture is not None:
-        write_text(picture, to_svg(document))
+    return writing(
+        (json, lambda: to_text(document)),
+        (markdown, lambda: to_markdown(document)),
+        (picture, lambda: to_svg(document)),
+    )
 
 
 def _show(document: dict[str, Any], *, json: bool) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.atomic import write_text
 from wan_loader.errors import OutputError
 
-__all__ = ["check_output", "flush_output", "print_json", "write_json"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["check_output", "flush_output", "print_json", "to_text", "write_json", "writing"]
 
 
 def check_output(path: Path | None, *, force: bool) -> None:
@@ -24,9 +28,31 @@ def check_output(path: Path | None, *, force: bool) -> None:
         raise OutputError(f"{path} cannot be written: {path.parent} is no directory that you may write to")
 
 
+@contextmanager
+def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
+    """Write files, each whole or not at all; what cannot be written is one `OutputError` after the body, which shows
+    the results: they are not lost with a file."""
+    failures = []
+    for path, render in files:
+        if path is None:
+            continue
+        try:
+            write_text(path, render())
+        except OutputError as error:
+            failures.append(str(error))
+    yield
+    if failures:
+        raise OutputError("; ".join(failures))
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document whole or not at all; raises `OutputError`."""
-    write_text(path, json.dumps(document, indent=2) + "\n")
+    write_text(path, to_text(document))
+
+
+def to_text(document: dict[str, Any]) -> str:
+    """A document as it stands in a file."""
+    return json.dumps(document, indent=2) + "\n"
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -77,14 +77,11 @@ def profile(
         if path is None:
             raise typer.BadParameter("name a checkpoint, or a program after --")
         session, returncode = _profile_load(path, device, dtype, io, threads, measure=ceilings), 0
-    from wan_loader.cli.render import error_console, output_console, print_warnings
+    from wan_loader.cli.render import error_console, output_console
 
     console = error_console() if words is not None else output_console()
     quiet = words is None and not is_first()
     render_session(session, console, json=json, output=output, trace=trace, html=html, quiet=quiet)
-    if quiet:
-        return
-    print_warnings(session.report.warnings)
     if returncode:
         raise typer.Exit(returncode if returncode > 0 else 128 - returncode)
 
@@ -110,24 +107,25 @@ def render_session(
     quiet: bool = False,
 ) -> None:
     """Write the files that were asked for, and the report to the terminal, or JSON to stdout."""
-    from wan_loader.atomic import write_text
-    from wan_loader.cli.output import print_json, write_json
+    from wan_loader.cli.output import print_json, to_text, writing
+    from wan_loader.cli.render import print_warnings
     from wan_loader.profiler.page import to_page
     from wan_loader.profiler.terminal import print_session
     from wan_loader.profiler.trace import to_trace
 
-    if output is not None:
-        write_json(output, session.to_json())
-    if trace is not None:
-        write_json(trace, to_trace(session))
-    if html is not None:
-        write_text(html, to_page(session))
-    if quiet:
-        return
-    if json:
-        print_json(session.to_json())
-    else:
-        print_session(console, session)
+    files = (
+        (output, lambda: to_text(session.to_json())),
+        (trace, lambda: to_text(to_trace(session))),
+        (html, lambda: to_page(session)),
+    )
+    with writing(*files):
+        if quiet:
+            return
+        if json:
+            print_json(session.to_json())
+        else:
+            print_session(console, session)
+        print_warnings(session.report.warnings)
 
 
 def _profile_load(
