@@ -30,17 +30,22 @@ def check_output(path: Path | None, *, force: bool) -> None:
 
 @contextmanager
 def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
-    """Write files, each whole or not at all; what cannot be written is one `OutputError` after the body, which shows
-    the results: they are not lost with a file."""
-    failures = []
+    """Write files, each whole or not at all, and name them on stderr after the body, which shows the results.
+
+    What cannot be written is one `OutputError` then: the results are not lost with a file.
+    """
+    written, failures = [], []
     for path, render in files:
         if path is None:
             continue
         try:
             write_text(path, render())
+            written.append(str(path))
         except OutputError as error:
             failures.append(str(error))
     yield
+    if written:
+        print(f"written: {', '.join(written)}", file=sys.stderr)
     if failures:
         raise OutputError("; ".join(failures))
 
