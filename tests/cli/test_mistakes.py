@@ -111,6 +111,7 @@ def test_a_profile_is_shown_though_a_file_of_it_cannot_be_written(model, tmp_pat
     assert done.returncode == 1
     assert "phase" in done.stdout
     assert f"error: {too_long} cannot be written" in done.stderr
+    assert f"written: {tmp_path / 'run.html'}\n" in done.stderr
     assert (tmp_path / "run.html").exists()
 
 
@@ -122,3 +123,12 @@ def test_a_bench_is_shown_though_a_file_of_it_cannot_be_written(model, tmp_path)
     assert "ours" in done.stdout
     assert f"error: {too_long} cannot be written" in done.stderr
     assert (tmp_path / "b.md").exists()
+
+
+# What --help promises
+
+
+def test_help_of_cache_build_names_its_dtype(model, tmp_path):
+    assert "bfloat16" in " ".join(run("cache", "build", "--help").stdout.split())
+    assert run("cache", "build", model, "--cache-dir", tmp_path / "cache").returncode == 0
+    assert "bfloat16" in run("cache", "list", "--cache-dir", tmp_path / "cache").stdout

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan_loader.cli.building import report_build
-from wan_loader.cli.options import CacheDir, Dtype, JsonOut, PathArgument, Verbose
+from wan_loader.cli.options import CacheDir, JsonOut, PathArgument, Verbose, check_dtype
 from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ MaxSize = Annotated[
 @app.command()
 def build(
     path: PathArgument,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Convert floating tensors to bf16, fp16 or fp32.", callback=check_dtype)
+    ] = "bfloat16",
     cache_dir: CacheDir = None,
     max_size: MaxSize = None,
     contents: Annotated[

@@ -24,6 +24,7 @@ __all__ = [
     "PathArgument",
     "Threads",
     "Verbose",
+    "check_dtype",
     "verbose",
 ]
 
@@ -42,7 +43,8 @@ def verbose() -> bool:
     return any(word in ("-v", "--verbose") for word in sys.argv[1:])
 
 
-def _check_dtype(value: str | None) -> str | None:
+def check_dtype(value: str | None) -> str | None:
+    """A dtype by its full name; a usage error for what is none."""
     try:
         return None if value is None else parse_dtype(value)
     except OptionError as error:
@@ -63,7 +65,7 @@ Dtype = Annotated[
     typer.Option(
         help="Convert floating tensors to bf16, fp16 or fp32 on the target.",
         show_default="as in the file",
-        callback=_check_dtype,
+        callback=check_dtype,
     ),
 ]
 Io = Annotated[IoChoice, typer.Option(help="Way to read; auto chooses from what lies in the page cache.")]
