@@ -67,6 +67,17 @@ def test_loads_of_other_things_are_named(checkpoint, command, write):
     assert "\x1b" not in command("compare", before, after).stderr, "a target comes from a file"
 
 
+def test_a_checkpoint_of_another_size_is_named(document, write, command):
+    other = json.loads(json.dumps(document))
+    other["cases"][0] |= {"nbytes": 123, "n_tensors": 1}
+    before, after = write("a.json", document), write("b.json", other)
+    (warning,) = json.loads(command("compare", before, after, "--json").stdout)["warnings"]
+    case = document["cases"][0]
+    sizes = f"{case['name']}: {case['nbytes']} bytes in {case['n_tensors']} tensors, 123 bytes in 1 tensor"
+    assert warning == f"not the same was loaded ({sizes}): changes may be due to that"
+    assert json.loads(command("compare", before, before, "--json").stdout)["warnings"] == []
+
+
 def test_nothing_in_common_is_an_error(document, write):
     other = json.loads(json.dumps(document))
     other["cases"][0]["name"] = "other"

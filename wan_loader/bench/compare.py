@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError, SessionError
 from wan_loader.profiler.checked import Doc
+from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +55,8 @@ class Run:
     """Name of a measurement -> metric -> value."""
     spreads: Mapping[str, float]
     loaded: Mapping[str, str] = field(default_factory=dict)
-    """Of a load or a profile: "target", "device", "dtype". The names of a bench hold them."""
+    """What was loaded. Of a load or a profile: "target", "device", "dtype"; of a bench: bytes and tensors of each case,
+    whose name holds the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def read_run(path: StrPath) -> Run:
         command = document.choice("command", ("bench", "load", "profile"))
         machine = document.plain("machine")
         if command == "bench":
-            return Run(name, machine, *_bench_values(document))
+            return Run(name, machine, *_bench_values(document), _sizes(document))
         return Run(name, machine, *_load_values(document), _loaded(document))
     except FileNotFoundError as error:
         raise SessionError(f"{name} does not exist") from error
@@ -128,6 +130,16 @@ def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str,
             values[name] = {m: v for m, v in numbers.items() if v is not None}
             spreads[name] = summary.number("spread")
     return values, spreads
+
+
+def _sizes(document: Doc) -> dict[str, str]:
+    """Case -> what was loaded in it, where the document says: a checkpoint may have changed under its name."""
+    sizes = {}
+    for case in document.docs("cases"):
+        nbytes, count = case.optional_whole("nbytes"), case.optional_whole("n_tensors")
+        if nbytes is not None and count is not None:
+            sizes[case.text("name")] = f"{nbytes} bytes in {format_count(count, 'tensor')}"
+    return sizes
 
 
 def _load_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
