@@ -7,13 +7,15 @@ import sys
 
 import pytest
 
+from wan_loader.sizes import format_bytes
+
 
 @pytest.fixture
 def cli(tmp_path):
     """Run wan-loader with a cache of its own."""
 
     def cli(*words, **options):
-        environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "120"}
+        environ = {**os.environ, **options.pop("env", {}), "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "120"}
         command = [sys.executable, "-m", "wan_loader", *map(str, words)]
         return subprocess.run(
             command, capture_output=True, text=True, env=environ, check=False, cwd=tmp_path, **options
@@ -108,7 +110,21 @@ def test_doctor(cli, weights):
     assert document["ceilings"]["page_cache_gbps"] > 0
     assert document["files"]["nbytes"] == weights.stat().st_size
     assert "doctor" in cli("--help").stdout
-    assert cli("doctor", weights, "--device", "cpu").returncode == 0
+
+
+def test_doctor_is_readable_and_true(cli, weights):
+    first, again = (cli("doctor", weights, "--device", "cpu").stdout for _ in range(2))
+    assert "measured before, the oldest " not in first
+    assert "measured before, the oldest " in again
+    assert f"1 file, {format_bytes(weights.stat().st_size)}, " in again
+    assert "GPU" in again
+    assert "not looked at: --device cpu" in again
+    for raw in ("nbytes", "resident", "False", "True", "memory stall", "h2d", "\nn "):
+        assert raw not in again
+    assert again.count("allowed here") == 1
+    nothing = cli("doctor", env={"CUDA_VISIBLE_DEVICES": ""}).stdout
+    assert "none given" in nothing
+    assert "none found that torch can use" in nothing
 
 
 def test_an_fp32_file_asked_for_in_bf16_is_advised_about(cli, tmp_path):

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wan_loader.cli.options import Device, JsonOut, Verbose
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = ["doctor"]
+
+_RATES = {
+    "disk_gbps": "reads from the disk",
+    "page_cache_gbps": "reads from the page cache",
+    "copy_gbps": "copies in memory",
+    "cast_cpu_gbps": "casts on the processor",
+    "cast_gpu_gbps": "casts on the GPU",
+    "h2d_pinned_gbps": "copies to the GPU, pinned",
+    "h2d_pageable_gbps": "copies to the GPU, not pinned",
+    "register_gbps": "registering pages for the GPU",
+    "import_torch_s": "import torch",
+    "cuda_init_s": "start of CUDA",
+}
 
 
 def doctor(
@@ -31,14 +47,15 @@ def doctor(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console
 
-    document = _document(path, device, refresh=refresh)
+    document, since = _document(path, device, refresh=refresh)
     if json:
         print_json(document)
     else:
-        _print(output_console(), document)
+        _print(output_console(), document, device=device, since=since)
 
 
-def _document(path: Path | None, device: str, *, refresh: bool) -> dict[str, Any]:
+def _document(path: Path | None, device: str, *, refresh: bool) -> tuple[dict[str, Any], float | None]:
+    """What was found, and when the oldest of the rates in it was measured."""
     from wan_loader.loader.devices import device_card, resolve_device
     from wan_loader.machine import machine_card
     from wan_loader.profiler.ceilings import find_ceilings
@@ -64,29 +81,23 @@ def _document(path: Path | None, device: str, *, refresh: bool) -> dict[str, Any
     }
     document["files"]["resident"] = resident_bytes(files)
     document["advice"] = diagnose(document)
-    return document
+    return document, found.since
 
 
-def _print(console: Any, document: dict[str, Any]) -> None:
+def _print(console: Any, document: dict[str, Any], *, device: str, since: float | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from wan_loader.sizes import format_bytes
-
     facts = Table(box=None, pad_edge=False, show_header=False)
-    for section in ("machine", "limits", "storage", "files"):
-        for key, value in document[section].items():
-            if value is not None:
-                shown = format_bytes(value) if key.endswith("_bytes") or key in ("nbytes", "resident") else str(value)
-                facts.add_row(key.removesuffix("_bytes").replace("_", " "), escape(shown))
+    for title, text in (*_machine(document, device), *_files(document)):
+        facts.add_row(title, escape(text))
     console.print(facts)
     rates = Table("\nwhat", "\nat best", box=None, pad_edge=False, header_style="bold")
     for key, value in document["ceilings"].items():
-        unit, name = ("GB/s", key[:-5]) if key.endswith("_gbps") else ("s", key[:-2])
-        rates.add_row(name.replace("_", " "), f"{value:.2f} {unit}")
+        rates.add_row(_RATES.get(key, key), f"{value:.2f} {'GB/s' if key.endswith('_gbps') else 's'}")
     console.print(rates)
-    if not document["measured_now"]:
-        console.print("measured before; --refresh measures again", style="dim")
+    if len(document["measured_now"]) < len(document["ceilings"]):
+        console.print(_measured_before(document, since), style="dim")
     for note in document["notes"]:
         console.print(f"note: {escape(note)}", style="dim")
     console.print()
@@ -94,3 +105,53 @@ def _print(console: Any, document: dict[str, Any]) -> None:
         console.print(f"[bold]{number}. {escape(item['text'])}[/bold]\n   {escape(item['evidence'])}")
     if not document["advice"]:
         console.print("[bold green]nothing is wrong with this machine[/]")
+
+
+def _machine(document: dict[str, Any], device: str) -> Iterator[tuple[str, str]]:
+    from wan_loader.sizes import format_bytes, format_count, format_seconds
+
+    machine, limits = document["machine"], document["limits"]
+    yield "processor", f"{machine['cpu']}, {format_count(machine['cores'], 'core')}"
+    allowed, free = (format_bytes(limits[f"memory_{k}_bytes"]) for k in ("limit", "available"))
+    yield "memory", f"{format_bytes(machine['memory_bytes'])}, {allowed} of it allowed here, {free} available"
+    if "gpu" in machine:
+        yield "GPU", f"{machine['gpu']}, {format_bytes(machine['gpu_memory_bytes'])}, CUDA {machine['cuda']}"
+    else:
+        none = "none found that torch can use: loads go to host memory"
+        yield "GPU", none if device == "auto" else f"not looked at: --device {device}"
+    yield "system", f"Linux {machine['kernel']}, Python {machine['python']}, torch {machine['torch']}"
+    locked = limits.get("memlock_bytes")
+    yield "lockable memory", "unlimited" if locked is None else format_bytes(locked)
+    if "transparent_huge_pages" in limits:
+        yield "huge pages", limits["transparent_huge_pages"]
+    if "memory_stall_s" in limits:
+        yield "short of memory", f"for {format_seconds(limits['memory_stall_s'])} since this machine's start"
+
+
+def _files(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    from wan_loader.sizes import format_bytes, format_count
+
+    files, storage = document["files"], document["storage"]
+    if not files["n"]:
+        yield "files", "none given: name a checkpoint to have its disk looked at"
+        return
+    resident = files["resident"]
+    cached = "unknown how much" if resident is None else format_bytes(resident)
+    yield "files", f"{format_count(files['n'], 'file')}, {format_bytes(files['nbytes'])}, {cached} in the page cache"
+    if "filesystem" in storage:
+        kind = ", in memory" if storage["in_memory"] else ", over a network" if storage["network"] else ""
+        yield "file system", f"{storage['filesystem']}{kind}, {storage['source']} at {storage['mounted_at']}"
+    if "rotational" in storage:
+        turns = "rotating, by what it says of itself" if storage["rotational"] else "solid state"
+        ahead = f", reads {format_bytes(storage['read_ahead_bytes'])} ahead" if "read_ahead_bytes" in storage else ""
+        yield "disk", turns + ahead
+
+
+def _measured_before(document: dict[str, Any], since: float | None) -> str:
+    import time
+
+    from wan_loader.sizes import format_age
+
+    some = "in part " if document["measured_now"] else ""
+    when = "" if since is None else f", the oldest {format_age(time.time() - since)} ago"
+    return f"{some}measured before{when}; --refresh measures again"

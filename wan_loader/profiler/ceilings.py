@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,8 @@ _KEYS = (
     "import_torch_s",
     "cuda_init_s",
 )
+#: Of a cached entry: when its oldest value was measured.
+_SINCE = "since"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Ceilings:
     notes: tuple[str, ...] = ()
     measured: tuple[str, ...] = field(default=())
     """Which were measured now rather than taken from the cache."""
+    since: float | None = None
+    """When the oldest of them was measured, in seconds since the epoch; None where the cache does not say."""
 
     def get(self, name: str) -> float | None:
         """A ceiling, or None where it is not known."""
@@ -68,7 +73,8 @@ def find_ceilings(
     file = file or cache_file()
     store = _read(file)
     machine, disk = _machine_key(device), _disk_key(paths)
-    known = {} if refresh else {**store.get(machine, {}), **store.get(disk, {})}
+    entries = [] if refresh else [store[key] for key in (machine, disk) if key in store]
+    known = _values(*entries)
     found, notes = dict(known), []
     for names, measurement in _measurements(paths, device, quick=quick):
         if all(name in known for name in names):
@@ -81,20 +87,28 @@ def find_ceilings(
             notes.append(f"{', '.join(names)} not measured: {error}")
     new = tuple(k for k in found if found[k] != known.get(k))
     if new:
+        now = {_SINCE: time.time()}
         on_disk = {k: v for k, v in found.items() if k == "disk_gbps"}
         rest = {k: v for k, v in found.items() if k != "disk_gbps"}
-        store = {**store, machine: {**store.get(machine, {}), **rest}}
+        kept = {k: v for k, v in store.get(machine, {}).items() if k != _SINCE or not refresh}
+        store = {**store, machine: {**now, **kept, **rest}}
         if on_disk and disk:
-            store[disk] = on_disk
+            store[disk] = {**now, **on_disk} if "disk_gbps" in new else store[disk]
         _write(file, store)
-    return Ceilings(found, tuple(notes), new)
+    dates = [entry[_SINCE] for entry in entries if _SINCE in entry]
+    return Ceilings(found, tuple(notes), new, min(dates) if dates and len(dates) == len(entries) else None)
 
 
 def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | None = None) -> dict[str, float]:
     """What was measured before on this machine; measures nothing. device: "cpu" or "cuda" (any measured GPU)."""
     store = _read(file or cache_file())
-    here = {k: v for key, entry in store.items() if key.startswith(f"machine {device}") for k, v in entry.items()}
-    return {**here, **store.get(_disk_key(paths), {})}
+    here = [entry for key, entry in store.items() if key.startswith(f"machine {device}")]
+    return _values(*here, store.get(_disk_key(paths), {}))
+
+
+def _values(*entries: Mapping[str, float]) -> dict[str, float]:
+    """Cached entries together, the last one wins; without their dates."""
+    return {k: v for entry in entries for k, v in entry.items() if k != _SINCE}
 
 
 def _measurements(
@@ -145,7 +159,9 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     if not isinstance(document, dict):
         return {}
     return {
-        str(key): {k: float(v) for k, v in entry.items() if k in _KEYS and isinstance(v, (int, float)) and v > 0}
+        str(key): {
+            k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and isinstance(v, (int, float)) and v > 0
+        }
         for key, entry in document.items()
         if isinstance(entry, dict)
     }

@@ -81,7 +81,9 @@ def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Call
     except OSError as error:
         raise UnmeasuredError(f"the kernel does not say what is in the page cache: {error.strerror}") from error
     if not ranges:
-        raise UnmeasuredError("all of the files is in the page cache, so their disk was not measured")
+        raise UnmeasuredError(
+            "too little of the files is outside of the page cache to measure their disk (`wan-loader evict` helps)"
+        )
     return _read_rate(ranges, os.O_DIRECT, seconds, clock)
 
 
