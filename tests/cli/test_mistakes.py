@@ -132,3 +132,35 @@ def test_help_of_cache_build_names_its_dtype(model, tmp_path):
     assert "bfloat16" in " ".join(run("cache", "build", "--help").stdout.split())
     assert run("cache", "build", model, "--cache-dir", tmp_path / "cache").returncode == 0
     assert "bfloat16" in run("cache", "list", "--cache-dir", tmp_path / "cache").stdout
+
+
+# Values that make no sense
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "hints"),
+    [
+        (["load", "x", "--device", "gpu"], "--device", ["'gpu'", "cuda:N"]),
+        (["bench", "x", "--device", "gpu"], "--device", ["'gpu'", "cuda:N"]),
+        (["estimate", "x", "--device", "gpu"], "--device", ["'gpu'", "'cpu'"]),
+        (["estimate", "x", "--disk", "foo"], "--disk", ["'foo'", "hdd", "nvme-gen4", "150MB/s"]),
+        (["estimate", "x", "--disk", "3XB/s"], "--disk", ["'3XB/s'"]),
+        (["estimate", "x", "--pcie", "foo"], "--pcie", ["'foo'"]),
+        (["warm", "x", "--limit", "100XB"], "--limit", ["'100XB'", "3GB"]),
+        (["bench", "x", "--part", "100XB"], "--part", ["'100XB'", "3GB"]),
+        (["cache", "build", "x", "--max-size", "10XB"], "--max-size", ["'10XB'", "3GB"]),
+        (["cache", "prune", "--max-size", "10XB"], "--max-size", ["'10XB'", "3GB"]),
+        (["cache", "prune", "--max-age", "old"], "--max-age", ["'old'", "30d"]),
+        (["load", "x", "--cache-dir", "y"], "--cache-dir", ["needs --cache"]),
+        (["load", "x", "--io", "fast"], "--io", ["'fast'", "'mapped'"]),
+        (["profile", "--"], "", ["name a program after --"]),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else None,
+)
+def test_a_wrong_value_is_a_usage_error_that_names_the_option(words, option, hints):
+    done = run(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in (option, *hints):
+        assert word in done.stderr

@@ -78,7 +78,7 @@ def test_a_killed_program(cli, tmp_path):
     ("words", "code", "message"),
     [
         (["profile", "--", "no-such-program"], 1, "no-such-program"),
-        (["profile", "--"], 1, "after --"),
+        (["profile", "--"], 2, "after --"),
         (["profile"], 2, "program after --"),
         (["profile", "nowhere.safetensors"], 1, "nowhere.safetensors"),
         (["profile", "a", "b"], 2, "unexpected"),
@@ -102,7 +102,7 @@ def test_estimate(cli, weights):
     )
     assert [row["storage"] for row in document["estimates"]] == ["150MB/s", "hdd"]
     assert document["estimates"][0]["read_s"] == pytest.approx(document["nbytes"] / 150e6)
-    assert cli("estimate", weights, "--disk", "fast").returncode == 1
+    assert cli("estimate", weights, "--disk", "fast").returncode == 2
 
 
 def test_doctor(cli, weights):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import Dtype, Force, IoChoice, JsonOut, Verbose
+from wan_loader.cli.options import Device, Dtype, Force, IoChoice, JsonOut, Verbose, checked
 from wan_loader.errors import OptionError
 from wan_loader.loader.processes import world_size
+from wan_loader.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +66,7 @@ def bench(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Samples of each loader.")] = 5,
     dtype: Dtype = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     io: Annotated[
         list[IoChoice] | None, typer.Option(help="Ways for our loader to read; may be repeated.", show_default="auto")
     ] = None,
@@ -74,7 +75,10 @@ def bench(
         typer.Option(min=1, max=64, help="Reads side by side of our loader; may be repeated.", show_default="chosen"),
     ] = None,
     part: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Only the first files that hold this much, such as 4GB.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Only the first files that hold this much, such as 4GB.", callback=checked(parse_size)
+        ),
     ] = None,
     time_limit: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="A sample that takes longer is ended, and reported.")
@@ -112,7 +116,7 @@ def bench(
     if export_picture is not None and export_picture.suffix != ".svg":
         raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
     try:
-        entries, places, nbytes = _entries(loader, io, threads), _places(storage), _size(part)
+        entries, places = _entries(loader, io, threads), _places(storage)
     except OptionError as error:
         raise typer.BadParameter(str(error)) from error
     caches = [c.value for c in dict.fromkeys(cache or [CacheChoice.WARM])]
@@ -128,7 +132,7 @@ def bench(
         dtype=dtype,
         repeat=repeat,
         time_limit_s=time_limit,
-        part=nbytes,
+        part=None if part is None else parse_size(part),
     )
     document, interrupted = _measure(settings, machine)
     with _exported(document, export_json, export_markdown, export_picture):
@@ -137,12 +141,6 @@ def bench(
         raise KeyboardInterrupt
     if not any(r["summary"] for c in document["cases"] for r in c["results"]):
         raise typer.Exit(1)
-
-
-def _size(text: str | None) -> int | None:
-    from wan_loader.sizes import parse_size
-
-    return None if text is None else parse_size(text)
 
 
 def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: list[int] | None) -> list[Entry]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan_loader.cli.building import report_build
-from wan_loader.cli.options import CacheDir, JsonOut, PathArgument, Verbose, check_dtype
+from wan_loader.cli.options import CacheDir, JsonOut, PathArgument, Verbose, check_dtype, checked
 from wan_loader.errors import OptionError
+from wan_loader.sizes import parse_age, parse_size
 
 if TYPE_CHECKING:
     from wan_loader.cache.entry import Listed
@@ -28,7 +29,12 @@ app = typer.Typer(
 )
 
 MaxSize = Annotated[
-    str | None, typer.Option(help="What the cache may take, such as 60GB.", show_default="half of the free disk")
+    str | None,
+    typer.Option(
+        help="What the cache may take, such as 60GB.",
+        show_default="half of the free disk",
+        callback=checked(parse_size),
+    ),
 ]
 
 
@@ -216,8 +222,13 @@ def _check(store: Store, key: str, *, sources: bool) -> list[str]:
 
 @app.command()
 def prune(
-    max_size: Annotated[str | None, typer.Option(help="Keep at most this much, such as 60GB.")] = None,
-    max_age: Annotated[str | None, typer.Option(help="Keep only what was used within this time, such as 30d.")] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Keep at most this much, such as 60GB.", callback=checked(parse_size))
+    ] = None,
+    max_age: Annotated[
+        str | None,
+        typer.Option(help="Keep only what was used within this time, such as 30d.", callback=checked(parse_age)),
+    ] = None,
     cache_dir: CacheDir = None,
     json: JsonOut = False,
     verbose: Verbose = False,
@@ -232,7 +243,7 @@ def prune(
     """
     from wan_loader.cache.entry import NEWER
     from wan_loader.cli.render import print_warnings
-    from wan_loader.sizes import format_bytes, parse_age
+    from wan_loader.sizes import format_bytes
 
     size, age = _size(max_size), parse_age(max_age) if max_age is not None else None
     store = _store(cache_dir)
@@ -284,6 +295,4 @@ def _say_removed(command: str, removed: list[Listed], *, json: bool) -> None:
 
 
 def _size(text: str | None) -> int | None:
-    from wan_loader.sizes import parse_size
-
     return None if text is None else parse_size(text)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import Dtype, JsonOut, Verbose
+from wan_loader.cli.options import Dtype, JsonOut, Verbose, checked
+from wan_loader.errors import OptionError
+from wan_loader.sizes import parse_rate
 
 if TYPE_CHECKING:
     from wan_loader.profiler.simulate import Hardware
@@ -19,13 +22,36 @@ _DEFAULTS = {"h2d_pinned_gbps": 50.0, "cast_gpu_gbps": 1500.0, "copy_gbps": 5.0,
 _FIXED_S = {"import_torch_s": 2.0, "cuda_init_s": 0.5}
 
 
+class DeviceChoice(enum.StrEnum):
+    """What weights are loaded to."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+def _parse_disk(text: str) -> float:
+    """Bytes per second of a known kind of storage, or as written. Raises `OptionError`."""
+    from wan_loader.profiler.simulate import STORAGES
+
+    if text in STORAGES:
+        return STORAGES[text]
+    if not text[:1].isdigit():
+        raise OptionError(f"{text!r} is no rate such as 150MB/s, and none of {', '.join(STORAGES)}")
+    return parse_rate(text)
+
+
 def estimate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a model's directory with several.")],
     disk: Annotated[
-        list[str] | None, typer.Option(help="A rate such as 150MB/s, or a name such as hdd; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="A rate such as 150MB/s, or a name such as hdd; may be repeated.", callback=checked(_parse_disk)
+        ),
     ] = None,
-    pcie: Annotated[str | None, typer.Option(help="Rate of copies to the GPU, such as 25GB/s.")] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu: what the weights are loaded to.")] = "cuda",
+    pcie: Annotated[
+        str | None, typer.Option(help="Rate of copies to the GPU, such as 25GB/s.", callback=checked(parse_rate))
+    ] = None,
+    device: Annotated[DeviceChoice, typer.Option(help="What the weights are loaded to.")] = DeviceChoice.CUDA,
     dtype: Dtype = None,
     json: JsonOut = False,
     verbose: Verbose = False,
@@ -39,11 +65,8 @@ def estimate(
         wan-loader estimate model.safetensors --disk 150MB/s --disk nvme-gen4 --pcie 12GB/s
     """
     from wan_loader.cli.output import print_json
-    from wan_loader.errors import OptionError
 
-    if device not in ("cuda", "cpu"):
-        raise OptionError(f"--device {device}: use cuda or cpu")
-    document = _document(path, disk, pcie, device, dtype)
+    document = _document(path, disk, pcie, device.value, dtype)
     if json:
         print_json(document)
     else:
@@ -78,11 +101,10 @@ def _choices(disks: list[str] | None, pcie: str | None, device: str, files: list
     """Each storage that was asked for, or all known ones and this machine's own, with the rest of the hardware."""
     from wan_loader.profiler.ceilings import known_ceilings
     from wan_loader.profiler.simulate import STORAGES, Hardware
-    from wan_loader.sizes import parse_rate
 
     known = known_ceilings(files, device=device)
     values = {**_DEFAULTS, **_FIXED_S, **known}
-    rates = {name: STORAGES.get(name) or parse_rate(name) for name in disks} if disks else dict(STORAGES)
+    rates = {name: _parse_disk(name) for name in disks} if disks else dict(STORAGES)
     if not disks and "disk_gbps" in known:
         rates["this disk"] = known["disk_gbps"] * 1e9
     if not disks and "page_cache_gbps" in known:

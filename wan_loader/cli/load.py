@@ -10,7 +10,6 @@ import typer
 from wan_loader.cli.building import follow_build, stopping
 from wan_loader.cli.distributed import together
 from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
-from wan_loader.errors import OptionError
 from wan_loader.loader.processes import is_first
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def load(
         torchrun --nproc_per_node 2 -m wan_loader load model.safetensors --device cuda
     """
     if cache_dir is not None and not cache:
-        raise OptionError("--cache-dir needs --cache")
+        raise typer.BadParameter("it needs --cache", param_hint="--cache-dir")
     loaded = _load(path, device, dtype, io, threads, cache, cache_dir, verify)
     with stopping(loaded.build):
         _tell(path, loaded, verify=verify, json=json)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,7 @@ __all__ = [
     "Threads",
     "Verbose",
     "check_dtype",
+    "checked",
     "verbose",
 ]
 
@@ -51,6 +54,26 @@ def check_dtype(value: str | None) -> str | None:
         raise typer.BadParameter(str(error)) from error
 
 
+def checked(parse: Callable[[str], object]) -> Callable[[str | list[str] | None], str | list[str] | None]:
+    """A callback for an option: what `parse` refuses is a usage error that names the option."""
+
+    def check(value: str | list[str] | None) -> str | list[str] | None:
+        for text in [value] if isinstance(value, str) else value or ():
+            try:
+                parse(text)
+            except OptionError as error:
+                raise typer.BadParameter(str(error)) from error
+        return value
+
+    return check
+
+
+def _parse_device(text: str) -> None:
+    """Whether there is such a device is for the loader to say."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise OptionError(f"{text!r} is no device: use auto, cpu, cuda or cuda:N")
+
+
 PathArgument = Annotated[
     Path,
     typer.Argument(
@@ -59,7 +82,7 @@ PathArgument = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=checked(_parse_device))]
 Dtype = Annotated[
     str | None,
     typer.Option(

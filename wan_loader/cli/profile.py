@@ -93,7 +93,10 @@ def _program(context: typer.Context) -> list[str] | None:
         if context.args:
             raise typer.BadParameter(f"unexpected {context.args[0]!r}: write a program after --")
         return None
-    return words[words.index("--") + 1 :]
+    program = words[words.index("--") + 1 :]
+    if not program:
+        raise typer.BadParameter("name a program after --")
+    return program
 
 
 def render_session(

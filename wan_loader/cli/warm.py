@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import JsonOut, Threads, Verbose
+from wan_loader.cli.options import JsonOut, Threads, Verbose, checked
+from wan_loader.sizes import parse_size
 
 if TYPE_CHECKING:
     from wan_loader.source.warm import Warmed
@@ -20,7 +21,8 @@ def warm(
         Path, typer.Argument(metavar="PATH", help="A file, an index, or a directory with everything in it.")
     ],
     limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Only the first 20GB, in order of first use.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Only the first 20GB, in order of first use.", callback=checked(parse_size)),
     ] = None,
     threads: Threads = None,
     json: JsonOut = False,
@@ -38,7 +40,6 @@ def warm(
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import byte_progress, print_warnings
-    from wan_loader.sizes import parse_size
     from wan_loader.source import warm as warming
     from wan_loader.source.tree import list_tree
 
