@@ -181,7 +181,8 @@ class _Job:
             raise OutputError(f"{entry.directory / name} is a link: staging does not write through links; remove it")
         if before is None and not force and self._manifest.is_directory and _holds_anything(entry.directory / name):
             raise OutputError(
-                f"{entry.directory / name} exists and was not staged: choose another --to, or add to it with --force"
+                f"{entry.directory / name} exists and was not staged: choose another --to, or use --force, which "
+                "replaces files of the same names; --remove then takes these away, too"
             )
         foreign = [f.path for f in self._manifest.files if os.path.lexists(entry.target(f)) and not entry.owns(f.path)]
         for path in foreign:
@@ -189,7 +190,7 @@ class _Job:
                 more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
                 raise OutputError(
                     f"{entry.directory / path}{more} exists and was not staged, or has changed since: "
-                    "choose another --to, or replace it with --force"
+                    "choose another --to, or replace it with --force; --remove then takes the copy away"
                 )
 
     def _check_space(self, todo: Sequence[Planned]) -> None:
