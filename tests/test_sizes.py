@@ -3,7 +3,7 @@
 import pytest
 
 from wan_loader.errors import OptionError
-from wan_loader.sizes import format_age, parse_age, parse_size
+from wan_loader.sizes import format_age, format_count, parse_age, parse_size
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,8 @@ def test_ages_that_do_not_parse(text):
 )
 def test_ages_for_people(seconds, text):
     assert format_age(seconds) == text
+
+
+def test_counts():
+    assert [format_count(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert [format_count(n, "entry", "entries") for n in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]

@@ -23,7 +23,7 @@ from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.formats.torchzip import UnplannedError, is_zip, read_torch_zip
 from wan_loader.loader.api import load
-from wan_loader.sizes import format_bytes, format_rate, format_seconds
+from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,11 +58,11 @@ class FastPath:
 
     def summary(self) -> str:
         """One line for the user."""
-        took = f"{self.n_loads} loads took the fast path"
+        took = f"{format_count(self.n_loads, 'load')} took the fast path"
         if self.n_loads:
             rate = format_rate(self.nbytes / self.seconds) if self.seconds else "?"
             took += f": {format_bytes(self.nbytes)} in {format_seconds(self.seconds)} ({rate})"
-        reasons = [f"{count} times: {reason}" for reason, count in self.left.most_common()]
+        reasons = [f"{format_count(count, 'time')}: {reason}" for reason, count in self.left.most_common()]
         return took + (f"; left to the original {'; '.join(reasons)}" if reasons else "")
 
     def _instead_of(self, original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,9 +59,9 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def format_count(number: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """1 file, 2 files; for other plurals than with an s: 1 entry, 2 entries."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def format_rate(bytes_per_second: float) -> str:

@@ -164,7 +164,7 @@ PLACES = {"header": 100, "padding": 4000, "data": 900_000, "end": -1}
 def test_verify_a_sound_cache(cache):
     said = document("cache", "verify", "--cache-dir", cache, "--sources")
     assert (said["verified"], said["damaged"]) == (1, {})
-    assert "1 of 1 entries are sound" in ok("cache", "verify", "--cache-dir", cache)
+    assert "1 of 1 entry is sound" in ok("cache", "verify", "--cache-dir", cache)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -173,7 +173,7 @@ def test_verify_finds_a_flipped_bit(cache, place):
     flip(file, PLACES[place] % file.stat().st_size)
     out = ok("cache", "verify", "--cache-dir", cache, code=1)
     assert "damaged" in out
-    assert "0 of 1 entries are sound" in out
+    assert "0 of 1 entry is sound" in out
     assert [p.name for p in (cache / "damaged").iterdir()] == [file.parent.name]
     assert not list((cache / "entries").iterdir())
 
@@ -221,7 +221,7 @@ def test_prune(cache, model):
     said = document("cache", "prune", "--cache-dir", cache, "--max-age", "1w")
     assert said["removed"] == [old.name]
     assert said["nbytes"] > 1_400_000
-    assert "1 entries removed" in ok("cache", "prune", "--cache-dir", cache, "--max-size", "1kB")
+    assert "1 entry removed" in ok("cache", "prune", "--cache-dir", cache, "--max-size", "1kB")
     assert not list((cache / "entries").iterdir())
 
 

@@ -164,3 +164,44 @@ def test_a_wrong_value_is_a_usage_error_that_names_the_option(words, option, hin
     assert "Traceback" not in done.stderr
     for word in (option, *hints):
         assert word in done.stderr
+
+
+# Words
+
+
+def test_one_of_something_is_no_plural(tmp_path):
+    one = tmp_path / "one.safetensors"
+    save_file({"w": torch.zeros(4)}, one)
+    assert "1 tensor," in run("inspect", one).stdout
+    assert "1 tensor," in run("load", one).stdout
+    assert "1 tensor," in run("load", one, "--verify").stderr
+    cache = ["--cache-dir", tmp_path / "cache"]
+    assert run("cache", "build", one, *cache).returncode == 0
+    assert run("cache", "verify", *cache).stdout == "1 of 1 entry is sound\n"
+    assert run("cache", "clear", "--yes", *cache).stdout.startswith("1 entry removed, ")
+    script = tmp_path / "script.py"
+    script.write_text("")
+    assert "0 loads took" in run("run", script).stderr
+
+
+def test_stage_says_what_force_replaces_and_remove_takes(tmp_path):
+    source, target = tmp_path / "model", tmp_path / "to"
+    for directory in (source, target / "model"):
+        directory.mkdir(parents=True)
+        save_file({"w": torch.zeros(4)}, directory / "model.safetensors")
+    (target / "model" / "mine.txt").write_text("kept")
+    done = run("stage", source, "--to", target)
+    check_error(done, "replaces files of the same names", "--remove")
+    assert run("stage", source, "--to", target, "--force").returncode == 0
+    done = run("stage", source, "--to", target, "--remove")
+    assert "1 file, " in done.stdout
+    assert [p.name for p in (target / "model").iterdir()] == ["mine.txt"]
+
+
+def test_an_unfinished_copy_that_is_removed_is_no_number_of_files(tmp_path):
+    source, target = tmp_path / "large.safetensors", tmp_path / "to"
+    save_file({"w": torch.zeros(200_000)}, source)
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    code += "from wan_loader.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code, "stage", source, "--to", target], check=False, capture_output=True)
+    assert "what was unfinished, " in run("stage", "--remove", "--to", target).stdout

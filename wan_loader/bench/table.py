@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,12 +68,12 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def case_title(case: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     """What was loaded from where to where."""
-    part = f"part of {case['name']} ({case['n_files']} files)" if case["is_part"] else case["name"]
+    part = f"part of {case['name']} ({format_count(case['n_files'], 'file')})" if case["is_part"] else case["name"]
     dtype = f" as {document['dtype']}" if document["dtype"] else ""
     where = "" if case["storage"]["name"] == "here" else f", on {case['storage']['label']}"
     cache = "" if case["cache"] == "simulated" else f", {case['cache']}"
     size = format_bytes(case["nbytes"])
-    what = f"{case['n_tensors']} tensors, {size} {case['file_dtype']}"
+    what = f"{format_count(case['n_tensors'], 'tensor')}, {size} {case['file_dtype']}"
     return f"{part}: {what}{where}{cache}, to {document['device']}{dtype}"
 
 
@@ -149,7 +149,6 @@ def footnotes(case: Mapping[str, Any]) -> list[str]:
                 f"{format_seconds(result['conversion_s'])}, which is not in its time"
             )
         if result["summary"] and result["status"] != "ok":
-            lines.append(
-                f"{result['loader']} {result['status']} after {result['summary']['n']} samples: {result['reason']}"
-            )
+            n_samples = format_count(result["summary"]["n"], "sample")
+            lines.append(f"{result['loader']} {result['status']} after {n_samples}: {result['reason']}")
     return lines + list(case["notes"])

@@ -186,9 +186,9 @@ def verify(
     else:
         for key, wrong in damaged.items():
             output_console().print(f"[red]damaged[/red] {key[:12]}: {plain('; '.join(wrong))}")
-        sound = len(wanted) - len(damaged)
+        sound, of = len(wanted) - len(damaged), _count(wanted)
         aside = f", {len(damaged)} damaged: set aside, built again by the next load" if damaged else ""
-        output_console().print(f"{sound} of {len(wanted)} entries are sound{aside}")
+        output_console().print(f"{sound} of {of} {'is' if len(wanted) == 1 else 'are'} sound{aside}")
     if damaged:
         raise typer.Exit(1)
 
@@ -251,8 +251,8 @@ def prune(
     _say_removed("cache prune", removed, json=json)
     newer = [x for x in store.listed() if x.state == NEWER] if store is not None else []
     if newer:
-        stay = f"{len(newer)} entries, {format_bytes(sum(x.nbytes for x in newer))}, are of a newer format and stay"
-        print_warnings([f"{stay}: a newer wan-loader uses them, `wan-loader cache clear` removes them"])
+        stay = f"of a newer format, and kept: {_count(newer)}, {format_bytes(sum(x.nbytes for x in newer))}"
+        print_warnings([f"{stay}; for a newer wan-loader, or `wan-loader cache clear`"])
 
 
 @app.command()
@@ -276,7 +276,7 @@ def clear(
         if not sys.stdin.isatty():
             raise OptionError("clear removes every entry: say --yes")
         total = format_bytes(sum(x.nbytes for x in listed))
-        typer.confirm(f"remove {len(listed)} entries, {total}?", abort=True, err=True)
+        typer.confirm(f"remove {_count(listed)}, {total}?", abort=True, err=True)
     removed = [x for x in listed if store is not None and store.remove(x)]
     _say_removed("cache clear", removed, json=json)
 
@@ -291,7 +291,13 @@ def _say_removed(command: str, removed: list[Listed], *, json: bool) -> None:
         document = {"removed": [x.key for x in removed], "nbytes": nbytes}
         print_json({"schema_version": 1, "command": command, **document})
     else:
-        output_console().print(f"{len(removed)} entries removed, {format_bytes(nbytes)}")
+        output_console().print(f"{_count(removed)} removed, {format_bytes(nbytes)}")
+
+
+def _count(listed: list[Listed]) -> str:
+    from wan_loader.sizes import format_count
+
+    return format_count(len(listed), "entry", "entries")
 
 
 def _size(text: str | None) -> int | None:

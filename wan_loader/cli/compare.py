@@ -9,6 +9,7 @@ import typer
 
 from wan_loader.cli.options import JsonOut, Verbose
 from wan_loader.errors import OptionError
+from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +98,9 @@ def _doubts(runs: tuple[Run, Run]) -> list[str]:
     lost = len(set(before.values) - set(after.values))
     new = len(set(after.values) - set(before.values))
     if lost or new:
-        notes.append(f"not compared: {lost} measurements that only the first has, {new} that only the second has")
+        notes.append(
+            f"not compared: {format_count(lost, 'measurement')} that only the first has, {new} that only the second has"
+        )
     return notes
 
 

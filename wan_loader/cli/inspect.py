@@ -83,11 +83,12 @@ def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from wan_loader.cli.render import output_console, plain, print_warnings
-    from wan_loader.sizes import format_bytes
+    from wan_loader.sizes import format_bytes, format_count
 
     console = output_console()
     console.print(f"[bold]{plain(checkpoint.path)}[/bold]")
-    console.print(f"{document['format']}, {document['n_tensors']} tensors, {format_bytes(document['nbytes'])}\n")
+    n_tensors = format_count(document["n_tensors"], "tensor")
+    console.print(f"{document['format']}, {n_tensors}, {format_bytes(document['nbytes'])}\n")
     dtypes = Table("dtype", "tensors", "bytes", box=None, pad_edge=False, header_style="bold")
     for row in document["dtypes"]:
         dtypes.add_row(row["dtype"], str(row["n_tensors"]), format_bytes(row["nbytes"]))

@@ -68,6 +68,7 @@ def load(
 def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import error_console, print_load, print_warnings
+    from wan_loader.sizes import format_count
 
     hit = loaded.report.cache is not None and loaded.report.cache.state == "hit"
     checked = _verify(path, loaded) if verify and not hit else None
@@ -78,7 +79,7 @@ def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
     else:
         print_load(loaded.report)
         if checked is not None:
-            error_console().print(f"verified: {checked} tensors, every bit equal")
+            error_console().print(f"verified: {format_count(checked, 'tensor')}, every bit equal")
         elif verify:
             error_console().print("verified: every checksum of the cache entry is right")
     print_warnings(loaded.report.warnings)

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from wan_loader.loader.processes import is_first, world_size
-from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +134,7 @@ def print_load(report: LoadReport) -> None:
     console = output_console()
     console.print(
         f"[bold]{plain(report.target)}[/bold]\n"
-        f"{report.n_tensors} tensors, {format_bytes(report.nbytes_file)} -> "
+        f"{format_count(report.n_tensors, 'tensor')}, {format_bytes(report.nbytes_file)} -> "
         f"{format_bytes(report.nbytes_device)} on {report.device}"
         f"{f' as {report.dtype}' if report.dtype else ''} in [bold]{format_seconds(report.seconds)}[/bold]"
         f"{f' = [bold]{report.gbps:.3g} GB/s[/bold]' if report.gbps else ', nothing was copied'}"

@@ -35,7 +35,12 @@ def stage(
             show_default="what is copied now",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that were not staged.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace files of the same names that were not staged; --remove then takes these, too."
+        ),
+    ] = False,
     threads: Threads = None,
     json: JsonOut = False,
     verbose: Verbose = False,
@@ -82,7 +87,8 @@ def _remove(to: Path, path: Path | None, *, json: bool) -> None:
         print_json(_removed(to, result))
     else:
         names = ", ".join(result.names)
-        removed = f"{format_count(result.n_files, 'file')}, {format_bytes(result.nbytes)}"
+        what = format_count(result.n_files, "file") if result.n_files else "what was unfinished"
+        removed = f"{what}, {format_bytes(result.nbytes)}"
         output_console().print(f"removed {plain(names)} from {plain(str(to))}: {removed}")
     print_warnings([f"{kept} has changed since it was staged and stays" for kept in result.kept])
 

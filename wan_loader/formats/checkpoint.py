@@ -18,6 +18,7 @@ from wan_loader.formats.safetensors import read_safetensors
 from wan_loader.formats.strict_json import parse_object
 from wan_loader.formats.torchpickle import read_torch_pickle
 from wan_loader.formats.torchzip import UnplannedError, is_zip, read_torch_zip
+from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,7 +149,7 @@ def _open_index(path: str) -> Checkpoint:
     if not extra:
         return checkpoint
     # The index is the list of contents (as it is for transformers and diffusers): others are not part of it.
-    note = f"{len(extra)} tensors in the shards are not in the index and are left out, the first is {extra[0]!r}"
+    note = f"in the shards but not in the index, and left out: {format_count(len(extra), 'tensor')}, first {extra[0]!r}"
     return replace(
         checkpoint,
         tensors=tuple(t for t in checkpoint.tensors if t.name in weight_map),

@@ -12,6 +12,7 @@ from wan_loader.profiler.session import Process, Session
 from wan_loader.profiler.timeline import Mark, by_label, phases
 from wan_loader.profiler.verdict import Evidence, judge
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport
+from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,7 +122,11 @@ def _program_report(recording: Recording, process: Process, device: str, nbytes:
     peak = max([int(process.facts.get("peak_resident_bytes") or 0), *(s.resident_bytes for s in process.samples)])
     card: dict[str, object] = {k: process.facts[k] for k in ("torch", "gpu", "python") if k in process.facts}
     files = process.facts.get("files", {})
-    reason = f"{len(files)} weight files, {resident / nbytes:.0%} in the page cache when opened" if nbytes else ""
+    reason = (
+        f"{format_count(len(files), 'weight file')}, {resident / nbytes:.0%} in the page cache when opened"
+        if nbytes
+        else ""
+    )
     return LoadReport(
         command="profile",
         target=" ".join(recording.argv),

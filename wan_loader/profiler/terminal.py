@@ -9,7 +9,7 @@ from rich.table import Table
 
 from wan_loader.profiler.bars import timeline_bar
 from wan_loader.profiler.timeline import attribute, by_label
-from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def machine_line(session: Session) -> str:
     card, storage = session.report.machine, session.storage
     parts = [str(card["cpu"])] if "cpu" in card else []
     if "cores" in card:
-        parts.append(f"{card['cores']} cores")
+        parts.append(format_count(card["cores"], "core"))
     if isinstance(card.get("memory_limit_bytes"), int):
         parts.append(f"{format_bytes(card['memory_limit_bytes'])} of memory")
     parts += [str(card[k]) for k in ("gpu",) if k in card]
