@@ -90,12 +90,23 @@ def test_any_damage_is_one_error_or_still_a_session(tmp_path_factory, damage):
         b'{"schema_version": 2}',
         b'{"schema_version": 1}',
         b"1e999",
+        b'{"schema_version": 1, "command": []}',
     ],
 )
 def test_foreign_files(tmp_path, content):
     path = tmp_path / "run.json"
     path.write_bytes(content)
     with pytest.raises(SessionError, match=r"run\.json"):
+        read_session(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"), [("bench", "wan-loader compare"), ("load", "wan-loader compare"), ("generate", "JSON")]
+)
+def test_the_result_of_another_command_is_called_that(tmp_path, command, shown):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"schema_version": 1, "command": command}))
+    with pytest.raises(SessionError, match=rf"run\.json is a result of `{command}`, not a session .*{shown}"):
         read_session(path)
 
 

@@ -25,6 +25,13 @@ __all__ = ["Advice", "Process", "Sample", "Session", "Verdict", "read_session"]
 
 _MAX_BYTES = 512_000_000
 _MAX_SPANS = 5_000_000
+_COMPARE = "`wan-loader compare` shows two of them side by side"
+#: Commands whose results are taken for sessions, and what shows those.
+_OTHERS = {
+    "bench": f"{_COMPARE}, and `wan-loader bench` shows and draws them when it measures",
+    "load": _COMPARE,
+    "generate": "read it as JSON, or profile the run with `wan-loader profile -- wan-pipeline generate ...`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +168,20 @@ def read_session(path: StrPath) -> Session:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise SessionError(f"{path} is not JSON: damaged, or not a saved session") from error
+    _refuse_others(path, document)
     try:
         return _session(Doc(document))
     except WanLoaderError as error:
         raise SessionError(f"{path} is not a session saved by `wan-loader profile -o`: {error}") from None
+
+
+def _refuse_others(path: StrPath, document: Any) -> None:
+    """Raise `SessionError` for the document of another command, and say what shows it."""
+    if not isinstance(document, dict) or "processes" in document or document.get("command") not in list(_OTHERS):
+        return
+    command = document["command"]
+    saved = "not a session saved by `wan-loader profile -o`"
+    raise SessionError(f"{path} is a result of `{command}`, {saved}: {_OTHERS[command]}")
 
 
 def _session(doc: Doc) -> Session:
