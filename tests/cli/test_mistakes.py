@@ -205,3 +205,22 @@ def test_an_unfinished_copy_that_is_removed_is_no_number_of_files(tmp_path):
     code += "from wan_loader.cli import main; main()"
     subprocess.run([sys.executable, "-c", code, "stage", source, "--to", target], check=False, capture_output=True)
     assert "what was unfinished, " in run("stage", "--remove", "--to", target).stdout
+
+
+def test_a_bench_of_a_part_says_when_it_is_all(model):
+    options = ["--loader", "ours", "--repeat", "1", "--part"]
+    note = "--part takes whole files: this is all of model.safetensors, 1 file, 16.5 kB"
+    done = run("bench", model, *options, "1kB")
+    assert done.returncode == 0, done.stderr
+    assert note in done.stderr
+    assert note in done.stdout
+    assert "--part" not in run("bench", model, *options, "1MB").stdout
+
+
+def test_stage_makes_one_directory_and_says_so(model, tmp_path):
+    check_error(run("stage", model, "--to", tmp_path / "typo" / "deeper"), tmp_path / "typo", "does not exist")
+    assert not (tmp_path / "typo").exists()
+    done = run("stage", model, "--to", tmp_path / "new")
+    assert done.returncode == 0
+    assert f"{tmp_path / 'new'} did not exist, and was made" in done.stdout
+    assert "was made" not in run("stage", model, "--to", tmp_path / "new").stdout

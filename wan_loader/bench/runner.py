@@ -19,7 +19,7 @@ from wan_loader.bench.storage import Place, leftovers, part_of, scratch, staged,
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
 from wan_loader.profiler.storage import storage_facts
-from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.sizes import format_bytes, format_count, format_seconds
 from wan_loader.source.evict import evict
 
 if TYPE_CHECKING:
@@ -129,6 +129,10 @@ class _Bench:
         self._files = part_of(checkpoint, settings.part)
         is_part = len(self._files) < len(checkpoint.files)
         facts = open_checkpoint(self._files) if is_part else checkpoint
+        self._notes: list[str] = []
+        if settings.part is not None and not is_part and facts.nbytes_file > settings.part:
+            n_files, size = format_count(len(self._files), "file"), format_bytes(facts.nbytes_file)
+            self._notes = [f"--part takes whole files: this is all of {case.name}, {n_files}, {size}"]
         weights: dict[str, int] = {}
         for tensor in facts.tensors:
             weights[tensor.dtype] = weights.get(tensor.dtype, 0) + tensor.nbytes
@@ -146,13 +150,15 @@ class _Bench:
         n_before = len(cases)
         try:
             with ExitStack() as stack:
+                for note in self._notes:
+                    self._tell(note)
                 self._warn_of_leftovers()
                 files = stack.enter_context(staged(self._place, self._files))
                 self._case = replace(self._case, files=files, storage=storage_facts(files[0]))
                 prepared = [self._prepare(entry, stack) for entry in self._settings.entries]
                 for cache in caches:
                     results = [replace(result, samples=[]) for result in prepared]
-                    case = replace(self._case, cache=cache, notes=[], results=results)
+                    case = replace(self._case, cache=cache, notes=list(self._notes), results=results)
                     cases.append(case)
                     if cache == "cold" and case.storage.get("in_memory"):
                         case.failure = f"{case.storage['filesystem']} lies in memory: it is never cold"

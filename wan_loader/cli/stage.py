@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,12 +68,13 @@ def stage(
         return
     if path is None:
         raise typer.BadParameter("name the PATH to stage, or --remove", param_hint="PATH")
+    is_new = not os.path.lexists(to)
     with step_progress() as progress:
         result = staging.stage(path, to, verify=verify, force=force, threads=threads, progress=progress)
     if json:
         print_json(_document(result))
     else:
-        _print(result, path, to)
+        _print(result, path, to, is_new=is_new)
     print_warnings(result.warnings)
 
 
@@ -122,7 +124,7 @@ def _document(result: Staged) -> dict[str, Any]:
     }
 
 
-def _print(result: Staged, path: Path, to: Path) -> None:
+def _print(result: Staged, path: Path, to: Path, *, is_new: bool) -> None:
     import shlex
 
     from wan_loader.cli.render import output_console, plain
@@ -142,6 +144,8 @@ def _print(result: Staged, path: Path, to: Path) -> None:
     else:
         compared = f", {format_bytes(result.nbytes_verified)} compared" if result.nbytes_verified else ""
         console.print(f"nothing was left to copy{compared}")
+    if is_new:
+        console.print(f"{plain(str(to))} did not exist, and was made", style="dim")
     if result.filesystem in IN_MEMORY:
         console.print("it takes that much memory until it is removed", style="dim")
     console.print(f"use it:    name {plain(shlex.quote(result.path))} instead of {plain(shlex.quote(str(path)))}")
