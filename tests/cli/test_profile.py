@@ -105,6 +105,29 @@ def test_estimate(cli, weights):
     assert cli("estimate", weights, "--disk", "fast").returncode == 2
 
 
+def test_estimate_says_what_it_takes_for_granted(cli, weights):
+    told = cli("estimate", weights, "--pcie", "12GB/s").stdout
+    assert "(PCIe) at 12 GB/s (as asked for)" in told
+    assert "casts at 1.5 TB/s (assumed)" in told
+    assert "fixed: imports and the start of CUDA before the first byte, 2.5 s (assumed)" in told
+    assert "limit: " in told
+    assert cli("doctor", "--device", "cpu").returncode == 0
+    measured = json.loads(cli("estimate", weights, "--device", "cpu", "--json").stdout)["rates"]
+    assert {rate["origin"] for rate in measured.values()} == {"measured here"}
+
+
+def test_estimate_of_half_a_model_warns(cli, weights, tmp_path):
+    model = tmp_path / "model"
+    for expert in ("high_noise_model", "low_noise_model"):
+        (model / expert).mkdir(parents=True)
+    weights.rename(model / "high_noise_model" / "model.safetensors")
+    done = cli("estimate", model, "--json")
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert "not complete" in warning
+    assert "missing (" in warning
+    assert warning in done.stderr
+
+
 def test_doctor(cli, weights):
     document = json.loads(cli("doctor", weights, "--json", "--device", "cpu").stdout)
     assert document["ceilings"]["page_cache_gbps"] > 0

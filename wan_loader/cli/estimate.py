@@ -13,7 +13,7 @@ from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_rate
 
 if TYPE_CHECKING:
-    from wan_loader.profiler.simulate import Hardware
+    from collections.abc import Mapping
 
 __all__ = ["estimate"]
 
@@ -51,7 +51,9 @@ def estimate(
     pcie: Annotated[
         str | None, typer.Option(help="Rate of copies to the GPU, such as 25GB/s.", callback=checked(parse_rate))
     ] = None,
-    device: Annotated[DeviceChoice, typer.Option(help="What the weights are loaded to.")] = DeviceChoice.CUDA,
+    device: Annotated[
+        DeviceChoice, typer.Option(help="What the weights are loaded to; no GPU need be here.")
+    ] = DeviceChoice.CUDA,
     dtype: Dtype = None,
     json: JsonOut = False,
     verbose: Verbose = False,
@@ -65,25 +67,31 @@ def estimate(
         wan-loader estimate model.safetensors --disk 150MB/s --disk nvme-gen4 --pcie 12GB/s
     """
     from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import print_warnings
 
     document = _document(path, disk, pcie, device.value, dtype)
     if json:
         print_json(document)
     else:
         _print(document)
+    print_warnings(document["warnings"])
 
 
 def _document(path: Path, disk: list[str] | None, pcie: str | None, device: str, dtype: str | None) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
+    from wan_loader.profiler.ceilings import known_ceilings
     from wan_loader.profiler.diagnosis import checkpoints_in
-    from wan_loader.profiler.simulate import parts_of, simulate
+    from wan_loader.profiler.simulate import Hardware, parts_of, simulate
 
     checkpoints = checkpoints_in(path)
     parts = parts_of(checkpoints, dtype_name(dtype))
+    known = known_ceilings([f.path for c in checkpoints for f in c.files], device=device)
+    rates = _rates(pcie, device, known)
+    copy, cast, fixed_s = rates["copy"]["bytes_per_s"], rates["cast"]["bytes_per_s"], rates["fixed"]["seconds"]
     rows = []
-    for name, hardware in _choices(disk, pcie, device, [f.path for c in checkpoints for f in c.files]):
-        prediction = simulate(parts, hardware)
-        rows.append({"storage": name, "disk_bytes_per_s": hardware.disk, **_row(prediction)})
+    for name, rate in _storages(disk, known):
+        hardware = Hardware(disk=rate, copy=copy, cast=cast, cuda=device == "cuda", fixed_s=fixed_s)
+        rows.append({"storage": name, "disk_bytes_per_s": rate, **_row(simulate(parts, hardware))})
     return {
         "schema_version": 1,
         "command": "estimate",
@@ -93,28 +101,58 @@ def _document(path: Path, disk: list[str] | None, pcie: str | None, device: str,
         "nbytes": sum(p.nbytes for p in parts),
         "nbytes_converted": sum(p.nbytes for p in parts if p.cast),
         "checkpoints": [{"path": c.path, "nbytes": c.nbytes} for c in checkpoints],
+        "rates": rates,
         "estimates": rows,
+        "warnings": _missing(path),
     }
 
 
-def _choices(disks: list[str] | None, pcie: str | None, device: str, files: list[str]) -> list[tuple[str, Hardware]]:
-    """Each storage that was asked for, or all known ones and this machine's own, with the rest of the hardware."""
-    from wan_loader.profiler.ceilings import known_ceilings
-    from wan_loader.profiler.simulate import STORAGES, Hardware
+def _missing(path: Path) -> list[str]:
+    """A warning, if parts of a model's directory are not here."""
+    from wan_loader.hub.inventory import take_inventory
+    from wan_loader.sizes import format_count
 
-    known = known_ceilings(files, device=device)
-    values = {**_DEFAULTS, **_FIXED_S, **known}
+    inventory = take_inventory(path)
+    if inventory is None or inventory.complete:
+        return []
+    absent = [file.path for file in inventory.absent]
+    names = ", ".join([*absent[:1], *(["..."] if absent[1:] else [])])
+    what = [f"{format_count(len(absent), 'file')} missing ({names})"] if absent else []
+    what += [f"{part} is damaged" for part, _ in inventory.damaged]
+    return [f"the model is not complete: {'; '.join(what)}: this is the start of what is here (see wan-loader inspect)"]
+
+
+def _rates(pcie: str | None, device: str, known: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Bytes per second of copies and casts, seconds before the first byte, each with where it is from."""
+    cuda = device == "cuda"
+    names = ("h2d_pinned_gbps", "cast_gpu_gbps") if cuda else ("copy_gbps", "cast_cpu_gbps")
+    rates = {
+        name: {"bytes_per_s": known.get(key, _DEFAULTS[key]) * 1e9, "origin": _origin([key], known)}
+        for name, key in zip(("copy", "cast"), names, strict=True)
+    }
+    if pcie:
+        rates["copy"] = {"bytes_per_s": parse_rate(pcie), "origin": "as asked for"}
+    fixed = list(_FIXED_S) if cuda else ["import_torch_s"]
+    return {
+        **rates,
+        "fixed": {"seconds": sum(known.get(k, _FIXED_S[k]) for k in fixed), "origin": _origin(fixed, known)},
+    }
+
+
+def _origin(keys: list[str], known: Mapping[str, float]) -> str:
+    return "measured here" if all(key in known for key in keys) else "assumed"
+
+
+def _storages(disks: list[str] | None, known: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Each storage that was asked for, or all known ones and this machine's own: bytes per second, slowest first."""
+    from wan_loader.profiler.simulate import STORAGES
+
     rates = {name: _parse_disk(name) for name in disks} if disks else dict(STORAGES)
     if not disks and "disk_gbps" in known:
         rates["this disk"] = known["disk_gbps"] * 1e9
     if not disks and "page_cache_gbps" in known:
         rates["page cache"] = known["page_cache_gbps"] * 1e9
-    cuda = device == "cuda"
-    copy = parse_rate(pcie) if pcie else values["h2d_pinned_gbps" if cuda else "copy_gbps"] * 1e9
-    cast = values["cast_gpu_gbps" if cuda else "cast_cpu_gbps"] * 1e9
-    fixed = values["import_torch_s"] + (values["cuda_init_s"] if cuda else 0.0)
-    ordered = sorted(rates.items(), key=lambda item: item[1])
-    return [(n, Hardware(disk=r, copy=copy, cast=cast, cuda=cuda, fixed_s=fixed)) for n, r in ordered]
+    return sorted(rates.items(), key=lambda item: item[1])
 
 
 def _row(prediction: Any) -> dict[str, Any]:
@@ -143,3 +181,13 @@ def _print(document: dict[str, Any]) -> None:
         start = format_seconds(row["seconds"])
         table.add_row(row["storage"], format_rate(row["disk_bytes_per_s"]), start, *times, row["bottleneck"])
     console.print(table)
+    copies, casts, fixed = (document["rates"][name] for name in ("copy", "cast", "fixed"))
+    link = "copies to the GPU (PCIe)" if document["device"] == "cuda" else "copies in memory"
+    console.print(
+        f"{link} at {format_rate(copies['bytes_per_s'])} ({copies['origin']}), "
+        f"casts at {format_rate(casts['bytes_per_s'])} ({casts['origin']})\n"
+        f"fixed: imports{' and the start of CUDA' if document['device'] == 'cuda' else ''} before the first byte, "
+        f"{format_seconds(fixed['seconds'])} ({fixed['origin']}); limit: what works longest\n"
+        "disk, copy and cast: how long each works; they overlap, so they do not add up to the start",
+        style="dim",
+    )
