@@ -7,6 +7,7 @@ answers at once. Results go to stdout, progress and errors to stderr; an expecte
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -141,7 +142,7 @@ def main() -> None:
     try:
         app()
     except WanLoaderError as error:
-        code = _fail(error)
+        code = _fail(error, str(error))
         fail_together(error)
         sys.exit(code)
     except SystemExit as ended:  # Ctrl-C as typer passes it on
@@ -152,7 +153,9 @@ def main() -> None:
         stop_builds()
         typer.echo("interrupted", err=True)
         _exit(INTERRUPTED)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            _exit(_fail(error, f"{os.fsdecode(error.filename)}: {error.strerror}"))
         if "torch.distributed" not in sys.modules:
             raise
         traceback.print_exc()
@@ -167,8 +170,8 @@ def _exit(code: int) -> None:
     sys.exit(code)
 
 
-def _fail(error: WanLoaderError) -> int:
+def _fail(error: Exception, text: str) -> int:
     if {"-v", "--verbose"} & {*sys.argv[1:]}:
-        traceback.print_exc()
-    typer.echo(f"error: {error}", err=True)
+        traceback.print_exception(error)
+    typer.echo(f"error: {text}", err=True)
     return 1

@@ -159,3 +159,13 @@ def test_help_of_generate_is_clean(monkeypatch, capsys):
     example = next(i for i, line in enumerate(lines) if "torchrun" in line)
     assert lines[example].endswith("--prompt TEXT \\")
     assert lines[example + 1].split() == ["--dit_fsdp", "--t5_fsdp", "--ulysses_size", "8"]
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setattr(sys, "argv", ["wan-pipeline", "synth", str(file / "x")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {file / 'x'}: Not a directory\n"
