@@ -1,0 +1,266 @@
+"""Files that change during a load, and what cannot be done: one error, and nothing stays behind."""
+
+import errno
+import gc
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import safetensors.torch  # noqa: E402
+from loader_cases import IO, MiB, same_dicts, weights, write  # noqa: E402
+
+import wan_loader  # noqa: E402
+from wan_loader.aio import Request  # noqa: E402
+from wan_loader.linux import cached_bytes  # noqa: E402
+
+# files that change
+
+
+class Meddler:
+    """An observer that does something when the nth span of a name ends."""
+
+    def __init__(self, name, n, action):
+        self._name, self._n, self._action = name, n, action
+        self._lock = threading.Lock()
+        self.done = False
+
+    def record(self, span):
+        with self._lock:
+            self._n -= span.name == self._name
+            if self._n == 0 and not self.done:
+                self.done = True
+                self._action()
+
+
+def replace_file(path):
+    other = path.with_suffix(".other")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+def replace_by_another(path):
+    other = path.parent / ("other" + path.suffix)
+    tensors = {"something": torch.ones(70_000), "else": torch.zeros(3)}
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, other)
+    else:
+        torch.save(tensors, other, _use_new_zipfile_serialization=path.suffix != ".pt")
+    os.replace(other, path)
+
+
+def append(path):
+    with open(path, "ab") as f:
+        f.write(b"x" * 5000)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def overwrite(path):
+    with open(path, "r+b") as f:
+        f.seek(-8, os.SEEK_END)
+        f.write(b"changed!")
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("action", [replace_file, replace_by_another, append, truncate, empty, overwrite, Path.unlink])
+@pytest.mark.parametrize("moment", ["header", "init 1", "init 2", "init 3"])
+@pytest.mark.parametrize(("mode", "dtype"), [*((mode, None) for mode in IO), ("auto", "bf16"), ("direct", "bf16")])
+def test_file_changed_during_the_load(tmp_path, device, mode, dtype, moment, action):
+    path = write("safetensors", tmp_path, weights(4))
+    name, _, n = moment.partition(" ")
+    meddler = Meddler(name, int(n or 1), lambda: action(path))
+    with pytest.raises(wan_loader.CheckpointError) as caught:
+        wan_loader.load_file(path, device=device, io=mode, dtype=dtype, observer=meddler)
+    assert meddler.done
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("action", [replace_file, replace_by_another, append, truncate, overwrite, Path.unlink])
+@pytest.mark.parametrize("mode", ["direct", "buffered"])
+def test_file_changed_between_two_reads(tmp_path, device, mode, action, open_files):
+    path = write("safetensors", tmp_path, weights(4, nbytes=5 * MiB))
+    meddler = Meddler("read", 2, lambda: action(path))
+    before = open_files(path)[1]
+    with pytest.raises(wan_loader.CheckpointError) as caught:
+        wan_loader.load_file(path, device=device, io=mode, threads=1, dtype="bf16", observer=meddler)
+    assert meddler.done
+    assert str(path) in str(caught.value)
+    assert open_files(path)[1] == before
+
+
+@pytest.mark.parametrize("action", [replace_by_another, truncate, empty, Path.unlink])
+@pytest.mark.parametrize("kind", ["pth", "legacy pickle"])
+def test_torch_file_changed_during_the_load(tmp_path, kind, action):
+    path = write(kind, tmp_path, weights(4))
+    with pytest.raises(wan_loader.CheckpointError) as caught:
+        wan_loader.load_file(path, observer=Meddler("header", 1, lambda: action(path)))
+    assert str(path) in str(caught.value)
+
+
+def test_legacy_pickle_rewritten_with_other_values_during_the_load(tmp_path):
+    path = write("legacy pickle", tmp_path, weights(4))
+
+    def rewrite():
+        write("legacy pickle", tmp_path, {n: t + 1 for n, t in weights(4).items()})
+
+    with pytest.raises(wan_loader.CheckpointError):
+        wan_loader.load_file(path, observer=Meddler("header", 1, rewrite))
+
+
+@pytest.mark.parametrize("mode", ["direct", "buffered"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_read_error_names_the_file(tmp_path, device, monkeypatch, mode, code):
+    path = write("safetensors", tmp_path, weights(4))
+
+    def failing(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Request, "result", failing)
+    with pytest.raises(wan_loader.CheckpointError) as caught:
+        wan_loader.load_file(path, device=device, io=mode)
+    assert str(path) in str(caught.value)
+    assert os.strerror(code) in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch, code):
+    path = write("safetensors", tmp_path, weights(1))
+    real = os.open
+
+    def failing(name, *args, **kwargs):
+        if os.fspath(name) == str(path):
+            raise OSError(code, os.strerror(code), name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(wan_loader.CheckpointError) as caught:
+        wan_loader.load_file(path, io="buffered")
+    assert str(path) in str(caught.value)
+
+
+# what cannot be done
+
+
+def test_missing_host_memory(tmp_path, monkeypatch):
+    path = write("safetensors", tmp_path, weights(2))
+    monkeypatch.setattr("wan_loader.loader.placement.available_memory", lambda: 1000)
+    for options in ({"io": "buffered"}, {"io": "direct"}, {"dtype": "fp64"}):
+        with pytest.raises(wan_loader.HostMemoryError, match="1000"):
+            wan_loader.load_file(path, **options)
+    same_dicts(wan_loader.load_file(path, io="mapped"), weights(2))
+
+
+def test_memory_limit_too_small_for_staging(tmp_path, monkeypatch):
+    path = write("safetensors", tmp_path, weights(2))
+    monkeypatch.setattr("wan_loader.loader.load.memory_limit", lambda: 16 * MiB)
+    with pytest.raises(wan_loader.HostMemoryError):
+        wan_loader.load_file(path, io="buffered")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "legacy pickle"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"io": "teleport"},
+        {"io": ""},
+        {"threads": 0},
+        {"threads": -1},
+        {"threads": 65},
+        {"dtype": "int8"},
+        {"dtype": "x"},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(tmp_path, kind, options):
+    path = write(kind, tmp_path, weights(1))
+    with pytest.raises(wan_loader.OptionError):
+        wan_loader.load_file(path, **options)
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "gpu", "cuda:x", "", "cpu:-3", "cpu:3"])
+def test_devices_that_are_none(tmp_path, name):
+    path = write("safetensors", tmp_path, weights(1))
+    with pytest.raises(wan_loader.DeviceError):
+        wan_loader.load_file(path, device=name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", 0])
+def test_cuda_where_there_is_none(tmp_path, name):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    path = write("safetensors", tmp_path, weights(1))
+    with pytest.raises(wan_loader.DeviceError, match="CUDA"):
+        wan_loader.load_file(path, device=name)
+
+
+@pytest.mark.gpu
+def test_cuda_devices_by_number(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    path = write("safetensors", tmp_path, weights(1))
+    count = torch.cuda.device_count()
+    for index in range(count):
+        loaded = wan_loader.load_file(path, device=f"cuda:{index}")
+        assert {t.device.index for t in loaded.values()} == {index}
+        assert torch.cuda.current_device() == 0
+    with pytest.raises(wan_loader.DeviceError):
+        wan_loader.load_file(path, device=f"cuda:{count}")
+
+
+@pytest.mark.gpu
+def test_model_larger_than_the_device(tmp_path, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    path = write("safetensors", tmp_path, weights(1))
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)  # nothing cached either
+    with pytest.raises(wan_loader.DeviceMemoryError):
+        wan_loader.load_file(path, device="cuda")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        wan_loader.load_file(tmp_path / "nothing.safetensors")
+
+
+def test_loads_side_by_side(tmp_path, device):
+    """Several loads in several threads do not disturb each other."""
+    path = write("safetensors", tmp_path, weights(6))
+    results, errors = [], []
+
+    def work(mode):
+        try:
+            results.append(wan_loader.load_file(path, device=device, io=mode, dtype="bf16"))
+        except BaseException as error:
+            errors.append(error)
+
+    with warnings.catch_warnings():
+        threads = [threading.Thread(target=work, args=(mode,)) for mode in IO]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    assert gc.isenabled()
+    for loaded in results:
+        same_dicts(loaded, {n: t.to(device).to(torch.bfloat16) for n, t in weights(6).items()})
+
+
+def test_resident_bytes_helper_sees_this_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"x" * 8192)
+    with open(path, "rb") as f:
+        assert cached_bytes(f.fileno(), 0, 8192) == 8192
