@@ -29,16 +29,13 @@ def run(directory, *words):
 
 
 def test_compares_with_the_video_of_one_process(tmp_path):
-    output, document = run(tmp_path, "--only", "one", "ulysses+fsdp", "fp32", "fp32 ulysses+fsdp")
+    output, document = run(tmp_path, "--only", "fp32", "fp32 ulysses+fsdp")
     assert not any("error" in case for case in document["cases"]), document["cases"]
-    assert [len(case["processes"]) for case in document["cases"]] == [1, 2, 1, 2]
+    assert [len(case["processes"]) for case in document["cases"]] == [1, 2]
     assert all(calls > 0 for case in document["cases"] for p in case["processes"] for calls in p["calls"].values())
-    assert output.count(" 1.00 x |") == 4  # every byte read once
+    assert output.count(" 1.00 x |") == 2  # every byte read once
     videos = document["videos"]
-    assert videos["one"]["identical"]
-    assert videos["one"]["std_levels"] > 1
-    assert videos["fp32"]["mean_levels"] > 0
-    assert videos["ulysses+fsdp"]["yardsticks"]["fp32"]["within"]
+    assert videos["fp32 ulysses+fsdp"]["std_levels"] > 1
     assert not videos["fp32 exchanged blocks"]["yardsticks"]["fp32 other attention"]["within"]
     assert videos["fp32 ulysses+fsdp"]["latents"] < videos["fp32 exchanged blocks"]["latents"] / 20
 
