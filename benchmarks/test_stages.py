@@ -14,7 +14,7 @@ import torch
 
 from wan_loader.formats import open_checkpoint
 from wan_loader.linux import cached_bytes
-from wan_loader.loader.binding import bind, match
+from wan_loader.loader.binding import bind, match, module_slots
 from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.loader.placement import lay_out, plan_storages
 from wan_loader.loader.route import choose_way
@@ -72,7 +72,7 @@ def test_match_and_bind_of_one_expert(benchmark, expert):
     tensors = {t.name: torch.empty(1) for t in checkpoint.tensors}
 
     def run(module):
-        return bind(module, match(module, checkpoint, None, strict=True), tensors)
+        return bind(module, match(module_slots(module), checkpoint, None, strict=True), tensors)
 
     left = benchmark.pedantic(run, setup=lambda: ((build(),), {}), rounds=5)
     assert all(name.startswith("rope.") for name in left), "only what is computed, not loaded, is still on meta"

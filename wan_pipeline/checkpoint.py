@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from wan_loader import open_checkpoint
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.hub.layouts import missing_files
+from wan_loader.loader.dtype_rule import has_part
 from wan_pipeline import configs
 from wan_pipeline.keymap import keymap
 
@@ -86,7 +87,7 @@ class Component:
         for tensor in self.facts.tensors:
             if decoder_only and self.is_encoder_only(tensor.name):
                 continue
-            kept = dtype is not None and any(f".{part}." in f".{tensor.name}." for part in self.keep_fp32)
+            kept = dtype is not None and has_part(tensor.name, self.keep_fp32)
             target = "float32" if kept else dtype or tensor.dtype
             total += tensor.nbytes // sizes.get(tensor.dtype, 1) * sizes.get(target, 1)
         return total
@@ -97,9 +98,8 @@ class Component:
 
     @property
     def kept_parts(self) -> list[str]:
-        """Those of `keep_fp32` that names in the file contain: the others are the other layout's."""
-        names = [f".{tensor.name}." for tensor in self.facts.tensors]
-        return [part for part in self.keep_fp32 if any(f".{part}." in name for name in names)]
+        """Those of `keep_fp32` that names in the file have: the others are the other layout's."""
+        return [part for part in self.keep_fp32 if any(has_part(t.name, (part,)) for t in self.facts.tensors)]
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.loader.api import load
-from wan_loader.loader.binding import match
+from wan_loader.loader.binding import match, module_slots
+from wan_loader.loader.dtype_rule import has_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,14 +75,14 @@ def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtyp
     if component.key_map is not None:
         stored = {component.key_map(name) or name: found for name, found in stored.items()}
     for name, parameter in module.named_parameters():
-        kept = any(f".{part}." in f".{name}." for part in component.keep_fp32)
+        kept = has_part(name, component.keep_fp32)
         wanted = stored.get(name, parameter.dtype) if dtype is None else torch.float32 if kept else dtype
         parameter.data = parameter.data.to(wanted)
 
 
 def check(module: torch.nn.Module, component: Component) -> None:
     """Raise `KeyMismatchError` now if the component's names or shapes are not the module's; reads nothing."""
-    match(module, component.facts, _key_map(module, component), strict=True)
+    match(module_slots(module), component.facts, _key_map(module, component), strict=True)
 
 
 def fetch(

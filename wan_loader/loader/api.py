@@ -241,9 +241,9 @@ def _fill(
     def choose() -> Choice:
         nonlocal found
         checkpoint = open_checkpoint(path)
-        found = match(module, checkpoint, key_map, strict=strict)
-        module_names = {name: slots[0] for name, slots in found.slots.items()}
         targets = module_slots(module)
+        found = match(targets, checkpoint, key_map, strict=strict)
+        module_names = {name: slots[0] for name, slots in found.slots.items()}
         return _choice(
             checkpoint,
             found.facts,
@@ -258,7 +258,7 @@ def _fill(
             "not in the checkpoint": found.missing,
             "in the checkpoint, but not in the module": found.unexpected,
             "still on the meta device, compute them before use": left_on_meta,
-            "in keep_fp32, but part of no name in the module": rule.unused_parts(module_slots(module)),
+            "in keep_fp32, but part of no name in the module": rule.unused_parts(found.module_names),
         }
         return [f"{title}: {', '.join(names)}" for title, names in notes.items() if names]
 

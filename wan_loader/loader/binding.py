@@ -6,6 +6,7 @@ disagrees in one error. `bind` puts the tensors in; parameters that were one obj
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,10 +36,17 @@ class Match:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
 
+    @property
+    def module_names(self) -> list[str]:
+        """Every name in the module, filled or missing."""
+        return [*itertools.chain.from_iterable(self.slots.values()), *self.missing]
 
-def match(module: torch.nn.Module, checkpoint: Checkpoint, key_map: KeyMap | None, *, strict: bool) -> Match:
-    """Pair names. Raises `KeyMismatchError` for missing or unexpected ones if `strict`, for wrong shapes always."""
-    slots = module_slots(module)
+
+def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: KeyMap | None, *, strict: bool) -> Match:
+    """Pair names. slots: the module's, of `module_slots`.
+
+    Raises `KeyMismatchError` for missing or unexpected ones if `strict`, for wrong shapes always.
+    """
     groups = _tied_groups(slots)
     mapped: dict[str, TensorFacts] = {}
     unexpected: list[str] = []
@@ -125,7 +133,7 @@ def module_slots(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return slots
 
 
-def _tied_groups(slots: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
+def _tied_groups(slots: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
     by_object: dict[int, list[str]] = {}
     for name, tensor in slots.items():
         by_object.setdefault(id(tensor), []).append(name)
