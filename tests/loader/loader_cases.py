@@ -117,6 +117,10 @@ def write(kind, directory, tensors):
             path = [directory / "a.pth", directory / "b.pth"]
             for p, half in zip(path, halves, strict=True):
                 torch.save(half, p)
+        case "list of safetensors":
+            path = [directory / "a.safetensors", directory / "b.safetensors"]
+            for p, half in zip(path, halves, strict=True):
+                safetensors.torch.save_file(half, p)
         case "legacy pickle":
             path = directory / "legacy.pt"
             torch.save(tensors, path, _use_new_zipfile_serialization=False)

@@ -1,7 +1,6 @@
 """Loads through the converted cache: bit for bit what the source gives, whatever happens to source, entry, tensors."""
 
 import itertools
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
+from loader_cases import MiB, random_tensor, same, write  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -28,18 +28,7 @@ from wan_loader.dtypes import FLOATING, ITEMSIZE  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402
 from wan_loader.formats.safetensors import SAFETENSORS_NAMES  # noqa: E402
 
-MiB = 1 << 20
 SHAPES = [(), (0,), (1,), (3,), (1023,), (2, 0, 3), (5, 7)]
-
-
-def random_tensor(dtype, shape, seed=0):
-    """Random bits: NaNs, infinities and denormals included."""
-    generator = torch.Generator().manual_seed(seed)
-    if dtype is torch.bool:
-        return torch.randint(0, 2, shape, generator=generator).to(torch.bool)
-    count = torch.Size(shape).numel()
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=generator, dtype=torch.uint8)
-    return raw.view(dtype).reshape(shape)
 
 
 def zoo(names=tuple(n for n in ITEMSIZE if n in SAFETENSORS_NAMES)):
@@ -74,16 +63,6 @@ def converted(tensors, dtype, keep=()):
     return {name: convert(name, t) for name, t in tensors.items()}
 
 
-def bits(tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def same(actual, expected):
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    assert torch.equal(bits(actual), bits(expected))
-
-
 def same_dicts(actual, expected):
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
@@ -114,30 +93,6 @@ def left_over(cache):
     return [p for room in ("building", "trash") for p in (cache / room).iterdir()]
 
 
-def write(kind, directory, tensors):
-    names = list(tensors)
-    halves = [{n: tensors[n] for n in names[::2]}, {n: tensors[n] for n in names[1::2]}]
-    match kind:
-        case "safetensors":
-            path = directory / "model.safetensors"
-            safetensors.torch.save_file(tensors, path)
-        case "pth":
-            path = directory / "model.pth"
-            torch.save(tensors, path)
-        case "index":
-            path = directory / "model.safetensors.index.json"
-            shards = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
-            for shard, half in zip(shards, halves, strict=True):
-                safetensors.torch.save_file(half, directory / shard)
-            weight_map = {n: shard for shard, half in zip(shards, halves, strict=True) for n in half}
-            path.write_text(json.dumps({"weight_map": weight_map}))
-        case "list":
-            path = [directory / "a.safetensors", directory / "b.safetensors"]
-            for p, half in zip(path, halves, strict=True):
-                safetensors.torch.save_file(half, p)
-    return path
-
-
 @pytest.fixture
 def cache(tmp_path):
     return tmp_path / "cache"
@@ -164,7 +119,7 @@ def test_every_dtype_and_shape(tmp_path, cache, dtype, keep):
     assert not left_over(cache)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "index", "list"])
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "sharded safetensors", "list of safetensors"])
 @pytest.mark.parametrize("mode", ["auto", "mapped", "direct", "buffered"])
 def test_every_kind_and_way(tmp_path, device, cache, kind, mode):
     path = write(kind, tmp_path, weights())
@@ -356,7 +311,7 @@ def test_a_changed_source_is_never_served_from_the_cache(path, cache, change):
 
 
 def test_one_changed_shard_is_enough(tmp_path, cache):
-    path = write("index", tmp_path, weights())
+    path = write("sharded safetensors", tmp_path, weights())
     load(path, cache, "building")
     shard = tmp_path / "model-00002-of-00002.safetensors"
     half = {n: t * 2 for n, t in safetensors.torch.load_file(shard).items()}
