@@ -43,7 +43,6 @@ STEPS = {
     "peers-cold": Step(("bf16-28g",), f"{ALL} --cache cold --repeat 1"),
     "peers-small": Step(("small",), f"{ALL} --cache warm --repeat 5"),
     "fp32-to-bf16": Step(("fp32-28g",), f"{ALL} --cache warm --repeat 3 --dtype bf16"),
-    "fp32-to-bf16-14g": Step(("fp32-14g",), f"{ALL} --cache warm --repeat 3 --dtype bf16"),
     "io": Step(("bf16-28g",), "--loader ours --io auto --io mapped --io direct --io buffered --cache warm --repeat 3"),
     "io-cold": Step(("bf16-28g",), "--loader ours --io auto --io direct --io buffered --cache cold --repeat 2"),
     "threads": Step(
