@@ -173,3 +173,36 @@ def _fails(request):
         return request.running and request.result() is not None
     except OSError:
         return True
+
+
+READY = """
+import os, sys, threading, time
+from wan_loader.aio import get_ready
+
+def kernel(): return len(os.listdir("/proc/self/task")) - threading.active_count()
+def room(): return int(next(l for l in open("/proc/self/status") if l.startswith("FDSize")).split()[1])
+
+fds, was = sorted(os.listdir("/proc/self/fd")), kernel()
+get_ready(6)
+end = time.monotonic() + 5
+while threading.active_count() > 1 and time.monotonic() < end:
+    time.sleep(0.001)
+print(kernel() - was, room(), sorted(os.listdir("/proc/self/fd")) == fds)
+"""
+
+
+def test_threads_and_room_for_descriptors_are_there_before_they_are_needed():
+    done = subprocess.run([sys.executable, "-c", READY], capture_output=True, text=True, timeout=20, check=True)
+    threads, room, same = done.stdout.split()
+    assert 1 <= int(threads) <= 6
+    assert int(room) >= 1024
+    assert same == "True", "all descriptors were given back"
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_NOFILE", "RLIMIT_NPROC"])
+def test_getting_ready_where_little_is_allowed(limit):
+    """Reads then take what they take."""
+    code = f"import resource; resource.setrlimit(resource.{limit}, (12, 12))\n" + READY
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stderr == ""
+    assert done.stdout.split()[2] == "True"

@@ -12,16 +12,25 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import resource
+import threading
+from contextlib import ExitStack, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["Request", "wait_any"]
+__all__ = ["Request", "get_ready", "wait_any"]
 
 _SIGEV_NONE = 1  # bits/sigevent-consts.h
+
+#: Descriptors that the process's table is to have room for.
+_ROOM = 1024
+#: What keeps a thread busy while the others are made: half a millisecond of random numbers.
+_BUSY_BYTES = 256 << 10
 
 _used = False
 _orphaned = False
@@ -133,3 +142,38 @@ def wait_any(requests: Collection[Request], timeout_s: float) -> None:
     addresses = (ctypes.c_void_p * len(requests))(*(request._address for request in requests))
     timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
     _library(ctypes.CDLL).aio_suspend(addresses, len(requests), ctypes.byref(timeout))
+
+
+def get_ready(n_reads: int) -> None:
+    """Do beforehand, in a thread of its own, what would hold up `n_reads` reads side by side. Returns at once.
+
+    In a process that has threads, a table of descriptors that must grow waits for every processor (RCU): 7 to 28 ms,
+    at the first reads or in the middle of a load. Making a thread while others fault memory in takes 1 to 2 ms.
+    """
+    if not _orphaned:
+        with suppress(RuntimeError):  # no further thread is allowed here: reads then take what they take
+            threading.Thread(target=_get_ready, args=(n_reads,), name="get ready", daemon=True).start()
+
+
+def _get_ready(n_reads: int) -> None:
+    with ExitStack() as stack, suppress(OSError):  # as above
+        source = os.open("/dev/urandom", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, source)
+        room = min(_ROOM, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        os.close(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, room - 1))
+        memory = bytearray(_BUSY_BYTES)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        requests = [Request() for _ in range(n_reads)]
+        stack.callback(_wait_all, requests)
+        for request in requests:
+            own = os.dup(source)
+            stack.callback(os.close, own)
+            request.start(own, address, len(memory), 0)
+
+
+def _wait_all(requests: Collection[Request]) -> None:
+    while running := [request for request in requests if request.running]:
+        wait_any(running, 1.0)
+        for request in running:
+            with suppress(OSError):
+                request.result()

@@ -5,6 +5,8 @@
     blocks      runs cut at multiples of the block size, each with one way to travel
     pieces      the parts of a block that go into one storage
 
+Blocks are made one by one (`plan_blocks`), so that the first can be on their way before the last are planned.
+
 Every wanted byte is in exactly one piece. Inside a run, blocks meet at multiples of the block size, so that O_DIRECT
 reads and registered pages touch no page twice; only where a converted tensor is misaligned in the file does a border
 move by less than one element.
@@ -22,9 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from wan_loader.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Plan", "Way", "make_plan", "split"]
+__all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Plan", "Way", "make_plan", "plan_blocks", "split"]
 
 PAGE = max(4096, PAGESIZE)
 #: Gaps up to this size inside a run are read through: cheaper than another request. Zip records are 64 B apart.
@@ -68,8 +70,7 @@ class Piece(NamedTuple):
         return self.file_start + self.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Bytes `start` to `end` of one file and where they go."""
 
     way: Way
@@ -116,7 +117,14 @@ class Plan:
 def make_plan(
     extents: Iterable[Extent], *, block_bytes: int, way: Callable[[int, int, int], Way], max_gap: int = MAX_GAP
 ) -> Plan:
-    """Plan a load of `extents`, in their order.
+    """All blocks of a load at once; as for `plan_blocks`."""
+    return Plan(tuple(plan_blocks(extents, block_bytes=block_bytes, way=way, max_gap=max_gap)))
+
+
+def plan_blocks(
+    extents: Iterable[Extent], *, block_bytes: int, way: Callable[[int, int, int], Way], max_gap: int = MAX_GAP
+) -> Iterator[Block]:
+    """Plan a load of `extents`, in their order, one block after the other.
 
     block_bytes: upper bound of a block, a multiple of `PAGE`. `way(file, start, end)` says how a range travels; it is
     asked once per block. Extents that follow each other in a file, with gaps of at most `max_gap` bytes, are read
@@ -125,15 +133,16 @@ def make_plan(
     """
     if block_bytes < PAGE or block_bytes % PAGE:
         raise OptionError(f"block size {block_bytes} must be a multiple of {PAGE}")
-    blocks = (block for run in _runs(extents, max_gap) for block in split(run, block_bytes))
-    return Plan(tuple(Block(way(b.file, b.start, b.end), b.file, b.start, b.end, b.pieces) for b in blocks))
+    for run in _runs(extents, max_gap):
+        for _, file, start, end, pieces in split(run, block_bytes):
+            yield Block(way(file, start, end), file, start, end, pieces)
 
 
-def split(block: Block, nbytes: int) -> list[Block]:
+def split(block: Block, nbytes: int) -> Iterator[Block]:
     """Cut a block at multiples of `nbytes` in its file, and between elements where they are converted."""
     if block.start // nbytes == (block.end - 1) // nbytes:
-        return [block]
-    blocks: list[Block] = []
+        yield block
+        return
     pieces = deque(block.pieces)
     for border in _borders(block, nbytes):
         inside: list[Piece] = []
@@ -146,8 +155,7 @@ def split(block: Block, nbytes: int) -> list[Block]:
                 piece = Piece(piece.storage, start, piece.file_start, head, piece.itemsize)
             inside.append(piece)
         if inside:  # else the part lies in a gap
-            blocks.append(Block(block.way, block.file, inside[0].file_start, inside[-1].file_end, tuple(inside)))
-    return blocks
+            yield Block(block.way, block.file, inside[0].file_start, inside[-1].file_end, tuple(inside))
 
 
 def _borders(block: Block, nbytes: int) -> Iterable[int]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.aio import Request
-from wan_loader.engine import EngineSettings, carry_out
+from wan_loader.engine import EngineSettings, Portion, carry_out
 from wan_loader.engine.activity import loading
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.formats.facts import stat_file
@@ -64,7 +64,7 @@ class FakeDevice:
         self._delay_s, self._pin_s, self._refuse, self._fail_at = delay_s, pin_s, refuse, fail_at
         self._queue = queue.SimpleQueue()
         self._pending = []
-        self._bound = False
+        self.n_bound = 0
         self._thread = threading.Thread(target=self._run, name="fake device", daemon=True)
         self._thread.start()
 
@@ -79,10 +79,10 @@ class FakeDevice:
             ticket.event.set()
 
     def bind(self, destinations):
-        self._bound = True
+        self.n_bound += len(destinations)
 
     def line(self):
-        assert self._bound
+        assert self.n_bound
         return FakeLine(self)
 
     def pin(self, address, nbytes, *, read_only):
@@ -99,7 +99,7 @@ class FakeDevice:
         return True
 
     def submit(self, address, file_start, pieces):
-        assert self._bound
+        assert all(piece.storage < self.n_bound for piece in pieces), "copied to what is not allocated yet"
         self.threads.add(threading.get_ident())
         self.n_submits += 1
         self.addresses.add(address // PAGE)
@@ -128,6 +128,16 @@ def path(tmp_path):
     return path
 
 
+def portions(plan, each, allocate):
+    """`each` blocks at a time; `allocate` is told how many storages they are the first to need."""
+    done = 0
+    for i in range(0, len(plan.blocks), each):
+        blocks = plan.blocks[i : i + each]
+        count = blocks[-1].pieces[-1].storage + 1 - done
+        done += count
+        yield Portion(blocks, lambda count=count: allocate(count))
+
+
 @pytest.fixture
 def load(path):
     """Carry out a plan over the file; returns what is needed to judge it."""
@@ -136,26 +146,34 @@ def load(path):
     borders = [7, 8, 3000, 70_001, 70_002, 400_000, 401_000, 1_200_000, size]
 
     def load(
-        way, *, threads=4, n_slots=6, may_steal=False, block_bytes=4 * SLOT, observer=None, prepare=None, **device
+        way,
+        *,
+        threads=4,
+        n_slots=6,
+        may_steal=False,
+        block_bytes=4 * SLOT,
+        each=100,
+        observer=None,
+        allocate=lambda n: range(n),
+        **device,
     ):
         extents = [Extent(i, 0, a, b) for i, (a, b) in enumerate(itertools.pairwise(borders))]
         target = FakeDevice([e.end - e.start for e in extents], **device)
         devices.append(target)
         settings = EngineSettings(threads=threads, slot_bytes=SLOT, n_slots=n_slots, may_steal=may_steal)
         choose = way if callable(way) and not isinstance(way, Way) else lambda *_: way
-        ready = SimpleNamespace(destinations=())
         with Reader([stat_file(str(path))]) as reader:
             if not reader.open_direct(0):
                 pytest.skip("O_DIRECT is refused here")
             plan = make_plan(extents, block_bytes=block_bytes, way=choose)
             try:
-                prepared, carried = carry_out(plan, reader, target, settings, prepare or (lambda: ready), observer)
+                carried = carry_out(portions(plan, each, allocate), reader, target, settings, observer)
             except BaseException as error:
                 error.target = target
                 raise
-        assert prepare or prepared is ready
         return SimpleNamespace(target=target, carried=carried, plan=plan, extents=extents)
 
+    load.devices = devices
     yield load
     for device in devices:
         device.close()
@@ -201,8 +219,31 @@ def test_every_byte_arrives_once(load, path, way, threads, can_pin):
     check(result, path)
 
 
-def test_three_ways_in_one_plan(load, path):
-    result = load(lambda file, start, end: WAYS[start // SLOT % 3], block_bytes=SLOT)
+@pytest.mark.parametrize("each", [1, 3, 100])
+@pytest.mark.parametrize("may_steal", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_portions(load, path, way, may_steal, each):
+    """Nothing is copied before its storage is there, whatever comes first."""
+    check(load(way, block_bytes=SLOT, each=each, may_steal=may_steal, pin_s=0.001), path)
+
+
+def test_a_portion_is_made_when_little_is_left(load, path):
+    """Not all at once: what comes first is on its way meanwhile."""
+    seen = []
+
+    def allocate(count):
+        seen.append(load.devices[-1].n_submits)
+        return range(count)
+
+    check(load(Way.BUFFERED, block_bytes=SLOT, each=4, n_slots=2, allocate=allocate, delay_s=0.002), path)
+    assert len(seen) == 6
+    assert seen[0] == 0
+    assert seen[2] < seen[3] < seen[4] < seen[5]
+
+
+@pytest.mark.parametrize("each", [2, 100])
+def test_three_ways_in_one_plan(load, path, each):
+    result = load(lambda file, start, end: WAYS[start // SLOT % 3], block_bytes=SLOT, each=each)
     assert all(result.carried.nbytes.values())
     assert result.carried.nbytes == result.plan.nbytes_by_way()
     check(result, path)
@@ -272,11 +313,11 @@ def test_staging_is_bounded(load, path):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_slow_allocation_delays_nothing_but_the_submits(load, path, way):
-    def prepare():
+    def allocate(count):
         time.sleep(0.1)
-        return SimpleNamespace(destinations=())
+        return range(count)
 
-    check(load(way, prepare=prepare), path)
+    check(load(way, allocate=allocate), path)
 
 
 @pytest.mark.parametrize(("way", "waits"), [(Way.MAPPED, True), (Way.BUFFERED, False)])
@@ -380,22 +421,28 @@ def test_o_direct_refused_in_the_middle(load, path, monkeypatch):
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("way", WAYS)
-def test_failing_allocation(load, way):
-    def prepare():
-        raise MemoryError("no room")
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_failing_allocation(load, way, nth):
+    calls = iter(range(1, 100))
 
-    fails_within_a_second(MemoryError, lambda: load(way, prepare=prepare))
+    def allocate(count):
+        if next(calls) >= nth:
+            raise MemoryError("no room")
+        return range(count)
+
+    error = fails_within_a_second(MemoryError, lambda: load(way, block_bytes=SLOT, each=4, allocate=allocate))
+    assert error.target.pinned == {}
 
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("left", [0, 5000, 700_000])
 def test_truncated_file(load, path, way, left):
-    def prepare():  # after the file was opened and planned, before anything is read
+    def allocate(count):  # after the file was opened and planned, before much is read
         os.truncate(path, left)
-        return SimpleNamespace(destinations=())
+        return range(count)
 
-    error = fails_within_a_second(CheckpointError, lambda: load(way, block_bytes=SLOT, threads=2, prepare=prepare))
+    error = fails_within_a_second(CheckpointError, lambda: load(way, block_bytes=SLOT, threads=2, allocate=allocate))
     assert str(path) in str(error)
 
 

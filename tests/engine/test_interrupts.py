@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wan_loader.engine import EngineSettings, carry_out
+from wan_loader.engine import EngineSettings, Portion, carry_out
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan import Extent, Way, make_plan
 from wan_loader.source.reader import Reader
@@ -73,7 +73,7 @@ def carry(path, target, way):
     plan = make_plan([Extent(0, 0, 0, 8 * MiB)], block_bytes=MiB, way=lambda *_: way)
     settings = EngineSettings(threads=2, slot_bytes=MiB, n_slots=4)
     with Reader([stat_file(path)]) as reader:
-        return carry_out(plan, reader, target, settings, lambda: SimpleNamespace(destinations=[]))
+        return carry_out([Portion(plan.blocks, list)], reader, target, settings)
 
 
 def check(target):

@@ -210,6 +210,19 @@ def test_gc_is_as_it_was(tmp_path, enabled, fails):
         (gc.enable if was else gc.disable)()
 
 
+def test_what_a_load_made_is_not_looked_at_by_the_next_collection(tmp_path):
+    path = write("safetensors", tmp_path, {f"w{i}": torch.ones(1) for i in range(2000)})
+    started = []
+    gc.callbacks.append(lambda phase, info: started.append(info["generation"]) if phase == "start" else None)
+    try:
+        loaded = wan_loader.load(path, io="buffered")
+        assert gc.get_count()[0] < 200
+        assert started == []
+    finally:
+        gc.callbacks.pop()
+    assert len(loaded.tensors) == 2000
+
+
 @pytest.mark.parametrize("mode", IO)
 def test_nothing_stays_open(tmp_path, open_files, mode):
     path = write("safetensors", tmp_path, weights(3))

@@ -5,13 +5,14 @@ import pytest
 from wan_loader.errors import HostMemoryError
 from wan_loader.loader.route import choose_way
 from wan_loader.loader.settings import (
+    MAX_LANES,
     MAX_STAGING_BYTES,
     SLOT_BYTES,
     block_bytes,
     engine_settings,
     prefers_mapping,
 )
-from wan_loader.plan import Extent, Way, make_plan
+from wan_loader.plan import Way
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -27,15 +28,9 @@ class Reader:
         self.open_direct = lambda file: direct
 
 
-def plan(*ways):
-    ways = list(ways)
-    extents = [Extent(i, 0, i * GiB, i * GiB + 32 * MiB) for i in range(len(ways))]
-    return make_plan(extents, block_bytes=32 * MiB, way=lambda file, start, end: ways[start // GiB])
-
-
 def settings(*ways, io="auto", threads=None, memory=64 * GiB, processors=16, cuda=True, **options):
     return engine_settings(
-        plan(*ways), io=io, threads=threads, memory_limit=memory, processors=processors, cuda=cuda, **options
+        set(ways), io=io, threads=threads, memory_limit=memory, processors=processors, cuda=cuda, **options
     )
 
 
@@ -64,6 +59,7 @@ def test_what_is_asked_for_is_done():
 def test_slots_fit_what_they_are_for():
     cached = settings(Way.BUFFERED)
     assert cached.slot_bytes * cached.n_slots <= 100 * MiB, "stays in the processor's cache"
+    assert settings(Way.BUFFERED, converts=True).slot_bytes == 8 * MiB
     assert settings(Way.DIRECT).slot_bytes == settings(Way.BUFFERED, Way.DIRECT).slot_bytes == SLOT_BYTES
     assert settings(Way.BUFFERED, cuda=False).slot_bytes == 16 * MiB
     assert settings(Way.BUFFERED, slot_bytes=3 * MiB).slot_bytes == 3 * MiB
@@ -73,9 +69,14 @@ def test_slots_fit_what_they_are_for():
     ("processors", "sharers", "each"),
     [(16, 1, 8), (2, 1, 8), (16, 2, 4), (32, 2, 8), (64, 4, 8), (8, 8, 1), (4, 16, 1)],
 )
-@pytest.mark.parametrize("way", [Way.BUFFERED, Way.DIRECT])
-def test_processes_share_what_there_is(way, processors, sharers, each):
-    assert settings(way, processors=processors, sharers=sharers).threads == each
+def test_processes_share_what_there_is(processors, sharers, each):
+    assert settings(Way.DIRECT, processors=processors, sharers=sharers).threads == each
+
+
+def test_the_page_cache_is_read_by_a_few_more():
+    assert settings(Way.DIRECT).threads == settings(Way.BUFFERED, Way.DIRECT).threads == 8
+    assert settings(Way.BUFFERED).threads == MAX_LANES == 10
+    assert settings(Way.BUFFERED, sharers=2).threads == 5
 
 
 def test_only_mapped_windows_are_stolen_and_only_for_the_gpu():

@@ -123,14 +123,18 @@ def test_columns_are_read_whole_and_cut():
 
 
 def test_processes_of_a_machine_share_its_budgets():
-    from wan_loader.loader.settings import MAX_STAGING_BYTES, SLOT_BYTES, engine_settings
-    from wan_loader.plan import Extent, Way, make_plan
-
-    plan = make_plan([Extent(0, 0, 0, 1 << 30)], block_bytes=SLOT_BYTES, way=lambda *range_: Way.DIRECT)
+    from wan_loader.loader.settings import MAX_STAGING_BYTES, engine_settings
+    from wan_loader.plan import Way
 
     def shared(sharers, memory=1 << 40, processors=16):
         return engine_settings(
-            plan, io="auto", threads=None, memory_limit=memory, processors=processors, cuda=True, sharers=sharers
+            {Way.DIRECT},
+            io="auto",
+            threads=None,
+            memory_limit=memory,
+            processors=processors,
+            cuda=True,
+            sharers=sharers,
         )
 
     alone = shared(1)

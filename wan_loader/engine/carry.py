@@ -1,9 +1,11 @@
 """Carries out a plan, in two threads at most.
 
 The calling thread looks after staging: it starts reads into slots (`lanes`; the C library's threads carry them out),
-and submits the copy of each slot as it fills. A second thread looks after mapped windows: it registers their pages with
-the driver and submits their copies. Registering is slower than the PCIe link and no further thread makes it faster, so
-staging takes windows too, from the far end of the queue; both meet when everything is done.
+and submits the copy of each slot as it fills. The plan comes in portions, whose destinations are allocated one after
+the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
+it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
+further thread makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything
+is done.
 
 The first failure ends both and is raised.
 """
@@ -16,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.engine.activity import wait_until_idle
 from wan_loader.engine.lanes import Desk, Lanes
@@ -28,14 +30,14 @@ from wan_loader.staging import Slot, Staging
 from wan_loader.transfer.base import PinError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from wan_loader.events import Observer
-    from wan_loader.plan import Block, Plan
+    from wan_loader.plan import Block
     from wan_loader.source.reader import Reader
     from wan_loader.transfer.base import Destination, Line, Target, Ticket
 
-__all__ = ["Carried", "EngineSettings", "carry_out"]
+__all__ = ["Carried", "EngineSettings", "Portion", "carry_out"]
 
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
@@ -43,17 +45,16 @@ _END_SECONDS = 0.9
 _PATIENCE_S = 0.1
 #: How long windows may stay registered after a load because of others.
 _IDLE_SECONDS = 3.0
+#: With fewer blocks than this left to read, the next portion is planned and allocated.
+_FEW_BLOCKS = 8
 
 
-class Prepared(Protocol):
-    """What `prepare` returns."""
+class Portion(NamedTuple):
+    """Some of a load: blocks, in the order in which they are wanted."""
 
-    @property
-    def destinations(self) -> Sequence[Destination]:
-        """Where each storage of the plan goes."""
-
-
-P = TypeVar("P", bound=Prepared)
+    blocks: Sequence[Block]
+    allocate: Callable[[], Sequence[Destination]]
+    """Makes the storages that no earlier portion needed, and says where they are, in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,56 +100,49 @@ class Carried:
 
 
 def carry_out(
-    plan: Plan,
+    portions: Iterable[Portion],
     reader: Reader,
     target: Target,
     settings: EngineSettings,
-    prepare: Callable[[], P],
     observer: Observer | None = None,
-) -> tuple[P, Carried]:
-    """Move every block of the plan into the target and wait until it has arrived.
+) -> Carried:
+    """Move every block into the target and wait until it has arrived.
 
-    `prepare` allocates the destinations and returns them, while the first reads are under way; it runs before other
-    Python threads do, beside which it would wait for the interpreter at every tensor. The caller must call `release` on
-    the `Carried`. Raises the first failure of any thread; then everything is released.
+    Portions are drawn in this thread, when there is little left to read, and the first is allocated while its first
+    reads are under way. The caller must call `release` on the `Carried`. Raises the first failure of any thread; then
+    everything is released.
     """
-    load = _Load(plan, reader, target, settings, prepare, observer)
-    carried = load.run()
-    assert load.prepared is not None
-    return load.prepared, carried
+    return _Load(portions, reader, target, settings, observer).run()
 
 
-class _Load(Generic[P]):
+class _Load:
     def __init__(
         self,
-        plan: Plan,
+        portions: Iterable[Portion],
         reader: Reader,
         target: Target,
         settings: EngineSettings,
-        prepare: Callable[[], P],
         observer: Observer | None,
     ) -> None:
+        self._portions = iter(portions)
+        self._all_drawn = False
         self._reader = reader
         self._target = target
         self._settings = settings
-        self._prepare = prepare
         self._observer = observer
-        self._work = Work(plan, settings.slot_bytes, may_steal=settings.may_steal)
+        self._work = Work(settings.slot_bytes, may_steal=settings.may_steal)
         self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self._mapper_ended.set()
         self._failure: BaseException | None = None
         self._lanes: Lanes | None = None
+        self._line: Line | None = None
         self._copying: deque[tuple[Ticket, Desk]] = deque()
         self._carried = Carried()
         self._pin_slots = target.can_pin
-        self.prepared: P | None = None
 
     def run(self) -> Carried:
         try:
-            if self._work.is_left:
-                self._start_reads(self._open_lanes())
-            self.prepared = self._prepare()
-            self._target.bind(self.prepared.destinations)
+            self._draw_first()
             self._carry_all()
             with span(self._observer, "wait"):
                 self._target.finish()
@@ -159,13 +153,35 @@ class _Load(Generic[P]):
         self._carried.refusals += self._reader.refusals
         return self._carried
 
-    def _carry_all(self) -> None:
+    def _draw_first(self) -> None:
+        """Begin to read before anything is allocated."""
+        if portion := next(self._portions, None):
+            self._work.add(portion.blocks)
+            if self._work.is_left:
+                self._start_reads(self._open_lanes())
+            self._target.bind(portion.allocate())
+
+    def _draw(self) -> None:
+        """The next portion; after the last one, mapping begins.
+
+        Not earlier: beside another Python thread, allocation would wait for the interpreter at every tensor.
+        """
+        if portion := next(self._portions, None):
+            if destinations := portion.allocate():
+                self._target.bind(destinations)
+            self._work.add(portion.blocks)
+            return
+        self._all_drawn = True
         if self._work.has_windows:
             self._mapper_ended.clear()
             threading.Thread(target=self._map_guarded, name="mapper", daemon=True).start()
-        while not self._mapper_ended.is_set() or self._is_staging():
+
+    def _carry_all(self) -> None:
+        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging():
             if self._is_staging():
                 self._stage_all(self._lanes or self._open_lanes())
+            elif not self._all_drawn:
+                self._draw()
             else:
                 self._mapper_ended.wait(_PATIENCE_S)
         self._raise_failure()
@@ -212,12 +228,15 @@ class _Load(Generic[P]):
 
     def _stage_all(self, lanes: Lanes) -> None:
         """Bring everything that is left for staging on its way."""
-        line = self._target.line()
+        line = self._line = self._line or self._target.line()
         while self._is_staging():
             while self._copying and self._copying[0][0].done():
                 lanes.give_back(self._copying.popleft()[1])
             self._start_reads(lanes)
-            if not lanes.n_reading and self._copying:
+            if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
+                self._draw()
+                self._start_reads(lanes)
+            elif not lanes.n_reading and self._copying:
                 with span(self._observer, "wait", track="reader"):
                     self._copying[0][0].wait()
             for desk in lanes.finished(_PATIENCE_S):

@@ -1,15 +1,16 @@
-"""What is left to do of a load. Two threads take from it, each from its own end; nobody waits for the other."""
+"""What is left to do of a load, as far as it is planned. Two threads take from it, each from its own end."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_loader.plan import Way, split
 
 if TYPE_CHECKING:
-    from wan_loader.plan import Block, Plan
+    from collections.abc import Iterable
+
+    from wan_loader.plan import Block
 
 __all__ = ["Work"]
 
@@ -21,12 +22,17 @@ class Work:
     when everything is done.
     """
 
-    def __init__(self, plan: Plan, slot_bytes: int, *, may_steal: bool) -> None:
-        self._windows = deque(b for b in plan.blocks if b.way is Way.MAPPED)
-        self._blocks = deque(b for b in plan.blocks if b.way is not Way.MAPPED)
+    def __init__(self, slot_bytes: int, *, may_steal: bool) -> None:
+        self._windows: deque[Block] = deque()
+        self._blocks: deque[Block] = deque()
         self._parts: deque[Block] = deque()
         self._slot_bytes = slot_bytes
         self._may_steal = may_steal
+
+    def add(self, blocks: Iterable[Block]) -> None:
+        """More of it; before the second thread begins."""
+        for block in blocks:
+            (self._windows if block.way is Way.MAPPED else self._blocks).append(block)
 
     @property
     def has_windows(self) -> bool:
@@ -37,6 +43,11 @@ class Work:
     def is_left(self) -> bool:
         """Whether anything is left for staging."""
         return bool(self._parts or self._blocks or (self._may_steal and self._windows))
+
+    @property
+    def n_staged(self) -> int:
+        """Blocks that nobody but staging will take."""
+        return len(self._blocks)
 
     def next_window(self) -> Block | None:
         """The next mapped block; for one thread."""
@@ -50,7 +61,7 @@ class Work:
                 block = _pop(self._windows, first=False)
             if block is not None:
                 way = Way.BUFFERED if block.way is Way.MAPPED else block.way
-                self._parts.extend(split(replace(block, way=way), self._slot_bytes))
+                self._parts.extend(split(block._replace(way=way), self._slot_bytes))
         return _pop(self._parts, first=True)
 
     def map_nothing(self, refused: Block) -> None:

@@ -11,10 +11,12 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from wan_loader.aio import get_ready
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import carry_out
+from wan_loader.engine import Portion, carry_out
 from wan_loader.engine.activity import loading
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
@@ -25,9 +27,10 @@ from wan_loader.loader.devices import (
     resolve_device,
 )
 from wan_loader.loader.outcome import Loaded, Moved, make_report
-from wan_loader.loader.placement import allocate, check_memory, convert_storage, lay_out, plan_storages
-from wan_loader.loader.route import choose_way, explain
+from wan_loader.loader.placement import Allocation, check_memory, convert_storage, lay_out, plan_storages
+from wan_loader.loader.route import choose_way, explain, is_uniform
 from wan_loader.loader.settings import (
+    MAX_LANES,
     SLOT_BYTES,
     block_bytes,
     check_io,
@@ -36,7 +39,7 @@ from wan_loader.loader.settings import (
     prefers_mapping,
 )
 from wan_loader.machine import memory_limit, peak_resident, processors, reset_peak_resident
-from wan_loader.plan import MAX_GAP, PAGE, Way, make_plan
+from wan_loader.plan import MAX_GAP, PAGE, Way, plan_blocks
 from wan_loader.report import MemoryReport
 from wan_loader.source.reader import Reader
 from wan_loader.source.residency import Residency
@@ -44,7 +47,7 @@ from wan_loader.transfer.cpu import CpuTarget
 from wan_loader.transfer.cuda import CudaTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     import torch
 
@@ -52,16 +55,21 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer, Span
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.dtype_rule import DtypeRule
-    from wan_loader.loader.placement import Placement, StoragePlan
+    from wan_loader.loader.placement import StoragePlan
     from wan_loader.loader.team import Team
+    from wan_loader.plan import Block, Extent
     from wan_loader.source.reader import Check
-    from wan_loader.transfer.base import Target
+    from wan_loader.transfer.base import Destination, Target
 
 __all__ = ["Choice", "LoadOptions", "load_checkpoint", "paused_gc", "read_storages"]
 
 
 #: Between two unregistrations in the background: whoever uses the device meanwhile waits for one at most.
 _RELEASE_PAUSE_S = 0.001
+#: Planned and allocated at once, while what was planned before is on its way: a tenth of a millisecond's work.
+_PORTION_BLOCKS = 4
+#: Python freezes some hundred objects of its own. Programs freeze all they have.
+_FROZEN_BY_ITSELF = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +118,8 @@ def load_checkpoint(
     check_io(options.io)
     check_threads(options.threads)
     tee = _Tee(options.observer)
+    if str(options.device) != "cpu":
+        get_ready(MAX_LANES)
     with paused_gc():
         with span(tee, "header"):
             choice = choose()
@@ -155,13 +165,20 @@ def _released_on_failure(carried: Carried) -> Iterator[None]:
 
 @contextmanager
 def paused_gc() -> Iterator[None]:
-    """Keep the cycle collector away: it walks all of torch's objects, 50 ms at a time, while every thread waits."""
+    """Keep the cycle collector away: it walks all of torch's objects, 50 ms at a time, while every thread waits.
+
+    What was made meanwhile counts as long-lived afterwards: else the next object made would have it all looked at,
+    for 7 ms.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            if gc.get_freeze_count() < _FROZEN_BY_ITSELF:  # else what the program froze would thaw
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -190,7 +207,7 @@ def _move(
     observer: Observer | None,
     check: Check | None = None,
 ) -> Moved:
-    """Plan, and have the engine fill the tensors; they are allocated while the first bytes are on their way."""
+    """Have the engine fill the tensors, which are planned and allocated while earlier bytes are on their way."""
     cuda, io, team = device.type == "cuda", _io(options, check), options.team
     sharers = team.n_local if team is not None else 1
     with Reader(checkpoint.files, check) as reader:
@@ -208,9 +225,14 @@ def _move(
             gap = MAX_GAP if team is None else PAGE
             unit = check.block_bytes if check is not None else None
             size = block_bytes(nbytes_read, unit or SLOT_BYTES)
-            plan = make_plan(layout.extents, block_bytes=size, way=way, max_gap=gap)
+            blocks = plan_blocks(layout.extents, block_bytes=size, way=way, max_gap=gap)
+            if is_uniform(io, resident, nbytes_read):
+                ways = {way(e.file, e.start, e.end) for e in _firsts(layout.extents)}
+            else:
+                planned = list(blocks)
+                blocks, ways = iter(planned), {block.way for block in planned}
             settings = engine_settings(
-                plan,
+                ways,
                 io=io,
                 threads=options.threads,
                 memory_limit=memory_limit(),
@@ -218,26 +240,46 @@ def _move(
                 cuda=cuda,
                 sharers=sharers,
                 slot_bytes=unit,
+                converts=any(plan.converts for plan in layout.copied),
             )
         target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
-
-        def prepare() -> Placement:
-            with span(observer, "init"):
-                return allocate(checkpoint, layout, device, reader.fds)
-
+        allocation = Allocation(checkpoint, layout, device)
         used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
-        placement, carried = carry_out(plan, reader, target, settings, prepare, observer)
+        carried = carry_out(_portions(blocks, allocation, observer), reader, target, settings, observer)
         with _released_on_failure(carried):
+            with span(observer, "init"):
+                allocation.copied()  # what holds no bytes
+                allocation.viewed(reader.fds)
             for file in checkpoint.files:
                 file.check_unchanged()
             if team is not None:
-                used |= team.exchange(layout.copied, placement.destinations, nbytes_read, observer)
+                used |= team.exchange(layout.copied, allocation.destinations, nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
     reason = explain(io, resident, nbytes_read, viewed)
     return Moved(
-        placement.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
+        allocation.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
     )
+
+
+def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:
+    """One extent of each file."""
+    return {extent.file: extent for extent in reversed(extents) if extent.end > extent.start}.values()
+
+
+def _portions(blocks: Iterator[Block], allocation: Allocation, observer: Observer | None) -> Iterator[Portion]:
+    """Some blocks at a time, with the storages that they are the first to need."""
+
+    def allocate(count: int) -> list[Destination]:
+        with span(observer, "init"):
+            return allocation.copied(count)
+
+    while True:
+        with span(observer, "init"):
+            batch = list(islice(blocks, _PORTION_BLOCKS))
+        if not batch:
+            return
+        yield Portion(batch, partial(allocate, batch[-1].pieces[-1].storage + 1))
 
 
 def _io(options: LoadOptions, check: Check | None) -> str:

@@ -1,9 +1,9 @@
 """Where weights end up: one ordinary storage per storage of the checkpoint, and the tensors on it.
 
-`lay_out` decides (pure), `allocate` does. On CUDA the whole amount is reserved as one segment that the caching
-allocator then splits: allocation costs microseconds a tensor, yet each tensor owns its memory and can be freed alone.
-On the CPU a tensor that needs no conversion is a private (copy-on-write) view of the mapped file, which costs nothing;
-each view is a storage of its own.
+`lay_out` decides (pure), an `Allocation` does, one portion after the other. On CUDA the whole amount is reserved as one
+segment that the caching allocator then splits: allocation costs microseconds a tensor, yet each tensor owns its memory
+and can be freed alone. On the CPU a tensor that needs no conversion is a private (copy-on-write) view of the mapped
+file, which costs nothing; each view is a storage of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
     from wan_loader.loader.dtype_rule import DtypeRule
 
 __all__ = [
+    "Allocation",
     "Layout",
-    "Placement",
     "StoragePlan",
-    "allocate",
     "check_memory",
     "convert_storage",
     "lay_out",
@@ -179,47 +178,68 @@ def _rounded(nbytes: int) -> int:
     return -(-nbytes // _CUDA_ALIGNMENT) * _CUDA_ALIGNMENT
 
 
-@dataclass(slots=True)
-class Placement:
-    """Tensors by name, and where the bytes of each copied storage go."""
+class Allocation:
+    """Makes the tensors of a layout, in its order. About 3 microseconds each on the CPU.
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    destinations: list[Destination] = field(default_factory=list)
-
-
-def allocate(checkpoint: Checkpoint, layout: Layout, device: torch.device, fds: Sequence[int]) -> Placement:
-    """Make all tensors; those that are copied hold nothing yet. Costs about 3 microseconds a tensor on the CPU.
-
-    fds: the checkpoint's files, open for reading.
+    On CUDA, room for all is reserved before the first one is made: whether it suffices shows then.
     """
-    import torch
 
-    placement = Placement()
-    try:
-        if device.type == "cuda":
-            _reserve_cuda(layout, device)
-        _allocate_copied(placement, layout, device)
-    except torch.OutOfMemoryError as error:  # somebody else was quicker than our check
-        raise DeviceMemoryError(f"{checkpoint.path}: {device} has no room for its weights any more: {error}") from error
-    shared: dict[int, mmap.mmap] = {}
-    for plan in layout.viewed:
-        shape, sole = _shape(plan, checkpoint.storages[plan.storage].nbytes)
-        flat = _view(checkpoint, plan.storage, torch_dtype(plan.dtype), fds, shared)
-        _add_tensors(placement, plan, flat if len(shape) == 1 else flat.resize_(shape), sole)
-    return placement
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, device: torch.device) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        """Those that were made; what is copied holds nothing yet."""
+        self.destinations: list[Destination] = []
+        """Where the bytes of each copied storage go."""
+        self._checkpoint = checkpoint
+        self._layout = layout
+        self._device = device
+        self._empty: dict[str, torch.Tensor] = {}
 
+    def copied(self, count: int | None = None) -> list[Destination]:
+        """Make what is to be copied, up to the first `count` storages or all; returns where the new ones are."""
+        import torch
 
-def _allocate_copied(placement: Placement, layout: Layout, device: torch.device) -> None:
-    import torch
+        start = len(self.destinations)
+        try:
+            if start == 0 and self._device.type == "cuda":
+                _reserve_cuda(self._layout, self._device)
+            for i in range(start, len(self._layout.copied) if count is None else count):
+                self._make(self._layout.copied[i], self._layout.copied_nbytes[i])
+        except torch.OutOfMemoryError as error:  # somebody else was quicker than our check
+            raise DeviceMemoryError(
+                f"{self._checkpoint.path}: {self._device} has no room for its weights any more: {error}"
+            ) from error
+        return self.destinations[start:]
 
-    dtypes = {plan.dtype for plan in layout.copied}
-    like = {dtype: torch.empty(0, dtype=torch_dtype(dtype), device=device) for dtype in dtypes}
-    for plan, nbytes in zip(layout.copied, layout.copied_nbytes, strict=True):
+    def _make(self, plan: StoragePlan, nbytes: int) -> None:
+        import torch
+
         shape, sole = _shape(plan, nbytes)
-        whole = like[plan.dtype].new_empty(shape)  # a quarter faster than `torch.empty`
-        _add_tensors(placement, plan, whole, sole)
+        if (empty := self._empty.get(plan.dtype)) is None:
+            empty = self._empty[plan.dtype] = torch.empty(0, dtype=torch_dtype(plan.dtype), device=self._device)
+        whole = empty.new_empty(shape)  # a quarter faster than `torch.empty`
+        self._name(plan, whole, sole)
         source = torch_dtype(plan.source) if plan.converts and plan.source else None
-        placement.destinations.append(Destination(whole, whole.data_ptr(), source))
+        self.destinations.append(Destination(whole, whole.data_ptr(), source))
+
+    def viewed(self, fds: Sequence[int]) -> None:
+        """Make what is used where it lies. fds: the checkpoint's files, open for reading."""
+        shared: dict[int, mmap.mmap] = {}
+        for plan in self._layout.viewed:
+            shape, sole = _shape(plan, self._checkpoint.storages[plan.storage].nbytes)
+            flat = _view(self._checkpoint, plan.storage, torch_dtype(plan.dtype), fds, shared)
+            self._name(plan, flat if len(shape) == 1 else flat.resize_(shape), sole)
+
+    def _name(self, plan: StoragePlan, whole: torch.Tensor, sole: bool) -> None:
+        """Name the tensors of a storage. sole: `whole`, which holds all of it, is the only one."""
+        import torch
+
+        if sole:
+            self.tensors[plan.tensors[0].name] = whole
+            return
+        memory = whole.untyped_storage()
+        for facts in plan.tensors:
+            tensor = torch.empty(0, dtype=torch_dtype(plan.target or facts.dtype), device=whole.device)
+            self.tensors[facts.name] = tensor.set_(memory, facts.offset, facts.shape, facts.stride)
 
 
 def _shape(plan: StoragePlan, nbytes: int) -> tuple[tuple[int, ...], bool]:
@@ -273,19 +293,6 @@ def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> mmap.mmap
     except (ValueError, OSError) as error:
         file.check_unchanged()
         raise CheckpointError(f"{file.path} cannot be mapped ({error}): load it with io='buffered'") from error
-
-
-def _add_tensors(placement: Placement, plan: StoragePlan, whole: torch.Tensor, sole: bool) -> None:
-    """Name the tensors of a storage. sole: `whole`, which holds all of it, is the only one."""
-    import torch
-
-    if sole:
-        placement.tensors[plan.tensors[0].name] = whole
-        return
-    memory = whole.untyped_storage()
-    for facts in plan.tensors:
-        tensor = torch.empty(0, dtype=torch_dtype(plan.target or facts.dtype), device=whole.device)
-        placement.tensors[facts.name] = tensor.set_(memory, facts.offset, facts.shape, facts.stride)
 
 
 def convert_storage(tensors: dict[str, torch.Tensor], plan: StoragePlan) -> None:

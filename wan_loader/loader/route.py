@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from wan_loader.source.reader import Reader
     from wan_loader.source.residency import Residency
 
-__all__ = ["choose_way", "explain"]
+__all__ = ["choose_way", "explain", "is_uniform"]
 
 #: From this share of resident pages on, fetching only the missing ones saves more than O_DIRECT gains.
 _WORTH = 0.25
 
 
 def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
-    """The rule for `make_plan`.
+    """The rule for `plan_blocks`.
 
     Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
     CPU, where a mapped file that shrinks would kill the process. Cold ranges are read with O_DIRECT, which leaves the
@@ -46,6 +46,11 @@ def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) 
         case "buffered":
             return lambda file, start, end: Way.BUFFERED
     return auto
+
+
+def is_uniform(io: str, resident: int, nbytes: int) -> bool:
+    """Whether all blocks of a file travel alike: one way was asked for, or all of the bytes are resident, or none."""
+    return io != "auto" or resident == 0 or resident >= nbytes
 
 
 def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:

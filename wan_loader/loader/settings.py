@@ -1,4 +1,4 @@
-"""How many threads, how much staging: pure decisions from the plan and the machine's limits. Defaults live here."""
+"""How many threads, how much staging: pure decisions from the ways and the machine's limits. Defaults live here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from wan_loader.plan import PAGE, Way
 from wan_loader.types import IO_MODES
 
 if TYPE_CHECKING:
-    from wan_loader.plan import Plan
+    from collections.abc import Set
 
 __all__ = [
+    "MAX_LANES",
     "MAX_STAGING_BYTES",
     "MAX_THREADS",
     "SLOT_BYTES",
@@ -31,12 +32,16 @@ MAX_STAGING_BYTES = 512 * MiB
 SLOT_BYTES = 8 * MiB
 #: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
 _CACHED_SLOT_BYTES = 4 * MiB
+#: Casts on the GPU that read slots themselves keep the link busy with larger ones only.
+_CAST_SLOT_BYTES = 8 * MiB
 #: Conversions on the CPU share their work among cores, and less than this is not worth it.
 _CPU_SLOT_BYTES = 16 * MiB
 #: Blocks are the unit of residency and of registration. Larger ones register no faster.
 MAX_BLOCK_BYTES = 32 * MiB
 
 _LANES = 8
+#: From the page cache, where the processors' copies are what bounds a load.
+MAX_LANES = 10
 #: Beside the mapped way, where that was asked for: the most speed for its CPU time.
 _LANES_MAPPED = 1
 _SLOTS_PER_LANE = 3
@@ -74,7 +79,7 @@ def check_threads(threads: int | None) -> None:
 
 
 def engine_settings(
-    plan: Plan,
+    ways: Set[Way],
     *,
     io: str,
     threads: int | None,
@@ -83,19 +88,22 @@ def engine_settings(
     cuda: bool,
     sharers: int = 1,
     slot_bytes: int | None = None,
+    converts: bool = False,
 ) -> EngineSettings:
-    """Settings for one load.
+    """Settings for one load whose blocks travel on these `ways`.
 
     threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
     more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
     sharers: processes of this machine that load at the same time: together they take what one would, or half of the
     processors if that is more, though no less than one slot each.
     slot_bytes: where the size of what is read at once is given; None chooses.
+    converts: whether bytes are converted on the way.
     """
-    mapped_only = all(block.way is Way.MAPPED for block in plan.blocks)
-    cached = cuda and all(block.way is Way.BUFFERED for block in plan.blocks)
-    slot_bytes = slot_bytes or _slot_bytes(cached=cached, cuda=cuda)
-    share = max(1, min(_LANES, max(_LANES, processors // 2) // sharers))
+    mapped_only = ways <= {Way.MAPPED}
+    cached = cuda and ways <= {Way.BUFFERED}
+    slot_bytes = slot_bytes or _slot_bytes(cached=cached, cuda=cuda, converts=converts)
+    most = MAX_LANES if cached else _LANES
+    share = max(1, min(most, max(most, processors // 2) // sharers))
     lanes = threads or (_lanes_beside(io, processors // sharers) if mapped_only else share)
     affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (slot_bytes + PAGE)
     if affordable < 1:
@@ -109,10 +117,12 @@ def engine_settings(
     )
 
 
-def _slot_bytes(*, cached: bool, cuda: bool) -> int:
+def _slot_bytes(*, cached: bool, cuda: bool, converts: bool) -> int:
     if not cuda:
         return _CPU_SLOT_BYTES
-    return _CACHED_SLOT_BYTES if cached else SLOT_BYTES
+    if not cached:
+        return SLOT_BYTES
+    return _CAST_SLOT_BYTES if converts else _CACHED_SLOT_BYTES
 
 
 def _lanes_beside(io: str, processors: int) -> int:

@@ -62,7 +62,7 @@ class Target(Protocol):
     can_pin: bool
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where storages go, once, before anything else."""
+        """Say where the next storages go, in their order, before anything is submitted for them."""
 
     def line(self) -> Line:
         """A line for this thread."""

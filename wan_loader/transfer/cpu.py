@@ -31,12 +31,12 @@ class CpuTarget:
     can_pin = False
 
     def __init__(self, observer: Observer | None = None) -> None:
-        self._destinations: Sequence[Destination] = ()
+        self._destinations: list[Destination] = []
         self._observer = observer
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where storages go."""
-        self._destinations = destinations
+        """Say where the next storages go."""
+        self._destinations += destinations
         for destination in destinations:
             if (nbytes := destination.whole.nbytes) >= _HUGE:
                 prefer_huge_pages(destination.address, nbytes)

@@ -63,23 +63,22 @@ class CudaTarget:
         self.torch = torch
         self.device = torch.device("cuda", index)
         self.observer = observer
-        self.destinations: Sequence[Destination] = ()
-        self.after: Any = None
-        """Event that the first copy waits for."""
-        self._converts = False
+        self.destinations: list[Destination] = []
+        self.allocated = torch.cuda.Event()
+        """Recorded anew with every `bind`; copies to the latest destinations wait for it."""
+        self._pinned: dict[int, int] = {}
         self._views: dict[int, Any] = {}
         self._lines: list[_Line] = []
         self._context = driver.current_context()
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where storages go.
+        """Say where the next storages go.
 
-        Called once the destinations are allocated, for the caller's stream: the allocator may have handed out memory
-        that work queued there still uses, so copies wait for that work.
+        Called once they are allocated, for the caller's stream: the allocator may have handed out memory that work
+        queued there still uses, so copies wait for that work.
         """
-        self.destinations = destinations
-        self._converts = any(d.source_dtype is not None for d in destinations)
-        self.after = self.torch.cuda.current_stream(self.device).record_event()
+        self.destinations += destinations
+        self.allocated.record(self.torch.cuda.current_stream(self.device))
 
     def line(self) -> _Line:
         """A stream of its own."""
@@ -91,11 +90,7 @@ class CudaTarget:
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory with the driver; raises `PinError`."""
         driver.register(address, nbytes, read_only=read_only)
-        if self._converts:
-            on_device = driver.device_address(address)
-            view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
-            if view.data_ptr() == on_device:  # a copy would keep what is there now
-                self._views[address] = view
+        self._pinned[address] = nbytes
 
     def unpin(self, address: int) -> bool:
         """Undo `pin`, in any thread."""
@@ -103,6 +98,11 @@ class CudaTarget:
 
     def bytes_on_device(self, address: int, start: int, end: int) -> Any:
         """Bytes `start` to `end` from `address` as a uint8 tensor for kernels: the memory itself if it is pinned."""
+        if nbytes := self._pinned.pop(address, 0):
+            on_device = driver.device_address(address)
+            view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
+            if view.data_ptr() == on_device:  # a copy would keep what is there now
+                self._views[address] = view
         if address in self._views:
             return self._views[address][start:end]
         raw = (ctypes.c_char * (end - start)).from_address(address + start)
@@ -114,7 +114,8 @@ class CudaTarget:
             line.finish()
         while self._lines:
             driver.destroy_stream(self._lines.pop().handle)
-        self.destinations = ()  # the weights are their owner's alone from here on
+        self.destinations = []  # the weights are their owner's alone from here on
+        self._pinned.clear()
         self._views.clear()
 
 
@@ -154,11 +155,14 @@ class _Line:
         self._origin = self._event()
         self._origin.synchronize()
         self._origin_ns = self._ended_ns = clock_ns()
-        self._stream.wait_event(target.after)
+        self._n_bound = 0
 
     def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> _Ticket:
         """Queue copies and casts; the source must stay until the ticket is done."""
         to, submitted_ns = self._target.destinations, clock_ns()
+        if self._n_bound != len(to):
+            self._n_bound = len(to)
+            self._stream.wait_event(self._target.allocated)
         plain: list[Piece] = []
         converted: list[Piece] = []
         for piece in pieces:
@@ -200,7 +204,7 @@ class _Line:
 
     def _event(self) -> Any:
         observed = self._target.observer is not None
-        event = self._events.pop() if self._events else self._torch.cuda.Event(blocking=True, enable_timing=observed)
+        event = self._events.pop() if self._events else self._torch.cuda.Event(enable_timing=observed)
         event.record(self._stream)
         return event
 
