@@ -148,6 +148,8 @@ def test_changes_are_seen(device, change, dtype):
     entry = cached("x", tuple(tensor.shape), dtype, "float16")
     loaded = noted({"x": tensor}, [entry])
     CHANGES[change](tensor)
+    if tensor.is_cuda:
+        torch.cuda.synchronize()  # until the change has run, what was loaded is still there to be taken
     assert taken(tensor, loaded, entry) is None
 
 
