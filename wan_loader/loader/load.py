@@ -1,6 +1,6 @@
 """From facts to filled tensors: decides the ways, allocates, has the engine carry it out, and reports.
 
-The order is: device, memory, files opened and checked, plan, bytes. Everything that can fail without reading a weight
+The order is: device, memory, files opened and checked, then plan, room and bytes in portions. Everything that can fail without reading a weight
 fails before the first one is read, and nothing is handed out unless everything arrived.
 """
 
@@ -239,8 +239,10 @@ def _move(
                 processors=processors(),
                 cuda=cuda,
                 sharers=sharers,
+                block_bytes=size,
                 slot_bytes=unit,
                 converts=any(plan.converts for plan in layout.copied),
+                cold=resident * 2 < nbytes_read,
             )
         target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
         allocation = Allocation(checkpoint, layout, device)

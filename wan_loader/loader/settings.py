@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.engine import EngineSettings
 from wan_loader.errors import HostMemoryError, OptionError
@@ -28,25 +28,35 @@ MiB = 1 << 20
 
 MAX_THREADS = 64
 MAX_STAGING_BYTES = 512 * MiB
-#: Reads of this size keep any storage busy, and the interpreter out of the way.
+#: Blocks are the unit of residency and of registration: these for small loads ...
 SLOT_BYTES = 8 * MiB
-#: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
-_CACHED_SLOT_BYTES = 4 * MiB
-#: Casts on the GPU that read slots themselves keep the link busy with larger ones only.
-_CAST_SLOT_BYTES = 8 * MiB
-#: Conversions on the CPU share their work among cores, and less than this is not worth it.
-_CPU_SLOT_BYTES = 16 * MiB
-#: Blocks are the unit of residency and of registration. Larger ones register no faster.
+#: ... and these at most. Larger ones register no faster.
 MAX_BLOCK_BYTES = 32 * MiB
 
-_LANES = 8
-#: From the page cache, where the processors' copies are what bounds a load.
-MAX_LANES = 10
+
+class _Staging(NamedTuple):
+    lanes: int
+    """Reads side by side."""
+    slots: int
+    """For each: one is filled while the other is emptied."""
+    slot_bytes: int
+
+
+#: Virtual and network disks give more, the more is asked for at once.
+_DISK = _Staging(12, 2, 16 * MiB)
+#: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
+_CACHED = _Staging(10, 2, 4 * MiB)
+#: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
+_CASTS = _Staging(10, 2, 8 * MiB)
+_BESIDE_WINDOWS = _Staging(8, 3, 8 * MiB)
+#: On the CPU: conversions share their work among cores, and less than this is not worth it.
+_CPU = _Staging(8, 3, 16 * MiB)
+MAX_LANES = 12
+
+#: So many processors keep the link busy without mapping.
+_STAGING_PROCESSORS = 8
 #: Beside the mapped way, where that was asked for: the most speed for its CPU time.
 _LANES_MAPPED = 1
-_SLOTS_PER_LANE = 3
-#: From the page cache: one slot is filled while the other is fetched. A third only takes room in the processor's cache.
-_SLOTS_PER_CACHED_LANE = 2
 
 
 def block_bytes(nbytes: int, at_least: int = SLOT_BYTES) -> int:
@@ -63,7 +73,7 @@ def prefers_mapping(processors: int) -> bool:
     Registering takes a tenth of the processor time, but holds locks that slow staging beside it down: on some machines
     by half. Staging alone keeps the link busy from eight processors on (docs/design/mapped-and-staged.md).
     """
-    return processors < _LANES
+    return processors < _STAGING_PROCESSORS
 
 
 def check_io(io: str) -> None:
@@ -87,8 +97,10 @@ def engine_settings(
     processors: int,
     cuda: bool,
     sharers: int = 1,
+    block_bytes: int = MAX_BLOCK_BYTES,
     slot_bytes: int | None = None,
     converts: bool = False,
+    cold: bool = False,
 ) -> EngineSettings:
     """Settings for one load whose blocks travel on these `ways`.
 
@@ -96,14 +108,15 @@ def engine_settings(
     more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
     sharers: processes of this machine that load at the same time: together they take what one would, or half of the
     processors if that is more, though no less than one slot each.
+    block_bytes: size of the plan's blocks, and so the most that is read at once.
     slot_bytes: where the size of what is read at once is given; None chooses.
     converts: whether bytes are converted on the way.
+    cold: whether most of the bytes must come from storage, whatever the way.
     """
     mapped_only = ways <= {Way.MAPPED}
-    cached = cuda and ways <= {Way.BUFFERED}
-    slot_bytes = slot_bytes or _slot_bytes(cached=cached, cuda=cuda, converts=converts)
-    most = MAX_LANES if cached else _LANES
-    share = max(1, min(most, max(most, processors // 2) // sharers))
+    staging = _staging(ways, cuda=cuda, converts=converts, cold=cold)
+    slot_bytes = slot_bytes or min(staging.slot_bytes, block_bytes)
+    share = max(1, min(staging.lanes, max(staging.lanes, processors // 2) // sharers))
     lanes = threads or (_lanes_beside(io, processors // sharers) if mapped_only else share)
     affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (slot_bytes + PAGE)
     if affordable < 1:
@@ -111,20 +124,22 @@ def engine_settings(
             f"staging needs {slot_bytes + PAGE} bytes, more than a quarter of the {memory_limit} bytes of memory that "
             "are allowed here: allow more memory"
         )
-    n_slots = min(lanes * (_SLOTS_PER_CACHED_LANE if cached else _SLOTS_PER_LANE), max(1, affordable // sharers))
+    n_slots = min(lanes * staging.slots, max(1, affordable // sharers))
     return EngineSettings(
         threads=min(lanes, n_slots), slot_bytes=slot_bytes, n_slots=n_slots, may_steal=cuda and mapped_only
     )
 
 
-def _slot_bytes(*, cached: bool, cuda: bool, converts: bool) -> int:
+def _staging(ways: Set[Way], *, cuda: bool, converts: bool, cold: bool) -> _Staging:
     if not cuda:
-        return _CPU_SLOT_BYTES
-    if not cached:
-        return SLOT_BYTES
-    return _CAST_SLOT_BYTES if converts else _CACHED_SLOT_BYTES
+        return _CPU
+    if Way.DIRECT in ways or (cold and Way.MAPPED not in ways):
+        return _DISK
+    if Way.MAPPED in ways:
+        return _BESIDE_WINDOWS
+    return _CASTS if converts else _CACHED
 
 
 def _lanes_beside(io: str, processors: int) -> int:
     """Beside the mapped way."""
-    return _LANES_MAPPED if io == "mapped" else min(_LANES, max(1, processors // 2))
+    return _LANES_MAPPED if io == "mapped" else min(_BESIDE_WINDOWS.lanes, max(1, processors // 2))

@@ -36,22 +36,25 @@ __all__ = [
 
 _PIECE = 4 << 20
 _THREADS = 8
+#: Disks give more, the more is asked for at once: larger pieces where the files have enough of them.
+_DISK_PIECE = 16 << 20
+_DISK_THREADS = 16
 _SECONDS = 1.5
 _GPU_BYTES = 256 << 20
 
 
-def cold_ranges(paths: Sequence[str], most: int = 1024) -> list[tuple[str, int]]:
-    """Pieces of the files of which no page is in the page cache, spread evenly: at most `most`."""
-    return _ranges(paths, most, wanted=0)
+def cold_ranges(paths: Sequence[str], nbytes: int = _PIECE, most: int = 1024) -> list[tuple[str, int]]:
+    """Pieces of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
+    return _ranges(paths, nbytes, most, wanted=0)
 
 
 def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
     """Pieces of the files that are in the page cache entirely."""
-    return _ranges(paths, most, wanted=_PIECE)
+    return _ranges(paths, _PIECE, most, wanted=_PIECE)
 
 
-def _ranges(paths: Sequence[str], most: int, *, wanted: int) -> list[tuple[str, int]]:
-    pieces = [(path, start) for path in paths for start in range(0, _size(path) - _PIECE + 1, _PIECE)]
+def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: int) -> list[tuple[str, int]]:
+    pieces = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
     step = max(1, len(pieces) // (2 * most))
     found: list[tuple[str, int]] = []
     with ExitStack() as stack:
@@ -60,7 +63,7 @@ def _ranges(paths: Sequence[str], most: int, *, wanted: int) -> list[tuple[str, 
             if path not in fds:
                 fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, fds[path])
-            if cached_bytes(fds[path], start, _PIECE) == wanted:
+            if cached_bytes(fds[path], start, nbytes) == wanted:
                 found.append((path, start))
             if len(found) == most:
                 break
@@ -76,15 +79,19 @@ def _size(path: str) -> int:
 
 def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Callable[[], int] = clock_ns) -> float:
     """GB/s with O_DIRECT on cold ranges of these files."""
+    piece = _DISK_PIECE
     try:
-        ranges = cold_ranges(paths)
+        ranges = cold_ranges(paths, piece)
+        if len(ranges) < 2 * _DISK_THREADS:
+            piece = _PIECE
+            ranges = cold_ranges(paths, piece)
     except OSError as error:
         raise UnmeasuredError(f"the kernel does not say what is in the page cache: {error.strerror}") from error
     if not ranges:
         raise UnmeasuredError(
             "too little of the files is outside of the page cache to measure their disk (`wan-loader evict` helps)"
         )
-    return _read_rate(ranges, os.O_DIRECT, seconds, clock)
+    return _read_rate(ranges, os.O_DIRECT, seconds, clock, piece=piece, threads=_DISK_THREADS)
 
 
 def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Callable[[], int] = clock_ns) -> float:
@@ -100,14 +107,22 @@ def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Cal
         return _read_rate([(path, start) for start in range(0, 32 * _PIECE, _PIECE)] * 32, 0, seconds, clock)
 
 
-def _read_rate(ranges: Sequence[tuple[str, int]], flags: int, seconds: float, clock: Callable[[], int]) -> float:
+def _read_rate(
+    ranges: Sequence[tuple[str, int]],
+    flags: int,
+    seconds: float,
+    clock: Callable[[], int],
+    *,
+    piece: int = _PIECE,
+    threads: int = _THREADS,
+) -> float:
     todo = iter(ranges)
     deadline_ns = clock() + int(seconds * 1e9)
 
     def read() -> int:
         total = 0
-        with mmap.mmap(-1, _PIECE) as buffer:
-            buffer.write(bytes(_PIECE))  # page faults are not what is measured
+        with mmap.mmap(-1, piece) as buffer:
+            buffer.write(bytes(piece))  # page faults are not what is measured
             for path, start in todo:  # an iterator over a list may be shared by threads
                 fd = os.open(path, os.O_RDONLY | flags | os.O_CLOEXEC)
                 try:
@@ -120,8 +135,8 @@ def _read_rate(ranges: Sequence[tuple[str, int]], flags: int, seconds: float, cl
 
     start_ns = clock()
     try:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            total = sum(task.result() for task in [pool.submit(read) for _ in range(_THREADS)])
+        with ThreadPoolExecutor(threads) as pool:
+            total = sum(task.result() for task in [pool.submit(read) for _ in range(threads)])
     except OSError as error:
         raise UnmeasuredError(f"reading with O_DIRECT is refused: {error.strerror}") from error
     return total / max(1, clock() - start_ns)
