@@ -3,7 +3,7 @@
 The driver library is the same for every CUDA version that torch may be built with. ctypes releases the interpreter
 lock during a call. The caller must have made torch's context current in this thread (`torch.cuda.set_device`).
 Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemHostGetDevicePointer,
-cuMemcpyHtoDAsync; "Stream Management": cuStreamCreate, cuStreamDestroy;
+cuMemGetAddressRange, cuMemcpyHtoDAsync; "Stream Management": cuStreamCreate, cuStreamDestroy;
 "Context Management": cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent; "Primary Context Management":
 cuDevicePrimaryCtxRetain.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "allocation",
     "copy_to_device",
     "current_context",
     "destroy_stream",
@@ -47,6 +48,11 @@ def _driver() -> Any:
     lib.cuMemHostGetDevicePointer_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p, ctypes.c_uint]
     lib.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
     lib.cuCtxGetCurrent.argtypes = lib.cuCtxPopCurrent_v2.argtypes = [ctypes.POINTER(ctypes.c_void_p)]
+    lib.cuMemGetAddressRange_v2.argtypes = [
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_size_t),
+        ctypes.c_uint64,
+    ]
     lib.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     lib.cuStreamCreate.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint]
     lib.cuStreamDestroy_v2.argtypes = [ctypes.c_void_p]
@@ -100,6 +106,17 @@ def device_address(address: int) -> int:
     if result := _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(pointer), address, 0):
         raise DeviceError(f"registered host memory is not visible to the device: {_name(result)}")
     return pointer.value
+
+
+def allocation(address: int) -> tuple[int, int]:
+    """Start and end of the device memory around an address that was allocated at once: a copy must not go beyond.
+
+    Empty where the driver cannot say.
+    """
+    start, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
+    if _driver().cuMemGetAddressRange_v2(ctypes.byref(start), ctypes.byref(nbytes), address):
+        return address, address
+    return start.value, start.value + nbytes.value
 
 
 def unregister(address: int, context: int) -> bool:
