@@ -142,12 +142,12 @@ def _open_index(path: str) -> Checkpoint:
             )
     checkpoint = _join(path, [os.path.join(directory, shard) for shard in shards])
     held = {t.name: shards[checkpoint.storages[t.storage].file] for t in checkpoint.tensors}
+    if held == weight_map:
+        return checkpoint
     for name, shard in weight_map.items():
         if held.get(name) != shard:
             raise CheckpointError(f"{path}: tensor {name!r} should be in {shard}, which lacks it")
     extra = sorted(set(held) - set(weight_map))
-    if not extra:
-        return checkpoint
     # The index is the list of contents (as it is for transformers and diffusers): others are not part of it.
     note = f"in the shards but not in the index, and left out: {format_count(len(extra), 'tensor')}, first {extra[0]!r}"
     return replace(
@@ -180,18 +180,19 @@ def _join(path: str, paths: list[str]) -> Checkpoint:
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
     owner: dict[str, str] = {}
-    parts = [_open_file(p) for p in paths]
-    if len({part.format for part in parts}) > 1:
-        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({p.format for p in parts})}")
-    for part in parts:
+    parts: list[Checkpoint] = []
+    for number, name in enumerate(paths):
+        part = _open_file(name, number, len(storages))
         for tensor in part.tensors:
             if other := owner.get(tensor.name):
                 raise CheckpointError(f"tensor {tensor.name!r} stands in both {other} and {part.path}")
             owner[tensor.name] = part.path
-        base, first = len(storages), len(files)  # constructors: `replace` costs five times as much
-        tensors += [TensorFacts(t.name, t.dtype, t.shape, t.storage + base, t.stride, t.offset) for t in part.tensors]
-        storages += [StorageFacts(s.file + first, s.start, s.nbytes) for s in part.storages]
+        parts.append(part)
         files += part.files
+        storages += part.storages
+        tensors += part.tensors
+    if len({part.format for part in parts}) > 1:
+        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({p.format for p in parts})}")
     warnings = tuple(w for part in parts for w in part.warnings)
     metadata = parts[0].metadata
     return Checkpoint(path, parts[0].format, tuple(files), tuple(storages), tuple(tensors), metadata, warnings)
@@ -206,10 +207,22 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def _open_file(path: str) -> Checkpoint:
+def _open_file(path: str, number: int = 0, n_storages: int = 0) -> Checkpoint:
+    """A file, as number `number` of its checkpoint, after files with `n_storages` storages."""
     if path.endswith(".safetensors") or not path.endswith(WEIGHT_SUFFIXES):
-        file, storages, tensors, metadata = read_safetensors(path)
+        file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
         return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
+    part = _open_torch(path)
+    return replace(  # constructors: `replace` of each costs five times as much
+        part,
+        storages=tuple(StorageFacts(number, s.start, s.nbytes) for s in part.storages),
+        tensors=tuple(
+            TensorFacts(t.name, t.dtype, t.shape, t.storage + n_storages, t.stride, t.offset) for t in part.tensors
+        ),
+    )
+
+
+def _open_torch(path: str) -> Checkpoint:
     stat_file(path)
     if is_zip(path):
         try:

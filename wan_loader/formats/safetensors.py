@@ -50,8 +50,13 @@ SAFETENSORS_NAMES = {name: code for code, name in _DTYPES.items()}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def read_safetensors(path: str) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts], dict[str, str]]:
-    """Facts of one file, tensors in order of position, storages as if it were file 0 of its checkpoint."""
+def read_safetensors(
+    path: str, number: int = 0, n_storages: int = 0
+) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts], dict[str, str]]:
+    """Facts of one file, tensors in order of position.
+
+    number, n_storages: of its checkpoint, which file this is and how many storages the files before it have.
+    """
     file = stat_file(path)
     try:
         with open(path, "rb") as f:
@@ -73,14 +78,19 @@ def read_safetensors(path: str) -> tuple[FileFacts, list[StorageFacts], list[Ten
         raise CheckpointError(
             f"{path} is truncated: its header needs {length} bytes, {len(header)} are there; download it again"
         )
-    storages, tensors, metadata = parse_header(header, path=path, nbytes_data=file.nbytes - 8 - length)
+    storages, tensors, metadata = parse_header(
+        header, path=path, nbytes_data=file.nbytes - 8 - length, number=number, n_storages=n_storages
+    )
     return file, storages, tensors, metadata
 
 
 def parse_header(
-    header: bytes, *, path: str, nbytes_data: int
+    header: bytes, *, path: str, nbytes_data: int, number: int = 0, n_storages: int = 0
 ) -> tuple[list[StorageFacts], list[TensorFacts], dict[str, str]]:
-    """Check header JSON against the size of the data section and return facts; `path` only names it in errors."""
+    """Check header JSON against the size of the data section and return facts; `path` only names it in errors.
+
+    number, n_storages: as for `read_safetensors`.
+    """
     entries = parse_object(header, path=path, what="the header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -102,8 +112,8 @@ def parse_header(
                 f"{path}: tensor {name!r}: offsets [{start}, {end}] {kind} at {frontier}: damaged file"
             )
         frontier = end
-        tensors.append(TensorFacts(name, dtype, shape, len(storages), stride))
-        storages.append(StorageFacts(0, data_start + start, end - start))
+        tensors.append(TensorFacts(name, dtype, shape, n_storages + len(storages), stride))
+        storages.append(StorageFacts(number, data_start + start, end - start))
     if frontier > nbytes_data:
         raise CheckpointError(
             f"{path} is truncated: tensor {ranges[-1][0]!r} ends at byte {frontier} of the data, "

@@ -211,10 +211,10 @@ class Allocation:
         return self.destinations[start:]
 
     def _make(self, plan: StoragePlan, nbytes: int) -> None:
-        import torch
-
         shape, sole = _shape(plan, nbytes)
         if (empty := self._empty.get(plan.dtype)) is None:
+            import torch
+
             empty = self._empty[plan.dtype] = torch.empty(0, dtype=torch_dtype(plan.dtype), device=self._device)
         whole = empty.new_empty(shape)  # a quarter faster than `torch.empty`
         self._name(plan, whole, sole)
@@ -231,11 +231,11 @@ class Allocation:
 
     def _name(self, plan: StoragePlan, whole: torch.Tensor, sole: bool) -> None:
         """Name the tensors of a storage. sole: `whole`, which holds all of it, is the only one."""
-        import torch
-
         if sole:
             self.tensors[plan.tensors[0].name] = whole
             return
+        import torch
+
         memory = whole.untyped_storage()
         for facts in plan.tensors:
             tensor = torch.empty(0, dtype=torch_dtype(plan.target or facts.dtype), device=whole.device)
