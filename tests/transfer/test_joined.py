@@ -1,5 +1,7 @@
 """Copies to a device that follow each other go as one, but never beyond what was allocated at once."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,5 +48,5 @@ def test_every_byte_comes_from_where_it_came(sizes, room):
     bytewise = [(t + i, s + i) for t, s, n in copies for i in range(n)]
     assert [(t + i, s + i) for t, s, n in made for i in range(n)] == bytewise
     assert all(t // room == (t + n - 1) // room for t, _, n in made)
-    for (t, s, n), (u, v, _) in zip(made, made[1:], strict=False):
+    for (t, s, n), (u, v, _) in pairwise(made):
         assert (u, v) != (t + n, s + n) or u % room == 0, "could have been one"

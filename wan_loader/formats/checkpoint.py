@@ -213,6 +213,8 @@ def _open_file(path: str, number: int = 0, n_storages: int = 0) -> Checkpoint:
         file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
         return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
     part = _open_torch(path)
+    if number == n_storages == 0:
+        return part
     return replace(  # constructors: `replace` of each costs five times as much
         part,
         storages=tuple(StorageFacts(number, s.start, s.nbytes) for s in part.storages),

@@ -1,7 +1,7 @@
 """From facts to filled tensors: decides the ways, allocates, has the engine carry it out, and reports.
 
-The order is: device, memory, files opened and checked, then plan, room and bytes in portions. Everything that can fail without reading a weight
-fails before the first one is read, and nothing is handed out unless everything arrived.
+The order is: device, memory, files opened and checked; then plan, room and bytes, in portions. Everything that can fail
+without reading a weight fails before the first one is read, and nothing is handed out unless everything arrived.
 """
 
 from __future__ import annotations

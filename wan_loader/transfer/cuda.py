@@ -44,8 +44,8 @@ def joined(
 ) -> Iterator[tuple[int, int, int]]:
     """Copies (destination, source, nbytes) that follow each other on both sides, as one each.
 
-    allocation: start and end of the memory around a destination, which no copy may leave. Every copy of its own keeps the
-    link waiting for 5 microseconds; tensors of a file often lie in its order on the device as well.
+    allocation: start and end of the memory around a destination, which no copy may leave. Every copy of its own keeps
+    the link waiting for microseconds; tensors of a file often lie in its order on the device as well.
     """
     to = source = nbytes = end = 0
     for next_to, next_source, more in copies:
