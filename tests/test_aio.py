@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from wan_loader import aio
 from wan_loader.aio import Request, wait_any
 
 MiB = 1 << 20
@@ -110,6 +111,7 @@ def test_memory_that_is_not_there(fd):
 def test_a_forked_process_reads_without_its_parent_s_threads(fd, data, memory, tmp_path, depth):
     code = """
 import ctypes, os, signal, sys
+from wan_loader import aio
 from wan_loader.aio import Request, wait_any
 memory = ctypes.create_string_buffer(1000)
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -187,6 +189,7 @@ get_ready(6)
 end = time.monotonic() + 5
 while threading.active_count() > 1 and time.monotonic() < end:
     time.sleep(0.001)
+time.sleep(0.05)  # for the kernel, too, that thread has ended by then
 print(kernel() - was, room(), sorted(os.listdir("/proc/self/fd")) == fds)
 """
 
@@ -197,6 +200,28 @@ def test_threads_and_room_for_descriptors_are_there_before_they_are_needed():
     assert 1 <= int(threads) <= 6
     assert int(room) >= 1024
     assert same == "True", "all descriptors were given back"
+
+
+def test_getting_ready_closes_nothing_that_is_still_read(monkeypatch):
+    """What has its number by then would be read instead."""
+    read, plain = [], aio.Request.result
+
+    def result(self):
+        nbytes = plain(self)
+        read.extend([] if nbytes is None else [nbytes])
+        return nbytes
+
+    monkeypatch.setattr(aio.Request, "result", result)
+    aio._get_ready(30)  # more than the library has threads: the last begin long after they were asked for
+    assert read == [aio._BUSY_BYTES] * 30
+
+
+def test_few_descriptors_are_left_alone():
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1023, 1023))\n" + READY
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    _, room, same = done.stdout.split()
+    assert int(room) < 1024
+    assert same == "True"
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_NOFILE", "RLIMIT_NPROC"])

@@ -156,19 +156,22 @@ def get_ready(n_reads: int) -> None:
 
 
 def _get_ready(n_reads: int) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _ROOM:
+        return  # the few descriptors that are allowed are for the load
     with ExitStack() as stack, suppress(OSError):  # as above
         source = os.open("/dev/urandom", os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, source)
-        room = min(_ROOM, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        os.close(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, room - 1))
+        os.close(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _ROOM - 1))
         memory = bytearray(_BUSY_BYTES)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         requests = [Request() for _ in range(n_reads)]
-        stack.callback(_wait_all, requests)
-        for request in requests:
-            own = os.dup(source)
-            stack.callback(os.close, own)
-            request.start(own, address, len(memory), 0)
+        own = []
+        for _ in requests:
+            own.append(os.dup(source))
+            stack.callback(os.close, own[-1])
+        stack.callback(_wait_all, requests)  # before any of them is closed: its number may be another file's by then
+        for request, fd in zip(requests, own, strict=True):
+            request.start(fd, address, len(memory), 0)
 
 
 def _wait_all(requests: Collection[Request]) -> None:
