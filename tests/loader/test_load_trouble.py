@@ -5,6 +5,7 @@ import gc
 import os
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from loader_cases import IO, MiB, same_dicts, weights, write  # noqa: E402
 import wan_loader  # noqa: E402
 from wan_loader.aio import Request  # noqa: E402
 from wan_loader.linux import cached_bytes  # noqa: E402
+from wan_loader.loader.placement import Allocation  # noqa: E402
 
 # files that change
 
@@ -132,6 +134,37 @@ def test_read_error_names_the_file(tmp_path, device, monkeypatch, mode, code):
         wan_loader.load_file(path, device=device, io=mode)
     assert str(path) in str(caught.value)
     assert os.strerror(code) in str(caught.value)
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """Whether each tensor that loads filled is still there."""
+    seen, plain = [], Allocation._make
+
+    def make(self, plan, nbytes):
+        plain(self, plan, nbytes)
+        seen.append(weakref.ref(self.destinations[-1].whole))
+
+    monkeypatch.setattr(Allocation, "_make", make)
+    return lambda: [ref() is not None for ref in seen]
+
+
+@pytest.mark.parametrize(("mode", "span"), [("mapped", "read"), ("mapped", "cast"), ("buffered", "cast")])
+def test_weights_of_a_failed_load_go_with_its_error(tmp_path, alive, mode, span):
+    """At once: the next collection does not look at what a load made."""
+    path = write("safetensors", tmp_path, weights())
+
+    def fail():
+        assert alive() == [True] * 6
+        raise OSError("broken")
+
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="broken"):
+            wan_loader.load_file(path, dtype="bfloat16", io=mode, observer=Meddler(span, 1, fail))
+        assert alive() == [False] * 6
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.EIO])

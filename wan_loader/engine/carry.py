@@ -189,8 +189,12 @@ class _Load:
             self._lanes.end()
 
     def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # it holds what was running, weights included, and must not hold itself
 
     def _abandon(self) -> None:
         """End everything after a failure, within a second.
