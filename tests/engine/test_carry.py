@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.aio import Request
-from wan_loader.engine import EngineSettings, Portion, carry_out
+from wan_loader.engine import EngineSettings, Portion, carry_out, lanes
 from wan_loader.engine.activity import loading
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.formats.facts import stat_file
@@ -239,6 +239,25 @@ def test_a_portion_is_made_when_little_is_left(load, path):
     assert len(seen) == 6
     assert seen[0] == 0
     assert seen[2] < seen[3] < seen[4] < seen[5]
+
+
+def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
+    """Mapping begins once everything is drawn, and drawing waits for no read."""
+    plain, waited_s = Request.result, []
+
+    def wait_any(requests, timeout_s):
+        waited_s.append(timeout_s)
+        time.sleep(timeout_s)
+
+    def late(request):
+        """Done once mapping has begun."""
+        return plain(request) if load.devices[-1].n_pins else None
+
+    monkeypatch.setattr(Request, "result", late)
+    monkeypatch.setattr(lanes, "wait_any", wait_any)
+    check(load(Way.MAPPED, block_bytes=SLOT, each=2, n_slots=2, may_steal=True), path)
+    assert waited_s, "staging was at work, too"
+    assert sum(waited_s) < 0.5
 
 
 @pytest.mark.parametrize("each", [2, 100])

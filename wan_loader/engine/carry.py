@@ -237,13 +237,15 @@ class _Load:
             while self._copying and self._copying[0][0].done():
                 lanes.give_back(self._copying.popleft()[1])
             self._start_reads(lanes)
+            patience_s = _PATIENCE_S
             if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
                 self._draw()
                 self._start_reads(lanes)
+                patience_s = 0.0  # there may be more to draw: mapping waits for the last of it
             elif not lanes.n_reading and self._copying:
                 with span(self._observer, "wait", track="reader"):
                     self._copying[0][0].wait()
-            for desk in lanes.finished(_PATIENCE_S):
+            for desk in lanes.finished(patience_s):
                 self._submit_slot(desk, lanes, line)
             self._raise_failure()
 
