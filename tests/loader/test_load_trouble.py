@@ -1,8 +1,10 @@
 """Files that change during a load, and what cannot be done: one error, and nothing stays behind."""
 
+import contextlib
 import errno
 import gc
 import os
+import resource
 import threading
 import warnings
 import weakref
@@ -184,6 +186,34 @@ def test_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch, code):
 
 
 # what cannot be done
+
+
+@pytest.fixture
+def four_descriptors():
+    """All that may be open besides what is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 5, hard))
+    opened = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open("/dev/null", os.O_RDONLY))
+        for _ in range(4):
+            os.close(opened.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in opened:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("mode", ["direct", "buffered"])
+@pytest.mark.usefixtures("four_descriptors")
+def test_few_descriptors_are_enough(tmp_path, mode):
+    """Reads then wait for each other."""
+    tensors = weights(4, nbytes=20 * MiB)
+    path = write("safetensors", tmp_path, tensors)
+    same_dicts(wan_loader.load_file(path, io=mode, threads=8), tensors)
 
 
 def test_missing_host_memory(tmp_path, monkeypatch):

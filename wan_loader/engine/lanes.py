@@ -6,6 +6,7 @@ waiting for anybody. Lanes run side by side; slots are dealt out to them in turn
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from contextlib import suppress
@@ -47,8 +48,8 @@ class _Lane:
         """This lane's own descriptor for the file open at `fd`."""
         if fd not in self._open:
             for other in [key for key, descriptor in self._open.items() if not descriptor.n_running]:
-                os.close(self._open.pop(other).fd)
-            self._open[fd] = _Descriptor(os.dup(fd))
+                self._close(other)
+            self._open[fd] = _Descriptor(_own(fd))
         self._open[fd].n_running += 1
         return self._open[fd].fd
 
@@ -56,8 +57,22 @@ class _Lane:
         self._open[fd].n_running -= 1
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1].fd)
+        for fd in list(self._open):
+            self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        if (own := self._open.pop(fd).fd) != fd:
+            os.close(own)
+
+
+def _own(fd: int) -> int:
+    """Another descriptor of the file, or the same one where there may be no more: lanes then wait for each other."""
+    try:
+        return os.dup(fd)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        return fd
 
 
 @dataclass(slots=True, eq=False)
