@@ -1,6 +1,7 @@
 """The engine, real files, a fake device: each byte arrives once, slots are not reused early, a failure ends all."""
 
 import ctypes
+import errno
 import itertools
 import os
 import queue
@@ -402,7 +403,7 @@ def test_failing_read(load, path, monkeypatch, way, nth):
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize(("place", "name", "code"), [(Request, "start", 11), (os, "dup", 24)])
+@pytest.mark.parametrize(("place", "name", "code"), [(Request, "start", errno.EAGAIN), (os, "dup", errno.ENOMEM)])
 def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
     original, calls = getattr(place, name), iter(range(1, 1000))
 
@@ -414,6 +415,22 @@ def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
     monkeypatch.setattr(place, name, failing)
     error = fails_within_a_second(CheckpointError, lambda: load(Way.BUFFERED))
     assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_no_descriptor_is_left(load, path, monkeypatch, way, code, nth):
+    """Lanes then read from the file's own."""
+    original, calls = os.dup, iter(range(1, 1000))
+
+    def failing(fd):
+        if next(calls) >= nth:
+            raise OSError(code, os.strerror(code))
+        return original(fd)
+
+    monkeypatch.setattr(os, "dup", failing)
+    check(load(way), path)
 
 
 @pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
