@@ -5,7 +5,33 @@ import time
 
 import pytest
 
-from wan_loader.workers import StoppedError, run_all
+from wan_loader.workers import StoppedError, in_background, run_all
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_background_work_is_done_even_where_no_thread_is_allowed(monkeypatch, allowed):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    if not allowed:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    did = []
+    thread = in_background(lambda: did.append(threading.current_thread()), "worker")
+    if thread:
+        thread.join()
+    assert did == [thread if allowed else threading.current_thread()]
+
+
+def test_an_error_of_background_work_is_not_taken_for_a_missing_thread(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    def fail():
+        raise RuntimeError("of the work")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="of the work"):
+        in_background(fail, "worker")
 
 
 def test_every_task_runs_once():

@@ -1,12 +1,14 @@
-"""A few daemon threads that carry out tasks: the first failure, or Ctrl-C, ends all of them.
+"""Daemon threads: one that does something in the background, or a few that carry out tasks.
 
-For work on files (copies, checks, downloads) whose tasks are independent. The caller's thread only waits and reports
-progress, so that a signal is handled at once whatever the threads are doing.
+The few are for work on files (copies, checks, downloads) whose tasks are independent: the first failure, or Ctrl-C,
+ends all of them. The caller's thread only waits and reports progress, so that a signal is handled at once whatever the
+threads are doing.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from wan_loader.machine import processors
@@ -14,7 +16,7 @@ from wan_loader.machine import processors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["StoppedError", "default_threads", "run_all"]
+__all__ = ["StoppedError", "default_threads", "in_background", "run_all"]
 
 _TICK_S = 0.1
 #: How long a failed or interrupted run waits for its threads; one that hangs in a system call is left behind.
@@ -28,6 +30,16 @@ class StoppedError(Exception):
 def default_threads() -> int:
     """Enough to keep a disk or the memory busy, and no more."""
     return max(4, min(8, processors()))
+
+
+def in_background(work: Callable[[], object], name: str) -> threading.Thread | None:
+    """Start a daemon thread that does `work`. Where no further thread is allowed, do it now and return None."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    with suppress(RuntimeError):
+        thread.start()
+        return thread
+    work()
+    return None
 
 
 class _Crew:

@@ -210,6 +210,36 @@ def anonymous_bytes():
 # success
 
 
+@pytest.fixture
+def no_more_threads(load, monkeypatch):
+    """As under a limit of processes: only what stands for a device may start one."""
+    plain = threading.Thread.start
+
+    def start(thread):
+        if thread.name != "fake device":
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+@pytest.mark.usefixtures("no_more_threads")
+@pytest.mark.parametrize("way", WAYS)
+def test_without_further_threads(load, path, way):
+    result = load(way, block_bytes=SLOT, each=3)
+    assert result.carried.refusals[:1] == ["no further thread may be started: pages are mapped first, staged later"] * (
+        way is Way.MAPPED
+    )
+    check(result, path)
+
+
+@pytest.mark.usefixtures("no_more_threads", "clean")
+@pytest.mark.parametrize("way", WAYS)
+def test_failure_without_further_threads(load, way):
+    error = fails_within_a_second(DeviceError, lambda: load(way, block_bytes=SLOT, fail_at=(2, DeviceError("boom"))))
+    assert error.target.pinned == {}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("threads", [1, 2, 7, 32])
 @pytest.mark.parametrize("can_pin", [True, False])
@@ -430,7 +460,9 @@ def test_no_descriptor_is_left(load, path, monkeypatch, way, code, nth):
         return original(fd)
 
     monkeypatch.setattr(os, "dup", failing)
-    check(load(way), path)
+    result = load(way)
+    assert os.strerror(code) in result.carried.refusals[0]
+    check(result, path)
 
 
 @pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])

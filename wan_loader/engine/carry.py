@@ -28,6 +28,7 @@ from wan_loader.linux import forget, map_file, populate, unmap
 from wan_loader.plan import Way
 from wan_loader.staging import Slot, Staging
 from wan_loader.transfer.base import PinError
+from wan_loader.workers import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -174,7 +175,8 @@ class _Load:
         self._all_drawn = True
         if self._work.has_windows:
             self._mapper_ended.clear()
-            threading.Thread(target=self._map_guarded, name="mapper", daemon=True).start()
+            if in_background(self._map_guarded, "mapper") is None:
+                self._carried.refusals.append("no further thread may be started: pages are mapped first, staged later")
 
     def _carry_all(self) -> None:
         while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging():
@@ -202,9 +204,8 @@ class _Load:
         In a thread that gets no signals: a second Ctrl-C ends the waiting, not the clean-up, and copies that still run
         keep what they read and write. A read that hangs in a system call keeps its memory until it returns.
         """
-        ending = threading.Thread(target=self._end, name="release", daemon=True)
-        ending.start()
-        ending.join(_END_SECONDS)
+        if ending := in_background(self._end, "release"):
+            ending.join(_END_SECONDS)
 
     def _end(self) -> None:
         self._mapper_ended.wait()

@@ -39,9 +39,10 @@ class _Descriptor:
 class _Lane:
     """Descriptors of its own for the files it reads: the C library queues reads by descriptor."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, refusals: list[str]) -> None:
         self.name = name
         self.ended_ns = 0
+        self._refusals = refusals
         self._open: dict[int, _Descriptor] = {}
 
     def begin(self, fd: int) -> int:
@@ -49,9 +50,19 @@ class _Lane:
         if fd not in self._open:
             for other in [key for key, descriptor in self._open.items() if not descriptor.n_running]:
                 self._close(other)
-            self._open[fd] = _Descriptor(_own(fd))
+            self._open[fd] = _Descriptor(self._another(fd))
         self._open[fd].n_running += 1
         return self._open[fd].fd
+
+    def _another(self, fd: int) -> int:
+        """Another descriptor of the same file; the same one where no further may be opened."""
+        try:
+            return os.dup(fd)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._refusals.append(f"{error.strerror}: reads that could run side by side wait for each other")
+            return fd
 
     def end(self, fd: int) -> None:
         self._open[fd].n_running -= 1
@@ -63,16 +74,6 @@ class _Lane:
     def _close(self, fd: int) -> None:
         if (own := self._open.pop(fd).fd) != fd:
             os.close(own)
-
-
-def _own(fd: int) -> int:
-    """Another descriptor of the file, or the same one where there may be no more: lanes then wait for each other."""
-    try:
-        return os.dup(fd)
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        return fd
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +94,7 @@ class Lanes:
     def __init__(self, n_lanes: int, reader: Reader, staging: Staging, observer: Observer | None) -> None:
         self._reader = reader
         self._observer = observer
-        self._lanes = [_Lane(f"reader {i}") for i in range(n_lanes)]
+        self._lanes = [_Lane(f"reader {i}", reader.refusals) for i in range(n_lanes)]
         self._desks = [Desk(slot, self._lanes[i % n_lanes]) for i, slot in enumerate(staging.slots)]
         self._free = deque(self._desks)
         self._reading: list[Desk] = []

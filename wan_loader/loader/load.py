@@ -7,7 +7,6 @@ without reading a weight fails before the first one is read, and nothing is hand
 from __future__ import annotations
 
 import gc
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +44,7 @@ from wan_loader.source.reader import Reader
 from wan_loader.source.residency import Residency
 from wan_loader.transfer.cpu import CpuTarget
 from wan_loader.transfer.cuda import CudaTarget
+from wan_loader.workers import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -146,8 +146,7 @@ def load_checkpoint(
             spans = tuple(tee.recorder.spans)
             report = partial(make_report, choice, plans, options.io, device, moved, spans, seconds, memory)
             if device.type == "cuda":  # unregistering takes time that nobody has to wait for
-                release = partial(moved.carried.release, _RELEASE_PAUSE_S)
-                threading.Thread(target=release, name="release", daemon=True).start()
+                in_background(partial(moved.carried.release, _RELEASE_PAUSE_S), "release")
             else:
                 moved.carried.release()
     return Loaded(ordered, report, spans)
