@@ -1,6 +1,6 @@
 """From facts to filled tensors: decides the ways, allocates, has the engine carry it out, and reports.
 
-The order is: device, memory, files opened and checked; then plan, room and bytes, in portions. Everything that can fail
+The order is: device, memory, files opened and checked; then plan, room and bytes, in portions. What can be known to fail
 without reading a weight fails before the first one is read, and nothing is handed out unless everything arrived.
 """
 
@@ -68,8 +68,8 @@ __all__ = ["Choice", "LoadOptions", "load_checkpoint", "paused_gc", "read_storag
 _RELEASE_PAUSE_S = 0.001
 #: Planned and allocated at once, while what was planned before is on its way: a tenth of a millisecond's work.
 _PORTION_BLOCKS = 4
-#: Python freezes some hundred objects of its own. Programs freeze all they have.
-_FROZEN_BY_ITSELF = 10_000
+#: Python freezes some hundred objects of its own. Programs freeze all they have, which is never less than 4000.
+_FROZEN_BY_ITSELF = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +249,7 @@ def _move(
         carried = carry_out(_portions(blocks, allocation, observer), reader, target, settings, observer)
         with _released_on_failure(carried):
             with span(observer, "init"):
-                allocation.copied()  # what holds no bytes
+                allocation.copied()  # what holds no bytes, or none that are read here
                 allocation.viewed(reader.fds)
             for file in checkpoint.files:
                 file.check_unchanged()
