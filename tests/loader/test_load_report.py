@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,8 @@ from loader_cases import IO, KINDS, MiB, same_dicts, weights, write, write_by_ha
 
 import wan_loader  # noqa: E402
 from wan_loader.aio import Request  # noqa: E402
+from wan_loader.loader import load  # noqa: E402
+from wan_loader.loader.devices import is_busy  # noqa: E402
 from wan_loader.transfer.base import PinError  # noqa: E402
 
 # the report
@@ -223,6 +227,36 @@ def test_what_a_load_made_is_not_looked_at_by_the_next_collection(tmp_path):
     finally:
         gc.callbacks.pop()
     assert len(loaded.tensors) == 2000
+
+
+@pytest.mark.parametrize(("busy_from", "expected"), [(0, [11]), (2, [1, 1, 9]), (99, [1] * 11)])
+def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(tmp_path, monkeypatch, busy_from, expected):
+    """With each portion, copies would wait anew for what is queued there."""
+    asked, sizes, plain = itertools.count(), [], load.carry_out
+
+    def carry_out(portions, *rest):
+        def counted():
+            for portion in portions:
+                sizes.append(len(portion.blocks))
+                yield portion
+
+        return plain(counted(), *rest)
+
+    monkeypatch.setattr(load, "carry_out", carry_out)
+    monkeypatch.setattr(load, "is_busy", lambda device: next(asked) >= busy_from)
+    monkeypatch.setattr(load, "block_bytes", lambda *_: 64 << 10)
+    monkeypatch.setattr(load, "_PORTION_BLOCKS", 1)
+    tensors = weights(7)  # 700 kB
+    same_dicts(wan_loader.load_file(write("safetensors", tmp_path, tensors), io="buffered"), tensors)
+    assert sizes == expected
+
+
+def test_a_device_is_busy_while_its_stream_is(monkeypatch):
+    done = iter([False, True])
+    stream = SimpleNamespace(query=lambda: next(done))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    cuda = torch.device("cuda", 0)
+    assert [is_busy(torch.device("cpu")), is_busy(cuda), is_busy(cuda)] == [False, True, False]
 
 
 def test_what_a_program_froze_stays_frozen():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from wan_loader.events import Observer
 
-__all__ = ["current", "device_card", "device_peak_bytes", "reset_device_peak", "resolve_device"]
+__all__ = ["current", "device_card", "device_peak_bytes", "is_busy", "reset_device_peak", "resolve_device"]
 
 
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
@@ -53,6 +53,13 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     import torch
 
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_busy(device: torch.device) -> bool:
+    """Whether work is queued on the caller's stream."""
+    import torch
+
+    return device.type == "cuda" and not torch.cuda.current_stream(device).query()
 
 
 def reset_device_peak(device: torch.device) -> None:

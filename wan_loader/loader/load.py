@@ -22,6 +22,7 @@ from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.devices import (
     current,
     device_peak_bytes,
+    is_busy,
     reset_device_peak,
     resolve_device,
 )
@@ -269,7 +270,11 @@ def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:
 
 
 def _portions(blocks: Iterator[Block], allocation: Allocation, observer: Observer | None) -> Iterator[Portion]:
-    """Some blocks at a time, with the storages that they are the first to need."""
+    """Some blocks at a time, with the storages that they are the first to need.
+
+    All that are left where work is queued on the caller's stream: memory may be handed out that it still uses, so
+    copies wait for it anew with each portion.
+    """
 
     def allocate(count: int) -> list[Destination]:
         with span(observer, "init"):
@@ -277,7 +282,7 @@ def _portions(blocks: Iterator[Block], allocation: Allocation, observer: Observe
 
     while True:
         with span(observer, "init"):
-            batch = list(islice(blocks, _PORTION_BLOCKS))
+            batch = list(islice(blocks, None if is_busy(allocation.device) else _PORTION_BLOCKS))
         if not batch:
             return
         yield Portion(batch, partial(allocate, batch[-1].pieces[-1].storage + 1))

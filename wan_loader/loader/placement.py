@@ -191,7 +191,7 @@ class Allocation:
         """Where the bytes of each copied storage go."""
         self._checkpoint = checkpoint
         self._layout = layout
-        self._device = device
+        self.device = device
         self._empty: dict[str, torch.Tensor] = {}
 
     def copied(self, count: int | None = None) -> list[Destination]:
@@ -200,13 +200,13 @@ class Allocation:
 
         start = len(self.destinations)
         try:
-            if start == 0 and self._device.type == "cuda":
-                _reserve_cuda(self._layout, self._device)
+            if start == 0 and self.device.type == "cuda":
+                _reserve_cuda(self._layout, self.device)
             for i in range(start, len(self._layout.copied) if count is None else count):
                 self._make(self._layout.copied[i], self._layout.copied_nbytes[i])
         except torch.OutOfMemoryError as error:  # somebody else was quicker than our check
             raise DeviceMemoryError(
-                f"{self._checkpoint.path}: {self._device} has no room for its weights any more: {error}"
+                f"{self._checkpoint.path}: {self.device} has no room for its weights any more: {error}"
             ) from error
         return self.destinations[start:]
 
@@ -215,7 +215,7 @@ class Allocation:
         if (empty := self._empty.get(plan.dtype)) is None:
             import torch
 
-            empty = self._empty[plan.dtype] = torch.empty(0, dtype=torch_dtype(plan.dtype), device=self._device)
+            empty = self._empty[plan.dtype] = torch.empty(0, dtype=torch_dtype(plan.dtype), device=self.device)
         whole = empty.new_empty(shape)  # a quarter faster than `torch.empty`
         self._name(plan, whole, sole)
         source = torch_dtype(plan.source) if plan.converts and plan.source else None
