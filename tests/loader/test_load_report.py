@@ -20,7 +20,7 @@ from loader_cases import IO, KINDS, MiB, same_dicts, weights, write, write_by_ha
 
 import wan_loader  # noqa: E402
 from wan_loader.aio import Request  # noqa: E402
-from wan_loader.loader import load  # noqa: E402
+from wan_loader.loader import course, load  # noqa: E402
 from wan_loader.loader.devices import is_busy  # noqa: E402
 from wan_loader.transfer.base import PinError  # noqa: E402
 
@@ -244,8 +244,8 @@ def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(tmp_path, mo
 
     monkeypatch.setattr(load, "carry_out", carry_out)
     monkeypatch.setattr(load, "is_busy", lambda device: next(asked) >= busy_from)
-    monkeypatch.setattr(load, "block_bytes", lambda *_: 64 << 10)
-    monkeypatch.setattr(load, "_PORTION_BLOCKS", 1)
+    monkeypatch.setattr(course, "block_bytes", lambda *_: 64 << 10)
+    monkeypatch.setattr(course, "_PORTION_BLOCKS", 1)
     tensors = weights(7)  # 700 kB
     same_dicts(wan_loader.load_file(write("safetensors", tmp_path, tensors), io="buffered"), tensors)
     assert sizes == expected
@@ -286,7 +286,7 @@ def test_nothing_stays_open(tmp_path, open_files, mode):
 @pytest.mark.parametrize("mode", ["direct", "buffered"])
 def test_staging_is_bounded(tmp_path, mode, monkeypatch):
     path = write("safetensors", tmp_path, weights(3))
-    monkeypatch.setattr("wan_loader.loader.load.memory_limit", lambda: 100 * MiB)
+    monkeypatch.setattr("wan_loader.loader.course.memory_limit", lambda: 100 * MiB)
     settings = wan_loader.load(path, io=mode, threads=32).report.settings
     assert settings["slot_bytes"] * settings["n_slots"] <= 25 * MiB
     monkeypatch.undo()

@@ -227,7 +227,7 @@ def test_missing_host_memory(tmp_path, monkeypatch):
 
 def test_memory_limit_too_small_for_staging(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
-    monkeypatch.setattr("wan_loader.loader.load.memory_limit", lambda: 16 * MiB)
+    monkeypatch.setattr("wan_loader.loader.course.memory_limit", lambda: 16 * MiB)
     with pytest.raises(wan_loader.HostMemoryError):
         wan_loader.load_file(path, io="buffered")
 

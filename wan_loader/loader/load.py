@@ -1,7 +1,7 @@
-"""From facts to filled tensors: decides the ways, allocates, has the engine carry it out, and reports.
+"""From facts to filled tensors: has it decided what to do, allocates, has the engine carry it out, and reports.
 
-The order is: device, memory, files opened and checked; then plan, room and bytes, in portions. What can be known to fail
-without reading a weight fails before the first one is read, and nothing is handed out unless everything arrived.
+The order is: device, memory, files opened and checked; then plan, room and bytes, in portions. What can be known to
+fail without reading a weight fails before the first one is read, and nothing is handed out unless everything arrived.
 """
 
 from __future__ import annotations
@@ -19,36 +19,22 @@ from wan_loader.engine import Portion, carry_out
 from wan_loader.engine.activity import loading
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
-from wan_loader.loader.devices import (
-    current,
-    device_peak_bytes,
-    is_busy,
-    reset_device_peak,
-    resolve_device,
-)
+from wan_loader.loader.course import decide
+from wan_loader.loader.devices import current, device_peak_bytes, is_busy, reset_device_peak, resolve_device
 from wan_loader.loader.outcome import Loaded, Moved, make_report
-from wan_loader.loader.placement import Allocation, check_memory, convert_storage, lay_out, plan_storages
-from wan_loader.loader.route import choose_way, explain, is_uniform
-from wan_loader.loader.settings import (
-    MAX_LANES,
-    SLOT_BYTES,
-    block_bytes,
-    check_io,
-    check_threads,
-    engine_settings,
-    prefers_mapping,
-)
-from wan_loader.machine import memory_limit, peak_resident, processors, reset_peak_resident
-from wan_loader.plan import MAX_GAP, PAGE, Way, plan_blocks
+from wan_loader.loader.placement import Allocation, convert_storage, plan_storages
+from wan_loader.loader.route import explain
+from wan_loader.loader.settings import MAX_LANES, check_io, check_threads
+from wan_loader.machine import peak_resident, reset_peak_resident
+from wan_loader.plan import Way
 from wan_loader.report import MemoryReport
 from wan_loader.source.reader import Reader
-from wan_loader.source.residency import Residency
 from wan_loader.transfer.cpu import CpuTarget
 from wan_loader.transfer.cuda import CudaTarget
 from wan_loader.workers import in_background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -58,7 +44,7 @@ if TYPE_CHECKING:
     from wan_loader.loader.dtype_rule import DtypeRule
     from wan_loader.loader.placement import StoragePlan
     from wan_loader.loader.team import Team
-    from wan_loader.plan import Block, Extent
+    from wan_loader.plan import Block
     from wan_loader.source.reader import Check
     from wan_loader.transfer.base import Destination, Target
 
@@ -67,8 +53,6 @@ __all__ = ["Choice", "LoadOptions", "load_checkpoint", "paused_gc", "read_storag
 
 #: Between two unregistrations in the background: whoever uses the device meanwhile waits for one at most.
 _RELEASE_PAUSE_S = 0.001
-#: Planned and allocated at once, while what was planned before is on its way: a tenth of a millisecond's work.
-_PORTION_BLOCKS = 4
 #: Python freezes some hundred objects of its own. Programs freeze all they have, which is never less than 4000.
 _FROZEN_BY_ITSELF = 2000
 
@@ -208,72 +192,38 @@ def _move(
     check: Check | None = None,
 ) -> Moved:
     """Have the engine fill the tensors, which are planned and allocated while earlier bytes are on their way."""
-    cuda, io, team = device.type == "cuda", _io(options, check), options.team
-    sharers = team.n_local if team is not None else 1
     with Reader(checkpoint.files, check) as reader:
         with span(observer, "init"):
-            views = not cuda and check is None and io in ("auto", "mapped") and team is None
-            reads = team.reads(plans) if team is not None else {}
-            layout = lay_out(checkpoint, plans, views=views, reads=reads)
-            check_memory(layout, device, checkpoint.path, sharers)
-            nbytes_read = layout.nbytes_read
-            residency = Residency(reader.fds)
-            resident = residency.total((*layout.extents, *layout.viewed_extents))
-            may_map = cuda and check is None and prefers_mapping(processors() // sharers)
-            way = choose_way(io, may_map=may_map, reader=reader, residency=residency)
-            # what lies between a process's own bytes, others read
-            gap = MAX_GAP if team is None else PAGE
-            unit = check.block_bytes if check is not None else None
-            size = block_bytes(nbytes_read, unit or SLOT_BYTES)
-            blocks = plan_blocks(layout.extents, block_bytes=size, way=way, max_gap=gap)
-            if is_uniform(io, resident, nbytes_read):
-                ways = {way(e.file, e.start, e.end) for e in _firsts(layout.extents)}
-            else:
-                planned = list(blocks)
-                blocks, ways = iter(planned), {block.way for block in planned}
-            settings = engine_settings(
-                ways,
-                io=io,
-                threads=options.threads,
-                memory_limit=memory_limit(),
-                processors=processors(),
-                cuda=cuda,
-                sharers=sharers,
-                block_bytes=size,
-                slot_bytes=unit,
-                converts=any(plan.converts for plan in layout.copied),
-                cold=resident * 2 < nbytes_read,
-            )
-        target: Target = CudaTarget(device.index, observer) if cuda else CpuTarget(observer)
+            course = decide(checkpoint, plans, options, device, reader, check)
+        layout, settings = course.layout, course.settings
+        target: Target = CudaTarget(device.index, observer) if device.type == "cuda" else CpuTarget(observer)
         allocation = Allocation(checkpoint, layout, device)
+        portions = _portions(course.blocks, allocation, course.portion, observer)
+        carried = carry_out(portions, reader, target, settings, observer)
         used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
-        carried = carry_out(_portions(blocks, allocation, observer), reader, target, settings, observer)
         with _released_on_failure(carried):
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here
                 allocation.viewed(reader.fds)
             for file in checkpoint.files:
                 file.check_unchanged()
-            if team is not None:
-                used |= team.exchange(layout.copied, allocation.destinations, nbytes_read, observer)
+            if options.team is not None:
+                used |= options.team.exchange(layout.copied, allocation.destinations, layout.nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
-    reason = explain(io, resident, nbytes_read, viewed)
+    reason = explain(course.io, course.resident, layout.nbytes_read, viewed)
     return Moved(
-        allocation.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
+        allocation.tensors, layout.nbytes_loaded, carried, course.resident, viewed, reason, used, list(layout.warnings)
     )
 
 
-def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:
-    """One extent of each file."""
-    return {extent.file: extent for extent in reversed(extents) if extent.end > extent.start}.values()
-
-
-def _portions(blocks: Iterator[Block], allocation: Allocation, observer: Observer | None) -> Iterator[Portion]:
+def _portions(
+    blocks: Iterator[Block], allocation: Allocation, size: int | None, observer: Observer | None
+) -> Iterator[Portion]:
     """Some blocks at a time, with the storages that they are the first to need.
 
-    All that are left where work is queued on the caller's stream: memory may be handed out that it still uses, so
-    copies wait for it anew with each portion.
+    size: how many blocks; None: all. All that are left, too, where work is queued on the caller's stream: memory may be
+    handed out that it still uses, so copies would wait for it anew with each portion.
     """
 
     def allocate(count: int) -> list[Destination]:
@@ -282,15 +232,10 @@ def _portions(blocks: Iterator[Block], allocation: Allocation, observer: Observe
 
     while True:
         with span(observer, "init"):
-            batch = list(islice(blocks, None if is_busy(allocation.device) else _PORTION_BLOCKS))
+            batch = list(islice(blocks, None if is_busy(allocation.device) else size))
         if not batch:
             return
         yield Portion(batch, partial(allocate, batch[-1].pieces[-1].storage + 1))
-
-
-def _io(options: LoadOptions, check: Check | None) -> str:
-    """Mapped bytes go past this process, so they could not be checked."""
-    return "auto" if check is not None and options.io == "mapped" else options.io
 
 
 def _move_through_torch(
