@@ -112,6 +112,7 @@ def test_a_forked_process_reads_without_its_parent_s_threads(fd, data, memory, t
     code = """
 import ctypes, os, signal, sys
 from wan_loader import aio
+from wan_loader import aio
 from wan_loader.aio import Request, wait_any
 memory = ctypes.create_string_buffer(1000)
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -175,6 +176,25 @@ def _fails(request):
         return request.running and request.result() is not None
     except OSError:
         return True
+
+
+def test_where_no_thread_may_be_made_reads_are_carried_out_at_once(fd, data, memory, monkeypatch):
+    class Refusing:
+        def aio_read(self, block):
+            ctypes.set_errno(errno.EAGAIN)
+            return -1
+
+    monkeypatch.setattr(aio, "_library", lambda kind: Refusing())
+    address, view = memory
+    requests = [Request(), Request()]
+    requests[0].start(fd, address, 1000, 5)
+    requests[1].start(fd, address, -1 & 0xFFFF, 1 << 40)
+    wait_any(requests, 60)
+    requests[0].cancel()
+    assert requests[0].running
+    assert [request.result() for request in requests] == [1000, 0]
+    assert not any(request.running for request in requests)
+    assert view[:1000] == data[5:1005]
 
 
 READY = """

@@ -5,7 +5,7 @@ on some machines takes longer than the reads. glibc runs the reads of one descri
 different descriptors side by side, in up to 20 threads, which end when they have been idle for a second.
 
 A process that was forked has none of its parent's threads, which the library does not notice: reads would wait for
-ever. There, after any read of the parent, a read is carried out when it is started.
+ever. There, after any read of the parent, and where no thread may be made, a read is carried out when it is started.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ class Request:
         self.running = False
 
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
-        """Begin to read `nbytes` of a file at `offset` into memory at `address`. OSError if it cannot be queued."""
+        """Begin to read `nbytes` of a file at `offset` into memory at `address`. OSError if it cannot be queued.
+
+        Where the library has no threads and may not make any, the read is carried out now.
+        """
         global _used
         if _orphaned:
             self._outcome, self.running = _read(fd, address, nbytes, offset), True
@@ -101,13 +104,16 @@ class Request:
         block.aio_fildes, block.aio_buf, block.aio_nbytes, block.aio_offset = fd, address, nbytes, offset
         self.running = True  # first: Ctrl-C may come right after the call
         if _library(ctypes.PyDLL).aio_read(self._address):
-            self.running = False
             code = ctypes.get_errno()
+            if code == errno.EAGAIN:
+                self._outcome = _read(fd, address, nbytes, offset)
+                return
+            self.running = False
             raise OSError(code, os.strerror(code))
 
     def result(self) -> int | None:
         """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
-        if _orphaned:
+        if self._outcome is not None:
             outcome, self._outcome, self.running = self._outcome, None, False
             if isinstance(outcome, OSError):
                 raise outcome
@@ -124,7 +130,7 @@ class Request:
 
     def cancel(self) -> None:
         """Take the read back if it has not begun; `result` is to be asked all the same."""
-        if not _orphaned:
+        if self._outcome is None:
             _library(ctypes.PyDLL).aio_cancel(self._block.aio_fildes, self._address)
 
 
@@ -137,7 +143,7 @@ def _read(fd: int, address: int, nbytes: int, offset: int) -> int | OSError:
 
 def wait_any(requests: Collection[Request], timeout_s: float) -> None:
     """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""
-    if _orphaned:
+    if any(request._outcome is not None for request in requests):
         return
     addresses = (ctypes.c_void_p * len(requests))(*(request._address for request in requests))
     timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
