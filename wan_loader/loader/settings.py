@@ -42,7 +42,7 @@ class _Staging(NamedTuple):
     slot_bytes: int
 
 
-#: Virtual and network disks give more, the more is asked for at once.
+#: Some disks give more, the more is asked for at once.
 _DISK = _Staging(12, 2, 16 * MiB)
 #: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
 _CACHED = _Staging(10, 2, 4 * MiB)

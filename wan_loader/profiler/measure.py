@@ -36,7 +36,7 @@ __all__ = [
 
 _PIECE = 4 << 20
 _THREADS = 8
-#: Disks give more, the more is asked for at once: larger pieces where the files have enough of them.
+#: Some disks give more, the more is asked for at once: larger pieces where the files have enough of them.
 _DISK_PIECE = 16 << 20
 _DISK_THREADS = 16
 _SECONDS = 1.5
