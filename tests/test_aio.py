@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -242,6 +243,16 @@ def test_few_descriptors_are_left_alone():
     _, room, same = done.stdout.split()
     assert int(room) < 1024
     assert same == "True"
+
+
+def test_loads_that_follow_each_other_get_ready_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(aio.threading, "Thread", lambda **how: SimpleNamespace(start=lambda: started.append(how)))
+    monkeypatch.setattr(aio, "_ready_at", -1e9)
+    for now in (100.0, 100.1, 100.4, 101.0):
+        monkeypatch.setattr(aio, "monotonic", lambda now=now: now)
+        aio.get_ready(3)
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_NOFILE", "RLIMIT_NPROC"])

@@ -18,6 +18,7 @@ import resource
 import threading
 from contextlib import ExitStack, suppress
 from functools import cache
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ _ROOM = 1024
 #: What keeps a thread busy while the others are made: half a millisecond of random numbers.
 _BUSY_BYTES = 256 << 10
 
+#: How long threads that were made are there for certain: the library ends them after an idle second.
+_READY_S = 0.5
+
 _used = False
 _orphaned = False
+_ready_at = -_READY_S
 
 
 def _after_fork() -> None:
@@ -153,10 +158,15 @@ def wait_any(requests: Collection[Request], timeout_s: float) -> None:
 def get_ready(n_reads: int) -> None:
     """Do beforehand, in a thread of its own, what would hold up `n_reads` reads side by side. Returns at once.
 
+    Nothing is done again within half a second.
+
     In a process that has threads, a table of descriptors that must grow waits for every processor (RCU): 7 to 28 ms,
     at the first reads or in the middle of a load. Making a thread while others fault memory in takes 1 to 2 ms.
     """
-    if not _orphaned:
+    global _ready_at
+    now = monotonic()
+    if not _orphaned and now - _ready_at >= _READY_S:
+        _ready_at = now
         with suppress(RuntimeError):  # no further thread is allowed here: reads then take what they take
             threading.Thread(target=_get_ready, args=(n_reads,), name="get ready", daemon=True).start()
 
