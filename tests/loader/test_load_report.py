@@ -229,10 +229,10 @@ def test_what_a_load_made_is_not_looked_at_by_the_next_collection(tmp_path):
     assert len(loaded.tensors) == 2000
 
 
-@pytest.mark.parametrize(("busy_from", "expected"), [(0, [11]), (2, [1, 1, 9]), (99, [1] * 11)])
-def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(tmp_path, monkeypatch, busy_from, expected):
-    """With each portion, copies would wait anew for what is queued there."""
-    asked, sizes, plain = itertools.count(), [], load.carry_out
+@pytest.fixture
+def portion_sizes(monkeypatch):
+    """How many blocks each portion of a load has; one at a time is the rule here."""
+    sizes, plain = [], load.carry_out
 
     def carry_out(portions, *rest):
         def counted():
@@ -243,12 +243,29 @@ def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(tmp_path, mo
         return plain(counted(), *rest)
 
     monkeypatch.setattr(load, "carry_out", carry_out)
-    monkeypatch.setattr(load, "is_busy", lambda device: next(asked) >= busy_from)
     monkeypatch.setattr(course, "block_bytes", lambda *_: 64 << 10)
     monkeypatch.setattr(course, "_PORTION_BLOCKS", 1)
+    return sizes
+
+
+@pytest.mark.parametrize(("busy_from", "expected"), [(0, [11]), (2, [1, 1, 9]), (99, [1] * 11)])
+def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(
+    tmp_path, monkeypatch, portion_sizes, busy_from, expected
+):
+    """With each portion, copies would wait anew for what is queued there."""
+    asked = itertools.count()
+    monkeypatch.setattr(load, "is_busy", lambda device: next(asked) >= busy_from)
     tensors = weights(7)  # 700 kB
     same_dicts(wan_loader.load_file(write("safetensors", tmp_path, tensors), io="buffered"), tensors)
-    assert sizes == expected
+    assert portion_sizes == expected
+
+
+def test_a_cold_load_takes_all_its_room_at_once(tmp_path, monkeypatch, portion_sizes):
+    """It takes long, and others could take the room meanwhile."""
+    monkeypatch.setattr(course.Residency, "total", lambda *_: 0)
+    tensors = weights(7)
+    same_dicts(wan_loader.load_file(write("safetensors", tmp_path, tensors), io="buffered"), tensors)
+    assert portion_sizes == [11]
 
 
 def test_a_device_is_busy_while_its_stream_is(monkeypatch):
