@@ -42,6 +42,8 @@ class _Lane:
     def __init__(self, name: str, refusals: list[str]) -> None:
         self.name = name
         self.ended_ns = 0
+        self.reading: deque[Desk] = deque()
+        """Under way. Those of one file end in this order, so it is enough to look at the first."""
         self._refusals = refusals
         self._open: dict[int, _Descriptor] = {}
 
@@ -97,13 +99,13 @@ class Lanes:
         self._lanes = [_Lane(f"reader {i}", reader.refusals) for i in range(n_lanes)]
         self._desks = [Desk(slot, self._lanes[i % n_lanes]) for i, slot in enumerate(staging.slots)]
         self._free = deque(self._desks)
-        self._reading: list[Desk] = []
+        self._n_reading = 0
         self._done: deque[Desk] = deque()
 
     @property
     def n_reading(self) -> int:
         """Reads under way, or not yet asked for."""
-        return len(self._reading) + len(self._done)
+        return self._n_reading + len(self._done)
 
     @property
     def has_free(self) -> bool:
@@ -115,7 +117,8 @@ class Lanes:
         desk = self._free.popleft()
         desk.read = BlockRead(self._reader, block)
         desk.started_ns = clock_ns()
-        self._reading.append(desk)
+        desk.lane.reading.append(desk)
+        self._n_reading += 1
         self._ask(desk, desk.read)
 
     def give_back(self, desk: Desk) -> None:
@@ -125,18 +128,18 @@ class Lanes:
     def finished(self, timeout_s: float) -> Iterator[Desk]:
         """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
         self.look()
-        if not self._done and self._reading:
-            wait_any([desk.request for desk in self._reading], timeout_s)
+        if not self._done and self._n_reading:
+            wait_any([lane.reading[0].request for lane in self._lanes if lane.reading], timeout_s)
             self.look()
         while self._done:
             yield self._done.popleft()
 
     def look(self) -> None:
         """Take note of reads that have ended: as soon as possible, since their spans end now."""
-        done = [desk for desk in self._reading if self._is_done(desk)]
-        if done:
-            self._reading = [desk for desk in self._reading if desk not in done]
-            self._done.extend(done)
+        for lane in self._lanes:
+            while lane.reading and self._is_done(lane.reading[0]):
+                self._done.append(lane.reading.popleft())
+                self._n_reading -= 1
 
     def _is_done(self, desk: Desk) -> bool:
         assert desk.read is not None
