@@ -18,7 +18,7 @@ from wan_loader.loader.binding import bind, match, module_slots
 from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.loader.placement import lay_out, plan_storages
 from wan_loader.loader.route import choose_way
-from wan_loader.loader.settings import SLOT_BYTES, block_bytes
+from wan_loader.loader.settings import MIN_BLOCK_BYTES, block_bytes
 from wan_loader.plan import Piece, make_plan
 from wan_loader.source.reader import Reader
 from wan_loader.source.residency import Residency
@@ -86,7 +86,7 @@ def test_residency_probe(benchmark, checkpoint):
 
 def test_staging_ring(benchmark, mb):
     """Making the ring, touching its slots once, giving it back."""
-    slot_bytes, n_slots = min(SLOT_BYTES, mb * 10**6 // 4096 * 4096), 3
+    slot_bytes, n_slots = min(MIN_BLOCK_BYTES, mb * 10**6 // 4096 * 4096), 3
 
     def run():
         staging = Staging(slot_bytes, n_slots)

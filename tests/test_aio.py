@@ -112,8 +112,6 @@ def test_memory_that_is_not_there(fd):
 def test_a_forked_process_reads_without_its_parent_s_threads(fd, data, memory, tmp_path, depth):
     code = """
 import ctypes, os, signal, sys
-from wan_loader import aio
-from wan_loader import aio
 from wan_loader.aio import Request, wait_any
 memory = ctypes.create_string_buffer(1000)
 fd = os.open(sys.argv[1], os.O_RDONLY)

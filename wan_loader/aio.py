@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["Request", "get_ready", "wait_any"]
+__all__ = ["Request", "get_ready", "wait_all", "wait_any"]
 
 _SIGEV_NONE = 1  # bits/sigevent-consts.h
 
@@ -155,6 +155,15 @@ def wait_any(requests: Collection[Request], timeout_s: float) -> None:
     _library(ctypes.CDLL).aio_suspend(addresses, len(requests), ctypes.byref(timeout))
 
 
+def wait_all(requests: Collection[Request]) -> None:
+    """Return when none of the `requests` is running any more, whatever came of them."""
+    while running := [request for request in requests if request.running]:
+        wait_any(running, 1.0)
+        for request in running:
+            with suppress(OSError):
+                request.result()
+
+
 def get_ready(n_reads: int) -> None:
     """Do beforehand, in a thread of its own, what would hold up `n_reads` reads side by side. Returns at once.
 
@@ -185,14 +194,6 @@ def _get_ready(n_reads: int) -> None:
         for _ in requests:
             own.append(os.dup(source))
             stack.callback(os.close, own[-1])
-        stack.callback(_wait_all, requests)  # before any of them is closed: its number may be another file's by then
+        stack.callback(wait_all, requests)  # before any of them is closed: its number may be another file's by then
         for request, fd in zip(requests, own, strict=True):
             request.start(fd, address, len(memory), 0)
-
-
-def _wait_all(requests: Collection[Request]) -> None:
-    while running := [request for request in requests if request.running]:
-        wait_any(running, 1.0)
-        for request in running:
-            with suppress(OSError):
-                request.result()

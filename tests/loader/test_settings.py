@@ -7,7 +7,7 @@ from wan_loader.loader.route import choose_way
 from wan_loader.loader.settings import (
     MAX_LANES,
     MAX_STAGING_BYTES,
-    SLOT_BYTES,
+    MIN_BLOCK_BYTES,
     block_bytes,
     engine_settings,
     prefers_mapping,
@@ -109,6 +109,6 @@ def test_too_little_memory_is_said():
 def test_blocks_grow_with_the_load():
     sizes = [block_bytes(nbytes) for nbytes in (1, 100 * MiB, 2 * GiB, 100 * GiB)]
     assert sizes == sorted(sizes)
-    assert sizes[0] == SLOT_BYTES
-    assert all(size % SLOT_BYTES == 0 for size in sizes)
+    assert sizes[0] == MIN_BLOCK_BYTES
+    assert all(size % MIN_BLOCK_BYTES == 0 for size in sizes)
     assert block_bytes(1, 16 * MiB) == 16 * MiB

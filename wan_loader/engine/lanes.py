@@ -9,11 +9,10 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wan_loader.aio import Request, wait_any
+from wan_loader.aio import Request, wait_all, wait_any
 from wan_loader.events import Span, clock_ns
 from wan_loader.source.reader import BlockRead
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from wan_loader.staging import Slot, Staging
 
 __all__ = ["Desk", "Lanes"]
-
-_PATIENCE_S = 0.1
 
 
 @dataclass(slots=True)
@@ -184,10 +181,6 @@ class Lanes:
         for desk in self._desks:
             if desk.request.running:
                 desk.request.cancel()
-        while running := [desk.request for desk in self._desks if desk.request.running]:
-            wait_any(running, _PATIENCE_S)
-            for request in running:
-                with suppress(OSError):
-                    request.result()
+        wait_all([desk.request for desk in self._desks])
         for lane in self._lanes:
             lane.close()

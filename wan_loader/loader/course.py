@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.loader.placement import check_memory, lay_out
 from wan_loader.loader.route import choose_way, is_uniform
-from wan_loader.loader.settings import SLOT_BYTES, block_bytes, engine_settings, prefers_mapping
+from wan_loader.loader.settings import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
 from wan_loader.machine import memory_limit, processors
 from wan_loader.plan import MAX_GAP, PAGE, plan_blocks
 from wan_loader.source.residency import Residency
@@ -67,7 +67,7 @@ def decide(
     way = choose_way(io, may_map=may_map, reader=reader, residency=residency)
     gap = MAX_GAP if team is None else PAGE  # what lies between a process's own bytes, others read
     unit = check.block_bytes if check is not None else None
-    size = block_bytes(nbytes, unit or SLOT_BYTES)
+    size = block_bytes(nbytes, unit or MIN_BLOCK_BYTES)
     blocks = plan_blocks(layout.extents, block_bytes=size, way=way, max_gap=gap)
     if is_uniform(io, resident, nbytes):
         ways = {way(e.file, e.start, e.end) for e in _firsts(layout.extents)}

@@ -16,7 +16,7 @@ __all__ = [
     "MAX_LANES",
     "MAX_STAGING_BYTES",
     "MAX_THREADS",
-    "SLOT_BYTES",
+    "MIN_BLOCK_BYTES",
     "block_bytes",
     "check_io",
     "check_threads",
@@ -29,7 +29,7 @@ MiB = 1 << 20
 MAX_THREADS = 64
 MAX_STAGING_BYTES = 512 * MiB
 #: Blocks are the unit of residency and of registration: these for small loads ...
-SLOT_BYTES = 8 * MiB
+MIN_BLOCK_BYTES = 8 * MiB
 #: ... and these at most. Larger ones register no faster.
 MAX_BLOCK_BYTES = 32 * MiB
 
@@ -51,7 +51,7 @@ _CASTS = _Staging(10, 2, 8 * MiB)
 _BESIDE_WINDOWS = _Staging(8, 3, 8 * MiB)
 #: On the CPU: conversions share their work among cores, and less than this is not worth it.
 _CPU = _Staging(8, 3, 16 * MiB)
-MAX_LANES = 12
+MAX_LANES = max(staging.lanes for staging in (_DISK, _CACHED, _CASTS, _BESIDE_WINDOWS, _CPU))
 
 #: So many processors keep the link busy without mapping.
 _STAGING_PROCESSORS = 8
@@ -59,7 +59,7 @@ _STAGING_PROCESSORS = 8
 _LANES_MAPPED = 1
 
 
-def block_bytes(nbytes: int, at_least: int = SLOT_BYTES) -> int:
+def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
     """Size of the plan's blocks for a load of `nbytes`: small loads get smaller ones, so that stages overlap."""
     size = at_least
     while size < MAX_BLOCK_BYTES and size * 64 < nbytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wan_loader.loader.settings import SLOT_BYTES
+from wan_loader.loader.settings import MIN_BLOCK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -88,9 +88,9 @@ def parts_of(checkpoints: Iterable[Checkpoint], dtype: str | None) -> list[Part]
                 current = 0
             cast = here
             while left:
-                step = min(left, SLOT_BYTES - current)
+                step = min(left, MIN_BLOCK_BYTES - current)
                 current, left = current + step, left - step
-                if current == SLOT_BYTES:
+                if current == MIN_BLOCK_BYTES:
                     parts.append(Part(current, cast))
                     current = 0
         if current:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.plan import Piece
     from wan_loader.transfer.base import Destination
 
-__all__ = ["CudaTarget"]
+__all__ = ["CudaTarget", "join_copies"]
 
 
 def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -39,7 +39,7 @@ def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield row
 
 
-def joined(
+def join_copies(
     copies: Iterable[tuple[int, int, int]], allocation: Callable[[int], tuple[int, int]]
 ) -> Iterator[tuple[int, int, int]]:
     """Copies (destination, source, nbytes) that follow each other on both sides, as one each.
@@ -191,7 +191,7 @@ class _Line:
             (plain if to[piece.storage].source_dtype is None else converted).append(piece)
         offset = address - file_start
         copies = ((to[p.storage].address + p.storage_start, offset + p.file_start, p.nbytes) for p in plain)
-        driver.copy_to_device(joined(copies, self._allocation), self.handle)
+        driver.copy_to_device(join_copies(copies, self._allocation), self.handle)
         if converted:
             with self._torch.cuda.stream(self._stream):
                 for row in _neighbours(converted):

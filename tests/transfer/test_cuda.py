@@ -5,34 +5,34 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wan_loader.transfer.cuda import joined
+from wan_loader.transfer.cuda import join_copies
 
 EVERYWHERE = (0, 1 << 40)
 
 
 def test_neighbours_on_both_sides_become_one():
     copies = [(100, 7, 10), (110, 17, 5), (115, 22, 1)]
-    assert list(joined(copies, lambda address: EVERYWHERE)) == [(100, 7, 16)]
+    assert list(join_copies(copies, lambda address: EVERYWHERE)) == [(100, 7, 16)]
 
 
 def test_neighbours_on_one_side_do_not():
     for copies in ([(100, 7, 10), (110, 18, 5)], [(100, 7, 10), (112, 17, 5)], [(100, 7, 10), (90, 17, 10)]):
-        assert list(joined(copies, lambda address: EVERYWHERE)) == copies
+        assert list(join_copies(copies, lambda address: EVERYWHERE)) == copies
 
 
 def test_nothing_goes_beyond_its_allocation():
     copies = [(90, 0, 10), (100, 10, 10), (110, 20, 10)]
     ends = {90: (0, 100), 100: (100, 200)}
-    assert list(joined(copies, ends.__getitem__)) == [(90, 0, 10), (100, 10, 20)]
+    assert list(join_copies(copies, ends.__getitem__)) == [(90, 0, 10), (100, 10, 20)]
 
 
 def test_where_the_driver_cannot_say_every_copy_stays_alone():
     copies = [(90, 0, 10), (100, 10, 10)]
-    assert list(joined(copies, lambda address: (address, address))) == copies
+    assert list(join_copies(copies, lambda address: (address, address))) == copies
 
 
 def test_nothing():
-    assert list(joined([], lambda address: EVERYWHERE)) == []
+    assert list(join_copies([], lambda address: EVERYWHERE)) == []
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(0, 2)), max_size=30), st.integers(1, 40))
@@ -44,7 +44,7 @@ def test_every_byte_comes_from_where_it_came(sizes, room):
         nbytes = min(nbytes, room - to % room)  # a tensor lies in one allocation
         copies.append((to, source, nbytes))
         to, source = to + nbytes, source + nbytes
-    made = list(joined(copies, lambda address: (address // room * room, address // room * room + room)))
+    made = list(join_copies(copies, lambda address: (address // room * room, address // room * room + room)))
     bytewise = [(t + i, s + i) for t, s, n in copies for i in range(n)]
     assert [(t + i, s + i) for t, s, n in made for i in range(n)] == bytewise
     assert all(t // room == (t + n - 1) // room for t, _, n in made)
