@@ -18,6 +18,7 @@ from wan_loader.aio import Request
 from wan_loader.engine import EngineSettings, Portion, carry_out, lanes
 from wan_loader.engine.activity import loading
 from wan_loader.errors import CheckpointError, DeviceError
+from wan_loader.events import Recorder
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan import PAGE, Extent, Way, make_plan
 from wan_loader.source.reader import Reader
@@ -152,6 +153,8 @@ def load(path):
         threads=4,
         n_slots=6,
         may_steal=False,
+        maps_here=False,
+        faults_in=True,
         block_bytes=4 * SLOT,
         each=100,
         observer=None,
@@ -161,7 +164,14 @@ def load(path):
         extents = [Extent(i, 0, a, b) for i, (a, b) in enumerate(itertools.pairwise(borders))]
         target = FakeDevice([e.end - e.start for e in extents], **device)
         devices.append(target)
-        settings = EngineSettings(threads=threads, slot_bytes=SLOT, n_slots=n_slots, may_steal=may_steal)
+        settings = EngineSettings(
+            threads=threads,
+            slot_bytes=SLOT,
+            n_slots=n_slots,
+            may_steal=may_steal,
+            maps_here=maps_here,
+            faults_in=faults_in,
+        )
         choose = way if callable(way) and not isinstance(way, Way) else lambda *_: way
         with Reader([stat_file(str(path))]) as reader:
             if not reader.open_direct(0):
@@ -323,6 +333,28 @@ def test_stealing(load, path):
     check(result, path)
 
 
+@pytest.mark.parametrize("each", [1, 3, 100])
+@pytest.mark.parametrize("faults_in", [True, False])
+def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
+    seen = Recorder()
+    result = load(Way.MAPPED, block_bytes=SLOT, each=each, maps_here=True, faults_in=faults_in, observer=seen)
+    assert result.target.threads == {threading.get_ident()}
+    assert result.carried.nbytes[Way.BUFFERED] == result.carried.staging_nbytes == 0
+    assert ("read" in {span.name for span in seen.spans}) == faults_in
+    check(result, path)
+
+
+def test_mapping_alone_begins_before_the_last_portion_is_made(load, path):
+    pins = []
+
+    def allocate(count):
+        pins.append(load.devices[-1].n_pins)
+        return range(count)
+
+    check(load(Way.MAPPED, block_bytes=SLOT, each=4, maps_here=True, allocate=allocate), path)
+    assert pins == [0, 4, 8, 12, 16, 20][: len(pins)]
+
+
 def test_without_stealing_everything_stays_mapped(load, path):
     result = load(Way.MAPPED, pin_s=0.005, block_bytes=SLOT)
     assert result.carried.nbytes[Way.BUFFERED] == 0
@@ -330,13 +362,13 @@ def test_without_stealing_everything_stays_mapped(load, path):
     check(result, path)
 
 
-@pytest.mark.parametrize("may_steal", [True, False])
+@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True}, {"maps_here": True, "each": 2}])
 @pytest.mark.parametrize("refused_from", [1, 2, 5])
-def test_refused_windows_go_through_staging(load, path, refused_from, may_steal):
+def test_refused_windows_go_through_staging(load, path, refused_from, how):
     windows = iter(range(1, 1000))
     result = load(
         Way.MAPPED,
-        may_steal=may_steal,
+        **how,
         block_bytes=SLOT,
         refuse=lambda n, read_only: read_only and next(windows) >= refused_from,
     )

@@ -87,9 +87,22 @@ def test_no_load_reads_more_at_once_than_is_got_ready():
 
 def test_only_mapped_windows_are_stolen_and_only_for_the_gpu():
     assert settings(Way.MAPPED).may_steal
-    assert settings(Way.MAPPED, io="mapped").threads == 1
     assert not settings(Way.MAPPED, cuda=False).may_steal
     assert not settings(Way.MAPPED, Way.DIRECT).may_steal
+
+
+def test_mapping_that_was_asked_for_is_alone():
+    assert settings(Way.MAPPED, io="mapped").maps_here
+    assert not settings(Way.MAPPED, io="mapped").may_steal
+    assert not settings(Way.MAPPED).maps_here
+    assert not settings(Way.MAPPED, Way.DIRECT, io="mapped").maps_here, "staging must not wait for it"
+    assert settings(Way.MAPPED, io="mapped").threads == 8, "for what cannot be mapped"
+
+
+def test_the_driver_faults_in_what_is_there():
+    assert not settings(Way.MAPPED, resident=True).faults_in
+    assert settings(Way.MAPPED).faults_in, "a disk must bring some"
+    assert settings(Way.MAPPED, resident=True, cuda=False).faults_in, "a page that cannot be read must be no signal"
 
 
 @pytest.mark.parametrize("memory", [128 * MiB, 300 * MiB, 64 * GiB])

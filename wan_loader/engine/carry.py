@@ -5,7 +5,7 @@ and submits the copy of each slot as it fills. The plan comes in portions, whose
 the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
 it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
 further thread makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything
-is done.
+is done. Where only windows are wanted, to spare the processors, the calling thread maps them alone.
 
 The first failure ends both and is raised.
 """
@@ -69,6 +69,12 @@ class EngineSettings:
     n_slots: int
     may_steal: bool = False
     """Whether staging takes mapped windows too."""
+    maps_here: bool = False
+    """Whether the calling thread maps windows itself, portion by portion: where there is nothing else to do."""
+    faults_in: bool = True
+    """Whether pages of windows are faulted in before they are registered. The driver does so itself, at less expense,
+    but under a lock: not for pages that a disk must bring. Those that the processor copies are always faulted in: one
+    that cannot be read is an error then, not a signal."""
 
 
 @dataclass(slots=True)
@@ -163,7 +169,7 @@ class _Load:
             self._target.bind(portion.allocate())
 
     def _draw(self) -> None:
-        """The next portion; after the last one, mapping begins.
+        """The next portion; after the last one, mapping begins in a thread of its own.
 
         Not earlier: beside another Python thread, allocation would wait for the interpreter at every tensor.
         """
@@ -182,6 +188,9 @@ class _Load:
         while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging():
             if self._is_staging():
                 self._stage_all(self._lanes or self._open_lanes())
+            elif self._settings.maps_here and self._work.has_windows:
+                self._line = self._line or self._target.line()
+                self._map_all(self._line)
             elif not self._all_drawn:
                 self._draw()
             else:
@@ -280,21 +289,20 @@ class _Load:
             slot.pinned = True
             self._carried.pinned_nbytes += len(slot.view)
 
-    # windows: the mapper thread
+    # windows: the mapper thread, or the calling one where there is nothing else to do
 
     def _map_guarded(self) -> None:
         try:
-            self._map_all()
+            self._map_all(self._target.line())
         except BaseException as failure:
             self._failure = failure
             self._work.cancel()
         finally:
             self._mapper_ended.set()
 
-    def _map_all(self) -> None:
-        line = self._target.line()
+    def _map_all(self, line: Line) -> None:
         while (block := self._work.next_window()) is not None:
-            if not self._map_window(line, block, self._fault_in(block)):
+            if not self._map_window(line, block, self._map_file(block)):
                 self._work.map_nothing(block)
 
     def _map_window(self, line: Line, block: Block, address: int) -> bool:
@@ -305,14 +313,16 @@ class _Load:
         self._carried.nbytes[Way.MAPPED] += block.nbytes
         return True
 
-    def _fault_in(self, block: Block) -> int:
+    def _map_file(self, block: Block) -> int:
         """Map a block's pages; returns the address of the first."""
         start, nbytes = block.page_start, block.page_end - block.page_start
-        with span(self._observer, "read", block.nbytes):
+        faults_in = self._settings.faults_in
+        with span(self._observer if faults_in else None, "read", block.nbytes):
             try:
                 address = map_file(self._reader.fds[block.file], start, nbytes)
                 self._carried.cleanups.append(partial(unmap, address, nbytes))
-                populate(address, nbytes)
+                if faults_in:
+                    populate(address, nbytes)
             except OSError as error:
                 raise self._reader.failed(block.file, start, nbytes, error) from error
         return address

@@ -87,6 +87,7 @@ def decide(
         slot_bytes=unit,
         converts=any(plan.converts for plan in layout.copied),
         cold=cold,
+        resident=resident >= nbytes,
     )
     # a cold load takes long, and others could take the room meanwhile
     return Course(io, layout, blocks, settings, resident, None if cold else _PORTION_BLOCKS)

@@ -55,8 +55,6 @@ MAX_LANES = max(staging.lanes for staging in (_DISK, _CACHED, _CASTS, _BESIDE_WI
 
 #: So many processors keep the link busy without mapping.
 _STAGING_PROCESSORS = 8
-#: Beside the mapped way, where that was asked for: the most speed for its CPU time.
-_LANES_MAPPED = 1
 
 
 def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
@@ -101,6 +99,7 @@ def engine_settings(
     slot_bytes: int | None = None,
     converts: bool = False,
     cold: bool = False,
+    resident: bool = False,
 ) -> EngineSettings:
     """Settings for one load whose blocks travel on these `ways`.
 
@@ -112,12 +111,14 @@ def engine_settings(
     slot_bytes: where the size of what is read at once is given; None chooses.
     converts: whether bytes are converted on the way.
     cold: whether most of the bytes must come from storage, whatever the way.
+    resident: whether none of them must.
     """
     mapped_only = ways <= {Way.MAPPED}
     staging = _staging(ways, cuda=cuda, converts=converts, cold=cold)
     slot_bytes = slot_bytes or min(staging.slot_bytes, block_bytes)
     share = max(1, min(staging.lanes, max(staging.lanes, processors // 2) // sharers))
-    lanes = threads or (_lanes_beside(io, processors // sharers) if mapped_only else share)
+    steals = cuda and mapped_only and io != "mapped"
+    lanes = threads or (_lanes_beside(processors // sharers) if steals else share)
     affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (slot_bytes + PAGE)
     if affordable < 1:
         raise HostMemoryError(
@@ -126,7 +127,12 @@ def engine_settings(
         )
     n_slots = min(lanes * staging.slots, max(1, affordable // sharers))
     return EngineSettings(
-        threads=min(lanes, n_slots), slot_bytes=slot_bytes, n_slots=n_slots, may_steal=cuda and mapped_only
+        threads=min(lanes, n_slots),
+        slot_bytes=slot_bytes,
+        n_slots=n_slots,
+        may_steal=steals,
+        maps_here=mapped_only and not steals,
+        faults_in=not (cuda and resident),
     )
 
 
@@ -140,6 +146,6 @@ def _staging(ways: Set[Way], *, cuda: bool, converts: bool, cold: bool) -> _Stag
     return _CASTS if converts else _CACHED
 
 
-def _lanes_beside(io: str, processors: int) -> int:
+def _lanes_beside(processors: int) -> int:
     """Beside the mapped way."""
-    return _LANES_MAPPED if io == "mapped" else min(_BESIDE_WINDOWS.lanes, max(1, processors // 2))
+    return min(_BESIDE_WINDOWS.lanes, max(1, processors // 2))
