@@ -15,6 +15,7 @@ __all__ = ["cached_bytes", "forget", "map_file", "populate", "prefer_huge_pages"
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
+_MADV_POPULATE_WRITE = 23
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _SYS_CACHESTAT = 451  # the same number on every architecture, since 6.5
 
@@ -65,13 +66,15 @@ def unmap(address: int, nbytes: int) -> bool:
     return True
 
 
-def populate(address: int, nbytes: int) -> None:
-    """Fault in a mapping for reading. A page that cannot be read is an OSError here, not a SIGBUS later.
+def populate(address: int, nbytes: int, *, write: bool = False) -> None:
+    """Fault in a mapping for reading, or anonymous memory for writing.
 
-    Kernels before 5.14 do not know the call: there it does nothing.
+    A page that cannot be read is an OSError here, not a SIGBUS later. Kernels before 5.14 do not know the call: nothing
+    happens there.
     """
+    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
     try:
-        _check(_libc.madvise(address, nbytes, _MADV_POPULATE_READ), "madvise(MADV_POPULATE_READ)")
+        _check(_libc.madvise(address, nbytes, advice), "madvise(MADV_POPULATE)")
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

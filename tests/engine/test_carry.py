@@ -191,12 +191,12 @@ def load(path):
 
 
 def check(result, path):
-    """Every byte arrived, once; two threads at most told the target; everything was unpinned."""
+    """Every byte arrived, once; three threads at most told the target; everything was unpinned."""
     data = path.read_bytes()
     for extent, memory, arrived in zip(result.extents, result.target.memory, result.target.arrived, strict=True):
         assert bytes(memory) == data[extent.start : extent.end]
         assert set(arrived) == {1}
-    assert len(result.target.threads) <= 2
+    assert len(result.target.threads) <= 3
     assert sum(result.carried.nbytes.values()) == result.plan.blocks[-1].end - result.plan.blocks[0].start
     result.carried.release()
     assert result.target.pinned == {}
@@ -205,7 +205,7 @@ def check(result, path):
 
 
 def engine_threads():
-    return {t.name for t in threading.enumerate() if t.name.startswith("mapper")}
+    return {t.name for t in threading.enumerate() if t.name in ("mapper", "pinning")}
 
 
 def mappings_of(path):
@@ -378,12 +378,41 @@ def test_refused_windows_go_through_staging(load, path, refused_from, how):
     check(result, path)
 
 
-def test_unpinnable_staging_still_works(load, path):
-    result = load(Way.BUFFERED, refuse=lambda n, read_only: n > 2)
-    assert result.carried.pinned_nbytes == 2 * (SLOT + PAGE)
-    assert [r for r in result.carried.refusals if "not pinned" in r]
-    assert result.target.n_pins == 3
+@pytest.mark.parametrize(("refused_from", "pinned"), [(1, 0), (2, 4), (3, 8), (4, 10)])
+def test_unpinnable_staging_still_works(load, path, refused_from, pinned):
+    result = load(Way.BUFFERED, threads=4, n_slots=10, refuse=lambda n, read_only: n >= refused_from)
+    assert result.carried.pinned_nbytes == pinned * (SLOT + PAGE)
+    assert len([r for r in result.carried.refusals if "not pinned" in r]) == (refused_from < 4)
+    assert result.target.n_pins == min(refused_from, 3)
     check(result, path)
+
+
+def test_slots_that_were_not_used_at_first_are_pinned_when_they_are(load, path):
+    result = load(Way.BUFFERED, threads=2, n_slots=8, each=3, block_bytes=SLOT, delay_s=0.002)
+    assert result.target.n_pins > 2
+    assert result.carried.pinned_nbytes == sum(result.target.pinned.values()) <= 8 * (SLOT + PAGE)
+    check(result, path)
+
+
+@pytest.mark.usefixtures("clean")
+def test_pinning_that_fails_ends_the_load(load):
+    def refuse(n, read_only):
+        raise DeviceError("boom")
+
+    error = fails_within_a_second(DeviceError, lambda: load(Way.BUFFERED, refuse=refuse))
+    assert error.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_load_that_fails_waits_for_pinning(load):
+    """Else its memory were given back while the driver registers it."""
+
+    def allocate(count):
+        raise DeviceError("boom")
+
+    error = fails_within_a_second(DeviceError, lambda: load(Way.BUFFERED, allocate=allocate, pin_s=0.2))
+    assert error.target.n_pins
+    assert error.target.pinned == {}
 
 
 def test_staging_is_bounded(load, path):

@@ -180,7 +180,7 @@ def test_pinning_refused_is_reported(tmp_path, monkeypatch, mode):
     tensors = weights(3)
     path = write("safetensors", tmp_path, tensors)
 
-    def refusing(address, nbytes, *, read_only):
+    def refusing(address, nbytes, context, *, read_only):
         raise PinError("out of luck")
 
     monkeypatch.setattr("wan_loader.transfer.driver.register", refusing)

@@ -15,8 +15,8 @@ def registered(monkeypatch):
     addresses = set()
     register, unregister = driver.register, driver.unregister
 
-    def registering(address, nbytes, *, read_only):
-        register(address, nbytes, read_only=read_only)
+    def registering(address, nbytes, context, *, read_only):
+        register(address, nbytes, context, read_only=read_only)
         addresses.add(address)
 
     def unregistering(address, context):

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.engine.activity import wait_until_idle
 from wan_loader.engine.lanes import Desk, Lanes
+from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.work import Work
 from wan_loader.events import span
 from wan_loader.linux import forget, map_file, populate, unmap
 from wan_loader.plan import Way
-from wan_loader.staging import Slot, Staging
+from wan_loader.staging import Staging
 from wan_loader.transfer.base import PinError
 from wan_loader.workers import in_background
 
@@ -145,7 +146,7 @@ class _Load:
         self._line: Line | None = None
         self._copying: deque[tuple[Ticket, Desk]] = deque()
         self._carried = Carried()
-        self._pin_slots = target.can_pin
+        self._pinning = Pinning(target, self._carried, observer)
 
     def run(self) -> Carried:
         try:
@@ -165,7 +166,9 @@ class _Load:
         if portion := next(self._portions, None):
             self._work.add(portion.blocks)
             if self._work.is_left:
-                self._start_reads(self._open_lanes())
+                lanes = self._open_lanes()
+                self._start_reads(lanes)
+                self._pinning.begin(lanes.groups_in_use())
             self._target.bind(portion.allocate())
 
     def _draw(self) -> None:
@@ -218,6 +221,7 @@ class _Load:
 
     def _end(self) -> None:
         self._mapper_ended.wait()
+        self._pinning.end()
         if self._lanes is not None:
             self._lanes.end()
         with suppress(BaseException):  # the failure that brought us here is the one to raise
@@ -264,8 +268,7 @@ class _Load:
         assert read is not None
         block, start = read.block, read.data_start
         self._reader.check(block, slot.view[start : start + block.nbytes])
-        if self._pin_slots and not slot.pinned:
-            self._pin_slot(slot)
+        self._pinning.need(slot)
         ticket = line.submit(slot.address, block.start - start, block.pieces)
         self._carried.nbytes[read.way] += block.nbytes
         if ticket is None:  # the copy has taken its time
@@ -274,20 +277,6 @@ class _Load:
             self._start_reads(lanes)
         else:
             self._copying.append((ticket, desk))
-
-    def _pin_slot(self, slot: Slot) -> None:
-        """Pin a slot when it is first used: its pages are there by then, which makes it cheap."""
-        # First: after the call, Ctrl-C may come before anything else. Unregistering what is not registered is harmless.
-        self._carried.cleanups.append(partial(self._target.unpin, slot.address))
-        try:
-            with span(self._observer, "init"):
-                self._target.pin(slot.address, len(slot.view), read_only=False)
-        except PinError as refusal:
-            self._pin_slots = False
-            self._carried.refusals.append(f"staging is not pinned, copies are slower: {refusal}")
-        else:
-            slot.pinned = True
-            self._carried.pinned_nbytes += len(slot.view)
 
     # windows: the mapper thread, or the calling one where there is nothing else to do
 

@@ -221,7 +221,7 @@ def _registration(index: int, clock: Callable[[], int]) -> dict[str, float]:
         try:
             populate(address, _GPU_BYTES)
             start_ns = clock()
-            driver.register(address, _GPU_BYTES, read_only=True)
+            driver.register(address, _GPU_BYTES, driver.current_context(), read_only=True)
             rate = _GPU_BYTES / max(1, clock() - start_ns)
             driver.unregister(address, driver.current_context())
         except PinError:

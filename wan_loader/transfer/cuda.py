@@ -9,9 +9,11 @@ times slower.)
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_right, insort
 from collections import deque
 from dataclasses import dataclass
 from itertools import groupby
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import Span, clock_ns
@@ -87,7 +89,8 @@ class CudaTarget:
         self.destinations: list[Destination] = []
         self.allocated = torch.cuda.Event()
         """Recorded anew with every `bind`; copies to the latest destinations wait for it."""
-        self._pinned: dict[int, int] = {}
+        self._pinned: list[tuple[int, int]] = []
+        """Start and end of registered memory, in order."""
         self._views: dict[int, Any] = {}
         self._lines: list[_Line] = []
         self._context = driver.current_context()
@@ -109,25 +112,31 @@ class CudaTarget:
         return line
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
-        """Register host memory with the driver; raises `PinError`."""
-        driver.register(address, nbytes, read_only=read_only)
-        self._pinned[address] = nbytes
+        """Register host memory with the driver, in any thread; raises `PinError`."""
+        driver.register(address, nbytes, self._context, read_only=read_only)
+        insort(self._pinned, (address, address + nbytes))
 
     def unpin(self, address: int) -> bool:
         """Undo `pin`, in any thread."""
         return driver.unregister(address, self._context)
 
-    def bytes_on_device(self, address: int, start: int, end: int) -> Any:
-        """Bytes `start` to `end` from `address` as a uint8 tensor for kernels: the memory itself if it is pinned."""
-        if nbytes := self._pinned.pop(address, 0):
-            on_device = driver.device_address(address)
-            view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
-            if view.data_ptr() == on_device:  # a copy would keep what is there now
-                self._views[address] = view
-        if address in self._views:
-            return self._views[address][start:end]
-        raw = (ctypes.c_char * (end - start)).from_address(address + start)
+    def bytes_on_device(self, address: int, nbytes: int) -> Any:
+        """Bytes from `address` on as a uint8 tensor for kernels: the memory itself if it is pinned."""
+        at = bisect_right(self._pinned, (address, inf)) - 1
+        if at >= 0 and address + nbytes <= self._pinned[at][1]:
+            start, end = self._pinned[at]
+            if start not in self._views:
+                self._views[start] = self._view(start, end - start)
+            if (view := self._views[start]) is not None:
+                return view[address - start : address - start + nbytes]
+        raw = (ctypes.c_char * nbytes).from_address(address)
         return self.torch.frombuffer(raw, dtype=self.torch.uint8).to(self.device)
+
+    def _view(self, address: int, nbytes: int) -> Any:
+        """Registered memory as the device sees it; None where torch made a copy, which keeps what is there now."""
+        on_device = driver.device_address(address)
+        view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
+        return view if view.data_ptr() == on_device else None
 
     def finish(self) -> None:
         """Wait for everything."""
@@ -214,7 +223,7 @@ class _Line:
     def _cast(self, address: int, file_start: int, source_dtype: Any, pieces: Sequence[Piece]) -> None:
         """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
         first, last = pieces[0].file_start - file_start, pieces[-1].file_end - file_start
-        raw = self._target.bytes_on_device(address, first, last)
+        raw = self._target.bytes_on_device(address + first, last - first)
         if raw.data_ptr() % source_dtype.itemsize:  # kernels need aligned elements
             raw = raw.clone()
         counts = [piece.nbytes // piece.itemsize for piece in pieces]

@@ -1,7 +1,8 @@
 """The few CUDA driver calls that torch does not offer, by ctypes.
 
 The driver library is the same for every CUDA version that torch may be built with. ctypes releases the interpreter
-lock during a call. The caller must have made torch's context current in this thread (`torch.cuda.set_device`).
+lock during a call. Where no context is given, the caller must have made torch's current in this thread
+(`torch.cuda.set_device`).
 Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemHostGetDevicePointer,
 cuMemGetAddressRange, cuMemcpyHtoDAsync; "Stream Management": cuStreamCreate, cuStreamDestroy;
 "Context Management": cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent; "Primary Context Management":
@@ -11,6 +12,7 @@ cuDevicePrimaryCtxRetain.
 from __future__ import annotations
 
 import ctypes
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from wan_loader.errors import DeviceError
 from wan_loader.transfer.base import PinError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "allocation",
@@ -82,18 +84,31 @@ def make_context(index: int) -> None:
 
 
 def current_context() -> int:
-    """The context that is current in this thread, for `unregister` in another."""
+    """The context that is current in this thread, for use in another."""
     context = ctypes.c_void_p()
     _driver().cuCtxGetCurrent(ctypes.byref(context))
     return context.value or 0
 
 
-def register(address: int, nbytes: int, *, read_only: bool) -> None:
+@contextmanager
+def _within(context: int) -> Iterator[None]:
+    """Makes a context current in this thread, whichever it is. 0, or one that is gone: nothing changes."""
+    lib = _driver()
+    pushed = bool(context) and lib.cuCtxPushCurrent_v2(context) == 0
+    try:
+        yield
+    finally:
+        if pushed:
+            lib.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def register(address: int, nbytes: int, context: int, *, read_only: bool) -> None:
     """Pin host memory for the GPU; `read_only` allows pages of a read-only file mapping. Raises `PinError`.
 
     Raises `DeviceError` if memory at this address was registered and is gone: copies would read its old pages.
     """
-    result = _driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY if read_only else _PORTABLE)
+    with _within(context):
+        result = _driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY if read_only else _PORTABLE)
     if result == _ALREADY_REGISTERED:
         raise DeviceError("host memory overlaps memory that is still registered with CUDA: start the process again")
     if result:
@@ -124,11 +139,8 @@ def unregister(address: int, context: int) -> bool:
 
     What never was registered counts as done, and so does a context that is gone, as it is at exit.
     """
-    lib = _driver()
-    pushed = lib.cuCtxPushCurrent_v2(context) == 0
-    result = lib.cuMemHostUnregister(address)
-    if pushed:
-        lib.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    with _within(context):
+        result = _driver().cuMemHostUnregister(address)
     return result in _UNREGISTERED
 
 
