@@ -72,7 +72,7 @@ def test_slots_fit_what_they_are_for():
 
 @pytest.mark.parametrize(
     ("processors", "sharers", "each"),
-    [(16, 1, 10), (2, 1, 10), (16, 2, 5), (32, 2, 8), (64, 4, 8), (8, 8, 1), (4, 16, 1)],
+    [(16, 1, 12), (2, 1, 12), (16, 2, 6), (32, 2, 8), (64, 4, 8), (8, 8, 1), (4, 16, 1)],
 )
 def test_processes_share_what_there_is(processors, sharers, each):
     assert settings(Way.BUFFERED, processors=processors, sharers=sharers).threads == each

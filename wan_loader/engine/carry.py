@@ -168,7 +168,7 @@ class _Load:
             if self._work.is_left:
                 lanes = self._open_lanes()
                 self._start_reads(lanes)
-                self._pinning.begin(lanes.groups_in_use())
+                self._pinning.begin(lanes.used)
             self._target.bind(portion.allocate())
 
     def _draw(self) -> None:

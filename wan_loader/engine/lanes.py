@@ -118,10 +118,10 @@ class Lanes:
         self._n_reading += 1
         self._ask(desk, desk.read)
 
-    def groups_in_use(self) -> list[list[Slot]]:
-        """Slots that reads were started into, in the order of their memory: for each lane one, then another."""
-        used = [desk.slot for desk in self._desks if desk.read is not None]
-        return [used[i : i + len(self._lanes)] for i in range(0, len(used), len(self._lanes))]
+    @property
+    def used(self) -> list[Slot]:
+        """Slots that reads were started into, in the order of their memory."""
+        return [desk.slot for desk in self._desks if desk.read is not None]
 
     def give_back(self, desk: Desk) -> None:
         """What was in the slot is no longer needed."""

@@ -39,12 +39,17 @@ class Pinning:
         self._refused = not target.can_pin
         self._failure: BaseException | None = None
 
-    def begin(self, groups: Sequence[Sequence[Slot]]) -> None:
-        """Pin groups of slots in the background, one after the other. Slots of a group follow each other in memory."""
-        for group in groups if not self._refused else ():
+    def begin(self, slots: Sequence[Slot]) -> None:
+        """Pin slots that follow each other in memory in the background: one, then twice as many at a time."""
+        if self._refused:
+            return
+        groups: list[Sequence[Slot]] = []
+        while slots:
+            groups.append(slots[: 1 << len(groups)])
+            slots = slots[len(groups[-1]) :]
+        for group in groups:
             self._coming |= dict.fromkeys((slot.address for slot in group), Event())
-        if self._coming:
-            in_background(partial(self._pin_groups, groups), "pinning")
+        in_background(partial(self._pin_groups, groups), "pinning")
 
     def need(self, slot: Slot) -> None:
         """Return when the slot is pinned, or pinning was refused. Raises what made it fail otherwise."""

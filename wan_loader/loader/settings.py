@@ -45,7 +45,7 @@ class _Staging(NamedTuple):
 #: Some disks give more, the more is asked for at once.
 _DISK = _Staging(12, 2, 16 * MiB)
 #: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
-_CACHED = _Staging(10, 2, 4 * MiB)
+_CACHED = _Staging(12, 2, 4 * MiB)
 #: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
 _CASTS = _Staging(10, 2, 8 * MiB)
 _BESIDE_WINDOWS = _Staging(8, 3, 8 * MiB)
