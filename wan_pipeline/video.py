@@ -84,14 +84,14 @@ def _send(encoder: subprocess.Popen[bytes], frames_THWC: np.ndarray) -> None:
 
 def _count_frames(name: str) -> int:
     """Frames that can be read from a video; reads the file once and decodes nothing."""
-    words = ["-i", name, "-map", "0:v:0", "-c", "copy", "-progress", "pipe:1", "-f", "null", "-"]
+    # a line for each; what `-progress` says of copies is not the same in all versions
+    words = ["-i", name, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
     with tempfile.TemporaryFile() as said:
         with _ffmpeg(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as reader:
             told, _ = reader.communicate()
         if reader.returncode:
             raise OSError(_reason(said, reader.returncode))
-    counts = re.findall(rb"^frame=\s*(\d+)", told, re.MULTILINE)
-    return int(counts[-1]) if counts else 0
+    return sum(not line.startswith(b"#") for line in told.splitlines())
 
 
 def _ffmpeg(words: list[str], *, stdin: int, stdout: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -16,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_loader
 from wan_loader.formats.facts import Checkpoint
+from wan_loader.loader import load as load_module
 from wan_loader.loader import team as team_module
+from wan_loader.loader.settings import MAX_LANES
+from wan_loader.machine import processors
 
 HERE, DEVICE = Path(sys.argv[1]), sys.argv[2]
 REFERENCE = torch.load(HERE / "net.pth")
@@ -83,8 +86,10 @@ def compare(state, expected=REFERENCE):
 def counted(load, nbytes):
     """Runs a load; the bytes that all processes read come to those of the checkpoint, within two per cent.
 
-    The kernel also counts what the store's sockets bring, which is more on a busy machine: then once more.
+    The kernel also counts what the store's sockets bring, which is more on a busy machine: then once more. Threads that
+    get ready for a load to a GPU read something else; they are left out.
     """
+    load_module.get_ready = lambda n_reads: None
     for _ in range(3):
         before = read_chars()
         out = load()
@@ -113,7 +118,7 @@ def fsdp(n):
     local = sum(p.to_local().nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
     assert report.nbytes_device == local  # no process holds more than it keeps
     assert report.settings["processes"] == report.settings["processes_here"] == n
-    assert report.settings["n_slots"] <= 24 // n
+    assert report.settings["threads"] * n <= max(MAX_LANES, processors() // 2)  # together, no more than one may
     compare(module.state_dict())
     assert module.head.weight is module.embed.weight
     assert not module.tail.weight.requires_grad
