@@ -67,7 +67,7 @@ def measure_copy_ceiling() -> float:
 
 
 def measure_disk_ceiling(path: Path, threads: int, block: int) -> float:
-    """Cold O_DIRECT reads of the first 10 GB, GB/s."""
+    """Cold O_DIRECT reads of all whole blocks, GB/s."""
     import mmap
 
     evict(path)

@@ -117,12 +117,16 @@ def _read_rate(
     threads: int = _THREADS,
 ) -> float:
     todo = iter(ranges)
-    deadline_ns = clock() + int(seconds * 1e9)
-
-    def read() -> int:
-        total = 0
-        with mmap.mmap(-1, piece) as buffer:
+    threads = min(threads, len(ranges))
+    with ExitStack() as stack:
+        buffers = [stack.enter_context(mmap.mmap(-1, piece)) for _ in range(threads)]
+        for buffer in buffers:
             buffer.write(bytes(piece))  # page faults are not what is measured
+        start_ns = clock()
+        deadline_ns = start_ns + int(seconds * 1e9)
+
+        def read(buffer: mmap.mmap) -> int:
+            total = 0
             for path, start in todo:  # an iterator over a list may be shared by threads
                 fd = os.open(path, os.O_RDONLY | flags | os.O_CLOEXEC)
                 try:
@@ -131,15 +135,14 @@ def _read_rate(
                     os.close(fd)
                 if clock() > deadline_ns:
                     break
-        return total
+            return total
 
-    start_ns = clock()
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            total = sum(task.result() for task in [pool.submit(read) for _ in range(threads)])
-    except OSError as error:
-        raise UnmeasuredError(f"reading with O_DIRECT is refused: {error.strerror}") from error
-    return total / max(1, clock() - start_ns)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                total = sum(pool.map(read, buffers))
+        except OSError as error:
+            raise UnmeasuredError(f"reading with O_DIRECT is refused: {error.strerror}") from error
+        return total / max(1, clock() - start_ns)
 
 
 def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
