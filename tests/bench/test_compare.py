@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from wan_loader.bench import compare
 from wan_loader.bench.compare import compare_runs, parse_limit, read_run, regressions
 from wan_loader.errors import OptionError, SessionError
 
@@ -107,6 +108,40 @@ def test_damaged_documents_are_refused(document, write, path, value):
     place[path[-1]] = value
     with pytest.raises(SessionError, match=r"d\.json"):
         read_run(write("d.json", document))
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e300])
+def test_numbers_that_nobody_measured_are_refused(document, write, value):
+    document["cases"][0]["results"][0]["summary"]["median_s"] = value
+    with pytest.raises(SessionError, match=r"d\.json.*median_s"):
+        read_run(write("d.json", document))
+
+
+def test_a_file_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(compare, "_MAX_BYTES", 1000)
+    with pytest.raises(SessionError, match="larger than 1000 bytes"):
+        read_run("/dev/zero")
+
+
+def test_a_loader_that_fails_now_is_worse_than_any_limit(document, write, command):
+    before = write("a.json", document)
+    result = document["cases"][0]["results"][1]
+    result.update(status="crashed", reason="SIGSEGV", summary=None)
+    after = write("b.json", document)
+    done = command("compare", before, after)
+    assert done.returncode == 0
+    assert "ours: crashed in the second" in done.stderr
+    assert list(json.loads(command("compare", before, after, "--json").stdout)["broken"].values()) == ["crashed"]
+    assert command("compare", before, after, "--fail-if", "median:5%").returncode == 3
+    assert command("compare", after, after, "--fail-if", "median:5%").returncode == 0, "it failed before, too"
+    result["status"] = "not installed"
+    assert command("compare", before, write("c.json", document), "--fail-if", "median:5%").returncode == 0
+
+
+def test_worse_by_less_than_the_noise_is_said(document, write, command):
+    done = command("compare", write("a", document), write("b", scaled(document, 1.1)), "--fail-if", "median:5%")
+    assert done.returncode == 3
+    assert done.stdout.count("worse, within noise") == 2
 
 
 @pytest.mark.parametrize("text", ["median", "median:5", "median:-5%", "speed:5%", "median:5%%"])

@@ -9,7 +9,6 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError, SessionError
@@ -21,9 +20,23 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["METRICS", "Comparison", "Limit", "Run", "compare_runs", "parse_limit", "read_run", "regressions"]
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "Limit",
+    "Run",
+    "compare_runs",
+    "newly_broken",
+    "parse_limit",
+    "read_run",
+    "regressions",
+]
 
 _MAX_BYTES = 512_000_000
+#: Seconds or bytes: nothing that was measured is larger.
+_MAX_NUMBER = 1e18
+#: What became of a loader that should have given a time: not of one that is not installed, or cannot do the case.
+_BROKEN = ("failed", "wrong", "crashed", "hung")
 
 #: Metric of the command line -> field of a summary. For all of them less is better.
 METRICS = {
@@ -54,6 +67,8 @@ class Run:
     values: Mapping[str, Mapping[str, float]]
     """Name of a measurement -> metric -> value."""
     spreads: Mapping[str, float]
+    broken: Mapping[str, str] = field(default_factory=dict)
+    """Name of a measurement that has no time, because the loader failed -> what became of it."""
     loaded: Mapping[str, str] = field(default_factory=dict)
     """What was loaded. Of a load or a profile: "target", "device", "dtype"; of a bench: bytes and tensors of each case,
     whose name holds the rest."""
@@ -95,16 +110,19 @@ def read_run(path: StrPath) -> Run:
     """Read a document of `bench`, `load` or `profile`; raises `SessionError` for anything else."""
     name = os.fspath(path)
     try:
-        if os.path.getsize(name) > _MAX_BYTES:
-            raise SessionError(f"{name} is larger than {_MAX_BYTES} bytes: not a result")
-        document = Doc(json.loads(Path(name).read_text(encoding="utf-8")))
+        with open(name, "rb") as file:  # a device or a pipe has no size beforehand
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise SessionError(f"it is larger than {_MAX_BYTES} bytes")
+        document = Doc(json.loads(text.decode()))
         if document.whole("schema_version") != 1:
             raise SessionError("it has another schema_version than 1: made by another version of wan-loader")
         command = document.choice("command", ("bench", "load", "profile"))
         machine = document.plain("machine")
         if command == "bench":
-            return Run(name, machine, *_bench_values(document), _sizes(document))
-        return Run(name, machine, *_load_values(document), _loaded(document))
+            values, spreads, broken = _bench_values(document)
+            return Run(name, machine, values, spreads, broken, _sizes(document))
+        return Run(name, machine, *_load_values(document), loaded=_loaded(document))
     except FileNotFoundError as error:
         raise SessionError(f"{name} does not exist") from error
     except OSError as error:
@@ -113,23 +131,32 @@ def read_run(path: StrPath) -> Run:
         raise SessionError(f"{name} is no result of bench, load or profile: {error}") from error
 
 
-def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, str]]:
     values: dict[str, dict[str, float]] = {}
     spreads: dict[str, float] = {}
+    broken: dict[str, str] = {}
     to = f"to {document.text('device').partition(':')[0]}" + (
         f" as {d}" if (d := document.optional_text("dtype")) else ""
     )
     for case in document.docs("cases"):
         where = f"{case.text('name')}, {case.doc('storage').text('label')}, {case.text('cache')}, {to}"
         for result in case.docs("results"):
+            name, status = f"{where}: {result.text('loader')}", result.optional_text("status")
+            if status in _BROKEN:
+                broken[name] = status
             if result.plain_or_none("summary") is None:
                 continue
             summary = result.doc("summary")
-            name = f"{where}: {result.text('loader')}"
             numbers = {m: summary.optional_number(f) for m, f in METRICS.items()}
-            values[name] = {m: v for m, v in numbers.items() if v is not None}
-            spreads[name] = summary.number("spread")
-    return values, spreads
+            values[name] = {m: _plausible(v, METRICS[m]) for m, v in numbers.items() if v is not None}
+            spreads[name] = _plausible(summary.number("spread"), "spread")
+    return values, spreads, broken
+
+
+def _plausible(value: float, key: str) -> float:
+    if not 0 <= value < _MAX_NUMBER:
+        raise SessionError(f"{key} is {value:.3g}: nobody measured that")
+    return value
 
 
 def _sizes(document: Doc) -> dict[str, str]:
@@ -143,13 +170,13 @@ def _sizes(document: Doc) -> dict[str, str]:
 
 
 def _load_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    seconds, memory = document.number("seconds"), document.doc("memory")
+    seconds, memory = _plausible(document.number("seconds"), "seconds"), document.doc("memory")
     values = {
         "median": seconds,
         "min": seconds,
-        "host": memory.number("host_peak_bytes"),
-        "pinned": memory.number("pinned_bytes"),
-        "device": memory.number("device_peak_bytes"),
+        "host": _plausible(memory.number("host_peak_bytes"), "host_peak_bytes"),
+        "pinned": _plausible(memory.number("pinned_bytes"), "pinned_bytes"),
+        "device": _plausible(memory.number("device_peak_bytes"), "device_peak_bytes"),
     }
     return {document.text("command"): values}, {document.text("command"): 0.0}
 
@@ -178,6 +205,11 @@ def compare_runs(before: Run, after: Run, metrics: Sequence[str]) -> list[Compar
         for metric in metrics
         if metric in before.values[name] and metric in after.values[name]
     ]
+
+
+def newly_broken(before: Run, after: Run) -> dict[str, str]:
+    """What had a time before and fails after -> what became of it: worse than any number."""
+    return {n: status for n, status in after.broken.items() if n in before.values and n not in before.broken}
 
 
 def regressions(found: Sequence[Comparison], limits: Sequence[Limit]) -> list[Comparison]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _FAILED = 3
+#: Times as much: from here on a change is told with fewer digits.
+_MANY = 100
 
 
 def compare(
@@ -28,8 +30,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="METRIC:PERCENT%",
-            help="Exit with 3 if B is worse by more; metrics: median, min, cpu, host, pinned, device, disk. "
-            "May be repeated.",
+            help="Exit with 3 if B is worse by more, or a loader of A fails in B; metrics: median, min, cpu, host, "
+            "pinned, device, disk. May be repeated.",
         ),
     ] = None,
     json: JsonOut = False,
@@ -43,7 +45,7 @@ def compare(
 
         wan-loader compare main.json branch.json --fail-if median:5% --fail-if host:10%
     """
-    from wan_loader.bench.compare import compare_runs, parse_limit, read_run, regressions
+    from wan_loader.bench.compare import compare_runs, newly_broken, parse_limit, read_run, regressions
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings
 
@@ -60,11 +62,13 @@ def compare(
     else:
         _print(found, worse)
     print_warnings(_doubts(runs))
-    if worse:
+    if worse or (limits and newly_broken(*runs)):
         raise typer.Exit(_FAILED)
 
 
 def _document(runs: tuple[Run, Run], found: Sequence[Comparison], worse: Sequence[Comparison]) -> dict[str, Any]:
+    from wan_loader.bench.compare import newly_broken
+
     rows = [
         {
             "name": c.name,
@@ -84,18 +88,23 @@ def _document(runs: tuple[Run, Run], found: Sequence[Comparison], worse: Sequenc
         "after": runs[1].path,
         "comparisons": rows,
         "regressions": len(worse),
+        "broken": newly_broken(*runs),
         "warnings": _doubts(runs),
     }
 
 
 def _doubts(runs: tuple[Run, Run]) -> list[str]:
+    from wan_loader.bench.compare import newly_broken
+
     before, after = runs
     facts = ("cpu", "cores", "kernel", "gpu", "torch")
     different = [k for k in facts if before.machine.get(k) != after.machine.get(k)]
     notes = [f"the machines differ ({', '.join(different)}): changes may be theirs"] if different else []
     if apart := [f"{k}: {v}, {after.loaded[k]}" for k, v in before.loaded.items() if after.loaded.get(k, v) != v]:
         notes.append(f"not the same was loaded ({'; '.join(apart)}): changes may be due to that")
-    lost = len(set(before.values) - set(after.values))
+    broken = newly_broken(before, after)
+    notes += [f"{name}: {status} in the second, which is worse than any time" for name, status in broken.items()]
+    lost = len(set(before.values) - set(after.values) - set(broken))
     new = len(set(after.values) - set(before.values))
     if lost or new:
         notes.append(
@@ -113,8 +122,9 @@ def _print(found: Sequence[Comparison], worse: Sequence[Comparison]) -> None:
     table = Table("what", "metric", "before", "after", "change", "", box=None, pad_edge=False, header_style="bold")
     for c in found:
         shown = format_bytes if c.metric in ("host", "pinned", "device", "disk") else format_seconds
-        verdict = "[red]worse[/]" if c in worse else "within noise" if c.change and c.within_noise else ""
-        table.add_row(plain(c.name), c.metric, shown(c.before), shown(c.after), f"{c.change:+.1%}", verdict)
+        verdicts = ["[red]worse[/]"] * (c in worse) + ["within noise"] * bool(c.change and c.within_noise)
+        change = f"{c.change:+.1%}" if abs(c.change) < _MANY else f"{c.change * 100:+.3g}%"
+        table.add_row(plain(c.name), c.metric, shown(c.before), shown(c.after), change, ", ".join(verdicts))
     console = output_console()
     if not console.is_terminal:
         console.width = 1000
