@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader.cli.distributed import own_file
-from wan_loader.cli.output import check_output, print_json, write_json
+from wan_loader.cli.output import check_outputs, print_json, write_json
 from wan_loader.errors import OptionError
 from wan_loader.loader.processes import is_first, world_size
 from wan_pipeline.checkpoint import open_wan
@@ -140,7 +140,7 @@ def generate(
     first, profile_out = is_first(), own_file(profile_out)
     if first:
         check_writable(target, force=force)
-    check_output(profile_out, force=force)
+    check_outputs(profile_out, force=force)
     with phase_progress(quiet=not first) as progress, _started(start, request) as pipe:
         seed = settings["seed"] = _same_seed(pipe, request.seed)
         video = pipe(prompt, progress=progress, **settings)
@@ -176,7 +176,7 @@ def load(
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
     start |= _cache_settings(cache, cache_dir)
     profile_out = own_file(profile_out)
-    check_output(profile_out, force=force)
+    check_outputs(profile_out, force=force)
     with _started(start, None) as pipe:
         pipe.wait()
         report = {**pipe.report(), "command": "load"}

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from wan_loader.bench import storage
 from wan_loader.bench.check import compare_tensors
+from wan_loader.bench.document import to_document
 from wan_loader.bench.loader import Outcome, Task
 from wan_loader.bench.markdown import to_markdown
 from wan_loader.bench.peers import LOADERS, find_loaders
 from wan_loader.bench.picture import to_svg
-from wan_loader.bench.runner import distinct_names
+from wan_loader.bench.runner import Case, Entry, Result, Settings, distinct_names
 from wan_loader.bench.statistics import case_warnings, summarize_samples
-from wan_loader.bench.storage import parse_place, part_of, scratch, staged
+from wan_loader.bench.storage import Place, parse_place, part_of, scratch, staged
 from wan_loader.bench.table import HEADERS, case_rows, visible_columns
 from wan_loader.bench.throttle import Throttle
 from wan_loader.errors import OptionError, OutputError
@@ -126,6 +127,32 @@ def test_warnings_name_the_remedy(make_sample, cache, seconds, other, word):
     assert "ours" in warning
 
 
+def test_too_few_samples_are_told_once(make_sample):
+    two = {"ours": [make_sample(1.0), make_sample(1.0)]}
+    assert case_warnings("disk", "warm", two, repeat=2) == [], "the document says it for all cases"
+    assert "too few" in case_warnings("disk", "warm", two, repeat=5)[0]
+
+
+def test_a_simulated_disk_reads_from_the_page_cache(make_sample):
+    samples = [make_sample(1.0, resident_before=50) for _ in range(3)]
+    assert "not warm" in case_warnings("hdd", "simulated", {"ours": samples})[0]
+
+
+@pytest.mark.parametrize(("gbps", "dtype", "told"), [(0.5, None, True), (0.5, "bfloat16", True), (1.0, None, False)])
+def test_faster_than_the_ceiling_cannot_be(make_sample, gbps, dtype, told):
+    entry = Entry("ours", LOADERS["ours"])
+    case = Case("m", "m", Place("here"), "cold", nbytes=10**9, ceilings={"disk_gbps": gbps})
+    cold = {"resident_before": 0}
+    case.results = [Result(entry, samples=[make_sample(1.0, **cold) for _ in range(3)])]
+    case.results.append(
+        Result(Entry("packed", LOADERS["flashpack"]), samples=case.results[0].samples, conversion_s=1.0)
+    )
+    settings = Settings(paths=["m"], entries=[entry], places=[], caches=["cold"], device="cuda:0", dtype=dtype)
+    warnings = to_document(settings, [case], argv=[], machine={}, created="")["warnings"]
+    assert any("faster than the disk was measured (ours: 2.00)" in w for w in warnings) is told
+    assert len(warnings) == told
+
+
 def test_good_samples_need_no_warning(make_sample):
     good = [make_sample(s) for s in (1.0, 1.02, 1.05)]
     assert case_warnings("disk", "warm", {"ours": good, "failed": []}) == []
@@ -165,6 +192,23 @@ def test_rows_put_the_fastest_first_and_failures_last(document, make_result):
     assert [row[1] for row in rows][2:] == ["crashed: killed by SIGSEGV", "not measured"]
     assert [HEADERS[i] for i in visible_columns(rows, 30)][:2] == ["loader", "median"]
     assert len(visible_columns(rows, 30)) < len(visible_columns(rows, 1000))
+
+
+def test_long_names_stay_inside_the_picture(document, make_result):
+    case = document["cases"][0]
+    case["results"] = [make_result("ours io=buffered threads=16", 1.9)]
+    texts = [e for e in ElementTree.fromstring(to_svg(document)).iter() if e.tag.endswith("text")]
+    for text in (t for t in texts if t.get("text-anchor") == "end"):
+        assert float(text.get("x")) >= 0.65 * int(text.get("font-size")) * len(text.text), text.text
+    (dashed,) = (t for t in texts if t.text.startswith("dashed"))
+    assert all(t.get("y") != dashed.get("y") for t in texts if t is not dashed), "it lies on nothing else"
+
+
+def test_small_loads_show_their_cpu_seconds(document):
+    results = document["cases"][0]["results"]
+    results[0]["summary"]["cpu_s"], results[1]["summary"]["cpu_s"] = 12.345, 0.01234
+    column = HEADERS.index("CPU s")
+    assert [row[column] for row in case_rows(document["cases"][0])] == ["0.0123", "12.35"]
 
 
 def test_markdown_and_picture_show_everything(document, make_result):

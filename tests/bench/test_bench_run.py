@@ -235,6 +235,7 @@ def test_simulated_storage_sets_the_pace(checkpoint, command):
         (["--storage", "x"], "NAME=DIR"),
         (["--storage", "x=/does/not/exist"], "no directory"),
         (["--storage", "x=simulated:fast"], "no rate"),
+        (["--storage", "x=simulated:0"], "--storage 'x=simulated:0': '0' must be more than 0"),
         (["--part", "lots"], "not understood"),
     ],
 )
@@ -243,6 +244,13 @@ def test_mistakes_are_usage_errors(checkpoint, command, words, text):
     assert done.returncode == 2
     assert done.stdout == ""
     assert text in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_two_exports_to_one_file_are_refused(checkpoint, command, tmp_path):
+    done = command("bench", checkpoint, "--export-json", tmp_path / "b", "--export-markdown", f"{tmp_path}/./b")
+    assert done.returncode == 1
+    assert "a name of its own" in done.stderr
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_missing_checkpoint_is_an_error(command, tmp_path):

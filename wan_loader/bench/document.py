@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.loader import installed_version
-from wan_loader.bench.statistics import case_warnings, summarize_samples
+from wan_loader.bench.statistics import MIN_SAMPLES, case_warnings, summarize_samples
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA_VERSION", "to_document"]
 
 SCHEMA_VERSION = 1
+
+#: As a share of the ceiling: more than samples differ by.
+_TOO_FAST = 1.15
 
 _SETTINGS = ("FASTSAFETENSORS_", "FLASHPACK_", "INSTANTTENSOR_", "RUNAI_STREAMER_", "SAFETENSORS_")
 
@@ -41,7 +44,7 @@ def to_document(
         "machine": dict(machine),
         "environment": _peer_settings(os.environ),
         "loaders": [_loader(entry) for entry in settings.entries],
-        "cases": [_case(case) for case in cases],
+        "cases": [_case(case, settings) for case in cases],
     }
     document["warnings"] = [*_general(settings), *(w for case in document["cases"] for w in case.pop("warnings"))]
     return document
@@ -57,9 +60,12 @@ def _peer_settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _general(settings: Settings) -> list[str]:
+    notes = []
     if settings.device == "cpu":
-        return ["no GPU was used: this compares loading into host memory only"]
-    return []
+        notes.append("no GPU was used: this compares loading into host memory only")
+    if settings.repeat < MIN_SAMPLES:
+        notes.append(f"too few samples to tell the spread ({settings.repeat}): use --repeat 5")
+    return notes
 
 
 def _loader(entry: Any) -> dict[str, Any]:
@@ -73,11 +79,16 @@ def _loader(entry: Any) -> dict[str, Any]:
     }
 
 
-def _case(case: Case) -> dict[str, Any]:
+def _case(case: Case, settings: Settings) -> dict[str, Any]:
     ceiling, name = _ceiling(case)
     results = [_result(result, case, ceiling) for result in case.results]
     where = f"{case.name}, {case.place.label}, {case.cache}"
-    warnings = case_warnings(where, case.cache, {r.entry.label: r.samples for r in case.results})
+    warnings = case_warnings(where, case.cache, {r.entry.label: r.samples for r in case.results}, settings.repeat)
+    if (settings.dtype is None or name == "the disk") and (faster := _faster_than_ceiling(results)):
+        warnings.append(
+            f"{where}: faster than {name} was measured ({', '.join(faster)}), so that was measured too low: "
+            "measure again, with a larger checkpoint or on an idle machine"
+        )
     if case.failure:
         warnings.append(f"{where}: nothing was measured: {case.failure}")
     return {
@@ -116,6 +127,15 @@ def _ceiling(case: Case) -> tuple[float | None, str]:
         return None, ""
     slowest = min(known, key=lambda name: known[name])
     return known[slowest], names[slowest]
+
+
+def _faster_than_ceiling(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Loaders that did what cannot be. Of those with a format of their own it is not known how much they read."""
+    return [
+        f"{r['loader']}: {r['of_ceiling']:.2f}"
+        for r in results
+        if r["conversion_s"] is None and (r["of_ceiling"] or 0.0) > _TOO_FAST
+    ]
 
 
 def _result(result: Result, case: Case, ceiling: float | None) -> dict[str, Any]:

@@ -38,7 +38,8 @@ _CONDITIONS = (
     "Each sample is a fresh process; imports and the device's context come before the clock, which ends when the "
     "device is idle, on the CPU when every page of the tensors was touched. The loaders take turns. 'from disk' is "
     "what the kernel fetched from storage; 'checked' tensors were compared with safetensors or torch, bit for bit, in "
-    "the first sample. GPU peak is of torch's allocator; '?' is not known."
+    "the first sample. Host peak is the process's resident memory: interpreter, libraries and mapped pages, too. "
+    "GPU peak is of torch's allocator; '?' is not known."
 )
 
 

@@ -74,7 +74,7 @@ def _case(case: Mapping[str, Any], document: Mapping[str, Any], top: int) -> tup
 
 def _bar(result: Mapping[str, Any], y: int, scale: float) -> list[str]:
     ours = result["loader"].startswith("ours")
-    parts = [_text(_LEFT - 10, y + 16, result["loader"], anchor="end", weight=600 if ours else 400)]
+    parts = _label(result["loader"], y, weight=600 if ours else 400)
     summary = result["summary"]
     if summary is None:
         why = why_no_time(result)
@@ -88,6 +88,17 @@ def _bar(result: Mapping[str, Any], y: int, scale: float) -> list[str]:
     failed = "" if result["status"] == "ok" else f" ({result['status']})"
     told = f"{format_seconds(summary['median_s'])}{rate}{failed}"
     return [*parts, _text(_WIDTH - 20, y + 16, told, anchor="end", weight=600 if ours else 400)]
+
+
+def _label(label: str, y: int, *, weight: int) -> list[str]:
+    """The loader's name; its settings in small letters below."""
+    name, _, settings = label.partition(" ")
+    if not settings:
+        return [_text(_LEFT - 10, y + 16, name, anchor="end", weight=weight)]
+    return [
+        _text(_LEFT - 10, y + 10, name, anchor="end", weight=weight),
+        _text(_LEFT - 10, y + 22, settings, anchor="end", colour=_SOFT, size=10),
+    ]
 
 
 def _dot(x: float, y: float) -> str:
@@ -108,7 +119,7 @@ def _limit(case: Mapping[str, Any], top: int, bottom: int, scale: float) -> list
     label = f"{case['ceiling']}: {format_seconds(seconds)}"
     return [
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="{_LIMIT}" stroke-dasharray="4 3"/>',
-        _text(_WIDTH - 20, bottom + 15, f"dashed: {label}", colour=_LIMIT, size=11, anchor="end"),
+        _text(_WIDTH - 20, bottom + 30, f"dashed: {label}", colour=_LIMIT, size=11, anchor="end"),
     ]
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["Summary", "case_warnings", "summarize_samples"]
+__all__ = ["MIN_SAMPLES", "Summary", "case_warnings", "summarize_samples"]
 
 _SPREAD = 0.15
-_MIN_SAMPLES = 3
+#: With fewer, nothing is known of the spread.
+MIN_SAMPLES = 3
 _OTHERS = 0.2
 _COLD = 0.01
 _WARM = 0.99
@@ -61,11 +62,16 @@ def _peak(samples: Sequence[Mapping[str, Any]], key: str) -> int | None:
     return max(known) if known else None
 
 
-def case_warnings(where: str, cache: str, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What makes a case's samples doubtful: one line for each kind of doubt, with the loaders and the remedy."""
+def case_warnings(
+    where: str, cache: str, results: Mapping[str, Sequence[Mapping[str, Any]]], repeat: int = MIN_SAMPLES
+) -> list[str]:
+    """What makes a case's samples doubtful: one line for each kind of doubt, with the loaders and the remedy.
+
+    repeat: how many samples were asked for; that these are too few is for the caller to say, once.
+    """
     doubts: dict[str, list[str]] = {}
     for label, samples in results.items():
-        for kind, detail in _doubts(cache, [s for s in samples if s["status"] == "ok"]):
+        for kind, detail in _doubts(cache, [s for s in samples if s["status"] == "ok"], repeat):
             doubts.setdefault(kind, []).append(f"{label}: {detail}" if detail else label)
     return [f"{where}: {_REMEDIES[kind].format(', '.join(found))}" for kind, found in doubts.items()]
 
@@ -82,12 +88,13 @@ _REMEDIES = {
 }
 
 
-def _doubts(cache: str, good: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _doubts(cache: str, good: Sequence[Mapping[str, Any]], repeat: int) -> Iterator[tuple[str, str]]:
     summary = summarize_samples(good)
     if summary is None:
         return
-    if summary.n < _MIN_SAMPLES:
-        yield "few", str(summary.n)
+    if summary.n < MIN_SAMPLES:
+        if summary.n < repeat:
+            yield "few", str(summary.n)
     elif summary.spread > _SPREAD:
         rest = [s["seconds"] for s in good[1:]]
         steady = good[0]["seconds"] == summary.max_s and max(rest) - min(rest) < _SPREAD * summary.median_s
@@ -95,11 +102,11 @@ def _doubts(cache: str, good: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str
     others = [s["others_share"] for s in good if s["others_share"] is not None]
     if others and max(others) > _OTHERS:
         yield "others", f"{max(others):.0%}"
-    if cache in ("cold", "warm"):
+    if cache in ("cold", "warm", "simulated"):
         shares = [s["resident_before"] / max(1, s["nbytes_watched"]) for s in good if s["resident_before"] is not None]
         if not shares:
             yield "unknown", ""
         elif cache == "cold" and max(shares) > _COLD:
             yield "cold", f"{max(shares):.0%} cached"
-        elif cache == "warm" and min(shares) < _WARM:
+        elif cache != "cold" and min(shares) < _WARM:
             yield "warm", f"{min(shares):.0%} cached"

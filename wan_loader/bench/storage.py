@@ -68,7 +68,10 @@ def parse_place(text: str) -> Place:
     known = STORAGES.get(_ALIASES.get(rate, rate))
     if known is None and not rate[:1].isdigit():
         raise OptionError(f"--storage {text!r}: {rate!r} is no rate and none of {', '.join((*_ALIASES, *STORAGES))}")
-    return Place(name, None, known or parse_rate(rate))
+    try:
+        return Place(name, None, known or parse_rate(rate))
+    except OptionError as error:
+        raise OptionError(f"--storage {text!r}: {error}") from error
 
 
 def part_of(checkpoint: Checkpoint, nbytes: int | None) -> list[str]:

@@ -91,7 +91,7 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     summary = result["summary"]
     if summary is None:
         return (result["loader"], why_no_time(result), *[""] * (len(HEADERS) - 2))
-    checked = result["compared_tensors"]
+    checked, cpu_s = result["compared_tensors"], summary["cpu_s"]
     state = "" if result["status"] == "ok" else f" ({result['status']})"
     return (
         result["loader"] + state,
@@ -100,7 +100,7 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
         f"{summary['spread']:.0%}" if summary["n"] > 1 else "",
         f"{result['gbps']:.3g}" if result["gbps"] else "",
         f"{result['of_ceiling']:.2f}" if result["of_ceiling"] else "",
-        f"{summary['cpu_s']:.2f}",
+        f"{cpu_s:.2f}" if cpu_s >= 1 else f"{cpu_s:.3g}",
         format_bytes(summary["read_bytes"]),
         _bytes(summary["host_peak_bytes"]),
         _bytes(summary["pinned_bytes"]),
@@ -141,7 +141,8 @@ def footnotes(case: Mapping[str, Any]) -> list[str]:
         lines.append(f"the page cache gives 8 reading threads {rate:.3g} GB/s; who maps files does not copy at all")
     if case["storage"]["simulated"]:
         rate = format_bytes(case["storage"]["rate_bytes_per_s"])
-        lines[:] = [f"simulated: our reads are held to {rate}/s; the bytes come from the page cache"]
+        source = "the bytes come from the page cache (io=direct: off the real disk)"
+        lines = [f"simulated: our reads are held to {rate}/s; {source}"]
     for result in case["results"]:
         if result["conversion_s"] is not None:
             lines.append(

@@ -105,14 +105,13 @@ def bench(
 
         wan-loader bench model.safetensors --loader ours --threads 1 --threads 4 --threads 16 --io buffered
     """
-    from wan_loader.cli.output import check_output
+    from wan_loader.cli.output import check_outputs
 
     if world_size() > 1:
         raise OptionError(
             f"{world_size()} processes would disturb each other's measurements: run bench without torchrun"
         )
-    for target in (export_json, export_markdown, export_picture):
-        check_output(target, force=force)
+    check_outputs(export_json, export_markdown, export_picture, force=force)
     if export_picture is not None and export_picture.suffix != ".svg":
         raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
     try:

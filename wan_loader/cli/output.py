@@ -15,17 +15,19 @@ from wan_loader.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["check_output", "flush_output", "print_json", "to_text", "write_json", "writing"]
+__all__ = ["check_outputs", "flush_output", "print_json", "to_text", "write_json", "writing"]
 
 
-def check_output(path: Path | None, *, force: bool) -> None:
-    """Raise `OutputError` now rather than after the work, if `path` cannot be written."""
-    if path is None:
-        return
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists: choose another name, or overwrite it with --force")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written: {path.parent} is no directory that you may write to")
+def check_outputs(*paths: Path | None, force: bool) -> None:
+    """Raise `OutputError` now rather than after the work, if files cannot be written, or one would replace another."""
+    wanted = [path for path in paths if path is not None]
+    for path in wanted:
+        if path.exists() and not force:
+            raise OutputError(f"{path} exists: choose another name, or overwrite it with --force")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OutputError(f"{path} cannot be written: {path.parent} is no directory that you may write to")
+    if len({path.resolve() for path in wanted}) < len(wanted):
+        raise OutputError(f"{', '.join(map(str, wanted))}: two outputs in one file: give each a name of its own")
 
 
 @contextmanager

@@ -64,13 +64,12 @@ def profile(
 
         torchrun --nproc_per_node 2 -m wan_loader profile CKPT -o run.json && wan-loader report run.rank*.json
     """
-    from wan_loader.cli.output import check_output
+    from wan_loader.cli.output import check_outputs
 
     words = _program(context)
     if words is None:
         output, trace, html = (own_file(target) for target in (output, trace, html))
-    for target in (output, trace, html):
-        check_output(target, force=force)
+    check_outputs(output, trace, html, force=force)
     if words is not None:
         session, returncode = _profile_program(words, until, seconds, stop=stop, json=json, measure=ceilings)
     else:

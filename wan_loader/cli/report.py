@@ -36,7 +36,7 @@ def report(
 
         wan-loader report run.rank0.json run.rank1.json
     """
-    from wan_loader.cli.output import check_output
+    from wan_loader.cli.output import check_outputs
     from wan_loader.cli.render import output_console
     from wan_loader.profiler.session import read_session
 
@@ -45,8 +45,7 @@ def report(
             raise typer.BadParameter("--trace and --html show one session: name one")
         _compare(sessions, json=json)
         return
-    for target in (trace, html):
-        check_output(target, force=force)
+    check_outputs(trace, html, force=force)
     render_session(read_session(sessions[0]), output_console(), json=json, trace=trace, html=html)
 
 
