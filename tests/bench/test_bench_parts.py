@@ -1,5 +1,6 @@
 """The pure parts: places, statistics, documents, pictures, the throttle, the comparison of tensors."""
 
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wan_loader.bench import sample as bench_sample
 from wan_loader.bench import storage
 from wan_loader.bench.check import compare_tensors
 from wan_loader.bench.document import to_document
@@ -99,6 +101,20 @@ def test_the_throttle_serves_one_after_the_other():
     assert slept == [600 / 1e9]
     now[0] = 5000
     assert throttle.reserve(100) == 5100, "an idle device does not catch up"
+
+
+def test_looking_for_children_is_not_the_loaders_cpu_time(checkpoint, monkeypatch):
+    def slow():
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+        return []
+
+    monkeypatch.setattr(bench_sample, "_descendants", slow)
+    files = (str(checkpoint / "model.safetensors"),)
+    task = {"files": files, "format": "safetensors", "file_dtype": "float32", "device": "cpu"}
+    answer = bench_sample.take_sample({"loader": "safetensors", "task": task})
+    assert answer["cpu_seconds"] < 0.08
 
 
 def test_summary_counts_good_samples_only(make_sample):

@@ -140,7 +140,7 @@ def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
     """The load itself: all that is between the two readings of the clock, and of the counters."""
     reset_peak_resident()
     gc.collect()  # what the imports have left: the collector would come for it in the middle of some load
-    before = _counters()
+    read_before, busy_before = _read_bytes_of_all(), _busy_seconds()  # the slow one is outside of the other
     start_ns = clock_ns()
     outcome = loader.load(task)
     returned_ns = clock_ns()
@@ -149,11 +149,13 @@ def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
     else:
         _touch(outcome.tensors.values())
     end_ns = clock_ns()
+    busy, read = _busy_seconds(), _read_bytes_of_all()
     seconds = (end_ns - start_ns) / 1e9
     measured = {
         "seconds": seconds,
         "call_seconds": (returned_ns - start_ns) / 1e9,
-        **_difference(before, _counters(), seconds),
+        "read_bytes": read - read_before,
+        **_difference(busy_before, busy, seconds),
         "phases": _phases(outcome.spans, start_ns, end_ns),
     }
     if outcome.spans and task.device == "cpu":
@@ -198,13 +200,15 @@ def _touch(tensors: Iterable[Any]) -> None:
             _ = ctypes.c_ubyte.from_address(address).value, ctypes.c_ubyte.from_address(address + nbytes - 1).value
 
 
-def _counters() -> dict[str, float]:
+def _busy_seconds() -> tuple[float, float]:
+    """CPU-seconds until now: of this process with children that it has waited for, and of the whole machine."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {
-        "read_bytes": _read_bytes("self") + sum(map(_read_bytes, _descendants())),
-        "cpu_seconds": sum(u.ru_utime + u.ru_stime for u in used),
-        "machine_busy_s": _machine_busy_s(),
-    }
+    return sum(u.ru_utime + u.ru_stime for u in used), _machine_busy_s()
+
+
+def _read_bytes_of_all() -> int:
+    """Bytes fetched from storage until now, by this process and all that it started. Costs milliseconds."""
+    return _read_bytes("self") + sum(map(_read_bytes, _descendants()))
 
 
 def _descendants() -> list[int]:
@@ -231,11 +235,10 @@ def _machine_busy_s() -> float:
         return 0.0
 
 
-def _difference(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> dict[str, Any]:
-    used = after["cpu_seconds"] - before["cpu_seconds"]
-    others = max(0.0, after["machine_busy_s"] - before["machine_busy_s"] - used)
+def _difference(before: tuple[float, float], after: tuple[float, float], seconds: float) -> dict[str, Any]:
+    used, busy = after[0] - before[0], after[1] - before[1]
+    others = max(0.0, busy - used)
     return {
-        "read_bytes": int(after["read_bytes"] - before["read_bytes"]),
         "cpu_seconds": used,
         "others_share": min(1.0, others / (seconds * processors())) if seconds > 0.3 else None,
     }
