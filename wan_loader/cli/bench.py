@@ -38,51 +38,61 @@ class CacheChoice(enum.StrEnum):
     AS_IS = "as-is"
 
 
+Paths = Annotated[
+    list[Path], typer.Argument(metavar="PATH...", help="Checkpoints: files or directories.", show_default=False)
+]
+Loaders = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME,...",
+        help="ours, safetensors, safetensors-cuda, torch, diffusers, fastsafetensors, instanttensor, runai, "
+        "flashpack; may be repeated.",
+        show_default="all",
+    ),
+]
+Storage = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="Copy the checkpoint there, measure, remove the copy; or NAME=simulated:RATE for a slow disk that "
+        "this machine lacks (hdd, sata, nvme or 180MB/s; our loader only). May be repeated.",
+        show_default="where it is",
+    ),
+]
+Caches = Annotated[
+    list[CacheChoice] | None,
+    typer.Option(help="State of the page cache before each sample; may be repeated.", show_default="warm"),
+]
+Ios = Annotated[
+    list[IoChoice] | None, typer.Option(help="Ways for our loader to read; may be repeated.", show_default="auto")
+]
+ThreadCounts = Annotated[
+    list[int] | None,
+    typer.Option(min=1, max=64, help="Reads side by side of our loader; may be repeated.", show_default="chosen"),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Only the first files that hold this much, such as 4GB.", callback=checked(parse_size)
+    ),
+]
+TimeLimit = Annotated[
+    float, typer.Option(min=1, metavar="SECONDS", help="A sample that takes longer is ended, and reported.")
+]
+
+
 def bench(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Checkpoints: files or directories.", show_default=False)
-    ],
-    loader: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="ours, safetensors, safetensors-cuda, torch, diffusers, fastsafetensors, instanttensor, runai, "
-            "flashpack; may be repeated.",
-            show_default="all",
-        ),
-    ] = None,
-    storage: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DIR",
-            help="Copy the checkpoint there, measure, remove the copy; or NAME=simulated:RATE for a slow disk that "
-            "this machine lacks (hdd, sata, nvme or 180MB/s; our loader only). May be repeated.",
-            show_default="where it is",
-        ),
-    ] = None,
-    cache: Annotated[
-        list[CacheChoice] | None,
-        typer.Option(help="State of the page cache before each sample; may be repeated.", show_default="warm"),
-    ] = None,
+    paths: Paths,
+    loader: Loaders = None,
+    storage: Storage = None,
+    cache: Caches = None,
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Samples of each loader.")] = 5,
     dtype: Dtype = None,
     device: Device = "auto",
-    io: Annotated[
-        list[IoChoice] | None, typer.Option(help="Ways for our loader to read; may be repeated.", show_default="auto")
-    ] = None,
-    threads: Annotated[
-        list[int] | None,
-        typer.Option(min=1, max=64, help="Reads side by side of our loader; may be repeated.", show_default="chosen"),
-    ] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Only the first files that hold this much, such as 4GB.", callback=checked(parse_size)
-        ),
-    ] = None,
-    time_limit: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="A sample that takes longer is ended, and reported.")
-    ] = 300.0,
+    io: Ios = None,
+    threads: ThreadCounts = None,
+    part: Part = None,
+    time_limit: TimeLimit = 300.0,
     export_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all samples as JSON.")] = None,
     export_markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
     export_picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a picture of them.")] = None,
