@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from wan_loader.bench import sample
 from wan_loader.bench.child import ask
-from wan_loader.bench.loader import Task
+from wan_loader.bench.loader import Loader, Outcome, Task
+from wan_loader.bench.peers import LOADERS
+
+LOADERS_AS_THEY_ARE = dict(LOADERS)
 
 FAKES = {
     "fastsafetensors": """
@@ -237,6 +241,7 @@ def test_simulated_storage_sets_the_pace(checkpoint, command):
         (["--storage", "x=simulated:fast"], "no rate"),
         (["--storage", "x=simulated:0"], "--storage 'x=simulated:0': '0' must be more than 0"),
         (["--part", "lots"], "not understood"),
+        (["--time-limit", "inf"], "--time-limit"),
     ],
 )
 def test_mistakes_are_usage_errors(checkpoint, command, words, text):
@@ -244,6 +249,24 @@ def test_mistakes_are_usage_errors(checkpoint, command, words, text):
     assert done.returncode == 2
     assert done.stdout == ""
     assert text in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_component_class_is_imported_before_the_clock(checkpoint, monkeypatch):
+    events = []
+    loader = Loader(
+        "diffusers",
+        (),
+        (),
+        "",
+        load=lambda task: (events.append("load"), Outcome({}))[1],
+        prepare=lambda task: events.append("prepare"),
+    )
+    monkeypatch.setitem(sample.LOADERS, "diffusers", loader)
+    monkeypatch.setattr(sample, "_busy_seconds", lambda: (events.append("clock"), (0.0, 0.0))[1])
+    task = {"files": [str(checkpoint / "model.safetensors")], "format": "safetensors", "file_dtype": "float32"}
+    sample.take_sample({"loader": "diffusers", "task": {**task, "device": "cpu"}})
+    assert events == ["prepare", "clock", "load", "clock"]
+    assert LOADERS_AS_THEY_ARE["diffusers"].prepare is not None
 
 
 def test_two_exports_to_one_file_are_refused(checkpoint, command, tmp_path):

@@ -64,6 +64,8 @@ class Loader:
     load: Callable[[Task], Outcome]
     formats: tuple[str, ...] = ("safetensors",)
     cuda_only: bool = False
+    prepare: Callable[[Task], object] | None = None
+    """Imports what only the task tells, before the clock starts."""
     convert: Callable[[Task], None] | None = None
     """Writes `task.packed`, once, outside the clock."""
 

@@ -1,6 +1,6 @@
 """How each loader is called: as its own documentation tells a user, with its own defaults.
 
-Every function here runs in the process that takes one sample. `prepare` imports what the loader needs, outside the
+Every function here runs in the process that takes one sample. `modules`, and what `prepare` imports, come before the
 clock; `load` is what is timed. Nothing of a loader is imported before it is wanted, and diffusers and transformers are
 only ever measured here, not used. A loader that cannot do a case raises `NotApplicableError` with the reason.
 """
@@ -100,15 +100,15 @@ def _copy_into_empty(path: str, device: str) -> Iterator[tuple[str, Any]]:
 
 
 def _diffusers(task: Task) -> Outcome:
-    directory = Path(task.directory)
-    cls, keyword = _component_class(directory)
+    cls, keyword = _component_class(task)
     dtype = torch_dtype(task.dtype or task.file_dtype)
-    module = cls.from_pretrained(str(directory), local_files_only=True, **{keyword: dtype}).to(task.device)
+    module = cls.from_pretrained(task.directory, local_files_only=True, **{keyword: dtype}).to(task.device)
     return Outcome(dict(module.state_dict()), is_module=True, keep=module)
 
 
-def _component_class(directory: Path) -> tuple[Any, str]:
-    """The class that config.json names, among diffusers' and transformers' own models only."""
+def _component_class(task: Task) -> tuple[Any, str]:
+    """The class that config.json names, among diffusers' and transformers' own models only; the first call imports."""
+    directory = Path(task.directory)
     config = directory / "config.json"
     if not directory.name or not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
         raise NotApplicableError("no component directory: it has no config.json beside the weights")
@@ -217,6 +217,7 @@ _ALL = (
         ("diffusers",),
         "the component's class of diffusers or transformers: from_pretrained(directory, dtype), then .to(device)",
         _diffusers,
+        prepare=_component_class,
     ),
     Loader(
         "fastsafetensors",

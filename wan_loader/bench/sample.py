@@ -118,6 +118,8 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         throttle_reads(request["rate"])
     for module in loader.modules:
         import_module(module)
+    if loader.prepare is not None:
+        loader.prepare(task)
     _start_device(task.device)
     watched = [task.packed] if task.packed else list(task.files)
     facts = {

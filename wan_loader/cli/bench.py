@@ -77,7 +77,8 @@ Part = Annotated[
     ),
 ]
 TimeLimit = Annotated[
-    float, typer.Option(min=1, metavar="SECONDS", help="A sample that takes longer is ended, and reported.")
+    float,
+    typer.Option(min=1, max=604_800, metavar="SECONDS", help="A sample that takes longer is ended, and reported."),
 ]
 
 
