@@ -121,3 +121,20 @@ def test_a_forgotten_result_stays_mapped(path):
     gc.collect()
     assert target.registered
     assert all(is_mapped(address) for address in target.registered)
+
+
+@pytest.mark.parametrize(("name", "way"), [("mapper", Way.MAPPED), ("pinning", Way.BUFFERED)])
+def test_just_before_a_thread_begins(path, monkeypatch, name, way):
+    """Nobody waits for a thread that is not there: all is given back."""
+    plain, target = threading.Thread.start, Target()
+
+    def start(thread):
+        if thread.name == name:
+            raise KeyboardInterrupt
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        carry(path, target, way)
+    assert not any(thread.name == "release" for thread in threading.enumerate())
+    check(target)

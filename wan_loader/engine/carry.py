@@ -141,6 +141,7 @@ class _Load:
         self._work = Work(settings.slot_bytes, may_steal=settings.may_steal)
         self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self._mapper_ended.set()
+        self._mapping = threading.Lock()
         self._failure: BaseException | None = None
         self._lanes: Lanes | None = None
         self._line: Line | None = None
@@ -220,7 +221,8 @@ class _Load:
             ending.join(_END_SECONDS)
 
     def _end(self) -> None:
-        self._mapper_ended.wait()
+        with self._mapping:  # rather than the event, which a thread that never began does not set
+            pass
         self._pinning.end()
         if self._lanes is not None:
             self._lanes.end()
@@ -282,7 +284,9 @@ class _Load:
 
     def _map_guarded(self) -> None:
         try:
-            self._map_all(self._target.line())
+            with self._mapping:
+                if self._work.has_windows:
+                    self._map_all(self._target.line())
         except BaseException as failure:
             self._failure = failure
             self._work.cancel()

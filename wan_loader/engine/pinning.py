@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from threading import Event
+from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 from wan_loader.events import span
@@ -36,12 +36,15 @@ class Pinning:
         self._observer = observer
         self._coming: dict[int, Event] = {}
         """Is set once the slot at an address has been dealt with in the background."""
-        self._refused = not target.can_pin
+        self._at_work = Lock()
+        """Held while the background pins."""
+        self._is_over = not target.can_pin
+        """Whether nothing is pinned any more."""
         self._failure: BaseException | None = None
 
     def begin(self, slots: Sequence[Slot]) -> None:
         """Pin slots that follow each other in memory in the background: one, then twice as many at a time."""
-        if self._refused:
+        if self._is_over:
             return
         groups: list[Sequence[Slot]] = []
         while slots:
@@ -52,28 +55,35 @@ class Pinning:
         in_background(partial(self._pin_groups, groups), "pinning")
 
     def need(self, slot: Slot) -> None:
-        """Return when the slot is pinned, or pinning was refused. Raises what made it fail otherwise."""
-        if slot.pinned or self._refused:
+        """Return when the slot is pinned, or will not be. Raises what made it fail."""
+        if slot.pinned:
             return
         if event := self._coming.get(slot.address):
-            event.wait()
-        else:
+            event.wait()  # also once another was refused: its memory must not go while it is being registered
+        elif not self._is_over:
             self._pin([slot])
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # it holds what was running, and must not hold itself
 
     def end(self) -> None:
-        """Wait for the background."""
-        for event in self._coming.values():
-            event.wait()
+        """Wait for the background. It pins nothing afterwards, even if its thread has yet to begin."""
+        self._is_over = True
+        with self._at_work:
+            pass
 
     def _pin_groups(self, groups: Sequence[Sequence[Slot]]) -> None:
         for group in groups:
             try:
-                if not self._refused and self._failure is None:
-                    self._pin(group)
+                with self._at_work:
+                    if not self._is_over:
+                        self._pin(group)
             except BaseException as failure:
                 self._failure = failure
+                self._is_over = True
             finally:
                 self._coming[group[0].address].set()
 
@@ -87,8 +97,9 @@ class Pinning:
                     populate(address, nbytes, write=True)
                 self._target.pin(address, nbytes, read_only=False)
         except PinError as refusal:
-            self._refused = True
-            self._carried.refusals.append(f"staging is not pinned, copies are slower: {refusal}")
+            was_over, self._is_over = self._is_over, True
+            if not was_over:  # else the other thread was refused, too
+                self._carried.refusals.append(f"staging is not pinned, copies are slower: {refusal}")
         else:
             self._carried.pinned_nbytes += nbytes
             for slot in slots:

@@ -1,0 +1,184 @@
+"""Slots pinned in the background while others are pinned, refused or given back: no release beside a registration."""
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from types import SimpleNamespace
+
+import pytest
+
+from wan_loader.engine import EngineSettings, Portion, carry_out
+from wan_loader.engine.carry import Carried
+from wan_loader.engine.pinning import Pinning
+from wan_loader.errors import DeviceError
+from wan_loader.formats.facts import stat_file
+from wan_loader.plan import Extent, Way, make_plan
+from wan_loader.source.reader import Reader
+from wan_loader.staging import Staging
+from wan_loader.transfer.base import PinError
+
+pytestmark = pytest.mark.timeout(10)
+
+MiB = 1 << 20
+
+
+class Target:
+    """Registers in `pin`, which a test may make slow or have refuse."""
+
+    can_pin = True
+
+    def __init__(self, before=lambda n: None):
+        self.registered = {}
+        self.n_pins = 0
+        self.busy = 0
+        self.released_too_early = []
+        self._before = before
+
+    def pin(self, address, nbytes, *, read_only):
+        self.n_pins += 1
+        self.busy += 1
+        try:
+            self._before(self.n_pins)
+            self.registered[address] = nbytes
+        finally:
+            self.busy -= 1
+
+    def unpin(self, address):
+        if self.busy:
+            self.released_too_early.append(address)
+        self.registered.pop(address, None)
+        return True
+
+    def bind(self, destinations):
+        self.bound = destinations
+
+    def line(self):
+        return self
+
+    def submit(self, address, file_start, pieces):
+        return SimpleNamespace(wait=lambda: None, done=lambda: True)
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def staging():
+    staging = Staging(MiB, 8)
+    yield staging
+    staging.close()
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(6 * MiB))
+    return str(path)
+
+
+def carry(path, target, each, allocate=list):
+    plan = make_plan([Extent(0, 0, 0, 6 * MiB)], block_bytes=MiB, way=lambda *_: Way.BUFFERED)
+    portions = (Portion(plan.blocks[i : i + each], allocate) for i in range(0, len(plan.blocks), each))
+    with Reader([stat_file(path)]) as reader:
+        return carry_out(portions, reader, target, EngineSettings(threads=2, slot_bytes=MiB, n_slots=8))
+
+
+def in_main():
+    return threading.current_thread() is threading.main_thread()
+
+
+def test_a_refusal_between_copies_does_not_leave_the_background_behind(path):
+    """Else the load ends, and its memory is given back, while some of it is being registered."""
+
+    def before(n):
+        if in_main():
+            deadline = time.monotonic() + 0.3
+            while target.busy < 2 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            raise PinError("refused")
+        time.sleep(0.2)
+
+    target = Target(before)
+    carried = carry(path, target, each=2)
+    assert carried.pinned_nbytes == sum(target.registered.values())
+    carried.release()
+    assert not target.released_too_early
+    assert not target.registered
+
+
+def test_one_refusal_is_reported_once(staging):
+    """Of two threads that both ask at that moment."""
+    both = threading.Barrier(2)
+
+    def before(n):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        raise PinError("refused")
+
+    carried = Carried()
+    pinning = Pinning(Target(before), carried, None)
+    pinning.begin(staging.slots[:2])
+    pinning.need(staging.slots[5])
+    pinning.end()
+    assert len(carried.refusals) == 1
+
+
+def test_a_thread_that_never_began_is_not_waited_for(staging, monkeypatch):
+    """Ctrl-C just before it would have."""
+
+    def start(thread):
+        raise KeyboardInterrupt
+
+    carried = Carried()
+    pinning = Pinning(Target(), carried, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(KeyboardInterrupt):
+            pinning.begin(staging.slots)
+    ending = threading.Thread(target=pinning.end, daemon=True)
+    ending.start()
+    ending.join(1)
+    assert not ending.is_alive()
+
+
+def test_what_is_not_pinned_yet_at_the_end_never_is(staging):
+    began = threading.Event()
+
+    def before(n):
+        began.set()
+        time.sleep(0.05)
+
+    target = Target(before)
+    pinning = Pinning(target, Carried(), None)
+    pinning.begin(staging.slots)
+    began.wait()
+    pinning.end()
+    assert target.n_pins == 1
+    time.sleep(0.1)
+    assert target.n_pins == 1
+
+
+def test_a_failure_keeps_nothing_alive(path):
+    """No cycle through the error: what was allocated for the weights goes at once."""
+
+    class Weights(list):
+        pass
+
+    kept = []
+
+    def allocate():
+        weights = Weights()
+        kept.append(weakref.ref(weights))
+        return weights
+
+    def before(n):
+        raise DeviceError("boom")
+
+    with contextlib.suppress(DeviceError):
+        carry(path, Target(before), 100, allocate)
+    for thread in threading.enumerate():
+        if thread.name in ("release", "pinning"):
+            thread.join()
+    assert [ref() for ref in kept] == [None]
