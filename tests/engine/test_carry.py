@@ -344,6 +344,24 @@ def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
     check(result, path)
 
 
+@pytest.mark.parametrize("each", [1, 2, 7])
+def test_mapping_here_stays_here_when_some_is_staged(load, path, each):
+    """Staging draws windows, too: they are not taken by two threads then."""
+    mapping = set()
+
+    def refuse(n, read_only):
+        if read_only:
+            mapping.add(threading.get_ident())
+
+    ways = [Way.MAPPED, Way.BUFFERED]
+    result = load(
+        lambda file, start, end: ways[start // SLOT % 2], block_bytes=SLOT, each=each, maps_here=True, refuse=refuse
+    )
+    assert mapping == {threading.get_ident()}
+    assert result.carried.nbytes == result.plan.nbytes_by_way()
+    check(result, path)
+
+
 def test_mapping_alone_begins_before_the_last_portion_is_made(load, path):
     pins = []
 
@@ -373,8 +391,11 @@ def test_refused_windows_go_through_staging(load, path, refused_from, how):
         refuse=lambda n, read_only: read_only and next(windows) >= refused_from,
     )
     assert result.carried.nbytes[Way.BUFFERED] > 0
-    assert any("refused by the fake" in r and "regist" in r for r in result.carried.refusals)
-    assert len(set(result.carried.refusals)) == 1
+    (refusal,) = result.carried.refusals
+    assert "refused by the fake" in refusal
+    assert "regist" in refusal
+    assert next(windows) == refused_from + 1, "asked for once more after the refusal"
+    assert (result.target.threads == {threading.get_ident()}) == ("maps_here" in how)
     check(result, path)
 
 

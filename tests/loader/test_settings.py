@@ -92,10 +92,11 @@ def test_only_mapped_windows_are_stolen_and_only_for_the_gpu():
 
 
 def test_mapping_that_was_asked_for_is_alone():
-    assert settings(Way.MAPPED, io="mapped").maps_here
+    assert settings(Way.MAPPED, io="mapped", resident=True).maps_here
     assert not settings(Way.MAPPED, io="mapped").may_steal
-    assert not settings(Way.MAPPED).maps_here
-    assert not settings(Way.MAPPED, Way.DIRECT, io="mapped").maps_here, "staging must not wait for it"
+    assert not settings(Way.MAPPED, io="mapped").maps_here, "Ctrl-C must not wait for a disk"
+    assert not settings(Way.MAPPED, resident=True).maps_here
+    assert not settings(Way.MAPPED, Way.DIRECT, io="mapped", resident=True).maps_here, "staging must not wait for it"
     assert settings(Way.MAPPED, io="mapped").threads == 8, "for what cannot be mapped"
 
 

@@ -5,7 +5,8 @@ and submits the copy of each slot as it fills. The plan comes in portions, whose
 the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
 it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
 further thread makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything
-is done. Where only windows are wanted, to spare the processors, the calling thread maps them alone.
+is done. Where only windows are wanted, to spare the processors, the calling thread maps them alone if their pages are
+resident.
 
 The first failure ends both and is raised.
 """
@@ -71,7 +72,8 @@ class EngineSettings:
     may_steal: bool = False
     """Whether staging takes mapped windows too."""
     maps_here: bool = False
-    """Whether the calling thread maps windows itself, portion by portion: where there is nothing else to do."""
+    """Whether the calling thread maps windows itself, portion by portion: where there is nothing else to do, and no
+    page that a disk must bring: Ctrl-C would wait for it."""
     faults_in: bool = True
     """Whether pages of windows are faulted in before they are registered. The driver does so itself, at less expense,
     but under a lock: not for pages that a disk must bring. Those that the processor copies are always faulted in: one
@@ -183,13 +185,13 @@ class _Load:
             self._work.add(portion.blocks)
             return
         self._all_drawn = True
-        if self._work.has_windows:
+        if self._work.has_windows and not self._settings.maps_here:
             self._mapper_ended.clear()
             if in_background(self._map_guarded, "mapper") is None:
                 self._carried.refusals.append("no further thread may be started: pages are mapped first, staged later")
 
     def _carry_all(self) -> None:
-        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging():
+        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_windows:
             if self._is_staging():
                 self._stage_all(self._lanes or self._open_lanes())
             elif self._settings.maps_here and self._work.has_windows:
@@ -280,7 +282,7 @@ class _Load:
         else:
             self._copying.append((ticket, desk))
 
-    # windows: the mapper thread, or the calling one where there is nothing else to do
+    # windows: the mapper thread, or the calling one
 
     def _map_guarded(self) -> None:
         try:

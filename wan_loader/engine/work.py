@@ -28,11 +28,12 @@ class Work:
         self._parts: deque[Block] = deque()
         self._slot_bytes = slot_bytes
         self._may_steal = may_steal
+        self._may_map = True
 
     def add(self, blocks: Iterable[Block]) -> None:
         """More of it; before the second thread begins."""
         for block in blocks:
-            (self._windows if block.way is Way.MAPPED else self._blocks).append(block)
+            (self._windows if block.way is Way.MAPPED and self._may_map else self._blocks).append(block)
 
     @property
     def has_windows(self) -> bool:
@@ -65,7 +66,8 @@ class Work:
         return _pop(self._parts, first=True)
 
     def map_nothing(self, refused: Block) -> None:
-        """Send a block that cannot be mapped, and those that have not been yet, through staging."""
+        """Send a block that cannot be mapped, and all that have not been yet, through staging."""
+        self._may_map = False
         self._blocks.append(refused)
         while (block := self.next_window()) is not None:
             self._blocks.append(block)

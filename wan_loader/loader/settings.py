@@ -131,7 +131,7 @@ def engine_settings(
         slot_bytes=slot_bytes,
         n_slots=n_slots,
         may_steal=steals,
-        maps_here=mapped_only and not steals,
+        maps_here=mapped_only and not steals and resident,
         faults_in=not (cuda and resident),
     )
 
