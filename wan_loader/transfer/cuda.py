@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import Span, clock_ns
@@ -90,7 +91,8 @@ class CudaTarget:
         self.allocated = torch.cuda.Event()
         """Recorded anew with every `bind`; copies to the latest destinations wait for it."""
         self._pinned: list[tuple[int, int]] = []
-        """Start and end of registered memory, in order."""
+        """Start and end of registered memory, in order. Threads that add to it move what others have just found."""
+        self._pinned_lock = Lock()
         self._views: dict[int, Any] = {}
         self._lines: list[_Line] = []
         self._context = driver.current_context()
@@ -114,7 +116,8 @@ class CudaTarget:
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory with the driver, in any thread; raises `PinError`."""
         driver.register(address, nbytes, self._context, read_only=read_only)
-        insort(self._pinned, (address, address + nbytes))
+        with self._pinned_lock:
+            insort(self._pinned, (address, address + nbytes))
 
     def unpin(self, address: int) -> bool:
         """Undo `pin`, in any thread."""
@@ -122,9 +125,10 @@ class CudaTarget:
 
     def bytes_on_device(self, address: int, nbytes: int) -> Any:
         """Bytes from `address` on as a uint8 tensor for kernels: the memory itself if it is pinned."""
-        at = bisect_right(self._pinned, (address, inf)) - 1
-        if at >= 0 and address + nbytes <= self._pinned[at][1]:
-            start, end = self._pinned[at]
+        with self._pinned_lock:
+            at = bisect_right(self._pinned, (address, inf))
+            start, end = self._pinned[at - 1] if at else (0, 0)
+        if address + nbytes <= end:
             if start not in self._views:
                 self._views[start] = self._view(start, end - start)
             if (view := self._views[start]) is not None:
