@@ -51,13 +51,20 @@ def _check(result: int, what: str) -> None:
         raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
-def map_file(fd: int, start: int, nbytes: int) -> int:
-    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; returns the address."""
-    address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
+def map_file(fd: int, start: int, nbytes: int, noted: list[int] | None = None) -> int:
+    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; returns the address.
+
+    Ctrl-C may come right after the call, before anything else: `noted` has the address even then.
+    """
+    noted = [] if noted is None else noted
+    # one call, in C: a signal handler runs before it or after it
+    noted.extend(map(_libc.mmap, (None,), (nbytes,), (mmap.PROT_READ,), (mmap.MAP_SHARED,), (fd,), (start,)))
+    address = noted[-1]
     if address is None or address == _MAP_FAILED:
         code = ctypes.get_errno()
+        noted.clear()
         raise OSError(code, f"mmap: {os.strerror(code)}")
-    return int(address)
+    return address
 
 
 def unmap(address: int, nbytes: int) -> bool:

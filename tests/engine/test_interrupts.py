@@ -5,13 +5,14 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from wan_loader.engine import EngineSettings, Portion, carry_out
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan import Extent, Way, make_plan
+from wan_loader.plan import PAGE, Extent, Way, make_plan
 from wan_loader.source.reader import Reader
 
 MiB = 1 << 20
@@ -138,3 +139,40 @@ def test_just_before_a_thread_begins(path, monkeypatch, name, way):
         carry(path, target, way)
     assert not any(thread.name == "release" for thread in threading.enumerate())
     check(target)
+
+
+def mappings_of(path):
+    return sum(path in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_no_window_stays_mapped(path):
+    """Whenever a signal comes, also between the system call and the note of its result."""
+
+    class ComeError(Exception):
+        pass
+
+    def come(signum, frame):
+        raise ComeError
+
+    class QuietAfterwards(Target):
+        def finish(self):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    plan = make_plan([Extent(0, 0, 0, 8 * MiB)], block_bytes=4 * PAGE, way=lambda *_: Way.MAPPED)
+    settings = EngineSettings(threads=1, slot_bytes=MiB, n_slots=1, maps_here=True, faults_in=False)
+    before = signal.signal(signal.SIGALRM, come)
+    n_came = 0
+    try:
+        for i in range(400):
+            with Reader([stat_file(path)]) as reader:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 + i * 1e-5)
+                    carried = carry_out([Portion(plan.blocks, list)], reader, QuietAfterwards(), settings)
+                except ComeError:
+                    n_came += 1
+                else:
+                    carried.release()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert n_came > 100
+    assert mappings_of(path) == 0

@@ -314,8 +314,9 @@ class _Load:
         faults_in = self._settings.faults_in
         with span(self._observer if faults_in else None, "read", block.nbytes):
             try:
-                address = map_file(self._reader.fds[block.file], start, nbytes)
-                self._carried.cleanups.append(partial(unmap, address, nbytes))
+                mapped: list[int] = []
+                self._carried.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come after the call
+                address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
                 if faults_in:
                     populate(address, nbytes)
             except OSError as error:
@@ -334,3 +335,7 @@ class _Load:
             return False
         self._carried.registered_nbytes += nbytes
         return True
+
+
+def _unmap(addresses: Sequence[int], nbytes: int) -> bool:
+    return all(unmap(address, nbytes) for address in addresses)
