@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.aio import Request
-from wan_loader.engine import EngineSettings, Portion, carry_out, lanes
+from wan_loader.engine import EngineSettings, Portion, carry, carry_out, lanes
 from wan_loader.engine.activity import loading
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
@@ -396,6 +396,27 @@ def test_refused_windows_go_through_staging(load, path, refused_from, how):
     assert "regist" in refusal
     assert next(windows) == refused_from + 1, "asked for once more after the refusal"
     assert (result.target.threads == {threading.get_ident()}) == ("maps_here" in how)
+    check(result, path)
+
+
+@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True, "each": 2}, {"can_pin": False}])
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
+@pytest.mark.parametrize("nth", [1, 4])
+def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch, nth, code, how):
+    """A file system without mmap; more mappings than the kernel allows."""
+    plain, calls = carry.map_file, iter(range(1, 1000))
+
+    def failing(*args):
+        if next(calls) >= nth:
+            raise OSError(code, f"mmap: {os.strerror(code)}")
+        return plain(*args)
+
+    monkeypatch.setattr(carry, "map_file", failing)
+    result = load(Way.MAPPED, block_bytes=SLOT, **how)
+    assert result.carried.nbytes[Way.BUFFERED] > 0
+    (refusal,) = result.carried.refusals
+    assert os.strerror(code) in refusal
+    assert next(calls) == nth + 1, "asked for once more after the refusal"
     check(result, path)
 
 

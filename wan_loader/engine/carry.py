@@ -297,7 +297,8 @@ class _Load:
 
     def _map_all(self, line: Line) -> None:
         while (block := self._work.next_window()) is not None:
-            if not self._map_window(line, block, self._map_file(block)):
+            address = self._map_file(block)
+            if address is None or not self._map_window(line, block, address):
                 self._work.map_nothing(block)
 
     def _map_window(self, line: Line, block: Block, address: int) -> bool:
@@ -308,19 +309,22 @@ class _Load:
         self._carried.nbytes[Way.MAPPED] += block.nbytes
         return True
 
-    def _map_file(self, block: Block) -> int:
-        """Map a block's pages; returns the address of the first."""
+    def _map_file(self, block: Block) -> int | None:
+        """Map a block's pages; returns the address of the first. None if the file system or the kernel refuses."""
         start, nbytes = block.page_start, block.page_end - block.page_start
-        faults_in = self._settings.faults_in
-        with span(self._observer if faults_in else None, "read", block.nbytes):
-            try:
-                mapped: list[int] = []
-                self._carried.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come after the call
-                address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
-                if faults_in:
+        mapped: list[int] = []
+        self._carried.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
+        try:
+            address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
+        except OSError as refusal:
+            self._carried.refusals.append(f"pages are not mapped, read through staging: {refusal.strerror}")
+            return None
+        if self._settings.faults_in:
+            with span(self._observer, "read", block.nbytes):
+                try:
                     populate(address, nbytes)
-            except OSError as error:
-                raise self._reader.failed(block.file, start, nbytes, error) from error
+                except OSError as error:
+                    raise self._reader.failed(block.file, start, nbytes, error) from error
         return address
 
     def _pin_window(self, block: Block, address: int) -> bool:
