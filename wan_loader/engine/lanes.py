@@ -43,6 +43,8 @@ class _Lane:
         """Under way. Those of one file end in this order, so it is enough to look at the first."""
         self._refusals = refusals
         self._open: dict[int, _Descriptor] = {}
+        self._own: list[int] = []
+        """Descriptors to be closed."""
 
     def begin(self, fd: int) -> int:
         """This lane's own descriptor for the file open at `fd`."""
@@ -56,7 +58,8 @@ class _Lane:
     def _another(self, fd: int) -> int:
         """Another descriptor of the same file; the same one where no further may be opened."""
         try:
-            return os.dup(fd)
+            self._own.extend(map(os.dup, (fd,)))  # one call: Ctrl-C comes before it or when the result is noted
+            return self._own[-1]
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
@@ -67,11 +70,13 @@ class _Lane:
         self._open[fd].n_running -= 1
 
     def close(self) -> None:
-        for fd in list(self._open):
-            self._close(fd)
+        self._open.clear()
+        while self._own:
+            os.close(self._own.pop())
 
     def _close(self, fd: int) -> None:
-        if (own := self._open.pop(fd).fd) != fd:
+        if (own := self._open.pop(fd).fd) in self._own:
+            self._own.remove(own)
             os.close(own)
 
 
