@@ -19,7 +19,7 @@ from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.loader.placement import lay_out, plan_storages
 from wan_loader.loader.route import choose_way
 from wan_loader.loader.settings import MIN_BLOCK_BYTES, block_bytes
-from wan_loader.plan import Piece, make_plan
+from wan_loader.plan import Piece, plan_blocks
 from wan_loader.source.reader import Reader
 from wan_loader.source.residency import Residency
 from wan_loader.staging import Staging
@@ -44,8 +44,9 @@ def plan_all(checkpoints):
             residency = Residency(reader.fds)
             residency.total(layout.extents)
             way = choose_way("auto", may_map=True, reader=reader, residency=residency)
-            plan = make_plan(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
-            n_blocks += len(plan.blocks)
+            n_blocks += sum(
+                1 for _ in plan_blocks(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
+            )
     return n_blocks
 
 

@@ -1,5 +1,6 @@
 """The plan, as properties: every wanted byte exactly once, in order, in whole blocks; and planning costs nothing."""
 
+import itertools
 import time
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
-from wan_loader.plan import MAX_GAP, PAGE, Block, Extent, Piece, Way, make_plan, split
+from wan_loader.plan import MAX_GAP, PAGE, Block, Extent, Piece, Way, plan_blocks, split
 
 WAYS = list(Way)
 quick = settings(max_examples=150, deadline=None, database=None, derandomize=True)
@@ -93,33 +94,41 @@ def check_sizes_and_borders(wanted, blocks, block_bytes):
             assert to_border < piece.itemsize
 
 
+def planned(wanted, **options):
+    return tuple(plan_blocks(wanted, **options))
+
+
+def nbytes_of(blocks):
+    return sum(piece.nbytes for piece in pieces_of(blocks))
+
+
 @quick
 @given(wanted=extents(), block_bytes=block_sizes)
 def test_every_wanted_byte_is_in_exactly_one_piece_in_order(wanted, block_bytes):
-    plan = make_plan(wanted, block_bytes=block_bytes, way=some_way)
-    check_every_byte_once_and_in_order(wanted, plan.blocks)
-    check_blocks_hold_their_pieces(plan.blocks)
-    assert plan.nbytes == sum(e.end - e.start for e in wanted)
+    blocks = planned(wanted, block_bytes=block_bytes, way=some_way)
+    check_every_byte_once_and_in_order(wanted, blocks)
+    check_blocks_hold_their_pieces(blocks)
+    assert nbytes_of(blocks) == sum(e.end - e.start for e in wanted)
 
 
 @quick
 @given(wanted=extents(), block_bytes=block_sizes)
 def test_blocks_are_cut_at_multiples_of_the_block_size_and_between_elements(wanted, block_bytes):
-    plan = make_plan(wanted, block_bytes=block_bytes, way=some_way)
-    check_sizes_and_borders(wanted, plan.blocks, block_bytes)
+    blocks = planned(wanted, block_bytes=block_bytes, way=some_way)
+    check_sizes_and_borders(wanted, blocks, block_bytes)
 
 
 @quick
 @given(wanted=extents(itemsizes=(1,)), block_bytes=block_sizes)
 def test_unconverted_blocks_are_whole_and_share_no_page(wanted, block_bytes):
     """Inside a run, one block for each multiple of the block size, never longer, and no page is touched twice."""
-    plan = make_plan(wanted, block_bytes=block_bytes, way=some_way)
-    assert all(block.nbytes <= block_bytes for block in plan.blocks)
-    for before, after in zip(plan.blocks, plan.blocks[1:], strict=False):
+    blocks = planned(wanted, block_bytes=block_bytes, way=some_way)
+    assert all(block.nbytes <= block_bytes for block in blocks)
+    for before, after in itertools.pairwise(blocks):
         if before.file == after.file and 0 <= after.start - before.end <= MAX_GAP:
             assert before.start // block_bytes != after.start // block_bytes
             assert before.page_end <= after.page_start
-    for block in plan.blocks:
+    for block in blocks:
         assert block.page_start % PAGE == block.page_end % PAGE == 0
         assert block.start - block.page_start < PAGE > block.page_end - block.end
         assert block.page_start <= block.start < block.end <= block.page_end
@@ -134,20 +143,17 @@ def test_each_block_takes_the_way_that_was_said(wanted, block_bytes):
         asked.append((file, start, end))
         return some_way(file, start, end)
 
-    plan = make_plan(wanted, block_bytes=block_bytes, way=way)
-    assert asked == [(b.file, b.start, b.end) for b in plan.blocks]
-    assert [b.way for b in plan.blocks] == [some_way(*question) for question in asked]
-    by_way = plan.nbytes_by_way()
-    assert set(by_way) == set(Way)
-    assert by_way == {w: sum(b.nbytes for b in plan.blocks if b.way is w) for w in Way}
+    blocks = planned(wanted, block_bytes=block_bytes, way=way)
+    assert asked == [(b.file, b.start, b.end) for b in blocks]
+    assert [b.way for b in blocks] == [some_way(*question) for question in asked]
 
 
 @quick
 @given(wanted=extents(), block_bytes=block_sizes, smaller=block_sizes)
 def test_split_keeps_every_byte_the_order_and_the_way(wanted, block_bytes, smaller):
-    plan = make_plan(wanted, block_bytes=block_bytes, way=some_way)
+    blocks = planned(wanted, block_bytes=block_bytes, way=some_way)
     parts = []
-    for block in plan.blocks:
+    for block in blocks:
         inside = list(split(block, smaller))
         assert all((part.way, part.file) == (block.way, block.file) for part in inside)
         assert (inside[0].start, inside[-1].end) == (block.start, block.end)
@@ -161,7 +167,7 @@ def test_split_keeps_every_byte_the_order_and_the_way(wanted, block_bytes, small
 @quick
 @given(wanted=extents(), block_bytes=block_sizes)
 def test_splitting_again_changes_nothing(wanted, block_bytes):
-    for block in make_plan(wanted, block_bytes=block_bytes, way=some_way).blocks:
+    for block in planned(wanted, block_bytes=block_bytes, way=some_way):
         assert list(split(block, 1 << 40)) == [block]
         once = list(split(block, PAGE))
         assert [part for again in once for part in split(again, PAGE)] == once
@@ -176,53 +182,50 @@ def ranges_of(blocks):
 )
 def test_small_gaps_are_read_through(gap, joined):
     wanted = [Extent(0, 0, 1000, 1100), Extent(1, 0, 1100 + gap, 1150 + gap)]
-    plan = make_plan(wanted, block_bytes=1 << 20, way=some_way)
-    assert ranges_of(plan.blocks) == (
-        [(0, 1000, 1150 + gap)] if joined else [(0, 1000, 1100), (0, 1100 + gap, 1150 + gap)]
-    )
-    assert plan.nbytes == 150
+    blocks = planned(wanted, block_bytes=1 << 20, way=some_way)
+    assert ranges_of(blocks) == ([(0, 1000, 1150 + gap)] if joined else [(0, 1000, 1100), (0, 1100 + gap, 1150 + gap)])
+    assert nbytes_of(blocks) == 150
 
 
 def test_files_are_never_joined():
     wanted = [Extent(0, 0, 0, 100), Extent(1, 1, 100, 200), Extent(2, 0, 100, 200)]
-    plan = make_plan(wanted, block_bytes=PAGE, way=some_way)
-    assert ranges_of(plan.blocks) == [(0, 0, 100), (1, 100, 200), (0, 100, 200)]
+    blocks = planned(wanted, block_bytes=PAGE, way=some_way)
+    assert ranges_of(blocks) == [(0, 0, 100), (1, 100, 200), (0, 100, 200)]
 
 
 def test_nothing_wanted():
     for wanted in ([], [Extent(0, 0, 5, 5)]):
-        plan = make_plan(wanted, block_bytes=PAGE, way=some_way)
-        assert (plan.blocks, plan.nbytes) == ((), 0)
-        assert plan.nbytes_by_way() == dict.fromkeys(Way, 0)
+        blocks = planned(wanted, block_bytes=PAGE, way=some_way)
+        assert (blocks, nbytes_of(blocks)) == ((), 0)
 
 
 def test_empty_extents_do_not_break_a_run():
     wanted = [Extent(0, 0, 0, 50), Extent(1, 0, 50, 50), Extent(2, 0, 50, 100)]
-    (block,) = make_plan(wanted, block_bytes=PAGE, way=some_way).blocks
+    (block,) = planned(wanted, block_bytes=PAGE, way=some_way)
     assert [piece.storage for piece in block.pieces] == [0, 2]
 
 
 def test_a_converted_element_that_straddles_a_border_moves_it():
-    (first, second) = make_plan([Extent(0, 0, 2, 2 + 2 * PAGE, 4)], block_bytes=PAGE, way=some_way).blocks[:2]
+    (first, second) = planned([Extent(0, 0, 2, 2 + 2 * PAGE, 4)], block_bytes=PAGE, way=some_way)[:2]
     assert (first.start, first.end) == (2, PAGE - 2)
     assert second.pieces == (Piece(0, PAGE - 4, PAGE - 2, PAGE, 4),)
 
 
 def test_an_unconverted_element_does_not_move_it():
-    first = make_plan([Extent(0, 0, 2, 2 + 2 * PAGE)], block_bytes=PAGE, way=some_way).blocks[0]
+    first = planned([Extent(0, 0, 2, 2 + 2 * PAGE)], block_bytes=PAGE, way=some_way)[0]
     assert first == Block(some_way(0, 2, PAGE), 0, 2, PAGE, (Piece(0, 0, 2, PAGE - 2),))
 
 
 @pytest.mark.parametrize("block_bytes", [0, -PAGE, 1, PAGE - 1, PAGE + 1])
 def test_a_block_size_that_is_no_multiple_of_a_page(block_bytes):
     with pytest.raises(OptionError, match=str(block_bytes)):
-        make_plan([], block_bytes=block_bytes, way=some_way)
+        planned([], block_bytes=block_bytes, way=some_way)
 
 
 def test_the_order_asked_for_is_kept_even_against_the_file():
     wanted = [Extent(i, 0, start, start + 100) for i, start in enumerate((900, 500, 100, 300, 0))]
-    plan = make_plan(wanted, block_bytes=PAGE, way=some_way)
-    assert [piece.storage for piece in pieces_of(plan.blocks)] == [0, 1, 2, 3, 4]
+    blocks = planned(wanted, block_bytes=PAGE, way=some_way)
+    assert [piece.storage for piece in pieces_of(blocks)] == [0, 1, 2, 3, 4]
 
 
 def test_planning_the_whole_model_costs_less_than_50_ms():
@@ -238,8 +241,8 @@ def test_planning_the_whole_model_costs_less_than_50_ms():
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
-            plan = make_plan(wanted, block_bytes=64 << 20, way=lambda file, start, end: Way.DIRECT)
+            blocks = planned(wanted, block_bytes=64 << 20, way=lambda file, start, end: Way.DIRECT)
             seconds.append(time.perf_counter() - begin)
-        assert plan.nbytes == size * n_tensors
-        assert len(plan.blocks) > nbytes // (64 << 20)
+        assert nbytes_of(blocks) == size * n_tensors
+        assert len(blocks) > nbytes // (64 << 20)
         assert min(seconds) < 0.05

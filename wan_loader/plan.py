@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from dataclasses import dataclass
 from enum import Enum
 from mmap import PAGESIZE
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,7 +25,7 @@ from wan_loader.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Plan", "Way", "make_plan", "plan_blocks", "split"]
+__all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Way", "plan_blocks", "split"]
 
 PAGE = max(4096, PAGESIZE)
 #: Gaps up to this size inside a run are read through: cheaper than another request. Zip records are 64 B apart.
@@ -93,32 +92,6 @@ class Block(NamedTuple):
     def page_end(self) -> int:
         """`end` rounded up to a page; may lie beyond the end of the file."""
         return -(-self.end // PAGE) * PAGE
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Blocks in the order in which they are wanted."""
-
-    blocks: tuple[Block, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that end up in storages."""
-        return sum(p.nbytes for b in self.blocks for p in b.pieces)
-
-    def nbytes_by_way(self) -> dict[Way, int]:
-        """Bytes to read on each way."""
-        out = dict.fromkeys(Way, 0)
-        for block in self.blocks:
-            out[block.way] += block.nbytes
-        return out
-
-
-def make_plan(
-    extents: Iterable[Extent], *, block_bytes: int, way: Callable[[int, int, int], Way], max_gap: int = MAX_GAP
-) -> Plan:
-    """All blocks of a load at once; as for `plan_blocks`."""
-    return Plan(tuple(plan_blocks(extents, block_bytes=block_bytes, way=way, max_gap=max_gap)))
 
 
 def plan_blocks(

@@ -20,7 +20,7 @@ from wan_loader.engine.activity import loading
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan import PAGE, Extent, Way, make_plan
+from wan_loader.plan import PAGE, Extent, Way, plan_blocks
 from wan_loader.source.reader import Reader
 from wan_loader.transfer.base import PinError
 
@@ -130,11 +130,11 @@ def path(tmp_path):
     return path
 
 
-def portions(plan, each, allocate):
+def portions(planned, each, allocate):
     """`each` blocks at a time; `allocate` is told how many storages they are the first to need."""
     done = 0
-    for i in range(0, len(plan.blocks), each):
-        blocks = plan.blocks[i : i + each]
+    for i in range(0, len(planned), each):
+        blocks = planned[i : i + each]
         count = blocks[-1].pieces[-1].storage + 1 - done
         done += count
         yield Portion(blocks, lambda count=count: allocate(count))
@@ -176,18 +176,22 @@ def load(path):
         with Reader([stat_file(str(path))]) as reader:
             if not reader.open_direct(0):
                 pytest.skip("O_DIRECT is refused here")
-            plan = make_plan(extents, block_bytes=block_bytes, way=choose)
+            blocks = tuple(plan_blocks(extents, block_bytes=block_bytes, way=choose))
             try:
-                carried = carry_out(portions(plan, each, allocate), reader, target, settings, observer)
+                carried = carry_out(portions(blocks, each, allocate), reader, target, settings, observer)
             except BaseException as error:
                 error.target = target
                 raise
-        return SimpleNamespace(target=target, carried=carried, plan=plan, extents=extents)
+        return SimpleNamespace(target=target, carried=carried, blocks=blocks, extents=extents)
 
     load.devices = devices
     yield load
     for device in devices:
         device.close()
+
+
+def nbytes_by_way(blocks):
+    return {way: sum(block.nbytes for block in blocks if block.way is way) for way in Way}
 
 
 def check(result, path):
@@ -197,7 +201,7 @@ def check(result, path):
         assert bytes(memory) == data[extent.start : extent.end]
         assert set(arrived) == {1}
     assert len(result.target.threads) <= 3
-    assert sum(result.carried.nbytes.values()) == result.plan.blocks[-1].end - result.plan.blocks[0].start
+    assert sum(result.carried.nbytes.values()) == result.blocks[-1].end - result.blocks[0].start
     result.carried.release()
     assert result.target.pinned == {}
     assert engine_threads() == set()
@@ -305,7 +309,7 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
 def test_three_ways_in_one_plan(load, path, each):
     result = load(lambda file, start, end: WAYS[start // SLOT % 3], block_bytes=SLOT, each=each)
     assert all(result.carried.nbytes.values())
-    assert result.carried.nbytes == result.plan.nbytes_by_way()
+    assert result.carried.nbytes == nbytes_by_way(result.blocks)
     check(result, path)
 
 
@@ -358,7 +362,7 @@ def test_mapping_here_stays_here_when_some_is_staged(load, path, each):
         lambda file, start, end: ways[start // SLOT % 2], block_bytes=SLOT, each=each, maps_here=True, refuse=refuse
     )
     assert mapping == {threading.get_ident()}
-    assert result.carried.nbytes == result.plan.nbytes_by_way()
+    assert result.carried.nbytes == nbytes_by_way(result.blocks)
     check(result, path)
 
 

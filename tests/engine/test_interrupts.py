@@ -12,7 +12,7 @@ import pytest
 
 from wan_loader.engine import EngineSettings, Portion, carry_out
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan import PAGE, Extent, Way, make_plan
+from wan_loader.plan import PAGE, Extent, Way, plan_blocks
 from wan_loader.source.reader import Reader
 
 MiB = 1 << 20
@@ -71,10 +71,10 @@ def path(tmp_path):
 
 
 def carry(path, target, way):
-    plan = make_plan([Extent(0, 0, 0, 8 * MiB)], block_bytes=MiB, way=lambda *_: way)
+    blocks = tuple(plan_blocks([Extent(0, 0, 0, 8 * MiB)], block_bytes=MiB, way=lambda *_: way))
     settings = EngineSettings(threads=2, slot_bytes=MiB, n_slots=4)
     with Reader([stat_file(path)]) as reader:
-        return carry_out([Portion(plan.blocks, list)], reader, target, settings)
+        return carry_out([Portion(blocks, list)], reader, target, settings)
 
 
 def check(target):
@@ -161,7 +161,7 @@ def test_nothing_stays_mapped_or_open(path, way):
         def finish(self):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    plan = make_plan([Extent(0, 0, 0, 8 * MiB)], block_bytes=4 * PAGE, way=lambda *_: way)
+    blocks = tuple(plan_blocks([Extent(0, 0, 0, 8 * MiB)], block_bytes=4 * PAGE, way=lambda *_: way))
     settings = EngineSettings(threads=8, slot_bytes=4 * PAGE, n_slots=8, maps_here=True, faults_in=False)
     before = signal.signal(signal.SIGALRM, come)
     n_came, fds = 0, len(os.listdir("/proc/self/fd"))
@@ -170,7 +170,7 @@ def test_nothing_stays_mapped_or_open(path, way):
             with Reader([stat_file(path)]) as reader:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.0005 + i * 1e-5)
-                    carried = carry_out([Portion(plan.blocks, list)], reader, QuietAfterwards(), settings)
+                    carried = carry_out([Portion(blocks, list)], reader, QuietAfterwards(), settings)
                 except (ComeError, RuntimeError):  # Event.wait may find its lock lost to a signal
                     n_came += 1
                 else:

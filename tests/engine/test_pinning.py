@@ -14,7 +14,7 @@ from wan_loader.engine.carry import Carried
 from wan_loader.engine.pinning import Pinning
 from wan_loader.errors import DeviceError
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan import Extent, Way, make_plan
+from wan_loader.plan import Extent, Way, plan_blocks
 from wan_loader.source.reader import Reader
 from wan_loader.staging import Staging
 from wan_loader.transfer.base import PinError
@@ -79,8 +79,8 @@ def path(tmp_path):
 
 
 def carry(path, target, each, allocate=list):
-    plan = make_plan([Extent(0, 0, 0, 6 * MiB)], block_bytes=MiB, way=lambda *_: Way.BUFFERED)
-    portions = (Portion(plan.blocks[i : i + each], allocate) for i in range(0, len(plan.blocks), each))
+    blocks = tuple(plan_blocks([Extent(0, 0, 0, 6 * MiB)], block_bytes=MiB, way=lambda *_: Way.BUFFERED))
+    portions = (Portion(blocks[i : i + each], allocate) for i in range(0, len(blocks), each))
     with Reader([stat_file(path)]) as reader:
         return carry_out(portions, reader, target, EngineSettings(threads=2, slot_bytes=MiB, n_slots=8))
 

@@ -13,7 +13,7 @@ from wan_loader import aio, linux
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import stat_file
 from wan_loader.linux import cached_bytes
-from wan_loader.plan import PAGE, Block, Extent, Piece, Way, make_plan
+from wan_loader.plan import PAGE, Block, Extent, Piece, Way, plan_blocks
 from wan_loader.source.reader import BlockRead, Reader
 from wan_loader.source.residency import Residency
 
@@ -248,8 +248,7 @@ def test_direct_reads_leave_the_page_cache_alone(path, reader, view, evict, resi
     if not reader.open_direct(0):
         pytest.skip("O_DIRECT is refused here")
     evict(path)
-    plan = make_plan([Extent(0, 0, 10, 3 * MiB)], block_bytes=MiB, way=lambda *_: Way.DIRECT)
-    for b in plan.blocks:
+    for b in plan_blocks([Extent(0, 0, 10, 3 * MiB)], block_bytes=MiB, way=lambda *_: Way.DIRECT):
         read(reader, b, view)
     assert resident(path) == 0
 
