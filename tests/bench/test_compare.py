@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from wan_loader.bench import compare
 from wan_loader.bench.compare import compare_runs, parse_limit, read_run, regressions
 from wan_loader.errors import OptionError, SessionError
+from wan_loader.profiler import checked
+from wan_loader.profiler.session import read_session
 
 
 @pytest.fixture
@@ -117,10 +118,11 @@ def test_numbers_that_nobody_measured_are_refused(document, write, value):
         read_run(write("d.json", document))
 
 
-def test_a_file_without_an_end_is_refused(monkeypatch):
-    monkeypatch.setattr(compare, "_MAX_BYTES", 1000)
+@pytest.mark.parametrize("read", [read_run, read_session])
+def test_a_file_without_an_end_is_refused(monkeypatch, read):
+    monkeypatch.setattr(checked, "_MAX_BYTES", 1000)
     with pytest.raises(SessionError, match="larger than 1000 bytes"):
-        read_run("/dev/zero")
+        read("/dev/zero")
 
 
 def test_a_loader_that_fails_now_is_worse_than_any_limit(document, write, command):

@@ -111,8 +111,8 @@ def test_the_result_of_another_command_is_called_that(tmp_path, command, shown):
 
 
 def test_missing_and_directory(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(SessionError, match="cannot be read"):
+    for path, said in ((tmp_path / "none.json", "none.json does not exist"), (tmp_path, "cannot be read")):
+        with pytest.raises(SessionError, match=said):
             read_session(path)
 
 

@@ -5,14 +5,13 @@ Documents come from files and are untrusted: what is used of them is checked, an
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError, SessionError
-from wan_loader.profiler.checked import Doc
+from wan_loader.profiler.checked import Doc, read_json
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ __all__ = [
     "regressions",
 ]
 
-_MAX_BYTES = 512_000_000
 #: Seconds or bytes: nothing that was measured is larger.
 _MAX_NUMBER = 1e18
 #: What became of a loader that should have given a time: not of one that is not installed, or cannot do the case.
@@ -109,12 +107,9 @@ def parse_limit(text: str) -> Limit:
 def read_run(path: StrPath) -> Run:
     """Read a document of `bench`, `load` or `profile`; raises `SessionError` for anything else."""
     name = os.fspath(path)
+    whole = read_json(path, "no result of bench, load or profile")
     try:
-        with open(name, "rb") as file:  # a device or a pipe has no size beforehand
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise SessionError(f"it is larger than {_MAX_BYTES} bytes")
-        document = Doc(json.loads(text.decode()))
+        document = Doc(whole)
         if document.whole("schema_version") != 1:
             raise SessionError("it has another schema_version than 1: made by another version of wan-loader")
         command = document.choice("command", ("bench", "load", "profile"))
@@ -123,11 +118,7 @@ def read_run(path: StrPath) -> Run:
             values, spreads, broken = _bench_values(document)
             return Run(name, machine, values, spreads, broken, _sizes(document))
         return Run(name, machine, *_load_values(document), loaded=_loaded(document))
-    except FileNotFoundError as error:
-        raise SessionError(f"{name} does not exist") from error
-    except OSError as error:
-        raise SessionError(f"{name} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SessionError(f"{name} is no result of bench, load or profile: {error}") from error
 
 

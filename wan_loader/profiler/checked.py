@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,27 @@ from wan_loader.errors import SessionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Doc"]
+    from wan_loader.types import StrPath
+
+__all__ = ["Doc", "read_json"]
+
+_MAX_BYTES = 512_000_000
+
+
+def read_json(path: StrPath, what: str) -> Any:
+    """What a JSON file holds. Raises `SessionError`; `what` says there what the file should be."""
+    try:
+        with open(path, "rb") as file:  # a device or a pipe has no size beforehand
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) <= _MAX_BYTES:
+            return json.loads(text.decode())
+    except FileNotFoundError as error:
+        raise SessionError(f"{path} does not exist") from error
+    except OSError as error:
+        raise SessionError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SessionError(f"{path} is not JSON: damaged, or {what}") from error
+    raise SessionError(f"{path} is larger than {_MAX_BYTES} bytes: {what}")
 
 
 class Doc:

@@ -6,13 +6,11 @@ field is checked, and anything damaged or foreign is one `SessionError`. Nothing
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import SessionError, WanLoaderError
-from wan_loader.profiler.checked import Doc
+from wan_loader.profiler.checked import Doc, read_json
 from wan_loader.profiler.timeline import ALL_PHASES, Mark
 from wan_loader.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport, Phase
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Advice", "Process", "Sample", "Session", "Verdict", "read_session"]
 
-_MAX_BYTES = 512_000_000
 _MAX_SPANS = 5_000_000
 _COMPARE = "`wan-loader compare` shows two of them side by side"
 #: Commands whose results are taken for sessions, and what shows those.
@@ -160,14 +157,7 @@ def _process_json(process: Process) -> dict[str, Any]:
 
 def read_session(path: StrPath) -> Session:
     """A saved session. Raises `SessionError` for a file that is missing, damaged, or something else."""
-    try:
-        if Path(path).stat().st_size > _MAX_BYTES:
-            raise SessionError(f"{path} is larger than {_MAX_BYTES} bytes: not a saved session")
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise SessionError(f"{path} is not JSON: damaged, or not a saved session") from error
+    document = read_json(path, "not a saved session")
     _refuse_others(path, document)
     try:
         return _session(Doc(document))
