@@ -43,6 +43,7 @@ class Target:
         time.sleep(self.pin_s)
         self.registered.add(address)
         if self.interrupt_pin:
+            self.interrupt_pin = False  # once: a second one may end the cleaning up
             signal.raise_signal(signal.SIGINT)
 
     def unpin(self, address):
