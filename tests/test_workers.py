@@ -22,6 +22,19 @@ def test_background_work_is_done_even_where_no_thread_is_allowed(monkeypatch, al
     assert did == [thread if allowed else threading.current_thread()]
 
 
+def test_background_work_is_done_once_where_a_signal_disturbs_its_start(monkeypatch):
+    plain, did = threading.Thread.start, []
+
+    def start(thread):
+        plain(thread)
+        raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    thread = in_background(lambda: did.append(threading.current_thread()), "worker")
+    thread.join()
+    assert did == [thread]
+
+
 def test_an_error_of_background_work_is_not_taken_for_a_missing_thread(monkeypatch):
     def refuse(thread):
         raise RuntimeError("can't start new thread")

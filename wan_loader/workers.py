@@ -37,6 +37,7 @@ def in_background(work: Callable[[], object], name: str) -> threading.Thread | N
     thread = threading.Thread(target=work, name=name, daemon=True)
     with suppress(RuntimeError):
         thread.start()
+    if thread.ident is not None:  # it began, even if a signal disturbed the wait for that
         return thread
     work()
     return None
