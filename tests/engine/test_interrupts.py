@@ -167,10 +167,10 @@ def test_nothing_stays_mapped_or_open(path, way):
     before = signal.signal(signal.SIGALRM, come)
     n_came, fds = 0, len(os.listdir("/proc/self/fd"))
     try:
-        for i in range(200):
+        for i in range(400):
             with Reader([stat_file(path)]) as reader:
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, 0.0005 + i * 2e-5)
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 + i * 1e-5)
                     carried = carry_out([Portion(blocks, list)], reader, QuietAfterwards(), settings)
                 except (ComeError, RuntimeError):  # Event.wait may find its lock lost to a signal
                     n_came += 1
@@ -178,6 +178,6 @@ def test_nothing_stays_mapped_or_open(path, way):
                     carried.release()
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert n_came > 50
+    assert n_came > 100
     assert mappings_of(path) == 0
     assert len(os.listdir("/proc/self/fd")) == fds

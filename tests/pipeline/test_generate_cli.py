@@ -162,6 +162,7 @@ def test_benchmark_runs(tmp_path):
     words = [tmp_path, "--size", "tiny", "--device", "cpu", "--cache", "warm", "--video-size", "32*32", "--frames", "5"]
     words += [
         "--samples",
+        "ours:balanced",
         "official",
         "alone:fastest@warm",
         "--runs",
@@ -174,8 +175,8 @@ def test_benchmark_runs(tmp_path):
     done = subprocess.run([sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]
-    assert [s["name"] for s in samples] == ["official", "run:fastest", "alone:fastest"]
+    assert [s["name"] for s in samples] == ["ours:balanced", "official", "run:fastest", "alone:fastest"]
     assert not any("error" in s for s in samples), samples
     assert samples[0]["first_step_s"] > 0
-    assert samples[1]["switch_stall_s"] < samples[1]["step_s"]
-    assert 0 < samples[2]["load_s"] < samples[2]["first_step_s"]
+    assert samples[2]["switch_stall_s"] < samples[2]["step_s"]
+    assert 0 < samples[3]["load_s"] < samples[3]["first_step_s"]
