@@ -21,7 +21,6 @@ from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.progress import phase_progress
 from wan_pipeline.request import Request, parse_guide_scale, parse_size
-from wan_pipeline.video import check_writable
 
 if TYPE_CHECKING:
     from wan_pipeline.checkpoint import WanCheckpoint
@@ -138,9 +137,7 @@ def generate(
     degrees.check_model(checkpoint, request.size, request.frame_num)
     target = save_file or Path(f"{checkpoint.task}_{request.size[0]}x{request.size[1]}_{request.seed}.mp4")
     first, profile_out = is_first(), own_file(profile_out)
-    if first:
-        check_writable(target, force=force)
-    check_outputs(profile_out, force=force)
+    check_outputs(target if first else None, profile_out, force=force)
     with phase_progress(quiet=not first) as progress, _started(start, request) as pipe:
         seed = settings["seed"] = _same_seed(pipe, request.seed)
         video = pipe(prompt, progress=progress, **settings)

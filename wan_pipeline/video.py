@@ -19,17 +19,9 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["check_writable", "write_mp4"]
+__all__ = ["write_mp4"]
 
 _CRF = "10"  # libx264's quality, 0 (lossless) to 51
-
-
-def check_writable(path: Path, *, force: bool) -> None:
-    """`OutputError` now rather than after the work, if `path` cannot be written."""
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists: choose another name, or overwrite it with --force")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written: {path.parent} is no directory that you may write to")
 
 
 def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:

@@ -24,7 +24,7 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
     for path in wanted:
         if path.exists() and not force:
             raise OutputError(f"{path} exists: choose another name, or overwrite it with --force")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise OutputError(f"{path} cannot be written: {path.parent} is no directory that you may write to")
     if len({path.resolve() for path in wanted}) < len(wanted):
         raise OutputError(f"{', '.join(map(str, wanted))}: two outputs in one file: give each a name of its own")
