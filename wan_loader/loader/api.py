@@ -125,8 +125,9 @@ def load(
 def _options(
     device: str | int | torch.device, io: str, threads: int | None, observer: Observer | None, team: Team | None
 ) -> LoadOptions:
-    watched = observer if team is None else team.watch(observer)
-    return LoadOptions(device=device, io=io, threads=threads, observer=watched, team=team)
+    if team is not None:
+        device, observer = team.device(device), team.watch(observer)
+    return LoadOptions(device=device, io=io, threads=threads, observer=observer, team=team)
 
 
 def _may_cache(cache: bool, team: Team | None) -> bool:
