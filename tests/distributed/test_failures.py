@@ -86,8 +86,9 @@ def test_an_exchange_that_fails_in_one_process_ends_in_all(ranks, checkpoints, d
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-@pytest.mark.parametrize("case", ["any-thread", "one-gpu"])
-def test_each_process_loads_to_its_own_gpu(ranks, checkpoints, case):
+@pytest.mark.parametrize("case", ["any-thread", "one-gpu", "exchange-fails-unbound"])
+def test_groups_and_gpus(ranks, checkpoints, case):
+    """Each process loads to its own, whatever thread it does that in, and a group that is bound to none ends, too."""
     for ended in ranks("worker_failures.py", 2, checkpoints, case, "cuda", timeout=60):
         assert ended.code == 0, ended.output
 

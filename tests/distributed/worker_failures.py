@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -151,11 +152,19 @@ def exchange_fails(me, victim, at):
     exchange._gather = gather
     error = failing(load)
     check(error, wan_loader.DistributedError, "failed before", "init_process_group")
+    everybody("has seen it")
     if DEVICE == "cuda":
         torch.cuda.synchronize()  # nothing runs there for ever
         assert torch.equal(wan_loader.load_file(HERE / "a.safetensors", device="cuda")["b"].cpu(), torch.arange(700.0))
     dist.destroy_process_group()
     print("one reason")
+
+
+def everybody(what):
+    """Wait for all processes: the first one holds the store, and nothing goes through the group any more."""
+    store = distributed_c10d._get_default_store()
+    store.set(f"{what} {dist.get_rank()}", "")
+    store.wait([f"{what} {rank}" for rank in range(dist.get_world_size())])
 
 
 def any_thread(me):
@@ -180,12 +189,14 @@ def one_gpu(me):
 
 def start():
     """Start torch.distributed, with a GPU of its own for each process unless the case is about that."""
-    if DEVICE == "cuda" and CASE != "one-gpu":
+    if DEVICE == "cuda" and CASE != "one-gpu" and "unbound" not in CASE:
         device = torch.device("cuda", int(os.environ["RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+        if DEVICE == "cuda":
+            torch.cuda.set_device(dist.get_rank())
 
 
 def main():
@@ -194,6 +205,9 @@ def main():
     me = dist.get_rank()
     if CASE == "one-gpu":
         one_gpu(me)
+        return
+    if CASE == "exchange-fails-unbound":  # in the first collective of the group, within which NCCL connects
+        exchange_fails(me, 1, 0)
         return
     if CASE in ("ends", "crashes", "ends-first"):
         end_or_wait(me, 0 if CASE == "ends-first" else dist.get_world_size() - 1)

@@ -6,6 +6,7 @@ messages, through a buffer. Bytes are moved, not numbers, so every dtype that to
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ _GRACE_S = 1.0
 _POLL_S = 0.005
 #: Groups with a collective that never ended: what is sent through them next may end up in that one.
 _broken: WeakSet[ProcessGroup] = WeakSet()
+_connected: WeakSet[ProcessGroup] = WeakSet()
 
 
 def check_usable(group: ProcessGroup) -> None:
@@ -50,7 +52,9 @@ def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup
 
     me = what.holders.index(peers.rank)
     raw = {storage: flat.view(torch.uint8) for storage, flat in flats.items()}
-    with _Collectives(group, next(iter(raw.values())).device, peers) as collectives:
+    device = next(iter(raw.values())).device
+    _meet(group, device, peers)
+    with _Collectives(group, device, peers) as collectives:
         for gather in what.gathers:
             whole = raw[gather.storage][: gather.nbytes * len(what.holders)]
             collectives.gather(whole, whole[gather.nbytes * me : gather.nbytes * (me + 1)])
@@ -58,6 +62,38 @@ def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup
         for message in what.messages:
             _send(message, raw, me, len(what.holders), collectives)
         _finish(collectives.device)
+
+
+def _meet(group: ProcessGroup, device: torch.device, peers: Peers) -> None:
+    """Have NCCL connect the processes of a group, which it else does within the first collective of the group.
+
+    That call returns when all have come, and nothing ends it: so it is made in a thread, which is left behind where
+    another process fails. Groups that are bound to a device were connected when they were made.
+    """
+    import torch
+
+    if device.type != "cuda" or group.bound_device_id is not None or group in _connected:
+        return
+    errors: list[BaseException] = []
+
+    def connect() -> None:
+        try:
+            with torch.cuda.device(device):
+                places = torch.zeros(group.size(), dtype=torch.uint8, device=device)
+                _gather(places, places[group.rank() : group.rank() + 1], group).wait()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, name="connect", daemon=True)
+    _broken.add(group)
+    thread.start()
+    while thread.is_alive():
+        peers.check()
+        thread.join(_POLL_S)
+    if errors:
+        raise errors[0]
+    _broken.discard(group)
+    _connected.add(group)
 
 
 class _Collectives:
