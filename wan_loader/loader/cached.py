@@ -259,7 +259,7 @@ def _block_check(entry: Entry) -> BlockCheck:
 
 
 def read_parts(file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """Read parts of tensors from the source, converted: 1-D host tensors, some of them views of the mapped file."""
+    """Read parts of tensors from the source, converted: 1-D host tensors that own their memory."""
     from wan_loader.dtypes import ITEMSIZE
 
     storages, plans = [], []

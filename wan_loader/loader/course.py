@@ -57,14 +57,14 @@ def decide(
     """Sizes, ways and settings, before anything is read or allocated."""
     cuda, io, team = device.type == "cuda", _mode(options, check), options.team
     sharers = team.n_local if team is not None else 1
-    views = not cuda and check is None and io in ("auto", "mapped") and team is None
+    views = not cuda and check is None and _may_view(checkpoint, options)
     layout = lay_out(checkpoint, plans, views=views, reads=team.reads(plans) if team is not None else {})
     check_memory(layout, device, checkpoint.path, sharers)
     nbytes = layout.nbytes_read
     residency = Residency(reader.fds)
     resident = residency.total((*layout.extents, *layout.viewed_extents))
     may_map = cuda and check is None and prefers_mapping(processors() // sharers)
-    way = choose_way(io, may_map=may_map, reader=reader, residency=residency)
+    way = choose_way(io, cuda=cuda, may_map=may_map, reader=reader, residency=residency)
     gap = MAX_GAP if team is None else PAGE  # what lies between a process's own bytes, others read
     unit = check.block_bytes if check is not None else None
     size = block_bytes(nbytes, unit or MIN_BLOCK_BYTES)
@@ -88,9 +88,17 @@ def decide(
         converts=any(plan.converts for plan in layout.copied),
         cold=cold,
         resident=resident >= nbytes,
+        reads_straight=not cuda and check is None,
     )
     # a cold load takes long, and others could take the room meanwhile
     return Course(io, layout, blocks, settings, resident, None if cold else _PORTION_BLOCKS)
+
+
+def _may_view(checkpoint: Checkpoint, options: LoadOptions) -> bool:
+    """Whether host tensors may stay in the mapped file: as safetensors' own do, and torch's own only where asked."""
+    if options.team is not None or options.owned:
+        return False
+    return options.io == "mapped" or (options.io == "auto" and checkpoint.format == "safetensors")
 
 
 def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:

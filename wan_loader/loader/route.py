@@ -18,13 +18,15 @@ __all__ = ["choose_way", "explain", "is_uniform"]
 _WORTH = 0.25
 
 
-def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
+def choose_way(
+    io: str, *, cuda: bool, may_map: bool, reader: Reader, residency: Residency
+) -> Callable[[int, int, int], Way]:
     """The rule for `plan_blocks`.
 
     Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
-    CPU, where a mapped file that shrinks would kill the process. Cold ranges are read with O_DIRECT, which leaves the
-    page cache as it was. Of a range that is partly there, an ordinary read fetches only the rest; O_DIRECT would fetch
-    all of it.
+    CPU, whatever is asked for: a mapped file that shrinks would kill a process that copies out of it. Cold ranges are
+    read with O_DIRECT, which leaves the page cache as it was. Of a range that is partly there, an ordinary read fetches
+    only the rest; O_DIRECT would fetch all of it.
     may_map: whether the target can fetch mapped pages, is best served so, and the bytes need not pass through this
     process.
     """
@@ -39,11 +41,11 @@ def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) 
         return Way.BUFFERED if share >= _WORTH else direct(file)
 
     match io:
-        case "mapped":
+        case "mapped" if cuda:
             return lambda file, start, end: Way.MAPPED
         case "direct":
             return lambda file, start, end: direct(file)
-        case "buffered":
+        case "mapped" | "buffered":
             return lambda file, start, end: Way.BUFFERED
     return auto
 
@@ -53,7 +55,7 @@ def is_uniform(io: str, resident: int, nbytes: int) -> bool:
     return io != "auto" or resident == 0 or resident >= nbytes
 
 
-def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
+def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int, *, cuda: bool) -> str:
     """One sentence on why the bytes travel as they do."""
     if nbytes == 0:
         return "there are no bytes to move"
@@ -62,4 +64,6 @@ def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
     why = f"{cached} is in the page cache" if io == "auto" else f"io={io} was asked for"
     if nbytes_viewed:
         why += "; tensors that need no conversion are views of the file, whose pages are read when first used"
+    if io == "mapped" and not cuda and nbytes_viewed < nbytes:
+        why += "; what needs a copy is read: copying out of a mapped file that shrinks would end the process"
     return why
