@@ -46,13 +46,13 @@ def settings(*ways, io="auto", threads=None, memory=64 * GiB, processors=16, cud
 )
 def test_auto_goes_by_residency_and_processors(share, processors, direct, way):
     may_map = prefers_mapping(processors)
-    rule = choose_way("auto", cuda=True, may_map=may_map, reader=Reader(direct), residency=Residency(share))
+    rule = choose_way("auto", may_map=may_map, reader=Reader(direct), residency=Residency(share))
     assert rule(0, 0, MiB) is way
 
 
 def test_what_is_asked_for_is_done():
     for io, way in (("mapped", Way.MAPPED), ("direct", Way.DIRECT), ("buffered", Way.BUFFERED)):
-        rule = choose_way(io, cuda=True, may_map=False, reader=Reader(True), residency=Residency(0.0))
+        rule = choose_way(io, may_map=False, reader=Reader(True), residency=Residency(0.0))
         assert rule(0, 0, MiB) is way
 
 

@@ -55,7 +55,8 @@ def decide(
     check: Check | None,
 ) -> Course:
     """Sizes, ways and settings, before anything is read or allocated."""
-    cuda, io, team = device.type == "cuda", _mode(options, check), options.team
+    cuda, team = device.type == "cuda", options.team
+    io = _mode(options, cuda, check)
     sharers = team.n_local if team is not None else 1
     views = not cuda and check is None and _may_view(checkpoint, options)
     layout = lay_out(checkpoint, plans, views=views, reads=team.reads(plans) if team is not None else {})
@@ -64,7 +65,7 @@ def decide(
     residency = Residency(reader.fds)
     resident = residency.total((*layout.extents, *layout.viewed_extents))
     may_map = cuda and check is None and prefers_mapping(processors() // sharers)
-    way = choose_way(io, cuda=cuda, may_map=may_map, reader=reader, residency=residency)
+    way = choose_way(io, may_map=may_map, reader=reader, residency=residency)
     gap = MAX_GAP if team is None else PAGE  # what lies between a process's own bytes, others read
     unit = check.block_bytes if check is not None else None
     size = block_bytes(nbytes, unit or MIN_BLOCK_BYTES)
@@ -106,6 +107,9 @@ def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:
     return {extent.file: extent for extent in reversed(extents) if extent.end > extent.start}.values()
 
 
-def _mode(options: LoadOptions, check: Check | None) -> str:
-    """Mapped bytes go past this process, so they could not be checked."""
-    return "auto" if check is not None and options.io == "mapped" else options.io
+def _mode(options: LoadOptions, cuda: bool, check: Check | None) -> str:
+    """Of a mapped file, nothing passes through this process: neither to be checked, nor to be copied by the processor.
+
+    It would be killed if the file shrank meanwhile. (Views are the caller's to read.)
+    """
+    return "auto" if options.io == "mapped" and (check is not None or not cuda) else options.io

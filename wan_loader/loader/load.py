@@ -213,7 +213,7 @@ def _move(
                 used |= options.team.exchange(layout.copied, allocation.destinations, layout.nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
-    reason = explain(course.io, course.resident, layout.nbytes_read, viewed, cuda=device.type == "cuda")
+    reason = explain(options.io, course.io, course.resident, layout.nbytes_read, viewed)
     return Moved(
         allocation.tensors, layout.nbytes_loaded, carried, course.resident, viewed, reason, used, list(layout.warnings)
     )

@@ -18,15 +18,13 @@ __all__ = ["choose_way", "explain", "is_uniform"]
 _WORTH = 0.25
 
 
-def choose_way(
-    io: str, *, cuda: bool, may_map: bool, reader: Reader, residency: Residency
-) -> Callable[[int, int, int], Way]:
+def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
     """The rule for `plan_blocks`.
 
     Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
-    CPU, whatever is asked for: a mapped file that shrinks would kill a process that copies out of it. Cold ranges are
-    read with O_DIRECT, which leaves the page cache as it was. Of a range that is partly there, an ordinary read fetches
-    only the rest; O_DIRECT would fetch all of it.
+    CPU, where a mapped file that shrinks would kill the process. Cold ranges are read with O_DIRECT, which leaves the
+    page cache as it was. Of a range that is partly there, an ordinary read fetches only the rest; O_DIRECT would fetch
+    all of it.
     may_map: whether the target can fetch mapped pages, is best served so, and the bytes need not pass through this
     process.
     """
@@ -41,11 +39,11 @@ def choose_way(
         return Way.BUFFERED if share >= _WORTH else direct(file)
 
     match io:
-        case "mapped" if cuda:
+        case "mapped":
             return lambda file, start, end: Way.MAPPED
         case "direct":
             return lambda file, start, end: direct(file)
-        case "mapped" | "buffered":
+        case "buffered":
             return lambda file, start, end: Way.BUFFERED
     return auto
 
@@ -55,15 +53,18 @@ def is_uniform(io: str, resident: int, nbytes: int) -> bool:
     return io != "auto" or resident == 0 or resident >= nbytes
 
 
-def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int, *, cuda: bool) -> str:
-    """One sentence on why the bytes travel as they do."""
+def explain(asked: str, io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
+    """One sentence on why the bytes travel as they do.
+
+    io: the mode that is used, which may be another than the one that was asked for.
+    """
     if nbytes == 0:
         return "there are no bytes to move"
     share = resident / nbytes
     cached = "everything" if share >= 1 else "nothing" if resident == 0 else f"{share:.0%}"
-    why = f"{cached} is in the page cache" if io == "auto" else f"io={io} was asked for"
+    why = f"{cached} is in the page cache" if asked == "auto" else f"io={asked} was asked for"
     if nbytes_viewed:
         why += "; tensors that need no conversion are views of the file, whose pages are read when first used"
-    if io == "mapped" and not cuda and nbytes_viewed < nbytes:
-        why += "; what needs a copy is read: copying out of a mapped file that shrinks would end the process"
+    if io != asked and nbytes_viewed < nbytes:
+        why += "; what this process copies, converts or checks is read: a mapped file that shrinks would end it"
     return why
