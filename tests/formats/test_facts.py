@@ -30,6 +30,11 @@ def overwrite_by_the_way_it_came(path):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def append(path):
+    with open(path, "ab") as f:
+        f.write(b"b")
+
+
 def replace(path):
     other = path.with_suffix(".other")
     other.write_bytes(path.read_bytes())
@@ -49,6 +54,7 @@ def replace_and_put_back(path):
     [
         (overwrite, "modified"),
         (overwrite_by_the_way_it_came, "modified"),
+        (append, "modified"),
         (replace, "replaced"),
         (replace_and_put_back, "modified"),
     ],
@@ -67,6 +73,19 @@ def test_a_change_right_after_another_shows(path):
         facts = stat_file(str(path))
         overwrite(path)
         assert stat_file(str(path)) != facts
+
+
+def test_what_is_changed_in_the_tick_of_the_last_change_is_in_the_facts(path, monkeypatch):
+    """On kernels whose file times stand still within a tick, the later change could not be told from the earlier."""
+    now = [os.stat(path).st_ctime_ns]
+
+    def sleep(seconds):
+        append(path)
+        now[0] += 4_000_000
+
+    monkeypatch.setattr("wan_loader.formats.facts.time.sleep", sleep)
+    monkeypatch.setattr("wan_loader.formats.facts.time.clock_gettime_ns", lambda _: now[0])
+    assert stat_file(str(path)).nbytes == 5001
 
 
 def test_a_clock_that_is_ahead_or_behind_is_not_waited_for(path, monkeypatch):

@@ -26,7 +26,7 @@ from wan_loader.engine.lanes import Desk, Lanes
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.work import Work
 from wan_loader.events import span
-from wan_loader.linux import forget, map_file, populate, unmap
+from wan_loader.linux import map_file, populate, unmap
 from wan_loader.plan import Way
 from wan_loader.staging import Staging
 from wan_loader.transfer.base import PinError
@@ -141,7 +141,13 @@ class _Load:
         self._target = target
         self._settings = settings
         self._observer = observer
-        self._work = Work(settings.slot_bytes, may_steal=settings.may_steal, apart=settings.reads_straight)
+        # the processor copies out of no mapping: if the file shrank, that would end the process
+        self._work = Work(
+            settings.slot_bytes,
+            may_steal=settings.may_steal,
+            may_map=target.can_pin,
+            apart=settings.reads_straight,
+        )
         self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self._mapper_ended.set()
         self._mapping = threading.Lock()
@@ -313,10 +319,9 @@ class _Load:
                 self._work.map_nothing(block)
 
     def _map_window(self, line: Line, block: Block, address: int) -> bool:
-        if self._target.can_pin and not self._pin_window(block, address):
+        if not self._pin_window(block, address):
             return False
-        if line.submit(address, block.page_start, block.pieces) is None:
-            forget(address, block.page_end - block.page_start)
+        line.submit(address, block.page_start, block.pieces)
         self._carried.nbytes[Way.MAPPED] += block.nbytes
         return True
 

@@ -26,15 +26,16 @@ class Work:
     when everything is done.
     """
 
-    def __init__(self, slot_bytes: int, *, may_steal: bool, apart: bool = False) -> None:
-        """apart: whether large pieces that are read through the page cache stand alone, each in parts of its own."""
+    def __init__(self, slot_bytes: int, *, may_steal: bool, may_map: bool, apart: bool) -> None:
+        """may_map: whether mapped blocks stay mapped. apart: whether large pieces that are read through the page cache
+        stand alone, each in parts of its own."""
         self._windows: deque[Block] = deque()
         self._blocks: deque[Block] = deque()
         self._parts: deque[Block] = deque()
         self._slot_bytes = slot_bytes
         self._may_steal = may_steal
         self._apart = apart
-        self._may_map = True
+        self._may_map = may_map
 
     def add(self, blocks: Iterable[Block]) -> None:
         """More of it; before the second thread begins."""
