@@ -8,7 +8,6 @@ or overlap, and agree with dtype and shape. Reads the header bytes only.
 from __future__ import annotations
 
 import math
-import os
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any
@@ -70,11 +69,9 @@ def read_safetensors(
                     f"{path}: header length {length} exceeds {MAX_HEADER_BYTES}: not a safetensors file, or damaged"
                 )
             header = f.read(length)
-            changed = os.fstat(f.fileno()).st_size != file.nbytes
+            file.check_opened(f.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if changed:
-        raise CheckpointError(f"{path} is changing while it is read: wait until it is complete")
     if len(header) < length:
         raise CheckpointError(
             f"{path} is truncated: its header needs {length} bytes, {len(header)} are there; download it again"
