@@ -17,7 +17,7 @@ from wan_loader.formats.directory import missing_error
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.names import SAFETENSORS, is_unfinished
+from wan_loader.formats.names import SAFETENSORS, is_unfinished, is_weight_name
 from wan_loader.formats.safetensors import read_safetensors
 from wan_loader.formats.torchpickle import read_torch_pickle
 from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
@@ -82,11 +82,12 @@ def _open_directory(path: str, directory: str, pattern: str | None) -> Checkpoin
 
 
 def _open_single(path: str) -> Checkpoint:
-    """A file, or an index: JSON by its content, or what is called so and is nothing else that we know."""
+    """A file, or an index: JSON that is not called like weights, or what is called so and is nothing that we know."""
     _check_there([path])
     head = read_head(path)
     content = content_of(head)
-    if content == "json" or (content is None and path.lower().endswith(".json") and not other_file(path, head)):
+    is_json = content == "json" and not is_weight_name(path)
+    if is_json or (content is None and path.lower().endswith(".json") and not other_file(path, head)):
         return _open_index(path, read_index(path))
     return _open_file(path, head)
 
@@ -204,7 +205,7 @@ def _check_ours(path: str, head: bytes, content: Content | None) -> None:
     elif is_unfinished(path) or content in (None, "json"):
         what = other_file(path, head)
     if what is None and content == "json":
-        what = "is JSON, which holds no weights: name the weights, or their index alone"
+        what = "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"
     elif what is None and content is None and (text := text_of(head)) is not None:
         what = f"is a text, and neither safetensors nor a torch checkpoint; it begins with {text!r}: download it again"
     elif what is None and content is None and not path.lower().endswith(SAFETENSORS):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.content import other_directory, other_format, read_head
-from wan_loader.formats.directory import look_into
+from wan_loader.formats.directory import examined, look_into
 from wan_loader.formats.names import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple
 
 def parts_in(directory: str) -> list[str]:
     """The checkpoints in a directory and directly in its subdirectories: paths, each of which is one."""
-    own = [candidate.name for candidate in look_into(directory).candidates]
-    return [os.path.join(directory, part) for part in [*_in_subdirectories(directory), *own]]
+    own = look_into(directory, by_content=False).candidates
+    return [os.path.join(directory, choice.name) for choice in [*_in_subdirectories(directory), *own]]
 
 
 def no_checkpoint(directory: str) -> CheckpointError:
@@ -81,35 +82,36 @@ def _instead(directory: str, names: Sequence[str]) -> str:
 def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> CheckpointError:
     """The error that names the checkpoints in a directory, and in its subdirectories, when it holds not just one."""
     found = holding.candidates
-    parts = _in_subdirectories(directory) if with_subdirectories else []
-    parts += _sound(found)
-    if not parts:
+    below = _in_subdirectories(directory) if with_subdirectories else []
+    choices = [*below, *found]
+    if not choices:
         return no_checkpoint(directory)
-    mark = next((m for m in _MODELS if os.path.lexists(os.path.join(directory, m))), None)
     what = f"holds {len(found)} checkpoints" if found else "holds checkpoints in subdirectories only"
-    what = what if mark is None else _MODELS[mark]
-    broken = [c.problem for c in found if c.problem is not None and c.name not in parts]
-    what += f" ({len(broken)} of them cannot be opened: {broken[0]})" if broken else ""
-    what += " (* stands for the numbers of the shards: quote it in a shell)" if any("*" in p for p in parts) else ""
-    paths = [os.path.join(directory, part) for part in parts[:_MAX_NAMED]]
-    paths += [f"and {len(parts) - _MAX_NAMED} more"] if len(parts) > _MAX_NAMED else []
+    model = next((said for mark, said in _MODELS.items() if os.path.lexists(os.path.join(directory, mark))), None)
+    sound = [choice.name for choice in choices if choice.problem is None]
+    broken = [choice.problem for choice in choices if choice.problem is not None]
+    if not (sound or below or model):
+        return CheckpointError(f"{directory} {what}, and none of them can be opened: {broken[0]}")
+    notes = [f" ({len(broken)} of them cannot be opened: {broken[0]})"] if sound and broken else []
+    notes += [" (* stands for the numbers of the shards: quote it in a shell)"] if any("*" in n for n in sound) else []
+    paths = [os.path.join(directory, name) for name in sound or [choice.name for choice in choices]]
+    paths[_MAX_NAMED:] = [f"and {len(paths) - _MAX_NAMED} more"] if len(paths) > _MAX_NAMED else []
     return (CheckpointError if found else MissingFileError)(
-        f"{directory} {what}: name one of its parts: {', '.join(paths)}"
+        f"{directory} {model or what}{''.join(notes)}: name one of its parts: {', '.join(paths)}"
     )
 
 
-def _sound(candidates: Sequence[Candidate]) -> list[str]:
-    """Names of those that can be opened, as far as that is known; all names where none can."""
-    return [c.name for c in candidates if c.problem is None] or [c.name for c in candidates]
-
-
-def _in_subdirectories(directory: str) -> list[str]:
-    """What to name for the checkpoints directly in the subdirectories: one that holds just one stands for it."""
-    parts: list[str] = []
+def _in_subdirectories(directory: str) -> list[Candidate]:
+    """The checkpoints directly in the subdirectories: one that holds just one stands for it."""
+    choices: list[Candidate] = []
     for name in sorted(os.listdir(directory))[:_MAX_SEEN]:
-        if name.startswith("."):
+        path = os.path.join(directory, name)
+        if name.startswith(".") or not os.path.isdir(path):
             continue
-        with contextlib.suppress(OSError):  # a file, or not for us to read
-            found = look_into(os.path.join(directory, name), by_content=False).candidates
-            parts += [name] if len(found) == 1 else [f"{name}/{below}" for below in _sound(found)]
-    return parts
+        with contextlib.suppress(OSError):  # not for us to read
+            found = look_into(path, by_content=False).candidates
+            choices += [
+                replace(examined(path, candidate), name=name if len(found) == 1 else f"{name}/{candidate.name}")
+                for candidate in found
+            ]
+    return choices

@@ -35,7 +35,7 @@ from wan_loader.formats.names import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Candidate", "Holding", "look_into", "missing_error"]
+__all__ = ["Candidate", "Holding", "examined", "look_into", "missing_error"]
 
 _MAX_NAMED = 8
 _MAX_SNIFFED = 64
@@ -121,7 +121,13 @@ def missing_error(directory: str, name: str, n_missing: int, n_files: int) -> Mi
 def _files(directory: str) -> list[str]:
     """Names of what may be files: no directories, and nothing hidden."""
     with os.scandir(directory) as entries:
-        return [entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
+        return [entry.name for entry in entries if not entry.name.startswith(".") and not _is_directory(entry)]
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):  # a circle of links, for instance
+        return entry.is_dir()
+    return False
 
 
 def _matching(names: Iterable[str], pattern: str | None) -> list[str]:
@@ -147,7 +153,7 @@ def _indexes(directory: str, names: Sequence[str]) -> list[Candidate]:
             if is_weight_name(name.lower().partition(".index.")[0]):  # others are indexes of something else
                 found[name] = Candidate(name, (), problem=problem)
             continue
-        missing = tuple(file for file in files if file not in held)
+        missing = tuple(f for f in files if f not in held and not os.path.lexists(os.path.join(directory, f)))
         lacks = missing_error(directory, missing[0], len(missing), len(files)) if missing else None
         found.setdefault(frozenset(weight_map.items()), Candidate(name, files, weight_map, missing, lacks))
     return list(found.values())
@@ -205,37 +211,53 @@ def _preferred(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[s
 
 
 def _without_others(directory: str, candidates: list[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """Where there are several: without files that are none of ours by content, and their names.
+    """Where there are several: without single files that are none of ours by content, and the names of these.
 
     What stands in the place of weights (a pointer, an empty file) still counts, but has a problem.
     """
     if len(candidates) < 2:
         return candidates, []
-    kept: list[Candidate] = []
-    others: list[str] = []
-    for candidate in candidates:
-        path = os.path.join(directory, candidate.name)
-        head = _head(path) if candidate.files == (candidate.name,) else None
-        if head is not None and (what := stand_in(head)):
-            kept.append(replace(candidate, problem=CheckpointError(f"{path} {what}")))
-        elif head is None or candidate.is_safetensors or content_of(head) not in (None, "json"):
-            kept.append(candidate)
-        else:
-            others.append(candidate.name)
+    candidates = [examined(directory, candidate) for candidate in candidates]
+    others = [c.name for c in candidates if c.problem is None and _is_other(directory, c)]
+    kept = [c for c in candidates if c.name not in others]
     return (kept, others) if kept else (candidates, [])
+
+
+def examined(directory: str, candidate: Candidate) -> Candidate:
+    """The same, with what keeps its files from being opened, as far as their first bytes tell."""
+    if candidate.problem is not None:
+        return candidate
+    problem = next(filter(None, (_problem(os.path.join(directory, name)) for name in candidate.files)), None)
+    return replace(candidate, problem=problem)
+
+
+def _problem(path: str) -> CheckpointError | None:
+    try:
+        what = stand_in(read_head(path))
+    except CheckpointError as error:
+        return error
+    except OSError as error:
+        return CheckpointError(f"{path} cannot be read: {error.strerror}")
+    return CheckpointError(f"{path} {what}") if what else None
+
+
+def _is_other(directory: str, candidate: Candidate) -> bool:
+    """Whether it is a single file that is called like a torch checkpoint and is something else."""
+    if candidate.files != (candidate.name,) or candidate.is_safetensors:
+        return False
+    return content_of(read_head(os.path.join(directory, candidate.name))) in (None, "json")
 
 
 def _weights_by_content(directory: str, names: Sequence[str]) -> list[str]:
     """Names of files that are checkpoints by their first bytes, though no name says so."""
     unknown = [n for n in names if not (is_weight_name(n) or is_unfinished(n) or is_training_state(n))]
-    return [n for n in unknown[:_MAX_SNIFFED] if holds_weights(_head(os.path.join(directory, n)) or b"")]
+    return [n for n in unknown[:_MAX_SNIFFED] if _holds_weights(os.path.join(directory, n))]
 
 
-def _head(path: str) -> bytes | None:
-    """The first bytes of a file; None where they cannot be read, which is for opening it to say."""
+def _holds_weights(path: str) -> bool:
     with contextlib.suppress(OSError, CheckpointError):
-        return read_head(path)
-    return None
+        return holds_weights(read_head(path))
+    return False
 
 
 def _some(names: Sequence[str]) -> str:

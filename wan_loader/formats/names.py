@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 
 __all__ = [
     "SAFETENSORS",
@@ -31,21 +30,21 @@ _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", "
 #: `NAME.index.json`, and diffusers' older `NAME.index.VARIANT.json`.
 _INDEX = re.compile(r"(?P<name>.+)\.index(?P<variant>\.[^.]+)?\.json", re.IGNORECASE | re.DOTALL)
 _SHARD = re.compile(r"(?P<head>.*?)(?P<number>\d{1,9})(?P<of>[-_]of[-_](?P<count>\d{1,9})(?!\d).*)", re.I | re.DOTALL)
-#: Words of which each one, or each pair, says that a file is what a training keeps beside its weights.
+#: How the names of what a training keeps beside its weights end, apart from numbers and words that count.
 _TRAINING_WORDS = frozenset({"optim", "scheduler", "schedulers", "scaler", "scalers", "sampler", "rng", "dataloader"})
-_TRAINING_PAIRS = frozenset(
+_TRAINING_ENDS = frozenset(
     {
-        ("training", "args"),
+        ("dl", "state", "dict"),
+        ("random", "state"),
+        ("random", "states"),
+        ("recipe", "state"),
         ("train", "args"),
         ("trainer", "state"),
+        ("training", "args"),
         ("training", "state"),
-        ("train", "state"),
-        ("random", "states"),
-        ("random", "state"),
-        ("recipe", "state"),
-        ("dl", "state"),
     }
 )
+_COUNTS = frozenset({"best", "dict", "epoch", "final", "last", "latest", "rank", "state", "states", "step"})
 #: DeepSpeed ZeRO-3: every process's slice of every parameter.
 _PARTITIONED = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 
@@ -76,12 +75,16 @@ def is_training_state(name: str) -> bool:
     Whole words count, so that a `resampler.bin` is not one. A name that speaks of a model as well is one only where it
     speaks of an optimizer in full: Megatron's `model_optim_rng.pt` holds the weights.
     """
-    words = re.findall(r"[a-z]+", name.lower())
+    words = re.findall(r"[a-z]+", stem_of(name).removesuffix(".pkl"))
     if "optimizer" in words or "optimizers" in words:
         return True
     if "model" in words:
         return False
-    return not _TRAINING_WORDS.isdisjoint(words) or not _TRAINING_PAIRS.isdisjoint(pairwise(words))
+    if not _TRAINING_ENDS.isdisjoint((tuple(words[-2:]), tuple(words[-3:]))):
+        return True
+    while words and words[-1] in _COUNTS:
+        words.pop()
+    return bool(words) and words[-1] in _TRAINING_WORDS
 
 
 @dataclass(frozen=True, slots=True)
