@@ -6,7 +6,6 @@ the slow, certain way; the warning says so and names the remedy.
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -49,9 +48,9 @@ def load_torch_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:  # torch reads a path by its suffix
             warnings.simplefilter("ignore")  # torch warns about its own typed storages
-            state: Any = torch.load(os.fspath(path), map_location=device, weights_only=True)
+            state: Any = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} vanished before it could be read") from error
     except pickle.UnpicklingError as error:
