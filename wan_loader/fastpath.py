@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
+from wan_loader.formats.content import content_of, read_head
 from wan_loader.formats.torchzip import UnplannedError, is_zip, read_torch_zip
 from wan_loader.loader.api import load
 from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
@@ -98,8 +99,8 @@ class FastPath:
         path, target = _path(filename), _device(device)
         if target.partition(":")[0] not in self.safetensors_devices:
             raise _LeftAloneError("load_file to the CPU only maps the file")
-        if not path.endswith(".safetensors"):
-            raise _LeftAloneError("load_file of a file that is not called *.safetensors")
+        if content_of(read_head(path)) != "safetensors":
+            raise _LeftAloneError("load_file of a file that is not safetensors")
         loaded = load([path], device=target)
         return loaded.tensors, loaded.report.nbytes_file
 

@@ -14,6 +14,7 @@ any weight is read and before torch is imported. It builds no module and loads n
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wan_loader import open_checkpoint
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.hub.layouts import missing_files
+from wan_loader.formats.hub_cache import locate
+from wan_loader.hub.layouts import missing_files, parts_of
 from wan_loader.loader.dtype_rule import has_part
 from wan_pipeline import configs
 from wan_pipeline.keymap import keymap
@@ -147,7 +149,7 @@ def open_wan(directory: StrPath) -> WanCheckpoint:
     Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files.
     """
     try:
-        return _open(Path(directory))
+        return _open(Path(locate(os.fspath(directory))))
     except CheckpointError:
         raise
     except OSError as error:
@@ -169,17 +171,13 @@ def _open(root: Path) -> WanCheckpoint:
 
 
 def _open_native(root: Path) -> WanCheckpoint:
-    is_5b = (root / _VAE_FILES[1]).exists() or (root / _INDEX).exists()
-    experts = {"transformer": root} if is_5b else {name: root / d for name, d in _EXPERT_DIRS.items()}
-    vae_file = _VAE_FILES[is_5b]
-    tokenizer = root / _TOKENIZER_DIR
     _require(root, "native")
-    components = [_text_encoder(root / _TEXT_FILE, None, str(root / _TEXT_FILE))]
-    components += [_expert(name, path) for name, path in experts.items()]
-    components.append(_vae(root / vae_file, None))
-    return _checked(
-        WanCheckpoint(root, "native", tuple(components), tokenizer, _SCHEDULER, None if is_5b else _BOUNDARY)
-    )
+    parts = {name: root / below for name, below in parts_of(root, "native").items()}
+    components = [_text_encoder(parts["text_encoder"], None, str(parts["text_encoder"]))]
+    components += [_expert(name, parts[name]) for name in EXPERTS if name in parts]
+    components.append(_vae(parts["vae"], None))
+    boundary = _BOUNDARY if "transformer_2" in parts else None
+    return _checked(WanCheckpoint(root, "native", tuple(components), root / _TOKENIZER_DIR, _SCHEDULER, boundary))
 
 
 def _open_diffusers(root: Path) -> WanCheckpoint:
@@ -208,9 +206,10 @@ def _require(root: Path, layout: Layout) -> None:
 
 def _expert(name: str, path: Path) -> Component:
     facts = open_checkpoint(path / _INDEX if (path / _INDEX).exists() else path)
-    shapes = configs.native_shapes("dit", _shapes(facts), str(path))
-    config = configs.dit_config(_read_json(path / "config.json"), shapes, str(path))
-    configs.check_dit(config, shapes, str(path))
+    directory = path if path.is_dir() else path.parent
+    shapes = configs.native_shapes("dit", _shapes(facts), str(directory))
+    config = configs.dit_config(_read_json(directory / "config.json"), shapes, str(directory))
+    configs.check_dit(config, shapes, str(directory))
     return _component(name, facts, config, "dit", keep_fp32=_KEEP_FP32)
 
 
@@ -222,7 +221,7 @@ def _text_encoder(path: Path, config: Mapping[str, Any] | None, where: str) -> C
 
 def _vae(path: Path, config: Mapping[str, Any] | None) -> Component:
     facts = open_checkpoint(path)
-    new = bool(config.get("is_residual")) if config is not None else path.name == _VAE_FILES[1]
+    new = bool(config.get("is_residual")) if config is not None else configs.is_vae22(_shapes(facts))
     map_name: MapName = "vae2.2" if new else "vae2.1"
     shapes = configs.native_shapes(map_name, _shapes(facts), str(path))
     return _component("vae", facts, configs.vae_config(config, shapes, str(path)), map_name)

@@ -397,12 +397,13 @@ def two_files(directory):
 
 def two_formats(directory):
     save_file({"w": torch.ones(2)}, directory / "model.safetensors")
-    torch.save({"w": torch.ones(2)}, directory / "pytorch_model.bin")
+    torch.save({"w": torch.ones(2)}, directory / "adapter.bin")
 
 
 def two_indexes(directory):
     weight_map = write_shards(directory)
     write_index(directory, weight_map)
+    del weight_map["block.1.bias"]
     write_index(directory, weight_map, "model.fp16.safetensors.index.json")
 
 

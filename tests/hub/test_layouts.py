@@ -11,6 +11,7 @@ from wan_loader.hub.inventory import take_inventory
 from wan_loader.hub.layouts import layout_of, layouts_in, missing_files, parts_of, wanted_files
 
 HIGH = "high_noise_model/diffusion_pytorch_model"
+HALVES = ("high_noise_model", "low_noise_model")
 
 
 @pytest.fixture
@@ -96,6 +97,31 @@ def test_without_an_index_the_shards_names_tell(native):
     assert missing_files(native, "native") == [f"{HIGH}-00001-of-00002.safetensors"]
     (native / f"{HIGH}-00002-of-00002.safetensors").unlink()
     assert missing_files(native, "native") == [f"{HIGH}.safetensors.index.json"]
+
+
+def test_files_that_somebody_has_saved_again(native):
+    """Kijai's text encoder and VAE as safetensors, experts merged into one file each."""
+    (native / "models_t5_umt5-xxl-enc-bf16.pth").rename(native / "umt5-xxl-enc-bf16.safetensors")
+    (native / "Wan2.1_VAE.pth").rename(native / "Wan2_1_VAE_bf16.safetensors")
+    for path in (native / "high_noise_model").glob("diffusion_pytorch_model*"):
+        path.unlink()
+    (native / "high_noise_model/wan2.2_t2v_high.safetensors").write_bytes(b"")
+    assert missing_files(native, "native") == []
+    parts = list(parts_of(native, "native").values())
+    assert parts == ["umt5-xxl-enc-bf16.safetensors", *HALVES, "Wan2_1_VAE_bf16.safetensors"]
+    (native / "another_t5.safetensors").write_bytes(b"")
+    assert missing_files(native, "native") == ["models_t5_umt5-xxl-enc-bf16.pth"]
+
+
+def test_ti2v_5b_in_one_file(tmp_path):
+    for name in ("wan2.2_ti2v_5B.safetensors", "Wan2_2_VAE.safetensors", "models_t5_umt5-xxl-enc-bf16.pth"):
+        (tmp_path / name).write_bytes(b"")
+    assert parts_of(tmp_path, "native") == {
+        "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+        "transformer": "wan2.2_ti2v_5B.safetensors",
+        "vae": "Wan2_2_VAE.safetensors",
+    }
+    assert "wan2.2_ti2v_5B.safetensors" not in missing_files(tmp_path, "native")
 
 
 def test_a_damaged_index_is_an_error(native):

@@ -225,3 +225,50 @@ def test_shards_without_an_index_are_a_directory_s(copy, layout):
         _, report = modules.fetch(component, device="cpu", dtype=None)
         assert not report.warnings
         assert report.n_tensors == len(component.facts.tensors)
+
+
+def test_a_native_checkpoint_whose_files_somebody_has_saved_again(copy):
+    """The text encoder and the VAE as safetensors, the experts in one file each."""
+    root = copy()
+    expected = open_wan(root)
+    for source, target in (
+        ("models_t5_umt5-xxl-enc-bf16.pth", "umt5-xxl-enc-bf16.safetensors"),
+        ("Wan2.1_VAE.pth", "Wan2_1_VAE_fp32.safetensors"),
+    ):
+        save_file({name: t.clone().contiguous() for name, t in torch.load(root / source).items()}, root / target)
+        (root / source).unlink()
+    for expert in ("high_noise_model", "low_noise_model"):
+        weights: dict = {}
+        for path in (root / expert).glob("*.safetensors*"):
+            weights |= load_file(path) if path.suffix == ".safetensors" else {}
+            path.unlink()
+        save_file(weights, root / expert / "wan2.2_t2v.safetensors")
+    found = open_wan(root)
+    for name in expected.names:
+        assert set(found[name].facts.names) == set(expected[name].facts.names)
+        assert found[name].config == expected[name].config
+        assert (found[name].key_map is None) == (expected[name].key_map is None)
+
+
+def test_ti2v_5b_in_one_file_each(copy):
+    root = copy(task="ti2v-5B")
+    expected = open_wan(root)
+    weights = {name: t for path in root.glob("*.safetensors") for name, t in load_file(path).items()}
+    for path in root.glob("diffusion_pytorch_model*"):
+        path.unlink()
+    save_file(weights, root / "wan2.2_ti2v_5B.safetensors")
+    save_file({n: t.clone() for n, t in torch.load(root / "Wan2.2_VAE.pth").items()}, root / "wan2.2_vae.safetensors")
+    (root / "Wan2.2_VAE.pth").unlink()
+    found = open_wan(root)
+    assert found.task == "ti2v-5B"
+    for name in expected.names:
+        assert set(found[name].facts.names) == set(expected[name].facts.names)
+        assert found[name].config == expected[name].config
+
+
+def test_a_repository_in_the_hub_s_cache(tiny_wan, tmp_path, monkeypatch):
+    snapshots = tmp_path / "models--Wan-AI--Tiny" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / "abc").symlink_to(tiny_wan("diffusers"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert open_wan("Wan-AI/Tiny").directory == snapshots / "abc"

@@ -110,3 +110,27 @@ def test_what_is_no_file_is_refused(tmp_path):
         list_tree(tmp_path / "pipe.safetensors")
     fill(tmp_path, "m.safetensors")
     assert "pipe" in list_tree(tmp_path).warnings[0]
+
+
+def test_an_index_of_a_variant_and_a_pattern_bring_their_shards(tmp_path):
+    shards = [f"m.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    header = b'{"w%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    for i, shard in enumerate(shards):
+        text = header % i
+        (tmp_path / shard).write_bytes(len(text).to_bytes(8, "little") + text)
+    fill(tmp_path, "other.safetensors")
+    index = tmp_path / "m.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {f"w{i}": shard for i, shard in enumerate(shards)}}))
+    assert names(list_tree(index)) == [index.name, *shards]
+    index.unlink()
+    assert names(list_tree(tmp_path / "m.fp16-*-of-00002.safetensors")) == shards
+
+
+def test_a_directory_whose_names_do_not_speak_of_weights(tmp_path):
+    fill(tmp_path, "notes")
+    with pytest.raises(MissingFileError, match="holds no checkpoint"):
+        list_tree(tmp_path)
+    (tmp_path / "0f0f").write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert names(list_tree(tmp_path)) == ["0f0f", "notes"]
+    fill(tmp_path / "upper", "MODEL.PTH", "best.pth.tar")
+    assert all(file.is_weights for file in list_tree(tmp_path / "upper").files)

@@ -34,7 +34,7 @@ _ALIASES = {"sata": "sata-ssd", "nvme": "nvme-gen3"}
 _PIECE = 16 << 20
 _TRIES = 3
 #: Small files beside the weights that say what the component is, and which shards it has.
-_SIDECARS = ("config.json", "*.index.json")
+_SIDECARS = ("config.json", "*.index.json", "*.index.*.json")
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,10 @@ def build(
 
 
 def _is_pipeline(path: Path) -> bool:
-    return os.path.isdir(path) and any(os.path.exists(path / name) for name in ("model_index.json", "high_noise_model"))
+    from wan_loader.formats.hub_cache import locate
+
+    directory = locate(os.fspath(path))
+    return any(os.path.exists(os.path.join(directory, name)) for name in ("model_index.json", "high_noise_model"))
 
 
 def _build_pipeline() -> None:

@@ -78,7 +78,8 @@ PathArgument = Annotated[
     Path,
     typer.Argument(
         metavar="PATH",
-        help="A .safetensors, .pth, .pt or .bin file, a *.index.json, or a directory holding one checkpoint.",
+        help="A .safetensors, .pth, .pt or .bin file, a *.index.json, a directory holding one checkpoint, "
+        "or OWNER/NAME in the hub's cache.",
         show_default=False,
     ),
 ]

@@ -1,53 +1,45 @@
 """From a path to one checkpoint: a file, an index, a directory that holds one, or a list of files.
 
-Decides what the path means and joins the facts of its files. Paths inside an index are untrusted: a shard must lie
-in the index's own directory.
+Decides what the path means and joins the facts of its files. The content of a file says what it is, its name only what
+it is called; which of a directory's files are one checkpoint is for `directory` and `choosing`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, stat_file
+from wan_loader.formats.choosing import choose
+from wan_loader.formats.content import content_of, other_archive, other_file, read_head, text_of
+from wan_loader.formats.directory import missing_error
+from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
+from wan_loader.formats.hub_cache import locate
+from wan_loader.formats.index import read_index, shards_of
+from wan_loader.formats.names import SAFETENSORS, is_unfinished, is_weight_name
 from wan_loader.formats.safetensors import read_safetensors
-from wan_loader.formats.strict_json import parse_object
 from wan_loader.formats.torchpickle import read_torch_pickle
-from wan_loader.formats.torchzip import UnplannedError, is_zip, read_torch_zip
+from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from wan_loader.formats.content import Content
     from wan_loader.types import StrPath
 
-__all__ = ["WEIGHT_SUFFIXES", "open_checkpoint"]
-
-_MAX_INDEX_BYTES = 100_000_000
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-#: How the names of files with weights end.
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-#: What a directory is that holds one of these.
-_MODELS = {
-    "high_noise_model": "is a WAN2.2 model's directory",
-    "low_noise_model": "is a WAN2.2 model's directory",
-    "model_index.json": "is a diffusers model's directory",
-}
-_MAX_NAMED = 8
-_MAX_SEEN = 1000
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+__all__ = ["open_checkpoint"]
 
 
 def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint and return its facts; no weight is read.
 
-    path: a .safetensors, .pth, .pt or .bin file, a *.index.json, a directory holding exactly one checkpoint, or a
-    list of files that together are one. A file is that file, also where it is one of a set of shards: the set is
-    meant by its index or its directory.
+    path: a file of safetensors or of torch.save, whatever it is called; a *.index.json; a directory holding exactly one
+    checkpoint, or a repository of the Hugging Face Hub as OWNER/NAME, if it lies in the local cache; or a list of files
+    that together are one. A file is that file, also where it is one of a set of shards: the set is meant by its index,
+    its directory or, where that holds other checkpoints too, by `*` in the place of the number
+    (`model-*-of-00002.safetensors`).
     part: of a torch file that nests dicts, the one to read, by its keys joined by dots: "state_dict", "model.ema".
 
     Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import
@@ -68,137 +60,117 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
 
 def _open(path: StrPath | Sequence[StrPath], part: str | None) -> Checkpoint:
     if isinstance(path, str | os.PathLike):
-        target = os.fspath(path)
-        shards = [target]
+        target = locate(os.fspath(path))
+        directory, name = os.path.split(target)
         if os.path.isdir(target):
-            shards = _complete_shards(_only_checkpoint(target))
-            target = target if len(shards) > 1 else shards[0]
-        return _open_index(target, part) if target.endswith(".json") else _join(target, shards, part)
+            return _open_directory(target, target, None, part)
+        if "*" in name and not os.path.lexists(target):
+            return _open_directory(target, directory or ".", name, part)
+        return _open_single(target, part)
     files = [os.fspath(p) for p in path]
     if not files:
         raise CheckpointError("an empty list of files is no checkpoint")
     return _join(files[0] if len(files) == 1 else os.path.dirname(files[0]) or ".", files, part)
 
 
-def _only_checkpoint(directory: str) -> str:
-    """The one checkpoint in a directory: an index, a file, or the first of a set of shards."""
-    names = sorted(os.listdir(directory))
-    found = {n for n in names if n.endswith(_INDEX_SUFFIXES)}
-    indexed = {n.removesuffix(".index.json") for n in found}
-    for name in names:
-        if not name.endswith(WEIGHT_SUFFIXES):
-            continue
-        shard = _SHARD.fullmatch(name)
-        if shard is None:
-            found.add(name)
-        elif shard["stem"] + shard["suffix"] not in indexed:
-            found.add(f"{shard['stem']}-00001-of-{shard['count']}{shard['suffix']}")
-    if len(found) == 1:
-        return os.path.join(directory, found.pop())
-    raise _not_one(directory, names, sorted(found))
+def _open_directory(path: str, directory: str, pattern: str | None, part: str | None) -> Checkpoint:
+    """The checkpoint in a directory, or among the names in it that match a pattern; `path` is what was named."""
+    chosen, notes = choose(directory, pattern)
+    if chosen.weight_map is not None:
+        checkpoint = _open_index(os.path.join(directory, chosen.name), chosen.weight_map, part)
+    else:
+        files = [os.path.join(directory, name) for name in chosen.files]
+        checkpoint = _join(path if len(files) > 1 else files[0], files, part)
+    return replace(checkpoint, warnings=(*checkpoint.warnings, *notes)) if notes else checkpoint
 
 
-def _not_one(directory: str, names: Sequence[str], found: Sequence[str]) -> CheckpointError:
-    """The error that names the checkpoints in a directory, and in its subdirectories, when it holds not just one."""
-    parts = [*_directories_with_weights(directory, names), *found]
-    if not parts:
-        suffixes = ", ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)
-        return MissingFileError(f"{directory} holds no checkpoint (*.index.json, {suffixes})")
-    what = f"holds {len(found)} checkpoints" if found else "holds checkpoints in subdirectories only"
-    what = next((kind for mark, kind in _MODELS.items() if mark in names), what)
-    paths = [os.path.join(directory, part) for part in parts[:_MAX_NAMED]]
-    paths += [f"and {len(parts) - _MAX_NAMED} more"] if len(parts) > _MAX_NAMED else []
-    return (CheckpointError if found else MissingFileError)(
-        f"{directory} {what}: name one of its parts: {', '.join(paths)}"
-    )
+def _open_single(path: str, part: str | None) -> Checkpoint:
+    """A file, or an index: JSON that is not called like weights, or what is called so and is nothing that we know."""
+    _check_there([path])
+    head = read_head(path)
+    content = content_of(head)
+    is_json = content == "json" and not is_weight_name(path)
+    if is_json or (content is None and path.lower().endswith(".json") and not other_file(path, head)):
+        return _open_index(path, read_index(path), part)
+    return _open_file(path, head, part)
 
 
-def _directories_with_weights(directory: str, names: Sequence[str]) -> list[str]:
-    """Some of the subdirectories that directly hold files with weights."""
-    held = []
-    for name in names[:_MAX_SEEN]:
-        with contextlib.suppress(OSError):  # a file, or not for us to read
-            if any(n.endswith(WEIGHT_SUFFIXES) for n in os.listdir(os.path.join(directory, name))):
-                held.append(name)
-    return held
+def _open_index(path: str, weight_map: dict[str, str], part: str | None) -> Checkpoint:
+    """The files that an index lists. The index is the list of contents, as it is for transformers and diffusers:
+
+    a tensor that stands in two files belongs where the index says, and one that it does not list is left out.
+    """
+    shards = shards_of(path, weight_map)
+    paths = [os.path.join(os.path.dirname(path) or ".", shard) for shard in shards]
+    checkpoint = _join(path, paths, part, weight_map)
+    held = set(checkpoint.names)
+    if lacking := next((name for name in weight_map if name not in held), None):
+        raise CheckpointError(f"{path}: tensor {lacking!r} should be in {weight_map[lacking]}, which lacks it")
+    return checkpoint
 
 
-def _complete_shards(path: str) -> list[str]:
-    """All files of the shard set that `path` is the first of; otherwise the file alone."""
-    directory, name = os.path.split(path)
-    shard = _SHARD.fullmatch(name)
-    if shard is None or int(shard["number"]) != 1 or not 1 <= int(shard["count"]) <= 10_000:
-        return [path]
-    count, stem, suffix = shard["count"], shard["stem"], shard["suffix"]
-    return [os.path.join(directory, f"{stem}-{i + 1:05d}-of-{count}{suffix}") for i in range(int(count))]
-
-
-def _open_index(path: str, part: str | None) -> Checkpoint:
-    weight_map = _read_index(path)
-    directory = os.path.dirname(path) or "."
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if os.path.basename(shard) != shard or shard in (".", "..", "") or not shard.isprintable():
-            name = next(n for n, s in weight_map.items() if s == shard)
-            raise CheckpointError(
-                f"{path}: tensor {name!r} points to {shard!r}: not a plain file name, or outside its directory"
-            )
-    checkpoint = _join(path, [os.path.join(directory, shard) for shard in shards], part)
-    held = {t.name: shards[checkpoint.storages[t.storage].file] for t in checkpoint.tensors}
-    if held == weight_map:
-        return checkpoint
-    for name, shard in weight_map.items():
-        if held.get(name) != shard:
-            raise CheckpointError(f"{path}: tensor {name!r} should be in {shard}, which lacks it")
-    extra = sorted(set(held) - set(weight_map))
-    # The index is the list of contents (as it is for transformers and diffusers): others are not part of it.
-    note = f"in the shards but not in the index, and left out: {format_count(len(extra), 'tensor')}, first {extra[0]!r}"
-    return replace(
-        checkpoint,
-        tensors=tuple(t for t in checkpoint.tensors if t.name in weight_map),
-        warnings=(*checkpoint.warnings, note),
-    )
-
-
-def _read_index(path: str) -> dict[str, str]:
-    file = stat_file(path)
-    if file.nbytes > _MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index")
-    with open(path, "rb") as f:
-        index = parse_object(f.read(), path=path, what="the index")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{path} has no weight_map of tensor names to files: not a checkpoint index")
-    return weight_map
-
-
-def _join(path: str, paths: list[str], part: str | None) -> Checkpoint:
-    """One checkpoint of several files; every tensor name may stand in one file only."""
-    if missing := [p for p in paths if _is_missing(p)]:
-        more = f" (and {len(missing) - 1} more of {len(paths)} files)" if len(missing) > 1 else ""
-        raise MissingFileError(f"{missing[0]} does not exist{more}: check the path, or finish the download")
-    if len(paths) == 1:
-        return replace(_open_file(paths[0], part), path=path)
+def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, str] | None = None) -> Checkpoint:
+    """One checkpoint of several files. Every tensor name may stand in one file only, unless a `weight_map` decides."""
+    _check_there(paths)
+    if len(paths) == 1 and weight_map is None:
+        return replace(_open_file(paths[0], read_head(paths[0]), part), path=path)
     files: list[FileFacts] = []
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
-    owner: dict[str, str] = {}
     shards: list[Checkpoint] = []
     for number, name in enumerate(paths):
-        shard = _open_file(name, part, number, len(storages))
-        for tensor in shard.tensors:
-            if other := owner.get(tensor.name):
-                raise CheckpointError(f"tensor {tensor.name!r} stands in both {other} and {shard.path}")
-            owner[tensor.name] = shard.path
+        shard = _open_file(name, read_head(name), part, number, len(storages))
         shards.append(shard)
         files += shard.files
         storages += shard.storages
-        tensors += shard.tensors
+        tensors += shard.tensors if weight_map is None else _listed(shard, weight_map)
     if len({shard.format for shard in shards}) > 1:
         raise CheckpointError(f"{path}: its files are of different formats: {', '.join({s.format for s in shards})}")
-    warnings = tuple(w for shard in shards for w in shard.warnings)
+    warnings = [w for shard in shards for w in shard.warnings]
+    if weight_map is None:
+        _check_unique(shards)
+    else:
+        warnings += _unlisted(shards, weight_map)
     kind, metadata = shards[0].format, shards[0].metadata
-    return Checkpoint(path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, warnings, part)
+    return Checkpoint(path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part)
+
+
+def _listed(shard: Checkpoint, weight_map: dict[str, str]) -> list[TensorFacts]:
+    """Those of a file's tensors that the index puts into it."""
+    name = os.path.basename(shard.path)
+    return [tensor for tensor in shard.tensors if weight_map.get(tensor.name) == name]
+
+
+def _unlisted(shards: list[Checkpoint], weight_map: dict[str, str]) -> Iterator[str]:
+    """What to say of tensors that were left out, because the index does not list them, or lists them elsewhere."""
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
+    if extra := sorted({name for name in names if name not in weight_map}):
+        count = format_count(len(extra), "tensor")
+        yield f"in the shards but not in the index, and left out: {count}, first {extra[0]!r}"
+    if len(names) > len(weight_map) and (again := _repeated(name for name in names if name in weight_map)):
+        yield f"in several shards, and taken from where the index says: {again!r}"
+
+
+def _check_unique(shards: list[Checkpoint]) -> None:
+    name = _repeated(tensor.name for shard in shards for tensor in shard.tensors)
+    if name is not None:
+        first, second, *_ = (shard.path for shard in shards if name in shard.names)
+        raise CheckpointError(f"tensor {name!r} stands in both {first} and {second}")
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _check_there(paths: list[str]) -> None:
+    if missing := [path for path in paths if _is_missing(path)]:
+        raise missing_error(os.path.dirname(missing[0]), os.path.basename(missing[0]), len(missing), len(paths))
 
 
 def _is_missing(path: str) -> bool:
@@ -210,14 +182,16 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def _open_file(path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
-    """A file, as number `number` of its checkpoint, after files with `n_storages` storages."""
-    if path.endswith(".safetensors") or not path.endswith(WEIGHT_SUFFIXES):
+def _open_file(path: str, head: bytes, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
+    """A file that begins with `head`, as number `number` of its checkpoint, after files with `n_storages` storages."""
+    content = content_of(head)
+    _check_ours(path, head, content)
+    if content not in ("zip", "pickle"):
         if part is not None:
             raise CheckpointError(f"{path} is a safetensors file, which has no parts: load it without part")
         file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
         return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
-    shard = _open_torch(path, part)
+    shard = _open_torch(path, part, is_archive=content == "zip")
     if number == n_storages == 0:
         return shard
     return replace(  # constructors: `replace` of each costs five times as much
@@ -229,12 +203,32 @@ def _open_file(path: str, part: str | None, number: int = 0, n_storages: int = 0
     )
 
 
-def _open_torch(path: str, part: str | None) -> Checkpoint:
-    stat_file(path)
-    if is_zip(path):
-        try:
-            file, storages, tensors = read_torch_zip(path, part)
-            return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors), part=part)
-        except UnplannedError as reason:
-            return read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
-    return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)
+def _check_ours(path: str, head: bytes, content: Content | None) -> None:
+    """Raise `CheckpointError` for what is none of our formats, and for what is still being downloaded."""
+    what = None
+    if os.path.exists(f"{path}.aria2"):  # the file has its full length from the start
+        what = f"is still being downloaded, as {path}.aria2 says: let aria2c end; if it has, remove that file"
+    elif is_unfinished(path) or content in (None, "json"):
+        what = other_file(path, head)
+    if what is None and content == "json":
+        what = "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"
+    elif what is None and content is None and (text := text_of(head)) is not None:
+        what = f"is a text, and neither safetensors nor a torch checkpoint; it begins with {text!r}: download it again"
+    elif what is None and content is None and not path.lower().endswith(SAFETENSORS):
+        what = "is neither safetensors nor a torch checkpoint, or it is damaged"
+    if what is not None:
+        raise CheckpointError(f"{path} {what}")
+
+
+def _open_torch(path: str, part: str | None, *, is_archive: bool) -> Checkpoint:
+    if not is_archive:
+        return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)
+    try:
+        file, storages, tensors = read_torch_zip(path, part)
+        return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors), part=part)
+    except (UnplannedError, CheckpointError) as reason:
+        if what := other_archive(path):
+            raise CheckpointError(f"{path} {what}") from reason
+        if isinstance(reason, CheckpointError):
+            raise
+        return read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)

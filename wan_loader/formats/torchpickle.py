@@ -66,10 +66,15 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
 
     _check_legacy_pickles(path)
     try:
-        # torch warns about its own typed storages, and leaves the indices of sparse tensors unchecked.
-        with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=True):
+        # torch reads a path by its suffix, warns about its own typed storages, and leaves the indices of sparse tensors
+        # unchecked.
+        with (
+            warnings.catch_warnings(),
+            torch.sparse.check_sparse_tensor_invariants(enable=True),
+            open(path, "rb") as file,
+        ):
             warnings.simplefilter("ignore")
-            state: Any = torch.load(os.fspath(path), map_location=device, weights_only=True)
+            state: Any = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} vanished before it could be read") from error
     except pickle.UnpicklingError as error:

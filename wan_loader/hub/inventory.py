@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import open_checkpoint
+from wan_loader.formats.hub_cache import locate
 from wan_loader.hub.layouts import layout_of, missing_files, parts_of
 from wan_loader.hub.state import read_state
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from wan_loader.formats import Checkpoint
     from wan_loader.hub.layouts import Layout
     from wan_loader.hub.state import State
@@ -55,7 +55,11 @@ class Inventory:
 
 
 def take_inventory(root: Path) -> Inventory | None:
-    """Look through a model's directory; None for a directory that is not one (one component's, for instance)."""
+    """Look through a model's directory; None for a directory that is not one (one component's, for instance).
+
+    root: as for `open_checkpoint`. Raises `CheckpointError` for a repository that the hub's cache does not hold.
+    """
+    root = Path(locate(os.fspath(root)))
     if not os.path.isdir(root):
         return None
     state = read_state(root)

@@ -10,14 +10,17 @@ Works on names, and reads small JSON files only.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wan_loader.errors import CheckpointError
+from wan_loader.formats.directory import look_into
 from wan_loader.formats.strict_json import parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
+
+    from wan_loader.formats.directory import Candidate
 
 __all__ = ["REPOSITORIES", "Layout", "layout_of", "layouts_in", "missing_files", "parts_of", "wanted_files"]
 
@@ -31,10 +34,11 @@ REPOSITORIES: dict[Layout, str] = {
 _EXPERTS = ("high_noise_model", "low_noise_model")
 _TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 _VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+#: Words in the names of both, whoever has saved them again.
+_TEXT_WORD, _VAE_WORD = "t5", "vae"
+_VAE_22 = re.compile(r"wan-?2[._]2", re.IGNORECASE)
 _TOKENIZER = "google/umt5-xxl"
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
-_MAX_SHARDS = 1000
 _MAX_JSON_BYTES = 10_000_000
 
 _TRANSFORMER_FILE = r"(config\.json|diffusion_pytorch_model[^/]*\.safetensors(\.index\.json)?)"
@@ -87,9 +91,12 @@ def parts_of(root: Path, layout: Layout) -> dict[str, str]:
     if layout == "diffusers":
         experts = ["transformer"] if _boundary(root) is None else ["transformer", "transformer_2"]
         return {name: name for name in ("text_encoder", *experts, "vae")}
-    small = _is_5b(root)
-    transformers = {"transformer": _INDEX} if small else {"transformer": _EXPERTS[0], "transformer_2": _EXPERTS[1]}
-    return {"text_encoder": _TEXT_FILE, **transformers, "vae": _VAE_FILES[small]}
+    if _is_5b(root):
+        transformers = {"transformer": _transformer_file(root)}
+    else:
+        transformers = {"transformer": _EXPERTS[0], "transformer_2": _EXPERTS[1]}
+    text = _called(root, _TEXT_FILE, _TEXT_WORD)
+    return {"text_encoder": text, **transformers, "vae": _called(root, _VAE_FILES[_is_5b(root)], _VAE_WORD)}
 
 
 def missing_files(root: Path, layout: Layout) -> list[str]:
@@ -98,10 +105,13 @@ def missing_files(root: Path, layout: Layout) -> list[str]:
     Raises `CheckpointError` for an index or a configuration that is damaged.
     """
     if layout == "native":
-        small = _is_5b(root)
-        missing = [name for name in (_TEXT_FILE, _VAE_FILES[small]) if not (root / name).exists()]
-        for path in [root] if small else [root / name for name in _EXPERTS]:
-            missing += _missing_parts(root, path, _INDEX)
+        parts = parts_of(root, layout)
+        missing = [parts[name] for name in ("text_encoder", "vae") if not (root / parts[name]).exists()]
+        if "transformer_2" in parts:
+            for name in _EXPERTS:
+                missing += _missing_parts(root, root / name, _INDEX)
+        else:
+            missing += _missing_parts(root, root, parts["transformer"])
         return missing + _missing_tokenizer(root, root / _TOKENIZER)
     missing = []
     for name in parts_of(root, "diffusers"):
@@ -112,7 +122,33 @@ def missing_files(root: Path, layout: Layout) -> list[str]:
 
 
 def _is_5b(root: Path) -> bool:
-    return (root / _VAE_FILES[1]).exists() or (root / _INDEX).exists()
+    if (root / _VAE_FILES[1]).exists() or (root / _INDEX).exists():
+        return True
+    return any(_VAE_22.search(c.name) and _VAE_WORD in c.name.lower() for c in _loose(root))
+
+
+def _called(root: Path, usual: str, word: str) -> str:
+    """The name of a file: the usual one or, where that is not there, the only one with the word in it."""
+    if not (root / usual).exists():
+        named = [c.name for c in _loose(root) if word in c.name.lower()]
+        return named[0] if len(named) == 1 else usual
+    return usual
+
+
+def _transformer_file(root: Path) -> str:
+    """The index of TI2V-5B's transformer or, where that is not there, the only checkpoint that is no other part."""
+    if not (root / _INDEX).exists():
+        named = [c.name for c in _loose(root) if not any(word in c.name.lower() for word in (_TEXT_WORD, _VAE_WORD))]
+        return named[0] if len(named) == 1 else _INDEX
+    return _INDEX
+
+
+def _loose(root: Path) -> tuple[Candidate, ...]:
+    """The checkpoints that lie in the directory itself."""
+    try:
+        return look_into(str(root), by_content=False).candidates
+    except FileNotFoundError:
+        return ()
 
 
 def _boundary(root: Path) -> Any:
@@ -124,21 +160,13 @@ def _missing_parts(root: Path, path: Path, index: str) -> list[str]:
     if not path.is_dir():
         return [f"{path.relative_to(root)}/"]
     missing = [] if (path / "config.json").exists() else [str((path / "config.json").relative_to(root))]
-    if (path / index).exists():
-        weight_map = _read_json(path / index).get("weight_map")
-        shards = {Path(str(s)).name for s in weight_map.values()} if isinstance(weight_map, dict) else set()
-        missing += sorted(str((path / s).relative_to(root)) for s in shards if not (path / s).exists())
-    elif not (found := [p.name for p in path.glob("*.safetensors")]):
-        missing.append(str((path / index).relative_to(root)))
-    else:
-        missing += sorted(str((path / s).relative_to(root)) for s in _shard_sets(found) if not (path / s).exists())
-    return missing
-
-
-def _shard_sets(names: Iterable[str]) -> set[str]:
-    """All shards of the sets that some of these names belong to."""
-    shards = [shard for name in names if (shard := _SHARD.fullmatch(name)) and int(shard["count"]) <= _MAX_SHARDS]
-    return {f"{s['stem']}-{i + 1:05d}-of-{s['count']}.safetensors" for s in shards for i in range(int(s["count"]))}
+    found = look_into(str(path), by_content=False).candidates
+    found = tuple(c for c in found if c.name == index) or (() if path == root else found)
+    for candidate in found:
+        if candidate.is_damaged_index and candidate.problem is not None:
+            raise candidate.problem
+        missing += sorted(str((path / name).relative_to(root)) for name in candidate.missing)
+    return missing if found else [*missing, str((path / index).relative_to(root))]
 
 
 def _missing_tokenizer(root: Path, path: Path) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.errors import CheckpointError
 from wan_loader.formats import open_checkpoint
-from wan_loader.formats.checkpoint import WEIGHT_SUFFIXES
+from wan_loader.formats.choosing import parts_in
+from wan_loader.formats.hub_cache import locate
 from wan_loader.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -26,17 +27,11 @@ def checkpoints_in(path: Path) -> list[Checkpoint]:
     try:
         return [open_checkpoint(path)]
     except CheckpointError:
-        if not os.path.isdir(path):
+        if not os.path.isdir(directory := locate(os.fspath(path))):
             raise
-    found = [open_checkpoint(entry) for entry in sorted(path.iterdir()) if _holds_weights(entry)]
-    if not found:
-        raise MissingFileError(f"{path} holds no checkpoint, and neither do its subdirectories")
-    return found
-
-
-def _holds_weights(entry: Path) -> bool:
-    names = os.listdir(entry) if entry.is_dir() else [entry.name]
-    return any(name.endswith(WEIGHT_SUFFIXES) for name in names)
+        if not (parts := parts_in(directory)):
+            raise
+    return [open_checkpoint(part) for part in parts]
 
 
 def weight_paths(path: Path) -> list[str]:

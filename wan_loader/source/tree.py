@@ -1,4 +1,4 @@
-"""The files under a path: a file, an index with its shards, or a directory with everything in it. Opens none of them.
+"""The files under a path: a file, an index or a pattern with its shards, or a directory with everything in it.
 
 Files come in the order in which a text-to-video pipeline first needs them. Names that begin with a dot (`.git`,
 `.cache`) are left out. Links are followed while they stay inside: inside the directory that was named or, for a
@@ -7,6 +7,7 @@ snapshot in a hub cache, inside its repository's folder, where the blobs are.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
-from wan_loader.formats.checkpoint import WEIGHT_SUFFIXES
+from wan_loader.formats.choosing import no_checkpoint
+from wan_loader.formats.content import holds_weights, read_head
+from wan_loader.formats.hub_cache import locate
+from wan_loader.formats.names import is_index_name, is_weight_name
 
 if TYPE_CHECKING:
     from wan_loader.types import StrPath
@@ -24,10 +28,13 @@ __all__ = ["SourceFile", "Tree", "list_tree"]
 
 _MAX_FILES = 100_000
 _MAX_DEPTH = 16
+#: So many files are opened where no name speaks of weights.
+_MAX_SNIFFED = 64
 #: First part of a name below the root -> when it is needed; whatever is small and unknown comes first.
 _FIRST_USE = (
     ("text_encoder", 1),
     ("models_t5", 1),
+    ("umt5", 1),
     ("high_noise_model", 2),
     ("transformer_2", 3),
     ("transformer", 2),
@@ -51,7 +58,7 @@ class SourceFile:
     @property
     def is_weights(self) -> bool:
         """Whether it holds tensors, by its name."""
-        return self.relative.endswith(WEIGHT_SUFFIXES)
+        return is_weight_name(self.relative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +84,21 @@ class Tree:
 
 
 def list_tree(path: StrPath, *, follow: bool = False) -> Tree:
-    """List the files of a checkpoint or of a directory with several. `follow`: take links that lead out as well.
+    """List the files of a checkpoint or of a directory with several; `path` as for `open_checkpoint`, but no list.
+
+    follow: take links that lead out as well.
 
     Raises `MissingFileError` where nothing is, `CheckpointError` for a directory without weights and for what cannot
     be listed.
     """
-    given = os.path.abspath(os.fspath(path))
+    given = os.path.abspath(locate(os.fspath(path)))
     try:
         if os.path.isdir(given):
             return _Walk(given, follow).tree()
+        if "*" in os.path.basename(given) and not os.path.lexists(given):
+            return _shards(given, [], follow)
         os.stat(given)  # unlike os.path.exists, this tells what is not there from what may not be looked at
-        return _flat(given, follow)
+        return _shards(given, [given], follow) if is_index_name(os.path.basename(given)) else _alone(given)
     except OSError as error:
         if isinstance(error, MissingFileError):
             raise
@@ -96,15 +107,18 @@ def list_tree(path: StrPath, *, follow: bool = False) -> Tree:
         raise CheckpointError(f"{path} cannot be listed: {error.filename or path}: {error.strerror}") from error
 
 
-def _flat(given: str, follow: bool) -> Tree:
-    """A file alone, or an index and its shards. What is named may itself be a link."""
-    if not given.endswith(".index.json"):
-        found = _file(os.path.basename(given), os.path.realpath(given))
-        if found is None:
-            raise CheckpointError(f"{given} is not a regular file: name a file or a directory")
-        return Tree(given, False, (found,), (), ())
+def _alone(given: str) -> Tree:
+    """A file. It may itself be a link."""
+    found = _file(os.path.basename(given), os.path.realpath(given))
+    if found is None:
+        raise CheckpointError(f"{given} is not a regular file: name a file or a directory")
+    return Tree(given, False, (found,), (), ())
+
+
+def _shards(given: str, beside: list[str], follow: bool) -> Tree:
+    """What an index or a pattern names, and what goes with it."""
     walk = _Walk(os.path.dirname(given), follow)
-    for path in [given, *(file.path for file in open_checkpoint(given).files)]:
+    for path in [*beside, *(file.path for file in open_checkpoint(given).files)]:
         walk.add(os.path.basename(path), path)
     return Tree(given, False, tuple(walk.files), tuple(walk.outside), tuple(walk.warnings))
 
@@ -123,8 +137,9 @@ class _Walk:
 
     def tree(self) -> Tree:
         self._directory("", self._root, 0)
-        if not any(file.is_weights for file in self.files) and not self.outside:
-            raise MissingFileError(f"{self._root} holds no checkpoint ({', '.join('*' + s for s in WEIGHT_SUFFIXES)})")
+        named = any(file.is_weights for file in self.files)
+        if not named and not self.outside and not any(map(_holds_weights, self.files[:_MAX_SNIFFED])):
+            raise no_checkpoint(self._root)
         files = sorted(self.files, key=lambda file: (_first_use(file.relative), file.relative))
         return Tree(self._root, True, tuple(files), tuple(self.outside), tuple(self.warnings))
 
@@ -180,6 +195,12 @@ def _file(relative: str, path: str) -> SourceFile | None:
     if not stat.S_ISREG(facts.st_mode):
         return None
     return SourceFile(relative, path, facts.st_size, facts.st_mtime_ns)
+
+
+def _holds_weights(file: SourceFile) -> bool:
+    with contextlib.suppress(OSError, CheckpointError):
+        return holds_weights(read_head(file.path))
+    return False
 
 
 def _first_use(relative: str) -> int:

@@ -1,0 +1,117 @@
+"""The one checkpoint that a directory stands for, or the error that says what to name instead.
+
+What such an error names can be opened as it stands: each path is one whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.formats.content import other_directory, other_format, read_head
+from wan_loader.formats.directory import examined, look_into
+from wan_loader.formats.names import WEIGHT_SUFFIXES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.formats.directory import Candidate, Holding
+
+__all__ = ["choose", "no_checkpoint", "parts_in"]
+
+#: What a directory is that holds one of these.
+_MODELS = {
+    "high_noise_model": "is a WAN2.2 model's directory",
+    "low_noise_model": "is a WAN2.2 model's directory",
+    "model_index.json": "is a diffusers model's directory",
+}
+_MAX_NAMED = 8
+_MAX_SEEN = 1000
+
+
+def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple[str, ...]]:
+    """The one checkpoint in a directory, or among the names in it that match a pattern, and what was left out.
+
+    Raises `CheckpointError` naming the choices where there are several, and what is wrong with the one where it cannot
+    be opened; `MissingFileError` where there is none, or where there are some in subdirectories only.
+    """
+    holding = look_into(directory, pattern)
+    if len(holding.candidates) == 1:
+        (only,) = holding.candidates
+        if only.problem is not None:
+            raise only.problem
+        return only, holding.notes
+    if pattern is not None and not holding.candidates:
+        raise MissingFileError(f"{os.path.join(directory, pattern)} does not exist: check the path")
+    raise _not_one(directory, holding, with_subdirectories=pattern is None)
+
+
+def parts_in(directory: str) -> list[str]:
+    """The checkpoints in a directory and directly in its subdirectories: paths, each of which is one."""
+    own = look_into(directory, by_content=False).candidates
+    return [os.path.join(directory, choice.name) for choice in [*_in_subdirectories(directory), *own]]
+
+
+def no_checkpoint(directory: str) -> CheckpointError:
+    """The error for a directory without any checkpoint: it tells what is there instead."""
+    names = sorted(os.listdir(directory))
+    if what := other_directory(set(names)):
+        return CheckpointError(f"{directory} {what}")
+    suffixes = ", ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)
+    instead = _instead(directory, names)
+    return MissingFileError(f"{directory} holds no checkpoint (*.index.json, {suffixes}){instead}")
+
+
+def _instead(directory: str, names: Sequence[str]) -> str:
+    """The first thing in a directory that somebody may take for a checkpoint, and what it is."""
+    if training := look_into(directory, by_content=False).training_state:
+        return f"; {training[0]} is what a training keeps beside the weights: name it, if it is what you want"
+    for name in names[:_MAX_SEEN]:
+        path = os.path.join(directory, name)
+        with contextlib.suppress(OSError, CheckpointError):
+            is_directory = os.path.isdir(path)
+            what = other_directory(set(os.listdir(path))) if is_directory else other_format(path, read_head(path))
+            if what is not None:
+                return f"; {path} {what}"
+    return ""
+
+
+def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> CheckpointError:
+    """The error that names the checkpoints in a directory, and in its subdirectories, when it holds not just one."""
+    found = holding.candidates
+    below = _in_subdirectories(directory) if with_subdirectories else []
+    choices = [*below, *found]
+    if not choices:
+        return no_checkpoint(directory)
+    what = f"holds {len(found)} checkpoints" if found else "holds checkpoints in subdirectories only"
+    model = next((said for mark, said in _MODELS.items() if os.path.lexists(os.path.join(directory, mark))), None)
+    sound = [choice.name for choice in choices if choice.problem is None]
+    broken = [choice.problem for choice in choices if choice.problem is not None]
+    if not (sound or below or model):
+        return CheckpointError(f"{directory} {what}, and none of them can be opened: {broken[0]}")
+    notes = [f" ({len(broken)} of them cannot be opened: {broken[0]})"] if sound and broken else []
+    notes += [" (* stands for the numbers of the shards: quote it in a shell)"] if any("*" in n for n in sound) else []
+    paths = [os.path.join(directory, name) for name in sound or [choice.name for choice in choices]]
+    paths[_MAX_NAMED:] = [f"and {len(paths) - _MAX_NAMED} more"] if len(paths) > _MAX_NAMED else []
+    return (CheckpointError if found else MissingFileError)(
+        f"{directory} {model or what}{''.join(notes)}: name one of its parts: {', '.join(paths)}"
+    )
+
+
+def _in_subdirectories(directory: str) -> list[Candidate]:
+    """The checkpoints directly in the subdirectories: one that holds just one stands for it."""
+    choices: list[Candidate] = []
+    for name in sorted(os.listdir(directory))[:_MAX_SEEN]:
+        path = os.path.join(directory, name)
+        if name.startswith(".") or not os.path.isdir(path):
+            continue
+        with contextlib.suppress(OSError):  # not for us to read
+            found = look_into(path, by_content=False).candidates
+            choices += [
+                replace(examined(path, candidate), name=name if len(found) == 1 else f"{name}/{candidate.name}")
+                for candidate in found
+            ]
+    return choices

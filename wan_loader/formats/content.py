@@ -1,0 +1,202 @@
+"""What a file is, from its first bytes: one of our formats, or something else that people hand over.
+
+Files come without a suffix (the blobs of the hub's cache) and with a wrong one, so the content decides. What is none of
+ours is named for what it is, with the way out. Reads half a kilobyte of a file; of an archive that was refused, also
+the list of its records.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import Literal
+
+from wan_loader.formats.facts import stat_file
+from wan_loader.formats.names import is_partitioned, is_unfinished
+from wan_loader.formats.safetensors import MAX_HEADER_BYTES
+
+__all__ = [
+    "Content",
+    "content_of",
+    "holds_weights",
+    "other_archive",
+    "other_directory",
+    "other_file",
+    "other_format",
+    "read_head",
+    "stand_in",
+    "text_of",
+]
+
+Content = Literal["safetensors", "zip", "pickle", "json"]
+
+_HEAD_BYTES = 512
+#: Of a safetensors header: the beginning of one, cut off there, may read like text.
+_LENGTH_BYTES = 8
+_TAIL_BYTES = 8 << 20
+_ZIP = b"PK\x03\x04"
+#: How a pickle of torch.save begins that is no zip: protocol 2 and torch's magic number.
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LFS = b"version https://git-lfs.github.com/spec/"
+_MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
+
+_UNPACK = "unpack it, and name what was in it"
+_SAVE_AGAIN = "convert it to safetensors with what wrote it"
+_GGUF = "quantised weights for llama.cpp and its like, which are not read here: take the model's safetensors or .pth"
+#: First bytes -> what the file is, and what to do.
+_MAGIC: tuple[tuple[bytes, str, str], ...] = (
+    (b"GGUF", "a GGUF file", _GGUF),
+    (b"lmgg", "a GGML file", _GGUF),
+    (b"fmgg", "a GGML file", _GGUF),
+    (b"tjgg", "a GGML file", _GGUF),
+    (b"PK\x05\x06", "an empty zip archive", "get the file again"),
+    (b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (b"BZh", "a bzip2 archive", _UNPACK),
+    (b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (b"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"Rar!\x1a\x07", "a rar archive", _UNPACK),
+    (b"\x93NUMPY", "a numpy array", "numpy.load reads it; save it as safetensors"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras, TensorFlow)", _SAVE_AGAIN),
+    (b"PAR1", "a Parquet file, which holds a table", "name the weights"),
+)
+#: Formats without first bytes of their own: how their names end.
+_SUFFIXES: tuple[tuple[str, str, str], ...] = (
+    (r"\.distcp", "a part of a DCP checkpoint (torch.distributed.checkpoint)", "name its directory"),
+    (r"\.onnx(_data)?", "an ONNX model", _SAVE_AGAIN),
+    (r"\.msgpack", "a Flax checkpoint", _SAVE_AGAIN),
+    (r"\.pb|\.ckpt\.index|\.ckpt\.meta|\.data-\d+-of-\d+", "a TensorFlow file", _SAVE_AGAIN),
+    (r"\.tflite", "a TensorFlow Lite model", _SAVE_AGAIN),
+    (r"\.engine|\.plan|\.trt", "a TensorRT engine", "name the weights that it was built from"),
+)
+_DCP = (
+    "is a DCP checkpoint (torch.distributed.checkpoint), which is not read here: "
+    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY model.pth makes one file of it"
+)
+_ZERO3 = (
+    "is a DeepSpeed ZeRO-3 checkpoint, every file of which holds slices only: "
+    "its zero_to_fp32.py (in the directory above) makes one checkpoint of it"
+)
+
+
+def read_head(path: str) -> bytes:
+    """The first bytes of a regular file; `CheckpointError` for anything else than one, `OSError` if it cannot be read.
+
+    Does not wait for a pipe's other end.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            stat_file(path)
+        return os.pread(fd, _HEAD_BYTES, 0)
+    finally:
+        os.close(fd)
+
+
+def content_of(head: bytes) -> Content | None:
+    """Which of our formats a file is by its first bytes; None for none of them."""
+    if int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:].lstrip()[:1] == b"{":
+        return "safetensors"
+    if head.startswith(_ZIP):
+        return "zip"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "pickle"
+    return "json" if _text(head)[:1] == b"{" else None
+
+
+def holds_weights(head: bytes) -> bool:
+    """Whether a file is surely a checkpoint by its first bytes, whatever it is called."""
+    if head.startswith(_ZIP):
+        length = int.from_bytes(head[26:28], "little")
+        return head[30 : 30 + length].endswith(b"/data.pkl")
+    return head.startswith(_LEGACY_TORCH) or content_of(head) == "safetensors"
+
+
+def other_file(path: str, head: bytes) -> str | None:
+    """What a file is that is none of ours by its first bytes, and what to do; None where nothing is known of it."""
+    return other_format(path, head) or stand_in(head)
+
+
+def stand_in(head: bytes) -> str | None:
+    """What stands where weights should be, and what to do: nothing, a pointer, a page, zeros to be overwritten yet."""
+    if not head:
+        return "is empty, truncated to nothing: download it again"
+    if not head.strip(b"\x00"):
+        return "begins with zeros, as a file whose download has not ended: download it again"
+    if head.startswith(_LFS):
+        size = re.search(rb"^size (\d{1,18})$", head, re.MULTILINE)
+        of = f" to a file of {int(size[1])} bytes" if size else ""
+        return f"is a Git-LFS pointer{of}, not the weights: git lfs install && git lfs pull in its repository gets them"
+    if _text(head).lower().startswith(_MARKUP):
+        return "is an HTML or XML page saved in place of the weights: download it again, and check address and token"
+    return None
+
+
+def other_format(path: str, head: bytes) -> str | None:
+    """What a file is that another program reads, and what to do; None where nothing is known of it."""
+    name = os.path.basename(path).lower()
+    if is_unfinished(name):
+        return "is a download that has not ended: let it end, or give it its own name if it is complete"
+    for magic, what, remedy in _MAGIC:
+        if head.startswith(magic):
+            return f"is {what}: {remedy}"
+    for suffix, what, remedy in _SUFFIXES:
+        if re.search(rf"({suffix})$", name):
+            return f"is {what}: {remedy}"
+    if head[257:262] == b"ustar":
+        return f"is a tar archive: {_UNPACK}"
+    if head[4:8] == b"TFL3":
+        return f"is a TensorFlow Lite model: {_SAVE_AGAIN}"
+    return None
+
+
+def text_of(head: bytes) -> str | None:
+    """The beginning of a file that is plain text, such as a server's message; None for anything else."""
+    is_text = len(head) > _LENGTH_BYTES and all(32 <= c < 127 or c in b"\t\r\n" for c in head)
+    return _text(head)[:60].decode() if is_text else None
+
+
+def _text(head: bytes) -> bytes:
+    """Without a mark of the byte order and white space before it."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def other_archive(path: str) -> str | None:
+    """What a zip archive is that was not read as a torch checkpoint, from the names of its records; None: do not know.
+
+    Reads the last 8 MiB at most, where an archive lists its records.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            tail = file.read()
+    except OSError:
+        return None
+    listed = tail[max(0, tail.find(b"PK\x01\x02")) :]
+    if b"PK\x01\x02" not in listed:
+        return None
+    if b"/constants.pkl" in listed:
+        return (
+            "is a TorchScript archive, a program with its weights: "
+            "torch.save(torch.jit.load(PATH).state_dict(), 'model.pth') writes the weights alone"
+        )
+    if b"/data.pkl" in listed:
+        return None
+    if b".weights.h5" in listed:
+        return f"is a Keras model: {_SAVE_AGAIN}"
+    if b".npy" in listed:
+        return "is an archive of numpy arrays (.npz): numpy.load reads it; save them as safetensors"
+    return f"is a zip archive, but no torch checkpoint: {_UNPACK}"
+
+
+def other_directory(names: set[str]) -> str | None:
+    """What a directory is, by the names in it, that holds one model in a layout of another kind; None: not known."""
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        return _DCP
+    if any(is_partitioned(name) for name in names):
+        return _ZERO3
+    if "saved_model.pb" in names:
+        return f"is a TensorFlow model: {_SAVE_AGAIN}"
+    return None

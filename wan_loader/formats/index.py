@@ -1,0 +1,42 @@
+"""The index of a sharded checkpoint: which tensor lies in which file. Untrusted: a file is a plain name beside it."""
+
+from __future__ import annotations
+
+import os
+
+from wan_loader.errors import CheckpointError
+from wan_loader.formats.facts import stat_file
+from wan_loader.formats.strict_json import parse_object
+
+__all__ = ["read_index", "shards_of"]
+
+_MAX_INDEX_BYTES = 100_000_000
+#: The largest models have some hundred.
+_MAX_SHARDS = 10_000
+
+
+def read_index(path: str) -> dict[str, str]:
+    """Tensor name -> file name, as the index says. Raises `CheckpointError` for anything else than an index."""
+    file = stat_file(path)
+    if file.nbytes > _MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index")
+    with open(path, "rb") as f:
+        index = parse_object(f.read(), path=path, what="the index")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map of tensor names to files: not a checkpoint index")
+    return weight_map
+
+
+def shards_of(path: str, weight_map: dict[str, str]) -> list[str]:
+    """The names of an index's files, sorted. Raises `CheckpointError` for a name that leads out of its directory."""
+    shards = sorted(set(weight_map.values()))
+    if len(shards) > _MAX_SHARDS:
+        raise CheckpointError(f"{path} names {len(shards)} files, more than any checkpoint has: damaged or hostile")
+    for shard in shards:
+        if os.path.basename(shard) != shard or shard in (".", "..", "") or not shard.isprintable():
+            name = next(n for n, s in weight_map.items() if s == shard)
+            raise CheckpointError(
+                f"{path}: tensor {name!r} points to {shard!r}: not a plain file name, or outside its directory"
+            )
+    return shards
