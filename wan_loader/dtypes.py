@@ -60,7 +60,7 @@ def parse_dtype(text: str) -> str:
     """Canonical name of a floating dtype given as bf16, fp16, fp32 or a torch name; `OptionError` if it is none."""
     name = _ALIASES.get(text.lower(), text.lower())
     if name not in FLOATING:
-        raise OptionError(f"unknown dtype {text!r}: use bf16, fp16, fp32 or a floating torch dtype name")
+        raise OptionError(f"unknown dtype {text!r:.60}: use bf16, fp16, fp32 or a floating torch dtype name")
     return name
 
 
@@ -68,6 +68,8 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     """Canonical name of what a caller passed as `dtype=`; None stays None."""
     if dtype is None:
         return None
+    if not isinstance(dtype, str) and not type(dtype).__name__.lower().endswith("dtype"):
+        raise OptionError(f"dtype is of type {type(dtype).__name__}: pass a torch.dtype, or bf16, fp16 or fp32")
     return parse_dtype(str(dtype).removeprefix("torch."))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wan_loader import open_checkpoint
+from wan_loader.arguments import checked_path
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.hub.layouts import missing_files
 from wan_loader.loader.dtype_rule import has_part
@@ -144,10 +145,12 @@ class WanCheckpoint:
 def open_wan(directory: StrPath) -> WanCheckpoint:
     """The facts of a WAN2.2 checkpoint in either layout. Reads headers only and imports no torch.
 
-    Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files.
+    Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files,
+    `OptionError` for what is no path.
     """
+    root = Path(checked_path(directory, "directory"))
     try:
-        return _open(Path(directory))
+        return _open(root)
     except CheckpointError:
         raise
     except OSError as error:

@@ -118,7 +118,7 @@ def _load(
             threads=threads,
             cache=cache,
             cache_dir=cache_dir,
-            verify=verify,
+            verify=verify and cache,
             group=group,
             observer=observer,
         )

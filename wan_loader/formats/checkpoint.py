@@ -12,6 +12,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from wan_loader.arguments import checked_paths
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, stat_file
 from wan_loader.formats.safetensors import read_safetensors
@@ -51,8 +52,9 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     torch, except for pickles that only torch can read (legacy ones, tensor subclasses).
 
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
-    for what is not there.
+    for what is not there, `OptionError` for what is no path, such as an open file.
     """
+    path = checked_paths(path)
     try:
         return _open(path)
     except CheckpointError:

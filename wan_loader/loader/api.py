@@ -6,6 +6,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from wan_loader.arguments import (
+    check_flag,
+    check_group,
+    check_key_map,
+    check_module,
+    check_observer,
+    checked_paths,
+    checked_strings,
+)
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
@@ -31,11 +40,13 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "load_file", "load_into"]
 
+_MAX_NAMED = 8
+
 
 def load_file(
     path: StrPath | Sequence[StrPath],
-    *,
     device: str | int | torch.device = "cpu",
+    *,
     dtype: torch.dtype | str | None = None,
     names: Sequence[str] | None = None,
     keep_fp32: Sequence[str] = (),
@@ -62,6 +73,7 @@ def load_file(
         Where the cache cannot be used, the source is loaded, and a warning in the report says why.
     cache_dir: where the cache is; None takes the user's cache directory.
     verify: check a cache entry against its checksums while it is read; a damaged one is set aside and built again.
+        Like cache_dir, it is an `OptionError` without cache=True.
     group: processes of torch.distributed that all make this call, such as `torch.distributed.group.WORLD`: each reads
         its part of every tensor, they exchange, and each returns all tensors. The bytes are read once in all. Not
         with cache=True: an entry is what one process loads.
@@ -72,14 +84,15 @@ def load_file(
     changing the file; as with any mapping, shortening the file later takes the memory away (io="buffered" copies).
     On CUDA, everything has arrived when this returns. Staging takes at most 512 MiB of host memory.
 
-    Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
-    then nothing stays allocated. With a group also `DistributedError`: another process failed or is gone, which is
-    noticed within ten seconds once it has come here (before, only if it exits by itself: a killed one is waited for,
-    ten minutes at most), or sees another checkpoint. A CPU load of a group copies, it maps nothing.
+    Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`
+    (for arguments that make no sense, such as an open file in place of its path); then nothing stays allocated. With a
+    group also `DistributedError`: another process failed or is gone, which is noticed within ten seconds once it has
+    come here (before, only if it exits by itself: a killed one is waited for, ten minutes at most), or sees another
+    checkpoint. A CPU load of a group copies, it maps nothing.
     """
     return load(
         path,
-        device=device,
+        device,
         dtype=dtype,
         names=names,
         keep_fp32=keep_fp32,
@@ -95,8 +108,8 @@ def load_file(
 
 def load(
     path: StrPath | Sequence[StrPath],
-    *,
     device: str | int | torch.device = "cpu",
+    *,
     dtype: torch.dtype | str | None = None,
     names: Sequence[str] | None = None,
     keep_fp32: Sequence[str] = (),
@@ -109,14 +122,17 @@ def load(
     observer: Observer | None = None,
 ) -> Loaded:
     """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
+    check_group(group)
     with joined(group) as team:
         options = _options(device, io, threads, observer, team)
         caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
-        rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
+        rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+        paths = checked_paths(path)
+        wanted = None if names is None else checked_strings(names, "names")
 
         def choose() -> Choice:
-            checkpoint = open_checkpoint(path)
-            tensors = checkpoint.tensors if names is None else _select(checkpoint, names)
+            checkpoint = open_checkpoint(paths)
+            tensors = checkpoint.tensors if wanted is None else _select(checkpoint, wanted)
             return _choice(checkpoint, tensors, rule, team, {})
 
         return _load(choose, options, caching)
@@ -125,6 +141,7 @@ def load(
 def _options(
     device: str | int | torch.device, io: str, threads: int | None, observer: Observer | None, team: Team | None
 ) -> LoadOptions:
+    check_observer(observer)
     watched = observer if team is None else team.watch(observer)
     return LoadOptions(device=device, io=io, threads=threads, observer=watched, team=team)
 
@@ -179,7 +196,8 @@ def _with_cache(make: Callable[[], LoadReport], cache: CacheReport | None, warni
 def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:
     by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
     if missing := [name for name in names if name not in by_name]:
-        raise KeyMismatchError(f"{checkpoint.path} lacks {len(missing)} of the names asked for: {', '.join(missing)}")
+        named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
+        raise KeyMismatchError(f"{checkpoint.path} lacks {len(missing)} of the names asked for: {named}")
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
@@ -220,16 +238,20 @@ def load_into(
     Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
     `load_file` raises; the module is changed only when everything has arrived.
     """
+    check_module(module)
+    check_group(group)
     with joined(group, module) as team:
         options = _options(device, io, threads, observer, team)
         caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
-        rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
-        return _fill(module, path, key_map, strict, rule, options, caching)
+        rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+        check_key_map(key_map)
+        check_flag(strict, "strict")
+        return _fill(module, checked_paths(path), key_map, strict, rule, options, caching)
 
 
 def _fill(
     module: torch.nn.Module,
-    path: StrPath | Sequence[StrPath],
+    path: str | list[str],
     key_map: KeyMap | None,
     strict: bool,
     rule: DtypeRule,

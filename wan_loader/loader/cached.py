@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from wan_loader.arguments import check_cache
 from wan_loader.cache.build import Build
 from wan_loader.cache.check import BlockCheck, check_entry, check_header
 from wan_loader.cache.content import Loaded as LoadedTensors
@@ -67,6 +68,9 @@ class CacheOptions:
     """None: the user's cache directory."""
     verify: bool = False
     """Check an entry against its checksums while it is read."""
+
+    def __post_init__(self) -> None:
+        check_cache(cache=self.enabled, cache_dir=self.directory, verify=self.verify)
 
 
 def outline_checkpoint(choice: Choice) -> Outline:
