@@ -43,12 +43,15 @@ _MAX_SEEN = 1000
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
-def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
+def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint and return its facts; no weight is read.
 
     path: a .safetensors, .pth, .pt or .bin file, a *.index.json, a directory holding exactly one checkpoint, or a
     list of files that together are one. A file is that file, also where it is one of a set of shards: the set is
-    meant by its index or its directory. Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import
+    meant by its index or its directory.
+    part: of a torch file that nests dicts, the one to read, by its keys joined by dots: "state_dict", "model.ema".
+
+    Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import
     torch, except for pickles that only torch can read (legacy ones, tensor subclasses).
 
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
@@ -56,7 +59,7 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
     """
     path = checked_paths(path)
     try:
-        return _open(path)
+        return _open(path, part)
     except CheckpointError:
         raise
     except OSError as error:
@@ -65,18 +68,18 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
         raise kind(f"{error.filename or path} {what}") from error
 
 
-def _open(path: StrPath | Sequence[StrPath]) -> Checkpoint:
+def _open(path: StrPath | Sequence[StrPath], part: str | None) -> Checkpoint:
     if isinstance(path, str | os.PathLike):
         target = os.fspath(path)
         shards = [target]
         if os.path.isdir(target):
             shards = _complete_shards(_only_checkpoint(target))
             target = target if len(shards) > 1 else shards[0]
-        return _open_index(target) if target.endswith(".json") else _join(target, shards)
+        return _open_index(target, part) if target.endswith(".json") else _join(target, shards, part)
     files = [os.fspath(p) for p in path]
     if not files:
         raise CheckpointError("an empty list of files is no checkpoint")
-    return _join(files[0] if len(files) == 1 else os.path.dirname(files[0]) or ".", files)
+    return _join(files[0] if len(files) == 1 else os.path.dirname(files[0]) or ".", files, part)
 
 
 def _only_checkpoint(directory: str) -> str:
@@ -132,7 +135,7 @@ def _complete_shards(path: str) -> list[str]:
     return [os.path.join(directory, f"{stem}-{i + 1:05d}-of-{count}{suffix}") for i in range(int(count))]
 
 
-def _open_index(path: str) -> Checkpoint:
+def _open_index(path: str, part: str | None) -> Checkpoint:
     weight_map = _read_index(path)
     directory = os.path.dirname(path) or "."
     shards = sorted(set(weight_map.values()))
@@ -142,7 +145,7 @@ def _open_index(path: str) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: tensor {name!r} points to {shard!r}: not a plain file name, or outside its directory"
             )
-    checkpoint = _join(path, [os.path.join(directory, shard) for shard in shards])
+    checkpoint = _join(path, [os.path.join(directory, shard) for shard in shards], part)
     held = {t.name: shards[checkpoint.storages[t.storage].file] for t in checkpoint.tensors}
     if held == weight_map:
         return checkpoint
@@ -171,33 +174,33 @@ def _read_index(path: str) -> dict[str, str]:
     return weight_map
 
 
-def _join(path: str, paths: list[str]) -> Checkpoint:
+def _join(path: str, paths: list[str], part: str | None) -> Checkpoint:
     """One checkpoint of several files; every tensor name may stand in one file only."""
     if missing := [p for p in paths if _is_missing(p)]:
         more = f" (and {len(missing) - 1} more of {len(paths)} files)" if len(missing) > 1 else ""
         raise MissingFileError(f"{missing[0]} does not exist{more}: check the path, or finish the download")
     if len(paths) == 1:
-        return replace(_open_file(paths[0]), path=path)
+        return replace(_open_file(paths[0], part), path=path)
     files: list[FileFacts] = []
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
     owner: dict[str, str] = {}
-    parts: list[Checkpoint] = []
+    shards: list[Checkpoint] = []
     for number, name in enumerate(paths):
-        part = _open_file(name, number, len(storages))
-        for tensor in part.tensors:
+        shard = _open_file(name, part, number, len(storages))
+        for tensor in shard.tensors:
             if other := owner.get(tensor.name):
-                raise CheckpointError(f"tensor {tensor.name!r} stands in both {other} and {part.path}")
-            owner[tensor.name] = part.path
-        parts.append(part)
-        files += part.files
-        storages += part.storages
-        tensors += part.tensors
-    if len({part.format for part in parts}) > 1:
-        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({p.format for p in parts})}")
-    warnings = tuple(w for part in parts for w in part.warnings)
-    metadata = parts[0].metadata
-    return Checkpoint(path, parts[0].format, tuple(files), tuple(storages), tuple(tensors), metadata, warnings)
+                raise CheckpointError(f"tensor {tensor.name!r} stands in both {other} and {shard.path}")
+            owner[tensor.name] = shard.path
+        shards.append(shard)
+        files += shard.files
+        storages += shard.storages
+        tensors += shard.tensors
+    if len({shard.format for shard in shards}) > 1:
+        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({s.format for s in shards})}")
+    warnings = tuple(w for shard in shards for w in shard.warnings)
+    kind, metadata = shards[0].format, shards[0].metadata
+    return Checkpoint(path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, warnings, part)
 
 
 def _is_missing(path: str) -> bool:
@@ -209,29 +212,31 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def _open_file(path: str, number: int = 0, n_storages: int = 0) -> Checkpoint:
+def _open_file(path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
     """A file, as number `number` of its checkpoint, after files with `n_storages` storages."""
     if path.endswith(".safetensors") or not path.endswith(WEIGHT_SUFFIXES):
+        if part is not None:
+            raise CheckpointError(f"{path} is a safetensors file, which has no parts: load it without part")
         file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
         return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
-    part = _open_torch(path)
+    shard = _open_torch(path, part)
     if number == n_storages == 0:
-        return part
+        return shard
     return replace(  # constructors: `replace` of each costs five times as much
-        part,
-        storages=tuple(StorageFacts(number, s.start, s.nbytes) for s in part.storages),
+        shard,
+        storages=tuple(StorageFacts(number, s.start, s.nbytes) for s in shard.storages),
         tensors=tuple(
-            TensorFacts(t.name, t.dtype, t.shape, t.storage + n_storages, t.stride, t.offset) for t in part.tensors
+            TensorFacts(t.name, t.dtype, t.shape, t.storage + n_storages, t.stride, t.offset) for t in shard.tensors
         ),
     )
 
 
-def _open_torch(path: str) -> Checkpoint:
+def _open_torch(path: str, part: str | None) -> Checkpoint:
     stat_file(path)
     if is_zip(path):
         try:
-            file, storages, tensors = read_torch_zip(path)
-            return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors))
+            file, storages, tensors = read_torch_zip(path, part)
+            return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors), part=part)
         except UnplannedError as reason:
-            return read_torch_pickle(path, f"{path} cannot be planned ({reason})")
-    return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint")
+            return read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
+    return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)

@@ -82,6 +82,8 @@ class Checkpoint:
     """In file order: by file, then by position."""
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    part: str | None = None
+    """The keys, joined by dots, of the nested dict that this is; None for a whole file."""
 
     @property
     def names(self) -> tuple[str, ...]:

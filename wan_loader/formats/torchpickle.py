@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts, stat_file
+from wan_loader.formats.parts import choose_part
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["load_torch_pickle", "read_torch_pickle"]
 
 
-def read_torch_pickle(path: str, reason: str) -> Checkpoint:
+def read_torch_pickle(path: str, reason: str, part: str | None = None) -> Checkpoint:
     """Facts by loading the file into host memory once: on the meta device torch forgets what shares a storage.
+
+    reason: why the file cannot be planned, for the warning.
+    part: names a nested dict by its keys, joined by dots.
 
     Storages carry sizes, but no positions.
     """
@@ -30,7 +34,7 @@ def read_torch_pickle(path: str, reason: str) -> Checkpoint:
         first = f.read(2)
     if first[:1] != b"\x80" and first != b"PK":
         raise CheckpointError(f"{path} is neither safetensors nor a torch checkpoint, or it is damaged")
-    state = load_torch_pickle(path, "cpu")
+    state = load_torch_pickle(path, "cpu", part)
     storages: dict[int, StorageFacts] = {}
     tensors: list[TensorFacts] = []
     for name, tensor in state.items():
@@ -41,11 +45,11 @@ def read_torch_pickle(path: str, reason: str) -> Checkpoint:
         shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
         tensors.append(TensorFacts(name, dtype, shape, index, stride, offset))
     note = f"{reason}: loaded through torch.load(weights_only=True), without planning; save it again to make it fast"
-    return Checkpoint(path, "torch-pickle", (file,), tuple(storages.values()), tuple(tensors), {}, (note,))
+    return Checkpoint(path, "torch-pickle", (file,), tuple(storages.values()), tuple(tensors), {}, (note,), part)
 
 
-def load_torch_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
-    """The file's tensors on `device`, as torch.load(weights_only=True) gives them."""
+def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of the file, or of one part of it, on `device`, as torch.load(weights_only=True) gives them."""
     import torch
 
     try:
@@ -60,9 +64,5 @@ def load_torch_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is refused: it is damaged, or holds more than weights ({detail})") from error
     except Exception as error:  # torch raises nearly anything on damaged input
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors: read it with torch.load")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(state)
+    chosen = choose_part(state, part, path=path, is_tensor=lambda value: isinstance(value, torch.Tensor))
+    return dict(dict.items(chosen))

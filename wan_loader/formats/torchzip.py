@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, stat_file
+from wan_loader.formats.parts import choose_part
 
 __all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "is_zip", "read_torch_zip"]
 
@@ -69,8 +70,11 @@ def is_zip(path: str) -> bool:
         return f.read(4) == b"PK\x03\x04"
 
 
-def read_torch_zip(path: str) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
-    """Facts of one file, tensors by position. Raises `CheckpointError`, or `UnplannedError` for exotic pickles."""
+def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
+    """Facts of one file, tensors by position; `part` names a nested dict by its keys, joined by dots.
+
+    Raises `CheckpointError`, or `UnplannedError` for exotic pickles.
+    """
     file = stat_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -82,9 +86,8 @@ def read_torch_zip(path: str) -> tuple[FileFacts, list[StorageFacts], list[Tenso
             raise
         raise CheckpointError(f"{path} is truncated or damaged: {error}; download it again") from error
     state = _unpickle(pickled, path)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors: read it with torch.load")
-    return _collect(file, state, records, prefix)
+    chosen = choose_part(state, part, path=path, is_tensor=lambda value: type(value) is _Tensor)
+    return _collect(file, chosen, records, prefix)
 
 
 def _stored_records(archive: zipfile.ZipFile, file: FileFacts) -> dict[str, tuple[int, int]]:
@@ -226,15 +229,10 @@ class _FactsUnpickler(pickle._Unpickler):
 
 
 def _collect(
-    file: FileFacts, state: dict[Any, Any], records: dict[str, tuple[int, int]], prefix: str
+    file: FileFacts, state: dict[str, Any], records: dict[str, tuple[int, int]], prefix: str
 ) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
     found: dict[str, _Tensor] = {}
     for name, value in dict.items(state):
-        if not isinstance(name, str) or not isinstance(value, _Tensor):
-            raise CheckpointError(
-                f"{file.path}: entry {name!r} is a {type(value).__name__}, not a tensor: this reads flat dicts of "
-                "tensors; read others with torch.load(weights_only=True)"
-            )
         _check_view(value, f"{file.path}: tensor {name!r}")
         found[name] = value
     keys = {t.storage.key: t.storage for t in found.values()}

@@ -250,7 +250,7 @@ def _move_through_torch(
     state: dict[str, torch.Tensor] = {}
     with span(observer, "read", nbytes):
         for file in checkpoint.files:
-            state |= load_torch_pickle(file.path, str(device))
+            state |= load_torch_pickle(file.path, str(device), checkpoint.part)
             file.check_unchanged()
     with span(observer, "cast"):
         for plan in plans:
