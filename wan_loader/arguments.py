@@ -29,6 +29,7 @@ __all__ = [
     "check_key_map",
     "check_module",
     "check_observer",
+    "check_part",
     "checked_count",
     "checked_path",
     "checked_paths",
@@ -85,6 +86,12 @@ def _items(value: object, what: str, advice: str) -> Iterable[Any]:
         return iter(value)  # type: ignore[call-overload, no-any-return]
     except TypeError:
         raise OptionError(f"{what} is {_shown(value)}: {advice}") from None
+
+
+def check_part(part: object) -> None:
+    """`OptionError` unless it can name a part of a checkpoint."""
+    if part is not None and not isinstance(part, str):
+        raise OptionError(f"part is {_shown(part)}: pass the keys that lead to it, joined by dots: 'state_dict'")
 
 
 def check_flag(value: object, what: str) -> None:

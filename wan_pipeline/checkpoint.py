@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from wan_loader import open_checkpoint
 from wan_loader.arguments import checked_path
 from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.formats.scales import find_scales
 from wan_loader.hub.layouts import missing_files
 from wan_loader.loader.dtype_rule import has_part
 from wan_pipeline import configs
@@ -209,8 +210,19 @@ def _require(root: Path, layout: Layout) -> None:
         )
 
 
+def _facts(path: Path) -> Checkpoint:
+    """Of one part; `CheckpointError` for quantised ones: the networks multiply by no scales."""
+    facts = open_checkpoint(path)
+    for weight, scale in find_scales(facts.tensors).items():
+        raise CheckpointError(
+            f"{facts.path} is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support: get "
+            "the published checkpoint, or one in bf16"
+        )
+    return facts
+
+
 def _expert(name: str, path: Path) -> Component:
-    facts = open_checkpoint(path / _INDEX if (path / _INDEX).exists() else path)
+    facts = _facts(path / _INDEX if (path / _INDEX).exists() else path)
     shapes = configs.native_shapes("dit", _shapes(facts), str(path))
     config = configs.dit_config(_read_json(path / "config.json"), shapes, str(path))
     configs.check_dit(config, shapes, str(path))
@@ -218,13 +230,13 @@ def _expert(name: str, path: Path) -> Component:
 
 
 def _text_encoder(path: Path, config: Mapping[str, Any] | None, where: str) -> Component:
-    facts = open_checkpoint(path)
+    facts = _facts(path)
     shapes = configs.native_shapes("text_encoder", _shapes(facts), where)
     return _component("text_encoder", facts, configs.text_encoder_config(config, shapes, where), "text_encoder")
 
 
 def _vae(path: Path, config: Mapping[str, Any] | None) -> Component:
-    facts = open_checkpoint(path)
+    facts = _facts(path)
     new = bool(config.get("is_residual")) if config is not None else path.name == _VAE_FILES[1]
     map_name: MapName = "vae2.2" if new else "vae2.1"
     shapes = configs.native_shapes(map_name, _shapes(facts), str(path))

@@ -23,6 +23,7 @@ __all__ = [
     "IoChoice",
     "JsonOut",
     "OutFile",
+    "Part",
     "PathArgument",
     "Threads",
     "Verbose",
@@ -80,6 +81,14 @@ PathArgument = Annotated[
         metavar="PATH",
         help="A .safetensors, .pth, .pt or .bin file, a *.index.json, or a directory holding one checkpoint.",
         show_default=False,
+    ),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Of a torch file that nests dicts, the one to take: state_dict, model.ema.",
+        show_default="the whole file",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=checked(_parse_device))]

@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_loader.arguments import checked_paths
+from wan_loader.arguments import check_part, checked_paths
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, stat_file
 from wan_loader.formats.safetensors import read_safetensors
@@ -58,6 +58,7 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
     for what is not there, `OptionError` for what is no path, such as an open file.
     """
     path = checked_paths(path)
+    check_part(part)
     try:
         return _open(path, part)
     except CheckpointError:

@@ -48,6 +48,7 @@ def load_file(
     device: str | int | torch.device = "cpu",
     *,
     dtype: torch.dtype | str | None = None,
+    part: str | None = None,
     names: Sequence[str] | None = None,
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
@@ -64,6 +65,7 @@ def load_file(
         A shard is that file alone, as for `safetensors.torch.load_file`; its index or directory means all of them.
     device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
     dtype: floating tensors are converted to it on the target, bit for bit as `.to(dtype)` does; None keeps the file's.
+    part: of a torch file that nests dicts, the dict to load, by its keys joined by dots: "state_dict", "model.ema".
     names: only these tensors, the most urgent first; None loads all, in file order, which is fastest.
     keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
     io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one way.
@@ -94,6 +96,7 @@ def load_file(
         path,
         device,
         dtype=dtype,
+        part=part,
         names=names,
         keep_fp32=keep_fp32,
         io=io,
@@ -111,6 +114,7 @@ def load(
     device: str | int | torch.device = "cpu",
     *,
     dtype: torch.dtype | str | None = None,
+    part: str | None = None,
     names: Sequence[str] | None = None,
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
@@ -131,7 +135,7 @@ def load(
         wanted = None if names is None else checked_strings(names, "names")
 
         def choose() -> Choice:
-            checkpoint = open_checkpoint(paths)
+            checkpoint = open_checkpoint(paths, part=part)
             tensors = checkpoint.tensors if wanted is None else _select(checkpoint, wanted)
             return _choice(checkpoint, tensors, rule, team, {})
 
@@ -162,6 +166,8 @@ def _choice(
     targets: Mapping[str, torch.Tensor],
 ) -> Choice:
     """What this process loads: everything, or what it keeps as a member of a team. targets: the module's tensors."""
+    if notes := rule.check(checkpoint, tensors):
+        checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
     if team is None:
         return Choice(checkpoint, tensors, rule)
     mine = team.divide(checkpoint, tensors, targets, rule)
@@ -207,6 +213,7 @@ def load_into(
     *,
     device: str | int | torch.device,
     dtype: torch.dtype | str | None = None,
+    part: str | None = None,
     key_map: KeyMap | None = None,
     strict: bool = True,
     keep_fp32: Sequence[str] = (),
@@ -233,7 +240,7 @@ def load_into(
     group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
         tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
         cache=True is an `OptionError`.
-    device, dtype, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
+    device, dtype, part, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
 
     Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
     `load_file` raises; the module is changed only when everything has arrived.
@@ -246,12 +253,13 @@ def load_into(
         rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         check_key_map(key_map)
         check_flag(strict, "strict")
-        return _fill(module, checked_paths(path), key_map, strict, rule, options, caching)
+        paths = checked_paths(path)
+        return _fill(module, lambda: open_checkpoint(paths, part=part), key_map, strict, rule, options, caching)
 
 
 def _fill(
     module: torch.nn.Module,
-    path: str | list[str],
+    open_source: Callable[[], Checkpoint],
     key_map: KeyMap | None,
     strict: bool,
     rule: DtypeRule,
@@ -262,9 +270,13 @@ def _fill(
 
     def choose() -> Choice:
         nonlocal found
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_source()
         targets = module_slots(module)
-        found = match(targets, checkpoint, key_map, strict=strict)
+        try:
+            found = match(targets, checkpoint, key_map, strict=strict)
+        except KeyMismatchError:
+            rule.check(checkpoint, checkpoint.tensors)  # scales are not the module's: this says more
+            raise
         module_names = {name: slots[0] for name, slots in found.slots.items()}
         return _choice(
             checkpoint,

@@ -75,8 +75,9 @@ class CacheOptions:
 
 def outline_checkpoint(choice: Choice) -> Outline:
     """What an entry of a checkpoint holds: all of its tensors under their names, in the dtypes of the rule."""
-    file = outline_file(ENTRY_FILE, choice.checkpoint, choice.rule.target)
-    return Outline(choice.checkpoint.path, choice.rule.dtype, (file,))
+    checkpoint = choice.checkpoint
+    label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
+    return Outline(label, choice.rule.dtype, (outline_file(ENTRY_FILE, checkpoint, choice.rule.target),))
 
 
 def begin_build(
@@ -226,7 +227,10 @@ class CachedLoad:
         self._entry, self._order = entry, [t.name for t in source.tensors]
         self.report = CacheReport("hit", "the source is unchanged", str(entry.path))
         return replace(
-            source, checkpoint=replace(checkpoint, path=source.checkpoint.path), tensors=tensors, check=check
+            source,
+            checkpoint=replace(checkpoint, path=source.checkpoint.path, part=source.checkpoint.part),
+            tensors=tensors,
+            check=check,
         )
 
     def in_order(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,12 +21,15 @@ __all__ = ["checkpoints_in", "diagnose", "weight_paths"]
 MiB = 1 << 20
 
 
-def checkpoints_in(path: Path) -> list[Checkpoint]:
-    """The checkpoint at a path, or those of a model's directory: one for each file or subdirectory that holds one."""
+def checkpoints_in(path: Path, part: str | None = None) -> list[Checkpoint]:
+    """The checkpoint at a path, or those of a model's directory: one for each file or subdirectory that holds one.
+
+    part: of the one at the path, as for `open_checkpoint`.
+    """
     try:
-        return [open_checkpoint(path)]
+        return [open_checkpoint(path, part=part)]
     except CheckpointError:
-        if not os.path.isdir(path):
+        if part is not None or not os.path.isdir(path):
             raise
     found = [open_checkpoint(entry) for entry in sorted(path.iterdir()) if _holds_weights(entry)]
     if not found:
@@ -39,9 +42,9 @@ def _holds_weights(entry: Path) -> bool:
     return any(name.endswith(WEIGHT_SUFFIXES) for name in names)
 
 
-def weight_paths(path: Path) -> list[str]:
+def weight_paths(path: Path, part: str | None = None) -> list[str]:
     """All files of the checkpoints at a path."""
-    return [file.path for checkpoint in checkpoints_in(path) for file in checkpoint.files]
+    return [file.path for checkpoint in checkpoints_in(path, part) for file in checkpoint.files]
 
 
 def diagnose(document: Mapping[str, Any]) -> list[dict[str, str]]:

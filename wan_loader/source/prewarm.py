@@ -106,12 +106,17 @@ class Prewarm:
             self.nbytes_read += max(0, count - resident)
 
 
-def prewarm(path: StrPath | Sequence[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
-    """Start reading a checkpoint into the page cache and return at once; `path` and errors as for `open_checkpoint`.
+def prewarm(
+    path: StrPath | Sequence[StrPath], *, part: str | None = None, threads: int = 4, limit_nbytes: int | None = None
+) -> Prewarm:
+    """Start reading a checkpoint's files into the page cache and return at once.
+
+    path, part, errors: as for `open_checkpoint`; of a file that nests dicts, all is read, whatever part is named.
+    threads, limit_nbytes: as for `prewarm_files`.
 
     Call it first thing in a program, before torch is imported. What is loaded later finds its pages there.
     """
-    files = [file.path for file in open_checkpoint(path).files]
+    files = [file.path for file in open_checkpoint(path, part=part).files]
     return prewarm_files(files, threads=threads, limit_nbytes=limit_nbytes)
 
 
