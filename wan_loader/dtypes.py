@@ -25,6 +25,11 @@ ITEMSIZE: dict[str, int] = {
     "int32": 4,
     "uint64": 8,
     "int64": 8,
+    "bits8": 1,
+    "bits16": 2,
+    "bits1x8": 1,
+    "bits2x4": 1,
+    "bits4x2": 1,
     "float4_e2m1fn_x2": 1,
     "float8_e4m3fn": 1,
     "float8_e4m3fnuz": 1,
@@ -40,7 +45,7 @@ ITEMSIZE: dict[str, int] = {
     "complex128": 16,
 }
 
-#: What a requested dtype applies to. Packed fp4, integers, bool and complex stay as they are in the file.
+#: What a requested dtype applies to. Packed fp4, integers, bits, bool and complex stay as they are in the file.
 FLOATING = frozenset(name for name in ITEMSIZE if name.startswith(("float", "bfloat")) and "x2" not in name)
 
 _ALIASES = {

@@ -11,9 +11,10 @@ import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts, stat_file
-from wan_loader.formats.parts import choose_part
+from wan_loader.formats.parts import choose_part, shown
 
 if TYPE_CHECKING:
     import torch
@@ -65,4 +66,35 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
     except Exception as error:  # torch raises nearly anything on damaged input
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     chosen = choose_part(state, part, path=path, is_tensor=lambda value: isinstance(value, torch.Tensor))
-    return dict(dict.items(chosen))
+    return {name: _plain(tensor, f"{path}: tensor {shown(name)}") for name, tensor in dict.items(chosen)}
+
+
+def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The tensor alone: no parameter, no gradient, no view that is negated or conjugated when it is read.
+
+    Raises `CheckpointError` unless it is dense memory, for all that follows takes a tensor for the bytes that it shows:
+    conversions and comparisons of others are wrong, or end the process.
+    """
+    if (kind := _odd_kind(tensor)) is not None:
+        raise CheckpointError(
+            f"{where} is {kind}: this loads plain dense tensors; read the file with torch.load(weights_only=True), and "
+            "save dense ones (.to_dense(), .dequantize())"
+        )
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _odd_kind(tensor: torch.Tensor) -> str | None:
+    """What a tensor is, if it is not plain dense memory."""
+    import torch
+
+    if tensor.is_nested:
+        return "a nested tensor"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__module__}.{type(tensor).__qualname__}"
+    if tensor.is_quantized:
+        return f"quantised ({tensor.dtype})"
+    if tensor.layout is not torch.strided:
+        return f"sparse ({tensor.layout})"
+    if tensor.is_meta:
+        return "on the meta device, where there are no values"
+    return f"of dtype {tensor.dtype}" if str(tensor.dtype).removeprefix("torch.") not in ITEMSIZE else None
