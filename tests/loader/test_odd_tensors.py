@@ -23,14 +23,14 @@ def quantised(dtype):
 
 
 ODD = {
-    "coo": (lambda: torch.eye(3).to_sparse(), r"sparse \(torch.sparse_coo\)"),
-    "csr": (lambda: torch.eye(4).to_sparse_csr(), r"sparse \(torch.sparse_csr\)"),
-    "bsc": (lambda: torch.eye(4).to_sparse_bsc((2, 2)), r"sparse \(torch.sparse_bsc\)"),
-    "sparse half": (lambda: torch.eye(3).half().to_sparse(), r"sparse"),
-    "qint8": (lambda: quantised(torch.qint8), r"quantised \(torch.qint8\)"),
-    "quint8": (lambda: quantised(torch.quint8), r"quantised \(torch.quint8\)"),
-    "qint32": (lambda: quantised(torch.qint32), r"quantised \(torch.qint32\)"),
-    "meta": (lambda: torch.empty(3, device="meta"), "on the meta device, where there are no values"),
+    "coo": (lambda: torch.eye(3).to_sparse(), "a sparse coo tensor"),
+    "csr": (lambda: torch.eye(4).to_sparse_csr(), "a sparse csr tensor"),
+    "bsc": (lambda: torch.eye(4).to_sparse_bsc((2, 2)), "a sparse bsc tensor"),
+    "sparse half": (lambda: torch.eye(3).half().to_sparse(), "a sparse coo tensor"),
+    "qint8": (lambda: quantised(torch.qint8), "a quantised tensor"),
+    "quint8": (lambda: quantised(torch.quint8), "a quantised tensor"),
+    "qint32": (lambda: quantised(torch.qint32), "a quantised tensor"),
+    "meta": (lambda: torch.empty(3, device="meta"), "a meta tensor, which has no values"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor"),
 }
 
@@ -60,7 +60,7 @@ def test_no_command_falls_over_them(tmp_path, words):
     torch.save({"odd": quantised(torch.qint8)}, tmp_path / "model.pth")
     done = CliRunner().invoke(app, [*words, str(tmp_path / "model.pth")])
     assert isinstance(done.exception, wan_loader.CheckpointError)
-    assert "tensor 'odd' is quantised" in str(done.exception)
+    assert "tensor 'odd' is a quantised tensor" in str(done.exception)
 
 
 def test_it_is_no_matter_in_another_part(odd, tmp_path):

@@ -10,6 +10,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
+from wan_loader.formats.pickle_values import kind_of
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def choose_part(state: Any, part: str | None, *, path: str, is_tensor: Callable[
     Raises `CheckpointError` if there is no such dict, with the parts there are.
     """
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors: read it with torch.load")
+        raise CheckpointError(f"{path} holds a {kind_of(state)}, not a dict of tensors: read it with torch.load")
     chosen = state if part is None else _find(state, part)
     if chosen is None:
         raise CheckpointError(f"{path} has no part {shown(part)}; {_offer(state, is_tensor)}")
@@ -71,7 +72,7 @@ def _not_flat(chosen: dict[Any, Any], part: str | None, path: str, is_tensor: Ca
         return CheckpointError(f"{where} is nested, not one flat dict of tensors; {_offer(chosen, is_tensor, part)}")
     odd = [(name, value) for name, value in dict.items(chosen) if type(name) is not str or not is_tensor(value)]
     named = [
-        f"{shown(name)} (a {type(value).__name__})" if type(name) is str else f"{shown(name)} (its name is no text)"
+        f"{shown(name)} (a {kind_of(value)})" if type(name) is str else f"{shown(name)} (its name is no text)"
         for name, value in odd[:_MAX_NAMED]
     ]
     subject, verb = ("entry", "is not a tensor") if len(odd) == 1 else ("entries", "are not tensors")
