@@ -10,6 +10,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from wan_loader.arguments import check_part, checked_paths
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.choosing import choose
 from wan_loader.formats.content import content_of, other_archive, other_file, read_head, text_of
@@ -46,8 +47,10 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
     torch, except for pickles that only torch can read (legacy ones, tensor subclasses).
 
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
-    for what is not there.
+    for what is not there, `OptionError` for what is no path, such as an open file.
     """
+    path = checked_paths(path)
+    check_part(part)
     try:
         return _open(path, part)
     except CheckpointError:
