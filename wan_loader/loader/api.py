@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
-from wan_loader.loader.binding import Match, bind, match, module_slots
+from wan_loader.loader.binding import Match, bind, left_on_meta, match, module_slots
 from wan_loader.loader.cached import CachedLoad, CacheOptions
-from wan_loader.loader.dtype_rule import DtypeRule
+from wan_loader.loader.dtype_rule import DtypeRule, has_part
 from wan_loader.loader.load import Choice, LoadOptions, load_checkpoint
+from wan_loader.loader.mismatch import some, stays_on_meta
 from wan_loader.loader.team import joined
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _load(
     choose: Callable[[], Choice],
     options: LoadOptions,
     cache: CacheOptions,
-    bind: Callable[[dict[str, torch.Tensor]], list[str]] | None = None,
+    bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
 ) -> Loaded:
     """Load through the cache, if that is wanted; an entry that turns out to be damaged is not the end."""
     with CachedLoad(cache, options.device) as cached:
@@ -179,7 +180,8 @@ def _with_cache(make: Callable[[], LoadReport], cache: CacheReport | None, warni
 def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:
     by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
     if missing := [name for name in names if name not in by_name]:
-        raise KeyMismatchError(f"{checkpoint.path} lacks {len(missing)} of the names asked for: {', '.join(missing)}")
+        message = f"{checkpoint.path} lacks {len(missing)} of the names asked for: {some(missing)}"
+        raise KeyMismatchError(message, missing=missing)
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
@@ -191,6 +193,7 @@ def load_into(
     dtype: torch.dtype | str | None = None,
     key_map: KeyMap | None = None,
     strict: bool = True,
+    allow_meta: Sequence[str] = (),
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
     threads: int | None = None,
@@ -202,47 +205,74 @@ def load_into(
 ) -> LoadReport:
     """Fill a module's parameters and persistent buffers from a checkpoint, in place.
 
-    module: may be on the meta device (build it under `torch.device("meta")`: no memory, no random initialisation).
-        Parameters that are one object under several names stay so; `requires_grad` is kept; non-persistent buffers
-        are left alone, and reported if they are still on meta. Parameters may be DTensors (after FSDP2's
-        `fully_shard`): then every process of their mesh makes this call, reads the rows that it keeps and nothing
-        else, and never holds a whole tensor; what several processes keep, they read in parts and exchange.
+    module: may be empty (build it under `with wan_loader.empty_weights()`: no memory, no random initialisation).
+        What is one object under several names stays so; classes of parameters, their attributes and `requires_grad`
+        are kept. Parameters may be DTensors (after FSDP2's `fully_shard`): then every process of their mesh makes this
+        call, reads the rows that it keeps and nothing else, and never holds a whole tensor; what several processes
+        keep, they read in parts and exchange.
+    device: as for `load_file`. What the module holds beside its weights goes there, too, in its own dtype, so that the
+        module runs there: non-persistent buffers, what `strict=False` left as it was, and tensors in plain attributes
+        (also in a list, tuple or dict that is an attribute; not in modules that are hidden in one).
     key_map: checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to None
         is left out.
     strict: missing or unexpected names are an error. Wrong shapes always are.
+    allow_meta: a module that would keep something on the meta device (a buffer or attribute that is in no checkpoint,
+        a parameter that is not in this one) cannot run and is an error, unless the dotted name contains one of these
+        parts: "rope" and "rope.freqs" both allow `blocks.0.rope.freqs`. It is told in the report, for you to fill.
     keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32. A
         part that no name contains is a warning in the report.
     group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
         tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
         cache=True is an `OptionError`.
-    device, dtype, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
+    dtype, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
 
-    Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
-    `load_file` raises; the module is changed only when everything has arrived.
+    Raises `KeyMismatchError` before any weight is read, whose fields hold all missing, unexpected and mis-shaped names
+    and those that would stay on meta, and what `load_file` raises; the module is changed only when everything has
+    arrived.
     """
+    if isinstance(allow_meta, str):
+        raise OptionError(f"allow_meta is a list of names, not one string: allow_meta=[{allow_meta!r}]")
     with joined(group, module) as team:
         options = _options(device, io, threads, observer, team)
         caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
         rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
-        return _fill(module, path, key_map, strict, rule, options, caching)
+        names = _Names(key_map, strict, tuple(allow_meta))
+        return _fill(module, path, names, rule, options, caching)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What `load_into` was told about names."""
+
+    key_map: KeyMap | None
+    strict: bool
+    allow_meta: tuple[str, ...]
+
+    def match(self, module: torch.nn.Module, checkpoint: Checkpoint) -> tuple[Match, list[str]]:
+        """Pair names; also what may stay on meta. Raises `KeyMismatchError`."""
+        found = match(module_slots(module), checkpoint, self.key_map, strict=self.strict)
+        left = left_on_meta(module, found)
+        allowed = [any(has_part(held.name, self.allow_meta) for held in aliases) for aliases in left]
+        if not all(allowed):
+            raise stays_on_meta(checkpoint.path, [a[0] for a, fine in zip(left, allowed, strict=True) if not fine])
+        return found, [aliases[0].name for aliases in left]
 
 
 def _fill(
     module: torch.nn.Module,
     path: StrPath | Sequence[StrPath],
-    key_map: KeyMap | None,
-    strict: bool,
+    names: _Names,
     rule: DtypeRule,
     options: LoadOptions,
     caching: CacheOptions,
 ) -> LoadReport:
-    found = Match((), {})
+    found, on_meta = Match((), {}), list[str]()
 
     def choose() -> Choice:
-        nonlocal found
+        nonlocal found, on_meta
         checkpoint = open_checkpoint(path)
+        found, on_meta = names.match(module, checkpoint)
         targets = module_slots(module)
-        found = match(targets, checkpoint, key_map, strict=strict)
         module_names = {name: slots[0] for name, slots in found.slots.items()}
         return _choice(
             checkpoint,
@@ -252,14 +282,14 @@ def _fill(
             {name: targets[module_names[name]] for name in module_names},
         )
 
-    def bind_and_tell(tensors: dict[str, torch.Tensor]) -> list[str]:
-        left_on_meta = bind(module, found, tensors)
+    def bind_and_tell(tensors: dict[str, torch.Tensor], device: torch.device) -> list[str]:
+        bind(module, found, tensors, device)
         notes = {
             "not in the checkpoint": found.missing,
             "in the checkpoint, but not in the module": found.unexpected,
-            "still on the meta device, compute them before use": left_on_meta,
+            "still on the meta device, compute them before use": on_meta,
             "in keep_fp32, but part of no name in the module": rule.unused_parts(found.module_names),
         }
-        return [f"{title}: {', '.join(names)}" for title, names in notes.items() if names]
+        return [f"{title}: {some(what)}" for title, what in notes.items() if what]
 
     return _load(choose, options, caching, bind_and_tell).report
