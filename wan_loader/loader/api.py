@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
-from wan_loader.loader.binding import Match, bind, left_on_meta, match, module_slots
 from wan_loader.loader.cached import CachedLoad, CacheOptions
-from wan_loader.loader.dtype_rule import DtypeRule, has_part
+from wan_loader.loader.dtype_rule import DtypeRule
+from wan_loader.loader.filling import Filling
 from wan_loader.loader.load import Choice, LoadOptions, load_checkpoint
-from wan_loader.loader.mismatch import some, stays_on_meta
+from wan_loader.loader.mismatch import some
 from wan_loader.loader.team import joined
 
 if TYPE_CHECKING:
@@ -236,60 +236,17 @@ def load_into(
         options = _options(device, io, threads, observer, team)
         caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
         rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
-        names = _Names(key_map, strict, tuple(allow_meta))
-        return _fill(module, path, names, rule, options, caching)
+        filling = Filling(module=module, key_map=key_map, strict=strict, allow_meta=tuple(allow_meta))
 
+        def choose() -> Choice:
+            checkpoint = open_checkpoint(path)
+            filling.match(checkpoint)
+            module_names = {name: names[0] for name, names in filling.found.slots.items()}
+            named = replace(rule, module_names=module_names)
+            return _choice(checkpoint, filling.found.facts, named, team, filling.targets)
 
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """What `load_into` was told about names."""
+        def bind(tensors: dict[str, torch.Tensor], device: torch.device) -> list[str]:
+            filling.bind(tensors, device)
+            return filling.notes(rule)
 
-    key_map: KeyMap | None
-    strict: bool
-    allow_meta: tuple[str, ...]
-
-    def match(self, module: torch.nn.Module, checkpoint: Checkpoint) -> tuple[Match, list[str]]:
-        """Pair names; also what may stay on meta. Raises `KeyMismatchError`."""
-        found = match(module_slots(module), checkpoint, self.key_map, strict=self.strict)
-        left = left_on_meta(module, found)
-        allowed = [any(has_part(held.name, self.allow_meta) for held in aliases) for aliases in left]
-        if not all(allowed):
-            raise stays_on_meta(checkpoint.path, [a[0] for a, fine in zip(left, allowed, strict=True) if not fine])
-        return found, [aliases[0].name for aliases in left]
-
-
-def _fill(
-    module: torch.nn.Module,
-    path: StrPath | Sequence[StrPath],
-    names: _Names,
-    rule: DtypeRule,
-    options: LoadOptions,
-    caching: CacheOptions,
-) -> LoadReport:
-    found, on_meta = Match((), {}), list[str]()
-
-    def choose() -> Choice:
-        nonlocal found, on_meta
-        checkpoint = open_checkpoint(path)
-        found, on_meta = names.match(module, checkpoint)
-        targets = module_slots(module)
-        module_names = {name: slots[0] for name, slots in found.slots.items()}
-        return _choice(
-            checkpoint,
-            found.facts,
-            replace(rule, module_names=module_names),
-            options.team,
-            {name: targets[module_names[name]] for name in module_names},
-        )
-
-    def bind_and_tell(tensors: dict[str, torch.Tensor], device: torch.device) -> list[str]:
-        bind(module, found, tensors, device)
-        notes = {
-            "not in the checkpoint": found.missing,
-            "in the checkpoint, but not in the module": found.unexpected,
-            "still on the meta device, compute them before use": on_meta,
-            "in keep_fp32, but part of no name in the module": rule.unused_parts(found.module_names),
-        }
-        return [f"{title}: {some(what)}" for title, what in notes.items() if what]
-
-    return _load(choose, options, caching, bind_and_tell).report
+        return _load(choose, options, caching, bind).report

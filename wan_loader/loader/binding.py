@@ -17,6 +17,8 @@ from wan_loader.errors import DeviceMemoryError, KeyMismatchError
 from wan_loader.loader.mismatch import mismatch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
     from wan_loader.formats.facts import Checkpoint, TensorFacts
@@ -85,33 +87,40 @@ def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: Ke
     return Match(tuple(chosen.values()), {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
 
 
-def left_on_meta(module: torch.nn.Module, found: Match) -> list[list[Held]]:
-    """The tensors that will still be on the meta device once `found` is bound, each under all of its names."""
-    from wan_loader.loader.holdings import held_tensors
-
-    slots = module_slots(module)
-    filled = {id(slots[name]) for names in found.slots.values() for name in names}
+def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[list[Held]]:
+    """The tensors that stay on the meta device when `targets` are filled, each under all of its names."""
+    filled = {id(target) for target in targets}
     left: dict[int, list[Held]] = {}
-    for held in held_tensors(module):
-        if held.tensor.is_meta and id(held.tensor) not in filled:
-            left.setdefault(id(held.tensor), []).append(held)
+    for one in held:
+        if id(one.tensor) not in filled and one.tensor.is_meta:
+            left.setdefault(id(one.tensor), []).append(one)
     return list(left.values())
 
 
-def bind(module: torch.nn.Module, found: Match, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Put the tensors into the module, in place, and move what else it holds to `device`, so that it runs there.
+def bind(
+    module: torch.nn.Module,
+    held: Iterable[Held],
+    filled: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+) -> None:
+    """Fill a module in place, and move what else it holds to `device`, so that it runs there.
 
-    What is on meta and in no checkpoint stays. Everything new is made before the module is changed.
+    held: what it holds. filled: tensors of the module, and what takes their places. What is on meta and not filled
+    stays. Everything new is made before the module is changed.
     """
-    from wan_loader.loader.holdings import held_tensors, substitute
+    import torch
 
-    slots = module_slots(module)
-    new = {id(slots[names[0]]): _renewed(slots[names[0]], tensors[name]) for name, names in found.slots.items()}
-    for _, _, old in held_tensors(module):
-        if id(old) not in new and not is_dtensor(old) and old.device != device and not old.is_meta:
+    from wan_loader.loader.holdings import substitute
+
+    new = {id(old): _renewed(old, tensor) for old, tensor in filled}
+    dtensors = False
+    for *_, old in held:
+        if type(old) is not torch.nn.Parameter and is_dtensor(old):
+            dtensors = True
+        elif id(old) not in new and old.device != device and not old.is_meta:
             new[id(old)] = _renewed(old, _moved(old, device))
     substitute(module, new)
-    if any(is_dtensor(tensor) for tensor in slots.values()):
+    if dtensors:
         module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
 
 
@@ -131,15 +140,16 @@ def _renewed(old: Any, local: torch.Tensor) -> Any:
     import torch
 
     tensor = _as(old, local)
-    if not isinstance(old, torch.nn.Parameter):
+    kind = type(old)
+    if not issubclass(kind, torch.nn.Parameter) and not isinstance(old, torch.nn.Parameter):
         return tensor
     requires_grad = old.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
-    if type(tensor) is torch.Tensor:  # also inside of `empty_weights`, where the class itself would make empty ones
-        kind = type(old) if issubclass(type(old), torch.nn.Parameter) else torch.nn.Parameter
+    if issubclass(kind, torch.nn.Parameter):  # the class itself would make an empty one inside of `empty_weights`
         new: Any = torch.Tensor._make_subclass(kind, tensor, requires_grad)
     else:
         new = torch.nn.Parameter(tensor, requires_grad=requires_grad)
-    new.__dict__.update(old.__dict__)
+    if old.__dict__:
+        new.__dict__.update(old.__dict__)
     return new
 
 

@@ -26,6 +26,8 @@ class Held(NamedTuple):
     name: str
     kind: str
     """"parameter", "buffer" or "attribute"."""
+    stored: bool
+    """Whether it is in the module's `state_dict`."""
     tensor: torch.Tensor
 
 
@@ -33,18 +35,20 @@ def held_tensors(module: torch.nn.Module) -> Iterator[Held]:
     """Every tensor that a module holds, under each of its names; elements of containers as `table.0`, `table.key`."""
     for path, owner in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        for kind, registry in (("parameter", owner._parameters), ("buffer", owner._buffers)):
-            for name, tensor in registry.items():
-                if tensor is not None:
-                    yield Held(prefix + name, kind, tensor)
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield Held(prefix + name, "parameter", True, parameter)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                yield Held(prefix + name, "buffer", name not in owner._non_persistent_buffers_set, buffer)
         for name in owner.__dict__.keys() - _OWN:
             value = owner.__dict__[name]
             if isinstance(value, torch.Tensor):
-                yield Held(prefix + name, "attribute", value)
+                yield Held(prefix + name, "attribute", False, value)
             else:
                 for key, element in _elements(value):
                     if isinstance(element, torch.Tensor):
-                        yield Held(f"{prefix}{name}.{key}", "attribute", element)
+                        yield Held(f"{prefix}{name}.{key}", "attribute", False, element)
 
 
 def substitute(module: torch.nn.Module, new: Mapping[int, Any]) -> None:
