@@ -255,6 +255,8 @@ def test_a_report_prints_as_a_line(tmp_path):
     pattern = re.escape(f"{tmp_path / 'x.pth'} to cpu: 2 tensors, 1.68 kB in ") + r"[\d.]+ m?s \(.* GB/s\), \w+"
     assert re.fullmatch(pattern, str(report)), str(report)
     assert repr(report).startswith("LoadReport(command='load'")
+    assert repr(report).endswith(", 0 warnings)")
+    assert len(repr(report)) < 400
     report = wan_loader.load_into(nn.Linear(20, 20), tmp_path / "x.pth", **options, keep_fp32=["nonsense"])
     assert (
         str(report).splitlines()[1].startswith("1 warning: in keep_fp32, but part of no name in the module: nonsense")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,7 @@ class TensorFacts(NamedTuple):
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """Facts about a checkpoint: names, dtypes, shapes, byte ranges. Holds no open file and no weight."""
 
@@ -82,6 +83,10 @@ class Checkpoint:
     """In file order: by file, then by position."""
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        counts = f"{format_count(len(self.files), 'file')}, {format_count(len(self.tensors), 'tensor')}"
+        return f"Checkpoint({self.path!r}, {self.format!r}, {counts}, {format_bytes(self.nbytes)})"
 
     @property
     def names(self) -> tuple[str, ...]:
