@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 import wan_loader  # noqa: E402
 
@@ -241,6 +242,20 @@ def test_filled_inside_of_the_block(path, reference):
     assert isinstance(module.embed.weight, nn.Parameter)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, prune.identity])
+def test_what_a_hook_computes_is_no_plain_attribute(tmp_path, norm):
+    def make():
+        layer = nn.Linear(3, 4)
+        return norm(layer, "weight") or layer
+
+    reference = make().eval()
+    torch.save(reference.state_dict(), tmp_path / "x.pth")
+    module = empty(make).eval()
+    wan_loader.load_into(module, tmp_path / "x.pth", device="cpu")
+    x = torch.randn(2, 3)
+    assert torch.equal(module(x), reference(x))
+
+
 class Left(nn.Module):
     """Beside a weight, something on meta of each kind: what `torch.device("meta")` leaves."""
 
@@ -297,5 +312,5 @@ def test_allow_meta(weight, names):
 
 
 def test_a_string_is_no_list_of_names(weight):
-    with pytest.raises(wan_loader.OptionError, match=r"allow_meta=\['freqs'\]"):
-        wan_loader.load_into(left(), weight, device="cpu", allow_meta="freqs")
+    with pytest.raises(wan_loader.OptionError, match=r"allow_meta=\['freqs'\], not 'inner'"):
+        wan_loader.load_into(left(), weight, device="cpu", allow_meta="inner")

@@ -230,8 +230,8 @@ def load_into(
     and those that would stay on meta, and what `load_file` raises; the module is changed only when everything has
     arrived.
     """
-    if isinstance(allow_meta, str):
-        raise OptionError(f"allow_meta is a list of names, not one string: allow_meta=[{allow_meta!r}]")
+    if isinstance(allow_meta, str) or not all(isinstance(name, str) for name in allow_meta):
+        raise OptionError(f"allow_meta is a list of names, such as allow_meta=['freqs'], not {allow_meta!r}")
     with joined(group, module) as team:
         options = _options(device, io, threads, observer, team)
         caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)

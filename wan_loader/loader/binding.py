@@ -129,10 +129,11 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     import torch
 
     try:
-        return tensor.detach().to(device)
+        moved = tensor.detach().to(device)
     except torch.OutOfMemoryError as error:
         message = f"{device} has no room for what the module holds beside its weights: {error}"
         raise DeviceMemoryError(message) from error
+    return moved.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def _renewed(old: Any, local: torch.Tensor) -> Any:

@@ -1,7 +1,8 @@
 """What a module holds: parameters, buffers, and the tensors that it keeps as plain attributes.
 
 Plain attributes are those in the module's own `__dict__`, and what lies one level deep in a list, tuple or dict there.
-Modules that are hidden in attributes are not looked into: as for `module.to`, they are not part of it.
+Modules that are hidden in attributes are not looked into: as for `module.to`, they are not part of it. Nor is what a
+hook computes before each forward, as torch's `weight_norm`, `spectral_norm` and `prune` do.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def held_tensors(module: torch.nn.Module) -> Iterator[Held]:
         for name, buffer in owner._buffers.items():
             if buffer is not None:
                 yield Held(prefix + name, "buffer", name not in owner._non_persistent_buffers_set, buffer)
-        for name in owner.__dict__.keys() - _OWN:
+        for name in _plain_attributes(owner):
             value = owner.__dict__[name]
             if isinstance(value, torch.Tensor):
                 yield Held(prefix + name, "attribute", False, value)
@@ -63,7 +64,7 @@ def substitute(module: torch.nn.Module, new: Mapping[int, Any]) -> None:
             for name, tensor in registry.items():
                 if id(tensor) in new:
                     registry[name] = new[id(tensor)]
-        for name in owner.__dict__.keys() - _OWN:
+        for name in _plain_attributes(owner):
             value = owner.__dict__[name]
             if id(value) in new:
                 owner.__dict__[name] = new[id(value)]
@@ -71,6 +72,13 @@ def substitute(module: torch.nn.Module, new: Mapping[int, Any]) -> None:
                 if id(value) not in containers:
                     containers[id(value)] = value, _substituted(value, new)  # the old one is kept: so is its id
                 owner.__dict__[name] = containers[id(value)][1]
+
+
+def _plain_attributes(owner: torch.nn.Module) -> set[str]:
+    names = owner.__dict__.keys() - _OWN
+    for hook in owner._forward_pre_hooks.values():  # torch's own say so in one of these
+        names -= {getattr(hook, "name", None), getattr(hook, "_tensor_name", None)}
+    return names
 
 
 def _elements(value: Any) -> Iterator[tuple[Any, Any]]:
