@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from sparse import make_sparse
 
+import wan_loader
+
 MB = 10**6
 
 
@@ -33,7 +35,7 @@ def native(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def expert(tmp_path_factory):
-    """One expert in the diffusers layout, bf16, without the weights, and the module that it fills, on meta."""
+    """One expert in the diffusers layout, bf16, without the weights, and the module that it fills, empty."""
     from diffusers import WanTransformer3DModel
 
     directory = tmp_path_factory.mktemp("expert")
@@ -41,7 +43,7 @@ def expert(tmp_path_factory):
     config = json.loads((directory / "transformer/config.json").read_text())
 
     def build():
-        with torch.device("meta"):
+        with wan_loader.empty_weights():
             return WanTransformer3DModel.from_config(config)
 
     return directory / "transformer", build

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer, Recorder, Span
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.loader.api import load, load_file, load_into
+    from wan_loader.loader.empty_weights import empty_weights
     from wan_loader.source.prewarm import prewarm
 
 _LAZY = {
@@ -48,6 +49,7 @@ _LAZY = {
     "Recorder": "wan_loader.events",
     "Span": "wan_loader.events",
     "WanLoaderError": "wan_loader.errors",
+    "empty_weights": "wan_loader.loader.empty_weights",
     "load": "wan_loader.loader.api",
     "load_file": "wan_loader.loader.api",
     "load_into": "wan_loader.loader.api",
@@ -72,6 +74,7 @@ __all__ = [
     "Span",
     "WanLoaderError",
     "__version__",
+    "empty_weights",
     "load",
     "load_file",
     "load_into",

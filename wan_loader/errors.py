@@ -22,6 +22,13 @@ caller would catch.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    Shape = tuple[int, ...]
+
 __all__ = [
     "CacheError",
     "CheckpointError",
@@ -54,7 +61,26 @@ class MissingFileError(CheckpointError, FileNotFoundError):
 
 
 class KeyMismatchError(WanLoaderError, KeyError):
-    """Checkpoint and module disagree about names or shapes; the message lists all of them."""
+    """Checkpoint and module disagree about names or shapes; the message shows a few of them, the fields hold all."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        misshaped: Mapping[str, tuple[Shape, Shape]] | None = None,
+        on_meta: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        """Names of the module, or names that were asked for, that the checkpoint lacks."""
+        self.unexpected = tuple(unexpected)
+        """Names of the checkpoint that the module lacks."""
+        self.misshaped = dict(misshaped or {})
+        """Names of the checkpoint whose shapes differ, with the shape in the file and that in the module."""
+        self.on_meta = tuple(on_meta)
+        """Names of the module's tensors that would stay on the meta device."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes, newlines escaped
 

@@ -92,7 +92,7 @@ class Bottleneck:
     advice: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LoadReport:
     """What one load did."""
 
@@ -122,6 +122,11 @@ class LoadReport:
         rate = f" ({self.gbps:.3g} GB/s)" if self.gbps else ""
         line = f"{self.target} to {self.device}: {size} in {format_seconds(self.seconds)}{rate}, {self.io.mode}"
         return f"{line}\n{format_count(len(self.warnings), 'warning')}: {self.warnings[0]}" if self.warnings else line
+
+    def __repr__(self) -> str:
+        shown = ("command", "target", "device", "dtype", "seconds", "nbytes_file", "n_tensors")
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return f"LoadReport({fields}, io={self.io.mode!r}, {format_count(len(self.warnings), 'warning')})"
 
     @property
     def gbps(self) -> float:
@@ -158,10 +163,10 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def summarize(spans: Iterable[Span], order: Sequence[str] = PHASES) -> tuple[Phase, ...]:
-    """Busy time and bytes of each phase that occurred, in `order`."""
+    """Busy time and bytes of each phase that occurred, in `order`; spans of other names count as "other"."""
     by_name: dict[str, list[Span]] = {}
     for span in spans:
-        by_name.setdefault(span.name, []).append(span)
+        by_name.setdefault(span.name if span.name in order else "other", []).append(span)
     return tuple(
         Phase(name, busy_ns(by_name[name]) / 1e9, sum(s.nbytes for s in by_name[name]))
         for name in order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["attach", "detach"]
 
+_NETWORKS = ("text_encoder", "transformer", "transformer_2")
+#: Where a network keeps what `attach` did to it.
+_ATTACHED = "_wan_pipeline_attached"
+
 
 @dataclass(frozen=True, slots=True)
 class _Hook:
@@ -20,25 +24,67 @@ class _Hook:
     execution_device: torch.device
 
 
+@dataclass(slots=True)
+class _Attached:
+    """What `attach` did to a network, to be taken back whatever others did to it since."""
+
+    hook: _Hook
+    before: Any
+    """The hook of diffusers or accelerate that the network had."""
+    handle: Any = None
+    methods: dict[str, Any] = field(default_factory=dict)
+
+    def detach(self, module: Any) -> None:
+        """Take it back. What others put over it stays, and what is ours below that does nothing any more."""
+        if self.handle is not None:
+            self.handle.remove()
+        for name, method in self.methods.items():
+            method.residency = None
+            if module.__dict__.get(name) is method:
+                delattr(module, name)
+        if module.__dict__.get("_hf_hook") is self.hook:
+            del module._hf_hook
+            if self.before is not None:
+                module._hf_hook = self.before
+
+
+class _AfterReady:
+    """A method of a network, called when that was made ready."""
+
+    def __init__(self, residency: Residency, name: str, method: Any) -> None:
+        self.residency: Residency | None = residency
+        self._name = name
+        self._method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.residency is not None:
+            self.residency.use(self._name)
+        return self._method(*args, **kwargs)
+
+
 def attach(pipe: Any, residency: Residency, device: torch.device) -> None:
     """Have each network of a pipeline made ready when it is about to run."""
-    for name in ("text_encoder", "transformer", "transformer_2"):
-        if (module := getattr(pipe, name, None)) is not None:
-            module._hf_hook = _Hook(device)
-            module.register_forward_pre_hook(_ready(residency, name), with_kwargs=True)
-    pipe.vae._hf_hook = _Hook(device)
-    for name in ("encode", "decode"):
-        setattr(pipe.vae, name, _after_ready(residency, getattr(pipe.vae, name)))
+    for name in (*_NETWORKS, "vae"):
+        if (module := getattr(pipe, name, None)) is None:
+            continue
+        attached = _Attached(_Hook(device), getattr(module, "_hf_hook", None))
+        module._hf_hook = attached.hook
+        if name in _NETWORKS:
+            attached.handle = module.register_forward_pre_hook(_ready(residency, name), with_kwargs=True)
+        else:
+            for method in ("encode", "decode"):
+                attached.methods[method] = _AfterReady(residency, name, getattr(module, method))
+                setattr(module, method, attached.methods[method])
+        setattr(module, _ATTACHED, attached)
 
 
 def detach(pipe: Any) -> None:
-    """Undo `attach`: the networks are ordinary modules again."""
-    for name in ("text_encoder", "transformer", "transformer_2", "vae"):
-        if (module := getattr(pipe, name, None)) is not None:
-            del module._hf_hook
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks_with_kwargs.clear()
-    del pipe.vae.encode, pipe.vae.decode
+    """Undo `attach`, and nothing else: hooks that others registered stay. Does nothing where nothing is attached."""
+    for name in (*_NETWORKS, "vae"):
+        module = getattr(pipe, name, None)
+        if (attached := getattr(module, _ATTACHED, None)) is not None:
+            delattr(module, _ATTACHED)
+            attached.detach(module)
 
 
 def _ready(residency: Residency, name: str) -> Any:
@@ -49,11 +95,3 @@ def _ready(residency: Residency, name: str) -> Any:
         return args, kwargs
 
     return hook
-
-
-def _after_ready(residency: Residency, method: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        residency.use("vae")
-        return method(*args, **kwargs)
-
-    return call

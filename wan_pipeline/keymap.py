@@ -26,7 +26,7 @@ from wan_loader.errors import KeyMismatchError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["KEYMAP_VERSION", "KeyMap", "MapName", "keymap", "to_diffusers", "to_native"]
+__all__ = ["KEYMAP_VERSION", "KeyMap", "MapName", "key_map", "keymap", "to_diffusers", "to_native"]
 
 #: Part of the key of whatever is cached under mapped names; raise it with any change of a table.
 KEYMAP_VERSION = 1
@@ -81,6 +81,15 @@ def keymap(name: MapName) -> KeyMap:
     if name not in _BUILDERS:
         raise OptionError(f"no key map is called {name!r}; there are {', '.join(_BUILDERS)}")
     return _keymap(name)
+
+
+def key_map(name: MapName) -> Callable[[str], str]:
+    """The `key_map` with which `wan_loader.load_into` fills a module of diffusers or transformers from a native file.
+
+    name: "dit" (both experts, and TI2V-5B), "text_encoder", "vae2.1" or "vae2.2". The function raises
+    `KeyMismatchError` for a name that the native checkpoint of that network does not have.
+    """
+    return keymap(name).to_diffusers
 
 
 def to_diffusers(name: MapName, key: str) -> str:

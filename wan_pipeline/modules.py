@@ -1,7 +1,7 @@
 """The networks as modules: built without memory, filled from a checkpoint, emptied again.
 
 Loading needs only torch: `fetch` loads tensors under the names of the file, so that it can begin while transformers and
-diffusers are still being imported. `build` makes the real module on the meta device, which costs
+diffusers are still being imported. `build` makes the real module, its weights on the meta device, which costs
 milliseconds and no memory; `adopt` hands it the loaded tensors; `empty` gives the memory back and leaves the module
 as `build` made it. Weights never change, so nothing is ever copied back to the host.
 """
@@ -28,19 +28,17 @@ __all__ = ["adopt", "build", "check", "empty", "fetch"]
 
 
 def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool = False) -> torch.nn.Module:
-    """The module of a component on the meta device, in the dtypes that it will have once filled, in eval mode.
+    """The module of a component, its weights on meta, in the dtypes that it will have once filled, in eval mode.
 
     dtype: None leaves what is in the file. decoder_only: a VAE without its encoder, which text-to-video never uses.
     """
-    import torch
+    from wan_loader.loader.empty_weights import empty_weights
 
-    with torch.device("meta"):
+    with empty_weights():  # the rotary tables are in no checkpoint
         module: torch.nn.Module = _construct(component)
     if decoder_only and component.name == "vae":
         module.register_module("encoder", None)
         module.register_module("quant_conv", None)
-    if component.name in ("transformer", "transformer_2"):
-        module.rope = _rope(module)
     _set_dtypes(module, component, dtype)
     module.eval()
     return module
@@ -55,16 +53,6 @@ def _construct(component: Component) -> Any:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     return (AutoencoderKLWan if component.name == "vae" else WanTransformer3DModel)(**config)
-
-
-def _rope(module: Any) -> torch.nn.Module:
-    """The rotary tables, which are in no checkpoint: computed on the CPU, as an ordinary construction does."""
-    import torch
-
-    old = module.rope
-    with torch.device("cpu"):
-        rope: torch.nn.Module = type(old)(old.attention_head_dim, old.patch_size, old.max_seq_len)
-    return rope
 
 
 def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtype | None) -> None:

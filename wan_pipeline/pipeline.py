@@ -10,7 +10,7 @@ networks and the arithmetic are diffusers' and transformers'; the results are th
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import clock_ns
@@ -42,7 +42,7 @@ __all__ = ["Video", "WanT2V", "load_diffusers"]
 class Video:
     """A generated video."""
 
-    frames_THWC: np.ndarray
+    frames_THWC: np.ndarray = field(repr=False)
     """Floats from 0 to 1."""
     fps: int
     request: Request

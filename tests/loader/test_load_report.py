@@ -27,6 +27,15 @@ from wan_loader.transfer.base import PinError  # noqa: E402
 # the report
 
 
+def test_the_repr_of_a_result_is_one_short_line(tmp_path):
+    path = write("safetensors", tmp_path, {"line\nbreak": torch.ones(3), "big": torch.ones(100_000)})
+    loaded = wan_loader.load(path)
+    checkpoint = wan_loader.open_checkpoint(path)
+    assert repr(loaded) == "Loaded(2 tensors, 400 kB on cpu)"
+    assert repr(checkpoint) == f"Checkpoint({str(path)!r}, 'safetensors', 1 file, 2 tensors, 400 kB)"
+    assert "\n" not in repr(loaded.report)
+
+
 @pytest.mark.parametrize("mode", IO)
 @pytest.mark.parametrize("kind", KINDS)
 def test_report_adds_up(tmp_path, device, kind, mode):

@@ -1,15 +1,21 @@
 """Saved sessions: what is written is read back, and nothing else is accepted."""
 
+import io
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from wan_loader.errors import SessionError
 from wan_loader.profiler.assemble import Surroundings, load_session
+from wan_loader.profiler.page import to_page
 from wan_loader.profiler.session import Process, Sample, Session, Verdict, read_session
+from wan_loader.profiler.terminal import print_session
 from wan_loader.profiler.timeline import Mark, phases
+from wan_loader.profiler.trace import to_trace
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport
 
 S = 1_000_000_000
@@ -50,6 +56,35 @@ def test_round_trip(tmp_path):
     assert again.to_json() == session.to_json()
     assert again.spans == session.spans
     assert again.verdict == session.verdict
+
+
+def test_phases_that_are_not_known_are_other(tmp_path):
+    """Of a later version, in the saved document and in spans of a program's own."""
+    session = make_session()
+    spans = (*session.spans, Mark("decrypt", S, 3 * S, 5, "MainThread"), Mark("other", 2 * S, 4 * S, 2, "MainThread"))
+    assert [(p.name, p.busy_s, p.nbytes) for p in phases(spans)][-1] == ("other", 3.0, 7)
+    session = replace(session, processes=(replace(session.processes[0], spans=spans),))
+    document = json.loads(json.dumps(session.to_json()))
+    assert len(document["processes"][0]["spans"]) == 5
+    document["processes"][0]["names"] = [f"new {name}" for name in document["processes"][0]["names"]]
+    document["phases"] += [{"name": n, "busy_s": 1.5, "nbytes": 4, "gbps": 0.0} for n in ("decrypt", "unzip")]
+    document["verdict"]["phase"] = document["bottleneck"]["phase"] = "decrypt"
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document))
+    again = read_session(path)
+    assert {span.name for span in again.spans} == {"other"}
+    assert again.verdict.phase == "other"
+    assert [(p.busy_s, p.nbytes) for p in again.report.phases if p.name == "other"] == [(3.0, 8)]
+    print_session(Console(file=io.StringIO()), again)
+    assert "other" in to_page(again)
+    assert to_trace(again)
+
+
+def test_the_repr_is_one_short_line():
+    session = replace(make_session(), report=make_report(warnings=("a\nb" * 999,), target="a\nb"))
+    assert len(repr(session)) < 1000
+    assert "\n" not in repr(session)
+    assert len(repr(session.processes)) < 500
 
 
 def test_the_contract_stays():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +84,7 @@ class TensorFacts(NamedTuple):
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """Facts about a checkpoint: names, dtypes, shapes, byte ranges. Holds no open file and no weight."""
 
@@ -98,6 +99,10 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     part: str | None = None
     """The keys, joined by dots, of the nested dict that this is; None for a whole file."""
+
+    def __repr__(self) -> str:
+        counts = f"{format_count(len(self.files), 'file')}, {format_count(len(self.tensors), 'tensor')}"
+        return f"Checkpoint({self.path!r}, {self.format!r}, {counts}, {format_bytes(self.nbytes)})"
 
     @property
     def names(self) -> tuple[str, ...]:

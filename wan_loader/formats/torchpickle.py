@@ -64,8 +64,8 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
     """The tensors of the file, or of one part of it, on `device`, as torch.load(weights_only=True) gives them."""
     import torch
 
-    _check_legacy_pickles(path)
     try:
+        _check_legacy_pickles(path)
         # torch reads a path by its suffix, warns about its own typed storages, and leaves the indices of sparse tensors
         # unchecked.
         with (
@@ -77,6 +77,8 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
             state: Any = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} vanished before it could be read") from error
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
         detail = lines[0] if lines else str(error).splitlines()[0]

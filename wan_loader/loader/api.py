@@ -18,10 +18,11 @@ from wan_loader.arguments import (
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
-from wan_loader.loader.binding import Match, bind, match, module_slots
 from wan_loader.loader.cached import CachedLoad, CacheOptions
 from wan_loader.loader.dtype_rule import DtypeRule
+from wan_loader.loader.filling import Filling
 from wan_loader.loader.load import Choice, LoadOptions, load_checkpoint
+from wan_loader.loader.mismatch import some
 from wan_loader.loader.team import joined
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from wan_loader.types import IoMode, StrPath
 
 __all__ = ["load", "load_file", "load_into"]
-
-_MAX_NAMED = 8
 
 
 def load_file(
@@ -182,7 +181,7 @@ def _load(
     choose: Callable[[], Choice],
     options: LoadOptions,
     cache: CacheOptions,
-    bind: Callable[[dict[str, torch.Tensor]], list[str]] | None = None,
+    bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
 ) -> Loaded:
     """Load through the cache, if that is wanted; an entry that turns out to be damaged is not the end."""
     with CachedLoad(cache, options.device) as cached:
@@ -206,8 +205,8 @@ def _with_cache(make: Callable[[], LoadReport], cache: CacheReport | None, warni
 def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:
     by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
     if missing := [name for name in names if name not in by_name]:
-        named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
-        raise KeyMismatchError(f"{checkpoint.path} lacks {len(missing)} of the names asked for: {named}")
+        message = f"{checkpoint.path} lacks {len(missing)} of the names asked for: {some(missing)}"
+        raise KeyMismatchError(message, missing=missing)
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
@@ -220,6 +219,7 @@ def load_into(
     part: str | None = None,
     key_map: KeyMap | None = None,
     strict: bool = True,
+    allow_meta: Sequence[str] = (),
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
     threads: int | None = None,
@@ -231,23 +231,30 @@ def load_into(
 ) -> LoadReport:
     """Fill a module's parameters and persistent buffers from a checkpoint, in place.
 
-    module: may be on the meta device (build it under `torch.device("meta")`: no memory, no random initialisation).
-        Parameters that are one object under several names stay so; `requires_grad` is kept; non-persistent buffers
-        are left alone, and reported if they are still on meta. Parameters may be DTensors (after FSDP2's
-        `fully_shard`): then every process of their mesh makes this call, reads the rows that it keeps and nothing
-        else, and never holds a whole tensor; what several processes keep, they read in parts and exchange.
+    module: may be empty (build it under `with wan_loader.empty_weights()`: no memory, no random initialisation).
+        What is one object under several names stays so; classes of parameters, their attributes and `requires_grad`
+        are kept. Parameters may be DTensors (after FSDP2's `fully_shard`): then every process of their mesh makes this
+        call, reads the rows that it keeps and nothing else, and never holds a whole tensor; what several processes
+        keep, they read in parts and exchange.
+    device: as for `load_file`. What the module holds beside its weights goes there, too, in its own dtype, so that the
+        module runs there: non-persistent buffers, what `strict=False` left as it was, and tensors in plain attributes
+        (also in a list, tuple or dict that is an attribute; not in modules that are hidden in one).
     key_map: checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to None
         is left out.
     strict: missing or unexpected names are an error. Wrong shapes always are.
+    allow_meta: a module that would keep something on the meta device (a buffer or attribute that is in no checkpoint,
+        a parameter that is not in this one) cannot run and is an error, unless the dotted name contains one of these
+        parts: "rope" and "rope.freqs" both allow `blocks.0.rope.freqs`. It is told in the report, for you to fill.
     keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32. A
         part that no name contains is a warning in the report.
     group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
         tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
         cache=True is an `OptionError`.
-    device, dtype, part, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
+    dtype, part, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
 
-    Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
-    `load_file` raises; the module is changed only when everything has arrived.
+    Raises `KeyMismatchError` before any weight is read, whose fields hold all missing, unexpected and mis-shaped names
+    and those that would stay on meta, and what `load_file` raises; the module is changed only when everything has
+    arrived.
     """
     check_module(module)
     check_group(group)
@@ -257,47 +264,22 @@ def load_into(
         rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         check_key_map(key_map)
         check_flag(strict, "strict")
-        paths = checked_paths(path)
-        return _fill(module, lambda: open_checkpoint(paths, part=part), key_map, strict, rule, options, caching)
+        paths, allowed = checked_paths(path), checked_strings(allow_meta, "allow_meta")
+        filling = Filling(module=module, key_map=key_map, strict=strict, allow_meta=allowed)
 
+        def choose() -> Choice:
+            checkpoint = open_checkpoint(paths, part=part)
+            try:
+                filling.match(checkpoint)
+            except KeyMismatchError:
+                rule.check(checkpoint, checkpoint.tensors)  # scales are not the module's: this says more
+                raise
+            module_names = {name: names[0] for name, names in filling.found.slots.items()}
+            named = replace(rule, module_names=module_names)
+            return _choice(checkpoint, filling.found.facts, named, team, filling.targets)
 
-def _fill(
-    module: torch.nn.Module,
-    open_source: Callable[[], Checkpoint],
-    key_map: KeyMap | None,
-    strict: bool,
-    rule: DtypeRule,
-    options: LoadOptions,
-    caching: CacheOptions,
-) -> LoadReport:
-    found = Match((), {})
+        def bind(tensors: dict[str, torch.Tensor], device: torch.device) -> list[str]:
+            filling.bind(tensors, device)
+            return filling.notes(rule)
 
-    def choose() -> Choice:
-        nonlocal found
-        checkpoint = open_source()
-        targets = module_slots(module)
-        try:
-            found = match(targets, checkpoint, key_map, strict=strict)
-        except KeyMismatchError:
-            rule.check(checkpoint, checkpoint.tensors)  # scales are not the module's: this says more
-            raise
-        module_names = {name: slots[0] for name, slots in found.slots.items()}
-        return _choice(
-            checkpoint,
-            found.facts,
-            replace(rule, module_names=module_names),
-            options.team,
-            {name: targets[module_names[name]] for name in module_names},
-        )
-
-    def bind_and_tell(tensors: dict[str, torch.Tensor]) -> list[str]:
-        left_on_meta = bind(module, found, tensors)
-        notes = {
-            "not in the checkpoint": found.missing,
-            "in the checkpoint, but not in the module": found.unexpected,
-            "still on the meta device, compute them before use": left_on_meta,
-            "in keep_fp32, but part of no name in the module": rule.unused_parts(found.module_names),
-        }
-        return [f"{title}: {', '.join(names)}" for title, names in notes.items() if names]
-
-    return _load(choose, options, caching, bind_and_tell).report
+        return _load(choose, options, caching, bind).report

@@ -1,7 +1,8 @@
 """Binding loaded tensors to a module: names first, weights later.
 
 `match` compares a checkpoint's names and shapes with a module's, before any weight is read, and lists everything that
-disagrees in one error. `bind` puts the tensors in; parameters that were one object stay one object.
+disagrees in one error; `left_on_meta` tells what would not be filled. `bind` puts the tensors in, and moves the rest to
+where they are; what was one object stays one object.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import KeyMismatchError
+from wan_loader.errors import DeviceMemoryError, KeyMismatchError
+from wan_loader.loader.mismatch import mismatch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
     from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.loader.holdings import Held
 
-__all__ = ["KeyMap", "Match", "bind", "is_dtensor", "match", "module_slots"]
+__all__ = ["KeyMap", "Match", "bind", "is_dtensor", "left_on_meta", "match", "module_slots"]
 
 #: Checkpoint name -> module name; None leaves a tensor of the checkpoint out.
 KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
@@ -49,59 +54,103 @@ def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: Ke
     """
     groups = _tied_groups(slots)
     mapped: dict[str, TensorFacts] = {}
-    unexpected: list[str] = []
-    wrong: dict[str, str] = {}
+    unexpected: dict[str, tuple[int, ...]] = {}
+    renamed: dict[str, str] = {}
+    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    present: set[str] = set()
     for facts in checkpoint.tensors:
         name = _apply(key_map, facts.name)
         if name is None:
             continue
+        if name != facts.name:
+            renamed[facts.name] = name
         if name not in slots:
-            unexpected.append(facts.name if name == facts.name else f"{facts.name} (as {name})")
-        elif name in mapped:
+            unexpected[facts.name] = facts.shape
+            continue
+        if name in mapped:
             raise KeyMismatchError(f"{checkpoint.path}: {mapped[name].name!r} and {facts.name!r} both map to {name!r}")
-        elif (shape := tuple(slots[name].shape)) != facts.shape:
-            wrong[name] = f"{facts.name}: {list(facts.shape)} in the file, {list(shape)} in the module"
+        if (shape := tuple(slots[name].shape)) != facts.shape:
+            misshaped[facts.name] = facts.shape, shape
         else:
             mapped[name] = facts
-    present = {alias for name in (*mapped, *wrong) for alias in groups[name]}
+        present.update(groups[name])
     missing = [name for name in slots if name not in present]
-    if wrong or (strict and (missing or unexpected)):
-        raise _mismatch(checkpoint.path, missing if strict else [], unexpected if strict else [], list(wrong.values()))
+    if misshaped or (strict and (missing or unexpected)):
+        lacking = {n: tuple(slots[n].shape) for n in missing if strict and groups[n][0] == n}  # tied ones once
+        foreign = unexpected if strict else {}
+        raise mismatch(checkpoint.path, missing=lacking, unexpected=foreign, misshaped=misshaped, renamed=renamed)
     # Where the file holds a tied tensor under several names, only the first of them is loaded.
     chosen: dict[tuple[str, ...], TensorFacts] = {}
     for name, facts in mapped.items():
         chosen.setdefault(groups[name], facts)
-    return Match(
-        tuple(chosen.values()), {f.name: names for names, f in chosen.items()}, tuple(missing), tuple(unexpected)
-    )
+    notes = tuple(f"{name} (as {renamed[name]})" if name in renamed else name for name in unexpected)
+    return Match(tuple(chosen.values()), {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
 
 
-def bind(module: torch.nn.Module, found: Match, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Put the tensors into the module, in place; returns the names of what is still on the meta device."""
-    owners = dict(module.named_modules(remove_duplicate=False))  # get_submodule walks down anew for each tensor
-    for name, aliases in found.slots.items():
-        new: Any = None
-        for alias in aliases:
-            path, _, attribute = alias.rpartition(".")
-            owner = owners[path]
-            if attribute in owner._parameters:
-                new = new if new is not None else _parameter(owner._parameters[attribute], tensors[name])
-                owner._parameters[attribute] = new
-            else:
-                owner._buffers[attribute] = _as(owner._buffers[attribute], tensors[name])
-    everything = [*module.named_parameters(), *module.named_buffers()]
-    if any(is_dtensor(tensor) for _, tensor in everything):
-        module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
-    return [name for name, tensor in everything if tensor.is_meta]
+def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[list[Held]]:
+    """The tensors that stay on the meta device when `targets` are filled, each under all of its names."""
+    filled = {id(target) for target in targets}
+    left: dict[int, list[Held]] = {}
+    for one in held:
+        if id(one.tensor) not in filled and one.tensor.is_meta:
+            left.setdefault(id(one.tensor), []).append(one)
+    return list(left.values())
 
 
-def _parameter(old: Any, tensor: torch.Tensor) -> torch.nn.Parameter:
+def bind(
+    module: torch.nn.Module,
+    held: Iterable[Held],
+    filled: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+) -> None:
+    """Fill a module in place, and move what else it holds to `device`, so that it runs there.
+
+    held: what it holds. filled: tensors of the module, and what takes their places. What is on meta and not filled
+    stays. Everything new is made before the module is changed.
+    """
     import torch
 
-    tensor = _as(old, tensor)
-    differentiable = tensor.is_floating_point() or tensor.is_complex()
-    new = torch.nn.Parameter(tensor, requires_grad=old.requires_grad and differentiable)
-    new.__dict__.update(old.__dict__)
+    from wan_loader.loader.holdings import substitute
+
+    new = {id(old): _renewed(old, tensor) for old, tensor in filled}
+    dtensors = False
+    for *_, old in held:
+        if type(old) is not torch.nn.Parameter and is_dtensor(old):
+            dtensors = True
+        elif id(old) not in new and old.device != device and not old.is_meta:
+            new[id(old)] = _renewed(old, _moved(old, device))
+    substitute(module, new)
+    if dtensors:
+        module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device. Raises `DeviceMemoryError` if it does not fit."""
+    import torch
+
+    try:
+        moved = tensor.detach().to(device)
+    except torch.OutOfMemoryError as error:
+        message = f"{device} has no room for what the module holds beside its weights: {error}"
+        raise DeviceMemoryError(message) from error
+    return moved.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
+def _renewed(old: Any, local: torch.Tensor) -> Any:
+    """The tensor as what `old` was: a parameter of the same class, DTensor, or plain."""
+    import torch
+
+    tensor = _as(old, local)
+    kind = type(old)
+    if not issubclass(kind, torch.nn.Parameter) and not isinstance(old, torch.nn.Parameter):
+        return tensor
+    requires_grad = old.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+    if issubclass(kind, torch.nn.Parameter):  # the class itself would make an empty one inside of `empty_weights`
+        new: Any = torch.Tensor._make_subclass(kind, tensor, requires_grad)
+    else:
+        new = torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    if old.__dict__:
+        new.__dict__.update(old.__dict__)
     return new
 
 
@@ -144,12 +193,3 @@ def _apply(key_map: KeyMap | None, name: str) -> str | None:
     if key_map is None:
         return name
     return key_map.get(name, name) if isinstance(key_map, Mapping) else key_map(name)
-
-
-def _mismatch(path: str, missing: list[str], unexpected: list[str], wrong: list[str]) -> KeyMismatchError:
-    parts = [f"{path} does not fit the module:"]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
-        if names:
-            parts.append(f"{len(names)} {title}:\n    " + "\n    ".join(names))
-    parts.append("check that it is the right checkpoint, or pass key_map= or strict=False")
-    return KeyMismatchError("\n  ".join(parts))

@@ -104,9 +104,12 @@ class _Tee:
 def load_checkpoint(
     choose: Callable[[], Choice],
     options: LoadOptions,
-    bind: Callable[[dict[str, torch.Tensor]], list[str]] | None = None,
+    bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
 ) -> Loaded:
-    """Load what `choose` finds in the headers. `bind` takes the tensors, as part of the load, and returns warnings."""
+    """Load what `choose` finds in the headers.
+
+    bind: takes the tensors and the device that they are on, as part of the load, and returns warnings.
+    """
     start_ns = clock_ns()
     tee = _Tee(options.observer)
     if str(options.device) != "cpu":
@@ -128,7 +131,7 @@ def load_checkpoint(
                 if options.team is not None:
                     ordered = options.team.cut(ordered)
                     options.team.arrived()
-                moved.warnings += bind(ordered) if bind is not None else []
+                moved.warnings += bind(ordered, device) if bind is not None else []
             seconds = (clock_ns() - start_ns) / 1e9
             memory = MemoryReport(
                 peak_resident(), moved.carried.pinned_nbytes, device_peak_bytes(device), moved.carried.registered_nbytes

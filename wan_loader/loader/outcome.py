@@ -11,6 +11,7 @@ from wan_loader.loader.devices import device_card
 from wan_loader.machine import machine_card
 from wan_loader.plan import Way
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
+from wan_loader.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,15 +26,21 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "Moved", "make_report"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loaded:
     """Filled tensors by checkpoint name, the report, and the spans that it is made from."""
 
     tensors: dict[str, torch.Tensor]
-    make_report: Callable[[], LoadReport] = field(repr=False)
-    spans: tuple[Span, ...] = field(default=(), repr=False)
+    make_report: Callable[[], LoadReport]
+    spans: tuple[Span, ...] = ()
     build: Build | None = None
     """The cache entry that is being written from this load."""
+
+    def __repr__(self) -> str:
+        devices = ", ".join(sorted({str(tensor.device) for tensor in self.tensors.values()})) or "no device"
+        nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        building = ", a cache entry is being written" if self.build is not None else ""
+        return f"Loaded({format_count(len(self.tensors), 'tensor')}, {format_bytes(nbytes)} on {devices}{building})"
 
     @cached_property
     def report(self) -> LoadReport:

@@ -23,6 +23,7 @@ _WORTH = 0.02
 _WORTH_S = 0.005
 #: A local NVMe drive, for the gain of leaving a slower one.
 _NVME_GBPS = 3.0
+_EMPTY = "build the model under `with wan_loader.empty_weights():`"
 
 
 def advise(e: Evidence) -> tuple[Advice, ...]:
@@ -62,9 +63,7 @@ def _random_init(e: Evidence) -> Iterator[Advice]:
         nbytes = e.phases["random_init"].nbytes
         loaded = ", and weights are loaded over them" if e.nbytes_file else ""
         evidence = f"{_gb(nbytes)} were filled with random numbers in {seconds:.2f} s{loaded}"
-        text = (
-            'build the model under torch.device("meta"), then fill it: wan_loader.load_into(module, path, device=...)'
-        )
+        text = f"{_EMPTY}, then fill it: wan_loader.load_into(module, path, device=...)"
         yield Advice("random-init", text, evidence, seconds)
 
 
@@ -72,7 +71,7 @@ def _construction(e: Evidence) -> Iterator[Advice]:
     seconds = e.blame.get("construct", 0.0)
     if rows := by_label(e.spans, "construct"):
         evidence = f"building {rows[0][0]} took {rows[0][1]:.2f} s without the random numbers"
-        text = 'build the model under torch.device("meta"): memory is not allocated twice'
+        text = f"{_EMPTY}: memory is not allocated twice"
         yield Advice("construction", text, evidence, max(0.0, seconds - 0.2))
 
 

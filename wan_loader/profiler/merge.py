@@ -9,7 +9,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.profiler.session import Process, Sample
-from wan_loader.profiler.timeline import ALL_PHASES, Mark
+from wan_loader.profiler.timeline import ALL_PHASES, Mark, known_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -105,8 +105,8 @@ def _cut_short(log: Sequence[dict[str, Any]], last_ns: int) -> list[list[Any]]:
 def _marks(rows: Iterable[list[Any]], zero: int, last_ns: int) -> Iterable[Mark]:
     for name, start_ns, end_ns, nbytes, track, label in rows:
         start_ns, end_ns = max(start_ns, zero), min(end_ns, last_ns)
-        if name in ALL_PHASES and end_ns >= start_ns:
-            yield Mark(name, start_ns - zero, end_ns - zero, max(0, nbytes), track, label)
+        if end_ns >= start_ns:
+            yield Mark(known_phase(name), start_ns - zero, end_ns - zero, max(0, nbytes), track, label)
 
 
 def _title(begin: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import SessionError, WanLoaderError
 from wan_loader.profiler.checked import Doc, read_json
-from wan_loader.profiler.timeline import ALL_PHASES, Mark
+from wan_loader.profiler.timeline import ALL_PHASES, Mark, known_phase
 from wan_loader.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport, Phase
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class Process:
     rank: int | None = None
     ended: str = ""
     """"exit 0", "killed by SIGTERM", "still running", or empty where it is not known."""
-    spans: tuple[Mark, ...] = ()
-    samples: tuple[Sample, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
+    spans: tuple[Mark, ...] = field(default=(), repr=False)
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def seconds(self) -> float:
@@ -88,7 +88,7 @@ class Advice:
     gain_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Session:
     """One profiled load or program."""
 
@@ -105,6 +105,9 @@ class Session:
     storage: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What could not be known, and why."""
+
+    def __repr__(self) -> str:
+        return f"Session({self.kind!r}, {self.report!r}, {len(self.processes)} processes, {self.verdict!r})"
 
     @property
     def spans(self) -> tuple[Mark, ...]:
@@ -147,7 +150,7 @@ def _process_json(process: Process) -> dict[str, Any]:
     track_at = {name: i for i, name in enumerate(tracks)}
     label_at = {name: i for i, name in enumerate(labels)}
     spans = [
-        [ALL_PHASES.index(s.name), s.start_ns, s.end_ns, s.nbytes, track_at[s.track], label_at[s.label]]
+        [ALL_PHASES.index(known_phase(s.name)), s.start_ns, s.end_ns, s.nbytes, track_at[s.track], label_at[s.label]]
         for s in process.spans
     ]
     samples = [[s.at_ns, s.read_bytes, s.resident_bytes] for s in process.samples]
@@ -189,7 +192,7 @@ def _session(doc: Doc) -> Session:
         subject=subject,
         verdict=Verdict(
             v.choice("kind", ("slow", "limit", "unknown")),
-            v.choice("phase", ALL_PHASES),
+            known_phase(v.text("phase")),
             v.text("why"),
             v.number("lost_s"),
             v.number("share"),
@@ -222,11 +225,9 @@ def _report(doc: Doc) -> LoadReport:
         nbytes_device=doc.whole("nbytes_device"),
         n_tensors=doc.whole("n_tensors"),
         io=IoReport(io.text("mode"), io.text("reason"), **counts, **added),
-        phases=tuple(
-            Phase(p.choice("name", ALL_PHASES), p.number("busy_s"), p.whole("nbytes")) for p in doc.docs("phases")
-        ),
+        phases=_phases(doc.docs("phases")),
         bottleneck=Bottleneck(
-            b.choice("phase", ALL_PHASES),
+            known_phase(b.text("phase")),
             b.text("why"),
             b.optional_number("ceiling_gbps"),
             b.optional_number("reached"),
@@ -239,10 +240,19 @@ def _report(doc: Doc) -> LoadReport:
     )
 
 
+def _phases(docs: Sequence[Doc]) -> tuple[Phase, ...]:
+    """Each phase once: those that are not known here are one, whose seconds add up."""
+    found: dict[str, Phase] = {}
+    for doc in docs:
+        name, busy_s, nbytes = known_phase(doc.text("name")), doc.number("busy_s"), doc.whole("nbytes")
+        before = found.get(name, Phase(name, 0.0, 0))
+        found[name] = Phase(name, before.busy_s + busy_s, before.nbytes + nbytes)
+    return tuple(found.values())
+
+
 def _process(doc: Doc) -> Process:
     names, tracks, labels = doc.texts("names"), doc.texts("tracks"), doc.texts("labels")
-    if any(name not in ALL_PHASES for name in names):
-        raise SessionError("names holds an unknown phase")
+    names = tuple(known_phase(name) for name in names)
     return Process(
         title=doc.text("title"),
         pid=doc.whole("pid"),

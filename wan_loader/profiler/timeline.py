@@ -16,7 +16,18 @@ from wan_loader.report import Phase, summarize
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["ALL_PHASES", "Mark", "attribute", "by_label", "in_flight", "overlap_ns", "phases", "throughput", "union"]
+__all__ = [
+    "ALL_PHASES",
+    "Mark",
+    "attribute",
+    "by_label",
+    "in_flight",
+    "known_phase",
+    "overlap_ns",
+    "phases",
+    "throughput",
+    "union",
+]
 
 #: The phases of a load, and those that only other people's programs have.
 ALL_PHASES = (*PHASES[:4], "construct", "random_init", *PHASES[4:])
@@ -27,6 +38,11 @@ class Mark(Span):
     """A span with a word on what it was: a package, a file, the kind of copy."""
 
     label: str = ""
+
+
+def known_phase(name: str) -> str:
+    """The phase of that name; "other" for one that is not known here, such as one of a later version."""
+    return name if name in ALL_PHASES else "other"
 
 
 def phases(spans: Iterable[Span]) -> tuple[Phase, ...]:
