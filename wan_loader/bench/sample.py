@@ -25,6 +25,7 @@ from wan_loader.bench.throttle import throttle_reads
 from wan_loader.events import clock_ns
 from wan_loader.machine import machine_card, peak_resident, processors, reset_peak_resident
 from wan_loader.source.evict import resident_bytes
+from wan_loader.source.residency import knowledge_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -126,6 +127,7 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         "status": "ok",
         "nbytes_watched": sum(os.path.getsize(path) for path in watched),
         "resident_before": resident_bytes(watched),
+        "residency": knowledge_of(watched).name.lower(),
     }
     outcome, measured = _timed(loader, task)
     memory = _memory(task.device)

@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.source.residency import Knowledge
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -82,7 +84,8 @@ _REMEDIES = {
     "first": "the first sample is far slower than the rest ({}): something was only warm afterwards; raise --repeat, "
     "so that the median leaves it out",
     "others": "other processes used the processors meanwhile (up to {}): end them, and measure again",
-    "unknown": "this kernel does not say what is in the page cache ({}): not proved to be in the state asked for",
+    "unknown": "what was in the page cache is {}: not proved to be in the state asked for",
+    "estimated": "what was in the page cache is {}",
     "cold": "not cold, the page cache held some of it before a sample ({}): end what holds it open or mapped",
     "warm": "not warm, the page cache lacked some of it before a sample ({}): free memory, or use --part",
 }
@@ -105,8 +108,10 @@ def _doubts(cache: str, good: Sequence[Mapping[str, Any]], repeat: int) -> Itera
     if cache in ("cold", "warm", "simulated"):
         shares = [s["resident_before"] / max(1, s["nbytes_watched"]) for s in good if s["resident_before"] is not None]
         if not shares:
-            yield "unknown", ""
+            yield "unknown", Knowledge.UNKNOWN.value
         elif cache == "cold" and max(shares) > _COLD:
             yield "cold", f"{max(shares):.0%} cached"
         elif cache != "cold" and min(shares) < _WARM:
             yield "warm", f"{min(shares):.0%} cached"
+        if any(s.get("residency") == Knowledge.ESTIMATED.name.lower() for s in good):
+            yield "estimated", Knowledge.ESTIMATED.value

@@ -62,6 +62,7 @@ def _document(path: Path | None, device: str, *, refresh: bool) -> tuple[dict[st
     from wan_loader.profiler.diagnosis import diagnose, weight_paths
     from wan_loader.profiler.storage import limits, storage_facts
     from wan_loader.source.evict import resident_bytes
+    from wan_loader.source.residency import describe
 
     target = resolve_device(device)
     files = weight_paths(path) if path else []
@@ -80,6 +81,7 @@ def _document(path: Path | None, device: str, *, refresh: bool) -> tuple[dict[st
         "notes": list(found.notes),
     }
     document["files"]["resident"] = resident_bytes(files)
+    document["notes"] += describe(files)
     document["advice"] = diagnose(document)
     return document, found.since
 

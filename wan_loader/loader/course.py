@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wan_loader.loader.placement import Layout, StoragePlan
     from wan_loader.plan import Block, Extent
     from wan_loader.source.reader import Check, Reader
+    from wan_loader.source.residency import Knowledge
 
 __all__ = ["Course", "decide"]
 
@@ -41,7 +42,9 @@ class Course:
     """Planned when they are asked for."""
     settings: EngineSettings
     resident: int
-    """Bytes that are in the page cache."""
+    """Bytes that are in the page cache; what is unknown counts as cold."""
+    knowledge: Knowledge
+    """How well that is known."""
     portion: int | None
     """How many blocks are planned and allocated at once; None: all."""
 
@@ -90,7 +93,8 @@ def decide(
         resident=resident >= nbytes,
     )
     # a cold load takes long, and others could take the room meanwhile
-    return Course(io, layout, blocks, settings, resident, None if cold else _PORTION_BLOCKS)
+    portion = None if cold else _PORTION_BLOCKS
+    return Course(io, layout, blocks, settings, resident, residency.knowledge, portion)
 
 
 def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:

@@ -29,6 +29,7 @@ from wan_loader.machine import peak_resident, reset_peak_resident
 from wan_loader.plan import Way
 from wan_loader.report import MemoryReport
 from wan_loader.source.reader import Reader
+from wan_loader.source.residency import Knowledge
 from wan_loader.transfer.cpu import CpuTarget
 from wan_loader.transfer.cuda import CudaTarget
 from wan_loader.workers import in_background
@@ -211,9 +212,10 @@ def _move(
                 used |= options.team.exchange(layout.copied, allocation.destinations, layout.nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
-    reason = explain(course.io, course.resident, layout.nbytes_read, viewed)
+    reason = explain(course.io, course.resident, layout.nbytes_read, viewed, course.knowledge)
+    resident = None if course.knowledge is Knowledge.UNKNOWN else course.resident
     return Moved(
-        allocation.tensors, layout.nbytes_loaded, carried, course.resident, viewed, reason, used, list(layout.warnings)
+        allocation.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
     )
 
 

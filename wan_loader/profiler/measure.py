@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import UnmeasuredError
 from wan_loader.events import clock_ns
-from wan_loader.linux import cached_bytes, map_file, populate, prefer_huge_pages, unmap
+from wan_loader.linux import map_file, populate, prefer_huge_pages, unmap
 from wan_loader.machine import available_memory
+from wan_loader.source.residency import Knowledge, Residency, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,25 +46,27 @@ _GPU_BYTES = 256 << 20
 
 def cold_ranges(paths: Sequence[str], nbytes: int = _PIECE, most: int = 1024) -> list[tuple[str, int]]:
     """Pieces of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
-    return _ranges(paths, nbytes, most, wanted=0)
+    return _ranges(paths, nbytes, most, wanted=0.0)
 
 
 def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
     """Pieces of the files that are in the page cache entirely."""
-    return _ranges(paths, _PIECE, most, wanted=_PIECE)
+    return _ranges(paths, _PIECE, most, wanted=1.0)
 
 
-def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: int) -> list[tuple[str, int]]:
+def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: float) -> list[tuple[str, int]]:
     pieces = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
     step = max(1, len(pieces) // (2 * most))
     found: list[tuple[str, int]] = []
     with ExitStack() as stack:
-        fds: dict[str, int] = {}
+        pages: dict[str, Residency] = {}
         for path, start in pieces[::step]:
-            if path not in fds:
-                fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(os.close, fds[path])
-            if cached_bytes(fds[path], start, nbytes) == wanted:
+            if path not in pages:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                pages[path] = Residency([fd])
+            share = pages[path].share(0, start, start + nbytes)
+            if share == wanted and pages[path].knowledge is not Knowledge.UNKNOWN:
                 found.append((path, start))
             if len(found) == most:
                 break
@@ -80,14 +83,13 @@ def _size(path: str) -> int:
 def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Callable[[], int] = clock_ns) -> float:
     """GB/s with O_DIRECT on cold ranges of these files."""
     piece = _DISK_PIECE
-    try:
+    ranges = cold_ranges(paths, piece)
+    if len(ranges) < 2 * _DISK_THREADS:
+        piece = _PIECE
         ranges = cold_ranges(paths, piece)
-        if len(ranges) < 2 * _DISK_THREADS:
-            piece = _PIECE
-            ranges = cold_ranges(paths, piece)
-    except OSError as error:
-        raise UnmeasuredError(f"the kernel does not say what is in the page cache: {error.strerror}") from error
     if not ranges:
+        if doubts := describe(paths):
+            raise UnmeasuredError(f"the disk was not measured: {doubts[0]}")
         raise UnmeasuredError(
             "too little of the files is outside of the page cache to measure their disk (`wan-loader evict` helps)"
         )
