@@ -12,7 +12,16 @@ import mmap
 import os
 from functools import cache
 
-__all__ = ["cached_bytes", "forget", "map_file", "populate", "prefer_huge_pages", "start_writeback", "unmap"]
+__all__ = [
+    "cached_bytes",
+    "forget",
+    "map_file",
+    "populate",
+    "prefer_huge_pages",
+    "start_writeback",
+    "trim_heap",
+    "unmap",
+]
 
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
@@ -158,6 +167,12 @@ def _mincore(fd: int, start: int, nbytes: int) -> int:
     finally:
         unmap(address, nbytes)
     return sum(flag & 1 for flag in bytes(vector))
+
+
+def trim_heap() -> None:
+    """Give back what the program has freed and the C library has kept; where that is not glibc, nothing happens."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def start_writeback(fd: int, start: int, nbytes: int) -> None:

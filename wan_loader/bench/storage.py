@@ -92,7 +92,8 @@ def scratch(directory: Path, nbytes: int) -> Iterator[Path]:
     try:
         free = shutil.disk_usage(directory).free
         if storage_facts(directory).get("in_memory"):
-            free = min(free, available_memory())
+            memory = available_memory()
+            free = free if memory is None else min(free, memory)
         if nbytes > free:
             raise OutputError(
                 f"{directory} has no room: {format_bytes(nbytes)} needed, {format_bytes(free)} free; "

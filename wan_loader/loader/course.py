@@ -62,7 +62,7 @@ def decide(
     sharers = team.n_local if team is not None else 1
     views = not cuda and check is None and io in ("auto", "mapped") and team is None
     layout = lay_out(checkpoint, plans, views=views, reads=team.reads(plans) if team is not None else {})
-    check_memory(layout, device, checkpoint.path, sharers)
+    room = check_memory(layout, device, checkpoint.path, sharers)
     nbytes = layout.nbytes_read
     residency = Residency(reader.fds)
     resident = residency.total((*layout.extents, *layout.viewed_extents))
@@ -83,6 +83,7 @@ def decide(
         io=io,
         threads=options.threads,
         memory_limit=memory_limit(),
+        room=room,
         processors=processors(),
         cuda=cuda,
         sharers=sharers,

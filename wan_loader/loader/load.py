@@ -22,12 +22,13 @@ from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.course import decide
 from wan_loader.loader.devices import current, device_peak_bytes, is_busy, reset_device_peak, resolve_device
 from wan_loader.loader.outcome import Loaded, Moved, make_report
-from wan_loader.loader.placement import Allocation, convert_storage, plan_storages
+from wan_loader.loader.placement import Allocation, check_host_memory, convert_storage, plan_storages
 from wan_loader.loader.route import explain
 from wan_loader.loader.settings import MAX_LANES, check_io, check_threads
 from wan_loader.machine import peak_resident, reset_peak_resident
 from wan_loader.plan import Way
 from wan_loader.report import MemoryReport
+from wan_loader.source.evict import resident_bytes
 from wan_loader.source.reader import Reader
 from wan_loader.source.residency import Knowledge
 from wan_loader.transfer.cpu import CpuTarget
@@ -245,6 +246,8 @@ def _move_through_torch(
 ) -> Moved:
     """The way for pickles that cannot be planned."""
     nbytes = sum(checkpoint.storages[p.storage].nbytes for p in plans)
+    check_host_memory(nbytes if device.type == "cpu" else 0, checkpoint.path)
+    resident = resident_bytes(file.path for file in checkpoint.files)
     state: dict[str, torch.Tensor] = {}
     with span(observer, "read", nbytes):
         for file in checkpoint.files:
@@ -255,7 +258,8 @@ def _move_through_torch(
             if plan.converts:
                 convert_storage(state, plan)
     loaded = sum(plan.nbytes_loaded(checkpoint.storages[plan.storage].nbytes) for plan in plans)
-    return Moved(state, loaded, reason="the file cannot be planned: torch.load read it")
+    reason = "the file cannot be planned: torch.load read it"
+    return Moved(state, loaded, resident_before=resident, reason=reason)
 
 
 def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypeRule) -> None:

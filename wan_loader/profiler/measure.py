@@ -152,7 +152,7 @@ def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
     import ctypes
 
     nbytes = 256 << 20
-    if available_memory() < 4 * nbytes:
+    if (free := available_memory()) is not None and free < 4 * nbytes:
         raise UnmeasuredError("too little free memory to measure copies in it")
     with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
         a, b = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (source, target))

@@ -99,7 +99,7 @@ def _check_fits(nbytes: int, resident: int) -> None:
     advice = "warm a part (--limit, or one component), or stage it on a faster disk"
     if nbytes > limit:
         raise HostMemoryError(f"{format_bytes(nbytes)} never fit into the {format_bytes(limit)} of memory: {advice}")
-    if missing > free * MEMORY_SHARE:
+    if free is not None and missing > free * MEMORY_SHARE:
         raise HostMemoryError(
             f"{format_bytes(missing)} are to be read and {format_bytes(free)} of memory are free "
             f"({MEMORY_SHARE:.0%} of that may be filled): {advice}, or end other programs"
@@ -111,7 +111,7 @@ def _watch(running: Prewarm, total: int, progress: Callable[[int, int], None] | 
     while not running.wait(_TICK_S):
         if progress is not None:
             progress(running.nbytes_read + running.nbytes_resident, total)
-        if (free := available_memory()) < floor:
+        if (free := available_memory()) is not None and free < floor:
             running.stop()
             return (f"stopped early: other programs left {format_bytes(free)} of memory",)
     return ()
