@@ -27,7 +27,7 @@ __all__ = [
     "machine_card",
     "memory_limit",
     "peak_resident",
-    "process_headroom",
+    "process_headrooms",
     "processors",
     "reset_peak_resident",
 ]
@@ -172,15 +172,19 @@ def _reclaimable(statistics: Mapping[str, int]) -> int:
     return statistics.get("inactive_file", 0) + in_use
 
 
-def process_headroom() -> int | None:
-    """Bytes that limits of the process itself leave it (`ulimit -v`, `ulimit -d`); None: no limit, or it is unknown."""
-    headrooms = []
+def process_headrooms() -> dict[str, int]:
+    """Bytes that limits of the process itself leave it, by what sets them; without those that are unknown, or not set.
+
+    `ulimit -v` counts all that is mapped, `ulimit -d` what may be written.
+    """
+    headrooms = {}
     with suppress(OSError, ValueError, IndexError):
         pages = [int(word) for word in (_PROC / "self/statm").read_text().split()]
-        for kind, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+        kinds = (("ulimit -v", resource.RLIMIT_AS, pages[0]), ("ulimit -d", resource.RLIMIT_DATA, pages[5]))
+        for name, kind, used in kinds:
             if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
-                headrooms.append(max(0, limit - used * PAGESIZE))
-    return min(headrooms, default=None)
+                headrooms[name] = max(0, limit - used * PAGESIZE)
+    return headrooms
 
 
 def affordable_buffers(count: int, nbytes: int) -> int:
@@ -198,12 +202,14 @@ def reset_peak_resident() -> None:
 
 
 def peak_resident() -> int:
-    """The largest resident size of this process in bytes, pages of mapped files included."""
-    try:
-        match = re.search(r"^VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text(), re.M)
-    except OSError:
-        return 0
-    return int(match[1]) * 1024 if match else 0
+    """The largest resident size of this process in bytes, pages of mapped files included.
+
+    Without /proc, since its start.
+    """
+    with suppress(OSError):
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text(), re.M):
+            return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @cache

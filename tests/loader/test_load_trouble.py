@@ -22,6 +22,7 @@ from loader_cases import IO, MiB, same_dicts, weights, write  # noqa: E402
 import wan_loader  # noqa: E402
 from wan_loader.aio import Request  # noqa: E402
 from wan_loader.linux import cached_bytes  # noqa: E402
+from wan_loader.loader.devices import check_room_for_torch  # noqa: E402
 from wan_loader.loader.placement import Allocation  # noqa: E402
 
 # files that change
@@ -237,19 +238,34 @@ def test_weights_that_would_fit_alone_are_refused_before_reading(tmp_path, monke
         wan_loader.load_file(path, io="buffered")
 
 
-@pytest.mark.parametrize("facts", [(None, None), (1 << 40, None), (None, 1 << 40)])
+@pytest.mark.parametrize("facts", [(None, {}), (1 << 40, {}), (None, {"ulimit -v": 1 << 40})])
 def test_what_is_unknown_refuses_nothing(tmp_path, monkeypatch, facts):
     path = write("safetensors", tmp_path, weights(2))
-    for name, nbytes in zip(("available_memory", "process_headroom"), facts, strict=True):
-        monkeypatch.setattr(f"wan_loader.loader.placement.{name}", lambda nbytes=nbytes: nbytes)
+    for name, fact in zip(("available_memory", "process_headrooms"), facts, strict=True):
+        monkeypatch.setattr(f"wan_loader.loader.placement.{name}", lambda fact=fact: fact)
     same_dicts(wan_loader.load_file(path, io="buffered"), weights(2))
 
 
 def test_the_process_s_own_limit_counts(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
-    monkeypatch.setattr("wan_loader.loader.placement.process_headroom", lambda: 1000)
+    monkeypatch.setattr("wan_loader.loader.placement.process_headrooms", lambda: {"ulimit -v": 1000})
     with pytest.raises(wan_loader.HostMemoryError, match="1000"):
         wan_loader.load_file(path, io="buffered")
+
+
+@pytest.mark.parametrize(
+    ("free", "limits", "what"), [(100 * MiB, {}, "cgroup"), (1 << 40, {"ulimit -v": 400 * MiB}, "ulimit -v")]
+)
+def test_torch_is_not_imported_where_that_would_be_the_end(monkeypatch, free, limits, what):
+    monkeypatch.setattr("wan_loader.loader.devices.available_memory", lambda: free)
+    monkeypatch.setattr("wan_loader.loader.devices.process_headrooms", lambda: limits)
+    check_room_for_torch()  # it is imported
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(wan_loader.HostMemoryError, match=what):
+        check_room_for_torch()
+    monkeypatch.setattr("wan_loader.loader.devices.available_memory", lambda: None)
+    monkeypatch.setattr("wan_loader.loader.devices.process_headrooms", dict)
+    check_room_for_torch()
 
 
 def test_staging_takes_what_the_weights_leave(tmp_path, monkeypatch):
@@ -273,7 +289,7 @@ def test_what_freed_memory_leaves_behind_is_given_back_before_a_refusal(tmp_path
 def test_memory_that_is_refused_all_the_same(tmp_path, monkeypatch):
     """By limits that cannot be seen beforehand."""
     path = write("safetensors", tmp_path, weights(2))
-    monkeypatch.setattr("wan_loader.loader.placement.process_headroom", lambda: None)
+    monkeypatch.setattr("wan_loader.loader.placement.process_headrooms", dict)
     monkeypatch.setattr("wan_loader.loader.load.Allocation._make", lambda *_: torch.empty(1 << 60))
     with pytest.raises(wan_loader.HostMemoryError, match=r"safetensors.*room"):
         wan_loader.load_file(path, io="buffered")

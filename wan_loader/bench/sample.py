@@ -158,7 +158,7 @@ def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
     measured = {
         "seconds": seconds,
         "call_seconds": (returned_ns - start_ns) / 1e9,
-        "read_bytes": read - read_before,
+        "read_bytes": None if read is None or read_before is None else read - read_before,
         **_difference(busy_before, busy, seconds),
         "phases": _phases(outcome.spans, start_ns, end_ns),
     }
@@ -210,9 +210,13 @@ def _busy_seconds() -> tuple[float, float]:
     return sum(u.ru_utime + u.ru_stime for u in used), _machine_busy_s()
 
 
-def _read_bytes_of_all() -> int:
-    """Bytes fetched from storage until now, by this process and all that it started. Costs milliseconds."""
-    return _read_bytes("self") + sum(map(_read_bytes, _descendants()))
+def _read_bytes_of_all() -> int | None:
+    """Bytes fetched from storage until now, by this process and all that it started. Costs milliseconds.
+
+    None where the kernel does not tell. Of processes that have just ended nothing is known any more.
+    """
+    own = _read_bytes("self")
+    return None if own is None else own + sum(_read_bytes(pid) or 0 for pid in _descendants())
 
 
 def _descendants() -> list[int]:
@@ -221,12 +225,12 @@ def _descendants() -> list[int]:
     return [p.pid for p in psutil.Process().children(recursive=True)]
 
 
-def _read_bytes(pid: int | str) -> int:
+def _read_bytes(pid: int | str) -> int | None:
     """Bytes fetched from storage by a process and by children that it has waited for; page faults included."""
     try:
         return int(Path(f"/proc/{pid}/io").read_text().partition("\nread_bytes: ")[2].split()[0])
     except (OSError, ValueError, IndexError):
-        return 0
+        return None
 
 
 def _machine_busy_s() -> float:

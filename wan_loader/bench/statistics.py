@@ -32,7 +32,7 @@ class Summary:
     spread: float
     """(max - min) / median."""
     cpu_s: float
-    read_bytes: int
+    read_bytes: int | None
     host_peak_bytes: int | None
     pinned_bytes: int | None
     device_peak_bytes: int | None
@@ -44,6 +44,7 @@ def summarize_samples(samples: Sequence[Mapping[str, Any]]) -> Summary | None:
     if not good:
         return None
     seconds = [s["seconds"] for s in good]
+    read = [s["read_bytes"] for s in good if s["read_bytes"] is not None]
     median = statistics.median(seconds)
     return Summary(
         n=len(good),
@@ -52,7 +53,7 @@ def summarize_samples(samples: Sequence[Mapping[str, Any]]) -> Summary | None:
         max_s=max(seconds),
         spread=(max(seconds) - min(seconds)) / median if median else 0.0,
         cpu_s=statistics.median(s["cpu_seconds"] for s in good),
-        read_bytes=int(statistics.median(s["read_bytes"] for s in good)),
+        read_bytes=int(statistics.median(read)) if read else None,
         host_peak_bytes=_peak(good, "host_peak_bytes"),
         pinned_bytes=_peak(good, "pinned_bytes"),
         device_peak_bytes=_peak(good, "device_peak_bytes"),

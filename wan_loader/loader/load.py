@@ -20,7 +20,14 @@ from wan_loader.engine.activity import loading
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.course import decide
-from wan_loader.loader.devices import current, device_peak_bytes, is_busy, reset_device_peak, resolve_device
+from wan_loader.loader.devices import (
+    check_room_for_torch,
+    current,
+    device_peak_bytes,
+    is_busy,
+    reset_device_peak,
+    resolve_device,
+)
 from wan_loader.loader.outcome import Loaded, Moved, make_report
 from wan_loader.loader.placement import Allocation, check_host_memory, convert_storage, plan_storages
 from wan_loader.loader.route import explain
@@ -170,6 +177,7 @@ def paused_gc() -> Iterator[None]:
 
 def read_storages(checkpoint: Checkpoint, plans: Sequence[StoragePlan]) -> dict[str, torch.Tensor]:
     """Read and convert storages into host memory, as a load does, without being one: nothing is reported."""
+    check_room_for_torch()
     import torch
 
     moved = _move(checkpoint, plans, LoadOptions(device="cpu"), torch.device("cpu"), None)

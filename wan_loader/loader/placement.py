@@ -20,7 +20,7 @@ from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.facts import contiguous_strides
 from wan_loader.linux import trim_heap
-from wan_loader.machine import available_memory, process_headroom, processors
+from wan_loader.machine import available_memory, process_headrooms, processors
 from wan_loader.plan import PAGE, Extent
 from wan_loader.transfer.base import Destination
 
@@ -192,8 +192,8 @@ def check_host_memory(nbytes: int, path: str, sharers: int = 1) -> int | None:
 
 def _free_memory() -> int | None:
     """What this process may still allocate; None where that is unknown."""
-    known = [nbytes for nbytes in (available_memory(), process_headroom()) if nbytes is not None]
-    return min(known, default=None)
+    available = available_memory()
+    return min([*process_headrooms().values(), *([] if available is None else [available])], default=None)
 
 
 def _check_device_memory(layout: Layout, device: torch.device, path: str) -> None:

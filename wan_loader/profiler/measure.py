@@ -104,6 +104,8 @@ def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Cal
     with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
         file.truncate(32 * _PIECE)
         path = f"/proc/self/fd/{file.fileno()}"
+        if not os.path.exists(path):
+            raise UnmeasuredError("the page cache was not measured: there is no /proc")
         for start in range(0, 32 * _PIECE, _PIECE):
             os.pwrite(file.fileno(), bytes(_PIECE), start)
         return _read_rate([(path, start) for start in range(0, 32 * _PIECE, _PIECE)] * 32, 0, seconds, clock)
