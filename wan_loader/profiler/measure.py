@@ -41,7 +41,10 @@ _THREADS = 8
 _DISK_PIECE = 16 << 20
 _DISK_THREADS = 16
 _SECONDS = 1.5
+_CAST_BYTES = 128 << 20
 _GPU_BYTES = 256 << 20
+#: What a Python takes that imports torch and starts CUDA, and as much again.
+_START_BYTES = 512 << 20
 
 
 def cold_ranges(paths: Sequence[str], nbytes: int = _PIECE, most: int = 1024) -> list[tuple[str, int]]:
@@ -106,6 +109,7 @@ def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Cal
         path = f"/proc/self/fd/{file.fileno()}"
         if not os.path.exists(path):
             raise UnmeasuredError("the page cache was not measured: there is no /proc")
+        _check_free(4 * 32 * _PIECE, "reads")
         for start in range(0, 32 * _PIECE, _PIECE):
             os.pwrite(file.fileno(), bytes(_PIECE), start)
         return _read_rate([(path, start) for start in range(0, 32 * _PIECE, _PIECE)] * 32, 0, seconds, clock)
@@ -122,6 +126,7 @@ def _read_rate(
 ) -> float:
     todo = iter(ranges)
     threads = min(threads, len(ranges))
+    _check_free(2 * threads * piece, "reads")
     with ExitStack() as stack:
         buffers = [stack.enter_context(mmap.mmap(-1, piece)) for _ in range(threads)]
         for buffer in buffers:
@@ -149,13 +154,18 @@ def _read_rate(
         return total / max(1, clock() - start_ns)
 
 
+def _check_free(nbytes: int, what: str) -> None:
+    """Measuring must not push others out of the memory, nor this process over the limit of its cgroup."""
+    if (free := available_memory()) is not None and free < nbytes:
+        raise UnmeasuredError(f"too little memory is free to measure {what}")
+
+
 def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
     """GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
     import ctypes
 
     nbytes = 256 << 20
-    if (free := available_memory()) is not None and free < 4 * nbytes:
-        raise UnmeasuredError("too little free memory to measure copies in it")
+    _check_free(4 * nbytes, "copies")
     with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
         a, b = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (source, target))
         ctypes.memset(a, 1, nbytes)
@@ -169,7 +179,9 @@ def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) ->
     """GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads, into fresh memory."""
     import torch
 
-    source = torch.ones(32 << 20, dtype=torch.float32, device=device)
+    if device == "cpu":
+        _check_free(_CAST_BYTES * 4, "casts")
+    source = torch.ones(_CAST_BYTES // 4, dtype=torch.float32, device=device)
     source.to(torch.bfloat16)
     rates = []
     for _ in range(3):
@@ -251,6 +263,7 @@ print(b - a, time.perf_counter() - b, torch.cuda.is_available())
 
 def measure_start(python: str = sys.executable) -> dict[str, float]:
     """Seconds that `import torch` and a CUDA context take in a fresh process."""
+    _check_free(_START_BYTES, "the start of another Python")
     done = subprocess.run([python, "-c", _START], capture_output=True, text=True, timeout=60, check=False)
     words: list[Any] = done.stdout.split()
     if done.returncode or len(words) != 3:
