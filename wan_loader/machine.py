@@ -125,9 +125,10 @@ def _memory_limits() -> Iterator[tuple[Path, int, dict[str, int]]]:
     for level, directory in enumerate(_cgroup_directories("memory")):
         numbers = [_number(directory, f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
         limit = min([total, *(n for n in numbers if n is not None)])
-        if limit < total or level == 0:
+        v1_leaf = level == 0 and numbers[-1] is not None  # its statistics tell of ancestors that are hidden, too
+        if limit < total or v1_leaf:
             statistics = _statistics(directory)
-            limit = min(limit, statistics.get("hierarchical_memory_limit", total))  # also of ancestors that are hidden
+            limit = min(limit, statistics.get("hierarchical_memory_limit", total))
             if limit < total:
                 yield directory, limit, statistics
 
@@ -177,14 +178,19 @@ def process_headrooms() -> dict[str, int]:
 
     `ulimit -v` counts all that is mapped, `ulimit -d` what may be written.
     """
-    headrooms = {}
-    with suppress(OSError, ValueError, IndexError):
-        pages = [int(word) for word in (_PROC / "self/statm").read_text().split()]
-        kinds = (("ulimit -v", resource.RLIMIT_AS, pages[0]), ("ulimit -d", resource.RLIMIT_DATA, pages[5]))
-        for name, kind, used in kinds:
-            if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
-                headrooms[name] = max(0, limit - used * PAGESIZE)
-    return headrooms
+    kinds = {"ulimit -v": (resource.RLIMIT_AS, 0), "ulimit -d": (resource.RLIMIT_DATA, 5)}
+    limits = {name: (resource.getrlimit(kind)[0], word) for name, (kind, word) in kinds.items()}
+    if all(limit == resource.RLIM_INFINITY for limit, _ in limits.values()):
+        return {}
+    try:
+        words = (_PROC / "self/statm").read_text().split()
+    except OSError:
+        return {}
+    return {
+        name: max(0, limit - int(words[word]) * PAGESIZE)
+        for name, (limit, word) in limits.items()
+        if limit != resource.RLIM_INFINITY
+    }
 
 
 def affordable_buffers(count: int, nbytes: int) -> int:
