@@ -167,6 +167,14 @@ def test_wherever_the_cgroup_is_mounted(tree, tmp_path, mountinfo, cgroup, direc
     assert machine.available_memory() == 7 * GiB
 
 
+def test_names_that_are_no_text_and_lines_that_are_none(tree, tmp_path):
+    tree({"cgroup/memory.max": 8 * GiB})
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/cgroup").write_bytes(b"?\n\n0::/caf\xe9\n")
+    (tmp_path / "proc/self/mountinfo").write_bytes(b"- cgroup2 x rw\n1 1 0:1 / /caf\xe9 rw - ext4 x rw\n")
+    assert machine.memory_limit() == 8 * GiB
+
+
 def test_a_limit_beyond_the_machine_s_memory_tells_nothing(tree, tmp_path):
     tree({"proc/self/cgroup": "0::/\n", "cgroup/memory.max": 1 << 60, "cgroup/memory.current": GiB})
     assert machine.memory_limit() == 64 * GiB

@@ -34,6 +34,8 @@ __all__ = [
 
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+#: Of a line of mountinfo there are more.
+_MOUNT_WORDS = 8
 
 
 def processors() -> int:
@@ -79,11 +81,11 @@ def _cgroup_directories(controller: str) -> list[Path]:
 def _cgroup_path(controller: str) -> tuple[int, str]:
     """Which version manages what "memory" or "cpu" stands for, and this process's path in it."""
     try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
+        lines = (_PROC / "self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:  # no /proc
         return (1 if (_CGROUP / controller).is_dir() else 2), ""
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "-", "-"][:3]
         if controllers == "" or controller in controllers.split(","):
             return (1 if controllers else 2), path
     return 2, ""
@@ -94,8 +96,8 @@ def _cgroup_mount(proc: Path, default: Path, controller: str) -> tuple[Path, str
     """Where the hierarchy of a controller of v1, or that of v2 (""), is mounted, and which part of it."""
     kind = ["-", "cgroup"] if controller else ["-", "cgroup2"]
     with suppress(OSError):
-        for words in map(str.split, (proc / "self/mountinfo").read_text().splitlines()):
-            if words[-4:-2] == kind and controller in ("", *words[-1].split(",")):
+        for words in map(str.split, (proc / "self/mountinfo").read_text(errors="surrogateescape").splitlines()):
+            if len(words) > _MOUNT_WORDS and words[-4:-2] == kind and controller in ("", *words[-1].split(",")):
                 return Path(words[4]), words[3]
     hybrid = default / "unified"
     return (default / controller if controller else hybrid if hybrid.is_dir() else default), "/"
