@@ -1,7 +1,9 @@
 """What the machine allows, read from made-up /proc and /sys/fs/cgroup trees and from the real ones."""
 
 import json
+import mmap
 import os
+import resource
 
 import pytest
 
@@ -95,6 +97,114 @@ def test_cgroup_v1_whose_path_is_not_mounted_here(tree):
     )
     assert machine.memory_limit() == 4 * GiB
     assert machine.available_memory() == 3 * GiB
+
+
+def test_cgroup_v1_whose_ancestors_are_hidden(tree):
+    """The kernel says what they allow; how much of it is used is not known."""
+    tree(
+        {
+            "proc/self/cgroup": "7:memory:/\n",
+            "cgroup/memory/memory.limit_in_bytes": 9223372036854771712,
+            "cgroup/memory/memory.usage_in_bytes": GiB,
+            "cgroup/memory/memory.stat": f"hierarchical_memory_limit {6 * GiB}\n",
+        }
+    )
+    assert machine.memory_limit() == 6 * GiB
+    assert machine.available_memory() == 5 * GiB
+
+
+def test_memory_high_is_a_limit(tree):
+    """Beyond it nothing is killed, but everything stalls."""
+    tree(
+        {
+            "proc/self/cgroup": "0::/a\n",
+            "cgroup/a/memory.max": 8 * GiB,
+            "cgroup/a/memory.high": 6 * GiB,
+            "cgroup/a/memory.current": 2 * GiB,
+        }
+    )
+    assert machine.memory_limit() == 6 * GiB
+    assert machine.available_memory() == 4 * GiB
+
+
+def test_page_cache_that_is_used_again_gives_way_too_but_not_the_programs_pages(tree):
+    tree(
+        {
+            "proc/self/cgroup": "0::/a\n",
+            "cgroup/a/memory.max": 8 * GiB,
+            "cgroup/a/memory.current": 8 * GiB,
+            "cgroup/a/memory.stat": f"inactive_file {GiB}\nactive_file {3 * GiB}\nfile_mapped {GiB}\n",
+        }
+    )
+    assert machine.available_memory() == 3 * GiB
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "cgroup", "directory"),
+    [
+        # both versions, memory managed by either
+        ("1 1 0:1 / {root}/memory rw - cgroup cgroup rw,memory\n", "4:memory:/a\n0::/b\n", "memory/a"),
+        ("1 1 0:1 / {root}/unified rw - cgroup2 cgroup2 rw\n", "1:name=systemd:/b\n0::/a\n", "unified/a"),
+        # a container that sees its own part of the hierarchy, and the path of the whole
+        ("1 1 0:1 /docker/1 {root}/memory ro - cgroup cgroup rw,memory\n", "4:memory:/docker/1\n", "memory"),
+        ("1 1 0:1 /docker/1 {root} ro - cgroup2 cgroup rw\n", "0::/docker/1/x\n", "x"),
+        # outside of its cgroup namespace
+        ("1 1 0:1 / {root} rw - cgroup2 cgroup rw\n", "0::/../../a\n", ""),
+        # mounted elsewhere
+        ("1 1 0:1 / {root}/else where rw - ext4 x rw\n1 1 0:1 / {root}/there rw - cgroup2 x rw\n", "0::/\n", "there"),
+        # not said
+        (None, "0::/a\n", "unified/a"),
+        (None, None, "memory"),
+        (None, None, ""),
+    ],
+)
+def test_wherever_the_cgroup_is_mounted(tree, tmp_path, mountinfo, cgroup, directory):
+    root = tmp_path / "cgroup"
+    tree({"proc/self/mountinfo": mountinfo.format(root=root)} if mountinfo else {})
+    tree({"proc/self/cgroup": cgroup} if cgroup else {})
+    tree({f"cgroup/{directory}/memory.max": 8 * GiB, f"cgroup/{directory}/memory.current": GiB})
+    assert machine.memory_limit() == 8 * GiB
+    assert machine.available_memory() == 7 * GiB
+
+
+def test_names_that_are_no_text_and_lines_that_are_none(tree, tmp_path):
+    tree({"cgroup/memory.max": 8 * GiB})
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/cgroup").write_bytes(b"?\n\n0::/caf\xe9\n")
+    (tmp_path / "proc/self/mountinfo").write_bytes(b"- cgroup2 x rw\n1 1 0:1 / /caf\xe9 rw - ext4 x rw\n")
+    assert machine.memory_limit() == 8 * GiB
+
+
+def test_a_limit_beyond_the_machine_s_memory_tells_nothing(tree, tmp_path):
+    tree({"proc/self/cgroup": "0::/\n", "cgroup/memory.max": 1 << 60, "cgroup/memory.current": GiB})
+    assert machine.memory_limit() == 64 * GiB
+    assert machine.available_memory() == 48 * GiB
+
+
+def test_what_cannot_be_read_is_unknown_not_nothing(tree, tmp_path):
+    (tmp_path / "proc/meminfo").unlink()
+    assert machine.available_memory() is None
+    assert machine.process_headrooms() == {}
+    tree({"proc/self/cgroup": "0::/\n", "cgroup/memory.max": GiB})
+    assert machine.memory_limit() == GiB
+    assert machine.available_memory() is None
+    assert machine.affordable_buffers(8, GiB) == 8
+    assert machine.peak_resident() > 1 << 20
+
+
+def test_a_process_s_own_limits(tree, monkeypatch):
+    limits = {resource.RLIMIT_AS: 5 * GiB, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    tree({"proc/self/statm": f"{GiB // mmap.PAGESIZE} 10 10 10 0 {GiB // 2 // mmap.PAGESIZE} 0\n"})
+    assert machine.process_headrooms() == {"ulimit -v": 4 * GiB}
+    limits[resource.RLIMIT_DATA] = GiB
+    assert machine.process_headrooms()["ulimit -d"] == GiB // 2
+
+
+def test_fewer_buffers_where_memory_is_short(tree):
+    assert machine.affordable_buffers(8, GiB) == 8
+    assert machine.affordable_buffers(20, GiB) == 12
+    assert machine.affordable_buffers(8, 64 * GiB) == 1
 
 
 def test_this_machine():

@@ -1,7 +1,8 @@
 """What this machine allows: memory limits, processors, and a card of facts for reports.
 
-Memory and processors are what the cgroup allows, not what the machine has. Nothing here imports torch; device facts are
-added by whoever has it imported.
+Memory and processors are what the cgroup allows, not what the machine has. What the system does not tell (no /proc,
+files that may not be read) is unknown: None, never 0. Nothing here imports torch; device facts are added by whoever has
+it imported.
 """
 
 from __future__ import annotations
@@ -9,14 +10,32 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
+from contextlib import suppress
 from functools import cache
 from math import ceil
+from mmap import PAGESIZE
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["available_memory", "machine_card", "memory_limit", "peak_resident", "processors", "reset_peak_resident"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = [
+    "affordable_buffers",
+    "available_memory",
+    "machine_card",
+    "memory_limit",
+    "peak_resident",
+    "process_headrooms",
+    "processors",
+    "reset_peak_resident",
+]
 
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+#: Of a line of mountinfo there are more.
+_MOUNT_WORDS = 8
 
 
 def processors() -> int:
@@ -45,65 +64,141 @@ def _quota(directory: Path) -> float | None:
 
 
 def _cgroup_directories(controller: str) -> list[Path]:
-    """This process's cgroup for "memory" or "cpu", and its ancestors, v2 or v1; each may set a limit."""
+    """This process's cgroup for "memory" or "cpu", and its ancestors, v1 or v2; each may set a limit.
+
+    As far as they can be seen: in a container often only its own, at the root of the mount.
+    """
+    version, path = _cgroup_path(controller)
+    root, within = _cgroup_mount(_PROC, _CGROUP, controller if version == 1 else "")
+    if within != "/" and (path + "/").startswith(within.rstrip("/") + "/"):
+        path = path[len(within) :]
+    if ".." in path.split("/"):  # this process is outside of its cgroup namespace
+        path = ""
+    leaf = root / path.strip("/")
+    return [leaf, *leaf.parents[: len(leaf.parts) - len(root.parts)]]
+
+
+def _cgroup_path(controller: str) -> tuple[int, str]:
+    """Which version manages what "memory" or "cpu" stands for, and this process's path in it."""
     try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
+        lines = (_PROC / "self/cgroup").read_text(errors="surrogateescape").splitlines()
+    except OSError:  # no /proc
+        return (1 if (_CGROUP / controller).is_dir() else 2), ""
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "-", "-"][:3]
         if controllers == "" or controller in controllers.split(","):
-            root = _CGROUP / controller if controllers else _CGROUP
-            leaf = root / path.lstrip("/")
-            return [leaf, *leaf.parents[: len(leaf.parts) - len(root.parts)]]
-    return []
+            return (1 if controllers else 2), path
+    return 2, ""
 
 
-def _number(directory: Path, *names: str) -> int | None:
-    for name in names:
-        try:
-            return int((directory / name).read_text())
-        except (OSError, ValueError):  # absent, or "max": no limit
-            continue
-    return None
+@cache
+def _cgroup_mount(proc: Path, default: Path, controller: str) -> tuple[Path, str]:
+    """Where the hierarchy of a controller of v1, or that of v2 (""), is mounted, and which part of it."""
+    kind = ["-", "cgroup"] if controller else ["-", "cgroup2"]
+    with suppress(OSError):
+        for words in map(str.split, (proc / "self/mountinfo").read_text(errors="surrogateescape").splitlines()):
+            if len(words) > _MOUNT_WORDS and words[-4:-2] == kind and controller in ("", *words[-1].split(",")):
+                return Path(words[4]), words[3]
+    hybrid = default / "unified"
+    return (default / controller if controller else hybrid if hybrid.is_dir() else default), "/"
 
 
-def _limit(directory: Path) -> int | None:
-    return _number(directory, "memory.max", "memory.limit_in_bytes")
+def _number(directory: Path, name: str) -> int | None:
+    """What a file holds; None where it is absent, unreadable, or holds no number: "max" is no limit."""
+    try:
+        return int((directory / name).read_text())
+    except (OSError, ValueError):
+        return None
 
 
-def _meminfo(field: str) -> int:
+def _statistics(directory: Path) -> dict[str, int]:
+    """Of memory.stat; of v1, those that count what is below, too, without their prefix."""
+    try:
+        text = (directory / "memory.stat").read_text()
+    except OSError:
+        return {}
+    found = re.findall(r"^(total_)?(\w+) (\d+)$", text, re.M)
+    return {name: int(number) for _, name, number in sorted(found)}
+
+
+def _memory_limits() -> Iterator[tuple[Path, int, dict[str, int]]]:
+    """Cgroups with the bytes that they allow, where that is less than the machine has, and with their statistics."""
+    total = _total_memory()
+    for level, directory in enumerate(_cgroup_directories("memory")):
+        numbers = [_number(directory, f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
+        limit = min([total, *(n for n in numbers if n is not None)])
+        v1_leaf = level == 0 and numbers[-1] is not None  # its statistics tell of ancestors that are hidden, too
+        if limit < total or v1_leaf:
+            statistics = _statistics(directory)
+            limit = min(limit, statistics.get("hierarchical_memory_limit", total))
+            if limit < total:
+                yield directory, limit, statistics
+
+
+def _meminfo(field: str) -> int | None:
     try:
         match = re.search(rf"^{field}:\s+(\d+) kB", (_PROC / "meminfo").read_text(), re.M)
     except OSError:
-        return 0
-    return int(match[1]) * 1024 if match else 0
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+def _total_memory() -> int:
+    """Bytes that the machine has, whatever may be used of it here."""
+    return _meminfo("MemTotal") or os.sysconf("SC_PHYS_PAGES") * PAGESIZE
 
 
 def memory_limit() -> int:
     """Bytes of memory this process may use at most: the machine's, or what its cgroup allows."""
-    limits = [limit for d in _cgroup_directories("memory") if (limit := _limit(d)) is not None]
-    return min([_meminfo("MemTotal") or 1 << 62, *limits])
+    return min([_total_memory(), *(limit for _, limit, _ in _memory_limits())])
 
 
-def available_memory() -> int:
-    """Bytes that can be taken now without pushing anything but clean page cache out."""
-    headrooms = [_meminfo("MemAvailable")]
-    for directory in _cgroup_directories("memory"):
-        limit, used = _limit(directory), _number(directory, "memory.current", "memory.usage_in_bytes")
-        if limit is not None and used is not None:
-            headrooms.append(max(0, limit - used + _inactive_file(directory)))
-    return min(headrooms)
+def available_memory() -> int | None:
+    """Bytes that can be taken now without pushing anything but clean page cache out; None where that is unknown.
+
+    Of the machine, or of the cgroup, or of one of its ancestors: whichever has least.
+    """
+    free = _meminfo("MemAvailable")
+    headrooms = [] if free is None else [free]
+    for directory, limit, statistics in _memory_limits():
+        used = _number(directory, "memory.current")
+        used = _number(directory, "memory.usage_in_bytes") if used is None else used
+        if used is not None:
+            headrooms.append(min(limit, max(0, limit - used + _reclaimable(statistics))))
+    return min(headrooms, default=None)
 
 
-def _inactive_file(directory: Path) -> int:
-    """Clean page cache charged to a cgroup, which gives way."""
+def _reclaimable(statistics: Mapping[str, int]) -> int:
+    """Page cache charged to a cgroup, which gives way; not the pages that programs are running from."""
+    mapped = statistics.get("file_mapped", statistics.get("mapped_file", 0))
+    in_use = max(0, statistics.get("active_file", 0) - mapped) // PAGESIZE * PAGESIZE
+    return statistics.get("inactive_file", 0) + in_use
+
+
+def process_headrooms() -> dict[str, int]:
+    """Bytes that limits of the process itself leave it, by what sets them; without those that are unknown, or not set.
+
+    `ulimit -v` counts all that is mapped, `ulimit -d` what may be written.
+    """
+    kinds = {"ulimit -v": (resource.RLIMIT_AS, 0), "ulimit -d": (resource.RLIMIT_DATA, 5)}
+    limits = {name: (resource.getrlimit(kind)[0], word) for name, (kind, word) in kinds.items()}
+    if all(limit == resource.RLIM_INFINITY for limit, _ in limits.values()):
+        return {}
     try:
-        text = (directory / "memory.stat").read_text()
+        words = (_PROC / "self/statm").read_text().split()
     except OSError:
-        return 0
-    match = re.search(r"^(?:total_)?inactive_file (\d+)", text, re.M)
-    return int(match[1]) if match else 0
+        return {}
+    return {
+        name: max(0, limit - int(words[word]) * PAGESIZE)
+        for name, (limit, word) in limits.items()
+        if limit != resource.RLIM_INFINITY
+    }
+
+
+def affordable_buffers(count: int, nbytes: int) -> int:
+    """How many buffers of `nbytes` to use where `count` are wanted: a quarter of the available memory, at least one."""
+    free = available_memory()
+    return count if free is None else max(1, min(count, free // 4 // nbytes))
 
 
 def reset_peak_resident() -> None:
@@ -115,12 +210,14 @@ def reset_peak_resident() -> None:
 
 
 def peak_resident() -> int:
-    """The largest resident size of this process in bytes, pages of mapped files included."""
-    try:
-        match = re.search(r"^VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text(), re.M)
-    except OSError:
-        return 0
-    return int(match[1]) * 1024 if match else 0
+    """The largest resident size of this process in bytes, pages of mapped files included.
+
+    Without /proc, since its start.
+    """
+    with suppress(OSError):
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text(), re.M):
+            return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @cache
@@ -129,7 +226,7 @@ def machine_card() -> dict[str, object]:
     return {
         "cpu": _cpu_model(),
         "cores": processors(),
-        "memory_bytes": _meminfo("MemTotal"),
+        "memory_bytes": _total_memory(),
         "memory_limit_bytes": memory_limit(),
         "kernel": platform.release(),
         "python": platform.python_version(),

@@ -38,8 +38,8 @@ class Mount:
         return self.kind in NETWORK
 
 
-def mount_of(path: StrPath) -> Mount | None:
-    """The file system under an existing path; None where the system does not say."""
+def mount_of(path: StrPath | int) -> Mount | None:
+    """The file system under an existing path, or an open file; None where the system does not say."""
     try:
         device = os.stat(path).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"

@@ -48,8 +48,8 @@ class IoReport:
 
     mode: str
     reason: str
-    resident_before: int
-    """Bytes of the wanted ranges that lay in the page cache before the load."""
+    resident_before: int | None
+    """Bytes of the wanted ranges that lay in the page cache before the load; None where that is unknown."""
     nbytes_mapped: int = 0
     nbytes_direct: int = 0
     nbytes_buffered: int = 0

@@ -13,6 +13,7 @@ __all__ = [
     "format_count",
     "format_rate",
     "format_seconds",
+    "format_share",
     "parse_age",
     "parse_rate",
     "parse_size",
@@ -67,6 +68,11 @@ def format_count(number: int, noun: str, plural: str = "") -> str:
 def format_rate(bytes_per_second: float) -> str:
     """As `format_bytes`, per second."""
     return f"{format_bytes(bytes_per_second)}/s"
+
+
+def format_share(part: int | None, whole: int) -> str:
+    """Of all bytes: 37%; of none, 0%; None is unknown."""
+    return "unknown" if part is None else f"{part / whole if whole else 0.0:.0%}"
 
 
 def parse_age(text: str) -> float:

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 from dataclasses import dataclass
 
+from wan_loader.errors import HostMemoryError
 from wan_loader.plan import PAGE
 
 __all__ = ["Slot", "Staging"]
@@ -35,7 +36,10 @@ class Staging:
     def __init__(self, block_bytes: int, n_slots: int) -> None:
         self.slot_bytes = block_bytes + PAGE
         self.nbytes = self.slot_bytes * n_slots
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise HostMemoryError(f"{self.nbytes} bytes of staging cannot be allocated: free some memory") from error
         _OPEN.add(self)
         self._map.madvise(mmap.MADV_DONTFORK)  # a fork would make pinned pages copy-on-write under running copies
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages do as well

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.loader.processes import world_size
-from wan_loader.machine import available_memory
+from wan_loader.machine import available_memory, memory_limit
 from wan_pipeline import presets
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def _limits(device: torch.device, *, may_drop: bool) -> Limits:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=available_memory(), may_drop=may_drop)
+    host = available_memory()
+    host = memory_limit() if host is None else host
+    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=host, may_drop=may_drop)
 
 
 def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, int]:

@@ -111,6 +111,7 @@ class Timeline:
 def _totals(reports: list[LoadReport]) -> dict[str, Any]:
     busy = sum(r.seconds for r in reports)
     nbytes = sum(r.nbytes_file for r in reports)
+    resident = [r.io.resident_before for r in reports]
     modes = {mode for r in reports for mode in r.io.mode.split("+")}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -122,7 +123,7 @@ def _totals(reports: list[LoadReport]) -> dict[str, Any]:
         "io": {
             "mode": "+".join(sorted(modes - {"none"})) or "none",
             "reason": "; ".join(dict.fromkeys(r.io.reason for r in reports)),
-            "resident_before": sum(r.io.resident_before for r in reports),
+            "resident_before": None if None in resident else sum(filter(None, resident)),
             "nbytes_mapped": sum(r.io.nbytes_mapped for r in reports),
             "nbytes_direct": sum(r.io.nbytes_direct for r in reports),
             "nbytes_buffered": sum(r.io.nbytes_buffered for r in reports),

@@ -68,6 +68,31 @@ def test_their_json(model):
     assert [file["resident_after"] for file in document["files"]] == [0, 0, 0]
 
 
+@pytest.fixture
+def unknown(monkeypatch):
+    """A kernel that does not tell, and a file system without reads that do not wait."""
+    monkeypatch.setattr("wan_loader.source.residency.cached_bytes", lambda *_: os.close(-1))
+    monkeypatch.setattr("wan_loader.source.residency._Tries.is_there", lambda *_: os.close(-1))
+
+
+@pytest.mark.parametrize(("command", "code"), [("warm", 0), ("evict", 1)])
+def test_what_is_unknown_is_said(model, unknown, command, code, capsys, monkeypatch):
+    from wan_loader.cli import main
+
+    for flags in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["wan-loader", command, str(model), *flags])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        out, err = capsys.readouterr()
+        assert "unknown: the kernel tells only who owns" in err
+        if not flags:
+            assert re.search("before:.*unknown", out)
+    document = json.loads(out)
+    assert document["resident_before"] is document["resident_after"] is None
+    assert not document["complete"]
+
+
 def test_evict_of_pages_in_use_says_so_and_exits_with_1(model):
     path = model / "vae/b.safetensors"
     code = (

@@ -339,3 +339,35 @@ def test_staging_is_bounded(tmp_path, mode, monkeypatch):
     monkeypatch.undo()
     settings = wan_loader.load(path, io=mode, threads=64).report.settings
     assert settings["slot_bytes"] * settings["n_slots"] <= 512 * MiB
+
+
+def test_unknown_residency_is_said_and_taken_for_cold(tmp_path, device, monkeypatch):
+    path = write("safetensors", tmp_path, weights(3))
+    path.read_bytes()
+    monkeypatch.setattr("wan_loader.source.residency.cached_bytes", lambda *_: os.close(-1))
+    estimated = wan_loader.load(path, device=device, dtype="bf16").report.io
+    assert estimated.resident_before > 0
+    assert "estimated" in estimated.reason
+    monkeypatch.setattr("wan_loader.source.residency._Tries.is_there", lambda *_: os.close(-1))
+    monkeypatch.setattr("wan_loader.source.residency.mount_of", lambda _: None)
+    unknown = wan_loader.load(path, device=device, dtype="bf16").report
+    assert unknown.io.resident_before is unknown.to_json()["io"]["resident_before"] is None
+    assert "unknown" in unknown.io.reason
+    assert unknown.io.mode in ("direct", "buffered")
+    assert wan_loader.load(path, device=device, io="buffered").report.io.reason == "io=buffered was asked for"
+
+
+def test_verification_converts_large_tensors_in_pieces(tmp_path, monkeypatch):
+    from wan_loader import verify
+
+    tensors = weights(2, nbytes=1000)
+    path = write("safetensors", tmp_path, tensors)
+    loaded, sizes, same_bits = wan_loader.load_file(path, dtype="bf16"), [], verify.same_bits
+    monkeypatch.setattr(verify, "_PIECE", 100)
+    monkeypatch.setattr(verify, "same_bits", lambda a, b: sizes.append(a.numel()) or same_bits(a, b))
+    assert verify.verify(path, loaded) == 2
+    assert max(sizes) == 100
+    assert sum(sizes) == sum(t.numel() for t in tensors.values())
+    loaded["layer.1.weight"].view(torch.uint8)[-1] ^= 1
+    with pytest.raises(wan_loader.CheckpointError, match=r"layer\.1\.weight"):
+        verify.verify(path, loaded)

@@ -5,6 +5,8 @@ import errno
 import gc
 import os
 import resource
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -20,6 +22,7 @@ from loader_cases import IO, MiB, same_dicts, weights, write  # noqa: E402
 import wan_loader  # noqa: E402
 from wan_loader.aio import Request  # noqa: E402
 from wan_loader.linux import cached_bytes  # noqa: E402
+from wan_loader.loader.devices import check_room_for_torch  # noqa: E402
 from wan_loader.loader.placement import Allocation  # noqa: E402
 
 # files that change
@@ -244,6 +247,95 @@ def test_missing_host_memory(tmp_path, monkeypatch):
         with pytest.raises(wan_loader.HostMemoryError, match="1000"):
             wan_loader.load_file(path, **options)
     same_dicts(wan_loader.load_file(path, io="mapped"), weights(2))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "legacy pickle"])
+def test_weights_that_would_fit_alone_are_refused_before_reading(tmp_path, monkeypatch, kind):
+    """A load takes more than its weights: the rest would be the kernel's to find, by killing."""
+    path = write(kind, tmp_path, weights(2))
+    nbytes = sum(t.nbytes for t in weights(2).values())
+    monkeypatch.setattr("wan_loader.loader.placement.available_memory", lambda: nbytes + 16 * MiB)
+    with pytest.raises(wan_loader.HostMemoryError, match="beside its weights"):
+        wan_loader.load_file(path, io="buffered")
+
+
+@pytest.mark.parametrize("facts", [(None, {}), (1 << 40, {}), (None, {"ulimit -v": 1 << 40})])
+def test_what_is_unknown_refuses_nothing(tmp_path, monkeypatch, facts):
+    path = write("safetensors", tmp_path, weights(2))
+    for name, fact in zip(("available_memory", "process_headrooms"), facts, strict=True):
+        monkeypatch.setattr(f"wan_loader.loader.placement.{name}", lambda fact=fact: fact)
+    same_dicts(wan_loader.load_file(path, io="buffered"), weights(2))
+
+
+def test_the_process_s_own_limit_counts(tmp_path, monkeypatch):
+    path = write("safetensors", tmp_path, weights(2))
+    monkeypatch.setattr("wan_loader.loader.placement.process_headrooms", lambda: {"ulimit -v": 1000})
+    with pytest.raises(wan_loader.HostMemoryError, match="1000"):
+        wan_loader.load_file(path, io="buffered")
+
+
+@pytest.mark.parametrize(
+    ("free", "limits", "what"), [(100 * MiB, {}, "cgroup"), (1 << 40, {"ulimit -v": 400 * MiB}, "ulimit -v")]
+)
+def test_torch_is_not_imported_where_that_would_be_the_end(monkeypatch, free, limits, what):
+    monkeypatch.setattr("wan_loader.loader.devices.available_memory", lambda: free)
+    monkeypatch.setattr("wan_loader.loader.devices.process_headrooms", lambda: limits)
+    check_room_for_torch()  # it is imported
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(wan_loader.HostMemoryError, match=what):
+        check_room_for_torch()
+    monkeypatch.setattr("wan_loader.loader.devices.available_memory", lambda: None)
+    monkeypatch.setattr("wan_loader.loader.devices.process_headrooms", dict)
+    check_room_for_torch()
+
+
+def test_staging_takes_what_the_weights_leave(tmp_path, monkeypatch):
+    tensors = weights(8, nbytes=8 * MiB)
+    path = write("safetensors", tmp_path, tensors)
+    wide = wan_loader.load(path, io="buffered").report.settings
+    monkeypatch.setattr("wan_loader.loader.placement.available_memory", lambda: 170 * MiB)
+    loaded = wan_loader.load(path, io="buffered")
+    assert loaded.report.settings["n_slots"] < wide["n_slots"]
+    same_dicts(loaded.tensors, tensors)
+
+
+def test_what_freed_memory_leaves_behind_is_given_back_before_a_refusal(tmp_path, monkeypatch):
+    path = write("safetensors", tmp_path, weights(2))
+    free = [1000]
+    monkeypatch.setattr("wan_loader.loader.placement.available_memory", lambda: free[0])
+    monkeypatch.setattr("wan_loader.loader.placement.trim_heap", lambda: free.insert(0, 1 << 40))
+    same_dicts(wan_loader.load_file(path, io="buffered"), weights(2))
+
+
+def test_memory_that_is_refused_all_the_same(tmp_path, monkeypatch):
+    """By limits that cannot be seen beforehand."""
+    path = write("safetensors", tmp_path, weights(2))
+    monkeypatch.setattr("wan_loader.loader.placement.process_headrooms", dict)
+    monkeypatch.setattr("wan_loader.loader.load.Allocation._make", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(wan_loader.HostMemoryError, match=r"safetensors.*room"):
+        wan_loader.load_file(path, io="buffered")
+
+
+@pytest.mark.skipif(not os.access("/sys/fs/cgroup/memory/cgroup.procs", os.W_OK), reason="needs root, and cgroup v1")
+def test_a_load_in_a_small_cgroup_is_never_killed(tmp_path):
+    path = write("safetensors", tmp_path, {str(i): torch.zeros(8 * MiB) for i in range(4)})
+    group = Path(f"/sys/fs/cgroup/memory/wan-loader-test-{os.getpid()}")
+    code = (
+        "import os, sys, torch, wan_loader\n"
+        "path, group = sys.argv[1:]\n"
+        "open(f'{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
+        "for beside in (20, 60):\n"
+        "    used = int(open(f'{group}/memory.usage_in_bytes').read())\n"
+        "    open(f'{group}/memory.limit_in_bytes', 'w').write(str(used + (64 + beside << 20)))\n"
+        "    try: print(sum(t.nbytes for t in wan_loader.load_file(path, dtype='bf16').values()))\n"
+        "    except wan_loader.HostMemoryError: print('refused')\n"
+    )
+    group.mkdir()
+    try:
+        done = subprocess.run([sys.executable, "-c", code, path, group], capture_output=True, text=True, timeout=60)
+    finally:
+        group.rmdir()
+    assert (done.returncode, done.stdout) == (0, f"refused\n{64 * MiB}\n"), done.stderr
 
 
 def test_memory_limit_too_small_for_staging(tmp_path, monkeypatch):

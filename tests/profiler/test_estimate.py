@@ -111,6 +111,22 @@ def test_ceilings_are_cached_and_measured_again(tmp_path, checkpoint, monkeypatc
     assert len(calls) == 8
 
 
+def test_measuring_takes_no_memory_that_is_not_there(checkpoint, monkeypatch):
+    monkeypatch.setattr(measure, "available_memory", lambda: 8 << 20)
+    checkpoint.read_bytes()
+    paths = [str(checkpoint)]
+    for name, arguments in {"copy": (), "cast": (), "page_cache": (paths,), "start": ()}.items():
+        with pytest.raises(measure.UnmeasuredError, match="too little memory"):
+            getattr(measure, f"measure_{name}")(*arguments)
+
+
+def test_a_disk_is_not_measured_where_it_is_unknown_what_is_cached(checkpoint, monkeypatch):
+    monkeypatch.setattr("wan_loader.source.residency.cached_bytes", lambda *_: os.close(-1))
+    monkeypatch.setattr("wan_loader.source.residency._Tries.is_there", lambda *_: os.close(-1))
+    with pytest.raises(measure.UnmeasuredError, match="unknown"):
+        measure.measure_disk([str(checkpoint)])
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"machine cpu": 7}', '{"x": {"disk_gbps": "fast"}}', "{"])
 def test_a_damaged_cache_is_measured_anew(tmp_path, content):
     file = tmp_path / "ceilings.json"

@@ -87,6 +87,13 @@ def test_the_repr_is_one_short_line():
     assert len(repr(session.processes)) < 500
 
 
+def test_what_is_unknown_stays_unknown(tmp_path):
+    report = make_report(io=IoReport("direct", "unknown", None, nbytes_direct=1_000_000_000))
+    session = load_session(report, [], Surroundings())
+    (tmp_path / "run.json").write_text(json.dumps(session.to_json()))
+    assert read_session(tmp_path / "run.json").report.io.resident_before is None
+
+
 def test_the_contract_stays():
     document = make_session().to_json()
     keys = "schema_version command target device dtype seconds nbytes_file nbytes_device gbps n_tensors io phases"

@@ -25,6 +25,7 @@ from wan_loader.bench.throttle import throttle_reads
 from wan_loader.events import clock_ns
 from wan_loader.machine import machine_card, peak_resident, processors, reset_peak_resident
 from wan_loader.source.evict import resident_bytes
+from wan_loader.source.residency import knowledge_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -126,6 +127,7 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         "status": "ok",
         "nbytes_watched": sum(os.path.getsize(path) for path in watched),
         "resident_before": resident_bytes(watched),
+        "residency": knowledge_of(watched).name.lower(),
     }
     outcome, measured = _timed(loader, task)
     memory = _memory(task.device)
@@ -156,7 +158,7 @@ def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
     measured = {
         "seconds": seconds,
         "call_seconds": (returned_ns - start_ns) / 1e9,
-        "read_bytes": read - read_before,
+        "read_bytes": None if read is None or read_before is None else read - read_before,
         **_difference(busy_before, busy, seconds),
         "phases": _phases(outcome.spans, start_ns, end_ns),
     }
@@ -208,9 +210,13 @@ def _busy_seconds() -> tuple[float, float]:
     return sum(u.ru_utime + u.ru_stime for u in used), _machine_busy_s()
 
 
-def _read_bytes_of_all() -> int:
-    """Bytes fetched from storage until now, by this process and all that it started. Costs milliseconds."""
-    return _read_bytes("self") + sum(map(_read_bytes, _descendants()))
+def _read_bytes_of_all() -> int | None:
+    """Bytes fetched from storage until now, by this process and all that it started. Costs milliseconds.
+
+    None where the kernel does not tell. Of processes that have just ended nothing is known any more.
+    """
+    own = _read_bytes("self")
+    return None if own is None else own + sum(_read_bytes(pid) or 0 for pid in _descendants())
 
 
 def _descendants() -> list[int]:
@@ -219,12 +225,12 @@ def _descendants() -> list[int]:
     return [p.pid for p in psutil.Process().children(recursive=True)]
 
 
-def _read_bytes(pid: int | str) -> int:
+def _read_bytes(pid: int | str) -> int | None:
     """Bytes fetched from storage by a process and by children that it has waited for; page faults included."""
     try:
         return int(Path(f"/proc/{pid}/io").read_text().partition("\nread_bytes: ")[2].split()[0])
     except (OSError, ValueError, IndexError):
-        return 0
+        return None
 
 
 def _machine_busy_s() -> float:

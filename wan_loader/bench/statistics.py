@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.source.residency import Knowledge
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -30,7 +32,7 @@ class Summary:
     spread: float
     """(max - min) / median."""
     cpu_s: float
-    read_bytes: int
+    read_bytes: int | None
     host_peak_bytes: int | None
     pinned_bytes: int | None
     device_peak_bytes: int | None
@@ -42,6 +44,7 @@ def summarize_samples(samples: Sequence[Mapping[str, Any]]) -> Summary | None:
     if not good:
         return None
     seconds = [s["seconds"] for s in good]
+    read = [s["read_bytes"] for s in good if s["read_bytes"] is not None]
     median = statistics.median(seconds)
     return Summary(
         n=len(good),
@@ -50,7 +53,7 @@ def summarize_samples(samples: Sequence[Mapping[str, Any]]) -> Summary | None:
         max_s=max(seconds),
         spread=(max(seconds) - min(seconds)) / median if median else 0.0,
         cpu_s=statistics.median(s["cpu_seconds"] for s in good),
-        read_bytes=int(statistics.median(s["read_bytes"] for s in good)),
+        read_bytes=int(statistics.median(read)) if read else None,
         host_peak_bytes=_peak(good, "host_peak_bytes"),
         pinned_bytes=_peak(good, "pinned_bytes"),
         device_peak_bytes=_peak(good, "device_peak_bytes"),
@@ -82,7 +85,8 @@ _REMEDIES = {
     "first": "the first sample is far slower than the rest ({}): something was only warm afterwards; raise --repeat, "
     "so that the median leaves it out",
     "others": "other processes used the processors meanwhile (up to {}): end them, and measure again",
-    "unknown": "this kernel does not say what is in the page cache ({}): not proved to be in the state asked for",
+    "unknown": "what was in the page cache is {}: not proved to be in the state asked for",
+    "estimated": "what was in the page cache is {}",
     "cold": "not cold, the page cache held some of it before a sample ({}): end what holds it open or mapped",
     "warm": "not warm, the page cache lacked some of it before a sample ({}): free memory, or use --part",
 }
@@ -105,8 +109,10 @@ def _doubts(cache: str, good: Sequence[Mapping[str, Any]], repeat: int) -> Itera
     if cache in ("cold", "warm", "simulated"):
         shares = [s["resident_before"] / max(1, s["nbytes_watched"]) for s in good if s["resident_before"] is not None]
         if not shares:
-            yield "unknown", ""
+            yield "unknown", Knowledge.UNKNOWN.value
         elif cache == "cold" and max(shares) > _COLD:
             yield "cold", f"{max(shares):.0%} cached"
         elif cache != "cold" and min(shares) < _WARM:
             yield "warm", f"{min(shares):.0%} cached"
+        if any(s.get("residency") == Knowledge.ESTIMATED.name.lower() for s in good):
+            yield "estimated", Knowledge.ESTIMATED.value

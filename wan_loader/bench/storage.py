@@ -92,7 +92,8 @@ def scratch(directory: Path, nbytes: int) -> Iterator[Path]:
     try:
         free = shutil.disk_usage(directory).free
         if storage_facts(directory).get("in_memory"):
-            free = min(free, available_memory())
+            memory = available_memory()
+            free = free if memory is None else min(free, memory)
         if nbytes > free:
             raise OutputError(
                 f"{directory} has no room: {format_bytes(nbytes)} needed, {format_bytes(free)} free; "
@@ -148,13 +149,16 @@ def leftovers(directory: Path) -> list[Path]:
 def warm(files: Sequence[str]) -> None:
     """Read files into the page cache, unless they are there.
 
-    The kernel sometimes drops pages again at once, right after others were evicted: then once more.
+    The kernel sometimes drops pages again at once, right after others were evicted: then once more, if it tells.
     """
     for path in files:
         for _ in range(_TRIES):
-            if resident_bytes([path]) == os.path.getsize(path):
+            resident = resident_bytes([path])
+            if resident == os.path.getsize(path):
                 break
             _read_through(path)
+            if resident is None:
+                break
 
 
 def _read_through(path: str) -> None:

@@ -101,7 +101,7 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
         f"{result['gbps']:.3g}" if result["gbps"] else "",
         f"{result['of_ceiling']:.2f}" if result["of_ceiling"] else "",
         f"{cpu_s:.2f}" if cpu_s >= 1 else f"{cpu_s:.3g}",
-        format_bytes(summary["read_bytes"]),
+        _bytes(summary["read_bytes"]),
         _bytes(summary["host_peak_bytes"]),
         _bytes(summary["pinned_bytes"]),
         _bytes(summary["device_peak_bytes"]),

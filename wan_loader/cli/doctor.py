@@ -65,6 +65,7 @@ def _document(
     from wan_loader.profiler.diagnosis import diagnose, weight_paths
     from wan_loader.profiler.storage import limits, storage_facts
     from wan_loader.source.evict import resident_bytes
+    from wan_loader.source.residency import describe
 
     target = resolve_device(device)
     files = weight_paths(path, part) if path else []
@@ -83,6 +84,7 @@ def _document(
         "notes": list(found.notes),
     }
     document["files"]["resident"] = resident_bytes(files)
+    document["notes"] += describe(files)
     document["advice"] = diagnose(document)
     return document, found.since
 
@@ -115,8 +117,12 @@ def _machine(document: dict[str, Any], device: str) -> Iterator[tuple[str, str]]
 
     machine, limits = document["machine"], document["limits"]
     yield "processor", f"{machine['cpu']}, {format_count(machine['cores'], 'core')}"
-    allowed, free = (format_bytes(limits[f"memory_{k}_bytes"]) for k in ("limit", "available"))
-    yield "memory", f"{format_bytes(machine['memory_bytes'])}, {allowed} of it allowed here, {free} available"
+    allowed, free = limits["memory_limit_bytes"], limits["memory_available_bytes"]
+    left = "unknown how much is" if free is None else format_bytes(free)
+    yield (
+        "memory",
+        f"{format_bytes(machine['memory_bytes'])}, {format_bytes(allowed)} of it allowed here, {left} available",
+    )
     if "gpu" in machine:
         yield "GPU", f"{machine['gpu']}, {format_bytes(machine['gpu_memory_bytes'])}, CUDA {machine['cuda']}"
     else:

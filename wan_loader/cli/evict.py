@@ -10,7 +10,7 @@ import typer
 from wan_loader.cli.options import JsonOut, Verbose
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from wan_loader.source.evict import Evicted
 
@@ -35,6 +35,7 @@ def evict(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings
     from wan_loader.source import evict as evicting
+    from wan_loader.source.residency import describe
     from wan_loader.source.tree import list_tree
 
     tree = list_tree(path, follow=True)
@@ -43,7 +44,8 @@ def evict(
         print_json(_document(tree.path, results))
     else:
         _print(tree.path, results)
-    print_warnings([*tree.warnings, *(f"{r.path}: {_left(r)}{r.reason}" for r in results if r.reason)])
+    left = [f"{r.path}: {_left(r)}{r.reason}" for r in results if r.reason]
+    print_warnings([*tree.warnings, *left, *describe(r.path for r in results if r.resident_after is not None)])
     if any(r.resident_after != 0 for r in results):
         raise typer.Exit(1)
 
@@ -60,8 +62,8 @@ def _document(target: str, results: Sequence[Evicted]) -> dict[str, Any]:
         "command": "evict",
         "target": target,
         "nbytes": sum(r.nbytes for r in results),
-        "resident_before": sum(r.resident_before for r in results),
-        "resident_after": sum(r.resident_after or 0 for r in results),
+        "resident_before": _total(r.resident_before for r in results),
+        "resident_after": _total(r.resident_after for r in results),
         "complete": all(r.resident_after == 0 for r in results),
         "files": [
             {
@@ -76,13 +78,20 @@ def _document(target: str, results: Sequence[Evicted]) -> dict[str, Any]:
     }
 
 
+def _total(counts: Iterable[int | None]) -> int | None:
+    """The sum; None if one of them is unknown."""
+    known = list(counts)
+    return None if None in known else sum(n for n in known if n is not None)
+
+
 def _print(target: str, results: Sequence[Evicted]) -> None:
     from wan_loader.cli.render import output_console, plain
     from wan_loader.sizes import format_bytes, format_count
 
     console = output_console()
-    before, after = sum(r.resident_before for r in results), sum(r.resident_after or 0 for r in results)
+    before, after = _total(r.resident_before for r in results), _total(r.resident_after for r in results)
     n_files, nbytes = format_count(len(results), "file"), format_bytes(sum(r.nbytes for r in results))
     console.print(f"[bold]{plain(target)}[/bold]\n{n_files}, {nbytes}")
-    console.print(f"in the page cache before: {format_bytes(before)}")
-    console.print(f"in the page cache now:    {format_bytes(after)}")
+    for when, resident in (("before: ", before), ("now:    ", after)):
+        cached = "unknown how much" if resident is None else format_bytes(resident)
+        console.print(f"in the page cache {when}{cached}")

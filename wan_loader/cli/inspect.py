@@ -55,6 +55,7 @@ def inspect(
 def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
     from wan_loader.loader.dtype_rule import DtypeRule
     from wan_loader.source.evict import resident_bytes
+    from wan_loader.source.residency import describe
 
     counts = Counter(t.dtype for t in checkpoint.tensors)
     nbytes: Counter[str] = Counter()
@@ -69,10 +70,12 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
         "nbytes": checkpoint.nbytes,
         "nbytes_file": checkpoint.nbytes_file,
         "dtypes": [{"dtype": d, "n_tensors": counts[d], "nbytes": nbytes[d]} for d, _ in nbytes.most_common()],
-        "files": [
-            {"path": f.path, "nbytes": f.nbytes, "resident": resident_bytes([f.path]) or 0} for f in checkpoint.files
+        "files": [{"path": f.path, "nbytes": f.nbytes, "resident": resident_bytes([f.path])} for f in checkpoint.files],
+        "warnings": [
+            *checkpoint.warnings,
+            *DtypeRule().check(checkpoint, checkpoint.tensors),
+            *describe(f.path for f in checkpoint.files),
         ],
-        "warnings": [*checkpoint.warnings, *DtypeRule().check(checkpoint, checkpoint.tensors)],
     }
     if tensors:
         document["tensors"] = [
@@ -85,7 +88,7 @@ def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from wan_loader.cli.render import output_console, plain, print_warnings
-    from wan_loader.sizes import format_bytes, format_count
+    from wan_loader.sizes import format_bytes, format_count, format_share
 
     console = output_console()
     console.print(f"[bold]{plain(checkpoint.path)}[/bold]")
@@ -97,8 +100,8 @@ def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
     console.print(dtypes)
     files = Table("\nfile", "\nbytes", "in the\npage cache", box=None, pad_edge=False, header_style="bold")
     for row in document["files"]:
-        share = row["resident"] / row["nbytes"] if row["nbytes"] else 0.0
-        files.add_row(plain(os.path.basename(row["path"])), format_bytes(row["nbytes"]), f"{share:.0%}")
+        share = format_share(row["resident"], row["nbytes"])
+        files.add_row(plain(os.path.basename(row["path"])), format_bytes(row["nbytes"]), share)
     console.print(files)
     if "tensors" in document:
         listing = Table("\ntensor", "\ndtype", "\nshape", "\nbytes", box=None, pad_edge=False, header_style="bold")

@@ -60,7 +60,10 @@ def _advice(path: Path, inventory: Inventory) -> str:
 
 
 def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
+    from wan_loader.source.residency import describe
+
     parts = inventory.parts
+    files = [file.path for part in parts.values() for file in part.files]
     return {
         "schema_version": 1,
         "command": "inspect",
@@ -76,7 +79,7 @@ def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
         "parts": [_part(name, part) for name, part in parts.items()],
         "missing": [{"path": a.path, "nbytes": a.nbytes, "nbytes_here": a.nbytes_here} for a in inventory.absent],
         "damaged": [{"part": name, "error": error} for name, error in inventory.damaged],
-        "warnings": [warning for part in parts.values() for warning in part.warnings],
+        "warnings": [*(w for part in parts.values() for w in part.warnings), *describe(files)],
     }
 
 
@@ -92,7 +95,7 @@ def _part(name: str, part: Checkpoint) -> dict[str, Any]:
         "nbytes_file": part.nbytes_file,
         "dtypes": sorted({tensor.dtype for tensor in part.tensors}),
         "n_files": len(part.files),
-        "resident": resident_bytes([file.path for file in part.files]) or 0,
+        "resident": resident_bytes([file.path for file in part.files]),
     }
 
 
@@ -100,7 +103,7 @@ def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from wan_loader.cli.render import output_console, plain
-    from wan_loader.sizes import format_bytes
+    from wan_loader.sizes import format_bytes, format_share
 
     console = output_console()
     console.print(f"[bold]{plain(str(path))}[/bold]")
@@ -110,10 +113,10 @@ def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
         "part", "files", "tensors", "bytes", "dtypes", "page cache", box=None, pad_edge=False, header_style="bold"
     )
     for row in document["parts"]:
-        share = row["resident"] / row["nbytes_file"] if row["nbytes_file"] else 0.0
+        share = format_share(row["resident"], row["nbytes_file"])
         title, dtypes = _title(row["name"], inventory), ", ".join(row["dtypes"])
         sizes = (str(row["n_files"]), str(row["n_tensors"]), format_bytes(row["nbytes"]))
-        parts.add_row(title, *sizes, dtypes, f"{share:.0%}")
+        parts.add_row(title, *sizes, dtypes, share)
     if document["parts"]:
         console.print(parts)
     for name, error in inventory.damaged:

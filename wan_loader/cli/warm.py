@@ -41,26 +41,28 @@ def warm(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import byte_progress, print_warnings
     from wan_loader.source import warm as warming
+    from wan_loader.source.residency import describe
     from wan_loader.source.tree import list_tree
 
     limit_nbytes = None if limit is None else parse_size(limit)
     tree = list_tree(path, follow=True)
     with byte_progress("warming") as progress:
         result = warming.warm(tree.files, threads=threads, limit_nbytes=limit_nbytes, progress=progress)
-    warnings = (*tree.warnings, *result.warnings, *_shortfall(result))
+    doubts = describe(file.path for file in tree.files)
+    warnings = (*tree.warnings, *result.warnings, *_shortfall(result), *doubts)
     if json:
         print_json(_document(tree.path, len(tree.files), result, warnings))
     else:
         _print(tree.path, len(tree.files), result)
     print_warnings(warnings)
-    if not result.complete:
+    if result.complete is False:
         raise typer.Exit(1)
 
 
 def _shortfall(result: Warmed) -> tuple[str, ...]:
     from wan_loader.sizes import format_bytes
 
-    if result.complete:
+    if result.resident_after is None or result.complete:
         return ()
     missing = format_bytes(result.nbytes - result.resident_after)
     return (f"{missing} did not stay in the page cache: memory is short, or the file system keeps no pages",)
@@ -95,7 +97,9 @@ def _print(target: str, n_files: int, result: Warmed) -> None:
     console.print(f"in the page cache now:    {_share(result.resident_after, result.nbytes)}")
 
 
-def _share(part: int, whole: int) -> str:
+def _share(part: int | None, whole: int) -> str:
     from wan_loader.sizes import format_bytes
 
+    if part is None:
+        return "unknown how much"
     return f"{format_bytes(part)} ({part / whole if whole else 1.0:.0%})"

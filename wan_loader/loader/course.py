@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wan_loader.loader.placement import Layout, StoragePlan
     from wan_loader.plan import Block, Extent
     from wan_loader.source.reader import Check, Reader
+    from wan_loader.source.residency import Knowledge
 
 __all__ = ["Course", "decide"]
 
@@ -41,7 +42,9 @@ class Course:
     """Planned when they are asked for."""
     settings: EngineSettings
     resident: int
-    """Bytes that are in the page cache."""
+    """Bytes that are in the page cache; what is unknown counts as cold."""
+    knowledge: Knowledge
+    """How well that is known."""
     portion: int | None
     """How many blocks are planned and allocated at once; None: all."""
 
@@ -60,7 +63,7 @@ def decide(
     sharers = team.n_local if team is not None else 1
     views = not cuda and check is None and _may_view(checkpoint, options)
     layout = lay_out(checkpoint, plans, views=views, reads=team.reads(plans) if team is not None else {})
-    check_memory(layout, device, checkpoint.path, sharers)
+    room = check_memory(layout, device, checkpoint.path, sharers)
     nbytes = layout.nbytes_read
     residency = Residency(reader.fds)
     resident = residency.total((*layout.extents, *layout.viewed_extents))
@@ -81,6 +84,7 @@ def decide(
         io=io,
         threads=options.threads,
         memory_limit=memory_limit(),
+        room=room,
         processors=processors(),
         cuda=cuda,
         sharers=sharers,
@@ -92,7 +96,8 @@ def decide(
         reads_straight=not cuda and check is None,
     )
     # a cold load takes long, and others could take the room meanwhile
-    return Course(io, layout, blocks, settings, resident, None if cold else _PORTION_BLOCKS)
+    portion = None if cold else _PORTION_BLOCKS
+    return Course(io, layout, blocks, settings, resident, residency.knowledge, portion)
 
 
 def _may_view(checkpoint: Checkpoint, options: LoadOptions) -> bool:

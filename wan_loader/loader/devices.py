@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.arguments import check_device
-from wan_loader.errors import DeviceError
+from wan_loader.errors import DeviceError, HostMemoryError
 from wan_loader.events import span
+from wan_loader.machine import available_memory, process_headrooms
+from wan_loader.sizes import format_bytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -16,13 +19,25 @@ if TYPE_CHECKING:
 
     from wan_loader.events import Observer
 
-__all__ = ["current", "device_card", "device_peak_bytes", "is_busy", "reset_device_peak", "resolve_device"]
+__all__ = [
+    "check_room_for_torch",
+    "current",
+    "device_card",
+    "device_peak_bytes",
+    "is_busy",
+    "reset_device_peak",
+    "resolve_device",
+]
+
+#: What importing torch takes at the least: of memory, and of what limits of the process count.
+_TORCH_NBYTES = {"the machine or its cgroup": 128 << 20, "ulimit -v": 560 << 20, "ulimit -d": 192 << 20}
 
 
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
     """The device meant, its CUDA context made. Raises `DeviceError` if there is no such device."""
     check_device(device)
     with span(observer, "import"):
+        check_room_for_torch()
         import torch
 
     if device == "auto":
@@ -48,6 +63,21 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
             raise DeviceError(f"device {str(found)!r} does not exist: there are {count} (cuda:0 to cuda:{count - 1})")
         torch.cuda.synchronize(index)
     return torch.device("cuda", index)
+
+
+def check_room_for_torch() -> None:
+    """Raise `HostMemoryError` if importing torch would be the end of the process: it aborts, or the kernel kills it."""
+    if "torch" in sys.modules:
+        return
+    rooms = process_headrooms()
+    if (free := available_memory()) is not None:
+        rooms["the machine or its cgroup"] = free
+    for what, free in rooms.items():
+        if free < (needed := _TORCH_NBYTES[what]):
+            raise HostMemoryError(
+                f"importing torch takes {format_bytes(needed)} at the least, and {what} leaves {format_bytes(free)}: "
+                "allow more memory"
+            )
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -21,15 +21,24 @@ from wan_loader.engine.activity import loading
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.course import decide
-from wan_loader.loader.devices import current, device_peak_bytes, is_busy, reset_device_peak, resolve_device
+from wan_loader.loader.devices import (
+    check_room_for_torch,
+    current,
+    device_peak_bytes,
+    is_busy,
+    reset_device_peak,
+    resolve_device,
+)
 from wan_loader.loader.outcome import Loaded, Moved, make_report
-from wan_loader.loader.placement import Allocation, convert_storage, plan_storages
+from wan_loader.loader.placement import Allocation, check_host_memory, convert_storage, plan_storages
 from wan_loader.loader.route import explain
 from wan_loader.loader.settings import MAX_LANES
 from wan_loader.machine import peak_resident, reset_peak_resident
 from wan_loader.plan import Way
 from wan_loader.report import MemoryReport
+from wan_loader.source.evict import resident_bytes
 from wan_loader.source.reader import Reader
+from wan_loader.source.residency import Knowledge
 from wan_loader.transfer.cpu import CpuTarget
 from wan_loader.transfer.cuda import CudaTarget
 from wan_loader.workers import in_background
@@ -177,6 +186,7 @@ def paused_gc() -> Iterator[None]:
 
 def read_storages(checkpoint: Checkpoint, plans: Sequence[StoragePlan]) -> dict[str, torch.Tensor]:
     """Read and convert storages into host memory, as a load does, without being one: nothing is reported."""
+    check_room_for_torch()
     import torch
 
     moved = _move(checkpoint, plans, LoadOptions(device="cpu", owned=True), torch.device("cpu"), None)
@@ -220,9 +230,10 @@ def _move(
                 used |= options.team.exchange(layout.copied, allocation.destinations, layout.nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
-    reason = explain(options.io, course.io, course.resident, layout.nbytes_read, viewed)
+    reason = explain(options.io, course.io, course.resident, layout.nbytes_read, viewed, course.knowledge)
+    resident = None if course.knowledge is Knowledge.UNKNOWN else course.resident
     return Moved(
-        allocation.tensors, layout.nbytes_loaded, carried, course.resident, viewed, reason, used, list(layout.warnings)
+        allocation.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
     )
 
 
@@ -252,6 +263,8 @@ def _move_through_torch(
 ) -> Moved:
     """The way for pickles that cannot be planned."""
     nbytes = sum(checkpoint.storages[p.storage].nbytes for p in plans)
+    check_host_memory(nbytes if device.type == "cpu" else 0, checkpoint.path)
+    resident = resident_bytes(file.path for file in checkpoint.files)
     state: dict[str, torch.Tensor] = {}
     with span(observer, "read", nbytes):
         for file in checkpoint.files:
@@ -262,7 +275,8 @@ def _move_through_torch(
             if plan.converts:
                 convert_storage(state, plan)
     loaded = sum(plan.nbytes_loaded(checkpoint.storages[plan.storage].nbytes) for plan in plans)
-    return Moved(state, loaded, reason="the file cannot be planned: torch.load read it")
+    reason = "the file cannot be planned: torch.load read it"
+    return Moved(state, loaded, resident_before=resident, reason=reason)
 
 
 def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypeRule) -> None:

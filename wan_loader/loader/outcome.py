@@ -56,7 +56,8 @@ class Moved:
     nbytes: int
     """Bytes loaded."""
     carried: Carried = field(default_factory=Carried)
-    resident_before: int = 0
+    resident_before: int | None = None
+    """None where that is unknown."""
     nbytes_viewed: int = 0
     reason: str = ""
     settings: dict[str, Any] = field(default_factory=dict)

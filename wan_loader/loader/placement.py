@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.facts import contiguous_strides
-from wan_loader.machine import available_memory
+from wan_loader.linux import trim_heap
+from wan_loader.machine import available_memory, process_headrooms, processors
 from wan_loader.plan import PAGE, Extent
 from wan_loader.transfer.base import Destination
 
@@ -35,6 +36,7 @@ __all__ = [
     "Allocation",
     "Layout",
     "StoragePlan",
+    "check_host_memory",
     "check_memory",
     "convert_storage",
     "lay_out",
@@ -44,6 +46,13 @@ __all__ = [
 _MAP_NORESERVE = 0x4000
 _CUDA_ALIGNMENT = 512
 _OWN_MAP_BYTES = 1 << 20
+#: Host memory that a load takes beside weights and staging: what the libraries grow by when they are first used, ...
+_GROWTH_BYTES = 28 << 20
+#: ... stacks and heaps of one thread for each processor, and page tables.
+_THREAD_BYTES = 512 << 10
+_PAGE_TABLE_SHARE = 256
+#: Staging is never smaller than one slot of the largest kind, and its page.
+MIN_STAGING_BYTES = (16 << 20) + PAGE
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
 
 
@@ -153,25 +162,51 @@ def _extent(checkpoint: Checkpoint, plan: StoragePlan, index: int, part: tuple[i
     return Extent(index, file, position + start, position + end, step, start)
 
 
-def check_memory(layout: Layout, device: torch.device, path: str, sharers: int = 1) -> None:
+def check_memory(layout: Layout, device: torch.device, path: str, sharers: int = 1) -> int | None:
     """Raise `DeviceMemoryError` or `HostMemoryError` if what is copied cannot fit.
 
-    sharers: processes of this machine that take as much of the host's memory at the same time.
+    sharers: processes of this machine that take as much of the host's memory at the same time. Returns how many bytes
+    of the host's memory are left for all of their staging; None where that is unknown, or nothing is copied.
     """
+    if device.type == "cuda":
+        _check_device_memory(layout, device, path)
+    if not any(extent.end > extent.start for extent in layout.extents):
+        return None
+    return check_host_memory(sum(layout.copied_nbytes) if device.type == "cpu" else 0, path, sharers)
+
+
+def check_host_memory(nbytes: int, path: str, sharers: int = 1) -> int | None:
+    """Raise `HostMemoryError` if weights of `nbytes` do not fit; else as `check_memory`."""
+    beside = _GROWTH_BYTES + processors() * _THREAD_BYTES + nbytes // _PAGE_TABLE_SHARE
+    needed = (nbytes + beside + MIN_STAGING_BYTES) * sharers
+    if (free := _free_memory()) is not None and needed > free:
+        trim_heap()
+        free = _free_memory()
+    if free is not None and needed > free:
+        raise HostMemoryError(
+            f"{path} needs {needed} bytes of memory, {(beside + MIN_STAGING_BYTES) * sharers} of them beside its "
+            f"weights; {free} are available: free some memory"
+        )
+    return None if free is None else free - (nbytes + beside) * sharers
+
+
+def _free_memory() -> int | None:
+    """What this process may still allocate; None where that is unknown."""
+    available = available_memory()
+    return min([*process_headrooms().values(), *([] if available is None else [available])], default=None)
+
+
+def _check_device_memory(layout: Layout, device: torch.device, path: str) -> None:
     import torch
 
-    if device.type == "cpu":
-        if (needed := sum(layout.copied_nbytes) * sharers) > (free := available_memory()):
-            raise HostMemoryError(f"{path} needs {needed} bytes of memory, {free} are available: free some memory")
-    elif device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        needed = sum(map(_rounded, layout.copied_nbytes))
-        if needed > free:
-            raise DeviceMemoryError(
-                f"{path} needs {needed} bytes on {device}, {free} of {total} are free: ask for a smaller dtype or "
-                "another device, or end what else runs there"
-            )
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = sum(map(_rounded, layout.copied_nbytes))
+    if needed > free:
+        raise DeviceMemoryError(
+            f"{path} needs {needed} bytes on {device}, {free} of {total} are free: ask for a smaller dtype or "
+            "another device, or end what else runs there"
+        )
 
 
 def _rounded(nbytes: int) -> int:
@@ -204,8 +239,11 @@ class Allocation:
                 _reserve_cuda(self._layout, self.device)
             for i in range(start, len(self._layout.copied) if count is None else count):
                 self._make(self._layout.copied[i], self._layout.copied_nbytes[i])
-        except torch.OutOfMemoryError as error:  # somebody else was quicker than our check
-            raise DeviceMemoryError(
+        except RuntimeError as error:
+            if self.device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            kind = HostMemoryError if self.device.type == "cpu" else DeviceMemoryError
+            raise kind(  # somebody else was quicker than our check
                 f"{self._checkpoint.path}: {self.device} has no room for its weights any more: {error}"
             ) from error
         return self.destinations[start:]

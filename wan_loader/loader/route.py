@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.plan import Way
+from wan_loader.source.residency import Knowledge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,18 +54,25 @@ def is_uniform(io: str, resident: int, nbytes: int) -> bool:
     return io != "auto" or resident == 0 or resident >= nbytes
 
 
-def explain(asked: str, io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
+def explain(
+    asked: str, io: str, resident: int, nbytes: int, nbytes_viewed: int, knowledge: Knowledge = Knowledge.EXACT
+) -> str:
     """One sentence on why the bytes travel as they do.
 
     io: the mode that is used, which may be another than the one that was asked for.
     """
     if nbytes == 0:
         return "there are no bytes to move"
-    share = resident / nbytes
-    cached = "everything" if share >= 1 else "nothing" if resident == 0 else f"{share:.0%}"
-    why = f"{cached} is in the page cache" if asked == "auto" else f"io={asked} was asked for"
+    why = _cached(resident / nbytes, knowledge) if asked == "auto" else f"io={asked} was asked for"
     if nbytes_viewed:
         why += "; tensors that need no conversion are views of the file, whose pages are read when first used"
     if io != asked and nbytes_viewed < nbytes:
         why += "; what this process copies, converts or checks is read: a mapped file that shrinks would end it"
     return why
+
+
+def _cached(share: float, knowledge: Knowledge) -> str:
+    if knowledge is Knowledge.UNKNOWN:
+        return f"how much is in the page cache is {knowledge.value}; what is unknown counts as cold"
+    cached = "everything" if share >= 1 else "nothing" if share == 0 else f"{share:.0%}"
+    return f"{cached} is in the page cache" + (f" ({knowledge.value})" if knowledge.value else "")

@@ -77,6 +77,7 @@ def engine_settings(
     memory_limit: int,
     processors: int,
     cuda: bool,
+    room: int | None = None,
     sharers: int = 1,
     block_bytes: int = MAX_BLOCK_BYTES,
     slot_bytes: int | None = None,
@@ -89,6 +90,7 @@ def engine_settings(
 
     threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
     more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
+    room: bytes that all staging of this machine may take together, where that is known to be little.
     sharers: processes of this machine that load at the same time: together they take what one would, or half of the
     processors if that is more, though no less than one slot each.
     block_bytes: size of the plan's blocks, and so the most that is read at once.
@@ -104,11 +106,12 @@ def engine_settings(
     share = max(1, min(staging.lanes, max(staging.lanes, processors // 2) // sharers))
     steals = cuda and mapped_only and io != "mapped"
     lanes = threads or (_lanes_beside(processors // sharers) if steals else share)
-    affordable = min(MAX_STAGING_BYTES, memory_limit // 4) // (slot_bytes + PAGE)
+    most = min(MAX_STAGING_BYTES, memory_limit // 4)
+    affordable = (most if room is None else min(most, room)) // (slot_bytes + PAGE)
     if affordable < 1:
         raise HostMemoryError(
-            f"staging needs {slot_bytes + PAGE} bytes, more than a quarter of the {memory_limit} bytes of memory that "
-            "are allowed here: allow more memory"
+            f"staging needs {slot_bytes + PAGE} bytes, more than there is room for, or than a quarter of the "
+            f"{memory_limit} bytes of memory that are allowed here: allow more memory"
         )
     n_slots = min(lanes * staging.slots, max(1, affordable // sharers))
     return EngineSettings(

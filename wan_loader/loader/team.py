@@ -26,6 +26,7 @@ from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
 from wan_loader.loader.binding import is_dtensor
+from wan_loader.loader.devices import check_room_for_torch
 from wan_loader.loader.exchange import carry, check_usable
 from wan_loader.loader.peers import Peers, own_connection
 from wan_loader.loader.processes import run_peers
@@ -208,6 +209,7 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
     group: None takes the one that the module's DTensors lie on, if there are any. Loads of the same group in several
     threads take turns.
     """
+    check_room_for_torch()
     import torch.distributed as dist
 
     if module is not None:

@@ -12,7 +12,7 @@ from wan_loader.profiler.session import Process, Session
 from wan_loader.profiler.timeline import Mark, by_label, phases
 from wan_loader.profiler.verdict import Evidence, judge
 from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport
-from wan_loader.sizes import format_count
+from wan_loader.sizes import format_count, format_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Surroundings
         end_ns=process.end_ns,
         device=report.device,
         ceilings=around.ceilings,
-        cold_bytes=max(0, report.nbytes_file - report.io.resident_before),
+        cold_bytes=max(0, report.nbytes_file - (report.io.resident_before or 0)),
         nbytes_file=report.nbytes_file,
         ring_bytes=int(report.settings.get("n_slots", 0)) * int(report.settings.get("slot_bytes", 0)),
         dtype=report.dtype,
@@ -75,7 +75,8 @@ def program_session(recording: Recording, processes: Sequence[Process], around: 
     process = processes[subject]
     files = [f for f in process.facts.get("files", {}).values() if isinstance(f, dict)]
     nbytes = sum(int(f.get("nbytes") or 0) for f in files)
-    resident = sum(int(f.get("resident_before") or 0) for f in files)
+    counts = [f.get("resident_before") for f in files]
+    resident = None if None in counts else sum(map(int, filter(None, counts)))
     device = "cuda" if any("host to cuda" in s.label for s in process.spans if s.name in ("h2d", "cast")) else "cpu"
     report = _program_report(recording, process, device, nbytes, resident)
     evidence = Evidence(
@@ -86,7 +87,7 @@ def program_session(recording: Recording, processes: Sequence[Process], around: 
         end_ns=process.end_ns,
         device=device,
         ceilings=around.ceilings,
-        cold_bytes=max(0, nbytes - resident),
+        cold_bytes=max(0, nbytes - (resident or 0)),
         nbytes_file=nbytes,
         storage=around.storage,
         facts=process.facts,
@@ -118,12 +119,15 @@ def _session(
     )
 
 
-def _program_report(recording: Recording, process: Process, device: str, nbytes: int, resident: int) -> LoadReport:
+def _program_report(
+    recording: Recording, process: Process, device: str, nbytes: int, resident: int | None
+) -> LoadReport:
     peak = max([int(process.facts.get("peak_resident_bytes") or 0), *(s.resident_bytes for s in process.samples)])
     card: dict[str, object] = {k: process.facts[k] for k in ("torch", "gpu", "python") if k in process.facts}
     files = process.facts.get("files", {})
     reason = (
-        f"{format_count(len(files), 'weight file')}, {resident / nbytes:.0%} in the page cache when opened"
+        f"{format_count(len(files), 'weight file')}, "
+        f"{'unknown how much' if resident is None else format_share(resident, nbytes)} in the page cache when opened"
         if nbytes
         else ""
     )

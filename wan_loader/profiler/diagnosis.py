@@ -55,7 +55,7 @@ def _memory(limits: Mapping[str, Any], nbytes: int) -> Iterator[tuple[str, str]]
     if nbytes > allowed:
         text = f"{format_bytes(nbytes)} of weights, {format_bytes(allowed)} of memory allowed"
         yield "the files never fit into the page cache: every start reads them from the disk", text
-    elif nbytes > free:
+    elif free is not None and nbytes > free:
         text = f"{format_bytes(nbytes)} of weights, {format_bytes(free)} of memory free"
         yield "end what else uses the memory, or the page cache cannot keep the files", text
     if limits.get("transparent_huge_pages") == "never":

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import UnmeasuredError
 from wan_loader.events import clock_ns
-from wan_loader.linux import cached_bytes, map_file, populate, prefer_huge_pages, unmap
+from wan_loader.linux import map_file, populate, prefer_huge_pages, unmap
 from wan_loader.machine import available_memory
+from wan_loader.source.residency import Knowledge, Residency, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,30 +41,35 @@ _THREADS = 8
 _DISK_PIECE = 16 << 20
 _DISK_THREADS = 16
 _SECONDS = 1.5
+_CAST_BYTES = 128 << 20
 _GPU_BYTES = 256 << 20
+#: What a Python takes that imports torch and starts CUDA, and as much again.
+_START_BYTES = 512 << 20
 
 
 def cold_ranges(paths: Sequence[str], nbytes: int = _PIECE, most: int = 1024) -> list[tuple[str, int]]:
     """Pieces of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
-    return _ranges(paths, nbytes, most, wanted=0)
+    return _ranges(paths, nbytes, most, wanted=0.0)
 
 
 def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
     """Pieces of the files that are in the page cache entirely."""
-    return _ranges(paths, _PIECE, most, wanted=_PIECE)
+    return _ranges(paths, _PIECE, most, wanted=1.0)
 
 
-def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: int) -> list[tuple[str, int]]:
+def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: float) -> list[tuple[str, int]]:
     pieces = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
     step = max(1, len(pieces) // (2 * most))
     found: list[tuple[str, int]] = []
     with ExitStack() as stack:
-        fds: dict[str, int] = {}
+        pages: dict[str, Residency] = {}
         for path, start in pieces[::step]:
-            if path not in fds:
-                fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(os.close, fds[path])
-            if cached_bytes(fds[path], start, nbytes) == wanted:
+            if path not in pages:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                pages[path] = Residency([fd])
+            share = pages[path].share(0, start, start + nbytes)
+            if share == wanted and pages[path].knowledge is not Knowledge.UNKNOWN:
                 found.append((path, start))
             if len(found) == most:
                 break
@@ -80,14 +86,13 @@ def _size(path: str) -> int:
 def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Callable[[], int] = clock_ns) -> float:
     """GB/s with O_DIRECT on cold ranges of these files."""
     piece = _DISK_PIECE
-    try:
+    ranges = cold_ranges(paths, piece)
+    if len(ranges) < 2 * _DISK_THREADS:
+        piece = _PIECE
         ranges = cold_ranges(paths, piece)
-        if len(ranges) < 2 * _DISK_THREADS:
-            piece = _PIECE
-            ranges = cold_ranges(paths, piece)
-    except OSError as error:
-        raise UnmeasuredError(f"the kernel does not say what is in the page cache: {error.strerror}") from error
     if not ranges:
+        if doubts := describe(paths):
+            raise UnmeasuredError(f"the disk was not measured: {doubts[0]}")
         raise UnmeasuredError(
             "too little of the files is outside of the page cache to measure their disk (`wan-loader evict` helps)"
         )
@@ -102,6 +107,9 @@ def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Cal
     with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
         file.truncate(32 * _PIECE)
         path = f"/proc/self/fd/{file.fileno()}"
+        if not os.path.exists(path):
+            raise UnmeasuredError("the page cache was not measured: there is no /proc")
+        _check_free(4 * 32 * _PIECE, "reads")
         for start in range(0, 32 * _PIECE, _PIECE):
             os.pwrite(file.fileno(), bytes(_PIECE), start)
         return _read_rate([(path, start) for start in range(0, 32 * _PIECE, _PIECE)] * 32, 0, seconds, clock)
@@ -118,6 +126,7 @@ def _read_rate(
 ) -> float:
     todo = iter(ranges)
     threads = min(threads, len(ranges))
+    _check_free(2 * threads * piece, "reads")
     with ExitStack() as stack:
         buffers = [stack.enter_context(mmap.mmap(-1, piece)) for _ in range(threads)]
         for buffer in buffers:
@@ -145,13 +154,18 @@ def _read_rate(
         return total / max(1, clock() - start_ns)
 
 
+def _check_free(nbytes: int, what: str) -> None:
+    """Measuring must not push others out of the memory, nor this process over the limit of its cgroup."""
+    if (free := available_memory()) is not None and free < nbytes:
+        raise UnmeasuredError(f"too little memory is free to measure {what}")
+
+
 def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
     """GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
     import ctypes
 
     nbytes = 256 << 20
-    if available_memory() < 4 * nbytes:
-        raise UnmeasuredError("too little free memory to measure copies in it")
+    _check_free(4 * nbytes, "copies")
     with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
         a, b = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (source, target))
         ctypes.memset(a, 1, nbytes)
@@ -165,7 +179,9 @@ def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) ->
     """GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads, into fresh memory."""
     import torch
 
-    source = torch.ones(32 << 20, dtype=torch.float32, device=device)
+    if device == "cpu":
+        _check_free(_CAST_BYTES * 4, "casts")
+    source = torch.ones(_CAST_BYTES // 4, dtype=torch.float32, device=device)
     source.to(torch.bfloat16)
     rates = []
     for _ in range(3):
@@ -247,6 +263,7 @@ print(b - a, time.perf_counter() - b, torch.cuda.is_available())
 
 def measure_start(python: str = sys.executable) -> dict[str, float]:
     """Seconds that `import torch` and a CUDA context take in a fresh process."""
+    _check_free(_START_BYTES, "the start of another Python")
     done = subprocess.run([python, "-c", _START], capture_output=True, text=True, timeout=60, check=False)
     words: list[Any] = done.stdout.split()
     if done.returncode or len(words) != 3:

@@ -210,10 +210,10 @@ def _session(doc: Doc) -> Session:
 
 def _report(doc: Doc) -> LoadReport:
     io, memory, b = doc.doc("io"), doc.doc("memory"), doc.doc("bottleneck")
-    counts = {k: io.whole(k) for k in ("resident_before", "nbytes_mapped", "nbytes_direct", "nbytes_buffered")}
-    added = {
-        k: io.optional_whole(k) or 0 for k in IoReport.__dataclass_fields__ if k not in (*counts, "mode", "reason")
-    }
+    resident = io.optional_whole("resident_before")
+    counts = {k: io.whole(k) for k in ("nbytes_mapped", "nbytes_direct", "nbytes_buffered")}
+    known = (*counts, "mode", "reason", "resident_before")
+    added = {k: io.optional_whole(k) or 0 for k in IoReport.__dataclass_fields__ if k not in known}
     peaks = (memory.whole(k) for k in ("host_peak_bytes", "pinned_bytes", "device_peak_bytes", "registered_bytes"))
     return LoadReport(
         command=doc.text("command"),
@@ -224,7 +224,7 @@ def _report(doc: Doc) -> LoadReport:
         nbytes_file=doc.whole("nbytes_file"),
         nbytes_device=doc.whole("nbytes_device"),
         n_tensors=doc.whole("n_tensors"),
-        io=IoReport(io.text("mode"), io.text("reason"), **counts, **added),
+        io=IoReport(io.text("mode"), io.text("reason"), resident, **counts, **added),
         phases=_phases(doc.docs("phases")),
         bottleneck=Bottleneck(
             known_phase(b.text("phase")),

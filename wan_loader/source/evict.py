@@ -2,7 +2,7 @@
 
 Unwritten pages are written first. The kernel is then asked to let go, and residency is measured: it keeps pages that
 a process has mapped, that are being written, or whose only copy is the memory (tmpfs). What stays is reported with
-the reason, as far as it can be seen.
+the reason, as far as it can be seen, and so is what cannot be known.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_loader.linux import cached_bytes
 from wan_loader.mounts import mount_of
+from wan_loader.source.residency import Knowledge, cached
 from wan_loader.workers import default_threads, run_all
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class Evicted:
 
     path: str
     nbytes: int
-    resident_before: int
+    resident_before: int | None
     resident_after: int | None
-    """Bytes that are still in the page cache; None where the kernel does not say."""
+    """Bytes that are still in the page cache; None where that is unknown."""
     reason: str
     """Why some are, or why it is not known; empty where none is left."""
 
@@ -67,8 +67,9 @@ def drop_pages(fd: int, start: int = 0, nbytes: int = 0) -> None:
 
 
 def resident_bytes(paths: Iterable[StrPath], *, first_nbytes: int | None = None) -> int | None:
-    """Bytes of the files that lie in the page cache; None where the kernel does not say. Missing files hold none.
+    """Bytes of the files that lie in the page cache, or an estimate (see `cached`); None where that is unknown.
 
+    Missing files hold none.
     first_nbytes: look only at so many bytes, counted through the files in their order.
     """
     total, left = 0, first_nbytes
@@ -82,9 +83,9 @@ def resident_bytes(paths: Iterable[StrPath], *, first_nbytes: int | None = None)
             if left is not None:
                 nbytes = min(nbytes, left)
                 left -= nbytes
-            total += cached_bytes(fd, 0, nbytes)
-        except OSError:
-            return None
+            if (found := cached(fd, 0, nbytes)) is None:
+                return None
+            total += found
         finally:
             os.close(fd)
     return total
@@ -97,21 +98,25 @@ def _evict(path: str) -> Evicted:
         return Evicted(path, 0, 0, None, f"cannot be opened: {error.strerror}")
     try:
         nbytes = os.fstat(fd).st_size
-        before = after = cached_bytes(fd, 0, nbytes)
+        before = after = cached(fd, 0, nbytes)
         for _ in range(_ATTEMPTS):  # pages still in a CPU's batch of new ones are kept at first
             drop_pages(fd)
-            after = cached_bytes(fd, 0, nbytes)
-            if after == 0:
+            after = cached(fd, 0, nbytes)
+            if not after:
                 break
             time.sleep(_PAUSE_S)
-        return Evicted(path, nbytes, before, after, _reason(path) if after else "")
+        return Evicted(path, nbytes, before, after, _reason(path, after))
     except OSError as error:
-        return Evicted(path, 0, 0, None, f"the pages cannot be written back or counted: {error.strerror}")
+        return Evicted(path, 0, 0, None, f"the pages cannot be written back: {error.strerror}")
     finally:
         os.close(fd)
 
 
-def _reason(path: str) -> str:
+def _reason(path: str, left: int | None) -> str:
+    if left == 0:
+        return ""
+    if left is None:
+        return f"what is left is {Knowledge.UNKNOWN.value}"
     mount = mount_of(path)
     if mount is not None and mount.in_memory:
         return f"it lies on {mount.kind}, where memory is the only copy: delete the file to free it"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from wan_loader.arguments import MAX_THREADS, checked_count, checked_path
 from wan_loader.formats import open_checkpoint
 from wan_loader.linux import cached_bytes
-from wan_loader.machine import available_memory
+from wan_loader.machine import affordable_buffers, available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +28,7 @@ __all__ = ["BLOCK_BYTES", "MEMORY_SHARE", "Prewarm", "fill", "prewarm", "prewarm
 BLOCK_BYTES = 8 << 20
 #: Share of the available memory that may be filled; the rest is for the program that is starting.
 MEMORY_SHARE = 0.8
+_NO_LIMIT_BYTES = 1 << 62
 
 
 class Prewarm:
@@ -47,7 +48,8 @@ class Prewarm:
         """Why blocks could not be read, with the file's name."""
         self._blocks = _blocks(files, first_nbytes)
         self._threads = [
-            threading.Thread(target=self._run, name=f"prewarm {i}", daemon=True) for i in range(max(1, threads))
+            threading.Thread(target=self._run, name=f"prewarm {i}", daemon=True)
+            for i in range(affordable_buffers(max(1, threads), BLOCK_BYTES))
         ]
         for thread in self._threads:
             thread.start()
@@ -123,15 +125,16 @@ def prewarm(
 def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
     """Start reading files into the page cache, in the order given, and return at once.
 
-    limit_nbytes: read at most so much; never more than 80 % of the available memory. Files that cannot be read are
-    left out. The threads are daemons: they do not keep a program from ending.
+    limit_nbytes: read at most so much; never more than 80 % of the available memory, where that is known. Files that
+    cannot be read are left out. The threads are daemons: they do not keep a program from ending.
     """
     threads = checked_count(threads, "threads", most=MAX_THREADS)
-    budget = int(available_memory() * MEMORY_SHARE)
+    free = available_memory()
+    limits = [] if free is None else [int(free * MEMORY_SHARE)]
     if limit_nbytes is not None:
-        budget = min(budget, checked_count(limit_nbytes, "limit_nbytes", least=0))
+        limits.append(checked_count(limit_nbytes, "limit_nbytes", least=0))
     paths = [checked_path(file, "an item of files") for file in files]
-    return Prewarm(paths, threads=threads, budget_nbytes=budget)
+    return Prewarm(paths, threads=threads, budget_nbytes=min(limits, default=_NO_LIMIT_BYTES))
 
 
 def fill(fd: int, start: int, buffer: memoryview) -> int:

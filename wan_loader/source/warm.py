@@ -1,7 +1,7 @@
 """Warming the page cache in the foreground: reads until everything asked for is resident, and says what came of it.
 
 The reading is `prewarm`'s: a few threads, one block each, of what is not there yet. Here it is checked first whether
-the machine can hold it, watched while it goes on, and measured afterwards.
+the machine can hold it, watched while it goes on, and measured afterwards, where the kernel tells.
 """
 
 from __future__ import annotations
@@ -39,20 +39,18 @@ class Warmed:
 
     nbytes: int
     """Bytes that were asked for."""
-    resident_before: int
-    resident_after: int
+    resident_before: int | None
+    """Bytes that were in the page cache; None where that is unknown."""
+    resident_after: int | None
+    nbytes_read: int
+    """Bytes brought in from storage; where it is unknown what was there, all bytes that were read."""
     seconds: float
     warnings: tuple[str, ...]
 
     @property
-    def nbytes_read(self) -> int:
-        """Bytes brought in from storage."""
-        return max(0, self.resident_after - self.resident_before)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all that was asked for is resident now."""
-        return self.resident_after >= self.nbytes
+    def complete(self) -> bool | None:
+        """Whether all that was asked for is resident now; None where that is unknown."""
+        return None if self.resident_after is None else self.resident_after >= self.nbytes
 
 
 def warm(
@@ -71,10 +69,11 @@ def warm(
     paths = [file.path for file in files]
     wanted = sum(file.nbytes for file in files)
     wanted = wanted if limit_nbytes is None else min(wanted, limit_nbytes)
-    before = _resident(paths, wanted)
-    _check_fits(wanted, before)
+    before = resident_bytes(paths, first_nbytes=wanted)
+    _check_fits(wanted, before or 0)
     start_ns = clock_ns()
     after = before
+    read = 0
     warnings: tuple[str, ...] = ()
     for _ in range(_PASSES):
         running = Prewarm(paths, threads=threads or default_threads(), budget_nbytes=wanted, first_nbytes=wanted)
@@ -84,18 +83,14 @@ def warm(
             running.stop(_GRACE_S)
         if running.failures:
             raise CheckpointError(f"{running.failures[0]}: check the file and the disk")
-        after = _resident(paths, wanted)
-        if after >= wanted or warnings:
+        read += running.nbytes_read
+        after = resident_bytes(paths, first_nbytes=wanted)
+        if after is None or after >= wanted or warnings:
             break
+    if before is not None and after is not None:
+        read = max(0, after - before)
     seconds = (clock_ns() - start_ns) / 1e9
-    return Warmed(wanted, before, after, seconds, warnings)
-
-
-def _resident(paths: Sequence[str], nbytes: int) -> int:
-    found = resident_bytes(paths, first_nbytes=nbytes)
-    if found is None:
-        raise CheckpointError("this kernel does not tell what lies in the page cache: warming cannot be checked")
-    return found
+    return Warmed(wanted, before, after, read, seconds, warnings)
 
 
 def _check_fits(nbytes: int, resident: int) -> None:
@@ -104,7 +99,7 @@ def _check_fits(nbytes: int, resident: int) -> None:
     advice = "warm a part (--limit, or one component), or stage it on a faster disk"
     if nbytes > limit:
         raise HostMemoryError(f"{format_bytes(nbytes)} never fit into the {format_bytes(limit)} of memory: {advice}")
-    if missing > free * MEMORY_SHARE:
+    if free is not None and missing > free * MEMORY_SHARE:
         raise HostMemoryError(
             f"{format_bytes(missing)} are to be read and {format_bytes(free)} of memory are free "
             f"({MEMORY_SHARE:.0%} of that may be filled): {advice}, or end other programs"
@@ -116,7 +111,7 @@ def _watch(running: Prewarm, total: int, progress: Callable[[int, int], None] | 
     while not running.wait(_TICK_S):
         if progress is not None:
             progress(running.nbytes_read + running.nbytes_resident, total)
-        if (free := available_memory()) < floor:
+        if (free := available_memory()) is not None and free < floor:
             running.stop()
             return (f"stopped early: other programs left {format_bytes(free)} of memory",)
     return ()

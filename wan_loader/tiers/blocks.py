@@ -7,8 +7,8 @@ import os
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, WanLoaderError
-from wan_loader.linux import cached_bytes
 from wan_loader.source.prewarm import fill
+from wan_loader.source.residency import Knowledge, Residency
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,12 +57,14 @@ def opened(path: Path | str, flags: int) -> Iterator[int]:
 
 
 def cold_blocks(source: SourceFile) -> set[int]:
-    """Blocks of a file of which nothing is in the page cache."""
+    """Blocks of a file of which nothing is in the page cache, as far as that is known."""
     starts = range(0, source.nbytes, BLOCK_BYTES)
     try:
         with opened(source.path, os.O_RDONLY) as fd:
-            return {s // BLOCK_BYTES for s in starts if not cached_bytes(fd, s, min(BLOCK_BYTES, source.nbytes - s))}
-    except OSError:  # the kernel does not say, or the file is gone, which the copy reports
+            pages = Residency([fd])
+            cold = {s // BLOCK_BYTES for s in starts if not pages.share(0, s, min(s + BLOCK_BYTES, source.nbytes))}
+            return set() if pages.knowledge is Knowledge.UNKNOWN else cold
+    except OSError:  # the file is gone, which the copy reports
         return set()
 
 

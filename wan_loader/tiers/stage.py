@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, HostMemoryError, OutputError, WanLoaderError
 from wan_loader.events import clock_ns
-from wan_loader.machine import available_memory
+from wan_loader.machine import affordable_buffers, available_memory
 from wan_loader.mounts import mount_of
 from wan_loader.sizes import format_bytes
 from wan_loader.source.prewarm import MEMORY_SHARE
@@ -86,7 +86,8 @@ def stage(
     try:
         place = _make_directory(place, tree)
         with open_entry(place, tree.name) as entry:
-            job = _Job(tree, entry, threads or default_threads(), progress)
+            buffers = affordable_buffers(threads or default_threads(), blocks.BLOCK_BYTES)
+            job = _Job(tree, entry, buffers, progress)
             job.run(verify, force)
     except WanLoaderError:
         raise
@@ -204,7 +205,8 @@ class _Job:
                 f"{self._entry.directory} has {format_bytes(free)} free, {format_bytes(needed)} are to be staged: "
                 "free space, or choose another --to"
             )
-        if self._in_memory and needed > (memory := int(available_memory() * MEMORY_SHARE)):
+        available = available_memory() if self._in_memory else None
+        if available is not None and needed > (memory := int(available * MEMORY_SHARE)):
             raise HostMemoryError(
                 f"{self._entry.directory} is in memory, and {format_bytes(needed)} are more than the "
                 f"{format_bytes(memory)} that it may take ({MEMORY_SHARE:.0%} of what this machine and its cgroup have "
