@@ -128,10 +128,12 @@ def _check_legacy_pickles(path: str) -> None:
         f.seek(0)
         data = f.read(_MAX_PICKLES_BYTES)
     storages: dict[str, int] = {}
-    end = 0
+    keys, end = None, 0
     try:
         for _ in range(_N_PICKLES):
-            end = read_pickle(data, lambda pid: _legacy_storage(pid, storages), end).end
+            keys, end, _ = read_pickle(data, lambda pid: _legacy_storage(pid, storages), end)
+        if type(keys) is not list or not storages.keys() <= {key for key in keys if type(key) is str}:
+            raise PickleError("it names storages that the file does not hold")  # torch would leave them uninitialised
     except PickleError as error:
         raise CheckpointError(f"{path}: its pickle is truncated or damaged ({error}); download it again") from None
     if sum(storages.values()) > os.path.getsize(path):

@@ -26,7 +26,7 @@ __all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "is_zip", "read_torch_zip"]
 
 #: A data.pkl needs about 150 bytes a tensor; the largest models stay under 1 MB.
 MAX_PICKLE_BYTES = 64 << 20
-_MAX_MARK_BYTES = 64
+_MAX_MARK_BYTES = 256
 #: The versions of the format that torch 2.13 reads.
 _VERSION = re.compile(rb"\s*\+?0*([1-9]|10)(?!\d)")
 _SAVE_WEIGHTS = "and save its weights alone with torch.save(module.state_dict(), path)"
@@ -78,10 +78,20 @@ def _read_pickle(archive: ZipArchive) -> bytes:
             f"{archive.path} is a zip archive, but not a torch checkpoint: it has no NAME/data.pkl; "
             "unpack it, and load what is in it"
         )
+    _check_marks(archive)
     version = archive.read(".data/version" if ".data/version" in archive else "version", _MAX_MARK_BYTES)
     if version is None or not _VERSION.match(version):
         raise CheckpointError(f"{archive.path} has no format version that torch reads: damaged, or too new a file")
     return pickled
+
+
+def _check_marks(archive: ZipArchive) -> None:
+    """Small records that say nothing to us, but that torch refuses a file for if they are damaged."""
+    archive.read(".format_version", _MAX_MARK_BYTES)
+    identity = archive.read(".data/serialization_id", _MAX_MARK_BYTES)
+    alignment = archive.read(".storage_alignment", _MAX_MARK_BYTES)
+    if (identity and not identity.isascii()) or (alignment is not None and not alignment.strip().isdigit()):
+        raise CheckpointError(f"{archive.path}: its id or its alignment makes no sense: damaged file")
 
 
 def _unpickle(pickled: bytes, storages: _Storages, path: str) -> Any:
@@ -134,8 +144,9 @@ class _Storages:
         return storage
 
     def start_of(self, key: str) -> int:
-        """Where the bytes of a storage begin in the file."""
-        return self._archive.start_of(f"data/{key}", self._records[key])
+        """Where the bytes of a storage begin in the file; of an empty one, torch does not look where that is."""
+        record = self._records[key]
+        return self._archive.start_of(f"data/{key}", record) if record.nbytes else record.header
 
 
 def _collect(path: str, found: dict[str, Tensor], storages: _Storages) -> tuple[list[StorageFacts], list[TensorFacts]]:
