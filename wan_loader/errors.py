@@ -22,6 +22,8 @@ caller would catch.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 __all__ = [
     "CacheError",
     "CheckpointError",
@@ -44,6 +46,9 @@ __all__ = [
 class WanLoaderError(Exception):
     """Root of all expected errors."""
 
+    has_lines: ClassVar[bool] = False
+    """Whether line breaks in the message are ours: else they are shown as escapes, as other controls in names."""
+
 
 class CheckpointError(WanLoaderError, ValueError):
     """A checkpoint file is damaged, foreign, unsafe, or changed while it was read."""
@@ -55,6 +60,8 @@ class MissingFileError(CheckpointError, FileNotFoundError):
 
 class KeyMismatchError(WanLoaderError, KeyError):
     """Checkpoint and module disagree about names or shapes; the message lists all of them."""
+
+    has_lines = True
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes, newlines escaped
 

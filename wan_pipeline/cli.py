@@ -7,19 +7,15 @@ answers at once. Results go to stdout, progress and errors to stderr; an expecte
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast, get_args
 
 import typer
 
 from wan_loader import __version__
-from wan_loader.cli.distributed import fail_together
-from wan_loader.cli.interrupt import INTERRUPTED, stop_builds
-from wan_loader.errors import WanLoaderError
-from wan_loader.loader.processes import end_now
+from wan_loader.cli import begin_program
+from wan_loader.cli.program import run_program
 from wan_pipeline.generate import generate, load
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
 
@@ -137,41 +133,8 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def main() -> None:
-    """Entry point of `wan-pipeline`."""
-    try:
-        app()
-    except WanLoaderError as error:
-        code = _fail(error, str(error))
-        fail_together(error)
-        sys.exit(code)
-    except SystemExit as ended:  # Ctrl-C as typer passes it on
-        if ended.code == INTERRUPTED:
-            stop_builds()
-        raise
-    except KeyboardInterrupt:
-        stop_builds()
-        typer.echo("interrupted", err=True)
-        _exit(INTERRUPTED)
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            _exit(_fail(error, f"{os.fsdecode(error.filename)}: {error.strerror}"))
-        if "torch.distributed" not in sys.modules:
-            raise
-        traceback.print_exc()
-        _exit(1)
-
-
-def _exit(code: int) -> None:
-    """After a failure the interpreter's own end may wait for collectives that never finish."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        end_now(code)
-    sys.exit(code)
-
-
-def _fail(error: Exception, text: str) -> int:
-    if {"-v", "--verbose"} & {*sys.argv[1:]}:
-        traceback.print_exception(error)
-    typer.echo(f"error: {text}", err=True)
-    return 1
+def main() -> NoReturn:
+    """Run `wan-pipeline`. Called by a program as its last line, it takes over the program's Ctrl-C."""
+    if sys._getframe(1).f_globals.get("__name__") == "__main__":
+        begin_program()
+    run_program(app)

@@ -199,13 +199,14 @@ def _measure(settings: Settings, machine: dict[str, Any]) -> tuple[dict[str, Any
 
     from wan_loader.bench.document import to_document
     from wan_loader.bench.runner import Case, run_cases
+    from wan_loader.cli.interrupt import unhurried
     from wan_loader.cli.render import error_console
 
     console = error_console()
     cases: list[Case] = []
     interrupted = False
     try:
-        with _ended_by_sigterm():
+        with _ended_by_sigterm(), unhurried():
             run_cases(settings, lambda line: console.print(line, style="dim", markup=False), cases)
     except KeyboardInterrupt:
         if not any(result.samples for case in cases for result in case.results):

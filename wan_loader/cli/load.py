@@ -109,8 +109,9 @@ def _load(
     from wan_loader.cli.render import reading_progress
 
     total = wan_loader.open_checkpoint(path).nbytes
+    load_weights = wan_loader.load  # is imported before there is a progress bar
     with together(device) as (on, group), reading_progress(total) as observer:
-        return wan_loader.load(
+        return load_weights(
             path,
             device=on,
             dtype=dtype,
