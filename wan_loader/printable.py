@@ -7,7 +7,9 @@ Python writes it in a string: `\\x1b`, `\\n`, `\\u202e`, `\\udcff`.
 
 from __future__ import annotations
 
-__all__ = ["printable", "printable_lines"]
+import html
+
+__all__ = ["markup_text", "printable", "printable_lines"]
 
 
 def printable(text: str) -> str:
@@ -18,3 +20,8 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return `text` as `printable` does, with its line breaks left: for text of ours that has several lines."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def markup_text(text: str) -> str:
+    """Return `text` as `printable` does, as HTML and SVG have it."""
+    return html.escape(printable(text))

@@ -6,10 +6,9 @@ answers at once. Results go to stdout, progress and errors to stderr; an expecte
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, cast, get_args
+from typing import Annotated, NoReturn, cast, get_args
 
 import typer
 
@@ -18,9 +17,6 @@ from wan_loader.cli import begin_program
 from wan_loader.cli.program import run_program
 from wan_pipeline.generate import generate, load
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 __all__ = ["app", "main"]
 
@@ -75,10 +71,12 @@ def synth(
     wan-pipeline synth /data/wan --size full                  126 GB, as published
     wan-pipeline synth /data/part --size full --blocks 4 --component high_noise --dtype bf16
     """
+    from wan_loader.cli.output import show
+    from wan_loader.cli.render import byte_progress
     from wan_loader.sizes import format_bytes, format_count
     from wan_pipeline.synth import synth as write
 
-    with _progress(f"writing {directory}") as progress:
+    with byte_progress(f"writing {directory}") as progress:
         report = write(
             directory,
             layout=layout,
@@ -91,7 +89,7 @@ def synth(
             force=force,
             progress=progress,
         )
-    typer.echo(f"{report.directory}: {format_count(len(report.files), 'file')}, {format_bytes(report.nbytes)}")
+    show(f"{report.directory}: {format_count(len(report.files), 'file')}, {format_bytes(report.nbytes)}")
 
 
 @app.command(name="cache-build", hidden=True)
@@ -116,21 +114,6 @@ def cache_build(
     size = None if max_size is None else parse_size(max_size)
     outline = outline_wan(open_wan(directory), parse_dtype(dtype))
     report_build(build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents), json=json)
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr that takes (done, total) bytes; nothing where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def main() -> NoReturn:

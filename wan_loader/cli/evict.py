@@ -77,12 +77,13 @@ def _document(target: str, results: Sequence[Evicted]) -> dict[str, Any]:
 
 
 def _print(target: str, results: Sequence[Evicted]) -> None:
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import marked
     from wan_loader.sizes import format_bytes, format_count
 
     console = output_console()
     before, after = sum(r.resident_before for r in results), sum(r.resident_after or 0 for r in results)
     n_files, nbytes = format_count(len(results), "file"), format_bytes(sum(r.nbytes for r in results))
-    console.print(f"[bold]{plain(target)}[/bold]\n{n_files}, {nbytes}")
+    console.print(marked("[bold]{}[/]\n{}, {}", target, n_files, nbytes))
     console.print(f"in the page cache before: {format_bytes(before)}")
     console.print(f"in the page cache now:    {format_bytes(after)}")

@@ -46,7 +46,7 @@ _unhurried = threading.Event()
 
 
 def begin_work() -> None:
-    """After `cli.begin_program`: from here on Ctrl-C raises KeyboardInterrupt, except in imports. Else nothing is done."""
+    """After `begin_program`: from here on Ctrl-C raises KeyboardInterrupt, except in imports. Else do nothing."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         return
     ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -87,12 +87,13 @@ def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
 
 def _finish(build: Build) -> None:
     from wan_loader.cli.render import error_console, print_warnings
+    from wan_loader.printable import printable
 
     follow_build(build)
     if build.failure is not None:
         print_warnings([f"not cached: {build.failure}"])
     else:
-        error_console().print(f"cached: {build.path}", markup=False)
+        error_console().print(f"cached: {printable(str(build.path))}")
 
 
 def _load(
@@ -126,8 +127,9 @@ def _load(
 
 
 def _verify(path: Path, loaded: Loaded) -> int:
+    from wan_loader.cli.output import say
     from wan_loader.verify import verify
 
     if sys.stderr.isatty() and is_first():
-        print("verifying: reading everything again ...", file=sys.stderr)
+        say("verifying: reading everything again ...")
     return verify(path, loaded.tensors)
