@@ -64,3 +64,19 @@ def test_every_exported_name_exists_and_is_sorted():
     assert wan_loader.__all__ == sorted(wan_loader.__all__)
     for name in wan_loader.__all__:
         assert getattr(wan_loader, name) is not None
+
+
+PRINTERS = {"wan_loader/cli/output.py", "wan_loader/console.py"}
+
+
+@pytest.mark.parametrize("package", ["wan_loader", "wan_pipeline"])
+def test_everything_is_printed_through_one_place(package):
+    """What is printed elsewhere would not be escaped."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if name in PRINTERS or "/inside/" in name:  # inside: in programs of others, which prints nothing
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Name) and node.id in ("print", "Console", "from_markup")), name
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("print_exc", "print_exception")), name
+            assert not (isinstance(node, ast.ImportFrom) and node.module in ("rich.console", "rich.table")), name

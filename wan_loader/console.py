@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -41,5 +40,13 @@ class Columns(Table):
 
 
 def marked(template: str, *values: object) -> Text:
-    """Put values into a template that has rich's markup; they are shown as they are, each in one line."""
-    return Text.from_markup(template.format(*(escape(printable(str(value))) for value in values)), emoji=False)
+    """Put values into a template of rich's markup, each in place of a `{}`; they are shown as they are, in one line."""
+    parts, rest = [], Text.from_markup(template, emoji=False)
+    for value in values:
+        at = rest.plain.index("{}")
+        before, hole, rest = rest.divide([at, at + 2])
+        shown = Text(printable(str(value)))
+        for span in hole.spans:
+            shown.stylize(span.style)
+        parts += [before, shown]
+    return Text.assemble(*parts, rest)

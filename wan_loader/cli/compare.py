@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +76,7 @@ def _document(runs: tuple[Run, Run], found: Sequence[Comparison], worse: Sequenc
             "metric": c.metric,
             "before": c.before,
             "after": c.after,
-            "change": c.change if c.before else None,
+            "change": c.change if math.isfinite(c.change) else None,
             "within_noise": c.within_noise,
             "regression": c in worse,
         }

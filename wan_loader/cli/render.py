@@ -13,6 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from wan_loader.console import Columns, PlainConsole, marked
 from wan_loader.loader.processes import is_first, world_size
@@ -124,22 +125,10 @@ def print_load(report: LoadReport) -> None:
     """The summary and the phase table."""
     console = output_console()
     console.print(marked("[bold]{}[/]", report.target))
-    console.print(
-        marked(
-            "{}, {} -> {} on {}{} in [bold]{}[/]"
-            + (" = [bold]{:s} GB/s[/]" if report.gbps else ", nothing was copied"),
-            format_count(report.n_tensors, "tensor"),
-            format_bytes(report.nbytes_file),
-            format_bytes(report.nbytes_device),
-            report.device,
-            f" as {report.dtype}" if report.dtype else "",
-            format_seconds(report.seconds),
-            f"{report.gbps:.3g}",
-        )
-    )
-    console.print(f"way: {report.io.mode} ({report.io.reason})")
+    console.print(_sizes_and_time(report))
+    console.print(printable(f"way: {report.io.mode} ({report.io.reason})"))
     if report.cache is not None:
-        console.print(f"cache: {_cache_line(report.cache)}")
+        console.print(printable(f"cache: {_cache_line(report.cache)}"))
     console.print()
     console.print(_phase_table(report))
     console.print("phases overlap, so they do not add up to the whole", style="dim")
@@ -150,7 +139,17 @@ def print_load(report: LoadReport) -> None:
     if memory.device_peak_bytes:
         parts.append(f"device peak {format_bytes(memory.device_peak_bytes)}")
     console.print(f"memory: {', '.join(parts)}")
-    console.print(f"slowest: {report.bottleneck.why}")
+    console.print(printable(f"slowest: {report.bottleneck.why}"))
+
+
+def _sizes_and_time(report: LoadReport) -> Text:
+    sizes = f"{format_count(report.n_tensors, 'tensor')}, {format_bytes(report.nbytes_file)}"
+    target = f"{format_bytes(report.nbytes_device)} on {report.device}" + (
+        f" as {report.dtype}" if report.dtype else ""
+    )
+    line = marked("{} -> {} in [bold]{}[/]", sizes, target, format_seconds(report.seconds))
+    rate = marked(" = [bold]{} GB/s[/]", f"{report.gbps:.3g}") if report.gbps else Text(", nothing was copied")
+    return line + rate
 
 
 def _cache_line(cache: CacheReport) -> str:
