@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # Low to high. A module may import from its own room and from those below.
 ROOMS = [
-    {"errors", "printable", "types", "_version"},
+    {"errors", "forks", "printable", "types", "_version"},
     {"atomic", "console", "events", "dtypes", "sizes"},
     {"aio", "linux", "plan", "machine", "mounts"},
     {"workers"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import DeviceError
 from wan_loader.events import span
+from wan_loader.forks import without_forks
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ __all__ = ["current", "device_card", "device_peak_bytes", "is_busy", "reset_devi
 
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
     """The device meant, its CUDA context made. Raises `DeviceError` if there is no such device."""
-    with span(observer, "import"):
+    with span(observer, "import"), without_forks():
         import torch
 
     if device == "auto":

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
+from wan_loader.forks import without_forks
 from wan_loader.loader.binding import is_dtensor
 from wan_loader.loader.exchange import carry
 from wan_loader.loader.peers import Peers, own_connection
@@ -192,7 +193,8 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
     group: None takes the one that the module's DTensors lie on, if there are any. Loads of the same group in several
     threads take turns.
     """
-    import torch.distributed as dist
+    with without_forks():
+        import torch.distributed as dist
 
     if module is not None:
         _reshard(module)
