@@ -35,7 +35,7 @@ class Columns(Table):
 
     def add_row(self, *cells: RenderableType | None, style: Any = None, end_section: bool = False) -> None:
         """Add a row of strings, or of what `marked` makes."""
-        shown = (printable(cell) if isinstance(cell, str) else cell for cell in cells)
+        shown = (Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells)
         super().add_row(*shown, style=style, end_section=end_section)
 
 

@@ -45,6 +45,7 @@ def without_forks() -> Iterator[None]:
 @cache
 def _register() -> None:
     """Have forks wait. Hooks run youngest first: those of modules whose locks imports take must be older than ours."""
+    import concurrent.futures.thread  # noqa: F401
     import logging  # noqa: F401
 
     os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)

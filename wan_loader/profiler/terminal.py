@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.console import Columns, marked
-from wan_loader.printable import printable
 from wan_loader.profiler.bars import timeline_bar
 from wan_loader.profiler.timeline import attribute, by_label
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from wan_loader.console import PlainConsole
+    from rich.console import Console
+
     from wan_loader.profiler.session import Session
 
 __all__ = ["headline", "machine_line", "print_session"]
@@ -44,23 +44,23 @@ def machine_line(session: Session) -> str:
     return ", ".join(parts)
 
 
-def print_session(console: PlainConsole, session: Session) -> None:
+def print_session(console: Console, session: Session) -> None:
     """The whole report."""
     console.print(marked("[bold]{}[/]\n{}", session.report.target, headline(session)))
-    console.print(printable(machine_line(session)), style="dim")
+    console.print(marked("{}", machine_line(session)), style="dim")
     if session.report.io.reason:
-        console.print(printable(f"way: {session.report.io.mode} ({session.report.io.reason})"))
+        console.print(marked("way: {} ({})", session.report.io.mode, session.report.io.reason))
     console.print()
     console.print(_phase_table(session, max(10, min(60, console.width - 60))))
     console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
     if imports := by_label(session.spans, "import")[:10]:
         shown = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds, _ in imports if seconds > 0.005)
-        console.print(printable(f"imports: {shown}"))
+        console.print(marked("imports: {}", shown))
     if len(session.processes) > 1:
         console.print()
         console.print(_process_table(session))
     if session.ceilings:
-        console.print("this machine: " + printable(ceilings_line(session.ceilings)), style="dim")
+        console.print(marked("this machine: {}", ceilings_line(session.ceilings)), style="dim")
     verdict = session.verdict
     console.print(marked(f"\n[{_STYLE[verdict.kind]}]verdict: {{}}[/]  {{}}", verdict.phase, verdict.why))
     for number, advice in enumerate(session.advice, 1):
@@ -69,7 +69,7 @@ def print_session(console: PlainConsole, session: Session) -> None:
     if len(session.advice) > 1:
         console.print("these gains overlap, they do not add up", style="dim")
     for note in session.notes:
-        console.print(f"note: {printable(note)}", style="dim")
+        console.print(marked("note: {}", note), style="dim")
 
 
 def ceilings_line(ceilings: dict[str, float]) -> str:
