@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # Low to high. A module may import from its own room and from those below.
 ROOMS = [
-    {"errors", "types", "_version"},
-    {"arguments", "atomic", "events", "dtypes", "sizes"},
+    {"errors", "forks", "printable", "types", "_version"},
+    {"arguments", "atomic", "console", "events", "dtypes", "sizes"},
     {"aio", "linux", "plan", "machine", "mounts"},
     {"workers"},
     {"formats"},
@@ -64,3 +64,20 @@ def test_every_exported_name_exists_and_is_sorted():
     assert wan_loader.__all__ == sorted(wan_loader.__all__)
     for name in wan_loader.__all__:
         assert getattr(wan_loader, name) is not None
+
+
+PRINTERS = {"wan_loader/cli/output.py", "wan_loader/console.py"}
+
+
+@pytest.mark.parametrize("package", ["wan_loader", "wan_pipeline"])
+def test_everything_is_printed_through_one_place(package):
+    """What is printed elsewhere would not be escaped."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if name in PRINTERS or "/inside/" in name:  # inside: in programs of others, which prints nothing
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("print", "Console", "Table"), f"{name}:{node.lineno}"
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("print_exc", "print_exception")), name
+            assert not (isinstance(node, ast.ImportFrom) and node.module == "rich.table"), name

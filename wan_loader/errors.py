@@ -22,7 +22,7 @@ caller would catch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +50,9 @@ __all__ = [
 
 class WanLoaderError(Exception):
     """Root of all expected errors."""
+
+    has_lines: ClassVar[bool] = False
+    """Whether line breaks in the message are ours: else they are shown as escapes, as other controls in names."""
 
 
 class CheckpointError(WanLoaderError, ValueError):
@@ -81,6 +84,8 @@ class KeyMismatchError(WanLoaderError, KeyError):
         """Names of the checkpoint whose shapes differ, with the shape in the file and that in the module."""
         self.on_meta = tuple(on_meta)
         """Names of the module's tensors that would stay on the meta device."""
+
+    has_lines = True
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes, newlines escaped
 

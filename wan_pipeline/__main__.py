@@ -1,5 +1,21 @@
-"""`python -m wan_pipeline` is `wan-pipeline`."""
+"""`python -m wan_pipeline` and the program `wan-pipeline`."""
 
-from wan_pipeline.cli import main
+from __future__ import annotations
 
-main()
+from typing import NoReturn
+
+from wan_loader.cli import begin_program
+
+__all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """Run `wan-pipeline` in a process of its own."""
+    begin_program()
+    from wan_pipeline.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

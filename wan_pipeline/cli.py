@@ -6,25 +6,17 @@ answers at once. Results go to stdout, progress and errors to stderr; an expecte
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import Annotated, NoReturn, cast, get_args
 
 import typer
 
 from wan_loader import __version__
-from wan_loader.cli.distributed import fail_together
-from wan_loader.cli.interrupt import INTERRUPTED, stop_builds
-from wan_loader.errors import WanLoaderError
-from wan_loader.loader.processes import end_now
+from wan_loader.cli import begin_program
+from wan_loader.cli.program import run_program
 from wan_pipeline.generate import generate, load
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 __all__ = ["app", "main"]
 
@@ -79,10 +71,12 @@ def synth(
     wan-pipeline synth /data/wan --size full                  126 GB, as published
     wan-pipeline synth /data/part --size full --blocks 4 --component high_noise --dtype bf16
     """
+    from wan_loader.cli.output import show
+    from wan_loader.cli.render import byte_progress
     from wan_loader.sizes import format_bytes, format_count
     from wan_pipeline.synth import synth as write
 
-    with _progress(f"writing {directory}") as progress:
+    with byte_progress(f"writing {directory}") as progress:
         report = write(
             directory,
             layout=layout,
@@ -95,7 +89,7 @@ def synth(
             force=force,
             progress=progress,
         )
-    typer.echo(f"{report.directory}: {format_count(len(report.files), 'file')}, {format_bytes(report.nbytes)}")
+    show(f"{report.directory}: {format_count(len(report.files), 'file')}, {format_bytes(report.nbytes)}")
 
 
 @app.command(name="cache-build", hidden=True)
@@ -122,56 +116,8 @@ def cache_build(
     report_build(build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents), json=json)
 
 
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr that takes (done, total) bytes; nothing where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def main() -> None:
-    """Entry point of `wan-pipeline`."""
-    try:
-        app()
-    except WanLoaderError as error:
-        code = _fail(error, str(error))
-        fail_together(error)
-        sys.exit(code)
-    except SystemExit as ended:  # Ctrl-C as typer passes it on
-        if ended.code == INTERRUPTED:
-            stop_builds()
-        raise
-    except KeyboardInterrupt:
-        stop_builds()
-        typer.echo("interrupted", err=True)
-        _exit(INTERRUPTED)
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            _exit(_fail(error, f"{os.fsdecode(error.filename)}: {error.strerror}"))
-        if "torch.distributed" not in sys.modules:
-            raise
-        traceback.print_exc()
-        _exit(1)
-
-
-def _exit(code: int) -> None:
-    """After a failure the interpreter's own end may wait for collectives that never finish."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        end_now(code)
-    sys.exit(code)
-
-
-def _fail(error: Exception, text: str) -> int:
-    if {"-v", "--verbose"} & {*sys.argv[1:]}:
-        traceback.print_exception(error)
-    typer.echo(f"error: {text}", err=True)
-    return 1
+def main() -> NoReturn:
+    """Run `wan-pipeline`. Called by a program as its last line, it takes over the program's Ctrl-C."""
+    if sys._getframe(1).f_globals.get("__name__") == "__main__":
+        begin_program()
+    run_program(app)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader.cli.distributed import own_file
-from wan_loader.cli.output import check_outputs, print_json, write_json
+from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
 from wan_loader.errors import OptionError
 from wan_loader.loader.processes import is_first, world_size
 from wan_pipeline.checkpoint import open_wan
@@ -216,11 +216,11 @@ def _finish_cache(report: dict[str, Any], pipe: WanT2V) -> None:
     if report["cache"] is None:
         return
     state, reason, entry = (report["cache"][name] for name in ("state", "reason", "entry"))
-    typer.echo(f"cache: read from {entry}" if state == "hit" else f"cache: {reason}", err=True)
+    say(f"cache: read from {entry}" if state == "hit" else f"cache: {reason}")
     if pipe.build is not None:
         follow_build(pipe.build)
         failure = pipe.build.failure
-        typer.echo(f"cached: {pipe.build.path}" if failure is None else f"not cached: {failure}", err=True)
+        say(f"cached: {pipe.build.path}" if failure is None else f"not cached: {failure}")
 
 
 def _checked_request(checkpoint: WanCheckpoint, prompt: str, settings: dict[str, Any]) -> Request:
@@ -240,7 +240,7 @@ def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
         if not is_first():
             warnings.simplefilter("ignore")
     if is_first():
-        typer.echo(f"preset {pipe.preset_reason}", err=True)
+        say(f"preset {pipe.preset_reason}")
     return pipe
 
 
@@ -264,8 +264,8 @@ def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, res
         return
     first = report["pipeline"]["time_to_first_step_s"]
     if first is not None:
-        typer.echo(f"time to first denoising step: {first:.2f} s", err=True)
+        say(f"time to first denoising step: {first:.2f} s")
     if json:
         print_json(report)
     else:
-        typer.echo(result)
+        show(result)

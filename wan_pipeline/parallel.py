@@ -15,7 +15,6 @@ process 0 has the VAE and decodes; the others wait for it without a time limit, 
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from wan_loader.errors import OptionError, WanLoaderError
 from wan_loader.loader.api import load_into
 from wan_loader.loader.processes import end_now, join, use_device, world_size
 from wan_loader.loader.sharding import rows
+from wan_loader.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,7 +158,9 @@ def _is_connection(error: RuntimeError) -> bool:
 
 
 def _end_now(problem: str) -> None:
-    print(f"error: {problem}", file=sys.stderr)
+    from wan_loader.cli.output import say
+
+    say(f"error: {printable(problem)}")
     end_now(1)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from wan_loader.cli.output import say
 from wan_loader.events import clock_ns
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ def phase_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int],
     if not sys.stderr.isatty():
         yield _lines()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from wan_loader.console import PlainConsole
+
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=PlainConsole(stderr=True)) as bar:
         tasks = {}
 
         def show(phase: str, done: int, total: int) -> None:
@@ -44,6 +46,6 @@ def _lines() -> Callable[[str, int, int], None]:
     def show(phase: str, done: int, total: int) -> None:
         start_ns = started.setdefault(phase, clock_ns())
         if done == total:
-            print(f"{phase}: {total} done in {(clock_ns() - start_ns) / 1e9:.2f} s", file=sys.stderr, flush=True)
+            say(f"{phase}: {total} done in {(clock_ns() - start_ns) / 1e9:.2f} s")
 
     return show

@@ -170,6 +170,70 @@ def test_damaged_spans(tmp_path, row):
         read_session(path)
 
 
+def put(document, value, *keys):
+    """Put a value where the keys lead, as JSON has it."""
+    for key in keys[:-1]:
+        document = document[key]
+    document[keys[-1]] = value
+
+
+ABSURD = [10**400, -(10**400), 1 << 63, 1e308, float("inf"), float("nan"), "x", {}, [[]], True]
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=lambda value: ascii(value)[:9])
+def test_absurd_numbers_are_session_errors(tmp_path, value):
+    """Wherever something is computed with them: a time, a size, a rate, a count."""
+    path = tmp_path / "run.json"
+    for keys in (
+        ("seconds",),
+        ("nbytes_file",),
+        ("n_tensors",),
+        ("phases", 0, "nbytes"),
+        ("phases", 0, "busy_s"),
+        ("memory", "host_peak_bytes"),
+        ("verdict", "lost_s"),
+        ("ceilings", "disk_gbps"),
+        ("processes", 0, "end_ns"),
+        ("processes", 0, "spans", 0, 2),
+        ("subject",),
+    ):
+        document = make_session().to_json()
+        put(document, value, *keys)
+        path.write_text(json.dumps(document))
+        with pytest.raises(SessionError, match=r"run\.json"):
+            read_session(path)
+
+
+@pytest.mark.parametrize("key", ["machine", "settings", "storage"])
+@pytest.mark.parametrize("value", [10**400, float("nan"), json.loads("[" * 50 + "]" * 50)], ids=["huge", "nan", "deep"])
+def test_what_is_only_shown_can_be_shown(tmp_path, key, value):
+    document = make_session().to_json()
+    document[key]["cores"] = value
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    with pytest.raises(SessionError, match=f"{key} holds"):
+        read_session(tmp_path / "run.json")
+
+
+def test_numbers_at_the_border_are_numbers(tmp_path):
+    document = make_session().to_json()
+    put(document, (1 << 63) - 1, "nbytes_file")
+    put(document, -0.5, "verdict", "lost_s")  # less was needed than at the ceiling
+    put(document, -5, "processes", 0, "start_ns")
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    session = read_session(tmp_path / "run.json")
+    assert session.report.nbytes_file == (1 << 63) - 1
+    assert session.verdict.lost_s == -0.5
+    assert session.processes[0].start_ns == -5
+
+
+def test_a_process_that_ends_before_it_begins(tmp_path):
+    document = make_session().to_json()
+    put(document, 3 * S, "processes", 0, "start_ns")
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    with pytest.raises(SessionError, match="ends before it begins"):
+        read_session(tmp_path / "run.json")
+
+
 def make_program():
     """Two ranks and a launcher, with samples."""
     spans = (

@@ -6,6 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.table import HEADERS, case_rows, case_title, footnotes, machine_line
+from wan_loader.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +17,7 @@ __all__ = ["to_markdown"]
 def to_markdown(document: Mapping[str, Any]) -> str:
     """One table a case, the machine, the command, what was called, and the warnings."""
     lines = ["# Loading measured", "", f"{_plain(machine_line(document['machine']))}. {document['created']}.", ""]
-    lines += ["```console", f"$ {shlex.join(document['argv'])}", "```", ""]
+    lines += ["```console", f"$ {printable(shlex.join(document['argv']))}", "```", ""]
     for case in document["cases"]:
         lines += [f"## {_plain(case_title(case, document))}", ""]
         if case["failure"]:
@@ -45,5 +46,4 @@ _CONDITIONS = (
 
 def _plain(text: str) -> str:
     """Text of a checkpoint or a loader, without anything that Markdown takes for its own."""
-    shown = "".join(c if c.isprintable() else " " for c in text)
-    return shown.replace("|", "\\|").replace("<", "&lt;")
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")

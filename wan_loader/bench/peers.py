@@ -114,7 +114,7 @@ def _component_class(task: Task) -> tuple[Any, str]:
         raise NotApplicableError("no component directory: it has no config.json beside the weights")
     try:
         facts = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
         raise NotApplicableError("config.json is not a component's")

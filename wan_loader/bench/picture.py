@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.table import case_title, machine_line, ordered, why_no_time
+from wan_loader.printable import markup_text
 from wan_loader.profiler.charts import axis_step
 from wan_loader.sizes import format_seconds
 
@@ -166,10 +166,9 @@ def _median_sample(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _text(
     x: float, y: float, text: str, *, anchor: str = "start", colour: str = _INK, size: int = 13, weight: int = 400
 ) -> str:
-    shown = "".join(c if c.isprintable() else " " for c in text)
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}" '
-        f'font-weight="{weight}">{escape(shown)}</text>'
+        f'font-weight="{weight}">{markup_text(text)}</text>'
     )
 
 

@@ -37,6 +37,7 @@ _LOG = logging.getLogger("wan_loader")
 _DIGEST_READ_BYTES = 16 << 20
 
 _running: set[Build] = set()
+os.register_at_fork(after_in_child=_running.clear)  # no thread writes them there
 
 
 class _StoppedError(Exception):

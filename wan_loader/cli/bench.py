@@ -199,14 +199,16 @@ def _measure(settings: Settings, machine: dict[str, Any]) -> tuple[dict[str, Any
 
     from wan_loader.bench.document import to_document
     from wan_loader.bench.runner import Case, run_cases
+    from wan_loader.cli.interrupt import unhurried
     from wan_loader.cli.render import error_console
+    from wan_loader.printable import printable
 
     console = error_console()
     cases: list[Case] = []
     interrupted = False
     try:
-        with _ended_by_sigterm():
-            run_cases(settings, lambda line: console.print(line, style="dim", markup=False), cases)
+        with _ended_by_sigterm(), unhurried():
+            run_cases(settings, lambda line: console.print(printable(line), style="dim"), cases)
     except KeyboardInterrupt:
         if not any(result.samples for case in cases for result in case.results):
             raise
@@ -258,31 +260,31 @@ def _show(document: dict[str, Any], *, json: bool) -> None:
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from wan_loader.bench.table import HEADERS, case_rows, case_title, footnotes, machine_line, visible_columns
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import Columns, marked
+    from wan_loader.printable import printable
 
     console = output_console()
     if not console.is_terminal:
         console.width = _WIDE
-    console.print(plain(machine_line(document["machine"])), style="dim")
+    console.print(printable(machine_line(document["machine"])), style="dim")
     for case in document["cases"]:
-        console.print(f"\n[bold]{plain(case_title(case, document))}[/bold]")
+        console.print(marked("\n[bold]{}[/]", case_title(case, document)))
         if case["failure"]:
-            console.print(f"nothing was measured: {plain(case['failure'])}")
+            console.print(f"nothing was measured: {printable(case['failure'])}")
             continue
         rows = case_rows(case)
         shown = visible_columns(rows, console.width)
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        table = Columns()
         for i in shown:
             table.add_column(HEADERS[i], justify="right" if i else "left", no_wrap=True)
         for row in rows:
             if row[2]:
-                table.add_row(*(plain(row[i]) for i in shown))
+                table.add_row(*(row[i] for i in shown))
         console.print(table)
         for row in rows:
             if not row[2]:
-                console.print(f"{plain(row[0])}: {plain(row[1])}", style="dim")
+                console.print(printable(f"{row[0]}: {row[1]}"), style="dim")
         for note in footnotes(case):
-            console.print(plain(note), style="dim")
+            console.print(printable(note), style="dim")

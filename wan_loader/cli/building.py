@@ -34,17 +34,20 @@ def report_build(build: Build | Path | None, *, json: bool) -> None:
 
 def _say_built(state: str, path: Path, nbytes: int, seconds: float, *, json: bool) -> None:
     from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import marked
+    from wan_loader.printable import printable
     from wan_loader.sizes import format_bytes, format_seconds
 
     if json:
         document = {"state": state, "entry": str(path), "nbytes_written": nbytes, "seconds": seconds}
         print_json({"schema_version": 1, "command": "cache build", **document})
     elif state == "built":
-        done = f"[bold]{format_bytes(nbytes)}[/bold] in {format_seconds(seconds)}"
-        output_console().print(f"written: {done}\n{plain(str(path))}")
+        output_console().print(
+            marked("written: [bold]{}[/] in {}\n{}", format_bytes(nbytes), format_seconds(seconds), path)
+        )
     else:
-        output_console().print(f"there is a valid entry already\n{plain(str(path))}")
+        output_console().print(f"there is a valid entry already\n{printable(str(path))}")
 
 
 @contextmanager

@@ -136,27 +136,27 @@ def _as_json(listed: Listed) -> dict[str, Any]:
 
 
 def _print_entries(store: Store | None, listed: list[Listed]) -> None:
-    from rich.table import Table
-
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import Columns
+    from wan_loader.printable import printable
     from wan_loader.sizes import format_age, format_bytes
 
     console = output_console()
     if store is None or not listed:
         console.print("the cache is empty")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Columns()
     for title in ("entry", "size", "dtype", "used", "state", "source"):
         justify: Literal["left", "right"] = "right" if title == "size" else "left"
         table.add_column(title, justify=justify, no_wrap=title != "source", overflow="fold")
     for x in listed:
         dtype, source = (x.manifest.dtype or "", x.manifest.label) if x.manifest else ("", "")
         used = f"{format_age(time.time() - x.used)} ago"
-        table.add_row(x.key[:12], format_bytes(x.nbytes), dtype, used, plain(x.state), plain(source))
+        table.add_row(x.key[:12], format_bytes(x.nbytes), dtype, used, x.state, source)
     if not console.is_terminal:
         console.width = 10_000  # one line an entry
     console.print(table)
-    console.print(f"{format_bytes(sum(x.nbytes for x in listed))} in {plain(str(store.root))}")
+    console.print(f"{format_bytes(sum(x.nbytes for x in listed))} in {printable(str(store.root))}")
 
 
 @app.command()
@@ -178,7 +178,8 @@ def verify(
         wan-loader cache verify
     """
     from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import marked
 
     store = _store(cache_dir)
     wanted = _wanted(store, entry)
@@ -191,7 +192,7 @@ def verify(
         print_json({"schema_version": 1, "command": "cache verify", "verified": len(wanted), "damaged": damaged})
     else:
         for key, wrong in damaged.items():
-            output_console().print(f"[red]damaged[/red] {key[:12]}: {plain('; '.join(wrong))}")
+            output_console().print(marked("[red]damaged[/] {}: {}", key[:12], "; ".join(wrong)))
         sound, of = len(wanted) - len(damaged), _count(wanted)
         aside = f", {len(damaged)} damaged: set aside, built again by the next load" if damaged else ""
         output_console().print(f"{sound} of {of} {'is' if len(wanted) == 1 else 'are'} sound{aside}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +76,7 @@ def _document(runs: tuple[Run, Run], found: Sequence[Comparison], worse: Sequenc
             "metric": c.metric,
             "before": c.before,
             "after": c.after,
-            "change": c.change if c.before else None,
+            "change": c.change if math.isfinite(c.change) else None,
             "within_noise": c.within_noise,
             "regression": c in worse,
         }
@@ -114,20 +115,19 @@ def _doubts(runs: tuple[Run, Run]) -> list[str]:
 
 
 def _print(found: Sequence[Comparison], worse: Sequence[Comparison]) -> None:
-    from rich.table import Table
-
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import Columns, marked
     from wan_loader.sizes import format_bytes, format_seconds
 
-    table = Table("what", "metric", "before", "after", "change", "", box=None, pad_edge=False, header_style="bold")
+    table = Columns("what", "metric", "before", "after", "change", "")
     for c in found:
         shown = format_bytes if c.metric in ("host", "pinned", "device", "disk") else format_seconds
         verdicts = ["[red]worse[/]"] * (c in worse) + ["within noise"] * bool(c.change and c.within_noise)
         change = f"{c.change:+.1%}" if abs(c.change) < _MANY else f"{c.change * 100:+.3g}%"
-        table.add_row(plain(c.name), c.metric, shown(c.before), shown(c.after), change, ", ".join(verdicts))
+        table.add_row(c.name, c.metric, shown(c.before), shown(c.after), change, marked(", ".join(verdicts)))
     console = output_console()
     if not console.is_terminal:
         console.width = 1000
     console.print(table)
     if worse:
-        console.print(f"[red]{len(worse)} of {len(found)} became worse than allowed[/]")
+        console.print(f"{len(worse)} of {len(found)} became worse than allowed", style="red")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from wan_loader.errors import WanLoaderError
 from wan_loader.loader.processes import end_now, join, process_rank, tell_others, world_size
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["fail_together", "own_file", "together"]
+__all__ = ["end", "fail_together", "own_file", "together"]
 
 
 def own_file(path: Path | None) -> Path | None:
@@ -27,9 +27,20 @@ def fail_together(error: WanLoaderError | OSError) -> None:
     """In a distributed run: tell processes that wait for this one, and end it, whatever hangs in a collective."""
     with suppress(WanLoaderError):  # what is wrong with the environment was said
         tell_others(error)
+    _end_if_joined(1)
+
+
+def end(code: int) -> NoReturn:
+    """End with an exit code. After a failure the interpreter's own end may wait for collectives that never finish."""
+    if code:
+        _end_if_joined(code)
+    sys.exit(code)
+
+
+def _end_if_joined(code: int) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        end_now(1)
+        end_now(code)
 
 
 @contextmanager

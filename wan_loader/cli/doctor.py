@@ -90,26 +90,26 @@ def _document(
 
 
 def _print(console: Any, document: dict[str, Any], *, device: str, since: float | None) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    from wan_loader.console import Columns, marked
+    from wan_loader.printable import printable
 
-    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts = Columns(show_header=False)
     for title, text in (*_machine(document, device), *_files(document)):
-        facts.add_row(title, escape(text))
+        facts.add_row(title, text)
     console.print(facts)
-    rates = Table("\nwhat", "\nat best", box=None, pad_edge=False, header_style="bold")
+    rates = Columns("\nwhat", "\nat best")
     for key, value in document["ceilings"].items():
         rates.add_row(_RATES.get(key, key), f"{value:.2f} {'GB/s' if key.endswith('_gbps') else 's'}")
     console.print(rates)
     if len(document["measured_now"]) < len(document["ceilings"]):
         console.print(_measured_before(document, since), style="dim")
     for note in document["notes"]:
-        console.print(f"note: {escape(note)}", style="dim")
+        console.print(f"note: {printable(note)}", style="dim")
     console.print()
     for number, item in enumerate(document["advice"], 1):
-        console.print(f"[bold]{number}. {escape(item['text'])}[/bold]\n   {escape(item['evidence'])}")
+        console.print(marked("[bold]{}. {}[/]\n   {}", number, item["text"], item["evidence"]))
     if not document["advice"]:
-        console.print("[bold green]nothing is wrong with this machine[/]")
+        console.print("nothing is wrong with this machine", style="bold green")
 
 
 def _machine(document: dict[str, Any], device: str) -> Iterator[tuple[str, str]]:

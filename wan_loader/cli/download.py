@@ -93,16 +93,18 @@ def _document(result: Downloaded, *, dry_run: bool) -> dict[str, Any]:
 
 
 def _print(result: Downloaded, *, dry_run: bool) -> None:
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import marked
+    from wan_loader.printable import printable
     from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
     console = output_console()
-    console.print(f"[bold]{plain(result.directory)}[/bold]")
-    console.print(f"{plain(result.repository)} at {plain(result.revision[:12])}, {result.layout} layout")
+    console.print(marked("[bold]{}[/]", result.directory))
+    console.print(marked("{} at {}, {} layout", result.repository, result.revision[:12], result.layout))
     if dry_run:
         console.print()
         for file, status in result.files:
-            console.print(f"{status:9} {format_bytes(file.nbytes):>8}  {plain(file.path)}")
+            console.print(f"{status:9} {format_bytes(file.nbytes):>8}  {printable(file.path)}")
         missing = format_bytes(result.nbytes_missing)
         console.print(f"\n{missing} of {format_bytes(result.nbytes)} are to be downloaded")
         return

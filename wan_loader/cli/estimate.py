@@ -164,19 +164,19 @@ def _row(prediction: Any) -> dict[str, Any]:
 
 
 def _print(document: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from wan_loader.cli.render import output_console
+    from wan_loader.console import Columns, marked
     from wan_loader.sizes import format_bytes, format_rate, format_seconds
 
     console = output_console()
     cast = document["nbytes_converted"]
+    console.print(marked("[bold]{}[/]", document["target"]))
     console.print(
-        f"[bold]{document['target']}[/bold]\n{format_bytes(document['nbytes'])} to {document['device']}"
+        f"{format_bytes(document['nbytes'])} to {document['device']}"
         + (f", {format_bytes(cast)} of it converted" if cast else "")
         + "; cold, everything at its rate, imports before the first byte\n"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Columns()
     for title in ("storage", "reads", "start", "disk", "copy", "cast", "fixed", "limit"):
         table.add_column(title, justify="left" if title in ("storage", "limit") else "right", no_wrap=True)
     for row in document["estimates"]:

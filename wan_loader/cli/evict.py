@@ -85,13 +85,14 @@ def _total(counts: Iterable[int | None]) -> int | None:
 
 
 def _print(target: str, results: Sequence[Evicted]) -> None:
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import marked
     from wan_loader.sizes import format_bytes, format_count
 
     console = output_console()
     before, after = _total(r.resident_before for r in results), _total(r.resident_after for r in results)
     n_files, nbytes = format_count(len(results), "file"), format_bytes(sum(r.nbytes for r in results))
-    console.print(f"[bold]{plain(target)}[/bold]\n{n_files}, {nbytes}")
+    console.print(marked("[bold]{}[/]\n{}, {}", target, n_files, nbytes))
     for when, resident in (("before: ", before), ("now:    ", after)):
         cached = "unknown how much" if resident is None else format_bytes(resident)
         console.print(f"in the page cache {when}{cached}")

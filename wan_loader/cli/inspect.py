@@ -85,28 +85,27 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
 
 
 def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from wan_loader.cli.render import output_console, plain, print_warnings
+    from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.console import Columns, marked
     from wan_loader.sizes import format_bytes, format_count, format_share
 
     console = output_console()
-    console.print(f"[bold]{plain(checkpoint.path)}[/bold]")
+    console.print(marked("[bold]{}[/]", checkpoint.path))
     n_tensors = format_count(document["n_tensors"], "tensor")
     console.print(f"{document['format']}, {n_tensors}, {format_bytes(document['nbytes'])}\n")
-    dtypes = Table("dtype", "tensors", "bytes", box=None, pad_edge=False, header_style="bold")
+    dtypes = Columns("dtype", "tensors", "bytes")
     for row in document["dtypes"]:
         dtypes.add_row(row["dtype"], str(row["n_tensors"]), format_bytes(row["nbytes"]))
     console.print(dtypes)
-    files = Table("\nfile", "\nbytes", "in the\npage cache", box=None, pad_edge=False, header_style="bold")
+    files = Columns("\nfile", "\nbytes", "in the\npage cache")
     for row in document["files"]:
         share = format_share(row["resident"], row["nbytes"])
-        files.add_row(plain(os.path.basename(row["path"])), format_bytes(row["nbytes"]), share)
+        files.add_row(os.path.basename(row["path"]), format_bytes(row["nbytes"]), share)
     console.print(files)
     if "tensors" in document:
-        listing = Table("\ntensor", "\ndtype", "\nshape", "\nbytes", box=None, pad_edge=False, header_style="bold")
+        listing = Columns("\ntensor", "\ndtype", "\nshape", "\nbytes")
         for row in document["tensors"]:
             shape = "x".join(map(str, row["shape"])) or "scalar"
-            listing.add_row(plain(row["name"]), row["dtype"], shape, format_bytes(row["nbytes"]))
+            listing.add_row(row["name"], row["dtype"], shape, format_bytes(row["nbytes"]))
         console.print(listing)
     print_warnings(document["warnings"])

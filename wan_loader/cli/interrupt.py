@@ -1,17 +1,156 @@
-"""What Ctrl-C ends beside the command itself."""
+"""Ctrl-C ends a program of ours within a second, whatever it is doing.
+
+Python raises KeyboardInterrupt at the next step of its own code in the main thread. That alone does not do: libraries
+swallow it while they are imported, or stay half imported; a call into C may take seconds; and the interpreter's own end
+takes long once torch is there. So, in a process that is ours:
+
+* Until the command begins, and in the imports of libraries, SIGINT has its default action. Nothing is to be cleaned up.
+* Otherwise KeyboardInterrupt is raised and commands clean up. Then the process ends without the interpreter's end.
+* A thread ends the process if it is still there after `_GRACE_S`. What stays behind then is what a kill would leave,
+  which every command copes with the next time.
+
+Nothing of this happens in a process that merely calls our `main`, or where SIGINT is ignored. Imports little.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, NoReturn
 
-__all__ = ["INTERRUPTED", "stop_builds"]
+from wan_loader.cli.output import flush_output, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+__all__ = ["INTERRUPTED", "begin_work", "end_interrupted", "hand_over", "unhurried", "was_interrupted"]
 
 #: Exit code after Ctrl-C.
 INTERRUPTED = 130
 
+#: How long after Ctrl-C a command may clean up.
+_GRACE_S = 0.6
+#: What a terminal is told that may have been left without a cursor, by a progress bar.
+_SHOW_CURSOR = b"\x1b[?25h"
 
-def stop_builds() -> None:
+_was_interrupted = threading.Event()
+_unhurried = threading.Event()
+
+
+def begin_work() -> None:
+    """After `begin_program`: from here on Ctrl-C raises KeyboardInterrupt, except in imports. Else do nothing."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        return
+    ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(ours, True)
+    with suppress(RuntimeError):  # no thread is allowed here: Ctrl-C then takes what it takes
+        threading.Thread(target=_end_in_time, args=(ours,), name="ctrl-c", daemon=True).start()
+    signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.meta_path.insert(0, _GuardedImports())
+
+
+def hand_over() -> None:
+    """Leave Ctrl-C to a program that is run in this process, as Python leaves it; imports stay guarded."""
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C raised KeyboardInterrupt, which something else may have been made of since."""
+    return _was_interrupted.is_set()
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """After Ctrl-C in the body, take the time that is needed: there are results to show, or much to remove."""
+    _unhurried.set()
+    try:
+        yield
+    finally:
+        _unhurried.clear()
+
+
+def end_interrupted() -> NoReturn:
+    """End what is left of an interrupted command: now, in a process that is ours."""
+    _stop_builds()
+    if was_interrupted():
+        say("interrupted")
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        flush_output()
+        os._exit(INTERRUPTED)
+    sys.exit(INTERRUPTED)
+
+
+def _stop_builds() -> None:
     """End cache entries that are being written: the interpreter would wait for them. Imports nothing."""
     module = sys.modules.get("wan_loader.cache.build")
     if module is not None:
         module.stop_builds()
+
+
+def _interrupt(*_: object) -> None:
+    _was_interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _end_in_time(signals: int) -> None:
+    """Wait for SIGINT, of which Python's own handler in C tells here at once, and see to it that the process ends."""
+    while numbers := os.read(signals, 64):
+        is_meant = signal.getsignal(signal.SIGINT) in (_interrupt, signal.SIG_DFL)
+        if signal.SIGINT in numbers and is_meant and not _unhurried.is_set():
+            time.sleep(_GRACE_S)
+            if os.isatty(2):
+                os.write(2, _SHOW_CURSOR)
+            os._exit(INTERRUPTED)
+
+
+@contextmanager
+def _default_action() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _GuardedImports(MetaPathFinder):
+    """Gives SIGINT its default action while a library is imported, with all that it imports."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find a module as Python does, if its import is to be guarded."""
+        if signal.getsignal(signal.SIGINT) not in (_interrupt, signal.default_int_handler):
+            return None  # guarded already, or another's
+        package = name.partition(".")[0]
+        if package in sys.stdlib_module_names or package.startswith("wan_"):
+            return None
+        if threading.current_thread() is not threading.main_thread():
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _GuardedLoader(spec.loader)
+        return spec
+
+
+class _GuardedLoader(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        with _default_action():
+            return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._loader
+        with _default_action():
+            self._loader.exec_module(module)

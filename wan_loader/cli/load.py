@@ -90,12 +90,13 @@ def _tell(path: Path, loaded: Loaded, *, part: str | None, verify: bool, json: b
 
 def _finish(build: Build) -> None:
     from wan_loader.cli.render import error_console, print_warnings
+    from wan_loader.printable import printable
 
     follow_build(build)
     if build.failure is not None:
         print_warnings([f"not cached: {build.failure}"])
     else:
-        error_console().print(f"cached: {build.path}", markup=False)
+        error_console().print(f"cached: {printable(str(build.path))}")
 
 
 def _load(
@@ -113,8 +114,9 @@ def _load(
     from wan_loader.cli.render import reading_progress
 
     total = wan_loader.open_checkpoint(path, part=part).nbytes
+    load_weights = wan_loader.load  # is imported before there is a progress bar
     with together(device) as (on, group), reading_progress(total) as observer:
-        return wan_loader.load(
+        return load_weights(
             path,
             device=on,
             dtype=dtype,
@@ -130,8 +132,9 @@ def _load(
 
 
 def _verify(path: Path, loaded: Loaded, part: str | None) -> int:
+    from wan_loader.cli.output import say
     from wan_loader.verify import verify
 
     if sys.stderr.isatty() and is_first():
-        print("verifying: reading everything again ...", file=sys.stderr)
+        say("verifying: reading everything again ...")
     return verify(path, loaded.tensors, part=part)

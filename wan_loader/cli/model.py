@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from wan_loader.printable import printable
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -20,8 +22,8 @@ _TITLES = {"text_encoder": "text encoder", "transformer": "high-noise expert", "
 
 def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
     """Print what the directory holds; exits with 1 if it is not complete."""
-    from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import error_console, plain, print_warnings
+    from wan_loader.cli.output import print_json, say
+    from wan_loader.cli.render import print_warnings
     from wan_loader.sizes import format_count
 
     document = _document(path, inventory)
@@ -34,14 +36,12 @@ def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
         return
     what = [f"{_names(inventory)} missing"] if inventory.absent else []
     what += [f"{format_count(len(inventory.damaged), 'part')} damaged"] if inventory.damaged else []
-    error_console().print(f"error: {plain(str(path))} is not complete: {'; '.join(what)}: {_advice(path, inventory)}")
+    say(printable(f"error: {path} is not complete: {'; '.join(what)}: {_advice(path, inventory)}"))
     raise typer.Exit(1)
 
 
 def _names(inventory: Inventory) -> str:
-    from wan_loader.cli.render import plain
-
-    names = [plain(missing.path) for missing in inventory.absent]
+    names = [missing.path for missing in inventory.absent]
     names[_MAX_NAMED:] = [f"{len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
     return f"{', '.join(names[:-1])} and {names[-1]} are" if len(names) > 1 else f"{names[0]} is"
 
@@ -49,14 +49,13 @@ def _names(inventory: Inventory) -> str:
 def _advice(path: Path, inventory: Inventory) -> str:
     import shlex
 
-    from wan_loader.cli.render import plain
     from wan_loader.hub.layouts import REPOSITORIES
 
     repository = inventory.repository or REPOSITORIES[inventory.layout]
     first = "delete what is damaged; " if inventory.damaged else ""
     if inventory.repository is None and not inventory.has_two_experts:
         return f"{first}finish the download"
-    return plain(f"{first}wan-loader download {repository} --to {shlex.quote(str(path))} gets what is missing")
+    return f"{first}wan-loader download {repository} --to {shlex.quote(str(path))} gets what is missing"
 
 
 def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
@@ -100,18 +99,15 @@ def _part(name: str, part: Checkpoint) -> dict[str, Any]:
 
 
 def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import Columns, marked
     from wan_loader.sizes import format_bytes, format_share
 
     console = output_console()
-    console.print(f"[bold]{plain(str(path))}[/bold]")
+    console.print(marked("[bold]{}[/]", path))
     origin = f", from {inventory.repository} at {str(inventory.revision)[:12]}" if inventory.repository else ""
-    console.print(f"WAN2.2, {inventory.layout} layout{plain(origin)}\n")
-    parts = Table(
-        "part", "files", "tensors", "bytes", "dtypes", "page cache", box=None, pad_edge=False, header_style="bold"
-    )
+    console.print(f"WAN2.2, {inventory.layout} layout{printable(origin)}\n")
+    parts = Columns("part", "files", "tensors", "bytes", "dtypes", "page cache")
     for row in document["parts"]:
         share = format_share(row["resident"], row["nbytes_file"])
         title, dtypes = _title(row["name"], inventory), ", ".join(row["dtypes"])
@@ -120,13 +116,13 @@ def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
     if document["parts"]:
         console.print(parts)
     for name, error in inventory.damaged:
-        console.print(f"\n[bold red]damaged[/]: {_title(name, inventory)}: {plain(error)}")
+        console.print(marked("\n[bold red]damaged[/]: {}: {}", _title(name, inventory), error))
     if inventory.absent:
-        console.print("\n[bold]missing[/]")
+        console.print("\nmissing", style="bold")
     for file in inventory.absent:
         size = "" if file.nbytes is None else f", {format_bytes(file.nbytes)}"
         here = f", {format_bytes(file.nbytes_here)} of that are here" if file.nbytes_here else ""
-        console.print(f"{plain(file.path)}{size}{here}")
+        console.print(f"{printable(file.path)}{size}{here}")
 
 
 def _title(name: str, inventory: Inventory) -> str:

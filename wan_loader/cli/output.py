@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -11,11 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.atomic import write_text
 from wan_loader.errors import OutputError
+from wan_loader.printable import printable, printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["check_outputs", "flush_output", "print_json", "to_text", "write_json", "writing"]
+__all__ = [
+    "check_outputs",
+    "flush_output",
+    "open_streams",
+    "print_json",
+    "say",
+    "show",
+    "to_text",
+    "write_json",
+    "writing",
+]
 
 
 def check_outputs(*paths: Path | None, force: bool) -> None:
@@ -47,7 +59,7 @@ def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
             failures.append(str(error))
     yield
     if written:
-        print(f"written: {', '.join(written)}", file=sys.stderr)
+        say(f"written: {', '.join(map(printable, written))}")
     if failures:
         raise OutputError("; ".join(failures))
 
@@ -65,6 +77,35 @@ def to_text(document: dict[str, Any]) -> str:
 def print_json(document: dict[str, Any]) -> None:
     """One document on stdout."""
     print(json.dumps(document, indent=2))
+
+
+def say(text: str) -> None:
+    """Print a line, or several, on stderr; what a terminal would act upon is shown as an escape."""
+    print(printable_lines(text), file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Print a line, or several, of results on stdout, as `say` does."""
+    print(printable_lines(text))
+
+
+def open_streams() -> None:
+    """Make the three standard streams usable, whatever they are.
+
+    One that is closed leads nowhere from now on: else the next file that is opened would get its number, and what is
+    printed. What the encoding of a terminal lacks is written as an escape.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def flush_output() -> OSError | None:

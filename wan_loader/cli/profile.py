@@ -14,8 +14,7 @@ from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, 
 from wan_loader.loader.processes import is_first
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from wan_loader.console import PlainConsole
     from wan_loader.profiler.assemble import Surroundings
     from wan_loader.profiler.session import Session
 
@@ -101,7 +100,7 @@ def _program(context: typer.Context) -> list[str] | None:
 
 def render_session(
     session: Session,
-    console: Console,
+    console: PlainConsole,
     *,
     json: bool = False,
     output: Path | None = None,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -15,9 +13,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.text import Text
 
+from wan_loader.console import Columns, PlainConsole, marked
 from wan_loader.loader.processes import is_first, world_size
+from wan_loader.printable import printable
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "counting_progress",
     "error_console",
     "output_console",
-    "plain",
     "print_load",
     "print_spread",
     "print_warnings",
@@ -41,23 +40,14 @@ __all__ = [
 ]
 
 
-def output_console() -> Console:
+def output_console() -> PlainConsole:
     """For results."""
-    return Console(highlight=False, soft_wrap=True)
+    return PlainConsole()
 
 
-def error_console() -> Console:
+def error_console() -> PlainConsole:
     """For progress and warnings."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def plain(text: str) -> str:
-    """Text of a checkpoint, safe to print: no markup, no control characters."""
-    return escape(_printable(text))
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return PlainConsole(stderr=True)
 
 
 class _ReadProgress:
@@ -90,7 +80,7 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     with _bar(console) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(printable(title), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
@@ -103,12 +93,14 @@ def step_progress() -> Iterator[Callable[[str, int, int], None] | None]:
         return
     with _bar(console) as progress:
         task = progress.add_task("", total=None)
-        yield lambda step, done, total: progress.update(task, description=step, completed=done, total=total or None)
+        yield lambda step, done, total: progress.update(
+            task, description=printable(step), completed=done, total=total or None
+        )
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: PlainConsole) -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -125,23 +117,18 @@ def counting_progress(title: str, total: int) -> Iterator[Callable[[int], None]]
         yield lambda nbytes: None
         return
     with _bar(console) as progress:
-        task = progress.add_task(title, total=total)
+        task = progress.add_task(printable(title), total=total)
         yield lambda nbytes: progress.advance(task, nbytes)
 
 
 def print_load(report: LoadReport) -> None:
     """The summary and the phase table."""
     console = output_console()
-    console.print(
-        f"[bold]{plain(report.target)}[/bold]\n"
-        f"{format_count(report.n_tensors, 'tensor')}, {format_bytes(report.nbytes_file)} -> "
-        f"{format_bytes(report.nbytes_device)} on {report.device}"
-        f"{f' as {report.dtype}' if report.dtype else ''} in [bold]{format_seconds(report.seconds)}[/bold]"
-        f"{f' = [bold]{report.gbps:.3g} GB/s[/bold]' if report.gbps else ', nothing was copied'}"
-    )
-    console.print(f"way: {report.io.mode} ({report.io.reason})")
+    console.print(marked("[bold]{}[/]", report.target))
+    console.print(_sizes_and_time(report))
+    console.print(printable(f"way: {report.io.mode} ({report.io.reason})"))
     if report.cache is not None:
-        console.print(f"cache: {plain(_cache_line(report.cache))}")
+        console.print(printable(f"cache: {_cache_line(report.cache)}"))
     console.print()
     console.print(_phase_table(report))
     console.print("phases overlap, so they do not add up to the whole", style="dim")
@@ -152,7 +139,17 @@ def print_load(report: LoadReport) -> None:
     if memory.device_peak_bytes:
         parts.append(f"device peak {format_bytes(memory.device_peak_bytes)}")
     console.print(f"memory: {', '.join(parts)}")
-    console.print(f"slowest: {report.bottleneck.why}")
+    console.print(printable(f"slowest: {report.bottleneck.why}"))
+
+
+def _sizes_and_time(report: LoadReport) -> Text:
+    sizes = f"{format_count(report.n_tensors, 'tensor')}, {format_bytes(report.nbytes_file)}"
+    target = f"{format_bytes(report.nbytes_device)} on {report.device}" + (
+        f" as {report.dtype}" if report.dtype else ""
+    )
+    line = marked("{} -> {} in [bold]{}[/]", sizes, target, format_seconds(report.seconds))
+    rate = marked(" = [bold]{} GB/s[/]", f"{report.gbps:.3g}") if report.gbps else Text(", nothing was copied")
+    return line + rate
 
 
 def _cache_line(cache: CacheReport) -> str:
@@ -161,8 +158,8 @@ def _cache_line(cache: CacheReport) -> str:
     return f"read from the source ({cache.reason})"
 
 
-def _phase_table(report: LoadReport) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _phase_table(report: LoadReport) -> Columns:
+    table = Columns()
     for title in ("phase", "busy", "bytes", "GB/s", "share of wall"):
         table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
     for phase in report.phases:
@@ -177,9 +174,9 @@ def _phase_table(report: LoadReport) -> Table:
     return table
 
 
-def print_spread(console: Console, found: Spread) -> None:
+def print_spread(console: PlainConsole, found: Spread) -> None:
     """The processes of a distributed load, one a line."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Columns()
     for title in ("process", "seconds", "read", "received", "reading s", "collectives s", "host peak", "device peak"):
         table.add_column(title, justify="right")
     for m in found.members:
@@ -187,13 +184,13 @@ def print_spread(console: Console, found: Spread) -> None:
         read, received, host, device = map(format_bytes, sizes)
         times = (f"{m.seconds:.3f}", f"{m.read_s:.3f}", f"{m.shard_s:.3f}")
         table.add_row(str(m.rank), times[0], read, received, times[1], times[2], host, device)
-    console.print(plain(f"{found.target}: {len(found.members)} of {found.n_processes} processes"))
+    console.print(f"{printable(found.target)}: {len(found.members)} of {found.n_processes} processes")
     console.print(table)
-    console.print(plain(f"{format_bytes(found.nbytes_read)} read in all; {found.sentence}"))
+    console.print(f"{format_bytes(found.nbytes_read)} read in all; {found.sentence}")
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
     """To stderr, one a line."""
     console = error_console()
     for warning in warnings:
-        console.print(f"warning: {_printable(warning)}", style="yellow", markup=False)
+        console.print(f"warning: {printable(warning)}", style="yellow")

@@ -35,6 +35,8 @@ def run(
         wan-loader run --quiet serve.py
     """
     from wan_loader.cli.distributed import fail_together
+    from wan_loader.cli.interrupt import hand_over
+    from wan_loader.cli.output import say
     from wan_loader.errors import OptionError, WanLoaderError
     from wan_loader.fastpath import FastPath
 
@@ -45,6 +47,7 @@ def run(
     sys.path.insert(0, str(script.resolve().parent))
     path = FastPath()
     path.install()
+    hand_over()
     try:
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:
@@ -56,7 +59,7 @@ def run(
     finally:
         if not quiet:
             sys.stdout.flush()
-            print(f"wan-loader: {path.summary()}", file=sys.stderr)
+            say(f"wan-loader: {path.summary()}")
 
 
 def _of_script(error: Exception, script: str) -> TracebackType | None:

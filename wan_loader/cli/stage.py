@@ -80,7 +80,8 @@ def stage(
 
 def _remove(to: Path, path: Path | None, *, json: bool) -> None:
     from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import output_console, plain, print_warnings
+    from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.printable import printable
     from wan_loader.sizes import format_bytes, format_count
     from wan_loader.tiers.unstage import unstage
 
@@ -91,7 +92,7 @@ def _remove(to: Path, path: Path | None, *, json: bool) -> None:
         names = ", ".join(result.names)
         what = format_count(result.n_files, "file") if result.n_files else "what was unfinished"
         removed = f"{what}, {format_bytes(result.nbytes)}"
-        output_console().print(f"removed {plain(names)} from {plain(str(to))}: {removed}")
+        output_console().print(printable(f"removed {names} from {to}: {removed}"))
     print_warnings([f"{kept} has changed since it was staged and stays" for kept in result.kept])
 
 
@@ -127,14 +128,16 @@ def _document(result: Staged) -> dict[str, Any]:
 def _print(result: Staged, path: Path, to: Path, *, is_new: bool) -> None:
     import shlex
 
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import marked
     from wan_loader.mounts import IN_MEMORY
+    from wan_loader.printable import printable
     from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
     console = output_console()
     where = f" on {result.filesystem}" if result.filesystem else ""
     n_files, nbytes = format_count(result.n_files, "file"), format_bytes(result.nbytes)
-    console.print(f"[bold]{plain(result.path)}[/bold]\n{n_files}, {nbytes}{where}")
+    console.print(marked("[bold]{}[/]\n{}, {}{}", result.path, n_files, nbytes, where))
     if result.nbytes_copied:
         rate = format_rate(result.nbytes_copied / result.seconds)
         console.print(
@@ -145,9 +148,9 @@ def _print(result: Staged, path: Path, to: Path, *, is_new: bool) -> None:
         compared = f", {format_bytes(result.nbytes_verified)} compared" if result.nbytes_verified else ""
         console.print(f"nothing was left to copy{compared}")
     if is_new:
-        console.print(f"{plain(str(to))} did not exist, and was made", style="dim")
+        console.print(f"{printable(str(to))} did not exist, and was made", style="dim")
     if result.filesystem in IN_MEMORY:
         console.print("it takes that much memory until it is removed", style="dim")
-    console.print(f"use it:    name {plain(shlex.quote(result.path))} instead of {plain(shlex.quote(str(path)))}")
+    console.print(printable(f"use it:    name {shlex.quote(result.path)} instead of {shlex.quote(str(path))}"))
     command = f"wan-loader stage {shlex.quote(str(path))} --remove --to {shlex.quote(str(to))}"
-    console.print(f"remove it: {plain(command)}")
+    console.print(f"remove it: {printable(command)}")

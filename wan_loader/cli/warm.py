@@ -86,11 +86,13 @@ def _document(target: str, n_files: int, result: Warmed, warnings: tuple[str, ..
 
 
 def _print(target: str, n_files: int, result: Warmed) -> None:
-    from wan_loader.cli.render import output_console, plain
+    from wan_loader.cli.render import output_console
+    from wan_loader.console import marked
     from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
     console = output_console()
-    console.print(f"[bold]{plain(target)}[/bold]\n{format_count(n_files, 'file')}, {format_bytes(result.nbytes)}")
+    console.print(marked("[bold]{}[/]", target))
+    console.print(f"{format_count(n_files, 'file')}, {format_bytes(result.nbytes)}")
     rate = f" = {format_rate(result.nbytes_read / result.seconds)}" if result.nbytes_read and result.seconds else ""
     console.print(f"in the page cache before: {_share(result.resident_before, result.nbytes)}")
     console.print(f"read {format_bytes(result.nbytes_read)} in {format_seconds(result.seconds)}{rate}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +16,15 @@ _changed = threading.Condition()
 _n_loads = 0
 
 
+def _begin_child() -> None:
+    """The loads of other threads, one of which may have held the lock, are not under way in a forked process."""
+    global _changed, _n_loads
+    _changed, _n_loads = threading.Condition(), 0
+
+
+os.register_at_fork(after_in_child=_begin_child)
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """Count the body as a load."""
@@ -25,7 +35,7 @@ def loading() -> Iterator[None]:
         yield
     finally:
         with _changed:
-            _n_loads -= 1
+            _n_loads = max(0, _n_loads - 1)  # 0 before: begun in the process that this one was forked from
             _changed.notify_all()
 
 

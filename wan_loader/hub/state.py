@@ -150,9 +150,10 @@ def _damaged(path: Path) -> OutputError:
 def _remote_file(item: Any, path: Path) -> RemoteFile:
     if not isinstance(item, dict) or not is_below(item.get("path")) or type(item.get("nbytes")) is not int:
         raise _damaged(path)
-    if item["nbytes"] < 0 or not isinstance(item.get("digest"), str) or not _DIGEST.fullmatch(item["digest"]):
+    nbytes, digest = item["nbytes"], item.get("digest")
+    if not 0 <= nbytes < 1 << 63 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise _damaged(path)
-    return RemoteFile(item["path"], item["nbytes"], item["digest"])
+    return RemoteFile(item["path"], nbytes, digest)
 
 
 def _checked(value: Any, path: Path) -> tuple[str, int, int]:

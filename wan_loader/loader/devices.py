@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.arguments import check_device
 from wan_loader.errors import DeviceError, HostMemoryError
 from wan_loader.events import span
+from wan_loader.forks import without_forks
 from wan_loader.machine import available_memory, process_headrooms
 from wan_loader.sizes import format_bytes
 
@@ -36,7 +37,7 @@ _TORCH_NBYTES = {"the machine or its cgroup": 128 << 20, "ulimit -v": 560 << 20,
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
     """The device meant, its CUDA context made. Raises `DeviceError` if there is no such device."""
     check_device(device)
-    with span(observer, "import"):
+    with span(observer, "import"), without_forks():
         check_room_for_torch()
         import torch
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
+from wan_loader.forks import without_forks
 from wan_loader.loader.binding import is_dtensor
 from wan_loader.loader.devices import check_room_for_torch
 from wan_loader.loader.exchange import carry, check_usable
@@ -210,7 +211,8 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
     threads take turns.
     """
     check_room_for_torch()
-    import torch.distributed as dist
+    with without_forks():
+        import torch.distributed as dist
 
     if module is not None:
         _reshard(module)

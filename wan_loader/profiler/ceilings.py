@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.machine import machine_card
 from wan_loader.profiler import measure
+from wan_loader.profiler.checked import is_measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,8 @@ _KEYS = (
 )
 #: Of a cached entry: when its oldest value was measured.
 _SINCE = "since"
+#: GB/s or seconds: nothing that was measured is less.
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +157,12 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     """What is cached and has the right form."""
     try:
         document = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(document, dict):
         return {}
     return {
-        str(key): {
-            k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and isinstance(v, (int, float)) and v > 0
-        }
+        str(key): {k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and is_measured(v) and v >= _LEAST}
         for key, entry in document.items()
         if isinstance(entry, dict)
     }

@@ -5,9 +5,9 @@ Colours are named after phases by CSS classes, so that the page can suit light a
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
+from wan_loader.printable import markup_text
 from wan_loader.profiler.timeline import Mark, throughput
 from wan_loader.sizes import format_bytes, format_rate, format_seconds
 
@@ -45,13 +45,13 @@ def timeline_svg(process: Process) -> str:
     parts += _time_axis(process.seconds, height - 28)
     for row, track in enumerate(tracks):
         y = row * _ROW
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 15}" class="label">{escape(_short(track or "main"))}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 15}" class="label">{markup_text(_short(track or "main"))}</text>')
         for span in _visible([s for s in process.spans if s.track == track], scale):
             x = _LEFT + (span.start_ns - process.start_ns) * scale
             width = max(0.6, (span.end_ns - span.start_ns) * scale)
             parts.append(
                 f'<rect x="{x:.1f}" y="{y + 3}" width="{width:.1f}" height="{_ROW - 6}" class="p-{span.name}">'
-                f"<title>{escape(_hover(span))}</title></rect>"
+                f"<title>{markup_text(_hover(span))}</title></rect>"
             )
     return "".join([*parts, "</svg>"])
 

@@ -1,9 +1,12 @@
-"""Strict access to untrusted JSON: a field of the right type, or a `SessionError` that names it."""
+"""Strict access to untrusted JSON: a field of the right type, or a `SessionError` that names it.
+
+Numbers are what can be measured: integers of 64 bits, finite floats below `MOST`. Whoever computes with them need not
+fear that they overflow, or are none.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import SessionError
@@ -13,9 +16,19 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["Doc", "read_json"]
+__all__ = ["MOST", "Doc", "is_measured", "read_json"]
 
 _MAX_BYTES = 512_000_000
+#: Seconds or bytes: nothing that was measured is more.
+MOST = 1e18
+_LEAST_WHOLE, _MOST_WHOLE = -(1 << 63), (1 << 63) - 1
+#: How deep the objects lie in each other that are only shown, or kept.
+_MAX_DEPTH = 16
+
+
+def is_measured(value: Any) -> bool:
+    """Whether this is a number, and one that may have been measured."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
 
 
 def read_json(path: StrPath, what: str) -> Any:
@@ -53,19 +66,23 @@ class Doc:
         """A string."""
         return str(self._get(key, str, "a string"))
 
-    def whole(self, key: str) -> int:
-        """An integer."""
-        return int(self._get(key, int, "an integer"))
-
-    def number(self, key: str) -> float:
-        """A finite number."""
-        try:
-            value = float(self._get(key, (int, float), "a number"))
-        except OverflowError:
-            value = math.inf
-        if not math.isfinite(value):
-            raise SessionError(f"{self._where}{key} is not a finite number")
+    def whole(self, key: str, least: int = 0) -> int:
+        """An integer of 64 bits, `least` or more."""
+        value = int(self._get(key, int, "an integer"))
+        if not least <= value <= _MOST_WHOLE:
+            raise SessionError(f"{self._where}{key} is no number that was counted: {_short(value)}")
         return value
+
+    def moment(self, key: str) -> int:
+        """Nanoseconds before or after some moment."""
+        return self.whole(key, _LEAST_WHOLE)
+
+    def number(self, key: str, least: float = 0.0) -> float:
+        """A number that may have been measured, `least` or more."""
+        value = self._get(key, (int, float), "a number")
+        if not (is_measured(value) and value >= least):
+            raise SessionError(f"{self._where}{key} is {_short(value)}: nobody measured that")
+        return float(value)
 
     def optional_text(self, key: str) -> str | None:
         """A string or null."""
@@ -82,7 +99,7 @@ class Doc:
     def choice(self, key: str, allowed: Sequence[str]) -> str:
         """One of the allowed strings."""
         if (value := self.text(key)) not in allowed:
-            raise SessionError(f"{self._where}{key} is {value!r}, not one of {', '.join(allowed)}")
+            raise SessionError(f"{self._where}{key} is {_short(value)}, not one of {', '.join(allowed)}")
         return value
 
     def doc(self, key: str) -> Doc:
@@ -91,11 +108,30 @@ class Doc:
 
     def plain(self, key: str) -> dict[str, Any]:
         """An object whose fields are only shown."""
-        return dict(self._get(key, dict, "an object"))
+        value = self._get(key, dict, "an object")
+        self._check_plain(key, value, _MAX_DEPTH)
+        return dict(value)
 
-    def plain_or_none(self, key: str) -> dict[str, Any] | None:
+    def _check_plain(self, key: str, value: Any, depth: int) -> None:
+        """Raise for what cannot be shown: nonsense of numbers, and what lies too deep."""
+        if isinstance(value, (dict, list)):
+            if not depth:
+                raise SessionError(f"{self._where}{key} holds objects more than {_MAX_DEPTH} deep")
+            for item in value.values() if isinstance(value, dict) else value:
+                self._check_plain(key, item, depth - 1)
+        elif (isinstance(value, int) and not _LEAST_WHOLE <= value <= _MOST_WHOLE) or (
+            isinstance(value, float) and not is_measured(value)
+        ):
+            raise SessionError(f"{self._where}{key} holds {_short(value)}: nobody measured that")
+
+    def numbers(self, key: str) -> dict[str, float]:
+        """An object of numbers."""
+        inner = self.doc(key)
+        return {name: inner.number(name) for name in inner._value}
+
+    def optional_doc(self, key: str) -> Doc | None:
         """An object or null."""
-        return None if self._value.get(key) is None else self.plain(key)
+        return None if self._value.get(key) is None else self.doc(key)
 
     def docs(self, key: str) -> list[Doc]:
         """A list of objects."""
@@ -116,4 +152,12 @@ class Doc:
         for row in values:
             if not isinstance(row, list) or len(row) != width or not all(type(v) is int for v in row):
                 raise SessionError(f"{self._where}{key} has a row that is not {width} integers")
+            if min(row) < _LEAST_WHOLE or max(row) > _MOST_WHOLE:
+                raise SessionError(f"{self._where}{key} has a row with a number of more than 64 bits")
         return list(values)
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it: not all of its thousands of digits."""
+    text = f"{value:.3g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

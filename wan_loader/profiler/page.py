@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
+from wan_loader.printable import markup_text
 from wan_loader.profiler.charts import throughput_svg, timeline_svg
 from wan_loader.profiler.terminal import ceilings_line, headline, machine_line
 from wan_loader.profiler.timeline import ALL_PHASES, attribute, by_label
@@ -81,8 +81,8 @@ def to_page(session: Session) -> str:
         f".p-{name} {{ fill: {c}; background: {c}; }} .l-{name} {{ stroke: {c}; }}" for name, c in _COLOURS.items()
     )
     body = [
-        f"<h1>{escape(session.report.target)}</h1><p>{escape(headline(session))}</p>",
-        f'<p class="soft">{escape(machine_line(session))}</p>',
+        f"<h1>{markup_text(session.report.target)}</h1><p>{markup_text(headline(session))}</p>",
+        f'<p class="soft">{markup_text(machine_line(session))}</p>',
         _verdict(session),
         _advice(session),
         "<h2>Timeline</h2>",
@@ -99,28 +99,29 @@ def to_page(session: Session) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(session.report.target[:120])}: where the time went</title>"
+        f"<title>{markup_text(session.report.target[:120])}: where the time went</title>"
         f"<style>{_STYLE}{colours}</style></head><body><main>{''.join(body)}</main></body></html>\n"
     )
 
 
 def _verdict(session: Session) -> str:
     verdict = session.verdict
-    return f'<section class="verdict {verdict.kind}"><b>{verdict.phase}</b>: {escape(verdict.why)}</section>'
+    return f'<section class="verdict {verdict.kind}"><b>{verdict.phase}</b>: {markup_text(verdict.why)}</section>'
 
 
 def _advice(session: Session) -> str:
     if not session.advice:
         return ""
     items = "".join(
-        f"<li>{escape(a.text)} <b>(saves about {format_seconds(a.gain_s)})</b><small>{escape(a.evidence)}</small></li>"
+        f"<li>{markup_text(a.text)} <b>(saves about {format_seconds(a.gain_s)})</b>"
+        f"<small>{markup_text(a.evidence)}</small></li>"
         for a in session.advice
     )
     return f"<h2>What to change</h2><section><ol>{items}</ol></section>"
 
 
 def _legend(names: Sequence[tuple[str, str]]) -> str:
-    return '<p class="legend">' + "".join(f"<span>{dot}{escape(n)}</span>" for n, dot in names) + "</p>"
+    return '<p class="legend">' + "".join(f"<span>{dot}{markup_text(n)}</span>" for n, dot in names) + "</p>"
 
 
 def _dot(name: str) -> str:
@@ -172,7 +173,7 @@ def _imports(process: Process) -> list[str]:
     rows = [row for row in by_label(process.spans, "import")[:10] if row[1] > 0.005]
     if len(rows) < 2:
         return []
-    cells = "".join(f"<tr><td>{escape(k)}</td><td>{format_seconds(s)}</td></tr>" for k, s, _ in rows)
+    cells = "".join(f"<tr><td>{markup_text(k)}</td><td>{format_seconds(s)}</td></tr>" for k, s, _ in rows)
     return [f"<h2>Imports, by package</h2><section><table>{cells}</table></section>"]
 
 
@@ -186,8 +187,8 @@ def _processes(session: Session) -> list[str]:
         title = process.title if process.rank is None else f"rank {process.rank}: {process.title}"
         cells = "".join(f"<td>{paced.get(name, 0.0):.2f}</td>" for name in names)
         rows.append(
-            f'<tr><td class="wide">{escape(title)}</td><td>{process.seconds:.2f}</td>{cells}'
-            f"<td>{escape(process.ended)}</td></tr>"
+            f'<tr><td class="wide">{markup_text(title)}</td><td>{process.seconds:.2f}</td>{cells}'
+            f"<td>{markup_text(process.ended)}</td></tr>"
         )
     head = "<th>process</th><th>seconds</th>" + "".join(f"<th>{n}</th>" for n in names) + "<th>ended</th>"
     return [f'<h2>Processes</h2><section class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></section>']
@@ -197,4 +198,4 @@ def _footnotes(session: Session) -> str:
     lines = [f"way: {session.report.io.mode} ({session.report.io.reason})"] if session.report.io.reason else []
     lines += [f"this machine: {ceilings_line(session.ceilings)}"] if session.ceilings else []
     lines += [f"note: {note}" for note in session.notes] + [f"warning: {w}" for w in session.report.warnings]
-    return "<h2>Notes</h2>" + "".join(f'<p class="soft">{escape(line)}</p>' for line in lines) if lines else ""
+    return "<h2>Notes</h2>" + "".join(f'<p class="soft">{markup_text(line)}</p>' for line in lines) if lines else ""

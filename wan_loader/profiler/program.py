@@ -224,6 +224,6 @@ def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
     """Lines of one process; a line that was being written when it was killed is left out."""
     lines = []
     for line in path.read_bytes().splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
     return tuple(line for line in lines if isinstance(line, dict))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import SessionError, WanLoaderError
-from wan_loader.profiler.checked import Doc, read_json
+from wan_loader.profiler.checked import MOST, Doc, read_json
 from wan_loader.profiler.timeline import ALL_PHASES, Mark, known_phase
 from wan_loader.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport, Phase
 
@@ -194,7 +194,7 @@ def _session(doc: Doc) -> Session:
             v.choice("kind", ("slow", "limit", "unknown")),
             known_phase(v.text("phase")),
             v.text("why"),
-            v.number("lost_s"),
+            v.number("lost_s", -MOST),  # less was needed than at the ceiling
             v.number("share"),
             v.optional_number("reached_gbps"),
             v.optional_number("ceiling_gbps"),
@@ -202,7 +202,7 @@ def _session(doc: Doc) -> Session:
         advice=tuple(
             Advice(a.text("rule"), a.text("text"), a.text("evidence"), a.number("gain_s")) for a in doc.docs("advice")
         ),
-        ceilings=doc.plain("ceilings"),
+        ceilings=doc.numbers("ceilings"),
         storage=doc.plain("storage"),
         notes=doc.texts("notes"),
     )
@@ -253,11 +253,14 @@ def _phases(docs: Sequence[Doc]) -> tuple[Phase, ...]:
 def _process(doc: Doc) -> Process:
     names, tracks, labels = doc.texts("names"), doc.texts("tracks"), doc.texts("labels")
     names = tuple(known_phase(name) for name in names)
+    start_ns, end_ns = doc.moment("start_ns"), doc.moment("end_ns")
+    if end_ns < start_ns:
+        raise SessionError("a process ends before it begins")
     return Process(
         title=doc.text("title"),
         pid=doc.whole("pid"),
-        start_ns=doc.whole("start_ns"),
-        end_ns=doc.whole("end_ns"),
+        start_ns=start_ns,
+        end_ns=end_ns,
         rank=doc.optional_whole("rank"),
         ended=doc.text("ended"),
         spans=tuple(_mark(row, names, tracks, labels) for row in doc.rows("spans", 6, _MAX_SPANS)),

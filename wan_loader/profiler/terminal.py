@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
-
+from wan_loader.console import Columns, marked
 from wan_loader.profiler.bars import timeline_bar
 from wan_loader.profiler.timeline import attribute, by_label
 from wan_loader.sizes import format_bytes, format_count, format_seconds
@@ -48,29 +46,30 @@ def machine_line(session: Session) -> str:
 
 def print_session(console: Console, session: Session) -> None:
     """The whole report."""
-    console.print(f"[bold]{escape(session.report.target)}[/bold]\n{escape(headline(session))}")
-    console.print(escape(machine_line(session)), style="dim")
+    console.print(marked("[bold]{}[/]\n{}", session.report.target, headline(session)))
+    console.print(marked("{}", machine_line(session)), style="dim")
     if session.report.io.reason:
-        console.print(f"way: {escape(session.report.io.mode)} ({escape(session.report.io.reason)})")
+        console.print(marked("way: {} ({})", session.report.io.mode, session.report.io.reason))
     console.print()
     console.print(_phase_table(session, max(10, min(60, console.width - 60))))
     console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
     if imports := by_label(session.spans, "import")[:10]:
-        console.print("imports: " + ", ".join(f"{escape(k)} {format_seconds(s)}" for k, s, _ in imports if s > 0.005))
+        shown = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds, _ in imports if seconds > 0.005)
+        console.print(marked("imports: {}", shown))
     if len(session.processes) > 1:
         console.print()
         console.print(_process_table(session))
     if session.ceilings:
-        console.print("this machine: " + escape(ceilings_line(session.ceilings)), style="dim")
+        console.print(marked("this machine: {}", ceilings_line(session.ceilings)), style="dim")
     verdict = session.verdict
-    console.print(f"\n[{_STYLE[verdict.kind]}]verdict: {verdict.phase}[/]  {escape(verdict.why)}")
+    console.print(marked(f"\n[{_STYLE[verdict.kind]}]verdict: {{}}[/]  {{}}", verdict.phase, verdict.why))
     for number, advice in enumerate(session.advice, 1):
         gain = f"saves about {format_seconds(advice.gain_s)}"
-        console.print(f"[bold]{number}. {escape(advice.text)}[/bold] ({gain})\n   {escape(advice.evidence)}")
+        console.print(marked("[bold]{}. {}[/] ({})\n   {}", number, advice.text, gain, advice.evidence))
     if len(session.advice) > 1:
         console.print("these gains overlap, they do not add up", style="dim")
     for note in session.notes:
-        console.print(f"note: {escape(note)}", style="dim")
+        console.print(marked("note: {}", note), style="dim")
 
 
 def ceilings_line(ceilings: dict[str, float]) -> str:
@@ -82,10 +81,10 @@ def ceilings_line(ceilings: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _phase_table(session: Session, width: int) -> Table:
+def _phase_table(session: Session, width: int) -> Columns:
     process = session.processes[session.subject]
     paced = attribute(process.spans, process.start_ns, process.end_ns)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Columns()
     for title in ("phase", "busy", "bytes", "GB/s", "paced", "share"):
         table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
     table.add_column("timeline", no_wrap=True)
@@ -108,9 +107,9 @@ def _phase_table(session: Session, width: int) -> Table:
     return table
 
 
-def _process_table(session: Session) -> Table:
+def _process_table(session: Session) -> Columns:
     """Processes side by side; those that did nothing worth showing are left out."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Columns()
     names = [p.name for p in session.report.phases if p.busy_s > 0.01]
     table.add_column("process", overflow="ellipsis", max_width=44, no_wrap=True)
     for title in ("from", "seconds", *names, "ended"):
@@ -121,6 +120,6 @@ def _process_table(session: Session) -> Table:
         paced = attribute(process.spans, process.start_ns, process.end_ns)
         title = process.title if process.rank is None else f"rank {process.rank}: {process.title}"
         cells = [f"{paced.get(name, 0.0):.2f}" for name in names]
-        row = [escape(title), f"{process.start_ns / 1e9:.2f}", f"{process.seconds:.2f}", *cells, process.ended]
+        row = [title, f"{process.start_ns / 1e9:.2f}", f"{process.seconds:.2f}", *cells, process.ended]
         table.add_row(*row, style="bold" if i == session.subject else None)
     return table

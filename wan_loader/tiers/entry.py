@@ -284,7 +284,7 @@ def _quoted(text: str) -> str | None:
     """The path that a journal line names, or None where it is not one below DIR."""
     try:
         path = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return path if is_below(path) else None
 

@@ -11,11 +11,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from wan_loader.events import span
+from wan_loader.forks import is_forked
 from wan_loader.linux import prefer_huge_pages
 from wan_loader.transfer.base import Destination, PinError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from wan_loader.events import Observer
     from wan_loader.plan import Piece
@@ -24,6 +27,8 @@ __all__ = ["CpuTarget"]
 
 #: Destinations from this size on are asked to lie in huge pages.
 _HUGE = 4 << 20
+#: Bytes that torch handles in one thread, as bytes or as elements: half of its at::internal::GRAIN_SIZE.
+_UNDIVIDED = 16384
 
 
 class CpuTarget:
@@ -81,6 +86,20 @@ def _convert(destination: Destination, source: int, piece: Piece) -> None:
 
     first, count = piece.storage_start // piece.itemsize, piece.nbytes // piece.itemsize
     raw = torch.frombuffer((ctypes.c_char * piece.nbytes).from_address(source), dtype=torch.uint8)
-    if source % piece.itemsize:  # torch's kernels may assume aligned elements
-        raw = raw.clone()
-    destination.flat[first : first + count].copy_(raw.view(destination.source_dtype))
+    assert destination.source_dtype is not None
+    _convert_flat(destination.flat[first : first + count], raw, destination.source_dtype)
+
+
+def _convert_flat(target: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> None:
+    """Convert the bytes of elements of `dtype` into a flat `target`, by `.to`'s rules.
+
+    In a forked process torch's kernels wait for ever for threads that are not there, if the parent had used some: what
+    they are given at a time is then too little for them to divide.
+    """
+    itemsize = raw.nbytes // max(1, target.numel())
+    step = _UNDIVIDED // itemsize if is_forked() else max(1, target.numel())
+    for start in range(0, target.numel(), step):
+        part = raw[start * itemsize : (start + step) * itemsize]
+        if part.data_ptr() % itemsize:  # torch's kernels may assume aligned elements
+            part = part.clone()
+        target[start : start + step].copy_(part.view(dtype))

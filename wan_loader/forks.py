@@ -1,0 +1,66 @@
+"""Forks beside our work: a child has one thread, and the locks of all others, which nobody releases there.
+
+What another thread is importing stays half imported in a child for ever, and whoever imports it there waits for ever.
+So a fork waits until imports of ours that can take long are over. What else a child must know is whether it is one:
+libraries wait there for threads of their own that stayed behind.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["is_forked", "without_forks"]
+
+#: How long a fork waits at most, whatever others do in their imports.
+_PATIENCE_S = 60.0
+
+_importing = threading.RLock()
+_held: dict[int, bool] = {}
+"""Thread that forks -> whether it got the lock."""
+_is_forked = threading.Event()
+
+os.register_at_fork(after_in_child=_is_forked.set)
+
+
+def is_forked() -> bool:
+    """Whether this process was forked from one that had imported this."""
+    return _is_forked.is_set()
+
+
+@contextmanager
+def without_forks() -> Iterator[None]:
+    """Let forks of other threads wait while the body imports something."""
+    _register()
+    with _importing:
+        yield
+
+
+@cache
+def _register() -> None:
+    """Have forks wait. Hooks run youngest first: those of modules whose locks imports take must be older than ours."""
+    import concurrent.futures.thread  # noqa: F401
+    import logging  # noqa: F401
+
+    os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)
+
+
+def _before() -> None:
+    _held[threading.get_ident()] = _importing.acquire(timeout=_PATIENCE_S)
+
+
+def _after() -> None:
+    if _held.pop(threading.get_ident(), False):
+        _importing.release()
+
+
+def _after_in_child() -> None:
+    global _importing
+    _after()
+    _importing = threading.RLock()
