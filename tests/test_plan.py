@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
-from wan_loader.plan import MAX_GAP, PAGE, Block, Extent, Piece, Way, plan_blocks, split
+from wan_loader.plan import MAX_GAP, PAGE, Block, Extent, Piece, Way, apart, plan_blocks, split
 
 WAYS = list(Way)
 quick = settings(max_examples=150, deadline=None, database=None, derandomize=True)
@@ -162,6 +162,20 @@ def test_split_keeps_every_byte_the_order_and_the_way(wanted, block_bytes, small
     check_blocks_hold_their_pieces(parts)
     if block_bytes % smaller == 0:
         check_sizes_and_borders(wanted, parts, smaller)
+
+
+@quick
+@given(wanted=extents(), block_bytes=block_sizes, large=block_sizes)
+def test_large_pieces_stand_alone(wanted, block_bytes, large):
+    parts = []
+    for block in planned(wanted, block_bytes=block_bytes, way=some_way):
+        inside = list(apart(block, large))
+        assert all((part.way, part.file) == (block.way, block.file) for part in inside)
+        assert all(len(part.pieces) == 1 for part in inside for piece in part.pieces if piece.nbytes >= large)
+        assert all(a.pieces[-1].nbytes >= large or b.pieces[0].nbytes >= large for a, b in itertools.pairwise(inside))
+        parts += inside
+    check_every_byte_once_and_in_order(wanted, parts)
+    check_blocks_hold_their_pieces(parts)
 
 
 @quick

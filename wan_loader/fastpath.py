@@ -115,7 +115,7 @@ class FastPath:
         target = _device(map_location)
         _check_planned(path)
         skeleton = _skeleton(original, path)
-        loaded = load([path], device=target, io="buffered" if target == "cpu" else "auto")
+        loaded = load([path], device=target)
         if loaded.tensors.keys() != skeleton.keys():
             raise _LeftAloneError("torch.load of a file with other names than planned")
         made: dict[int, Any] = {}  # what is one object in the file stays one

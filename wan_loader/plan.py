@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from enum import Enum
+from itertools import groupby
 from mmap import PAGESIZE
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +26,7 @@ from wan_loader.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Way", "plan_blocks", "split"]
+__all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Way", "apart", "plan_blocks", "split"]
 
 PAGE = max(4096, PAGESIZE)
 #: Gaps up to this size inside a run are read through: cheaper than another request. Zip records are 64 B apart.
@@ -129,6 +130,14 @@ def split(block: Block, nbytes: int) -> Iterator[Block]:
             inside.append(piece)
         if inside:  # else the part lies in a gap
             yield Block(block.way, block.file, inside[0].file_start, inside[-1].file_end, tuple(inside))
+
+
+def apart(block: Block, nbytes: int) -> Iterator[Block]:
+    """Cut a block so that each piece of `nbytes` or more is a block of its own."""
+    for large, group in groupby(block.pieces, key=lambda piece: piece.nbytes >= nbytes):
+        same = tuple(group)
+        for pieces in ((piece,) for piece in same) if large else (same,):
+            yield Block(block.way, block.file, pieces[0].file_start, pieces[-1].file_end, pieces)
 
 
 def _borders(block: Block, nbytes: int) -> Iterable[int]:

@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.cache.build import Build
+from wan_loader.cache.check import check_entry
 from wan_loader.cache.content import Loaded
 from wan_loader.cache.outline import Outline, outline_file, why_source
 from wan_loader.cache.store import Store
@@ -154,6 +155,8 @@ class PipelineCache:
     def _opened(self, entry: Entry) -> Entry:
         try:
             self.checkpoint = open_wan(entry.path)
+            if not entry.check_files() and (wrong := check_entry(entry.path, entry.manifest)):
+                raise CacheError("; ".join(wrong))
         except BaseException:
             entry.close()
             raise

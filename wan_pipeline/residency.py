@@ -268,6 +268,7 @@ class Residency:
                     device=part.device,
                     dtype=part.dtype,
                     decoder_only=part.decoder_only,
+                    io="mapped" if part.device.type == "cpu" else "auto",
                     observer=observer,
                 )
             if self._on_loaded is not None:

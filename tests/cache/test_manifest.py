@@ -27,7 +27,7 @@ def manifest(**changes):
         "created": 1700000000.25,
         "sources": (SourceFile("/models/m.safetensors", 10, 2**62, 4, 5),),
         "files": (
-            EntryFile("model.safetensors", BLOCK_BYTES + 1, 4096, ("a" * 32, "b" * 32, "c" * 32)),
+            EntryFile("model.safetensors", BLOCK_BYTES + 1, 4096, ("a" * 32, "b" * 32, "c" * 32), 2**62, 2**62 + 1),
             EntryFile("sub/config.json", 3, 0, ("d" * 32,)),
             EntryFile("empty.txt", 0, 0, ()),
         ),
@@ -144,6 +144,9 @@ WRONG = [
     {"files": [{**FILE, "nbytes": 10**400}]},
     {"files": [{**FILE, "header_nbytes": 4}]},
     {"files": [{**FILE, "header_nbytes": -4096}]},
+    {"files": [{**FILE, "mtime_ns": -1, "ctime_ns": 1}]},
+    {"files": [{**FILE, "mtime_ns": "1", "ctime_ns": 1}]},
+    {"files": [{**FILE, "mtime_ns": 1, "ctime_ns": None}]},
 ]
 
 

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from wan_loader.cache.check import check_entry
-from wan_loader.cache.manifest import MANIFEST_NAME
+from wan_loader.cache.manifest import MANIFEST_NAME, parse_manifest
 from wan_loader.cache.store import Store, default_directory
 from wan_loader.errors import CacheError
 
@@ -117,10 +118,69 @@ def test_an_entry_is_there_once_it_is_complete(store, fill):
     path = building.publish(manifest)
     assert path == store.root / "entries" / A
     with store.find(A) as entry:
-        assert entry.manifest == manifest
+        assert entry.manifest == replace(manifest, files=entry.manifest.files)
+        for file, written in zip(entry.manifest.files, manifest.files, strict=True):
+            st = entry.file(file.path).stat()
+            assert file == replace(written, mtime_ns=st.st_mtime_ns, ctime_ns=st.st_ctime_ns)
         assert entry.file("model.bin").stat().st_mode & 0o777 == 0o400
         assert check_entry(entry.path, manifest) == []
     assert names(store, "building") == []
+
+
+def flip(file):
+    file.chmod(0o600)
+    with open(file, "r+b") as f:
+        byte = f.read(1)[0]
+        f.seek(0)
+        f.write(bytes([byte ^ 1]))
+
+
+def flip_and_put_the_times_back(file):
+    st = file.stat()
+    flip(file)
+    file.chmod(st.st_mode)
+    os.utime(file, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+
+def copy_over(file):
+    beside = file.with_name("beside")
+    shutil.copy2(file, beside)
+    beside.replace(file)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "text/config.json"])
+@pytest.mark.parametrize("touch", [flip, os.utime])
+def test_an_entry_that_was_touched_is_not_served(store, put, touch, name):
+    path = put(store, A)
+    store.find(A).close()
+    touch(path / name)
+    with pytest.raises(CacheError, match=f"{name} was touched after it was written"):
+        store.find(A)
+
+
+@pytest.mark.parametrize("touch", [flip_and_put_the_times_back, copy_over, lambda file: file.chmod(0o444)])
+def test_an_entry_whose_times_were_put_back_is_told_from_others(store, put, touch):
+    path = put(store, A)
+    with store.find(A) as entry:
+        assert entry.check_files()
+        touch(path / "model.bin")
+        assert not entry.check_files()
+        assert bool(check_entry(path, entry.manifest)) == (touch is flip_and_put_the_times_back)
+
+
+def test_an_entry_that_does_not_say_its_times(store, put):
+    """As older versions wrote them: what was written to since its manifest was is not served."""
+    path = put(store, A)
+    place = path / MANIFEST_NAME
+    manifest = parse_manifest(place.read_bytes(), "m")
+    old = replace(manifest, files=tuple(replace(f, mtime_ns=None, ctime_ns=None) for f in manifest.files))
+    place.chmod(0o600)
+    place.write_bytes(old.to_bytes())
+    assert b"mtime_ns" not in place.read_bytes()
+    store.find(A).close()
+    os.utime(path / "model.bin", (time.time() + 5,) * 2)
+    with pytest.raises(CacheError, match=r"model\.bin was touched"):
+        store.find(A)
 
 
 def test_one_builds(store, put):

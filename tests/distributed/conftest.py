@@ -1,9 +1,12 @@
 """Runs a worker script as several processes of a distributed run, on the CPU with gloo."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,29 @@ ROOT = Path(__file__).parents[2]
 class Ended:
     code: int
     output: str
+
+
+def _ended(running, timeout):
+    """How all ended. One that does not is asked where it stands: its traceback is in its output."""
+    outputs = {}
+
+    def collect(process):
+        outputs[process] = process.communicate()[0]
+
+    readers = [threading.Thread(target=collect, args=(process,)) for process in running]
+    for reader in readers:
+        reader.start()
+    end = time.monotonic() + timeout
+    while any(reader.is_alive() for reader in readers) and time.monotonic() < end:
+        if any(process.poll() for process in running):  # the others should not take much longer
+            end = min(end, time.monotonic() + 30)
+        time.sleep(0.05)
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)  # faulthandler
+    for reader in readers:
+        reader.join()
+    return [Ended(process.returncode, outputs[process]) for process in running]
 
 
 @pytest.fixture
@@ -32,15 +58,14 @@ def ranks():
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        env |= {"WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        env |= {"WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1"}
         command = [sys.executable, str(Path(__file__).parent / worker), *map(str, words)]
         for rank in range(n):
             mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)}
             running.append(
                 subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             )
-        outputs = [process.communicate(timeout=timeout)[0] for process in running[-n:]]
-        return [Ended(process.returncode, out) for process, out in zip(running[-n:], outputs, strict=True)]
+        return _ended(running[-n:], timeout)
 
     yield run
     for process in running:

@@ -18,6 +18,8 @@ def checkpoints(tmp_path_factory):
     safetensors.torch.save_file({"a": a, "c": b}, here / "b.safetensors")
     safetensors.torch.save_file({"a": a + 1, "b": b}, here / "c.safetensors")
     safetensors.torch.save_file({"a": torch.zeros(3, 6)}, here / "columns.safetensors")
+    many = {f"t{i}": torch.randn(300_000) for i in range(6)} | {f"s{i}": torch.randn(50) for i in range(20)}
+    safetensors.torch.save_file(many, here / "many.safetensors")
     return here
 
 
@@ -62,6 +64,33 @@ def test_a_killed_process_is_noticed(ranks, checkpoints, case, n, victim, messag
     for rank in {*range(n)} - {victim}:
         assert ended[rank].code == 1, ended[rank].output
         assert f"DistributedError: {message}" in ended[rank].output, ended[rank].output
+
+
+needs_two_gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")]
+
+
+@pytest.mark.parametrize(
+    ("device", "victim", "at"),
+    [
+        ("cpu", 0, 0),
+        ("cpu", 1, 6),
+        *(pytest.param("cuda", *which, marks=needs_two_gpus) for which in ((0, 0), (1, 0), (0, 3), (1, 6))),
+    ],
+)
+def test_an_exchange_that_fails_in_one_process_ends_in_all(ranks, checkpoints, device, victim, at):
+    """Before its first collective, between those of large tensors, and before the message with the small ones."""
+    for ended in ranks("worker_failures.py", 2, checkpoints, f"exchange-fails-{victim}-{at}", device, timeout=60):
+        assert ended.code == 0, ended.output
+        assert "one reason" in ended.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("case", ["any-thread", "one-gpu", "exchange-fails-unbound"])
+def test_groups_and_gpus(ranks, checkpoints, case):
+    """Each process loads to its own, whatever thread it does that in, and a group that is bound to none ends, too."""
+    for ended in ranks("worker_failures.py", 2, checkpoints, case, "cuda", timeout=60):
+        assert ended.code == 0, ended.output
 
 
 @pytest.mark.parametrize("present", [0, 1])

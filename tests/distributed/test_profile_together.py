@@ -39,7 +39,7 @@ def profiled(tmp_path_factory):
     here = tmp_path_factory.mktemp("profiled")
     save_file({f"w{i}": torch.full((1 << 18,), float(i)) for i in range(6)}, here / "model.safetensors")
     words = ["wan_loader", "profile", "model.safetensors", "--device", "cpu", "--no-ceilings", "-o", "run.json"]
-    return here, run("torch.distributed.run", "--nproc_per_node", 2, "-m", *words, cwd=here)
+    return here, run("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", *words, cwd=here)
 
 
 def test_a_session_of_each_process(profiled):
@@ -85,7 +85,7 @@ def test_the_slow_one_is_named(profiled):
 def test_load_together(profiled):
     here, _ = profiled
     words = ["wan_loader", "load", "model.safetensors", "--device", "cpu", "--verify", "--json"]
-    done = run("torch.distributed.run", "--nproc_per_node", 2, "-m", *words, cwd=here)
+    done = run("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", *words, cwd=here)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["verified_tensors"] == 6

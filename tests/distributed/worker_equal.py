@@ -50,7 +50,7 @@ def on_meta():
 
 
 def sharded(mesh=None):
-    module = on_meta()
+    module, mesh = on_meta(), mesh or init_device_mesh(DEVICE, (dist.get_world_size(),))  # by default, on any GPU
     for part in module.body:
         fully_shard(part, mesh=mesh)
     return fully_shard(module, mesh=mesh)

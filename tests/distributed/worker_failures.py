@@ -3,12 +3,14 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -16,7 +18,7 @@ import wan_loader
 from wan_loader.loader import exchange, peers
 from wan_loader.loader import team as team_module
 
-HERE, CASE = Path(sys.argv[1]), sys.argv[2]
+HERE, CASE, DEVICE = Path(sys.argv[1]), sys.argv[2], sys.argv[3] if sys.argv[3:] else "cpu"
 WORLD = dist.group.WORLD
 
 
@@ -31,8 +33,8 @@ class OnRead:
             self.action()
 
 
-def load(path="a.safetensors", **options):
-    return wan_loader.load_file(HERE / path, io="buffered", group=dist.group.WORLD, **options)
+def load(path="a.safetensors", io="buffered", **options):
+    return wan_loader.load_file(HERE / path, io=io, group=dist.group.WORLD, **({"device": DEVICE} | options))
 
 
 def failing(action):
@@ -129,17 +131,95 @@ def end_or_wait(me, victim):
     sys.exit(1)
 
 
+def broken_link(*parts):
+    raise RuntimeError("the link is down")
+
+
+def exchange_fails(me, victim, at):
+    """The exchange of one process fails before its collective number `at`, when the others have queued theirs."""
+    started, gather = [], exchange._gather
+
+    def fails(*parts):
+        if me == victim and len(started) == at:
+            time.sleep(0.5)  # the others' collectives are on their GPUs now
+            broken_link()
+        started.append(1)
+        return gather(*parts)
+
+    exchange._gather = fails
+    error = failing(lambda: load("many.safetensors", io="mapped" if DEVICE == "cuda" else "buffered"))
+    check(error, RuntimeError if me == victim else wan_loader.DistributedError, "the link is down")
+    exchange._gather = gather
+    error = failing(load)
+    check(error, wan_loader.DistributedError, "failed before", "init_process_group")
+    everybody("has seen it")
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # nothing runs there for ever
+        assert torch.equal(wan_loader.load_file(HERE / "a.safetensors", device="cuda")["b"].cpu(), torch.arange(700.0))
+    dist.destroy_process_group()
+    print("one reason")
+
+
+def everybody(what):
+    """Wait for all processes: the first one holds the store, and nothing goes through the group any more."""
+    store = distributed_c10d._get_default_store()
+    store.set(f"{what} {dist.get_rank()}", "")
+    store.wait([f"{what} {rank}" for rank in range(dist.get_world_size())])
+
+
+def any_thread(me):
+    """The device of the group counts, not that of the thread, which begins with the first one."""
+    loaded = []
+    thread = threading.Thread(target=lambda: loaded.append(load(device="cuda")))
+    thread.start()
+    thread.join()
+    assert loaded[0]["a"].device == torch.device("cuda", me)
+    assert torch.equal(loaded[0]["a"].cpu(), torch.arange(700_000.0))
+    error = failing(lambda: load(device="cuda:0"))  # for process 0, that is the group's
+    check(error, wan_loader.OptionError if me else wan_loader.DistributedError, "bound to 'cuda:1'")
+    assert torch.equal(load()["a"].cpu(), torch.arange(700_000.0))
+
+
+def one_gpu(me):
+    """Two processes of an unbound group load to the same GPU: each says so, and none queues a collective."""
+    torch.cuda.set_device(0)
+    check(failing(lambda: load(device="cuda")), wan_loader.DistributedError, "processes 0 and 1", "the same GPU")
+    assert torch.equal(load(device=f"cuda:{me}")["a"].cpu(), torch.arange(700_000.0))
+
+
+def start():
+    """Start torch.distributed, with a GPU of its own for each process unless the case is about that."""
+    if DEVICE == "cuda" and CASE != "one-gpu" and "unbound" not in CASE:
+        device = torch.device("cuda", int(os.environ["RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+        if DEVICE == "cuda":
+            torch.cuda.set_device(dist.get_rank())
+
+
 def main():
     peers.SILENCE_S = 3.0  # test_parallel.py waits for as long as users do
-    dist.init_process_group("gloo")
+    start()
     me = dist.get_rank()
+    if CASE == "one-gpu":
+        one_gpu(me)
+        return
+    if CASE == "exchange-fails-unbound":  # in the first collective of the group, within which NCCL connects
+        exchange_fails(me, 1, 0)
+        return
     if CASE in ("ends", "crashes", "ends-first"):
         end_or_wait(me, 0 if CASE == "ends-first" else dist.get_world_size() - 1)
     load()
     dist.barrier()
     if CASE.startswith("ends-later"):
         end_or_wait(me, 0 if CASE.endswith("first") else dist.get_world_size() - 1)
-    if CASE == "survive":
+    if CASE == "any-thread":
+        any_thread(me)
+    elif CASE.startswith("exchange-fails"):
+        exchange_fails(me, *map(int, CASE.split("-")[2:]))
+    elif CASE == "survive":
         survive(me)
     elif CASE == "exchange" and me == 1:
         exchange._gather = lambda *parts: kill_me()

@@ -258,8 +258,10 @@ def test_failure_without_further_threads(load, way):
 @pytest.mark.parametrize("threads", [1, 2, 7, 32])
 @pytest.mark.parametrize("can_pin", [True, False])
 def test_every_byte_arrives_once(load, path, way, threads, can_pin):
+    """Nothing is copied out of a mapping unless the device fetches it: the processor would die if the file shrank."""
     result = load(way, threads=threads, n_slots=threads * 2, can_pin=can_pin)
-    assert result.carried.nbytes[way] > 0
+    taken = Way.BUFFERED if way is Way.MAPPED and not can_pin else way
+    assert {way for way, nbytes in result.carried.nbytes.items() if nbytes} == {taken}
     assert result.carried.refusals == []
     check(result, path)
 
@@ -403,7 +405,7 @@ def test_refused_windows_go_through_staging(load, path, refused_from, how):
     check(result, path)
 
 
-@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True, "each": 2}, {"can_pin": False}])
+@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True, "each": 2}])
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
 @pytest.mark.parametrize("nth", [1, 4])
 def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch, nth, code, how):

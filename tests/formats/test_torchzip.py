@@ -379,13 +379,13 @@ def _loads_or_refuses(path):
         return None
 
 
-@pytest.mark.parametrize("case", ["missing", "shorter", "longer", "two sizes"])
+@pytest.mark.parametrize("case", ["missing", "shorter", "longer", "first of two sizes"])
 def test_a_storage_that_its_record_contradicts(path, case):
     state = {"w": View(Storage(key="7"), (4,), (1,))}
-    if case == "two sizes":
-        state["v"] = View(Storage(key="7", numel=2), (2,), (1,))
-    content = {"missing": {}, "shorter": {"7": bytes(12)}, "longer": {"7": bytes(20)}, "two sizes": {"7": bytes(16)}}
-    write(path, state, content[case])
+    if case == "first of two sizes":
+        state = {"v": View(Storage(key="7", numel=2), (2,), (1,)), **state}
+    records = {"missing": {}, "shorter": {"7": bytes(12)}, "longer": {"7": bytes(20)}}.get(case, {"7": bytes(16)})
+    write(path, state, records)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)
@@ -576,7 +576,7 @@ def test_missing_file(path):
 
 
 GREEDY = """
-import pickle, resource, struct, sys
+import pickle, resource, struct, sys, time
 sys.path.insert(0, {here!r})
 from test_torchzip import Storage, View, pickled, write
 from wan_loader import CheckpointError, open_checkpoint
@@ -599,7 +599,7 @@ state = {{
 write({path!r}, state)
 import torch  # its own memory is not the question
 resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:
     open_checkpoint({path!r})
 except CheckpointError as error:
@@ -609,13 +609,14 @@ else:
 assert len(message) < 10_000, len(message)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert grown < 200_000, f"took {{grown}} kB"
+assert time.process_time() - start < 1
 """
 
 
 @pytest.mark.parametrize("case", ["bytearray", "bytes", "frame", "memo", "persistent id", "shape"])
 def test_a_small_pickle_takes_little_memory_and_time(path, case):
     code = textwrap.dedent(GREEDY).format(here=str(Path(__file__).parent), path=str(path), case=case)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=8, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -22,11 +22,14 @@ from torch import nn  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.cache.check import check_entry  # noqa: E402
+from wan_loader.cache.content import Part  # noqa: E402
 from wan_loader.cache.manifest import EntryFile, digest, parse_manifest  # noqa: E402
+from wan_loader.cache.outline import outline_file  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.dtypes import FLOATING, ITEMSIZE  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402
 from wan_loader.formats.safetensors import SAFETENSORS_NAMES  # noqa: E402
+from wan_loader.loader.cached import read_parts  # noqa: E402
 
 SHAPES = [(), (0,), (1,), (3,), (1023,), (2, 0, 3), (5, 7)]
 
@@ -322,6 +325,15 @@ def test_one_changed_shard_is_enough(tmp_path, cache):
     assert len(entries(cache)) == 2
 
 
+def test_what_is_written_from_the_source_does_not_lie_in_it(path):
+    """A source that is truncated while its entry is written is an error; out of a mapping, it would be a signal."""
+    file = outline_file("x", wan_loader.open_checkpoint(path), lambda name, dtype: dtype)
+    tensor = next(t for t in file.tensors if t.name == "big")
+    (part,) = read_parts(file, [Part(tensor, 1024, 2048)])
+    os.truncate(path, 0)
+    same(part, weights()["big"][1:3].reshape(-1))
+
+
 @pytest.mark.parametrize("restore_times", [False, True])
 def test_a_source_changed_while_the_entry_is_written(path, cache, restore_times, caplog):
     """Small tensors are read again: those of the new content must not be served as the old, nor mixed with it."""
@@ -484,11 +496,21 @@ DAMAGE = {
     "linked file": as_linked_file,
     "another's manifest": lambda e: None,
 }
-ONLY_VERIFY = {
+DATA = {
     "data begin": lambda e: flip(e / "model.safetensors", 4096),
     "data middle": lambda e: flip(e / "model.safetensors", 700_001),
     "data end": lambda e: flip(e / "model.safetensors", os.path.getsize(e / "model.safetensors") - 1),
 }
+
+
+def flip_on_the_disk(entry, position):
+    """A disk that flips a bit does not touch the file's times; here, the manifest is made to agree with them."""
+    file, place = entry / "model.safetensors", entry / "manifest.json"
+    flip(file, position)
+    manifest, st = parse_manifest(place.read_bytes(), str(place)), file.stat()
+    dated = replace(manifest.files[0], mtime_ns=st.st_mtime_ns, ctime_ns=st.st_ctime_ns)
+    place.chmod(0o600)
+    place.write_bytes(replace(manifest, files=(dated,)).to_bytes())
 
 
 def found_and_repaired(path, cache, verify, **options):
@@ -504,7 +526,7 @@ def found_and_repaired(path, cache, verify, **options):
     assert not left_over(cache)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", [*DAMAGE, *DATA])
 def test_damage_that_every_load_finds(path, cache, damage):
     load(path, cache, "building")
     (entry,) = entries(cache)
@@ -513,18 +535,40 @@ def test_damage_that_every_load_finds(path, cache, damage):
         (other,) = (e for e in entries(cache) if e != entry)
         (entry / "manifest.json").unlink()
         shutil.copy(other / "manifest.json", entry / "manifest.json")
-    DAMAGE[damage](entry)
+    (DAMAGE | DATA)[damage](entry)
     found_and_repaired(path, cache, verify=False)
     away = path.parent / "away"
     assert not away.exists() or len(list(away.iterdir())) == 2, "what a link led to is left alone"
 
 
 @pytest.mark.parametrize("names", [None, ["norm.weight"]])
-@pytest.mark.parametrize("damage", ONLY_VERIFY)
-def test_damage_that_verify_finds(path, cache, damage, names):
+@pytest.mark.parametrize("position", [4096, 700_001, -1])
+def test_damage_that_verify_finds(path, cache, position, names):
     load(path, cache, "building")
-    ONLY_VERIFY[damage](*entries(cache))
+    (entry,) = entries(cache)
+    flip_on_the_disk(entry, position % (entry / "model.safetensors").stat().st_size)
+    assert load(path, cache, "hit").tensors, "nothing but a checksum tells"
     found_and_repaired(path, cache, verify=True, names=names)
+
+
+@pytest.mark.parametrize("names", [None, ["norm.weight"]])
+def test_a_flipped_bit_whose_time_was_put_back(path, cache, names):
+    load(path, cache, "building")
+    (entry,) = entries(cache)
+    file = entry / "model.safetensors"
+    st = file.stat()
+    flip(file, 700_001)
+    os.utime(file, ns=(st.st_atime_ns, st.st_mtime_ns))
+    found_and_repaired(path, cache, verify=False, names=names)
+
+
+def test_an_entry_whose_modes_were_changed_is_served(path, cache):
+    expected = load(path, cache, "building").tensors
+    (entry,) = entries(cache)
+    (entry / "model.safetensors").chmod(0o444)
+    loaded = load(path, cache, "hit")
+    assert "checksums" in loaded.report.cache.reason
+    same_dicts(loaded.tensors, expected)
 
 
 def test_verify_finds_a_flipped_bit_in_every_block(tmp_path, device, cache):
@@ -535,18 +579,17 @@ def test_verify_finds_a_flipped_bit_in_every_block(tmp_path, device, cache):
     expected = in_file_order(path, converted(tensors, torch.bfloat16))
     load(path, cache, "building")
     (entry,) = entries(cache)
-    file = entry / "model.safetensors"
     assert len(Store(cache).find(entry.name).manifest.files[0].blocks) == 4
     same_dicts(load(path, cache, "hit", verify=True, device=device).tensors, expected)
     for position in (16 * MiB - 1, 16 * MiB, 33 * MiB):
-        flip(file, position)
+        flip_on_the_disk(entry, position)
         loaded = wan_loader.load(path, dtype="bf16", cache=True, cache_dir=cache, verify=True, device=device)
         same_dicts(loaded.tensors, expected)
         assert any("do not match their checksum" in w for w in loaded.report.warnings)
         assert loaded.build.wait(60)
         shutil.rmtree(entry)  # and on with the old one, repaired
         (cache / "damaged" / entry.name).rename(entry)
-        flip(file, position)
+        flip_on_the_disk(entry, position)
 
 
 def test_a_module_is_filled_once_although_its_entry_was_damaged(tmp_path, cache):
@@ -555,7 +598,7 @@ def test_a_module_is_filled_once_although_its_entry_was_damaged(tmp_path, cache)
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file(reference.state_dict(), path)
     load(path, cache, "building")
-    ONLY_VERIFY["data middle"](*entries(cache))
+    flip_on_the_disk(*entries(cache), 700_001)
     with torch.device("meta"):
         module = nn.Linear(800, 800)
     report = wan_loader.load_into(module, path, device="cpu", dtype="bf16", cache=True, cache_dir=cache, verify=True)

@@ -262,6 +262,27 @@ def test_writable_without_changing_the_file(tmp_path, device, mode):
     same_dicts(wan_loader.load_file(path, device=device, io=mode), weights(2))
 
 
+@pytest.mark.parametrize("kind", ["pth", "legacy pickle"])
+def test_a_torch_file_may_be_saved_over_itself(tmp_path, kind):
+    """As after `torch.load`: nothing that was loaded lies in the file."""
+    path = write(kind, tmp_path, weights(3))
+    loaded = wan_loader.load_file(path)
+    torch.save(loaded, path)
+    same_dicts(loaded, weights(3))
+    same_dicts(torch.load(path), weights(3))
+    path.write_bytes(b"")
+    same_dicts(loaded, weights(3))
+
+
+def test_a_torch_file_is_mapped_where_that_is_asked_for(tmp_path):
+    path = write("pth", tmp_path, weights(3))
+    nbytes = sum(t.nbytes for t in weights(3).values())
+    assert wan_loader.load(path).report.io.nbytes_viewed == 0
+    loaded = wan_loader.load(path, io="mapped")
+    assert loaded.report.io.nbytes_viewed == nbytes
+    same_dicts(loaded.tensors, weights(3))
+
+
 @pytest.mark.parametrize("mode", IO)
 def test_outlives_the_file(tmp_path, device, mode):
     path = write("safetensors", tmp_path, weights(3))

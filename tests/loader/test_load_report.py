@@ -72,6 +72,26 @@ def test_report_of_views(tmp_path):
     assert "page cache" in report.io.reason
 
 
+def test_host_memory_is_read_into_and_not_copied_to(tmp_path):
+    """Small neighbours are read together, through staging."""
+    tensors = {"a": torch.ones(1000), "b": torch.ones(3), "large": torch.randn(3 * MiB), "last": torch.ones(3)}
+    report = (loaded := wan_loader.load(write("pth", tmp_path, tensors))).report
+    copied = sum(phase.nbytes for phase in report.phases if phase.name == "h2d")
+    assert copied == tensors["a"].nbytes + tensors["b"].nbytes
+    assert report.io.nbytes_buffered >= sum(t.nbytes for t in tensors.values())
+    same_dicts(loaded.tensors, tensors)
+
+
+def test_what_is_converted_is_not_mapped_on_the_cpu(tmp_path):
+    tensors = {"float": torch.randn(1000), "int": torch.arange(1000)}
+    path = write("safetensors", tmp_path, tensors)
+    io = wan_loader.load(path, io="mapped", dtype="bf16").report.io
+    assert (io.nbytes_viewed, io.nbytes_mapped, io.nbytes_buffered) == (8000, 8000, 4000)
+    assert "io=mapped was asked for" in io.reason
+    assert "is read" in io.reason
+    assert "is read" not in wan_loader.load(path, io="mapped").report.io.reason
+
+
 def test_empty_checkpoint(tmp_path, device):
     path = write("safetensors", tmp_path, {})
     loaded = wan_loader.load(path, device=device)

@@ -21,7 +21,7 @@ def checkpoint(*tensors):
         facts.append(tensor)
         storages.append(StorageFacts(0, position, tensor.nbytes))
         position += tensor.nbytes
-    files = (FileFacts("a.safetensors", position, 0, 0, 0),)
+    files = (FileFacts("a.safetensors", position, 0, 0, 0, 0),)
     return Checkpoint("a.safetensors", "safetensors", files, tuple(storages), tuple(facts))
 
 

@@ -108,7 +108,7 @@ def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, lay
         "--save_file",
         tmp_path / "two.mp4",
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
     done = subprocess.run([str(w) for w in command], env=environment(2), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """The pipeline and the converted cache: one entry for the whole checkpoint, which diffusers opens as well."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import wan_pipeline
 from wan_loader.cache.store import Store
 from wan_loader.verify import same_bits
-from wan_pipeline.cached import outline_wan
+from wan_pipeline.cached import PipelineCache, outline_wan
 from wan_pipeline.checkpoint import open_wan
 
 SMALL = {"size": (32, 32), "frame_num": 5, "steps": 3, "seed": 3}
@@ -96,6 +97,15 @@ def test_damaged_entry_is_set_aside_and_the_source_is_loaded(tiny_wan, tmp_path)
     assert "set aside in" in report["cache"]["reason"]
     assert (first == again).all()
     assert generate(tiny_wan("native"), tmp_path)[1]["cache"]["state"] == "hit"
+    weights = entry.path / "transformer" / "diffusion_pytorch_model.safetensors"
+    times, content = weights.stat(), weights.read_bytes()
+    weights.chmod(0o600)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    cache = PipelineCache(open_wan(tiny_wan("native")), "bfloat16", tmp_path)
+    assert cache.report.state == "building"
+    assert "do not match their checksum" in cache.report.reason
+    cache.close()
 
 
 def test_unusable_cache_does_not_keep_the_pipeline_from_starting(tiny_wan, tmp_path):

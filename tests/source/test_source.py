@@ -226,6 +226,20 @@ def test_nothing_stays_open_when_one_file_is_missing(tmp_path, path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_another_file_in_its_place_is_not_read(tmp_path, path):
+    facts = stat_file(str(path))
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    with Reader([facts]) as reader:
+        os.replace(other, path)
+        with pytest.raises(CheckpointError, match=f"{path} was replaced"):
+            reader.open_direct(0)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointError, match=f"{path} was replaced"):
+        Reader([facts])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_o_direct_refused(path, reader, view, monkeypatch):
     def refusing(*_):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

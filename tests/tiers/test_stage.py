@@ -522,7 +522,8 @@ def test_a_damaged_journal_never_makes_foreign_files_ours(source, target, tmp_pa
     facts = victim.stat()
     (journal,) = target.rglob("journal")
     line = f'p {"0" * 16} {facts.st_size} {facts.st_mtime_ns} "{{}}"\n'
-    journal.write_text("garbage\n" + line.format("../victim") + line.format(str(victim)) + "p 1 2")
+    paths = ("../victim", str(victim), "\\ud800")  # the last is half of a character, and no file's name
+    journal.write_text("garbage\n" + "".join(map(line.format, paths)) + 'm "\\ud800"\np 1 2')
     unstage(target)
     assert victim.read_text() == "precious"
     assert content(target / source.name) == content(source)

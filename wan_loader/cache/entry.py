@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wan_loader.cache.locks import Locked, is_foreign, lock, remove_tree, sync_directory
-from wan_loader.cache.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from wan_loader.cache.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, EntryFile, Manifest, parse_manifest
 from wan_loader.errors import CacheError, NewerFormatError
 
-__all__ = ["NEWER", "Building", "Entry", "Listed", "look_at", "read_manifest", "regular_size"]
+__all__ = ["NEWER", "Building", "Entry", "Listed", "look_at", "read_manifest"]
 
 #: State of an entry that a newer version of this program wrote.
 NEWER = "newer format"
 #: File of an entry that is being built: how many bytes it will have. Goes when it is complete.
 _PLANNED_NAME = "planned"
+#: Mode of a file that is complete.
+_SEALED = 0o400
 
 
 class Entry(Locked):
@@ -28,6 +30,22 @@ class Entry(Locked):
     def file(self, path: str) -> Path:
         """Where a file of the entry lies."""
         return self.path / path
+
+    def check_files(self) -> bool:
+        """Raise `CacheError` unless every file has its size and was not written to. One stat each.
+
+        Returns whether nothing else about them changed. If something did, such as the mode, a program that sets times
+        may have hidden a change of the content: only checksums can tell.
+        """
+        as_left = True
+        for file in self.manifest.files:
+            st = _regular(self.path, file.path)
+            if st.st_size != file.nbytes:
+                raise CacheError(f"{self.file(file.path)} has {st.st_size} bytes, not {file.nbytes}: damaged")
+            if file.was_touched(st, self.manifest.created):
+                raise CacheError(f"{self.file(file.path)} was touched after it was written: it may have been changed")
+            as_left = as_left and file.is_as_left(st)
+        return as_left
 
 
 class Building(Locked):
@@ -48,16 +66,19 @@ class Building(Locked):
         return os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def publish(self, manifest: Manifest) -> Path | None:
-        """Put everything on the disk and make the entry visible; None if another process was first."""
+        """Put everything on the disk and make the entry visible; None if another process was first.
+
+        The manifest gets the times that the files have from here on: nobody touches them again.
+        """
         (self.path / _PLANNED_NAME).unlink(missing_ok=True)
+        manifest = replace(manifest, files=tuple(map(self._seal, manifest.files)))
         fd = self.create(MANIFEST_NAME)
         with os.fdopen(fd, "wb") as f:
             f.write(manifest.to_bytes())
             f.flush()
             os.fsync(f.fileno())
-        for directory, _, names in os.walk(self.path, topdown=False):
-            for name in names:
-                os.chmod(os.path.join(directory, name), 0o400)
+            os.fchmod(f.fileno(), _SEALED)
+        for directory, _, _ in os.walk(self.path, topdown=False):
             sync_directory(Path(directory))
         place = self.path.parent.parent / "entries" / self.path.name
         try:
@@ -78,6 +99,11 @@ class Building(Locked):
         self.path = place
         self.close()
         return place
+
+    def _seal(self, file: EntryFile) -> EntryFile:
+        os.chmod(self.path / file.path, _SEALED)
+        st = os.stat(self.path / file.path)
+        return replace(file, mtime_ns=st.st_mtime_ns, ctime_ns=st.st_ctime_ns)
 
     def abandon(self) -> None:
         """Remove what was written."""
@@ -150,7 +176,7 @@ def _planned_nbytes(path: Path) -> int:
 def read_manifest(path: Path) -> Manifest:
     place = path / MANIFEST_NAME
     try:
-        regular_size(path, MANIFEST_NAME)
+        _regular(path, MANIFEST_NAME)
         with open(place, "rb") as f:
             return parse_manifest(f.read(MAX_MANIFEST_BYTES + 1), str(place))
     except OSError as error:
@@ -159,8 +185,8 @@ def read_manifest(path: Path) -> Manifest:
         raise CacheError(f"{place} cannot be read: {error.strerror}: the entry is not used") from error
 
 
-def regular_size(root: Path, relative: str) -> int:
-    """Size of a regular file below `root`; neither it nor a directory on the way may be a link."""
+def _regular(root: Path, relative: str) -> os.stat_result:
+    """What the system says of a regular file below `root`; neither it nor a directory on the way may be a link."""
     path = root
     for part in relative.split("/"):
         path = path / part
@@ -172,4 +198,4 @@ def regular_size(root: Path, relative: str) -> int:
             raise CacheError(f"{path} is a link, which no entry holds: not used")
     if not stat.S_ISREG(st.st_mode):
         raise CacheError(f"{path} is not a regular file: damaged")
-    return st.st_size
+    return st

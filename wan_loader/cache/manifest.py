@@ -20,6 +20,7 @@ from wan_loader.errors import CacheError, CheckpointError, NewerFormatError
 from wan_loader.formats.strict_json import parse_object
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
 
 __all__ = ["BLOCK_BYTES", "MANIFEST_NAME", "EntryFile", "Manifest", "digest", "parse_manifest"]
@@ -27,6 +28,8 @@ __all__ = ["BLOCK_BYTES", "MANIFEST_NAME", "EntryFile", "Manifest", "digest", "p
 BLOCK_BYTES = 16 << 20
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 100_000_000
+#: How far the clock of a file server may be ahead of ours.
+_CLOCKS_DIFFER_S = 2.0
 
 
 def digest(block: Any) -> str:
@@ -45,6 +48,21 @@ class EntryFile:
     """Where the first tensor begins; 0 in files that hold none."""
     blocks: tuple[str, ...]
     """Checksums, in order."""
+    mtime_ns: int | None = None
+    """When it was last written to, once it was complete. None: the version that wrote it did not say."""
+    ctime_ns: int | None = None
+    """When anything about it last changed, which no program can set."""
+
+    def was_touched(self, st: os.stat_result, created: float) -> bool:
+        """Whether a file was written to since; `created` is when its manifest was."""
+        if self.mtime_ns is None:
+            return st.st_mtime > created + _CLOCKS_DIFFER_S
+        return st.st_mtime_ns != self.mtime_ns
+
+    def is_as_left(self, st: os.stat_result) -> bool:
+        """Whether nothing about a file changed, as far as it is known. A mode or an owner may; so may an mtime that
+        was put back."""
+        return self.ctime_ns in (None, st.st_ctime_ns)
 
     @property
     def n_blocks(self) -> int:
@@ -88,6 +106,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The document, with its own checksum."""
         body = {"format_version": FORMAT_VERSION, **asdict(self)}
+        body["files"] = [{k: v for k, v in file.items() if v is not None} for file in body["files"]]
         return json.dumps({**body, "digest": _body_digest(body)}, indent=1).encode()
 
 
@@ -141,8 +160,7 @@ def _typed(body: dict[str, Any]) -> Manifest:
 def _strict(kind: Any, values: dict[str, Any], types: dict[str, type], other: type) -> Any:
     """A dataclass from JSON: exactly its fields, each of its type, sizes not negative."""
     made = kind(**values)
-    for name in kind.__dataclass_fields__:
-        value = getattr(made, name)
+    for name, value in values.items():
         if type(value) is not types.get(name, other) or (type(value) is int and not 0 <= value < 2**63):
             raise ValueError(f"{name} is {value!r}")
     return made

@@ -20,7 +20,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from wan_loader.cache.entry import Building, Entry, Listed, look_at, read_manifest, regular_size
+from wan_loader.cache.entry import Building, Entry, Listed, look_at, read_manifest
 from wan_loader.cache.locks import is_foreign, lock, removable, remove_tree
 from wan_loader.cache.manifest import MANIFEST_NAME
 from wan_loader.errors import CacheError
@@ -139,9 +139,7 @@ class Store:
             entry.manifest = read_manifest(path)
             if entry.manifest.key != key:
                 raise CacheError(f"{path} holds the manifest of another entry: damaged")
-            for file in entry.manifest.files:
-                if (size := regular_size(path, file.path)) != file.nbytes:
-                    raise CacheError(f"{path / file.path} has {size} bytes, not {file.nbytes}: damaged")
+            entry.check_files()
             if use:
                 with suppress(OSError):
                     os.utime(path / MANIFEST_NAME)

@@ -26,7 +26,7 @@ from wan_loader.engine.lanes import Desk, Lanes
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.work import Work
 from wan_loader.events import span
-from wan_loader.linux import forget, map_file, populate, unmap
+from wan_loader.linux import map_file, populate, unmap
 from wan_loader.plan import Way
 from wan_loader.staging import Staging
 from wan_loader.transfer.base import PinError
@@ -76,8 +76,9 @@ class EngineSettings:
     page that a disk must bring: Ctrl-C would wait for it."""
     faults_in: bool = True
     """Whether pages of windows are faulted in before they are registered. The driver does so itself, at less expense,
-    but under a lock: not for pages that a disk must bring. Those that the processor copies are always faulted in: one
-    that cannot be read is an error then, not a signal."""
+    but under a lock: not for pages that a disk must bring."""
+    reads_straight: bool = False
+    """Whether bytes that need no conversion are read to where they belong, where the target has room for that."""
 
 
 @dataclass(slots=True)
@@ -140,7 +141,13 @@ class _Load:
         self._target = target
         self._settings = settings
         self._observer = observer
-        self._work = Work(settings.slot_bytes, may_steal=settings.may_steal)
+        # the processor copies out of no mapping: if the file shrank, that would end the process
+        self._work = Work(
+            settings.slot_bytes,
+            may_steal=settings.may_steal,
+            may_map=target.can_pin,
+            apart=settings.reads_straight,
+        )
         self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self._mapper_ended.set()
         self._mapping = threading.Lock()
@@ -165,14 +172,17 @@ class _Load:
         return self._carried
 
     def _draw_first(self) -> None:
-        """Begin to read before anything is allocated."""
+        """Begin to read before anything is allocated, unless bytes go straight to their place."""
         if portion := next(self._portions, None):
+            if self._settings.reads_straight:
+                self._target.bind(portion.allocate())
             self._work.add(portion.blocks)
             if self._work.is_left:
                 lanes = self._open_lanes()
                 self._start_reads(lanes)
                 self._pinning.begin(lanes.used)
-            self._target.bind(portion.allocate())
+            if not self._settings.reads_straight:
+                self._target.bind(portion.allocate())
 
     def _draw(self) -> None:
         """The next portion; after the last one, mapping begins in a thread of its own.
@@ -246,7 +256,12 @@ class _Load:
 
     def _start_reads(self, lanes: Lanes) -> None:
         while lanes.has_free and (part := self._work.next_part()) is not None:
-            lanes.start(part)
+            lanes.start(part, self._place(part))
+
+    def _place(self, part: Block) -> int | None:
+        """Where a part is read to without staging; None if there is no such place."""
+        straight = self._settings.reads_straight and part.way is Way.BUFFERED and len(part.pieces) == 1
+        return self._target.place(part.pieces[0]) if straight else None
 
     def _stage_all(self, lanes: Lanes) -> None:
         """Bring everything that is left for staging on its way."""
@@ -271,11 +286,13 @@ class _Load:
         slot, read = desk.slot, desk.read
         assert read is not None
         block, start = read.block, read.data_start
-        self._reader.check(block, slot.view[start : start + block.nbytes])
-        self._pinning.need(slot)
-        ticket = line.submit(slot.address, block.start - start, block.pieces)
+        ticket = None
+        if desk.place is None:
+            self._reader.check(block, slot.view[start : start + block.nbytes])
+            self._pinning.need(slot)
+            ticket = line.submit(slot.address, block.start - start, block.pieces)
         self._carried.nbytes[read.way] += block.nbytes
-        if ticket is None:  # the copy has taken its time
+        if ticket is None:  # there was nothing to copy, or the copy has taken its time
             lanes.give_back(desk)
             lanes.look()
             self._start_reads(lanes)
@@ -302,10 +319,9 @@ class _Load:
                 self._work.map_nothing(block)
 
     def _map_window(self, line: Line, block: Block, address: int) -> bool:
-        if self._target.can_pin and not self._pin_window(block, address):
+        if not self._pin_window(block, address):
             return False
-        if line.submit(address, block.page_start, block.pieces) is None:
-            forget(address, block.page_end - block.page_start)
+        line.submit(address, block.page_start, block.pieces)
         self._carried.nbytes[Way.MAPPED] += block.nbytes
         return True
 

@@ -82,10 +82,12 @@ class _Lane:
 
 @dataclass(slots=True, eq=False)
 class Desk:
-    """A slot and the read that fills it."""
+    """A slot and the read that fills it, unless the bytes go straight to their place."""
 
     slot: Slot
     lane: _Lane
+    place: int | None = None
+    """Where they go; None: into the slot."""
     request: Request = field(default_factory=Request)
     read: BlockRead | None = None
     started_ns: int = 0
@@ -114,9 +116,10 @@ class Lanes:
         """Whether another read can be started."""
         return bool(self._free)
 
-    def start(self, block: Block) -> None:
-        """Begin to read a block into a free slot."""
+    def start(self, block: Block, place: int | None = None) -> None:
+        """Begin to read a block into a free slot, or, while a slot is kept for it, to its place in memory."""
         desk = self._free.popleft()
+        desk.place = place
         desk.read = BlockRead(self._reader, block)
         desk.started_ns = clock_ns()
         desk.lane.reading.append(desk)
@@ -168,11 +171,12 @@ class Lanes:
 
     def _ask(self, desk: Desk, read: BlockRead) -> None:
         start, nbytes, position = read.wanted
+        address = (desk.slot.address if desk.place is None else desk.place) + start
         desk.fd = read.fd
         try:
             own = desk.lane.begin(read.fd)
             try:
-                desk.request.start(own, desk.slot.address + start, nbytes, position)
+                desk.request.start(own, address, nbytes, position)
             except OSError:
                 desk.lane.end(read.fd)
                 raise

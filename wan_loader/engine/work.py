@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from wan_loader.plan import Way, split
+from wan_loader.plan import Way, apart, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from wan_loader.plan import Block
 
 __all__ = ["Work"]
+
+#: Smaller pieces are not worth a read of their own.
+_ALONE_BYTES = 256 << 10
 
 
 class Work:
@@ -22,13 +26,16 @@ class Work:
     when everything is done.
     """
 
-    def __init__(self, slot_bytes: int, *, may_steal: bool) -> None:
+    def __init__(self, slot_bytes: int, *, may_steal: bool, may_map: bool, apart: bool) -> None:
+        """may_map: whether mapped blocks stay mapped. apart: whether large pieces that are read through the page cache
+        stand alone, each in parts of its own."""
         self._windows: deque[Block] = deque()
         self._blocks: deque[Block] = deque()
         self._parts: deque[Block] = deque()
         self._slot_bytes = slot_bytes
         self._may_steal = may_steal
-        self._may_map = True
+        self._apart = apart
+        self._may_map = may_map
 
     def add(self, blocks: Iterable[Block]) -> None:
         """More of it; before the second thread begins."""
@@ -62,7 +69,10 @@ class Work:
                 block = _pop(self._windows, first=False)
             if block is not None:
                 way = Way.BUFFERED if block.way is Way.MAPPED else block.way
-                self._parts.extend(split(block._replace(way=way), self._slot_bytes))
+                parts = split(block._replace(way=way), self._slot_bytes)
+                if self._apart and way is Way.BUFFERED:
+                    parts = chain.from_iterable(apart(part, _ALONE_BYTES) for part in parts)
+                self._parts.extend(parts)
         return _pop(self._parts, first=True)
 
     def map_nothing(self, refused: Block) -> None:

@@ -32,21 +32,24 @@ if TYPE_CHECKING:
 __all__ = ["open_checkpoint"]
 
 
-def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
+def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint and return its facts; no weight is read.
 
     path: a file of safetensors or of torch.save, whatever it is called; a *.index.json; a directory holding exactly one
     checkpoint, or a repository of the Hugging Face Hub as OWNER/NAME, if it lies in the local cache; or a list of files
     that together are one. A file is that file, also where it is one of a set of shards: the set is meant by its index,
     its directory or, where that holds other checkpoints too, by `*` in the place of the number
-    (`model-*-of-00002.safetensors`). Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import
-    torch, except for pickles that only torch can read (legacy ones, tensor subclasses).
+    (`model-*-of-00002.safetensors`).
+    part: of a torch file that nests dicts, the one to read, by its keys joined by dots: "state_dict", "model.ema".
+
+    Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import torch, except for pickles that only
+    torch can read (legacy ones, tensor subclasses).
 
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
     for what is not there.
     """
     try:
-        return _open(path)
+        return _open(path, part)
     except CheckpointError:
         raise
     except OSError as error:
@@ -55,91 +58,92 @@ def open_checkpoint(path: StrPath | Sequence[StrPath]) -> Checkpoint:
         raise kind(f"{error.filename or path} {what}") from error
 
 
-def _open(path: StrPath | Sequence[StrPath]) -> Checkpoint:
+def _open(path: StrPath | Sequence[StrPath], part: str | None) -> Checkpoint:
     if isinstance(path, str | os.PathLike):
         target = locate(os.fspath(path))
         directory, name = os.path.split(target)
         if os.path.isdir(target):
-            return _open_directory(target, target, None)
+            return _open_directory(target, target, None, part)
         if "*" in name and not os.path.lexists(target):
-            return _open_directory(target, directory or ".", name)
-        return _open_single(target)
+            return _open_directory(target, directory or ".", name, part)
+        return _open_single(target, part)
     files = [os.fspath(p) for p in path]
     if not files:
         raise CheckpointError("an empty list of files is no checkpoint")
-    return _join(files[0] if len(files) == 1 else os.path.dirname(files[0]) or ".", files)
+    return _join(files[0] if len(files) == 1 else os.path.dirname(files[0]) or ".", files, part)
 
 
-def _open_directory(path: str, directory: str, pattern: str | None) -> Checkpoint:
+def _open_directory(path: str, directory: str, pattern: str | None, part: str | None) -> Checkpoint:
     """The checkpoint in a directory, or among the names in it that match a pattern; `path` is what was named."""
     chosen, notes = choose(directory, pattern)
     if chosen.weight_map is not None:
-        checkpoint = _open_index(os.path.join(directory, chosen.name), chosen.weight_map)
+        checkpoint = _open_index(os.path.join(directory, chosen.name), chosen.weight_map, part)
     else:
         files = [os.path.join(directory, name) for name in chosen.files]
-        checkpoint = _join(path if len(files) > 1 else files[0], files)
+        checkpoint = _join(path if len(files) > 1 else files[0], files, part)
     return replace(checkpoint, warnings=(*checkpoint.warnings, *notes)) if notes else checkpoint
 
 
-def _open_single(path: str) -> Checkpoint:
+def _open_single(path: str, part: str | None) -> Checkpoint:
     """A file, or an index: JSON that is not called like weights, or what is called so and is nothing that we know."""
     _check_there([path])
     head = read_head(path)
     content = content_of(head)
     is_json = content == "json" and not is_weight_name(path)
     if is_json or (content is None and path.lower().endswith(".json") and not other_file(path, head)):
-        return _open_index(path, read_index(path))
-    return _open_file(path, head)
+        return _open_index(path, read_index(path), part)
+    return _open_file(path, head, part)
 
 
-def _open_index(path: str, weight_map: dict[str, str]) -> Checkpoint:
+def _open_index(path: str, weight_map: dict[str, str], part: str | None) -> Checkpoint:
     """The files that an index lists. The index is the list of contents, as it is for transformers and diffusers:
 
     a tensor that stands in two files belongs where the index says, and one that it does not list is left out.
     """
-    shards = shards_of(path, weight_map)
-    checkpoint = _join(path, [os.path.join(os.path.dirname(path) or ".", shard) for shard in shards], weight_map)
+    directory = os.path.dirname(path) or "."
+    files = [os.path.join(directory, shard) for shard in shards_of(path, weight_map)]
+    checkpoint = _join(path, files, part, weight_map)
     held = set(checkpoint.names)
     if lacking := next((name for name in weight_map if name not in held), None):
         raise CheckpointError(f"{path}: tensor {lacking!r} should be in {weight_map[lacking]}, which lacks it")
     return checkpoint
 
 
-def _join(path: str, paths: list[str], weight_map: dict[str, str] | None = None) -> Checkpoint:
+def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, str] | None = None) -> Checkpoint:
     """One checkpoint of several files. Every tensor name may stand in one file only, unless a `weight_map` decides."""
     _check_there(paths)
     if len(paths) == 1 and weight_map is None:
-        return replace(_open_file(paths[0], read_head(paths[0])), path=path)
+        return replace(_open_file(paths[0], read_head(paths[0]), part), path=path)
     files: list[FileFacts] = []
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
-    parts: list[Checkpoint] = []
+    shards: list[Checkpoint] = []
     for number, name in enumerate(paths):
-        part = _open_file(name, read_head(name), number, len(storages))
-        parts.append(part)
-        files += part.files
-        storages += part.storages
-        tensors += part.tensors if weight_map is None else _listed(part, weight_map)
-    if len({part.format for part in parts}) > 1:
-        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({p.format for p in parts})}")
-    warnings = [w for part in parts for w in part.warnings]
+        shard = _open_file(name, read_head(name), part, number, len(storages))
+        shards.append(shard)
+        files += shard.files
+        storages += shard.storages
+        tensors += shard.tensors if weight_map is None else _listed(shard, weight_map)
+    if len({shard.format for shard in shards}) > 1:
+        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({s.format for s in shards})}")
+    warnings = [w for shard in shards for w in shard.warnings]
     if weight_map is None:
-        _check_unique(parts)
+        _check_unique(shards)
     else:
-        warnings += _unlisted(parts, weight_map)
-    metadata = parts[0].metadata
-    return Checkpoint(path, parts[0].format, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings))
+        warnings += _unlisted(shards, weight_map)
+    kind, metadata = shards[0].format, shards[0].metadata
+    return Checkpoint(path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part)
 
 
-def _listed(part: Checkpoint, weight_map: dict[str, str]) -> list[TensorFacts]:
+def _listed(shard: Checkpoint, weight_map: dict[str, str]) -> list[TensorFacts]:
     """Those of a file's tensors that the index puts into it."""
-    shard = os.path.basename(part.path)
-    return [tensor for tensor in part.tensors if weight_map.get(tensor.name) == shard]
+    file = os.path.basename(shard.path)
+    return [tensor for tensor in shard.tensors if weight_map.get(tensor.name) == file]
 
 
-def _unlisted(parts: list[Checkpoint], weight_map: dict[str, str]) -> Iterator[str]:
+def _unlisted(shards: list[Checkpoint], weight_map: dict[str, str]) -> Iterator[str]:
     """What to say of tensors that were left out, because the index does not list them, or lists them elsewhere."""
-    names = [tensor.name for part in parts for tensor in part.tensors]
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
     if extra := sorted({name for name in names if name not in weight_map}):
         count = format_count(len(extra), "tensor")
         yield f"in the shards but not in the index, and left out: {count}, first {extra[0]!r}"
@@ -147,10 +151,10 @@ def _unlisted(parts: list[Checkpoint], weight_map: dict[str, str]) -> Iterator[s
         yield f"in several shards, and taken from where the index says: {again!r}"
 
 
-def _check_unique(parts: list[Checkpoint]) -> None:
-    name = _repeated(tensor.name for part in parts for tensor in part.tensors)
+def _check_unique(shards: list[Checkpoint]) -> None:
+    name = _repeated(tensor.name for shard in shards for tensor in shard.tensors)
     if name is not None:
-        first, second, *_ = (part.path for part in parts if name in part.names)
+        first, second, *_ = (shard.path for shard in shards if name in shard.names)
         raise CheckpointError(f"tensor {name!r} stands in both {first} and {second}")
 
 
@@ -178,21 +182,23 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def _open_file(path: str, head: bytes, number: int = 0, n_storages: int = 0) -> Checkpoint:
+def _open_file(path: str, head: bytes, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
     """A file that begins with `head`, as number `number` of its checkpoint, after files with `n_storages` storages."""
     content = content_of(head)
     _check_ours(path, head, content)
     if content not in ("zip", "pickle"):
+        if part is not None:
+            raise CheckpointError(f"{path} is a safetensors file, which has no parts: load it without part")
         file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
         return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
-    part = _open_torch(path, is_archive=content == "zip")
+    shard = _open_torch(path, part, is_archive=content == "zip")
     if number == n_storages == 0:
-        return part
+        return shard
     return replace(  # constructors: `replace` of each costs five times as much
-        part,
-        storages=tuple(StorageFacts(number, s.start, s.nbytes) for s in part.storages),
+        shard,
+        storages=tuple(StorageFacts(number, s.start, s.nbytes) for s in shard.storages),
         tensors=tuple(
-            TensorFacts(t.name, t.dtype, t.shape, t.storage + n_storages, t.stride, t.offset) for t in part.tensors
+            TensorFacts(t.name, t.dtype, t.shape, t.storage + n_storages, t.stride, t.offset) for t in shard.tensors
         ),
     )
 
@@ -214,15 +220,15 @@ def _check_ours(path: str, head: bytes, content: Content | None) -> None:
         raise CheckpointError(f"{path} {what}")
 
 
-def _open_torch(path: str, *, is_archive: bool) -> Checkpoint:
+def _open_torch(path: str, part: str | None, *, is_archive: bool) -> Checkpoint:
     if not is_archive:
-        return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint")
+        return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)
     try:
-        file, storages, tensors = read_torch_zip(path)
-        return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors))
+        file, storages, tensors = read_torch_zip(path, part)
+        return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors), part=part)
     except (UnplannedError, CheckpointError) as reason:
         if what := other_archive(path):
             raise CheckpointError(f"{path} {what}") from reason
         if isinstance(reason, CheckpointError):
             raise
-        return read_torch_pickle(path, f"{path} cannot be planned ({reason})")
+        return read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)

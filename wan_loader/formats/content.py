@@ -116,7 +116,7 @@ def holds_weights(head: bytes) -> bool:
 
 def other_file(path: str, head: bytes) -> str | None:
     """What a file is that is none of ours by its first bytes, and what to do; None where nothing is known of it."""
-    return other_format(path, head) or stand_in(head)
+    return stand_in(head) or other_format(path, head)
 
 
 def stand_in(head: bytes) -> str | None:

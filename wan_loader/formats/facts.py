@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import stat
+import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "FileFacts", "StorageFacts", "TensorFacts", "check_shape", "contiguous_strides", "stat_file"]
 
 _MAX_DIMENSIONS = 64
+#: What file times are taken from (linux/time.h). It stands still between two ticks, for 1 to 10 ms.
+_CLOCK_REALTIME_COARSE = 5
+_LONGEST_TICK_NS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +38,19 @@ class FileFacts:
     mtime_ns: int
     inode: int
     device: int
+    ctime_ns: int
+    """When its content, name or mode last changed. No program can set it: it tells of a change whose mtime was put
+    back. Stores through a mapping are told of late, when the system writes them to the disk, or never."""
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if the path now leads to another or a modified file. Costs one stat."""
-        now = stat_file(self.path)
+        self._check(_stat_file(self.path))
+
+    def check_opened(self, fd: int) -> None:
+        """Raise `CheckpointError` unless a descriptor is of this very file, as it was. Costs one fstat."""
+        self._check(_facts(self.path, os.fstat(fd)))
+
+    def _check(self, now: FileFacts) -> None:
         if now != self:
             what = "replaced" if (now.inode, now.device) != (self.inode, self.device) else "modified"
             raise CheckpointError(
@@ -82,6 +96,8 @@ class Checkpoint:
     """In file order: by file, then by position."""
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    part: str | None = None
+    """The keys, joined by dots, of the nested dict that this is; None for a whole file."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,16 +116,38 @@ class Checkpoint:
 
 
 def stat_file(path: str) -> FileFacts:
-    """Identity of a regular file; `MissingFileError` or `CheckpointError` if it is none."""
+    """Identity of a regular file; `MissingFileError` or `CheckpointError` if it is none.
+
+    A file that was changed a moment ago could be changed again within the same tick of the clock, and have the same
+    times. So for such a file this waits for the next tick, some milliseconds: any later change shows.
+    """
+    facts = _stat_file(path)
+    if not _is_of_this_tick(facts.ctime_ns):
+        return facts
+    while _is_of_this_tick(facts.ctime_ns):
+        time.sleep(0.001)
+    return _stat_file(path)
+
+
+def _is_of_this_tick(time_ns: int) -> bool:
+    """Whether a change now would be dated so; False also for what comes from a clock that is far ahead of ours."""
+    return 0 <= time_ns - time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) < _LONGEST_TICK_NS
+
+
+def _stat_file(path: str) -> FileFacts:
     try:
         st = os.stat(path)
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} does not exist: check the path, or download the missing file") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not os.path.isfile(path):
+    if not stat.S_ISREG(st.st_mode):
         raise CheckpointError(f"{path} is not a regular file")
-    return FileFacts(path, st.st_size, st.st_mtime_ns, st.st_ino, st.st_dev)
+    return _facts(path, st)
+
+
+def _facts(path: str, st: os.stat_result) -> FileFacts:
+    return FileFacts(path, st.st_size, st.st_mtime_ns, st.st_ino, st.st_dev, st.st_ctime_ns)
 
 
 def check_shape(shape: Sequence[int], where: str) -> None:

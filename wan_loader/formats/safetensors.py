@@ -1,14 +1,13 @@
 """The safetensors header: 8 bytes of length, that much JSON, then the data. Pure and strict.
 
 Format: https://huggingface.co/docs/safetensors ("Format"). The header is untrusted: its length is capped, the JSON may
-not repeat a key, and the ranges must cover the data section exactly, without gap or overlap, and agree with dtype
-and shape. Reads the header bytes only.
+not repeat a key (the reference takes the last of them), and the ranges must cover the data section exactly, without gap
+or overlap, and agree with dtype and shape. Reads the header bytes only.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, contiguous_strides, stat_file
+from wan_loader.formats.parts import shown
 from wan_loader.formats.strict_json import parse_object
 
 __all__ = ["MAX_HEADER_BYTES", "SAFETENSORS_NAMES", "parse_header", "read_safetensors"]
@@ -69,11 +69,9 @@ def read_safetensors(
                     f"{path}: header length {length} exceeds {MAX_HEADER_BYTES}: not a safetensors file, or damaged"
                 )
             header = f.read(length)
-            changed = os.fstat(f.fileno()).st_size != file.nbytes
+            file.check_opened(f.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if changed:
-        raise CheckpointError(f"{path} is changing while it is read: wait until it is complete")
     if len(header) < length:
         raise CheckpointError(
             f"{path} is truncated: its header needs {length} bytes, {len(header)} are there; download it again"
@@ -91,32 +89,29 @@ def parse_header(
 
     number, n_storages: as for `read_safetensors`.
     """
-    entries = parse_object(header, path=path, what="the header")
-    metadata = entries.pop("__metadata__", {})
+    entries = parse_object(header, path=path, what="the header", compact=_compact)
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is as if it were not there, for the reference too
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
-    ranges = []
     for name, entry in entries.items():
-        try:
-            ranges.append((name, *_parse_entry(entry)))
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: tensor {name!r}: {error}") from None
-    ranges.sort(key=itemgetter(1, 2))
+        if type(entry) is not tuple:
+            raise _bad_entry(entry, name, path)
     data_start, frontier = 8 + len(header), 0
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
-    for name, start, end, (dtype, shape, stride, _) in ranges:
+    for name, (start, end, (dtype, shape, stride, _)) in sorted(entries.items(), key=itemgetter(1)):
         if start != frontier:
             kind = "overlap" if start < frontier else "leave a gap"
             raise CheckpointError(
-                f"{path}: tensor {name!r}: offsets [{start}, {end}] {kind} at {frontier}: damaged file"
+                f"{path}: tensor {shown(name)}: offsets [{start}, {end}] {kind} at {frontier}: damaged file"
             )
         frontier = end
         tensors.append(TensorFacts(name, dtype, shape, n_storages + len(storages), stride))
         storages.append(StorageFacts(number, data_start + start, end - start))
     if frontier > nbytes_data:
         raise CheckpointError(
-            f"{path} is truncated: tensor {ranges[-1][0]!r} ends at byte {frontier} of the data, "
+            f"{path} is truncated: tensor {shown(tensors[-1].name)} ends at byte {frontier} of the data, "
             f"but only {nbytes_data} are there; download it again"
         )
     if frontier < nbytes_data:
@@ -128,13 +123,35 @@ def parse_header(
 _Form = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
 
+def _compact(fields: dict[str, Any]) -> Any:
+    """The entry of a tensor as a tuple, which takes a third of the memory; anything else as it is."""
+    if "dtype" in fields:
+        try:
+            return _parse_entry(fields)
+        except CheckpointError:
+            return fields
+    return fields
+
+
+def _bad_entry(entry: Any, name: str, path: str) -> CheckpointError:
+    """The error that says what is wrong with an entry."""
+    try:
+        _parse_entry(entry)
+    except CheckpointError as error:
+        return CheckpointError(f"{path}: tensor {shown(name)}: {error}")
+    raise AssertionError("a sound entry was not parsed")
+
+
 def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
-    """Start and end in the data section, and the form. The caller says of which tensor an error speaks."""
-    if type(entry) is not dict or entry.keys() != _FIELDS:
-        raise CheckpointError("needs dtype, shape and data_offsets, and nothing else")
+    """Start and end in the data section, and the form. The caller says of which tensor an error speaks.
+
+    Fields of other names are left alone, as the reference does.
+    """
+    if type(entry) is not dict or not entry.keys() >= _FIELDS:
+        raise CheckpointError("needs dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(code) is not str or code not in _DTYPES:
-        raise CheckpointError(f"unknown dtype {code!r}; known: {', '.join(_DTYPES)}")
+        raise CheckpointError(f"unknown dtype {shown(code)}; known: {', '.join(_DTYPES)}")
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise CheckpointError("shape or data_offsets are not lists of sizes: damaged file")
     for size in (*shape, *offsets):

@@ -1,28 +1,54 @@
-"""JSON from untrusted files: every way to be wrong is one `CheckpointError` that names the file."""
+"""JSON from untrusted files: every way to be wrong is one `CheckpointError` that names the file.
+
+What Python's parser takes beyond JSON (NaN, lone surrogates, keys that stand twice) is refused. Memory is bounded
+before anything is parsed, from the numbers of brackets and commas: three bytes of `[],` become ninety.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
+from wan_loader.formats.parts import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["parse_object"]
 
+#: What an object, a list and a value in one of them take, roughly; and what all may take, whatever the length.
+_OBJECT, _LIST, _VALUE = 200, 96, 40
+_BASE_COST, _COST_PER_BYTE = 64 << 20, 12
+#: So short a text cannot take more than the base, for an object has two bytes: nothing is counted.
+_ALWAYS_BYTES = 2 * _BASE_COST // _OBJECT
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-def parse_object(text: bytes, *, path: str, what: str) -> dict[str, Any]:
-    """Parse a JSON object in which no key stands twice; `what` says in errors what the text is."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def parse_object(
+    text: bytes, *, path: str, what: str, compact: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
+    """Parse a JSON object in which no key stands twice.
+
+    path, what: say in errors which file it is and what the text is.
+    compact: makes something smaller of each object in it, and of the whole, as soon as it is parsed.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
         out = dict(pairs)
         if len(out) < len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise CheckpointError(f"{path}: key {name!r} stands twice in {what}: damaged file")
-        return out
+            raise CheckpointError(f"{path}: key {shown(name)} stands twice in {what}: damaged file")
+        return compact(out) if compact else out
 
+    if len(text) > _ALWAYS_BYTES and _cost(text) > _BASE_COST + _COST_PER_BYTE * len(text):
+        raise CheckpointError(f"{path}: {what} is mostly brackets and commas: damaged or foreign file")
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse)
+        if b"\\u" in text and _SURROGATE.search(text):
+            json.dumps(parsed, ensure_ascii=False).encode()
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # also: not UTF-8, numbers of thousands of digits
@@ -30,3 +56,12 @@ def parse_object(text: bytes, *, path: str, what: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path}: {what} is not a JSON object: damaged or foreign file")
     return parsed
+
+
+def _cost(text: bytes) -> int:
+    """Bytes of memory that the parsed text takes; what stands in strings counts too."""
+    return _OBJECT * text.count(b"{") + _LIST * text.count(b"[") + _VALUE * text.count(b",")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")

@@ -1,26 +1,41 @@
 """Pickles that cannot be planned: legacy (pre-1.6) files, and zips with more than dense tensors in them.
 
 They are left to `torch.load(weights_only=True)`, which refuses everything but tensors and plain containers. This is
-the slow, certain way; the warning says so and names the remedy.
+the slow, certain way; the warning says so and names the remedy. Before torch sees a pickle, `facts_unpickler` has run
+it, so that its memory and time are bounded here too. What comes back is checked to be dense tensors: torch also has
+sparse, quantised, nested and meta tensors and subclasses, whose values are not the bytes of one storage.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts, stat_file
+from wan_loader.formats.facts_unpickler import read_pickle
+from wan_loader.formats.parts import choose_part, shown
+from wan_loader.formats.pickle_calls import STORAGE_TYPES
+from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["load_torch_pickle", "read_torch_pickle"]
 
+_MAX_PICKLES_BYTES = 64 << 20
+#: A legacy file begins with five pickles: a number that says what it is, a version, the system, the object, the keys.
+_N_PICKLES = 5
 
-def read_torch_pickle(path: str, reason: str) -> Checkpoint:
+
+def read_torch_pickle(path: str, reason: str, part: str | None = None) -> Checkpoint:
     """Facts by loading the file into host memory once: on the meta device torch forgets what shares a storage.
+
+    reason: why the file cannot be planned, for the warning.
+    part: names a nested dict by its keys, joined by dots.
 
     Storages carry sizes, but no positions.
     """
@@ -29,27 +44,36 @@ def read_torch_pickle(path: str, reason: str) -> Checkpoint:
         first = f.read(2)
     if first[:1] != b"\x80" and first != b"PK":
         raise CheckpointError(f"{path} is neither safetensors nor a torch checkpoint, or it is damaged")
-    state = load_torch_pickle(path, "cpu")
-    storages: dict[int, StorageFacts] = {}
+    state = load_torch_pickle(path, "cpu", part)
+    numbers: dict[int, int] = {}
+    storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
     for name, tensor in state.items():
         memory = tensor.untyped_storage()
-        storages.setdefault(memory._cdata, StorageFacts(0, 0, memory.nbytes()))
-        index = list(storages).index(memory._cdata)
+        number = numbers.setdefault(memory._cdata, len(storages))
+        if number == len(storages):
+            storages.append(StorageFacts(0, 0, memory.nbytes()))
         dtype = str(tensor.dtype).removeprefix("torch.")
         shape, stride, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
-        tensors.append(TensorFacts(name, dtype, shape, index, stride, offset))
+        tensors.append(TensorFacts(name, dtype, shape, number, stride, offset))
     note = f"{reason}: loaded through torch.load(weights_only=True), without planning; save it again to make it fast"
-    return Checkpoint(path, "torch-pickle", (file,), tuple(storages.values()), tuple(tensors), {}, (note,))
+    return Checkpoint(path, "torch-pickle", (file,), tuple(storages), tuple(tensors), {}, (note,), part)
 
 
-def load_torch_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
-    """The file's tensors on `device`, as torch.load(weights_only=True) gives them."""
+def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of the file, or of one part of it, on `device`, as torch.load(weights_only=True) gives them."""
     import torch
 
+    _check_legacy_pickles(path)
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:  # torch reads a path by its suffix
-            warnings.simplefilter("ignore")  # torch warns about its own typed storages
+        # torch warns about its own typed storages, leaves the indices of sparse tensors unchecked, and goes by the
+        # suffix of a path.
+        with (
+            open(path, "rb") as file,
+            warnings.catch_warnings(),
+            torch.sparse.check_sparse_tensor_invariants(enable=True),
+        ):
+            warnings.simplefilter("ignore")
             state: Any = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} vanished before it could be read") from error
@@ -59,9 +83,59 @@ def load_torch_pickle(path: str, device: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is refused: it is damaged, or holds more than weights ({detail})") from error
     except Exception as error:  # torch raises nearly anything on damaged input
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors: read it with torch.load")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(state)
+    chosen = choose_part(state, part, path=path, is_tensor=lambda value: isinstance(value, torch.Tensor))
+    for name, tensor in dict.items(chosen):
+        if kind := _odd_kind(tensor):
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} is {kind}, whose values are not the bytes of one storage: "
+                "read it with torch.load(weights_only=True), and save it again as a plain tensor"
+            )
+    return dict(dict.items(chosen))
+
+
+def _odd_kind(tensor: torch.Tensor) -> str | None:
+    """What a tensor is that is not dense, or None."""
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a {str(tensor.layout).removeprefix('torch.').replace('_', ' ')} tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_meta:
+        return "a meta tensor, which has no values"
+    return None if str(tensor.dtype).removeprefix("torch.") in ITEMSIZE else f"of dtype {tensor.dtype}"
+
+
+def _check_legacy_pickles(path: str) -> None:
+    """Run the pickles of a legacy file as facts: what is damaged or takes too much is refused before torch runs it."""
+    with open(path, "rb") as f:
+        if f.read(2) == b"PK":
+            return  # the pickle in the archive was run when it was planned
+        f.seek(0)
+        data = f.read(_MAX_PICKLES_BYTES)
+    storages: dict[str, int] = {}
+    end = 0
+    try:
+        for _ in range(_N_PICKLES):
+            end = read_pickle(data, lambda pid: _legacy_storage(pid, storages), end).end
+    except PickleError as error:
+        raise CheckpointError(f"{path}: its pickle is truncated or damaged ({error}); download it again") from None
+    if sum(storages.values()) > os.path.getsize(path):
+        raise CheckpointError(f"{path} is truncated: its storages need more bytes than it has; download it again")
+
+
+def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Other:
+    """The storage of a legacy persistent id; `storages` collects the sizes of all."""
+    if type(pid) is not tuple or len(pid) != 6 or pid[0] != "storage":
+        raise PickleError("a persistent id makes no sense")
+    _, storage_type, key, _location, numel, _view = pid
+    if type(storage_type) is not Global or type(key) is not str or type(numel) is not int or numel < 0:
+        raise PickleError("a persistent id makes no sense")
+    dtype = STORAGE_TYPES.get(storage_type.name)
+    nbytes = numel * ITEMSIZE[dtype] if dtype else numel
+    storages.setdefault(key, nbytes)
+    return Storage(key, nbytes, dtype) if dtype else Other(storage_type.name)

@@ -1,66 +1,44 @@
 """Torch zip checkpoints (.pth, .pt, .bin): where each tensor's bytes lie, without torch and without running anything.
 
-Format: a zip archive of stored (uncompressed) records. `NAME/data.pkl` is a pickle that builds tensors from
-persistent ids `("storage", type, key, location, numel)`; `NAME/data/KEY` holds the raw bytes of storage KEY
-(torch/serialization.py, `_save`). The pickle is read by an unpickler that knows a handful of names and turns each
-into inert facts. Any other name raises `UnplannedError`: whether such a file is harmless is for
-`torch.load(weights_only=True)` to say.
+Format: a zip archive of stored (uncompressed) records. `NAME/data.pkl` is a pickle that builds tensors from persistent
+ids `("storage", type, key, location, numel)`; `NAME/data/KEY` holds the raw bytes of storage KEY
+(torch/serialization.py, `_save`). Both are read as torch reads them, or refused. A pickle with more in it than dense
+tensors and plain values raises `UnplannedError`: whether it is harmless is for `torch.load(weights_only=True)` to say.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
-import struct
-import zipfile
-from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import re
+from functools import lru_cache
+from typing import Any
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, stat_file
+from wan_loader.formats.facts_unpickler import read_pickle
+from wan_loader.formats.parts import choose_part, shown
+from wan_loader.formats.pickle_calls import STORAGE_TYPES
+from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage, Tensor
+from wan_loader.formats.zip_archive import Record, ZipArchive, read_archive
 
 __all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "is_zip", "read_torch_zip"]
 
 #: A data.pkl needs about 150 bytes a tensor; the largest models stay under 1 MB.
 MAX_PICKLE_BYTES = 64 << 20
-
-_STORAGE_TYPES = {
-    "BoolStorage": "bool",
-    "ByteStorage": "uint8",
-    "CharStorage": "int8",
-    "ShortStorage": "int16",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
+_MAX_MARK_BYTES = 64
+#: The versions of the format that torch 2.13 reads.
+_VERSION = re.compile(rb"\s*\+?0*([1-9]|10)(?!\d)")
+_SAVE_WEIGHTS = "and save its weights alone with torch.save(module.state_dict(), path)"
+_PROGRAMS = {
+    "constants.pkl": "a TorchScript archive, which holds a program: load it with torch.jit.load(path)",
+    "archive_format": "a torch.export archive, which holds a program: load it with torch.export.load(path).module()",
+    ".data/extern_modules": "a torch.package archive, which holds a program: load it with PackageImporter(path)",
 }
 
 
 class UnplannedError(Exception):
     """The pickle uses something beyond plain dense tensors; the message says what."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    key: str
-    nbytes: int
-    dtype: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    storage: _Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
 def is_zip(path: str) -> bool:
@@ -69,206 +47,156 @@ def is_zip(path: str) -> bool:
         return f.read(4) == b"PK\x03\x04"
 
 
-def read_torch_zip(path: str) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
-    """Facts of one file, tensors by position. Raises `CheckpointError`, or `UnplannedError` for exotic pickles."""
+def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
+    """Facts of one file, tensors by position; `part` names a nested dict by its keys, joined by dots.
+
+    Raises `CheckpointError`, or `UnplannedError` for exotic pickles.
+    """
     file = stat_file(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            records = _stored_records(archive, file)
-            prefix, pickled = _read_pickle(archive, path)
-            _check_byteorder(archive, prefix)
-    except (zipfile.BadZipFile, OSError, EOFError, struct.error, ValueError, OverflowError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is truncated or damaged: {error}; download it again") from error
-    state = _unpickle(pickled, path)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors: read it with torch.load")
-    return _collect(file, state, records, prefix)
+        with open(path, "rb", buffering=0) as f:
+            if os.fstat(f.fileno()).st_size != file.nbytes:
+                raise CheckpointError(f"{path} is changing while it is read: wait until it is complete")
+            archive = read_archive(path, f.fileno(), file.nbytes)
+            pickled = _read_pickle(archive)
+            storages = _Storages(archive)
+            state = _unpickle(pickled, storages, path)
+            tensors = choose_part(state, part, path=path, is_tensor=lambda value: type(value) is Tensor)
+            return file, *_collect(path, tensors, storages)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _stored_records(archive: zipfile.ZipFile, file: FileFacts) -> dict[str, tuple[int, int]]:
-    """Name -> (start, nbytes) of every record's bytes in the file, checked to lie inside it one after the other."""
-    records: dict[str, tuple[int, int]] = {}
-    fd = os.open(file.path, os.O_RDONLY)
-    try:
-        for info in archive.infolist():
-            if info.filename in records:
-                raise CheckpointError(f"{file.path}: record {info.filename!r} stands twice in the archive")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-                raise CheckpointError(
-                    f"{file.path}: record {info.filename!r} is compressed; torch stores records plain"
-                )
-            local = os.pread(fd, 30, info.header_offset)
-            if len(local) < 30 or local[:4] != b"PK\x03\x04":
-                raise CheckpointError(
-                    f"{file.path}: record {info.filename!r} is not where the index says: damaged file"
-                )
-            name_length, extra_length = struct.unpack_from("<HH", local, 26)
-            records[info.filename] = (info.header_offset + 30 + name_length + extra_length, info.file_size)
-    finally:
-        os.close(fd)
-    frontier = 0
-    for name, (start, nbytes) in sorted(records.items(), key=lambda item: item[1]):
-        if start < frontier or start + nbytes > file.nbytes:
-            raise CheckpointError(f"{file.path}: record {name!r} overlaps another or leaves the file: damaged file")
-        frontier = start + nbytes
-    return records
-
-
-def _read_pickle(archive: zipfile.ZipFile, path: str) -> tuple[str, bytes]:
-    pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise CheckpointError(f"{path} is a zip archive, but not a torch checkpoint: it has no NAME/data.pkl")
-    if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{path}: its data.pkl is larger than {MAX_PICKLE_BYTES} bytes: not a weights file")
-    return pickles[0].removesuffix("data.pkl"), archive.read(pickles[0])
-
-
-def _check_byteorder(archive: zipfile.ZipFile, prefix: str) -> None:
-    name = prefix + "byteorder"
-    if name in archive.namelist() and archive.getinfo(name).file_size < 16 and archive.read(name) != b"little":
-        raise UnplannedError("it was written on a big-endian machine")
-
-
-def _unpickle(pickled: bytes, path: str) -> Any:
-    try:
-        return _FactsUnpickler(io.BytesIO(pickled)).load()
-    except UnplannedError:
-        raise
-    except Exception as error:  # any opcode may fail in its own way on damaged input
-        raise CheckpointError(f"{path}: its data.pkl is damaged ({type(error).__name__}: {error})") from error
-
-
-def _rebuild_tensor(
-    storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: str | None = None
-) -> _Tensor:
-    if len(rest) > 2 and rest[2]:
-        raise UnplannedError("a tensor carries metadata, such as a conjugate bit")
-    if not isinstance(storage, _Storage) or (dtype := dtype or storage.dtype) is None:
-        raise ValueError("a tensor is not built from a storage")
-    return _Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
-
-
-def _rebuild_tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *metadata: Any
-) -> _Tensor:
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise ValueError("a tensor has no dtype")
-    return _rebuild_tensor(storage, offset, shape, stride, grad, hooks, *metadata, dtype=dtype)
-
-
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-def _ordered_dict(*args: Any) -> OrderedDict[str, Any]:
-    if args:
-        raise ValueError("an OrderedDict with arguments")
-    return OrderedDict()
-
-
-#: Opcodes that weights do not need, and that allocate by a number in the file, or hash values of any depth.
-_REFUSED = (b"\x96", b"\x97", b"\x98", b"\x82", b"\x83", b"\x84", b"\x8f", b"\x90", b"\x91")
-
-
-# The pure-Python unpickler on purpose: its memo is a dict, so a damaged index cannot make it allocate gigabytes.
-class _FactsUnpickler(pickle._Unpickler):
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED
-    }
-
-    def load_setitem(self: Any) -> None:
-        value = self.stack.pop()
-        self._set(self.stack.pop(), value)
-
-    def load_setitems(self: Any) -> None:
-        items = self.pop_mark()
-        for i in range(0, len(items), 2):
-            self._set(items[i], items[i + 1])
-
-    def _set(self: Any, key: Any, value: Any) -> None:
-        # Hashing a nested tuple of a few hundred bytes can take for ever.
-        if not isinstance(key, str | int) or not isinstance(self.stack[-1], dict):
-            raise ValueError("a dict key is no string")
-        dict.__setitem__(self.stack[-1], key, value)
-
-    dispatch[pickle.SETITEM[0]] = load_setitem
-    dispatch[pickle.SETITEMS[0]] = load_setitems
-
-    def find_class(self, module: str, name: str) -> Any:
-        match module, name:
-            case "collections", "OrderedDict":
-                return _ordered_dict
-            case "torch._utils", "_rebuild_tensor_v2":
-                return _rebuild_tensor
-            case "torch._utils", "_rebuild_tensor_v3":
-                return _rebuild_tensor_v3
-            case "torch._utils", "_rebuild_parameter":
-                return _rebuild_parameter
-            case "torch.storage", "UntypedStorage":
-                return "untyped"
-            case "torch", _ if name in _STORAGE_TYPES:
-                return _STORAGE_TYPES[name]
-            case "torch", _ if name in ITEMSIZE:
-                return name
-        raise UnplannedError(f"its pickle uses {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _location, numel = pid
-        if kind != "storage" or not isinstance(key, str) or not isinstance(dtype, str):
-            raise ValueError("bad persistent id")
-        if type(numel) is not int or not 0 <= numel < 2**63 or (dtype != "untyped" and dtype not in ITEMSIZE):
-            raise ValueError("bad persistent id")
-        if dtype == "untyped":
-            return _Storage(key, numel, None)
-        return _Storage(key, numel * ITEMSIZE[dtype], dtype)
-
-
-def _collect(
-    file: FileFacts, state: dict[Any, Any], records: dict[str, tuple[int, int]], prefix: str
-) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
-    found: dict[str, _Tensor] = {}
-    for name, value in dict.items(state):
-        if not isinstance(name, str) or not isinstance(value, _Tensor):
-            raise CheckpointError(
-                f"{file.path}: entry {name!r} is a {type(value).__name__}, not a tensor: this reads flat dicts of "
-                "tensors; read others with torch.load(weights_only=True)"
-            )
-        _check_view(value, f"{file.path}: tensor {name!r}")
-        found[name] = value
-    keys = {t.storage.key: t.storage for t in found.values()}
-    for name, tensor in found.items():
-        if tensor.storage.nbytes != keys[tensor.storage.key].nbytes:
-            raise CheckpointError(f"{file.path}: tensor {name!r} and others disagree about the size of their storage")
-    placed = [(*_record(file, s, records, prefix), s.key) for s in keys.values()]
-    order = {key: i for i, (_, _, key) in enumerate(sorted(placed))}
-    storages = [StorageFacts(0, start, nbytes) for start, nbytes, _ in sorted(placed)]
-    tensors = [TensorFacts(n, t.dtype, t.shape, order[t.storage.key], t.stride, t.offset) for n, t in found.items()]
-    return file, storages, sorted(tensors, key=lambda t: (t.storage, t.offset))
-
-
-def _record(file: FileFacts, storage: _Storage, records: dict[str, tuple[int, int]], prefix: str) -> tuple[int, int]:
-    record = records.get(f"{prefix}data/{storage.key}")
-    if record is None:
-        raise CheckpointError(f"{file.path}: the record of storage {storage.key!r} is missing: damaged file")
-    if record[1] != storage.nbytes:
+def _read_pickle(archive: ZipArchive) -> bytes:
+    """The pickle of an archive of torch.save, which is checked to be one."""
+    for name, program in _PROGRAMS.items():
+        if name in archive:
+            raise CheckpointError(f"{archive.path} is {program}, {_SAVE_WEIGHTS}")
+    pickled = archive.read("data.pkl", MAX_PICKLE_BYTES)
+    if pickled is None:
         raise CheckpointError(
-            f"{file.path}: storage {storage.key!r} should have {storage.nbytes} bytes, its record has {record[1]}"
+            f"{archive.path} is a zip archive, but not a torch checkpoint: it has no NAME/data.pkl; "
+            "unpack it, and load what is in it"
         )
-    return record
+    version = archive.read(".data/version" if ".data/version" in archive else "version", _MAX_MARK_BYTES)
+    if version is None or not _VERSION.match(version):
+        raise CheckpointError(f"{archive.path} has no format version that torch reads: damaged, or too new a file")
+    return pickled
 
 
-def _check_view(tensor: _Tensor, where: str) -> None:
+def _unpickle(pickled: bytes, storages: _Storages, path: str) -> Any:
+    try:
+        reading = read_pickle(pickled, storages.load)
+    except PickleError as error:
+        raise CheckpointError(f"{path}: its data.pkl is damaged ({error})") from None
+    if storages.byteorder != b"little":
+        raise UnplannedError("it was written on a big-endian machine")
+    if reading.foreign:
+        raise UnplannedError(reading.foreign)
+    return reading.value
+
+
+class _Storages:
+    """The storages that a pickle's persistent ids name, each with its record in the archive."""
+
+    def __init__(self, archive: ZipArchive) -> None:
+        self.byteorder = archive.read("byteorder", _MAX_MARK_BYTES) or b"little"
+        if self.byteorder not in (b"little", b"big"):
+            raise CheckpointError(f"{archive.path}: its byte order is none: damaged file")
+        self._archive = archive
+        self._storages: dict[str, Storage] = {}
+        self._records: dict[str, Record] = {}
+
+    def load(self, pid: Any) -> Storage | Other:
+        """The storage of a persistent id. The first id of a key says its dtype and its size, as it does for torch."""
+        if type(pid) is not tuple or len(pid) != 5:
+            raise PickleError("a persistent id makes no sense")
+        kind, storage_type, key, _location, numel = pid
+        if kind != "storage" or type(storage_type) is not Global or type(key) is not str or type(numel) is not int:
+            raise PickleError("a persistent id makes no sense")
+        if key in self._storages:
+            return self._storages[key]
+        dtype = STORAGE_TYPES.get(storage_type.name)
+        if dtype is None:
+            return Other(storage_type.name)
+        nbytes = numel * ITEMSIZE[dtype]
+        record = None if "\0" in key else self._archive.find(f"data/{key}")
+        if record is None:
+            raise CheckpointError(f"{self._archive.path}: the record of storage {shown(key)} is missing: damaged file")
+        if record.nbytes != nbytes:
+            raise CheckpointError(
+                f"{self._archive.path}: storage {shown(key)} should have {nbytes} bytes, its record has {record.nbytes}"
+            )
+        storage = Storage(key, nbytes, dtype)
+        self._records[key] = record
+        if nbytes:  # torch does not remember empty ones
+            self._storages[key] = storage
+        return storage
+
+    def start_of(self, key: str) -> int:
+        """Where the bytes of a storage begin in the file."""
+        return self._archive.start_of(f"data/{key}", self._records[key])
+
+
+def _collect(path: str, found: dict[str, Tensor], storages: _Storages) -> tuple[list[StorageFacts], list[TensorFacts]]:
+    """Facts of the tensors and of the storages that they need, both by position."""
+    for name, tensor in found.items():
+        _check_name(name, path)
+        _check_view(tensor, name, path)
+    sizes = {tensor.storage.key: tensor.storage.nbytes for tensor in found.values()}
+    placed = sorted((storages.start_of(key), nbytes, key) for key, nbytes in sizes.items())
+    frontier = 0
+    for start, nbytes, key in placed:
+        if nbytes and start < frontier:
+            raise CheckpointError(f"{path}: the record of storage {shown(key)} overlaps another: damaged file")
+        frontier = max(frontier, start + nbytes)
+    order = {key: i for i, (_, _, key) in enumerate(placed)}
+    tensors = [TensorFacts(n, t.dtype, t.shape, order[t.storage.key], t.stride, t.offset) for n, t in found.items()]
+    tensors.sort(key=lambda t: (t.storage, t.offset))
+    return [StorageFacts(0, start, nbytes) for start, nbytes, _ in placed], tensors
+
+
+def _check_name(name: str, path: str) -> None:
+    """A name may be any text, but it has to be text: surrogates cannot be written to any file or terminal."""
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"{path}: the name of tensor {shown(name)} is not Unicode text: damaged file"
+            ) from None
+
+
+def _check_view(tensor: Tensor, name: str, path: str) -> None:
     """A view may not reach outside its storage."""
-    numbers = (tensor.offset, *tensor.shape, *tensor.stride)
-    if len(tensor.shape) != len(tensor.stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-        raise CheckpointError(f"{where}: shape, stride or offset make no sense: damaged file")
-    check_shape(tensor.shape, where)
-    if tensor.storage.nbytes % ITEMSIZE[tensor.dtype]:
+    storage, dtype, offset, shape, stride = tensor
+    try:
+        nbytes = _extent(offset, shape, stride) * ITEMSIZE[dtype]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: tensor {shown(name)} {error}: damaged file") from None
+    if storage.nbytes % ITEMSIZE[dtype]:
         raise UnplannedError("a storage ends within an element")
-    if 0 in tensor.shape:
-        return
-    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
-    if (last + 1) * ITEMSIZE[tensor.dtype] > tensor.storage.nbytes:
-        raise CheckpointError(f"{where} reaches outside its storage of {tensor.storage.nbytes} bytes: damaged file")
+    if nbytes > storage.nbytes:
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} reaches outside its storage of {storage.nbytes} bytes: damaged file"
+        )
+
+
+def _extent(offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
+    """Elements from the start of the storage to the end of a view."""
+    if type(offset) is not int or not {*map(type, shape), *map(type, stride)} <= {int}:
+        raise CheckpointError("has a shape, stride or offset that is no number")
+    if not 0 <= offset < 2**63:
+        raise CheckpointError("has an offset that makes no sense")
+    span = _span(shape, stride)
+    return offset + span if span else 0
+
+
+@lru_cache(maxsize=4096)
+def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a view, 0 if it is empty; many tensors of a model share it."""
+    numbers = (*shape, *stride, 0)
+    if len(shape) != len(stride) or min(numbers) < 0 or max(numbers) >= 2**63:
+        raise CheckpointError("has a shape or stride that makes no sense")
+    check_shape(shape, "of")
+    return 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))

@@ -68,8 +68,11 @@ def load_file(
     observer: told of each span of work, from several threads.
 
     Returns contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
-    CPU, tensors that need no conversion are private mappings of the file: free, lazily read, and writable without
-    changing the file; as with any mapping, shortening the file later takes the memory away (io="buffered" copies).
+    CPU, tensors of safetensors files that need no conversion are private mappings of the file, as safetensors' own are:
+    free, lazily read, and writable without changing the file, but if the file is later rewritten in place (not
+    replaced), they may change with it, and if it is shortened, using them ends the process. io="buffered" copies, and
+    io="mapped" maps tensors of a .pth, too, which otherwise are copied, so that it may be saved over itself. A file
+    that changes while it is loaded is an error; only stores through somebody's mapping of it cannot always be seen.
     On CUDA, everything has arrived when this returns. Staging takes at most 512 MiB of host memory.
 
     Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
@@ -125,8 +128,9 @@ def load(
 def _options(
     device: str | int | torch.device, io: str, threads: int | None, observer: Observer | None, team: Team | None
 ) -> LoadOptions:
-    watched = observer if team is None else team.watch(observer)
-    return LoadOptions(device=device, io=io, threads=threads, observer=watched, team=team)
+    if team is not None:
+        device, observer = team.device(device), team.watch(observer)
+    return LoadOptions(device=device, io=io, threads=threads, observer=observer, team=team)
 
 
 def _may_cache(cache: bool, team: Team | None) -> bool:

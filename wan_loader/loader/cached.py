@@ -207,6 +207,8 @@ class CachedLoad:
             raise CacheError(f"{entry.path} holds other files than {ENTRY_FILE}: damaged or foreign")
         check_header(entry.path, files[0])
         checkpoint = open_checkpoint(entry.file(ENTRY_FILE))
+        as_left = entry.check_files()  # what is changed from here on, the load finds
+        verify = self._options.verify or not as_left
         held = {(t.name, t.dtype, t.shape) for t in checkpoint.tensors}
         if held != {(t.name, t.dtype, t.source.shape) for t in outlined.tensors}:
             raise CacheError(f"{entry.path} holds other tensors than are made from its source: damaged or foreign")
@@ -216,11 +218,12 @@ class CachedLoad:
         check = None
         if len(tensors) == len(by_name):
             tensors.sort(key=lambda t: rank[t.name])
-            check = _block_check(entry) if self._options.verify else None
-        elif self._options.verify and (wrong := check_entry(entry.path, entry.manifest)):
+            check = _block_check(entry) if verify else None
+        elif verify and (wrong := check_entry(entry.path, entry.manifest)):
             raise CacheError("; ".join(wrong))
         self._entry, self._order = entry, [t.name for t in source.tensors]
-        self.report = CacheReport("hit", "the source is unchanged", str(entry.path))
+        why = "the source is unchanged" + ("" if as_left else "; the entry's files have new modes: checksums compared")
+        self.report = CacheReport("hit", why, str(entry.path))
         return replace(
             source, checkpoint=replace(checkpoint, path=source.checkpoint.path), tensors=tensors, check=check
         )
@@ -259,7 +262,7 @@ def _block_check(entry: Entry) -> BlockCheck:
 
 
 def read_parts(file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """Read parts of tensors from the source, converted: 1-D host tensors, some of them views of the mapped file."""
+    """Read parts of tensors from the source, converted: 1-D host tensors that own their memory."""
     from wan_loader.dtypes import ITEMSIZE
 
     storages, plans = [], []

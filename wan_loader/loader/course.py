@@ -55,9 +55,10 @@ def decide(
     check: Check | None,
 ) -> Course:
     """Sizes, ways and settings, before anything is read or allocated."""
-    cuda, io, team = device.type == "cuda", _mode(options, check), options.team
+    cuda, team = device.type == "cuda", options.team
+    io = _mode(options, cuda, check)
     sharers = team.n_local if team is not None else 1
-    views = not cuda and check is None and io in ("auto", "mapped") and team is None
+    views = not cuda and check is None and _may_view(checkpoint, options)
     layout = lay_out(checkpoint, plans, views=views, reads=team.reads(plans) if team is not None else {})
     check_memory(layout, device, checkpoint.path, sharers)
     nbytes = layout.nbytes_read
@@ -88,9 +89,17 @@ def decide(
         converts=any(plan.converts for plan in layout.copied),
         cold=cold,
         resident=resident >= nbytes,
+        reads_straight=not cuda and check is None,
     )
     # a cold load takes long, and others could take the room meanwhile
     return Course(io, layout, blocks, settings, resident, None if cold else _PORTION_BLOCKS)
+
+
+def _may_view(checkpoint: Checkpoint, options: LoadOptions) -> bool:
+    """Whether host tensors may stay in the mapped file: as safetensors' own do, and torch's own only where asked."""
+    if options.team is not None or options.owned:
+        return False
+    return options.io == "mapped" or (options.io == "auto" and checkpoint.format == "safetensors")
 
 
 def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:
@@ -98,6 +107,9 @@ def _firsts(extents: Sequence[Extent]) -> Collection[Extent]:
     return {extent.file: extent for extent in reversed(extents) if extent.end > extent.start}.values()
 
 
-def _mode(options: LoadOptions, check: Check | None) -> str:
-    """Mapped bytes go past this process, so they could not be checked."""
-    return "auto" if check is not None and options.io == "mapped" else options.io
+def _mode(options: LoadOptions, cuda: bool, check: Check | None) -> str:
+    """Of a mapped file, nothing passes through this process: neither to be checked, nor to be copied by the processor.
+
+    It would be killed if the file shrank meanwhile. (Views are the caller's to read.)
+    """
+    return "auto" if options.io == "mapped" and (check is not None or not cuda) else options.io

@@ -67,6 +67,8 @@ class LoadOptions:
     observer: Observer | None = None
     team: Team | None = None
     """The processes that load together with this one."""
+    owned: bool = False
+    """Whether no tensor may stay in the mapped file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ def read_storages(checkpoint: Checkpoint, plans: Sequence[StoragePlan]) -> dict[
     """Read and convert storages into host memory, as a load does, without being one: nothing is reported."""
     import torch
 
-    moved = _move(checkpoint, plans, LoadOptions(device="cpu"), torch.device("cpu"), None)
+    moved = _move(checkpoint, plans, LoadOptions(device="cpu", owned=True), torch.device("cpu"), None)
     moved.carried.release()
     return moved.tensors
 
@@ -211,7 +213,7 @@ def _move(
                 used |= options.team.exchange(layout.copied, allocation.destinations, layout.nbytes_read, observer)
     viewed = sum(e.end - e.start for e in layout.viewed_extents)
     carried.nbytes[Way.MAPPED] += viewed
-    reason = explain(course.io, course.resident, layout.nbytes_read, viewed)
+    reason = explain(options.io, course.io, course.resident, layout.nbytes_read, viewed)
     return Moved(
         allocation.tensors, layout.nbytes_loaded, carried, course.resident, viewed, reason, used, list(layout.warnings)
     )
@@ -246,7 +248,7 @@ def _move_through_torch(
     state: dict[str, torch.Tensor] = {}
     with span(observer, "read", nbytes):
         for file in checkpoint.files:
-            state |= load_torch_pickle(file.path, str(device))
+            state |= load_torch_pickle(file.path, str(device), checkpoint.part)
             file.check_unchanged()
     with span(observer, "cast"):
         for plan in plans:

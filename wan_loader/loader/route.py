@@ -53,13 +53,18 @@ def is_uniform(io: str, resident: int, nbytes: int) -> bool:
     return io != "auto" or resident == 0 or resident >= nbytes
 
 
-def explain(io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
-    """One sentence on why the bytes travel as they do."""
+def explain(asked: str, io: str, resident: int, nbytes: int, nbytes_viewed: int) -> str:
+    """One sentence on why the bytes travel as they do.
+
+    io: the mode that is used, which may be another than the one that was asked for.
+    """
     if nbytes == 0:
         return "there are no bytes to move"
     share = resident / nbytes
     cached = "everything" if share >= 1 else "nothing" if resident == 0 else f"{share:.0%}"
-    why = f"{cached} is in the page cache" if io == "auto" else f"io={io} was asked for"
+    why = f"{cached} is in the page cache" if asked == "auto" else f"io={asked} was asked for"
     if nbytes_viewed:
         why += "; tensors that need no conversion are views of the file, whose pages are read when first used"
+    if io != asked and nbytes_viewed < nbytes:
+        why += "; what this process copies, converts or checks is read: a mapped file that shrinks would end it"
     return why

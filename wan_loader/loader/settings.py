@@ -100,6 +100,7 @@ def engine_settings(
     converts: bool = False,
     cold: bool = False,
     resident: bool = False,
+    reads_straight: bool = False,
 ) -> EngineSettings:
     """Settings for one load whose blocks travel on these `ways`.
 
@@ -112,6 +113,7 @@ def engine_settings(
     converts: whether bytes are converted on the way.
     cold: whether most of the bytes must come from storage, whatever the way.
     resident: whether none of them must.
+    reads_straight: as in `EngineSettings`.
     """
     mapped_only = ways <= {Way.MAPPED}
     staging = _staging(ways, cuda=cuda, converts=converts, cold=cold)
@@ -133,6 +135,7 @@ def engine_settings(
         may_steal=steals,
         maps_here=mapped_only and not steals and resident,
         faults_in=not (cuda and resident),
+        reads_straight=reads_straight,
     )
 
 

@@ -26,7 +26,7 @@ from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
 from wan_loader.loader.binding import is_dtensor
-from wan_loader.loader.exchange import carry
+from wan_loader.loader.exchange import carry, check_usable
 from wan_loader.loader.peers import Peers, own_connection
 from wan_loader.loader.processes import run_peers
 from wan_loader.loader.sharding import Spread, borders, divide, exchanges
@@ -75,6 +75,20 @@ class Team:
         """This process, counted over the whole run."""
         return self.peers.rank
 
+    def device(self, device: str | int | torch.device) -> str | int | torch.device:
+        """Where this process loads to: "cuda" is the GPU that the group is bound to, whatever the thread's current one.
+
+        Raises `OptionError` for another GPU than that one: the group could not exchange what arrives there.
+        """
+        bound = self.group.bound_device_id
+        if bound is None or not _is_cuda(device):
+            return device
+        if str(device) in ("auto", "cuda") or device in (bound, str(bound), bound.index):
+            return bound
+        raise OptionError(
+            f"device {str(device)!r}: the group is bound to {str(bound)!r}: pass device='cuda', or another group"
+        )
+
     def watch(self, observer: Observer | None) -> Observer:
         """An observer through which the failure of another process ends the load of this one."""
         return _Watch(self.peers, observer)
@@ -117,7 +131,9 @@ class Team:
         flats = {plan.storage: to.flat for plan, to in zip(plans, destinations, strict=True)}
         if self.parts:
             _check_backend(self.group, flats)
-        self.peers.agree("read")
+        for group in self.groups.values():
+            check_usable(group)
+        _check_devices(self.peers.ranks, self.peers.agree("read", _identity(self.group, flats)))
         received = 0
         for what in exchanges(self.division.holders, self.parts, self.scales):
             with span(observer, "shard", nbytes := what.nbytes_received(self.rank)):
@@ -221,6 +237,32 @@ def _check_backend(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> No
         raise OptionError(
             f"the group exchanges through {config}, not on {device}: load to that device, or pass another"
         )
+
+
+def _is_cuda(device: str | int | torch.device) -> bool:
+    return isinstance(device, int) or str(device).startswith("cuda") or str(device) == "auto"
+
+
+def _identity(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> str:
+    """The GPU that NCCL will use here, by a name that no other one of any machine has; nothing where it uses none."""
+    import torch
+    import torch.distributed as dist
+
+    flat = next(iter(flats.values()), None)
+    if flat is None or not flat.is_cuda or "cuda:nccl" not in dist.get_backend_config(group):
+        return ""
+    return f"{_host()} {torch.cuda.get_device_properties(flat.device).uuid}"
+
+
+def _check_devices(ranks: Sequence[int], identities: Sequence[str]) -> None:
+    """Raise, in every process alike, if two processes hold their tensors on one GPU: no collective could run there."""
+    owner: dict[str, int] = {}
+    for rank, identity in zip(ranks, identities, strict=True):
+        if identity and (other := owner.setdefault(identity, rank)) != rank:
+            raise DistributedError(
+                f"processes {other} and {rank} load to the same GPU: pass device='cuda:N' with the GPU of each, or "
+                "bind each to its own with torch.distributed.init_process_group(device_id=...)"
+            )
 
 
 def _group_of(module: torch.nn.Module) -> ProcessGroup | None:

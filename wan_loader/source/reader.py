@@ -1,7 +1,7 @@
 """Reads of a checkpoint's files, with O_DIRECT or through the page cache: what to ask for, and what came of it.
 
-Who carries the reads out is another's business (`engine`). A file that is shorter than its header promised is an error
-that names it; a short read is continued.
+Who carries the reads out is another's business (`engine`). What is opened must be the file whose header was read; one
+that is shorter than its header promised is an error that names it; a short read is continued.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ class Reader:
             raise MissingFileError(f"{file.path} vanished before it could be read") from error
         except OSError as error:
             raise CheckpointError(f"{file.path} cannot be opened: {error.strerror}") from error
-        if os.fstat(fd).st_size != file.nbytes:
-            file.check_unchanged()
+        file.check_opened(fd)
         return fd
 
     def _open(self, path: str, flags: int) -> int:
@@ -78,9 +77,12 @@ class Reader:
         """Open a file for O_DIRECT, once; False where the file system refuses. Call before threads start."""
         if file not in self._direct_fds:
             try:
-                self._direct_fds[file] = self._open(self._files[file].path, os.O_RDONLY | os.O_DIRECT)
+                fd = self._open(self._files[file].path, os.O_RDONLY | os.O_DIRECT)
             except OSError as error:
                 self.refuse(file, error)
+            else:
+                self._files[file].check_opened(fd)
+                self._direct_fds[file] = fd
         return self._direct_fds[file] is not None
 
     def direct_fd(self, file: int) -> int | None:

@@ -293,6 +293,10 @@ def is_below(path: Any) -> bool:
     """Whether this is text that names something below a directory."""
     if not isinstance(path, str) or "\0" in path or len(path) > 4096:
         return False
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair is no file's name
+        return False
     return all(part not in ("", ".", "..") for part in path.split("/"))
 
 

@@ -64,6 +64,9 @@ class Target(Protocol):
     def bind(self, destinations: Sequence[Destination]) -> None:
         """Say where the next storages go, in their order, before anything is submitted for them."""
 
+    def place(self, piece: Piece) -> int | None:
+        """Where in host memory a piece may be read to, rather than submitted; None: nowhere."""
+
     def line(self) -> Line:
         """A line for this thread."""
 

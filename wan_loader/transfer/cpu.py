@@ -1,6 +1,7 @@
 """The CPU twin of the CUDA target: copies at once, converts with torch's own bounded thread pool.
 
-Runs in the threads that submit, which are few, so that conversions do not oversubscribe the cores.
+What needs no conversion is best read to its place, and never copied. Runs in the threads that submit, which are few, so
+that conversions do not oversubscribe the cores.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ class CpuTarget:
         """Say where the next storages go."""
         self._destinations += destinations
         for destination in destinations:
-            if (nbytes := destination.whole.nbytes) >= _HUGE:
+            if destination.source_dtype is not None and (nbytes := destination.whole.nbytes) >= _HUGE:
                 prefer_huge_pages(destination.address, nbytes)
+
+    def place(self, piece: Piece) -> int | None:
+        """In its storage, if it stays as it is."""
+        destination = self._destinations[piece.storage]
+        return None if destination.source_dtype is not None else destination.address + piece.storage_start
 
     def line(self) -> CpuTarget:
         """Nothing is kept between copies."""

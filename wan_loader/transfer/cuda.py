@@ -106,6 +106,9 @@ class CudaTarget:
         self.destinations += destinations
         self.allocated.record(self.torch.cuda.current_stream(self.device))
 
+    def place(self, piece: Piece) -> None:
+        """Nothing of the device is host memory."""
+
     def line(self) -> _Line:
         """A stream of its own."""
         self.torch.cuda.set_device(self.device)
