@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Low to high. A module may import from its own room and from those below.
 ROOMS = [
     {"errors", "types", "_version"},
-    {"atomic", "events", "dtypes", "sizes"},
+    {"arguments", "atomic", "events", "dtypes", "sizes"},
     {"aio", "linux", "plan", "machine", "mounts"},
     {"workers"},
     {"formats"},

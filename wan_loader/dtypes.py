@@ -25,6 +25,11 @@ ITEMSIZE: dict[str, int] = {
     "int32": 4,
     "uint64": 8,
     "int64": 8,
+    "bits8": 1,
+    "bits16": 2,
+    "bits1x8": 1,
+    "bits2x4": 1,
+    "bits4x2": 1,
     "float4_e2m1fn_x2": 1,
     "float8_e4m3fn": 1,
     "float8_e4m3fnuz": 1,
@@ -40,7 +45,7 @@ ITEMSIZE: dict[str, int] = {
     "complex128": 16,
 }
 
-#: What a requested dtype applies to. Packed fp4, integers, bool and complex stay as they are in the file.
+#: What a requested dtype applies to. Packed fp4, integers, bits, bool and complex stay as they are in the file.
 FLOATING = frozenset(name for name in ITEMSIZE if name.startswith(("float", "bfloat")) and "x2" not in name)
 
 _ALIASES = {
@@ -60,7 +65,7 @@ def parse_dtype(text: str) -> str:
     """Canonical name of a floating dtype given as bf16, fp16, fp32 or a torch name; `OptionError` if it is none."""
     name = _ALIASES.get(text.lower(), text.lower())
     if name not in FLOATING:
-        raise OptionError(f"unknown dtype {text!r}: use bf16, fp16, fp32 or a floating torch dtype name")
+        raise OptionError(f"unknown dtype {text!r:.60}: use bf16, fp16, fp32 or a floating torch dtype name")
     return name
 
 
@@ -68,6 +73,8 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     """Canonical name of what a caller passed as `dtype=`; None stays None."""
     if dtype is None:
         return None
+    if not isinstance(dtype, str) and not type(dtype).__name__.lower().endswith("dtype"):
+        raise OptionError(f"dtype is of type {type(dtype).__name__}: pass a torch.dtype, or bf16, fp16 or fp32")
     return parse_dtype(str(dtype).removeprefix("torch."))
 
 

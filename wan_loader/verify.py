@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import open_checkpoint
+from wan_loader.formats.parts import choose_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["reference_tensors", "same_bits", "verify"]
 
 
-def verify(path: StrPath, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Read a checkpoint again with its own library; raise `CheckpointError` at the first difference.
+def verify(path: StrPath, tensors: Mapping[str, torch.Tensor], *, part: str | None = None) -> int:
+    """Read a checkpoint, or one part of it, again with its own library; raise `CheckpointError` if anything differs.
 
     Tensors that were converted are compared with `.to(dtype)` of the reference on the same device. Holds one reference
     tensor at a time. Returns how many tensors were compared.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, part=part)
     names = set(tensors)
     for name, expected in reference_tensors(checkpoint):
         if name not in tensors:
@@ -66,4 +67,5 @@ def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
             import torch
 
             mmap = checkpoint.format == "torch-zip"
-            yield from torch.load(file.path, map_location="cpu", weights_only=True, mmap=mmap).items()
+            state = torch.load(file.path, map_location="cpu", weights_only=True, mmap=mmap)
+            yield from choose_part(state, checkpoint.part, path=file.path, is_tensor=torch.is_tensor).items()

@@ -14,15 +14,16 @@ any weight is read and before torch is imported. It builds no module and loads n
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wan_loader import open_checkpoint
+from wan_loader.arguments import checked_path
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.hub_cache import locate
+from wan_loader.formats.scales import find_scales
 from wan_loader.hub.layouts import missing_files, parts_of
 from wan_loader.loader.dtype_rule import has_part
 from wan_pipeline import configs
@@ -146,10 +147,12 @@ class WanCheckpoint:
 def open_wan(directory: StrPath) -> WanCheckpoint:
     """The facts of a WAN2.2 checkpoint in either layout. Reads headers only and imports no torch.
 
-    Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files.
+    Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files,
+    `OptionError` for what is no path.
     """
+    root = Path(checked_path(directory, "directory"))
     try:
-        return _open(Path(locate(os.fspath(directory))))
+        return _open(Path(locate(str(root))))
     except CheckpointError:
         raise
     except OSError as error:
@@ -204,8 +207,19 @@ def _require(root: Path, layout: Layout) -> None:
         )
 
 
+def _facts(path: Path) -> Checkpoint:
+    """Of one part; `CheckpointError` for quantised ones: the networks multiply by no scales."""
+    facts = open_checkpoint(path)
+    for weight, scale in find_scales(facts.tensors).items():
+        raise CheckpointError(
+            f"{facts.path} is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support: get "
+            "the published checkpoint, or one in bf16"
+        )
+    return facts
+
+
 def _expert(name: str, path: Path) -> Component:
-    facts = open_checkpoint(path / _INDEX if (path / _INDEX).exists() else path)
+    facts = _facts(path / _INDEX if (path / _INDEX).exists() else path)
     directory = path if path.is_dir() else path.parent
     shapes = configs.native_shapes("dit", _shapes(facts), str(directory))
     config = configs.dit_config(_read_json(directory / "config.json"), shapes, str(directory))
@@ -214,13 +228,13 @@ def _expert(name: str, path: Path) -> Component:
 
 
 def _text_encoder(path: Path, config: Mapping[str, Any] | None, where: str) -> Component:
-    facts = open_checkpoint(path)
+    facts = _facts(path)
     shapes = configs.native_shapes("text_encoder", _shapes(facts), where)
     return _component("text_encoder", facts, configs.text_encoder_config(config, shapes, where), "text_encoder")
 
 
 def _vae(path: Path, config: Mapping[str, Any] | None) -> Component:
-    facts = open_checkpoint(path)
+    facts = _facts(path)
     new = bool(config.get("is_residual")) if config is not None else configs.is_vae22(_shapes(facts))
     map_name: MapName = "vae2.2" if new else "vae2.1"
     shapes = configs.native_shapes(map_name, _shapes(facts), str(path))

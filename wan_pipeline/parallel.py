@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.arguments import check_flag
 from wan_loader.errors import OptionError, WanLoaderError
 from wan_loader.loader.api import load_into
 from wan_loader.loader.processes import end_now, join, use_device, world_size
@@ -54,6 +55,8 @@ class Degrees:
 
     def check(self, world: int, *, t5_cpu: bool = False) -> None:
         """`OptionError` unless the flags fit each other and the number of processes."""
+        check_flag(self.dit_fsdp, "dit_fsdp")
+        check_flag(self.t5_fsdp, "t5_fsdp")
         if t5_cpu and self.t5_fsdp:
             raise OptionError("--t5_cpu and --t5_fsdp contradict each other: leave one of them out")
         if self.ulysses_size not in (1, world):

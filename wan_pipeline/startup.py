@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
 from wan_loader.errors import OptionError
 from wan_loader.events import Recorder, span
 from wan_loader.loader.processes import local_rank, use_device, warms, world_size
@@ -68,6 +70,20 @@ class StartOptions:
     """None: the user's cache directory."""
     degrees: Degrees = field(default_factory=Degrees)
     """What several processes divide."""
+
+    def __post_init__(self) -> None:
+        preset = checked_path(self.preset, "preset", "pass a name, or the path of a TOML file")
+        object.__setattr__(self, "preset", preset)
+        check_device(self.device)
+        for name in ("t5_cpu", "like_diffusers"):
+            check_flag(getattr(self, name), name)
+        if self.offload_model is not None:
+            check_flag(self.offload_model, "offload_model")
+        if not isinstance(self.size, Sequence) or isinstance(self.size, str) or len(self.size) != 2:
+            raise OptionError(f"size={self.size!r:.60}: use width and height in pixels, such as (1280, 720)")
+        for count, what in ((self.size[0], "width"), (self.size[1], "height"), (self.frame_num, "frame_num")):
+            checked_count(count, what)
+        check_cache(cache=self.cache, cache_dir=self.cache_dir)
 
 
 @dataclass(slots=True)

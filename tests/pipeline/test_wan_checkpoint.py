@@ -132,6 +132,22 @@ def test_half_a_diffusers_download_names_all_that_is_missing(copy):
         assert name in str(error.value)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_quantised_expert_is_called_so(copy, layout):
+    """Not another model, for the scales that no such model has."""
+    root = copy(layout)
+    part = root / {"native": "high_noise_model", "diffusers": "transformer"}[layout]
+    shard = next(part.glob("*00001-of*.safetensors"))
+    tensors = load_file(shard)
+    weight = next(name for name in tensors if name.endswith(("ffn.0.weight", "ffn.net.2.weight")))
+    scale = weight.replace("weight", "scale_weight")
+    save_file({**tensors, weight: tensors[weight].to(torch.float8_e4m3fn), scale: torch.ones(())}, shard)
+    index = next(part.glob("*.index.json"))
+    edit_json(index, weight_map={**json.loads(index.read_text())["weight_map"], scale: shard.name})
+    with pytest.raises(CheckpointError, match=rf"'{weight}' is right only with '{scale}'.*get the published"):
+        open_wan(root)
+
+
 def test_a_truncated_shard(copy):
     root = copy("native")
     shard = root / "high_noise_model" / "diffusion_pytorch_model-00001-of-00002.safetensors"

@@ -18,6 +18,7 @@ from wan_loader.bench.loader import Loader, Task, installed_version
 from wan_loader.bench.storage import Place, leftovers, part_of, scratch, staged, warm
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
+from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.profiler.storage import storage_facts
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 from wan_loader.source.evict import evict
@@ -104,6 +105,8 @@ def run_cases(settings: Settings, tell: Callable[[str], None], cases: list[Case]
     cases: where the results go, each when it is begun, so that what was measured is there if an interrupt ends it.
     """
     checkpoints = [open_checkpoint(path) for path in settings.paths]
+    for checkpoint in checkpoints:
+        DtypeRule(settings.dtype).check(checkpoint, checkpoint.tensors)
     for path, name, checkpoint in zip(settings.paths, distinct_names(settings.paths), checkpoints, strict=True):
         for place in settings.places:
             _Bench(settings, tell, Case(path, name, place, ""), checkpoint).run(cases)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan_loader.cli.building import report_build
-from wan_loader.cli.options import CacheDir, JsonOut, PathArgument, Verbose, check_dtype, checked
+from wan_loader.cli.options import CacheDir, JsonOut, Part, PathArgument, Verbose, check_dtype, checked
 from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_age, parse_size
 
@@ -44,6 +44,7 @@ def build(
     dtype: Annotated[
         str, typer.Option(help="Convert floating tensors to bf16, fp16 or fp32.", callback=check_dtype)
     ] = "bfloat16",
+    part: Part = None,
     cache_dir: CacheDir = None,
     max_size: MaxSize = None,
     contents: Annotated[
@@ -62,7 +63,7 @@ def build(
 
         wan-loader cache build Wan2.2-T2V-A14B --cache-dir /mnt/nvme/cache
     """
-    if _is_pipeline(path):
+    if part is None and _is_pipeline(path):
         _build_pipeline()
     from wan_loader.cache.store import Store
     from wan_loader.formats import open_checkpoint
@@ -71,8 +72,10 @@ def build(
     from wan_loader.loader.load import Choice
 
     size = _size(max_size)
-    checkpoint = open_checkpoint(path)
-    outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypeRule(dtype)))
+    checkpoint = open_checkpoint(path, part=part)
+    rule = DtypeRule(dtype)
+    rule.check(checkpoint, checkpoint.tensors)
+    outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, rule))
     begun = build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents)
     report_build(begun, json=json)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import Device, JsonOut, Verbose
+from wan_loader.cli.options import Device, JsonOut, Part, Verbose
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +33,7 @@ def doctor(
         Path | None,
         typer.Argument(metavar="PATH", help="A checkpoint, or a directory with several: its disk is measured."),
     ] = None,
+    part: Part = None,
     device: Device = "auto",
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what was measured before.")] = False,
     json: JsonOut = False,
@@ -47,14 +48,16 @@ def doctor(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console
 
-    document, since = _document(path, device, refresh=refresh)
+    document, since = _document(path, part, device, refresh=refresh)
     if json:
         print_json(document)
     else:
         _print(output_console(), document, device=device, since=since)
 
 
-def _document(path: Path | None, device: str, *, refresh: bool) -> tuple[dict[str, Any], float | None]:
+def _document(
+    path: Path | None, part: str | None, device: str, *, refresh: bool
+) -> tuple[dict[str, Any], float | None]:
     """What was found, and when the oldest of the rates in it was measured."""
     from wan_loader.loader.devices import device_card, resolve_device
     from wan_loader.machine import machine_card
@@ -64,7 +67,7 @@ def _document(path: Path | None, device: str, *, refresh: bool) -> tuple[dict[st
     from wan_loader.source.evict import resident_bytes
 
     target = resolve_device(device)
-    files = weight_paths(path) if path else []
+    files = weight_paths(path, part) if path else []
     found = find_ceilings(files, device=str(target), refresh=refresh)
     document: dict[str, Any] = {
         "schema_version": 1,

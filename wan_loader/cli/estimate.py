@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import Dtype, JsonOut, Verbose, checked
+from wan_loader.cli.options import Dtype, JsonOut, Part, Verbose, checked
 from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_rate
 
@@ -55,6 +55,7 @@ def estimate(
         DeviceChoice, typer.Option(help="What the weights are loaded to; no GPU need be here.")
     ] = DeviceChoice.CUDA,
     dtype: Dtype = None,
+    part: Part = None,
     json: JsonOut = False,
     verbose: Verbose = False,
 ) -> None:
@@ -69,7 +70,7 @@ def estimate(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings
 
-    document = _document(path, disk, pcie, device.value, dtype)
+    document = _document(path, disk, pcie, device.value, dtype, part)
     if json:
         print_json(document)
     else:
@@ -77,13 +78,15 @@ def estimate(
     print_warnings(document["warnings"])
 
 
-def _document(path: Path, disk: list[str] | None, pcie: str | None, device: str, dtype: str | None) -> dict[str, Any]:
+def _document(
+    path: Path, disk: list[str] | None, pcie: str | None, device: str, dtype: str | None, part: str | None
+) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
     from wan_loader.profiler.ceilings import known_ceilings
     from wan_loader.profiler.diagnosis import checkpoints_in
     from wan_loader.profiler.simulate import Hardware, parts_of, simulate
 
-    checkpoints = checkpoints_in(path)
+    checkpoints = checkpoints_in(path, part)
     parts = parts_of(checkpoints, dtype_name(dtype))
     known = known_ceilings([f.path for c in checkpoints for f in c.files], device=device)
     rates = _rates(pcie, device, known)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import JsonOut, PathArgument, Verbose
+from wan_loader.cli.options import JsonOut, Part, PathArgument, Verbose
 
 if TYPE_CHECKING:
     from wan_loader.formats import Checkpoint
@@ -18,6 +18,7 @@ __all__ = ["inspect"]
 
 def inspect(
     path: PathArgument,
+    part: Part = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: JsonOut = False,
     verbose: Verbose = False,
@@ -40,10 +41,10 @@ def inspect(
     from wan_loader.formats import open_checkpoint
     from wan_loader.hub.inventory import take_inventory
 
-    if (inventory := take_inventory(path)) is not None:
+    if part is None and (inventory := take_inventory(path)) is not None:
         inspect_model(path, inventory, json=json)
         return
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, part=part)
     document = _document(checkpoint, tensors=tensors)
     if json:
         print_json(document)
@@ -52,6 +53,7 @@ def inspect(
 
 
 def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
+    from wan_loader.loader.dtype_rule import DtypeRule
     from wan_loader.source.evict import resident_bytes
 
     counts = Counter(t.dtype for t in checkpoint.tensors)
@@ -70,7 +72,7 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
         "files": [
             {"path": f.path, "nbytes": f.nbytes, "resident": resident_bytes([f.path]) or 0} for f in checkpoint.files
         ],
-        "warnings": list(checkpoint.warnings),
+        "warnings": [*checkpoint.warnings, *DtypeRule().check(checkpoint, checkpoint.tensors)],
     }
     if tensors:
         document["tensors"] = [

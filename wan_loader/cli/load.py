@@ -9,7 +9,7 @@ import typer
 
 from wan_loader.cli.building import follow_build, stopping
 from wan_loader.cli.distributed import together
-from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, PathArgument, Threads, Verbose
+from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, Part, PathArgument, Threads, Verbose
 from wan_loader.loader.processes import is_first
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def load(
     dtype: Dtype = None,
     io: Io = IoChoice.AUTO,
     threads: Threads = None,
+    part: Part = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -54,24 +55,26 @@ def load(
 
         wan-loader load Wan2.2-T2V-A14B/high_noise_model --dtype bf16 --cache
 
+        wan-loader load checkpoint.pth --part state_dict
+
         torchrun --nproc_per_node 2 -m wan_loader load model.safetensors --device cuda
     """
     if cache_dir is not None and not cache:
         raise typer.BadParameter("it needs --cache", param_hint="--cache-dir")
-    loaded = _load(path, device, dtype, io, threads, cache, cache_dir, verify)
+    loaded = _load(path, device, dtype, io, threads, part, cache, cache_dir, verify)
     with stopping(loaded.build):
-        _tell(path, loaded, verify=verify, json=json)
+        _tell(path, loaded, part=part, verify=verify, json=json)
         if loaded.build is not None:
             _finish(loaded.build)
 
 
-def _tell(path: Path, loaded: Loaded, *, verify: bool, json: bool) -> None:
+def _tell(path: Path, loaded: Loaded, *, part: str | None, verify: bool, json: bool) -> None:
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import error_console, print_load, print_warnings
     from wan_loader.sizes import format_count
 
     hit = loaded.report.cache is not None and loaded.report.cache.state == "hit"
-    checked = _verify(path, loaded) if verify and not hit else None
+    checked = _verify(path, loaded, part) if verify and not hit else None
     if not is_first():  # of a distributed run
         return
     if json:
@@ -101,6 +104,7 @@ def _load(
     dtype: str | None,
     io: IoChoice,
     threads: int | None,
+    part: str | None,
     cache: bool,
     cache_dir: Path | None,
     verify: bool,
@@ -108,7 +112,7 @@ def _load(
     import wan_loader
     from wan_loader.cli.render import reading_progress
 
-    total = wan_loader.open_checkpoint(path).nbytes
+    total = wan_loader.open_checkpoint(path, part=part).nbytes
     with together(device) as (on, group), reading_progress(total) as observer:
         return wan_loader.load(
             path,
@@ -116,17 +120,18 @@ def _load(
             dtype=dtype,
             io=io.value,
             threads=threads,
+            part=part,
             cache=cache,
             cache_dir=cache_dir,
-            verify=verify,
+            verify=verify and cache,
             group=group,
             observer=observer,
         )
 
 
-def _verify(path: Path, loaded: Loaded) -> int:
+def _verify(path: Path, loaded: Loaded, part: str | None) -> int:
     from wan_loader.verify import verify
 
     if sys.stderr.isatty() and is_first():
         print("verifying: reading everything again ...", file=sys.stderr)
-    return verify(path, loaded.tensors)
+    return verify(path, loaded.tensors, part=part)

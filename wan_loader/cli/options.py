@@ -23,6 +23,7 @@ __all__ = [
     "IoChoice",
     "JsonOut",
     "OutFile",
+    "Part",
     "PathArgument",
     "Threads",
     "Verbose",
@@ -81,6 +82,14 @@ PathArgument = Annotated[
         help="A .safetensors, .pth, .pt or .bin file, a *.index.json, a directory holding one checkpoint, "
         "or OWNER/NAME in the hub's cache.",
         show_default=False,
+    ),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Of a torch file that nests dicts, the one to take: state_dict, model.ema.",
+        show_default="the whole file",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=checked(_parse_device))]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader.cli.distributed import own_file, together
-from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Threads, Verbose
+from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Part, Threads, Verbose
 from wan_loader.loader.processes import is_first
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def profile(
     dtype: Dtype = None,
     io: Io = IoChoice.AUTO,
     threads: Threads = None,
+    part: Part = None,
     json: JsonOut = False,
     output: OutFile = None,
     trace: TraceFile = None,
@@ -75,7 +76,7 @@ def profile(
     else:
         if path is None:
             raise typer.BadParameter("name a checkpoint, or a program after --")
-        session, returncode = _profile_load(path, device, dtype, io, threads, measure=ceilings), 0
+        session, returncode = _profile_load(path, device, dtype, io, threads, part, measure=ceilings), 0
     from wan_loader.cli.render import error_console, output_console
 
     console = error_console() if words is not None else output_console()
@@ -131,20 +132,20 @@ def render_session(
 
 
 def _profile_load(
-    path: Path, device: str, dtype: str | None, io: IoChoice, threads: int | None, *, measure: bool
+    path: Path, device: str, dtype: str | None, io: IoChoice, threads: int | None, part: str | None, *, measure: bool
 ) -> Session:
     import wan_loader
     from wan_loader.cli.render import reading_progress
     from wan_loader.profiler.assemble import load_session
     from wan_loader.profiler.storage import limits
 
-    checkpoint = wan_loader.open_checkpoint(path)
+    checkpoint = wan_loader.open_checkpoint(path, part=part)
     files = [f.path for f in checkpoint.files]
     fp32 = sum(t.nbytes for t in checkpoint.tensors if t.dtype == "float32")
     before = limits()
     with together(device) as (device, group), reading_progress(checkpoint.nbytes) as observer:
         loaded = wan_loader.load(
-            path, device=device, dtype=dtype, io=io.value, threads=threads, group=group, observer=observer
+            path, device=device, dtype=dtype, io=io.value, threads=threads, part=part, group=group, observer=observer
         )
     measure = measure and is_first()
     report, spans = loaded.report, loaded.spans

@@ -10,6 +10,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from wan_loader.arguments import check_part, checked_paths
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.choosing import choose
 from wan_loader.formats.content import content_of, other_archive, other_file, read_head, text_of
@@ -46,8 +47,10 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
     torch can read (legacy ones, tensor subclasses).
 
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
-    for what is not there.
+    for what is not there, `OptionError` for what is no path, such as an open file.
     """
+    path = checked_paths(path)
+    check_part(part)
     try:
         return _open(path, part)
     except CheckpointError:
@@ -100,9 +103,9 @@ def _open_index(path: str, weight_map: dict[str, str], part: str | None) -> Chec
 
     a tensor that stands in two files belongs where the index says, and one that it does not list is left out.
     """
-    directory = os.path.dirname(path) or "."
-    files = [os.path.join(directory, shard) for shard in shards_of(path, weight_map)]
-    checkpoint = _join(path, files, part, weight_map)
+    shards = shards_of(path, weight_map)
+    paths = [os.path.join(os.path.dirname(path) or ".", shard) for shard in shards]
+    checkpoint = _join(path, paths, part, weight_map)
     held = set(checkpoint.names)
     if lacking := next((name for name in weight_map if name not in held), None):
         raise CheckpointError(f"{path}: tensor {lacking!r} should be in {weight_map[lacking]}, which lacks it")
@@ -137,8 +140,8 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
 
 def _listed(shard: Checkpoint, weight_map: dict[str, str]) -> list[TensorFacts]:
     """Those of a file's tensors that the index puts into it."""
-    file = os.path.basename(shard.path)
-    return [tensor for tensor in shard.tensors if weight_map.get(tensor.name) == file]
+    name = os.path.basename(shard.path)
+    return [tensor for tensor in shard.tensors if weight_map.get(tensor.name) == name]
 
 
 def _unlisted(shards: list[Checkpoint], weight_map: dict[str, str]) -> Iterator[str]:

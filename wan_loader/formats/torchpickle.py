@@ -66,12 +66,12 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
 
     _check_legacy_pickles(path)
     try:
-        # torch warns about its own typed storages, leaves the indices of sparse tensors unchecked, and goes by the
-        # suffix of a path.
+        # torch reads a path by its suffix, warns about its own typed storages, and leaves the indices of sparse tensors
+        # unchecked.
         with (
-            open(path, "rb") as file,
             warnings.catch_warnings(),
             torch.sparse.check_sparse_tensor_invariants(enable=True),
+            open(path, "rb") as file,
         ):
             warnings.simplefilter("ignore")
             state: Any = torch.load(file, map_location=device, weights_only=True)
@@ -90,7 +90,15 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
                 f"{path}: tensor {shown(name)} is {kind}, whose values are not the bytes of one storage: "
                 "read it with torch.load(weights_only=True), and save it again as a plain tensor"
             )
-    return dict(dict.items(chosen))
+    return {name: _ordinary(tensor) for name, tensor in dict.items(chosen)}
+
+
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor alone: no parameter, no gradient, and no view that is conjugated or negated when it is read.
+
+    A conversion works on the bytes of a storage, and would leave that out.
+    """
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _odd_kind(tensor: torch.Tensor) -> str | None:

@@ -6,6 +6,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from wan_loader.arguments import (
+    check_flag,
+    check_group,
+    check_key_map,
+    check_module,
+    check_observer,
+    checked_paths,
+    checked_strings,
+)
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
@@ -31,12 +40,15 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "load_file", "load_into"]
 
+_MAX_NAMED = 8
+
 
 def load_file(
     path: StrPath | Sequence[StrPath],
-    *,
     device: str | int | torch.device = "cpu",
+    *,
     dtype: torch.dtype | str | None = None,
+    part: str | None = None,
     names: Sequence[str] | None = None,
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
@@ -53,6 +65,7 @@ def load_file(
         A shard is that file alone, as for `safetensors.torch.load_file`; its index or directory means all of them.
     device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
     dtype: floating tensors are converted to it on the target, bit for bit as `.to(dtype)` does; None keeps the file's.
+    part: of a torch file that nests dicts, the dict to load, by its keys joined by dots: "state_dict", "model.ema".
     names: only these tensors, the most urgent first; None loads all, in file order, which is fastest.
     keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
     io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one way.
@@ -62,6 +75,7 @@ def load_file(
         Where the cache cannot be used, the source is loaded, and a warning in the report says why.
     cache_dir: where the cache is; None takes the user's cache directory.
     verify: check a cache entry against its checksums while it is read; a damaged one is set aside and built again.
+        Like cache_dir, it is an `OptionError` without cache=True.
     group: processes of torch.distributed that all make this call, such as `torch.distributed.group.WORLD`: each reads
         its part of every tensor, they exchange, and each returns all tensors. The bytes are read once in all. Not
         with cache=True: an entry is what one process loads.
@@ -75,15 +89,17 @@ def load_file(
     that changes while it is loaded is an error; only stores through somebody's mapping of it cannot always be seen.
     On CUDA, everything has arrived when this returns. Staging takes at most 512 MiB of host memory.
 
-    Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`;
-    then nothing stays allocated. With a group also `DistributedError`: another process failed or is gone, which is
-    noticed within ten seconds once it has come here (before, only if it exits by itself: a killed one is waited for,
-    ten minutes at most), or sees another checkpoint. A CPU load of a group copies, it maps nothing.
+    Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`
+    (for arguments that make no sense, such as an open file in place of its path); then nothing stays allocated. With a
+    group also `DistributedError`: another process failed or is gone, which is noticed within ten seconds once it has
+    come here (before, only if it exits by itself: a killed one is waited for, ten minutes at most), or sees another
+    checkpoint. A CPU load of a group copies, it maps nothing.
     """
     return load(
         path,
-        device=device,
+        device,
         dtype=dtype,
+        part=part,
         names=names,
         keep_fp32=keep_fp32,
         io=io,
@@ -98,9 +114,10 @@ def load_file(
 
 def load(
     path: StrPath | Sequence[StrPath],
-    *,
     device: str | int | torch.device = "cpu",
+    *,
     dtype: torch.dtype | str | None = None,
+    part: str | None = None,
     names: Sequence[str] | None = None,
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
@@ -112,14 +129,17 @@ def load(
     observer: Observer | None = None,
 ) -> Loaded:
     """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
+    check_group(group)
     with joined(group) as team:
         options = _options(device, io, threads, observer, team)
         caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
-        rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
+        rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+        paths = checked_paths(path)
+        wanted = None if names is None else checked_strings(names, "names")
 
         def choose() -> Choice:
-            checkpoint = open_checkpoint(path)
-            tensors = checkpoint.tensors if names is None else _select(checkpoint, names)
+            checkpoint = open_checkpoint(paths, part=part)
+            tensors = checkpoint.tensors if wanted is None else _select(checkpoint, wanted)
             return _choice(checkpoint, tensors, rule, team, {})
 
         return _load(choose, options, caching)
@@ -128,6 +148,7 @@ def load(
 def _options(
     device: str | int | torch.device, io: str, threads: int | None, observer: Observer | None, team: Team | None
 ) -> LoadOptions:
+    check_observer(observer)
     if team is not None:
         device, observer = team.device(device), team.watch(observer)
     return LoadOptions(device=device, io=io, threads=threads, observer=observer, team=team)
@@ -149,6 +170,8 @@ def _choice(
     targets: Mapping[str, torch.Tensor],
 ) -> Choice:
     """What this process loads: everything, or what it keeps as a member of a team. targets: the module's tensors."""
+    if notes := rule.check(checkpoint, tensors):
+        checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
     if team is None:
         return Choice(checkpoint, tensors, rule)
     mine = team.divide(checkpoint, tensors, targets, rule)
@@ -183,7 +206,8 @@ def _with_cache(make: Callable[[], LoadReport], cache: CacheReport | None, warni
 def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:
     by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
     if missing := [name for name in names if name not in by_name]:
-        raise KeyMismatchError(f"{checkpoint.path} lacks {len(missing)} of the names asked for: {', '.join(missing)}")
+        named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
+        raise KeyMismatchError(f"{checkpoint.path} lacks {len(missing)} of the names asked for: {named}")
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
@@ -193,6 +217,7 @@ def load_into(
     *,
     device: str | int | torch.device,
     dtype: torch.dtype | str | None = None,
+    part: str | None = None,
     key_map: KeyMap | None = None,
     strict: bool = True,
     keep_fp32: Sequence[str] = (),
@@ -219,21 +244,26 @@ def load_into(
     group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
         tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
         cache=True is an `OptionError`.
-    device, dtype, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
+    device, dtype, part, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
 
     Raises `KeyMismatchError` listing all missing, unexpected and mis-shaped names, before any weight is read, and what
     `load_file` raises; the module is changed only when everything has arrived.
     """
+    check_module(module)
+    check_group(group)
     with joined(group, module) as team:
         options = _options(device, io, threads, observer, team)
         caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
-        rule = DtypeRule(dtype_name(dtype), tuple(keep_fp32))
-        return _fill(module, path, key_map, strict, rule, options, caching)
+        rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+        check_key_map(key_map)
+        check_flag(strict, "strict")
+        paths = checked_paths(path)
+        return _fill(module, lambda: open_checkpoint(paths, part=part), key_map, strict, rule, options, caching)
 
 
 def _fill(
     module: torch.nn.Module,
-    path: StrPath | Sequence[StrPath],
+    open_source: Callable[[], Checkpoint],
     key_map: KeyMap | None,
     strict: bool,
     rule: DtypeRule,
@@ -244,9 +274,13 @@ def _fill(
 
     def choose() -> Choice:
         nonlocal found
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_source()
         targets = module_slots(module)
-        found = match(targets, checkpoint, key_map, strict=strict)
+        try:
+            found = match(targets, checkpoint, key_map, strict=strict)
+        except KeyMismatchError:
+            rule.check(checkpoint, checkpoint.tensors)  # scales are not the module's: this says more
+            raise
         module_names = {name: slots[0] for name, slots in found.slots.items()}
         return _choice(
             checkpoint,

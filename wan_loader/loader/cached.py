@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from wan_loader.arguments import check_cache
 from wan_loader.cache.build import Build
 from wan_loader.cache.check import BlockCheck, check_entry, check_header
 from wan_loader.cache.content import Loaded as LoadedTensors
@@ -68,11 +69,15 @@ class CacheOptions:
     verify: bool = False
     """Check an entry against its checksums while it is read."""
 
+    def __post_init__(self) -> None:
+        check_cache(cache=self.enabled, cache_dir=self.directory, verify=self.verify)
+
 
 def outline_checkpoint(choice: Choice) -> Outline:
     """What an entry of a checkpoint holds: all of its tensors under their names, in the dtypes of the rule."""
-    file = outline_file(ENTRY_FILE, choice.checkpoint, choice.rule.target)
-    return Outline(choice.checkpoint.path, choice.rule.dtype, (file,))
+    checkpoint = choice.checkpoint
+    label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
+    return Outline(label, choice.rule.dtype, (outline_file(ENTRY_FILE, checkpoint, choice.rule.target),))
 
 
 def begin_build(
@@ -225,7 +230,10 @@ class CachedLoad:
         why = "the source is unchanged" + ("" if as_left else "; the entry's files have new modes: checksums compared")
         self.report = CacheReport("hit", why, str(entry.path))
         return replace(
-            source, checkpoint=replace(checkpoint, path=source.checkpoint.path), tensors=tensors, check=check
+            source,
+            checkpoint=replace(checkpoint, path=source.checkpoint.path, part=source.checkpoint.part),
+            tensors=tensors,
+            check=check,
         )
 
     def in_order(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

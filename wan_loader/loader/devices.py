@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.arguments import check_device
 from wan_loader.errors import DeviceError
 from wan_loader.events import span
 
@@ -20,14 +21,15 @@ __all__ = ["current", "device_card", "device_peak_bytes", "is_busy", "reset_devi
 
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
     """The device meant, its CUDA context made. Raises `DeviceError` if there is no such device."""
+    check_device(device)
     with span(observer, "import"):
         import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
-    except (RuntimeError, TypeError) as error:
+        found = torch.device(device if isinstance(device, str | torch.device) else f"cuda:{device}")
+    except (RuntimeError, ValueError) as error:
         raise DeviceError(f"device {device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
     if found.type == "cpu":
         if found.index:

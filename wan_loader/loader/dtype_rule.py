@@ -6,9 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import FLOATING
+from wan_loader.errors import CheckpointError
+from wan_loader.formats.scales import FLOAT8, find_scales
+from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from wan_loader.formats.facts import Checkpoint, TensorFacts
 
 __all__ = ["DtypeRule", "has_part"]
 
@@ -17,6 +22,13 @@ def has_part(name: str, parts: Iterable[str]) -> bool:
     """Whether a name contains one of these as whole dotted parts: "blocks.0.norm2" has "norm2" and "blocks.0"."""
     dotted = f".{name}."
     return any(f".{part}." in dotted for part in parts)
+
+
+def _scaled(names: Sequence[str], scales: Mapping[str, str]) -> str:
+    """What to know about quantised tensors, with one as an example."""
+    weight, scale = names[0], scales[names[0]]
+    verb = "is right" if len(names) == 1 else "are right"
+    return f"{format_count(len(names), 'quantised tensor')} {verb} only with a scale, such as {weight!r} with {scale!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,25 @@ class DtypeRule:
         if self.keep_fp32 and has_part(self.module_names.get(name, name), self.keep_fp32):
             return "float32"
         return self.dtype
+
+    def check(self, checkpoint: Checkpoint, wanted: Sequence[TensorFacts]) -> list[str]:
+        """What is to be said about quantised tensors among those that are wanted; usually nothing.
+
+        Raises `CheckpointError` where some would be converted without the scale by which they are to be multiplied.
+        """
+        scales = find_scales(checkpoint.tensors)
+        quantised = [t for t in wanted if t.name in scales] if scales else []
+        floats = [t.name for t in quantised if t.dtype in FLOAT8]
+        if floats and self.dtype is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: {_scaled(floats, scales)}; converting to {self.dtype} would leave scales out: "
+                "load the file without a dtype and apply them, or get a file that is not quantised"
+            )
+        if floats:
+            return [f"{_scaled(floats, scales)}: loaded as they are in the file"]
+        if quantised and self.dtype is not None:
+            return [f"{_scaled([t.name for t in quantised], scales)}: not converted, only their scales are"]
+        return []
 
     def unused_parts(self, names: Collection[str]) -> list[str]:
         """Those of `keep_fp32` that none of these names has."""

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.aio import get_ready
+from wan_loader.arguments import check_device, check_io, checked_threads
 from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Portion, carry_out
 from wan_loader.engine.activity import loading
@@ -24,7 +25,7 @@ from wan_loader.loader.devices import current, device_peak_bytes, is_busy, reset
 from wan_loader.loader.outcome import Loaded, Moved, make_report
 from wan_loader.loader.placement import Allocation, convert_storage, plan_storages
 from wan_loader.loader.route import explain
-from wan_loader.loader.settings import MAX_LANES, check_io, check_threads
+from wan_loader.loader.settings import MAX_LANES
 from wan_loader.machine import peak_resident, reset_peak_resident
 from wan_loader.plan import Way
 from wan_loader.report import MemoryReport
@@ -70,6 +71,11 @@ class LoadOptions:
     owned: bool = False
     """Whether no tensor may stay in the mapped file."""
 
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        check_io(self.io)
+        object.__setattr__(self, "threads", checked_threads(self.threads))
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -102,8 +108,6 @@ def load_checkpoint(
 ) -> Loaded:
     """Load what `choose` finds in the headers. `bind` takes the tensors, as part of the load, and returns warnings."""
     start_ns = clock_ns()
-    check_io(options.io)
-    check_threads(options.threads)
     tee = _Tee(options.observer)
     if str(options.device) != "cpu":
         get_ready(MAX_LANES)

@@ -91,7 +91,7 @@ def make_report(
         bottleneck=_bottleneck(phases),
         memory=memory,
         machine={**machine_card(), **device_card(device)},
-        settings={"io": io, **moved.settings},
+        settings={"io": io, **({} if (part := choice.checkpoint.part) is None else {"part": part}), **moved.settings},
         warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.carried.refusals))),
     )
 

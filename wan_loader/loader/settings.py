@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.engine import EngineSettings
-from wan_loader.errors import HostMemoryError, OptionError
+from wan_loader.errors import HostMemoryError
 from wan_loader.plan import PAGE, Way
-from wan_loader.types import IO_MODES
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -15,18 +14,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_LANES",
     "MAX_STAGING_BYTES",
-    "MAX_THREADS",
     "MIN_BLOCK_BYTES",
     "block_bytes",
-    "check_io",
-    "check_threads",
     "engine_settings",
     "prefers_mapping",
 ]
 
 MiB = 1 << 20
 
-MAX_THREADS = 64
 MAX_STAGING_BYTES = 512 * MiB
 #: Blocks are the unit of residency and of registration: these for small loads ...
 MIN_BLOCK_BYTES = 8 * MiB
@@ -72,18 +67,6 @@ def prefers_mapping(processors: int) -> bool:
     by half. Staging alone keeps the link busy from eight processors on (docs/design/mapped-and-staged.md).
     """
     return processors < _STAGING_PROCESSORS
-
-
-def check_io(io: str) -> None:
-    """`OptionError` unless `io` is one of the modes."""
-    if io not in IO_MODES:
-        raise OptionError(f"io={io!r}: use one of {', '.join(IO_MODES)}")
-
-
-def check_threads(threads: int | None) -> None:
-    """`OptionError` unless `threads` is a sensible number of reads side by side."""
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise OptionError(f"threads={threads}: use 1 to {MAX_THREADS}")
 
 
 def engine_settings(

@@ -22,21 +22,24 @@ __all__ = ["checkpoints_in", "diagnose", "weight_paths"]
 MiB = 1 << 20
 
 
-def checkpoints_in(path: Path) -> list[Checkpoint]:
-    """The checkpoint at a path, or those of a model's directory: one for each file or subdirectory that holds one."""
+def checkpoints_in(path: Path, part: str | None = None) -> list[Checkpoint]:
+    """The checkpoint at a path, or those of a model's directory: one for each file or subdirectory that holds one.
+
+    part: of the one at the path, as for `open_checkpoint`.
+    """
     try:
-        return [open_checkpoint(path)]
+        return [open_checkpoint(path, part=part)]
     except CheckpointError:
-        if not os.path.isdir(directory := locate(os.fspath(path))):
+        if part is not None or not os.path.isdir(directory := locate(os.fspath(path))):
             raise
-        if not (parts := parts_in(directory)):
+        if not (found := parts_in(directory)):
             raise
-    return [open_checkpoint(part) for part in parts]
+    return [open_checkpoint(one) for one in found]
 
 
-def weight_paths(path: Path) -> list[str]:
+def weight_paths(path: Path, part: str | None = None) -> list[str]:
     """All files of the checkpoints at a path."""
-    return [file.path for checkpoint in checkpoints_in(path) for file in checkpoint.files]
+    return [file.path for checkpoint in checkpoints_in(path, part) for file in checkpoint.files]
 
 
 def diagnose(document: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -72,12 +72,13 @@ class Prediction:
 
 
 def parts_of(checkpoints: Iterable[Checkpoint], dtype: str | None) -> list[Part]:
-    """What would be read, in order, in pieces of a slot; `dtype` as in `DtypeRule`."""
+    """What would be read, in order, in pieces of a slot; `dtype` as in `DtypeRule`, errors as of `DtypeRule.check`."""
     from wan_loader.loader.dtype_rule import DtypeRule
 
     rule = DtypeRule(dtype)
     parts: list[Part] = []
     for checkpoint in checkpoints:
+        rule.check(checkpoint, checkpoint.tensors)
         converted = {t.storage for t in checkpoint.tensors if rule.target(t.name, t.dtype) != t.dtype}
         wanted = sorted({t.storage for t in checkpoint.tensors})
         current, cast = 0, False

@@ -12,7 +12,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from wan_loader.errors import OptionError
+from wan_loader.arguments import MAX_THREADS, checked_count, checked_path
 from wan_loader.formats import open_checkpoint
 from wan_loader.linux import cached_bytes
 from wan_loader.machine import available_memory
@@ -28,7 +28,6 @@ __all__ = ["BLOCK_BYTES", "MEMORY_SHARE", "Prewarm", "fill", "prewarm", "prewarm
 BLOCK_BYTES = 8 << 20
 #: Share of the available memory that may be filled; the rest is for the program that is starting.
 MEMORY_SHARE = 0.8
-_MAX_THREADS = 64
 
 
 class Prewarm:
@@ -107,12 +106,17 @@ class Prewarm:
             self.nbytes_read += max(0, count - resident)
 
 
-def prewarm(path: StrPath | Sequence[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
-    """Start reading a checkpoint into the page cache and return at once; `path` and errors as for `open_checkpoint`.
+def prewarm(
+    path: StrPath | Sequence[StrPath], *, part: str | None = None, threads: int = 4, limit_nbytes: int | None = None
+) -> Prewarm:
+    """Start reading a checkpoint's files into the page cache and return at once.
+
+    path, part, errors: as for `open_checkpoint`; of a file that nests dicts, all is read, whatever part is named.
+    threads, limit_nbytes: as for `prewarm_files`.
 
     Call it first thing in a program, before torch is imported. What is loaded later finds its pages there.
     """
-    files = [file.path for file in open_checkpoint(path).files]
+    files = [file.path for file in open_checkpoint(path, part=part).files]
     return prewarm_files(files, threads=threads, limit_nbytes=limit_nbytes)
 
 
@@ -122,14 +126,12 @@ def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: i
     limit_nbytes: read at most so much; never more than 80 % of the available memory. Files that cannot be read are
     left out. The threads are daemons: they do not keep a program from ending.
     """
-    if not 1 <= threads <= _MAX_THREADS:
-        raise OptionError(f"threads={threads}: use 1 to {_MAX_THREADS}")
+    threads = checked_count(threads, "threads", most=MAX_THREADS)
     budget = int(available_memory() * MEMORY_SHARE)
-    return Prewarm(
-        [os.fspath(f) for f in files],
-        threads=threads,
-        budget_nbytes=budget if limit_nbytes is None else min(budget, limit_nbytes),
-    )
+    if limit_nbytes is not None:
+        budget = min(budget, checked_count(limit_nbytes, "limit_nbytes", least=0))
+    paths = [checked_path(file, "an item of files") for file in files]
+    return Prewarm(paths, threads=threads, budget_nbytes=budget)
 
 
 def fill(fd: int, start: int, buffer: memoryview) -> int:
