@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
 from wan_loader.formats.content import content_of, holds_weights
+from wan_loader.verify import verify
 
 NAMES = [
     "0f" * 32,
@@ -50,7 +51,9 @@ def test_content_decides_and_not_the_suffix(tmp_path, format_, name):
     path = tmp_path / name
     path.write_bytes(OURS[format_])
     assert open_checkpoint(path).format == format_
-    assert load_file(path)["w"].tolist() == [0, 1, 2]
+    loaded = load_file(path)
+    assert loaded["w"].tolist() == [0, 1, 2]
+    assert verify(path, loaded) == 1
     assert open_checkpoint([path]).format == format_
     assert holds_weights(OURS[format_][:512])
 

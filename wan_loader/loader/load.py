@@ -251,9 +251,10 @@ def _move_through_torch(
     nbytes = sum(checkpoint.storages[p.storage].nbytes for p in plans)
     state: dict[str, torch.Tensor] = {}
     with span(observer, "read", nbytes):
-        for file in checkpoint.files:
-            state |= load_torch_pickle(file.path, str(device), checkpoint.part)
+        for number, file in enumerate(checkpoint.files):
+            held = load_torch_pickle(file.path, str(device), checkpoint.part)
             file.check_unchanged()
+            state |= {name: held[name] for name in checkpoint.names_in(number)}
     with span(observer, "cast"):
         for plan in plans:
             if plan.converts:
