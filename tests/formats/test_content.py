@@ -136,6 +136,7 @@ def test_a_torchscript_archive_is_called_one(tmp_path):
 DIRECTORIES = {
     "DCP": [".metadata", "__0_0.distcp"],
     "ZeRO-3": ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+    "model parallelism": ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
     "TensorFlow": ["saved_model.pb"],
     "GGUF": ["README.md", "model-Q4.gguf"],
     "has not ended": ["model.safetensors.incomplete"],
