@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import open_checkpoint
+from wan_loader.formats.names import SAFETENSORS
 from wan_loader.formats.parts import choose_part
 
 if TYPE_CHECKING:
@@ -67,16 +68,29 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     """Names and tensors on the CPU, as safetensors or torch itself reads them; one at a time from safetensors."""
-    for file in checkpoint.files:
+    for number, file in enumerate(checkpoint.files):
+        names = checkpoint.names_in(number)
         if checkpoint.format == "safetensors":
             from safetensors import safe_open
 
             with safe_open(file.path, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    yield name, opened.get_tensor(name)
+                yield from ((name, opened.get_tensor(name)) for name in names)
         else:
-            import torch
+            state = _torch_load(file.path, mmap=checkpoint.format == "torch-zip")
+            held = choose_part(state, checkpoint.part, path=file.path, is_tensor=_is_tensor)
+            yield from ((name, held[name]) for name in names)
 
-            mmap = checkpoint.format == "torch-zip"
-            state = torch.load(file.path, map_location="cpu", weights_only=True, mmap=mmap)
-            yield from choose_part(state, checkpoint.part, path=file.path, is_tensor=torch.is_tensor).items()
+
+def _torch_load(path: str, *, mmap: bool) -> Any:
+    import torch
+
+    if mmap and not path.endswith(SAFETENSORS):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with open(path, "rb") as file:  # torch reads a path by its suffix, and maps nothing else than a path
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_tensor(value: object) -> bool:
+    import torch
+
+    return torch.is_tensor(value)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from wan_loader import CheckpointError, MissingFileError, WanLoaderError, load_file, open_checkpoint
+from wan_loader.verify import verify
 
 INDEX = "model.safetensors.index.json"
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -97,6 +98,23 @@ def test_tensors_that_the_index_leaves_out_are_left_out_and_said_so(tmp_path):
     assert set(checkpoint.names) == set(weight_map)
     assert "block.1.bias" in checkpoint.warnings[0]
     assert load_file(tmp_path).keys() == weight_map.keys()
+
+
+@pytest.mark.parametrize("options", [None, {}, LEGACY], ids=["safetensors", "zip", "legacy"])
+def test_a_name_in_two_files_has_the_value_that_the_index_says(tmp_path, options):
+    for i, names in enumerate([["a", "both"], ["both", "b"]]):
+        tensors = {name: torch.full((2,), float(i)) for name in names}
+        path = tmp_path / f"m-{i}.bin"
+        save_file(tensors, path) if options is None else torch.save(tensors, path, **options)
+    for owner in (0, 1):
+        index = write_index(tmp_path, {"a": "m-0.bin", "b": "m-1.bin", "both": f"m-{owner}.bin"})
+        loaded = load_file(index)
+        assert {name: tensor.tolist() for name, tensor in loaded.items()} == {
+            "a": [0, 0],
+            "b": [1, 1],
+            "both": [owner, owner],
+        }
+        assert verify(index, loaded) == 3
 
 
 def test_a_link_to_a_file_elsewhere_is_fine(tmp_path):

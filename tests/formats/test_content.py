@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
 from wan_loader.formats.content import content_of, holds_weights
+from wan_loader.verify import verify
 
 NAMES = [
     "0f" * 32,
@@ -50,7 +51,9 @@ def test_content_decides_and_not_the_suffix(tmp_path, format_, name):
     path = tmp_path / name
     path.write_bytes(OURS[format_])
     assert open_checkpoint(path).format == format_
-    assert load_file(path)["w"].tolist() == [0, 1, 2]
+    loaded = load_file(path)
+    assert loaded["w"].tolist() == [0, 1, 2]
+    assert verify(path, loaded) == 1
     assert open_checkpoint([path]).format == format_
     assert holds_weights(OURS[format_][:512])
 
@@ -133,6 +136,7 @@ def test_a_torchscript_archive_is_called_one(tmp_path):
 DIRECTORIES = {
     "DCP": [".metadata", "__0_0.distcp"],
     "ZeRO-3": ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+    "model parallelism": ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
     "TensorFlow": ["saved_model.pb"],
     "GGUF": ["README.md", "model-Q4.gguf"],
     "has not ended": ["model.safetensors.incomplete"],

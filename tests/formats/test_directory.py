@@ -318,6 +318,28 @@ def test_a_directory_of_variants_in_subdirectories(tmp_path):
     assert advice_of(caught.value) == expected == parts_in(str(tmp_path))
 
 
+def test_subdirectories_of_subdirectories(tmp_path):
+    """As ComfyUI's repackaged models lie."""
+    fill(
+        tmp_path,
+        *(f"split_files/{part}/m.safetensors" for part in ("vae", "text_encoders")),
+        "a/b/c/d/deep.safetensors",
+    )
+    (tmp_path / "again").symlink_to(".")
+    with pytest.raises(MissingFileError, match="holds checkpoints in subdirectories only") as caught:
+        open_checkpoint(tmp_path)
+    assert advice_of(caught.value) == [str(tmp_path / "split_files" / part) for part in ("text_encoders", "vae")]
+
+
+def test_one_slice_alone_is_whole(tmp_path):
+    fill(tmp_path, "consolidated.00.pth")
+    assert names_in(tmp_path) == {"consolidated.00.pth"}
+    fill(tmp_path, "consolidated.01.pth", "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.names == ("model.safetensors",)
+    assert "consolidated.00.pth, consolidated.01.pth: slices" in checkpoint.warnings[0]
+
+
 def test_of_many_choices_some_are_named(tmp_path):
     fill(tmp_path, *(f"{i:02d}.safetensors" for i in range(12)))
     with pytest.raises(CheckpointError, match=r"holds 12 checkpoints: .*, and 4 more$") as caught:

@@ -89,6 +89,16 @@ def test_a_shard_is_the_file_that_was_named(fast, tmp_path):
     assert fast.n_loads == 2
 
 
+def test_load_file_of_any_name_is_fast_if_the_content_is_safetensors(fast, tmp_path):
+    safetensors.torch.save_file({"w": torch.ones(3)}, tmp_path / "blob")
+    assert safetensors.torch.load_file(tmp_path / "blob")["w"].tolist() == [1, 1, 1]
+    assert fast.n_loads == 1
+    torch.save({"w": torch.ones(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert fast.left == {"load_file of a file that is not safetensors": 1}
+
+
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_load_file_is_the_same(fast, state, tmp_path, kind):
     if kind == "cuda" and not torch.cuda.is_available():

@@ -43,8 +43,8 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
     (`model-*-of-00002.safetensors`).
     part: of a torch file that nests dicts, the one to read, by its keys joined by dots: "state_dict", "model.ema".
 
-    Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import
-    torch, except for pickles that only torch can read (legacy ones, tensor subclasses).
+    Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import torch, except for pickles that only
+    torch can read (legacy ones, tensor subclasses).
 
     Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
     for what is not there, `OptionError` for what is no path, such as an open file.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
@@ -30,6 +31,7 @@ _MODELS = {
 }
 _MAX_NAMED = 8
 _MAX_SEEN = 1000
+_MAX_DEPTH = 3
 
 
 def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple[str, ...]]:
@@ -50,7 +52,7 @@ def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple
 
 
 def parts_in(directory: str) -> list[str]:
-    """The checkpoints in a directory and directly in its subdirectories: paths, each of which is one."""
+    """The checkpoints in a directory and in its subdirectories: paths, each of which is one."""
     own = look_into(directory, by_content=False).candidates
     return [os.path.join(directory, choice.name) for choice in [*_in_subdirectories(directory), *own]]
 
@@ -102,16 +104,23 @@ def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> 
 
 
 def _in_subdirectories(directory: str) -> list[Candidate]:
-    """The checkpoints directly in the subdirectories: one that holds just one stands for it."""
+    """The checkpoints in the subdirectories, three levels down: one that holds just one stands for it."""
     choices: list[Candidate] = []
-    for name in sorted(os.listdir(directory))[:_MAX_SEEN]:
-        path = os.path.join(directory, name)
-        if name.startswith(".") or not os.path.isdir(path):
+    seen: set[str] = set()
+    for path, names, _ in islice(os.walk(directory, followlinks=True), _MAX_SEEN):
+        below = os.path.relpath(path, directory)
+        names[:] = sorted(n for n in names if not n.startswith(".")) if below.count(os.sep) < _MAX_DEPTH - 1 else []
+        if (real := os.path.realpath(path)) in seen:  # a link to what holds it, or to what was listed
+            names[:] = []
+            continue
+        seen.add(real)
+        if path == directory:
             continue
         with contextlib.suppress(OSError):  # not for us to read
             found = look_into(path, by_content=False).candidates
             choices += [
-                replace(examined(path, candidate), name=name if len(found) == 1 else f"{name}/{candidate.name}")
+                replace(examined(path, candidate), name=below if len(found) == 1 else f"{below}/{candidate.name}")
                 for candidate in found
             ]
+            names[:] = [] if found else names
     return choices

@@ -13,7 +13,7 @@ import stat
 from typing import Literal
 
 from wan_loader.formats.facts import stat_file
-from wan_loader.formats.names import is_partitioned, is_unfinished
+from wan_loader.formats.names import is_unfinished, slices_in
 from wan_loader.formats.safetensors import MAX_HEADER_BYTES
 
 __all__ = [
@@ -75,9 +75,9 @@ _DCP = (
     "is a DCP checkpoint (torch.distributed.checkpoint), which is not read here: "
     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY model.pth makes one file of it"
 )
-_ZERO3 = (
-    "is a DeepSpeed ZeRO-3 checkpoint, every file of which holds slices only: "
-    "its zero_to_fp32.py (in the directory above) makes one checkpoint of it"
+_SLICES = (
+    "is a checkpoint of which every file holds slices only (DeepSpeed ZeRO-3, or model parallelism): "
+    "make one of it with what wrote it, such as DeepSpeed's zero_to_fp32.py in the directory above"
 )
 
 
@@ -116,7 +116,7 @@ def holds_weights(head: bytes) -> bool:
 
 def other_file(path: str, head: bytes) -> str | None:
     """What a file is that is none of ours by its first bytes, and what to do; None where nothing is known of it."""
-    return other_format(path, head) or stand_in(head)
+    return stand_in(head) or other_format(path, head)
 
 
 def stand_in(head: bytes) -> str | None:
@@ -195,8 +195,8 @@ def other_directory(names: set[str]) -> str | None:
     """What a directory is, by the names in it, that holds one model in a layout of another kind; None: not known."""
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return _DCP
-    if any(is_partitioned(name) for name in names):
-        return _ZERO3
+    if slices_in(names):
+        return _SLICES
     if "saved_model.pb" in names:
         return f"is a TensorFlow model: {_SAVE_AGAIN}"
     return None

@@ -24,11 +24,11 @@ from wan_loader.formats.index import read_index, shards_of
 from wan_loader.formats.names import (
     SAFETENSORS,
     is_index_name,
-    is_partitioned,
     is_training_state,
     is_unfinished,
     is_weight_name,
     parse_shard,
+    slices_in,
     stem_of,
 )
 
@@ -98,7 +98,9 @@ def look_into(directory: str, pattern: str | None = None, *, by_content: bool = 
     names = _matching(_files(directory), pattern)
     indexes = _indexes(directory, names)
     owned = {file for index in indexes for file in index.files}
-    loose = [n for n in names if n not in owned and is_weight_name(n) and not is_partitioned(n)]
+    loose = [n for n in names if n not in owned and is_weight_name(n)]
+    slices = slices_in(loose)
+    loose = [n for n in loose if n not in slices]
     training = tuple(n for n in loose if is_training_state(n))
     candidates = [index for index in indexes if not is_training_state(index.name)]
     candidates += _sets_and_files(directory, [n for n in loose if n not in training])
@@ -107,6 +109,7 @@ def look_into(directory: str, pattern: str | None = None, *, by_content: bool = 
     if by_content and not candidates:
         candidates = [Candidate(name, (name,)) for name in _weights_by_content(directory, names)]
     notes += [f"left out: {_some(others)}: not a checkpoint by content"] if others else []
+    notes += [f"left out: {_some(sorted(slices))}: slices of every tensor"] if slices else []
     notes += [f"left out: {_some(training)}: what a training keeps beside the weights"] if training else []
     return Holding(tuple(sorted(candidates, key=lambda c: c.name)), training, tuple(notes))
 

@@ -109,6 +109,10 @@ class Checkpoint:
         """Names of all tensors, in file order."""
         return tuple(t.name for t in self.tensors)
 
+    def names_in(self, number: int) -> list[str]:
+        """Names of the tensors that are taken from file number `number`, which may hold others beside them."""
+        return [t.name for t in self.tensors if self.storages[t.storage].file == number]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all storages, shared ones once."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "SAFETENSORS",
     "WEIGHT_SUFFIXES",
     "Shard",
     "is_index_name",
-    "is_partitioned",
     "is_training_state",
     "is_unfinished",
     "is_weight_name",
     "parse_shard",
+    "slices_in",
     "stem_of",
 ]
 
@@ -45,8 +49,9 @@ _TRAINING_ENDS = frozenset(
     }
 )
 _COUNTS = frozenset({"best", "dict", "epoch", "final", "last", "latest", "rank", "state", "states", "step"})
-#: DeepSpeed ZeRO-3: every process's slice of every parameter.
-_PARTITIONED = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+#: Slices of every parameter: one file for each process of DeepSpeed's ZeRO-3, and of model parallelism where several.
+_ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+_PARALLEL = re.compile(r"consolidated\.\d+\.(pth|pt|safetensors)|mp_rank_\d+_model_states\.pt")
 
 
 def is_weight_name(name: str) -> bool:
@@ -64,9 +69,11 @@ def is_unfinished(name: str) -> bool:
     return name.lower().endswith(_UNFINISHED)
 
 
-def is_partitioned(name: str) -> bool:
-    """Whether a file is called like a slice of every parameter, as DeepSpeed's ZeRO-3 writes them."""
-    return _PARTITIONED.fullmatch(name) is not None
+def slices_in(names: Iterable[str]) -> set[str]:
+    """Those of a directory's names that are slices of every parameter: together they are a model, alone nothing."""
+    names = list(names)
+    parallel = {name for name in names if _PARALLEL.fullmatch(name)}
+    return {name for name in names if _ZERO3.fullmatch(name)} | (parallel if len(parallel) > 1 else set())
 
 
 def is_training_state(name: str) -> bool:

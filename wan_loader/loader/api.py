@@ -60,8 +60,9 @@ def load_file(
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a dict of tensors: `safetensors.torch.load_file` and `torch.load` in one, and faster.
 
-    path: a .safetensors, .pth/.pt/.bin file, a *.index.json, a directory holding one checkpoint, or a list of files.
-        A shard is that file alone, as for `safetensors.torch.load_file`; its index or directory means all of them.
+    path: a file of safetensors or torch.save, a *.index.json, a directory holding one checkpoint, a list of files, or a
+        repository in the hub's cache as OWNER/NAME. A shard is that file alone, as for `safetensors.torch.load_file`;
+        its index, its directory, or a pattern (`model-*-of-00002.safetensors`) means all of them.
     device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
     dtype: floating tensors are converted to it on the target, bit for bit as `.to(dtype)` does; None keeps the file's.
     part: of a torch file that nests dicts, the dict to load, by its keys joined by dots: "state_dict", "model.ema".

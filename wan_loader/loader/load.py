@@ -267,9 +267,10 @@ def _move_through_torch(
     resident = resident_bytes(file.path for file in checkpoint.files)
     state: dict[str, torch.Tensor] = {}
     with span(observer, "read", nbytes):
-        for file in checkpoint.files:
-            state |= load_torch_pickle(file.path, str(device), checkpoint.part)
+        for number, file in enumerate(checkpoint.files):
+            held = load_torch_pickle(file.path, str(device), checkpoint.part)
             file.check_unchanged()
+            state |= {name: held[name] for name in checkpoint.names_in(number)}
     with span(observer, "cast"):
         for plan in plans:
             if plan.converts:
