@@ -69,14 +69,14 @@ def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: Ke
             continue
         if name in mapped:
             raise KeyMismatchError(f"{checkpoint.path}: {mapped[name].name!r} and {facts.name!r} both map to {name!r}")
-        if (shape := tuple(slots[name].shape)) != facts.shape:
+        if (shape := _shape(slots, name)) != facts.shape:
             misshaped[facts.name] = facts.shape, shape
         else:
             mapped[name] = facts
         present.update(groups[name])
     missing = [name for name in slots if name not in present]
     if misshaped or (strict and (missing or unexpected)):
-        lacking = {n: tuple(slots[n].shape) for n in missing if strict and groups[n][0] == n}  # tied ones once
+        lacking = {n: _shape(slots, n) for n in missing if strict and groups[n][0] == n}  # tied ones once
         foreign = unexpected if strict else {}
         raise mismatch(checkpoint.path, missing=lacking, unexpected=foreign, misshaped=misshaped, renamed=renamed)
     # Where the file holds a tied tensor under several names, only the first of them is loaded.
@@ -85,6 +85,14 @@ def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: Ke
         chosen.setdefault(groups[name], facts)
     notes = tuple(f"{name} (as {renamed[name]})" if name in renamed else name for name in unexpected)
     return Match(tuple(chosen.values()), {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
+
+
+def _shape(slots: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    try:
+        return tuple(slots[name].shape)
+    except RuntimeError as error:  # of a lazy module
+        message = f"{name} of the module has no shape yet: give the module its sizes, or run it once"
+        raise KeyMismatchError(message) from error
 
 
 def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[list[Held]]:
