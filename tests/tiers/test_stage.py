@@ -325,10 +325,16 @@ def test_blocks_of_another_size_are_copied_again_without_a_warning(source, targe
     assert content(target / source.name) == content(source)
 
 
-@pytest.mark.parametrize("what", ["grows", "shrinks", "vanishes", "touched"])
+@pytest.mark.parametrize("what", ["grows", "shrinks", "vanishes", "touched", "rewritten"])
 def test_a_source_that_changes_is_an_error_that_names_it(source, target, monkeypatch, what):
     path = source / "transformer/a-00001.safetensors"
     read, calls = blocks.read_source, []
+
+    def rewrite():
+        """With its old time put back."""
+        times = path.stat()
+        path.write_bytes(bytes(times.st_size))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     def changing(*arguments, **options):
         read(*arguments, **options)
@@ -339,6 +345,7 @@ def test_a_source_that_changes_is_an_error_that_names_it(source, target, monkeyp
                 "shrinks": lambda: os.truncate(path, 10),
                 "vanishes": path.unlink,
                 "touched": path.touch,
+                "rewritten": rewrite,
             }[what]()
 
     monkeypatch.setattr(blocks, "read_source", changing)

@@ -54,6 +54,7 @@ class SourceFile:
     """What to open: absolute, links resolved."""
     nbytes: int
     mtime_ns: int
+    ctime_ns: int
 
     @property
     def is_weights(self) -> bool:
@@ -194,7 +195,7 @@ def _file(relative: str, path: str) -> SourceFile | None:
         return None
     if not stat.S_ISREG(facts.st_mode):
         return None
-    return SourceFile(relative, path, facts.st_size, facts.st_mtime_ns)
+    return SourceFile(relative, path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 def _holds_weights(file: SourceFile) -> bool:

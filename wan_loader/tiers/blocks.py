@@ -89,7 +89,8 @@ def check_unchanged(source: SourceFile) -> None:
         facts = os.stat(source.path, follow_symlinks=False)
     except OSError as error:
         raise CheckpointError(f"{source.path} vanished while it was being staged: {error.strerror}") from error
-    if (facts.st_size, facts.st_mtime_ns) != (source.nbytes, source.mtime_ns):
+    now = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+    if now != (source.nbytes, source.mtime_ns, source.ctime_ns):
         raise CheckpointError(f"{source.path} changed while it was being staged: stage it again")
 
 
