@@ -43,6 +43,7 @@ def not_told(monkeypatch):
         raise PermissionError(errno.EPERM, "refused")
 
     monkeypatch.setattr(module, "cached_bytes", refuse)
+    monkeypatch.setattr("wan_loader.source.prewarm.cached_bytes", refuse)
 
 
 @pytest.fixture
