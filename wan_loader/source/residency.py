@@ -8,6 +8,7 @@ as on many network file systems, it is unknown, which is a value of its own: Non
 from __future__ import annotations
 
 import os
+import resource
 from bisect import bisect_right
 from contextlib import suppress
 from enum import Enum
@@ -226,8 +227,17 @@ class _Tries:
             return False
         first, last = start // PAGE, -(-end // PAGE)
         page = (first + int.from_bytes(os.urandom(4)) % (last - first)) * PAGE
+        before = _blocks_read()
         try:
-            return os.preadv(self._fd, [bytearray(1)], page, os.RWF_NOWAIT) == 1
+            there = os.preadv(self._fd, [bytearray(1)], page, os.RWF_NOWAIT) == 1
         except BlockingIOError:
+            there = False
+        if not there or _blocks_read() > before:  # the disk may have been quicker than the kernel's second look
             self._missed.append(page)
             return False
+        return True
+
+
+def _blocks_read() -> int:
+    """Blocks that this thread has caused to be read from storage, where the kernel counts them."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
