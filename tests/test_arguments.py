@@ -196,3 +196,25 @@ def test_sizes_and_flags_of_a_start(tmp_path):
     for options in ({"size": "1280*720"}, {"size": 720}, {"size": (1280, 720.5)}, {"frame_num": "81"}, {"t5_cpu": 1}):
         with pytest.raises(OptionError, match=r"size|height|frame_num|t5_cpu"):
             wan_pipeline.WanT2V.from_checkpoint(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prompt": 7},
+        {"prompt": b"cats"},
+        {"negative_prompt": 1},
+        {"size": "832*480"},
+        {"size": (832.5, 480)},
+        {"frame_num": 81.0},
+        {"steps": "4"},
+        {"seed": 1.5},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_what_a_video_is_made_of(given):
+    from wan_pipeline.request import Request
+
+    with pytest.raises(OptionError, match=r"size|width|prompt|frame_num|steps|seed"):
+        Request.make("t2v-A14B", **{"prompt": "cats", **given})
