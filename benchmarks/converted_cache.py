@@ -68,7 +68,8 @@ def sample(case: str, path: Path, cache_dir: Path, device: str, check: bool) -> 
     before = {"source": resident_share(path), "cache": resident_share(cache_dir)}
     read, cpu = device_bytes_read(), cpu_seconds()
     start = time.perf_counter()
-    loaded = wan_loader.load(path, device=device, dtype="bf16", io=io, cache=case != "without", cache_dir=cache_dir)
+    cached = {} if case == "without" else {"cache": True, "cache_dir": cache_dir}
+    loaded = wan_loader.load(path, device=device, dtype="bf16", io=io, **cached)
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

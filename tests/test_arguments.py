@@ -45,6 +45,8 @@ NO_PATHS = {
     "state dict": ({"a": torch.ones(1)}, "path is of type dict: pass the path"),
     "tensor": (torch.ones(()), "path is of type Tensor: pass the path"),
     "tensor of several": (torch.ones(2), "an item of the list of paths is of type Tensor: pass a path"),
+    "nothing": ("", "path is empty: pass the path"),
+    "a character that no path has": ("a\0b", r"path is 'a\x00b': pass the path"),
     "BytesIO": (io.BytesIO(b"x\ny"), "path is an open BytesIO: weights are read from files, so pass the path"),
     "list with bytes": ([b"a.safetensors"], "an item of the list of paths is of type bytes"),
     "list with None": (["a.safetensors", None], "an item of the list of paths is None"),
@@ -94,7 +96,7 @@ MISTAKES = {
     "both without cache": ({"cache_dir": "there", "verify": True}, "cache_dir and verify without the cache"),
     "a text as flag": ({"cache": "no"}, "cache is the str 'no': pass True or False"),
     "a text as verify": ({"cache": True, "verify": "no"}, "verify is the str 'no': pass True or False"),
-    "a directory of bytes": ({"cache": True, "cache_dir": b"there"}, "cache_dir is of type bytes: pass a path"),
+    "a directory of bytes": ({"cache": True, "cache_dir": b"there"}, "cache_dir is of type bytes: pass a directory"),
     "no directory": ({"cache": True, "cache_dir": ""}, "cache_dir is empty"),
     "threads as flag": ({"threads": True}, "threads=True: use 1 to 64"),
     "half a thread": ({"threads": 2.5}, "threads=2.5: use 1 to 64"),
@@ -194,3 +196,25 @@ def test_sizes_and_flags_of_a_start(tmp_path):
     for options in ({"size": "1280*720"}, {"size": 720}, {"size": (1280, 720.5)}, {"frame_num": "81"}, {"t5_cpu": 1}):
         with pytest.raises(OptionError, match=r"size|height|frame_num|t5_cpu"):
             wan_pipeline.WanT2V.from_checkpoint(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prompt": 7},
+        {"prompt": b"cats"},
+        {"negative_prompt": 1},
+        {"size": "832*480"},
+        {"size": (832.5, 480)},
+        {"frame_num": 81.0},
+        {"steps": "4"},
+        {"seed": 1.5},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_what_a_video_is_made_of(given):
+    from wan_pipeline.request import Request
+
+    with pytest.raises(OptionError, match=r"size|width|prompt|frame_num|steps|seed"):
+        Request.make("t2v-A14B", **{"prompt": "cats", **given})

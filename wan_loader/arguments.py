@@ -45,12 +45,11 @@ _ANY_PATH = "pass the path of a checkpoint: a str, a pathlib.Path, or a list of 
 
 def checked_path(value: object, what: str = "path", advice: str = _ONE_PATH) -> str:
     """The path as a string; `OptionError` for everything that is none, such as an open file."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, os.PathLike):
-        path = os.fspath(value)
-        if isinstance(path, str):
-            return path
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if isinstance(path, str):
+        if not path or "\0" in path:
+            raise OptionError(f"{what} is {'empty' if not path else repr(path)}: {advice}")
+        return path
     if hasattr(value, "read"):
         named = isinstance(getattr(value, "name", None), str)
         advice = "pass its path, which is its .name" if named else f"weights are read from files, so {advice}"
@@ -158,8 +157,8 @@ def check_cache(*, cache: object, cache_dir: StrPath | None, verify: object = Fa
     """`OptionError` for flags that are none, for a directory that is none, and for what needs cache=True without it."""
     check_flag(cache, "cache")
     check_flag(verify, "verify")
-    if cache_dir is not None and not checked_path(cache_dir, "cache_dir"):
-        raise OptionError("cache_dir is empty: pass a directory, or None for the user's cache directory")
+    if cache_dir is not None:
+        checked_path(cache_dir, "cache_dir", "pass a directory, or None for the user's cache directory")
     needing = [name for name, given in (("cache_dir", cache_dir is not None), ("verify", verify)) if given]
     if needing and not cache:
         raise OptionError(f"{' and '.join(needing)} without the cache: pass cache=True, too, or leave it out")

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.arguments import checked_path
 from wan_loader.events import clock_ns
 from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
@@ -48,8 +49,8 @@ class Video:
     request: Request
 
     def save(self, path: StrPath) -> None:
-        """Write an mp4. Raises `OutputError`."""
-        write_mp4(path, self.frames_THWC, self.fps)
+        """Write an mp4. Raises `OutputError`, and `OptionError` for what is no path."""
+        write_mp4(checked_path(path), self.frames_THWC, self.fps)
 
 
 class WanT2V:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
+from wan_loader.arguments import checked_count
 from wan_loader.errors import OptionError
 
-__all__ = ["FPS", "Grid", "Request", "Solver", "parse_guide_scale", "parse_size"]
+__all__ = ["FPS", "Grid", "Request", "Solver", "checked_size", "parse_guide_scale", "parse_size"]
 
 Solver = Literal["unipc", "dpm++"]
 Grid = Literal["official", "diffusers"]
@@ -53,22 +55,24 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        width, height = self.size
+        width, height = checked_size(self.size)
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(text := getattr(self, name), str):
+                raise OptionError(f"{name} is of type {type(text).__name__}: pass a str")
+        checked_count(self.steps, "sample_steps")
         if not self.prompt.strip():
             raise OptionError("the prompt is empty: say what the video shows")
         if width < 16 or height < 16 or width % 16 or height % 16:
             raise OptionError(f"size {width}*{height}: both must be multiples of 16")
-        if self.frame_num < 1 or self.frame_num % 4 != 1:
+        if not isinstance(self.frame_num, Integral) or self.frame_num < 1 or self.frame_num % 4 != 1:
             raise OptionError(f"frame_num {self.frame_num}: it must be 4n+1, such as 81")
-        if self.steps < 1:
-            raise OptionError(f"sample_steps {self.steps}: at least 1")
         if not self.shift > 0:
             raise OptionError(f"sample_shift {self.shift}: it must be positive")
         if self.solver not in get_args(Solver):
             raise OptionError(f"sample_solver {self.solver!r}: use {' or '.join(get_args(Solver))}")
         if self.grid not in get_args(Grid):
             raise OptionError(f"grid {self.grid!r}: use {' or '.join(get_args(Grid))}")
-        if not 0 <= self.seed <= _MAX_SEED:
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed <= _MAX_SEED:
             raise OptionError(f"seed {self.seed}: from 0 to 2**63 - 1")
 
     @classmethod
@@ -82,6 +86,13 @@ class Request:
         width, height = self.size
         if width % multiple or height % multiple:
             raise OptionError(f"size {width}*{height}: both must be multiples of {multiple} for {task}")
+
+
+def checked_size(size: object) -> tuple[int, int]:
+    """Width and height in pixels; `OptionError` for what is not two whole numbers."""
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise OptionError(f"size={size!r:.60}: use width and height in pixels, such as (1280, 720)")
+    return checked_count(size[0], "width", least=0), checked_count(size[1], "height", least=0)
 
 
 def parse_size(text: str) -> tuple[int, int]:

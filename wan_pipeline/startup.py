@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from wan_pipeline.fitting import choose_preset, network_dtype
 from wan_pipeline.hooks import attach
 from wan_pipeline.imports import short_imports
 from wan_pipeline.parallel import Degrees
+from wan_pipeline.request import checked_size
 from wan_pipeline.residency import Fetch, Part, Residency
 
 if TYPE_CHECKING:
@@ -79,10 +79,8 @@ class StartOptions:
             check_flag(getattr(self, name), name)
         if self.offload_model is not None:
             check_flag(self.offload_model, "offload_model")
-        if not isinstance(self.size, Sequence) or isinstance(self.size, str) or len(self.size) != 2:
-            raise OptionError(f"size={self.size!r:.60}: use width and height in pixels, such as (1280, 720)")
-        for count, what in ((self.size[0], "width"), (self.size[1], "height"), (self.frame_num, "frame_num")):
-            checked_count(count, what)
+        checked_size(self.size)
+        checked_count(self.frame_num, "frame_num")
         check_cache(cache=self.cache, cache_dir=self.cache_dir)
 
 

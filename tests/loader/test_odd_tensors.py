@@ -130,3 +130,19 @@ def test_verify_sees_a_wrong_bit_in_every_dtype(tmp_path):
         bits(wrong)[0] ^= 1
         with pytest.raises(wan_loader.CheckpointError, match=f"'{name}' differs"):
             verify(tmp_path / "model.pth", {**loaded, name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(torch.OutOfMemoryError, wan_loader.DeviceMemoryError), (MemoryError, wan_loader.HostMemoryError)],
+)
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, failure, error):
+    """Where torch itself reads the file, and runs out of memory."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
+
+    def load(*args, **kwargs):
+        raise failure("no room")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(error, match=r"model\.pth"):
+        wan_loader.load_file(tmp_path / "model.pth")

@@ -46,6 +46,8 @@ def test_no_dtype_without_the_scale(scaled, load, dtype):
         load(scaled, dtype=dtype)
     with pytest.raises(wan_loader.CheckpointError, match=r"'l\.weight' with 'l\.weight_scale'"):
         load(scaled, dtype=dtype, keep_fp32=["l"])
+    with pytest.raises(wan_loader.CheckpointError, match=r"'l\.weight' with 'l\.weight_scale'"):
+        wan_loader.load(scaled, dtype=dtype, names=["l.weight"])
 
 
 def test_a_module_stays_as_it_was(scaled):

@@ -14,7 +14,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import ITEMSIZE
-from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError, MissingFileError
 from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts, stat_file
 from wan_loader.formats.facts_unpickler import read_pickle
 from wan_loader.formats.parts import choose_part, shown
@@ -83,6 +83,10 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
         detail = lines[0] if lines else str(error).splitlines()[0]
         raise CheckpointError(f"{path} is refused: it is damaged, or holds more than weights ({detail})") from error
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(f"{path}: {device} has no room for what it holds: {error}") from error
+    except MemoryError as error:
+        raise HostMemoryError(f"{path} needs more memory than can be had: free some memory") from error
     except Exception as error:  # torch raises nearly anything on damaged input
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     chosen = choose_part(state, part, path=path, is_tensor=lambda value: isinstance(value, torch.Tensor))
