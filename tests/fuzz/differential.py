@@ -175,8 +175,8 @@ def _difference(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return tensor.view(torch.uint8).numpy().tobytes()
+    tensor = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tensor.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _general(reason: str) -> str:

@@ -116,7 +116,7 @@ def _check_legacy_pickles(path: str) -> None:
     keys, end = None, 0
     try:
         for _ in range(_N_PICKLES):
-            keys, end, _ = read_pickle(data, lambda pid: _legacy_storage(pid, storages), end)
+            keys, end, *_ = read_pickle(data, lambda pid: _legacy_storage(pid, storages), end)
         if type(keys) is not list or not storages.keys() <= {key for key in keys if type(key) is str}:
             raise PickleError("it names storages that the file does not hold")  # torch would leave them uninitialised
     except PickleError as error:
