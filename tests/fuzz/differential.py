@@ -130,7 +130,9 @@ def _reference(kind: str, path: str) -> Any:
     except BaseException as error:  # a panic in Rust is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return f"{type(error).__name__}: {error}"
+        lines = str(error).splitlines() or [""]
+        telling = [line for line in lines if line.startswith(("Unsupported", "Can only", "Trying"))]
+        return f"{type(error).__name__}: {(telling or lines)[0]}"
 
 
 def _flat(state: Any) -> Any:

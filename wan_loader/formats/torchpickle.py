@@ -74,8 +74,11 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
         raise MissingFileError(f"{path} vanished before it could be read") from error
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
-        detail = lines[0] if lines else str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is refused: it is damaged, or holds more than weights ({detail})") from error
+        detail = [*lines, *str(error).splitlines(), "no reason given"][0]
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or holds more than weights ({detail}); if you trust it, read it once "
+            "with torch.load(path, weights_only=False), and save the dict of tensors alone"
+        ) from error
     except Exception as error:  # torch raises nearly anything on damaged input
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     chosen = choose_part(state, part, path=path, is_tensor=lambda value: isinstance(value, torch.Tensor))
