@@ -135,6 +135,14 @@ REFUSED = {
     "hooks": dictionary(w=tensor(hooks=dictionary(a=b"N"))),
     "too few arguments": dictionary(w=call("torch._utils", "_rebuild_tensor_v2", storage())),
     "too many arguments": dictionary(w=call("torch._utils", "_rebuild_tensor_v2", *[b"N"] * 9)),
+    "another tensor than the one asked for": b"}" + text("w") + tensor(shape=(5,)) + b"s" + text("w") + T + b"s",
+    "gradients before there are values": dictionary(
+        w=call(
+            "torch._utils",
+            "_rebuild_tensor_v3",
+            *(storage(), number(0), tup(number(4)), tup(number(1)), b"\x88", ORDERED, name("torch", "float32")),
+        )
+    ),
     "a key without a value": b"}(" + text("w") + b"u",
     "a memo of nothing": b"}" + text("w") + b"h\7s",
     "bytes in an odd encoding": dictionary(w=T, x=call("_codecs", "encode", text("x"), text("zip"))),

@@ -130,7 +130,9 @@ def _reference(kind: str, path: str) -> Any:
     except BaseException as error:  # a panic in Rust is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return f"{type(error).__name__}: {error}"
+        lines = str(error).splitlines() or [""]
+        telling = [line for line in lines if line.startswith(("Unsupported", "Can only", "Trying"))]
+        return f"{type(error).__name__}: {(telling or lines)[0]}"
 
 
 def _flat(state: Any) -> Any:
@@ -175,8 +177,8 @@ def _difference(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return tensor.view(torch.uint8).numpy().tobytes()
+    tensor = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tensor.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _general(reason: str) -> str:

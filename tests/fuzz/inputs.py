@@ -410,7 +410,7 @@ def _index(rng: random.Random) -> dict[str, bytes]:
             shards[first], shards[second] = shards[second], shards[first]
         else:
             shard = rng.choice((first, second))
-            shards[shard] = _mutate_safetensors(shards[shard], rng)
+            shards[shard] = _mutate_safetensors(_shards()[shard], rng)
     text = json.dumps(index).encode()
     if rng.random() < 0.4:
         at = rng.randrange(len(text) + 1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.pickle_calls import CALLS, KNOWN, check_key
-from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, kind_of
+from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, Tensor, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,8 @@ class Reading(NamedTuple):
     """Where in the bytes the pickle ended."""
     foreign: str | None
     """What torch has to judge, if anything."""
+    tensors: list[Tensor]
+    """All tensors that were built, wherever they are."""
 
 
 def read_pickle(data: bytes, persistent_load: Callable[[Any], Any], start: int = 0) -> Reading:
@@ -58,7 +60,7 @@ def read_pickle(data: bytes, persistent_load: Callable[[Any], Any], start: int =
         if isinstance(error, CheckpointError):
             raise
         raise PickleError(f"{type(error).__name__}: {error}") from None
-    return Reading(value, end, machine.foreign)
+    return Reading(value, end, machine.foreign, machine.tensors)
 
 
 class _Machine(Ledger):
