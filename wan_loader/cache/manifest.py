@@ -100,7 +100,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     if len(text) > MAX_MANIFEST_BYTES:
         raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
     try:
-        body = parse_object(text, path=path, what="the manifest")
+        body = parse_object(text, path=path, what="the manifest", holds_paths=True)
     except CheckpointError as error:
         raise CacheError(str(error)) from None
     if (version := body.pop("format_version", None)) != FORMAT_VERSION:

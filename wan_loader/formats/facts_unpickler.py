@@ -6,7 +6,7 @@ containers; its values are Python's None, bool, int, float, complex, str, bytes,
 harmless is for `torch.load(weights_only=True)` to say, and `Reading.foreign` tells that torch has to be asked.
 
 Memory and time are bounded: what opcodes allocate is charged, and opcodes are counted. With the pickle and the texts in
-it, which take as much as they take there, 64 MiB and eight times the pickle are not exceeded.
+it, which take as much as they take there, 64 MiB and eight times what was read of the pickle are not exceeded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.pickle_calls import CALLS, KNOWN, check_key
-from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, kind_of
+from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, Tensor, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,8 @@ class Reading(NamedTuple):
     """Where in the bytes the pickle ended."""
     foreign: str | None
     """What torch has to judge, if anything."""
+    tensors: list[Tensor]
+    """All tensors that were built, wherever they are."""
 
 
 def read_pickle(data: bytes, persistent_load: Callable[[Any], Any], start: int = 0) -> Reading:
@@ -58,14 +60,14 @@ def read_pickle(data: bytes, persistent_load: Callable[[Any], Any], start: int =
         if isinstance(error, CheckpointError):
             raise
         raise PickleError(f"{type(error).__name__}: {error}") from None
-    return Reading(value, end, machine.foreign)
+    return Reading(value, end, machine.foreign, machine.tensors)
 
 
 class _Machine(Ledger):
     __slots__ = ("below", "data", "marks", "memo", "persistent_load", "stack")
 
     def __init__(self, data: bytes, persistent_load: Callable[[Any], Any]) -> None:
-        super().__init__(_BASE_COST + _COST_PER_BYTE * len(data))
+        super().__init__(_BASE_COST)
         self.data = data
         self.persistent_load = persistent_load
         self.stack: list[Any] = []
@@ -75,16 +77,17 @@ class _Machine(Ledger):
 
     def run(self, position: int) -> tuple[Any, int]:
         """Return the value that the program stops with, and where it stops."""
-        data, table = self.data, _TABLE
-        most_steps = _BASE_STEPS + len(data) // _BYTES_PER_STEP
+        data, table, start, steps = self.data, _TABLE, position, 0
         try:
-            for _ in range(0, most_steps, _STEPS_AT_A_TIME):
+            while steps <= _BASE_STEPS + (position - start) // _BYTES_PER_STEP:
                 for _ in range(_STEPS_AT_A_TIME):
                     position = table[data[position]](self, position + 1)
+                steps += _STEPS_AT_A_TIME
+                self.most_cost = _BASE_COST + _COST_PER_BYTE * (position - start)
                 self.check(_SLOT * (self.below + len(self.stack)))
         except _Stop as stop:
             return stop.value, stop.end
-        raise PickleError(f"it has more than {most_steps} steps")
+        raise PickleError(f"it has more than {steps} steps")
 
     def pop_mark(self) -> list[Any]:
         """Return what was pushed since the last mark."""

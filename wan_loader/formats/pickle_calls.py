@@ -77,6 +77,8 @@ def _rebuild_tensor_v3(
     name = dtype.name.removeprefix("torch.") if type(dtype) is Global else ""
     if name not in ITEMSIZE:
         raise PickleError("a tensor has no dtype")
+    if requires_grad is True:  # torch cannot make such a tensor; a parameter sets it later
+        raise PickleError("requires_grad is set before there are values")
     return _tensor(ledger, storage, name, offset, shape, stride, requires_grad, hooks, metadata)
 
 
@@ -103,7 +105,9 @@ def _tensor(
         if type(metadata) is not dict:
             raise PickleError("a tensor's metadata is no dict")
         ledger.judge("a tensor carries metadata, such as a conjugate bit")
-    return Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
+    tensor = Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
+    ledger.tensors.append(tensor)
+    return tensor
 
 
 def _check_gradient(requires_grad: Any, hooks: Any, dtype: str) -> None:

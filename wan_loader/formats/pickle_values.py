@@ -58,14 +58,15 @@ def kind_of(value: Any) -> str:
 
 
 class Ledger:
-    """What a reading has cost, and what torch has to judge."""
+    """What a reading has cost, which tensors it built, and what torch has to judge."""
 
-    __slots__ = ("cost", "foreign", "most_cost")
+    __slots__ = ("cost", "foreign", "most_cost", "tensors")
 
     def __init__(self, most_cost: int) -> None:
         self.cost = 0
         self.most_cost = most_cost
         self.foreign: str | None = None
+        self.tensors: list[Tensor] = []
 
     def charge(self, nbytes: int) -> None:
         """Pay for memory that a value of any length takes, before it is made."""

@@ -28,12 +28,18 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_object(
-    text: bytes, *, path: str, what: str, compact: Callable[[dict[str, Any]], Any] | None = None
+    text: bytes,
+    *,
+    path: str,
+    what: str,
+    compact: Callable[[dict[str, Any]], Any] | None = None,
+    holds_paths: bool = False,
 ) -> dict[str, Any]:
     """Parse a JSON object in which no key stands twice.
 
     path, what: say in errors which file it is and what the text is.
     compact: makes something smaller of each object in it, and of the whole, as soon as it is parsed.
+    holds_paths: lone surrogates are taken, which stand for bytes of names of files that are no UTF-8.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Any:
@@ -47,7 +53,7 @@ def parse_object(
         raise CheckpointError(f"{path}: {what} is mostly brackets and commas: damaged or foreign file")
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse)
-        if b"\\u" in text and _SURROGATE.search(text):
+        if not holds_paths and b"\\u" in text and _SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode()
     except CheckpointError:
         raise

@@ -74,8 +74,11 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
         raise MissingFileError(f"{path} vanished before it could be read") from error
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
-        detail = lines[0] if lines else str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is refused: it is damaged, or holds more than weights ({detail})") from error
+        detail = [*lines, *str(error).splitlines(), "no reason given"][0]
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or holds more than weights ({detail}); if you trust it, read it once "
+            "with torch.load(path, weights_only=False), and save the dict of tensors alone"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(f"{path}: {device} has no room for what it holds: {error}") from error
     except MemoryError as error:
@@ -125,10 +128,12 @@ def _check_legacy_pickles(path: str) -> None:
         f.seek(0)
         data = f.read(_MAX_PICKLES_BYTES)
     storages: dict[str, int] = {}
-    end = 0
+    keys, end = None, 0
     try:
         for _ in range(_N_PICKLES):
-            end = read_pickle(data, lambda pid: _legacy_storage(pid, storages), end).end
+            keys, end, *_ = read_pickle(data, lambda pid: _legacy_storage(pid, storages), end)
+        if type(keys) is not list or not storages.keys() <= {key for key in keys if type(key) is str}:
+            raise PickleError("it names storages that the file does not hold")  # torch would leave them uninitialised
     except PickleError as error:
         raise CheckpointError(f"{path}: its pickle is truncated or damaged ({error}); download it again") from None
     if sum(storages.values()) > os.path.getsize(path):

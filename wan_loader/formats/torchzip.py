@@ -16,7 +16,7 @@ from typing import Any
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, stat_file
-from wan_loader.formats.facts_unpickler import read_pickle
+from wan_loader.formats.facts_unpickler import Reading, read_pickle
 from wan_loader.formats.parts import choose_part, shown
 from wan_loader.formats.pickle_calls import STORAGE_TYPES
 from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage, Tensor
@@ -26,7 +26,7 @@ __all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "is_zip", "read_torch_zip"]
 
 #: A data.pkl needs about 150 bytes a tensor; the largest models stay under 1 MB.
 MAX_PICKLE_BYTES = 64 << 20
-_MAX_MARK_BYTES = 64
+_MAX_MARK_BYTES = 256
 #: The versions of the format that torch 2.13 reads.
 _VERSION = re.compile(rb"\s*\+?0*([1-9]|10)(?!\d)")
 _SAVE_WEIGHTS = "and save its weights alone with torch.save(module.state_dict(), path)"
@@ -60,9 +60,11 @@ def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[
             archive = read_archive(path, f.fileno(), file.nbytes)
             pickled = _read_pickle(archive)
             storages = _Storages(archive)
-            state = _unpickle(pickled, storages, path)
-            tensors = choose_part(state, part, path=path, is_tensor=lambda value: type(value) is Tensor)
-            return file, *_collect(path, tensors, storages)
+            reading = _unpickle(pickled, storages, path)
+            tensors = choose_part(reading.value, part, path=path, is_tensor=lambda value: type(value) is Tensor)
+            facts = _collect(path, tensors, storages)
+            _check_others(reading.tensors, tensors, path)
+            return file, *facts
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -78,13 +80,23 @@ def _read_pickle(archive: ZipArchive) -> bytes:
             f"{archive.path} is a zip archive, but not a torch checkpoint: it has no NAME/data.pkl; "
             "unpack it, and load what is in it"
         )
+    _check_marks(archive)
     version = archive.read(".data/version" if ".data/version" in archive else "version", _MAX_MARK_BYTES)
     if version is None or not _VERSION.match(version):
         raise CheckpointError(f"{archive.path} has no format version that torch reads: damaged, or too new a file")
     return pickled
 
 
-def _unpickle(pickled: bytes, storages: _Storages, path: str) -> Any:
+def _check_marks(archive: ZipArchive) -> None:
+    """Small records that say nothing to us, but that torch refuses a file for if they are damaged."""
+    archive.read(".format_version", _MAX_MARK_BYTES)
+    identity = archive.read(".data/serialization_id", _MAX_MARK_BYTES)
+    alignment = archive.read(".storage_alignment", _MAX_MARK_BYTES)
+    if (identity and not identity.isascii()) or (alignment is not None and not alignment.strip().isdigit()):
+        raise CheckpointError(f"{archive.path}: its id or its alignment makes no sense: damaged file")
+
+
+def _unpickle(pickled: bytes, storages: _Storages, path: str) -> Reading:
     try:
         reading = read_pickle(pickled, storages.load)
     except PickleError as error:
@@ -93,14 +105,15 @@ def _unpickle(pickled: bytes, storages: _Storages, path: str) -> Any:
         raise UnplannedError("it was written on a big-endian machine")
     if reading.foreign:
         raise UnplannedError(reading.foreign)
-    return reading.value
+    return reading
 
 
 class _Storages:
     """The storages that a pickle's persistent ids name, each with its record in the archive."""
 
     def __init__(self, archive: ZipArchive) -> None:
-        self.byteorder = archive.read("byteorder", _MAX_MARK_BYTES) or b"little"
+        byteorder = archive.read("byteorder", _MAX_MARK_BYTES)
+        self.byteorder = b"little" if byteorder is None else byteorder
         if self.byteorder not in (b"little", b"big"):
             raise CheckpointError(f"{archive.path}: its byte order is none: damaged file")
         self._archive = archive
@@ -134,8 +147,9 @@ class _Storages:
         return storage
 
     def start_of(self, key: str) -> int:
-        """Where the bytes of a storage begin in the file."""
-        return self._archive.start_of(f"data/{key}", self._records[key])
+        """Where the bytes of a storage begin in the file; of an empty one, torch does not look where that is."""
+        record = self._records[key]
+        return self._archive.start_of(f"data/{key}", record) if record.nbytes else record.header
 
 
 def _collect(path: str, found: dict[str, Tensor], storages: _Storages) -> tuple[list[StorageFacts], list[TensorFacts]]:
@@ -156,6 +170,14 @@ def _collect(path: str, found: dict[str, Tensor], storages: _Storages) -> tuple[
     return [StorageFacts(0, start, nbytes) for start, nbytes, _ in placed], tensors
 
 
+def _check_others(tensors: list[Tensor], found: dict[str, Tensor], path: str) -> None:
+    """Check the tensors that were not asked for: torch refuses a file for any."""
+    checked = {id(tensor) for tensor in found.values()}
+    for tensor in tensors:
+        if id(tensor) not in checked:
+            _check_view(tensor, None, path)
+
+
 def _check_name(name: str, path: str) -> None:
     """A name may be any text, but it has to be text: surrogates cannot be written to any file or terminal."""
     if not name.isascii():
@@ -167,19 +189,23 @@ def _check_name(name: str, path: str) -> None:
             ) from None
 
 
-def _check_view(tensor: Tensor, name: str, path: str) -> None:
+def _check_view(tensor: Tensor, name: str | None, path: str) -> None:
     """A view may not reach outside its storage."""
     storage, dtype, offset, shape, stride = tensor
     try:
         nbytes = _extent(offset, shape, stride) * ITEMSIZE[dtype]
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: tensor {shown(name)} {error}: damaged file") from None
+        raise CheckpointError(f"{path}: {_words(name)} {error}: damaged file") from None
     if storage.nbytes % ITEMSIZE[dtype]:
         raise UnplannedError("a storage ends within an element")
     if nbytes > storage.nbytes:
         raise CheckpointError(
-            f"{path}: tensor {shown(name)} reaches outside its storage of {storage.nbytes} bytes: damaged file"
+            f"{path}: {_words(name)} reaches outside its storage of {storage.nbytes} bytes: damaged file"
         )
+
+
+def _words(name: str | None) -> str:
+    return "a tensor beside those asked for" if name is None else f"tensor {shown(name)}"
 
 
 def _extent(offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:

@@ -24,8 +24,9 @@ MAX_DIRECTORY_BYTES = 64 << 20
 
 _END, _END64, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _END_BYTES, _END64_BYTES, _LOCATOR64_BYTES, _ENTRY_BYTES, _HEADER_BYTES = 22, 56, 20, 46, 30
-#: How far back from the end miniz looks for the end of the directory: blocks of 4096 bytes, until 65557 are seen.
-_TAIL_BYTES = 4096 + 16 * 4093
+#: How miniz looks for the end of the directory: in blocks from the end of the file backwards, which overlap by three
+#: bytes, until 65557 bytes are seen; it never looks into a block that would begin before the file.
+_BLOCK_BYTES, _STEP_BYTES, _MAX_STEPS = 4096, 4093, 16
 #: Signature, flags, method, sizes packed and unpacked, lengths of name, extra and comment, disk, attributes, header.
 _ENTRY = struct.Struct("<4s4xHH8xIIHHHHxxII")
 _UNKNOWN = 0xFFFFFFFF
@@ -109,7 +110,8 @@ class _ForeignError(Exception):
 
 def _read_directory(fd: int, nbytes: int) -> tuple[bytes, int, int]:
     """The central directory, the number of its entries and the number of its disk."""
-    tail_start = max(nbytes - _TAIL_BYTES, 0)
+    last = max(nbytes - _BLOCK_BYTES, 0)
+    tail_start = last - _STEP_BYTES * min(last // _STEP_BYTES, _MAX_STEPS)
     tail = os.pread(fd, nbytes - tail_start, tail_start)
     end = tail.rfind(_END, 0, max(len(tail) - _END_BYTES + len(_END), 0))
     if len(tail) < nbytes - tail_start or end < 0:
