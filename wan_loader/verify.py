@@ -63,7 +63,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # One element may have any stride and still be contiguous, but it could not be viewed as bytes.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
 
 
 def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from wan_loader import CheckpointError, load_file, open_checkpoint
 from wan_loader.formats import facts_unpickler
 from wan_loader.formats.facts_unpickler import read_pickle
 from wan_loader.formats.pickle_values import PickleError
+from wan_loader.verify import verify
 
 BITS = struct.pack("<4f", 1, 2, 3, 4)
 
@@ -251,6 +252,15 @@ def test_tensors_that_are_not_dense_are_named(path, options):
         for read in (open_checkpoint, load_file):
             with pytest.raises(CheckpointError, match=rf"'odd' is {kind}"):
                 read(path)
+
+
+def test_one_element_with_an_odd_stride_is_verified(path):
+    torch.save({"w": torch.arange(4.0).as_strided((1, 1), (1000, 7), 2)}, path)
+    loaded = load_file(path)
+    assert (loaded["w"].stride(), loaded["w"].tolist()) == ((1000, 7), [[2]])
+    assert verify(path, loaded) == 1
+    with pytest.raises(CheckpointError, match="'w'"):
+        verify(path, {"w": torch.zeros(1, 1)})
 
 
 # Legacy files

@@ -225,8 +225,8 @@ class _Writer:
 def _bytes(tensor: Any) -> memoryview:
     import torch
 
-    flat = tensor.reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def _reason(failure: BaseException, outline: Outline) -> str:

@@ -40,6 +40,7 @@ def parse_object(
     path, what: say in errors which file it is and what the text is.
     holds_paths: whether strings may name files, of which Python shows bytes that are not UTF-8 as lone surrogates.
     compact: makes something smaller of each object in it, and of the whole, as soon as it is parsed.
+    holds_paths: lone surrogates are taken, which stand for bytes of names of files that are no UTF-8.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Any:

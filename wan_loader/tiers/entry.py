@@ -302,7 +302,7 @@ def is_below(path: Any) -> bool:
 
 def _parse_manifest(text: bytes, where: str) -> Manifest:
     damaged = OutputError(f"{where} is damaged: delete {os.path.dirname(where)}, and what is staged, by hand")
-    document = parse_object(text, path=where, what="the manifest")
+    document = parse_object(text, path=where, what="the manifest", holds_paths=True)
     if document.get("schema_version") != 1:
         raise OutputError(f"{where} was written by another version of wan-loader: use that one, or delete it")
     files = document.get("files")
