@@ -263,7 +263,12 @@ def _put(m: _Machine, position: int) -> int:
 
 
 def _put4(m: _Machine, position: int) -> int:
-    return _remember(m, _UINT4.unpack_from(m.data, position)[0], position + 4)
+    index = _UINT4.unpack_from(m.data, position)[0]
+    if index == len(m.memo):  # a quarter of all opcodes: one call less
+        m.cost += _SLOT
+        m.memo.append(m.stack[-1])
+        return position + 4
+    return _remember(m, index, position + 4)
 
 
 def _memoize(m: _Machine, position: int) -> int:

@@ -18,7 +18,7 @@ from wan_loader.errors import CheckpointError
 from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, stat_file
 from wan_loader.formats.facts_unpickler import Reading, read_pickle
 from wan_loader.formats.parts import choose_part, shown
-from wan_loader.formats.pickle_calls import STORAGE_TYPES
+from wan_loader.formats.pickle_calls import KNOWN, STORAGE_TYPES
 from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage, Tensor
 from wan_loader.formats.zip_archive import Record, ZipArchive, read_archive
 
@@ -127,11 +127,13 @@ class _Storages:
         kind, storage_type, key, _location, numel = pid
         if kind != "storage" or type(storage_type) is not Global or type(key) is not str or type(numel) is not int:
             raise PickleError("a persistent id makes no sense")
-        if key in self._storages:
-            return self._storages[key]
         dtype = STORAGE_TYPES.get(storage_type.name)
         if dtype is None:
+            if storage_type.name in KNOWN:
+                raise PickleError(f"a persistent id names {storage_type.name}, which is no storage")
             return Other(storage_type.name)
+        if key in self._storages:
+            return self._storages[key]
         nbytes = numel * ITEMSIZE[dtype]
         record = None if "\0" in key else self._archive.find(f"data/{key}")
         if record is None:
