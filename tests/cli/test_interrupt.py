@@ -85,6 +85,13 @@ def test_the_import_of_a_library_ends_at_once(tmp_path):
     assert seconds < 1
 
 
+def test_the_import_of_a_library_while_there_is_something_to_remove(tmp_path):
+    (tmp_path / "library.py").write_text("from __main__ import ready, time; ready(); time.sleep(20)")
+    body = "with unhurried():\n    try:\n        import library\n    finally:\n        os.write(2, b'cleaned\\n')"
+    code, said, _ = interrupted(body, tmp_path)
+    assert (code, said) == (130, "cleaned\ninterrupted\n")
+
+
 def test_after_imports_a_command_cleans_up_again(tmp_path):
     (tmp_path / "library.py").write_text("import importlib.util; assert __loader__ is __spec__.loader; x = 1")
     body = "import library\nassert library.__loader__.get_source('library')\ntry:\n    ready(); time.sleep(20)\n"

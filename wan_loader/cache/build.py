@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from wan_loader.cache.entry import Building
     from wan_loader.cache.outline import CachedFile, Outline, SourceFile
 
-__all__ = ["Build", "content_digest", "stop_builds", "wait_for_builds"]
+__all__ = ["Build", "content_digest", "is_building", "stop_builds", "wait_for_builds"]
 
 _LOG = logging.getLogger("wan_loader")
 _DIGEST_READ_BYTES = 16 << 20
@@ -160,6 +160,11 @@ def wait_for_builds() -> None:
     """Wait until every entry that this process is writing is complete, or has failed."""
     for build in list(_running):
         build.wait()
+
+
+def is_building() -> bool:
+    """Whether this process is writing entries."""
+    return bool(_running)
 
 
 def stop_builds() -> None:

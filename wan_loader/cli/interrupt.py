@@ -4,7 +4,8 @@ Python raises KeyboardInterrupt at the next step of its own code in the main thr
 swallow it while they are imported, or stay half imported; a call into C may take seconds; and the interpreter's own end
 takes long once torch is there. So, in a process that is ours:
 
-* Until the command begins, and in the imports of libraries, SIGINT has its default action. Nothing is to be cleaned up.
+* Until the command begins, and in the imports of libraries, SIGINT has its default action: nothing is to be cleaned up
+  then, except while an entry of the cache is being written, or a command is `unhurried`.
 * Otherwise KeyboardInterrupt is raised and commands clean up. Then the process ends without the interpreter's end.
 * A thread ends the process if it is still there after `_GRACE_S`. What stays behind then is what a kill would leave,
   which every command copes with the next time.
@@ -98,6 +99,11 @@ def _stop_builds() -> None:
         module.stop_builds()
 
 
+def _is_building() -> bool:
+    """Whether cache entries are being written, which are to be removed. Imports nothing, as above."""
+    return bool(getattr(sys.modules.get("wan_loader.cache.build"), "is_building", bool)())
+
+
 def _interrupt(*_: object) -> None:
     _was_interrupted.set()
     raise KeyboardInterrupt
@@ -133,7 +139,7 @@ class _GuardedImports(MetaPathFinder):
         package = name.partition(".")[0]
         if package in sys.stdlib_module_names or package.startswith("wan_"):
             return None
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or _is_building() or _unhurried.is_set():
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:

@@ -132,6 +132,8 @@ def build_entry(
     path, building = find_or_begin(store, outline, sources, _close, _LOG.warning, max_size=max_size)
     if building is None:
         return path
+    import torch  # noqa: F401 (here: in the build's own thread, nothing could end it)
+
     loaded = LoadedTensors()
     return Build(building, outline, sources, loaded, read_parts, digest_contents=digest_contents).start()
 
