@@ -144,7 +144,10 @@ def check_key_map(key_map: object) -> None:
 def check_group(group: object) -> None:
     """`OptionError` unless it is a group of processes; what `new_group` gives to others than its members is none."""
     if group is not None and not _is_a(group, "torch.distributed", "ProcessGroup"):
-        raise OptionError(f"group is {_shown(group)}: pass a process group that this process is a member of, or None")
+        raise OptionError(
+            f"group is {_shown(group)}: pass a process group, or None; -100 is what new_group gives to processes that "
+            "are not in the group"
+        )
 
 
 def check_module(module: object) -> None:

@@ -84,7 +84,7 @@ def test_mistakes_on_the_command_line(run):
 def test_errors_that_nobody_thought_of(run, monkeypatch, odd_file):
     import wan_loader.formats
 
-    def fail(path):
+    def fail(path, **options):
         raise RuntimeError(ODD)
 
     monkeypatch.setattr(wan_loader.formats, "open_checkpoint", fail)

@@ -3,6 +3,8 @@
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import wan_loader
 from wan_loader.events import Recorder, span
@@ -27,6 +29,14 @@ def slowed(function, seconds):
     return slow
 
 
+@pytest.fixture(scope="module")
+def small_tensors(tmp_path_factory):
+    """64 MB that pass through staging on the CPU, too: large tensors are read to their place."""
+    path = tmp_path_factory.mktemp("small") / "model.safetensors"
+    save_file({f"blocks.{i}.bias": torch.full((50_000,), float(i)) for i in range(320)}, path)
+    return path
+
+
 class TestOwnLoads:
     """Our own loader, with one part of it slowed down."""
 
@@ -45,14 +55,14 @@ class TestOwnLoads:
         monkeypatch.setattr(Request, "result", slowed(Request.result, 0.2))
         self.expect("read", profile(checkpoint, ceilings, threads=2))
 
-    def test_copies(self, checkpoint, ceilings, monkeypatch):
+    def test_copies(self, small_tensors, ceilings, monkeypatch):
         from wan_loader.transfer import cpu
 
         class Slow:
-            memmove = staticmethod(slowed(cpu.ctypes.memmove, 0.08))
+            memmove = staticmethod(slowed(cpu.ctypes.memmove, 0.004))
 
         monkeypatch.setattr(cpu, "ctypes", Slow)
-        self.expect("h2d", profile(checkpoint, ceilings))
+        self.expect("h2d", profile(small_tensors, ceilings))
 
     def test_cast(self, checkpoint, ceilings, monkeypatch):
         from wan_loader.transfer import cpu
@@ -60,7 +70,7 @@ class TestOwnLoads:
         monkeypatch.setattr(cpu, "_convert", slowed(cpu._convert, 0.08))
         self.expect("cast", profile(checkpoint, ceilings, dtype="bf16"))
 
-    def test_slots(self, checkpoint, ceilings, monkeypatch):
+    def test_slots(self, small_tensors, ceilings, monkeypatch):
         from wan_loader.transfer.cpu import CpuTarget
 
         class Late:
@@ -75,7 +85,7 @@ class TestOwnLoads:
 
         submit = CpuTarget.submit
         monkeypatch.setattr(CpuTarget, "submit", lambda *args: submit(*args) or Late())
-        self.expect("wait", profile(checkpoint, ceilings, threads=1))
+        self.expect("wait", profile(small_tensors, ceilings, threads=1))
 
     def test_headers(self, checkpoint, ceilings, monkeypatch):
         from wan_loader.loader import api

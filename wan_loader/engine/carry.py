@@ -86,6 +86,8 @@ class Carried:
     """What was done: bytes by way, memory used, the reasons for every way not taken."""
 
     nbytes: dict[Way, int] = field(default_factory=lambda: dict.fromkeys(Way, 0))
+    straight_nbytes: int = 0
+    """Bytes that were read to their place, into memory that was new."""
     staging_nbytes: int = 0
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
@@ -291,6 +293,8 @@ class _Load:
             self._reader.check(block, slot.view[start : start + block.nbytes])
             self._pinning.need(slot)
             ticket = line.submit(slot.address, block.start - start, block.pieces)
+        else:
+            self._carried.straight_nbytes += block.nbytes
         self._carried.nbytes[read.way] += block.nbytes
         if ticket is None:  # there was nothing to copy, or the copy has taken its time
             lanes.give_back(desk)

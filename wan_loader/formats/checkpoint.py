@@ -229,9 +229,9 @@ def _open_torch(path: str, part: str | None, *, is_archive: bool) -> Checkpoint:
     try:
         file, storages, tensors = read_torch_zip(path, part)
         return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors), part=part)
-    except (UnplannedError, CheckpointError) as reason:
-        if what := other_archive(path):
-            raise CheckpointError(f"{path} {what}") from reason
-        if isinstance(reason, CheckpointError):
-            raise
+    except UnplannedError as reason:
         return read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
+    except CheckpointError as error:
+        if what := other_archive(path):
+            raise CheckpointError(f"{path} {what}") from error
+        raise

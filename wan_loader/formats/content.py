@@ -164,7 +164,7 @@ def _text(head: bytes) -> bytes:
 
 
 def other_archive(path: str) -> str | None:
-    """What a zip archive is that was not read as a torch checkpoint, from the names of its records; None: do not know.
+    """What a zip archive is that torch did not write, from the names of its records; None: do not know.
 
     Reads the last 8 MiB at most, where an archive lists its records.
     """
@@ -175,20 +175,13 @@ def other_archive(path: str) -> str | None:
     except OSError:
         return None
     listed = tail[max(0, tail.find(b"PK\x01\x02")) :]
-    if b"PK\x01\x02" not in listed:
-        return None
-    if b"/constants.pkl" in listed:
-        return (
-            "is a TorchScript archive, a program with its weights: "
-            "torch.save(torch.jit.load(PATH).state_dict(), 'model.pth') writes the weights alone"
-        )
     if b"/data.pkl" in listed:
         return None
     if b".weights.h5" in listed:
         return f"is a Keras model: {_SAVE_AGAIN}"
     if b".npy" in listed:
         return "is an archive of numpy arrays (.npz): numpy.load reads it; save them as safetensors"
-    return f"is a zip archive, but no torch checkpoint: {_UNPACK}"
+    return None
 
 
 def other_directory(names: set[str]) -> str | None:

@@ -220,6 +220,8 @@ def _move(
         portions = _portions(course.blocks, allocation, course.portion, observer)
         carried = carry_out(portions, reader, target, settings, observer)
         used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
+        if carried.straight_nbytes:
+            used["nbytes_straight"] = carried.straight_nbytes
         with _released_on_failure(carried):
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here

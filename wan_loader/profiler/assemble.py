@@ -34,6 +34,12 @@ class Surroundings:
     notes: tuple[str, ...] = ()
 
 
+def _fresh_bytes(settings: Mapping[str, Any]) -> int:
+    """How much was read into new memory: to its place, or into slots, each for the first time."""
+    slots = int(settings.get("n_slots", 0)) * int(settings.get("slot_bytes", 0))
+    return slots + int(settings.get("nbytes_straight", 0))
+
+
 def load_session(report: LoadReport, spans: Sequence[Span], around: Surroundings, *, fp32_bytes: int = 0) -> Session:
     """A load of our own, with the spans that its observer recorded."""
     zero = min((s.start_ns for s in spans), default=0)
@@ -52,7 +58,7 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Surroundings
         ceilings=around.ceilings,
         cold_bytes=max(0, report.nbytes_file - (report.io.resident_before or 0)),
         nbytes_file=report.nbytes_file,
-        ring_bytes=int(report.settings.get("n_slots", 0)) * int(report.settings.get("slot_bytes", 0)),
+        fresh_bytes=_fresh_bytes(report.settings),
         dtype=report.dtype,
         fp32_bytes=fp32_bytes,
         storage=around.storage,

@@ -48,8 +48,8 @@ class Evidence:
     cold_bytes: int
     """Of the bytes read: not in the page cache before."""
     nbytes_file: int
-    ring_bytes: int = 0
-    """Size of the staging ring of a load to the CPU."""
+    fresh_bytes: int = 0
+    """How much at most was read into memory that was new."""
     dtype: str | None = None
     fp32_bytes: int = 0
     """Bytes of the files in fp32."""
@@ -79,7 +79,7 @@ def ideal_seconds(e: Evidence, name: str) -> float | None:
     match name:
         case "read":
             cold = min(nbytes, e.cold_bytes)
-            fresh = min(nbytes - cold, e.ring_bytes)  # a slot's first bytes land in memory that is new
+            fresh = min(nbytes - cold, e.fresh_bytes)
             parts = (
                 _at(e, cold, "disk_gbps"),
                 _at(e, fresh, "copy_gbps"),

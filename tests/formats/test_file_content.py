@@ -88,7 +88,7 @@ OTHERS = {
     "'Entry not found'": b"Entry not found",
     "empty": b"",
     "zeros": bytes(1000),
-    "no torch checkpoint": archive("model/weights.bin"),
+    "not a torch checkpoint": archive("model/weights.bin"),
     "numpy arrays": archive("w.npy"),
     "Keras": archive("config.json", "model.weights.h5"),
     "empty zip": archive(),
