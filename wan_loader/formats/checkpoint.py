@@ -20,8 +20,6 @@ from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
 from wan_loader.formats.names import SAFETENSORS, is_unfinished, is_weight_name
 from wan_loader.formats.safetensors import read_safetensors
-from wan_loader.formats.torchpickle import read_torch_pickle
-from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
@@ -224,6 +222,10 @@ def _check_ours(path: str, head: bytes, content: Content | None) -> None:
 
 
 def _open_torch(path: str, part: str | None, *, is_archive: bool) -> Checkpoint:
+    # Most loads are of safetensors, and every import is part of a start.
+    from wan_loader.formats.torchpickle import read_torch_pickle
+    from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
+
     if not is_archive:
         return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)
     try:

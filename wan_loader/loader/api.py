@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.arguments import (
+    check_cache,
     check_flag,
     check_group,
     check_key_map,
@@ -18,7 +19,6 @@ from wan_loader.arguments import (
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
 from wan_loader.formats import open_checkpoint
-from wan_loader.loader.cached import CachedLoad, CacheOptions
 from wan_loader.loader.dtype_rule import DtypeRule
 from wan_loader.loader.filling import Filling
 from wan_loader.loader.load import Choice, LoadOptions, load_checkpoint
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loader.binding import KeyMap
+    from wan_loader.loader.cached import CacheOptions
     from wan_loader.loader.outcome import Loaded
     from wan_loader.loader.team import Team
     from wan_loader.report import CacheReport, LoadReport
@@ -132,7 +133,7 @@ def load(
     check_group(group)
     with joined(group) as team:
         options = _options(device, io, threads, observer, team)
-        caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
+        caching = _caching(cache, cache_dir, verify, team)
         rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         paths = checked_paths(path)
         wanted = None if names is None else checked_strings(names, "names")
@@ -154,12 +155,18 @@ def _options(
     return LoadOptions(device=device, io=io, threads=threads, observer=observer, team=team)
 
 
-def _may_cache(cache: bool, team: Team | None) -> bool:
-    if cache and team is not None:
+def _caching(cache: bool, cache_dir: StrPath | None, verify: bool, team: Team | None) -> CacheOptions | None:
+    """What a load may do with the cache, whose modules are imported where it is wanted only."""
+    check_cache(cache=cache, cache_dir=cache_dir, verify=verify)
+    if not cache:
+        return None
+    if team is not None:
         raise OptionError(
             "the converted cache is for one process, and several load together: leave out cache (--cache)"
         )
-    return cache
+    from wan_loader.loader.cached import CacheOptions
+
+    return CacheOptions(directory=cache_dir, verify=verify)
 
 
 def _choice(
@@ -181,10 +188,14 @@ def _choice(
 def _load(
     choose: Callable[[], Choice],
     options: LoadOptions,
-    cache: CacheOptions,
+    cache: CacheOptions | None,
     bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
 ) -> Loaded:
     """Load through the cache, if that is wanted; an entry that turns out to be damaged is not the end."""
+    if cache is None:
+        return load_checkpoint(choose, options, bind)
+    from wan_loader.loader.cached import CachedLoad
+
     with CachedLoad(cache, options.device) as cached:
         try:
             loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
@@ -261,7 +272,7 @@ def load_into(
     check_group(group)
     with joined(group, module) as team:
         options = _options(device, io, threads, observer, team)
-        caching = CacheOptions(enabled=_may_cache(cache, team), directory=cache_dir, verify=verify)
+        caching = _caching(cache, cache_dir, verify, team)
         rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         check_key_map(key_map)
         check_flag(strict, "strict")

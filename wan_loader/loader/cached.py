@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from wan_loader.arguments import check_cache
 from wan_loader.cache.build import Build
 from wan_loader.cache.check import BlockCheck, check_entry, check_header
 from wan_loader.cache.content import Loaded as LoadedTensors
@@ -63,14 +62,10 @@ _CLOCK_TICK_S = 0.02
 class CacheOptions:
     """What a load may do with the cache."""
 
-    enabled: bool = False
     directory: StrPath | None = None
     """None: the user's cache directory."""
     verify: bool = False
     """Check an entry against its checksums while it is read."""
-
-    def __post_init__(self) -> None:
-        check_cache(cache=self.enabled, cache_dir=self.directory, verify=self.verify)
 
 
 def outline_checkpoint(choice: Choice) -> Outline:
@@ -174,8 +169,6 @@ class CachedLoad:
 
     def choose(self, source: Choice) -> Choice:
         """What to load: from the entry if there is a valid one; else from the source, and become its builder."""
-        if not self._options.enabled:
-            return source
         try:
             return self._choose(source)
         except MissingFileError:

@@ -19,7 +19,6 @@ from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Portion, carry_out
 from wan_loader.engine.activity import loading
 from wan_loader.events import Recorder, clock_ns, span
-from wan_loader.formats.torchpickle import load_torch_pickle
 from wan_loader.loader.course import decide
 from wan_loader.loader.devices import (
     check_room_for_torch,
@@ -264,6 +263,8 @@ def _move_through_torch(
     checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
 ) -> Moved:
     """The way for pickles that cannot be planned."""
+    from wan_loader.formats.torchpickle import load_torch_pickle
+
     nbytes = sum(checkpoint.storages[p.storage].nbytes for p in plans)
     check_host_memory(nbytes if device.type == "cpu" else 0, checkpoint.path)
     resident = resident_bytes(file.path for file in checkpoint.files)
