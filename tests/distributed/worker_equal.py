@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 def on_meta():
-    with torch.device("meta"):
+    with wan_loader.empty_weights():
         return Net()
 
 
