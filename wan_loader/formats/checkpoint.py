@@ -105,7 +105,7 @@ def _open_index(path: str, weight_map: dict[str, str], part: str | None) -> Chec
     paths = [os.path.join(os.path.dirname(path) or ".", shard) for shard in shards]
     checkpoint = _join(path, paths, part, weight_map)
     held = set(checkpoint.names)
-    if lacking := next((name for name in weight_map if name not in held), None):
+    if (lacking := next((name for name in weight_map if name not in held), None)) is not None:
         raise CheckpointError(f"{path}: tensor {lacking!r} should be in {weight_map[lacking]}, which lacks it")
     return checkpoint
 

@@ -1,0 +1,188 @@
+"""Two checkouts of this project by turns on one machine: is a change as fast as what was there before?
+
+    git worktree add ../before COMMIT
+    python benchmarks/turns.py /data ../before . --pairs 8 --output turns.json
+
+Makes the checkpoints it needs (60 GB, in the shapes of A14B's experts) unless they are there. Every sample is a fresh
+process that has imported torch and the loader and made the CUDA context before its clock starts; which of the two comes
+first alternates. The page cache is warm: one load of each case comes before those that count. The last process of each
+case compares every tensor with safetensors, bit for bit. "plan" is `open_checkpoint` of 2,626 tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+#: Case -> checkpoint below the directory, dtype asked for (- for the file's).
+CASES = {
+    "bf16": ("bf16", "-"),
+    "fp32 to bf16": ("fp32", "bf16"),
+    "plan safetensors": ("plan.safetensors", "plan"),
+    "plan pth": ("plan.pth", "plan"),
+}
+_PLANNED = 2626
+_FILES = 6
+
+_SAMPLE = """
+import json, os, resource, sys, time
+path, device, dtype, check = sys.argv[1:]
+import torch
+import wan_loader
+wan_loader.load_file, wan_loader.open_checkpoint  # imported on first use
+
+if device == "cuda":
+    torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+
+def cpu():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+def measured(action):
+    before, start = cpu(), time.perf_counter()
+    out = action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, cpu() - before, out
+
+if dtype == "plan":
+    seconds, cpu_s, out = min(measured(lambda: (wan_loader.open_checkpoint(path), None)[1]) for _ in range(15))
+else:
+    wanted = None if dtype == "-" else dtype
+    seconds, cpu_s, out = measured(lambda: wan_loader.load_file(path, device=device, dtype=wanted))
+equal = None
+if check == "check" and out is not None:
+    from safetensors import safe_open
+    equal = True
+    for name in sorted(n for n in os.listdir(path) if n.endswith(".safetensors")):
+        with safe_open(os.path.join(path, name), "pt", device=device) as file:
+            for key in file.keys():
+                expected = file.get_tensor(key).to(out[key].dtype)
+                equal &= torch.equal(expected.view(torch.uint8), out[key].view(torch.uint8))
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_s, "equal": equal}))
+"""
+
+
+def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
+    """Blocks in the shapes of an A14B expert (`width` 5120), random bytes, in six shards with an index."""
+    import torch
+    from safetensors.torch import save_file
+
+    if path.exists():
+        return
+    path.mkdir(parents=True)
+    hidden, shapes = width * 27 // 10, {}
+    for block in range(n_blocks):
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                shapes[f"blocks.{block}.{attention}.{part}.weight"] = (width, width)
+                shapes[f"blocks.{block}.{attention}.{part}.bias"] = (width,)
+        shapes[f"blocks.{block}.ffn.0.weight"], shapes[f"blocks.{block}.ffn.2.weight"] = (
+            (hidden, width),
+            (width, hidden),
+        )
+    names, kind = list(shapes), getattr(torch, dtype)
+    pool = torch.randint(0, 1 << 14, (1 << 24,), dtype=torch.int16)  # no NaN in any dtype
+
+    def write(i: int) -> dict[str, str]:
+        shard, tensors = f"model-{i + 1:05d}-of-{_FILES:05d}.safetensors", {}
+        for k, name in enumerate(names[i::_FILES]):
+            tensor = torch.empty(shapes[name], dtype=kind)
+            for piece in tensor.view(-1).view(torch.int16).split(pool.numel()):
+                piece.copy_(pool.roll(7919 * (i + k))[: piece.numel()])
+            tensors[name] = tensor
+        save_file(tensors, path / shard)
+        return dict.fromkeys(tensors, shard)
+
+    with ThreadPoolExecutor(_FILES) as threads:
+        maps = list(threads.map(write, range(_FILES)))
+    weight_map = {name: shard for part in maps for name, shard in part.items()}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def make_planned(directory: Path) -> None:
+    """As many tensors as a whole model has, tiny ones, in both formats."""
+    import torch
+    from safetensors.torch import save_file
+
+    if not (directory / "plan.pth").exists():
+        state = {f"transformer.blocks.{i // 26}.part.{i % 26}.weight": torch.full((64, 4), i) for i in range(_PLANNED)}
+        save_file(state, directory / "plan.safetensors")
+        torch.save(state, directory / "plan.pth")
+
+
+def sample(checkout: Path, path: Path, device: str, dtype: str, *, check: bool = False) -> dict[str, float]:
+    """One load in a fresh process that imports the loader from a checkout."""
+    others = os.environ.get("PYTHONPATH", "")
+    env = os.environ | {"PYTHONPATH": f"{checkout.resolve()}{os.pathsep}{others}", "PYTHONWARNINGS": "ignore"}
+    words = [str(path), device, dtype, "check" if check else "-"]
+    done = subprocess.run(
+        [sys.executable, "-c", _SAMPLE, *words], env=env, cwd=path.parent, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{checkout}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turns(case: str, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """All samples of a case."""
+    name, dtype = CASES[case]
+    path, ways = args.directory / name, {"before": args.before, "after": args.after}
+    sample(args.after, path, args.device, dtype)  # from here on the page cache is warm
+    samples: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+    for i in range(args.pairs):
+        for way in ("before", "after") if i % 2 else ("after", "before"):
+            last = i == args.pairs - 1
+            samples[way].append(sample(ways[way], path, args.device, dtype, check=last and dtype != "plan"))
+    return samples
+
+
+def told(case: str, samples: dict[str, list[dict[str, float]]]) -> str:
+    """A line for a case: medians, and the ratio of the two in each pair."""
+    seconds = {way: [s["seconds"] for s in found] for way, found in samples.items()}
+    ratios = sorted(after / before for before, after in zip(seconds["before"], seconds["after"], strict=True))
+    wrong = "" if all(s["equal"] is not False for found in samples.values() for s in found) else "  WRONG TENSORS"
+    medians = "  ".join(
+        f"{way} {statistics.median(found):.4f} s, {statistics.median(s['cpu_seconds'] for s in samples[way]):.3f} CPU s"
+        for way, found in seconds.items()
+    )
+    spread = f"{ratios[0]:.3f} .. {statistics.median(ratios):.3f} .. {ratios[-1]:.3f}"
+    return f"{case:18s} {medians}  after/before {spread}{wrong}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the checkpoints are made")
+    parser.add_argument("before", type=Path, help="a checkout")
+    parser.add_argument("after", type=Path, help="another one")
+    parser.add_argument("--pairs", type=int, default=8, help="samples of each (default: 8)")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one (again for more)")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: some MB")
+    parser.add_argument("--output", type=Path, help="all samples, as JSON")
+    args = parser.parse_args()
+    width, cases = (5120 if args.size == "full" else 320), args.case or list(CASES)
+    args.directory.mkdir(parents=True, exist_ok=True)
+    if "bf16" in cases:
+        make_expert(args.directory / "bf16", 40, "bfloat16", width)
+    if "fp32 to bf16" in cases:
+        make_expert(args.directory / "fp32", 20, "float32", width)
+    make_planned(args.directory)
+    document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count(), "cases": {}}
+    for case in cases:
+        document["cases"][case] = samples = take_turns(case, args)
+        print(told(case, samples), flush=True)
+    if args.output is not None:
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
