@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: some MB")
     parser.add_argument("--output", type=Path, help="all samples, as JSON")
     args = parser.parse_args()
-    width, cases = (5120 if args.size == "full" else 320), args.case or list(CASES)
+    width, cases = (5120 if args.size == "full" else 64), args.case or list(CASES)
     args.directory.mkdir(parents=True, exist_ok=True)
     if "bf16" in cases:
         make_expert(args.directory / "bf16", 40, "bfloat16", width)
