@@ -7,7 +7,7 @@ import sys
 import time
 import tracemalloc
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy
@@ -231,6 +231,12 @@ def test_a_numpy_scalar_is_named(path):
         load_file(path)
 
 
+def test_a_default_dict_beside_the_weights_is_not_called_damage(path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "losses": defaultdict(list, {"train": [1.5]})}, path)
+    with pytest.raises(CheckpointError, match=r"collections\.defaultdict.*weights_only=False"):
+        load_file(path, part="state_dict")
+
+
 def odd_tensors():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -293,6 +299,13 @@ def test_a_legacy_pickle_is_bounded(path, small_bounds):
     path.write_bytes(content[:state] + b"\x80\x02" + b"]" * (1 << 16) + b".")
     with pytest.raises(CheckpointError, match=r"memory|steps"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_pickle_of_another_program_is_named(path, protocol):
+    path.write_bytes(pickle.dumps({"model": {"w": numpy.ones(2)}}, protocol))
+    with pytest.raises(CheckpointError, match=r"not one of torch\.save.*pickle\.load"):
+        load_file(path)
 
 
 # Memory and time
