@@ -125,14 +125,17 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
         files += shard.files
         storages += shard.storages
         tensors += shard.tensors if weight_map is None else _listed(shard, weight_map)
-    if len({shard.format for shard in shards}) > 1:
-        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({s.format for s in shards})}")
+    formats = {shard.format for shard in shards}
+    if "torch-pickle" in formats:
+        formats.discard("torch-zip")  # what torch.load has to read of some, it reads of all
+    if len(formats) > 1:
+        raise CheckpointError(f"{path}: its files are of different formats: {', '.join(sorted(formats))}")
     warnings = [w for shard in shards for w in shard.warnings]
     if weight_map is None:
         _check_unique(shards)
     else:
         warnings += _unlisted(shards, weight_map)
-    kind, metadata = shards[0].format, shards[0].metadata
+    (kind,), metadata = formats, shards[0].metadata
     return Checkpoint(path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part)
 
 
