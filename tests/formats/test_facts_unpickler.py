@@ -218,6 +218,7 @@ def test_plain_values_beside_a_part_need_no_torch(path):
         "dtype": torch.bfloat16,
         "milestones": Counter([3, 3, 5]),
         "by number": {0: {"step": torch.ones(1)}, (1, "x"): None},
+        "by tuple": {("w", (2, (3,))): 1, tuple(range(40)): 2, (): {("v", ((),))}},
     }
     torch.save({"state_dict": OrderedDict(w=torch.arange(3)), **beside}, path)
     checkpoint = open_checkpoint(path, part="state_dict")
