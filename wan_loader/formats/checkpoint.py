@@ -18,7 +18,7 @@ from wan_loader.formats.directory import missing_error
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.names import SAFETENSORS, is_unfinished, is_weight_name
+from wan_loader.formats.names import SAFETENSORS, is_dcp_name, is_unfinished, is_weight_name
 from wan_loader.formats.safetensors import read_safetensors
 from wan_loader.sizes import format_count
 
@@ -212,7 +212,7 @@ def _check_ours(path: str, head: bytes, content: Content | None) -> None:
     what = None
     if os.path.exists(f"{path}.aria2"):  # the file has its full length from the start
         what = f"is still being downloaded, as {path}.aria2 says: let aria2c end; if it has, remove that file"
-    elif is_unfinished(path) or content in (None, "json"):
+    elif is_unfinished(path) or is_dcp_name(path) or content in (None, "json"):
         what = other_file(path, head)
     if what is None and content == "json":
         what = "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"
