@@ -135,8 +135,18 @@ def _rebuild_parameter(ledger: Ledger, tensor: Any, requires_grad: Any, hooks: A
     return tensor
 
 
-def _ordered_dict(ledger: Ledger) -> Ordered:
-    return Ordered()
+def _ordered_dict(ledger: Ledger, pairs: Any = ()) -> Ordered:
+    """An empty one, or one of a list of pairs, as Python 2 writes them."""
+    if type(pairs) not in _SEQUENCES:
+        raise PickleError("an OrderedDict of no pairs")
+    ledger.charge(100 * len(pairs))
+    ordered = Ordered()
+    for pair in pairs:
+        if type(pair) not in _SEQUENCES or len(pair) != 2:
+            raise PickleError("an OrderedDict of no pairs")
+        check_key(ledger, pair[0])
+        ordered[pair[0]] = pair[1]
+    return ordered
 
 
 def _counter(ledger: Ledger, counts: Any = None) -> Ordered:

@@ -155,8 +155,10 @@ def _check_legacy_pickles(path: str) -> None:
         raise CheckpointError(f"{path} is truncated: its storages need more bytes than it has; download it again")
 
 
-def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Other:
-    """The storage of a legacy persistent id; `storages` collects the sizes of all."""
+def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Global | Other:
+    """The storage, or the class, of a legacy persistent id; `storages` collects the sizes of all."""
+    if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
+        return pid[1]  # a class, with its source: torch refuses to call it
     if type(pid) is not tuple or len(pid) != 6 or pid[0] != "storage":
         raise PickleError("a persistent id makes no sense")
     _, storage_type, key, _location, numel, _view = pid
