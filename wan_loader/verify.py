@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
@@ -86,10 +88,18 @@ def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
 def _torch_load(path: str, *, mmap: bool) -> Any:
     import torch
 
-    if mmap and not path.endswith(SAFETENSORS):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    with open(path, "rb") as file:  # torch reads a path by its suffix, and maps nothing else than a path
-        return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if mmap and not path.endswith(SAFETENSORS):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with open(path, "rb") as file:  # torch reads a path by its suffix, and maps nothing else than a path
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch does not know all opcodes that are read as facts
+        raise CheckpointError(
+            f"{path} can be loaded, but not verified: torch.load(weights_only=True), to compare with, refuses it; "
+            "save it again with torch.save and its own pickle_protocol"
+        ) from error
 
 
 def _is_tensor(value: object) -> bool:

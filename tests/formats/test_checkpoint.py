@@ -156,6 +156,20 @@ def test_legacy_shards(tmp_path):
     assert {name: tensor.tolist() for name, tensor in loaded.items()} == {"w0": [0, 0, 0], "w1": [1, 1, 1]}
 
 
+def test_shards_of_which_torch_has_to_read_some(tmp_path):
+    shared = torch.arange(4.0)
+    odd = torch.nn.Parameter(torch.ones(2))
+    odd.note = "an attribute, which is saved with the parameter"
+    torch.save({"a": shared, "view": shared[1:3]}, tmp_path / shard_name(1, 3, ".bin"))
+    torch.save({"b": torch.full((3,), 2.0)}, tmp_path / shard_name(2, 3, ".bin"), **LEGACY)
+    torch.save({"c": odd}, tmp_path / shard_name(3, 3, ".bin"))
+    loaded = load_file(tmp_path)
+    assert {n: t.tolist() for n, t in loaded.items()} == {"a": [0, 1, 2, 3], "view": [1, 2], "b": [2] * 3, "c": [1, 1]}
+    assert loaded["view"].untyped_storage().data_ptr() == loaded["a"].untyped_storage().data_ptr()
+    assert load_file(tmp_path, dtype="bf16")["view"].dtype is torch.bfloat16
+    assert verify(tmp_path, loaded) == 4
+
+
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.95])
 def test_a_truncated_legacy_pickle(tmp_path, kept):
     path = tmp_path / "old.pth"

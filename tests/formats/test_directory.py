@@ -279,6 +279,15 @@ def test_an_index_of_which_nothing_is_there_gives_way_to_the_whole_file(tmp_path
     assert names_in(tmp_path) == {"model.safetensors"}
 
 
+@pytest.mark.parametrize("through", ["the directory", "the index"])
+def test_an_index_that_is_a_pointer_is_named(tmp_path, through):
+    fill(tmp_path, "model-00001-of-00001.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=r"index\.json is a Git-LFS pointer to a file of 99 bytes"):
+        open_checkpoint(tmp_path if through == "the directory" else index)
+
+
 def test_files_of_another_kind_do_not_count_and_what_stands_in_for_weights_does(tmp_path):
     fill(tmp_path, "model.safetensors")
     (tmp_path / "openvino_model.bin").write_bytes(b"\x01\x02\x03\x04" * 50)

@@ -1,5 +1,6 @@
 """The pickle machine: inert values only, the same as torch gives, within bounds of memory and time."""
 
+import _pickle
 import contextlib
 import pickle
 import struct
@@ -7,8 +8,9 @@ import sys
 import time
 import tracemalloc
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -135,6 +137,11 @@ REFUSED = {
     "gradients that are a number": dictionary(w=tensor(grad=number(1))),
     "hooks": dictionary(w=tensor(hooks=dictionary(a=b"N"))),
     "too few arguments": dictionary(w=call("torch._utils", "_rebuild_tensor_v2", storage())),
+    "a dict of no pairs": call("collections", "OrderedDict", b"](" + tup(text("w"), T, T) + b"e"),
+    "a dict of a text": call("collections", "OrderedDict", text("ab")),
+    "a dict with a tower as a key": call(
+        "collections", "OrderedDict", b"](" + b")q\0" + b"h\0\x86q\0" * 60 + T + b"\x86e"
+    ),
     "too many arguments": dictionary(w=call("torch._utils", "_rebuild_tensor_v2", *[b"N"] * 9)),
     "another tensor than the one asked for": b"}" + text("w") + tensor(shape=(5,)) + b"s" + text("w") + T + b"s",
     "gradients before there are values": dictionary(
@@ -182,6 +189,9 @@ AS_TORCH = {
     "a name twice": b"}(" + text("w") + T + text("w") + tensor(shape=(2,)) + b"u",
     "names of any kind": dictionary(**{"": T, "a\0b": T, "ü": T}),
     "more after the end": dictionary(w=T) + b"." + b"garbage",
+    "a dict as Python 2 writes it": call(
+        "collections", "OrderedDict", b"](" + tup(text("v"), T) + b"]" + text("w") + b"a" + T + b"ae"
+    ),
     "a list as shape": dictionary(w=T.replace(tup(number(4)), b"](" + number(4) + b"e")),
     "an empty view far outside": dictionary(w=tensor(shape=(0,), stride=(100,))),
 }
@@ -218,6 +228,7 @@ def test_plain_values_beside_a_part_need_no_torch(path):
         "dtype": torch.bfloat16,
         "milestones": Counter([3, 3, 5]),
         "by number": {0: {"step": torch.ones(1)}, (1, "x"): None},
+        "by tuple": {("w", (2, (3,))): 1, tuple(range(40)): 2, (): {("v", ((),))}},
     }
     torch.save({"state_dict": OrderedDict(w=torch.arange(3)), **beside}, path)
     checkpoint = open_checkpoint(path, part="state_dict")
@@ -229,6 +240,12 @@ def test_a_numpy_scalar_is_named(path):
     torch.save({"w": torch.ones(2), "loss": numpy.float64(1.5)}, path)
     with pytest.raises(CheckpointError, match="numpy"):
         load_file(path)
+
+
+def test_a_default_dict_beside_the_weights_is_not_called_damage(path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "losses": defaultdict(list, {"train": [1.5]})}, path)
+    with pytest.raises(CheckpointError, match=r"collections\.defaultdict.*weights_only=False"):
+        load_file(path, part="state_dict")
 
 
 def odd_tensors():
@@ -266,6 +283,32 @@ def test_one_element_with_an_odd_stride_is_verified(path):
 # Legacy files
 
 
+class Python2(_pickle.Pickler):
+    """Writes an OrderedDict as Python 2 does, in which many models of old were saved."""
+
+    def reducer_override(self, value):
+        if type(value) is not OrderedDict:
+            return NotImplemented
+        return OrderedDict, ([[key, item] for key, item in value.items()],), vars(value) or None
+
+
+def test_a_file_of_python_2(path):
+    state = torch.nn.BatchNorm1d(3).state_dict()
+    python2 = SimpleNamespace(
+        Pickler=Python2, dump=lambda value, file, protocol: Python2(file, protocol).dump(value), __name__="pickle"
+    )
+    torch.save(state, path, pickle_module=python2, _use_new_zipfile_serialization=False)
+    loaded = load_file(path)
+    assert list(loaded) == list(torch.load(path)) == list(state)
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_a_whole_module_in_a_legacy_file_is_not_called_damage(path):
+    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"torch\.nn.*Linear.*weights_only=False"):
+        load_file(path)
+
+
 def test_a_legacy_file_without_the_bytes_of_a_storage_is_refused(path):
     """Torch leaves such a tensor uninitialised."""
     torch.save({"w": torch.ones(2), "v": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
@@ -293,6 +336,13 @@ def test_a_legacy_pickle_is_bounded(path, small_bounds):
     path.write_bytes(content[:state] + b"\x80\x02" + b"]" * (1 << 16) + b".")
     with pytest.raises(CheckpointError, match=r"memory|steps"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_pickle_of_another_program_is_named(path, protocol):
+    path.write_bytes(pickle.dumps({"model": {"w": numpy.ones(2)}}, protocol))
+    with pytest.raises(CheckpointError, match=r"not one of torch\.save.*pickle\.load"):
+        load_file(path)
 
 
 # Memory and time

@@ -155,6 +155,17 @@ def test_a_directory_of_something_else_is_named(tmp_path, what):
             open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_dcp_checkpoint_is_named_though_its_files_are_archives_of_torch(tmp_path, count):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02}.")
+    with open(tmp_path / "__0_0.distcp", "wb") as file:
+        for _ in range(count):
+            torch.save(torch.ones(3), file)
+    for given in (tmp_path, tmp_path / "__0_0.distcp"):
+        with pytest.raises(CheckpointError, match=r"is a .*DCP checkpoint"):
+            open_checkpoint(given)
+
+
 @pytest.mark.parametrize("suffix", [".part", ".incomplete", ".crdownload"])
 def test_a_download_that_has_not_ended_is_refused(tmp_path, suffix):
     path = tmp_path / f"model.safetensors{suffix}"

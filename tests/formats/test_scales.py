@@ -29,6 +29,9 @@ def facts(**dtypes):
         ("l.weight._data", "l.weight._scale"),
         ("l.weight_qdata", "l.weight_scale"),
         ("l.weight:qdata", "l.weight:scale"),
+        ("l.weight", "l.weight_quantizer._scale"),
+        ("l.weight", "l.weight_quantizer._double_scale"),
+        ("l.weight", "l.weight_block_scale"),
         ("experts.gate_up_proj", "experts.gate_up_proj_scale_inv"),
         ("l.w1", "l.w1_scale"),
         ("l.weight", "model.scaled_fp8"),
@@ -61,6 +64,7 @@ def test_integers_with_a_scale(weight, scale, dtype):
     ("name", "other", "dtype"),
     [
         ("l.weight", "l.input_scale", "float32"),
+        ("l.weight", "l.input_quantizer._scale", "float32"),
         ("l.weight", "l.scale_input", "float32"),
         ("k.weight", "k_scale", "float32"),
         ("l.weight", "l.scale_shift_table", "float32"),

@@ -74,6 +74,15 @@ def test_directories_and_their_layout(native, tmp_path):
     assert take_inventory(tmp_path / "one/model_index.json") is None
 
 
+def test_a_diffusers_model_of_another_kind_is_no_incomplete_wan_model(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    assert layout_of(tmp_path) is None
+    assert take_inventory(tmp_path) is None
+    for text in ('{"_class_name": "WanPipeline"}', '{"_class_name": 3}', "{"):
+        (tmp_path / "model_index.json").write_text(text)
+        assert layout_of(tmp_path) == "diffusers"
+
+
 def test_parts_in_the_order_of_first_use(native):
     assert list(parts_of(native, "native").values()) == [
         "models_t5_umt5-xxl-enc-bf16.pth",

@@ -132,6 +132,15 @@ def test_verify_sees_a_wrong_bit_in_every_dtype(tmp_path):
             verify(tmp_path / "model.pth", {**loaded, name: wrong})
 
 
+def test_a_file_that_torch_does_not_read_as_weights_only_cannot_be_verified(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"w": torch.arange(3.0)}, path, pickle_protocol=4)
+    loaded = wan_loader.load_file(path)
+    same(loaded["w"], torch.load(path, weights_only=False)["w"])
+    with pytest.raises(wan_loader.CheckpointError, match=r"model\.pth can be loaded, but not verified"):
+        verify(path, loaded)
+
+
 @pytest.mark.parametrize(
     ("failure", "error"),
     [(torch.OutOfMemoryError, wan_loader.DeviceMemoryError), (MemoryError, wan_loader.HostMemoryError)],

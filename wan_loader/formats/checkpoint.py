@@ -18,7 +18,7 @@ from wan_loader.formats.directory import missing_error
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.names import SAFETENSORS, is_unfinished, is_weight_name
+from wan_loader.formats.names import SAFETENSORS, is_dcp_name, is_unfinished, is_weight_name
 from wan_loader.formats.safetensors import read_safetensors
 from wan_loader.sizes import format_count
 
@@ -125,14 +125,17 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
         files += shard.files
         storages += shard.storages
         tensors += shard.tensors if weight_map is None else _listed(shard, weight_map)
-    if len({shard.format for shard in shards}) > 1:
-        raise CheckpointError(f"{path}: its files are of different formats: {', '.join({s.format for s in shards})}")
+    formats = {shard.format for shard in shards}
+    if "torch-pickle" in formats:
+        formats.discard("torch-zip")  # what torch.load has to read of some, it reads of all
+    if len(formats) > 1:
+        raise CheckpointError(f"{path}: its files are of different formats: {', '.join(sorted(formats))}")
     warnings = [w for shard in shards for w in shard.warnings]
     if weight_map is None:
         _check_unique(shards)
     else:
         warnings += _unlisted(shards, weight_map)
-    kind, metadata = shards[0].format, shards[0].metadata
+    (kind,), metadata = formats, shards[0].metadata
     return Checkpoint(path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part)
 
 
@@ -209,7 +212,7 @@ def _check_ours(path: str, head: bytes, content: Content | None) -> None:
     what = None
     if os.path.exists(f"{path}.aria2"):  # the file has its full length from the start
         what = f"is still being downloaded, as {path}.aria2 says: let aria2c end; if it has, remove that file"
-    elif is_unfinished(path) or content in (None, "json"):
+    elif is_unfinished(path) or is_dcp_name(path) or content in (None, "json"):
         what = other_file(path, head)
     if what is None and content == "json":
         what = "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"

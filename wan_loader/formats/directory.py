@@ -19,7 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.content import content_of, holds_weights, read_head, stand_in
+from wan_loader.formats.content import content_of, holds_weights, other_format, read_head, stand_in
 from wan_loader.formats.index import read_index, shards_of
 from wan_loader.formats.names import (
     SAFETENSORS,
@@ -259,7 +259,8 @@ def _weights_by_content(directory: str, names: Sequence[str]) -> list[str]:
 
 def _holds_weights(path: str) -> bool:
     with contextlib.suppress(OSError, CheckpointError):
-        return holds_weights(read_head(path))
+        head = read_head(path)
+        return holds_weights(head) and other_format(path, head) is None
     return False
 
 

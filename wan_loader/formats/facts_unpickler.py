@@ -327,6 +327,9 @@ def _update(m: _Machine, position: int, items: list[Any]) -> int:
     target = m.stack[-1]
     if len(items) % 2:
         raise PickleError("a key has no value")
+    if type(target) is Other:
+        m.judge(f"its pickle sets an item of a {target.what}")
+        return position
     if type(target) is not dict and type(target) is not Ordered:
         raise PickleError(f"it sets an item of a {kind_of(target)}")
     m.cost += 50 * len(items)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 
 from wan_loader.errors import CheckpointError
+from wan_loader.formats.content import stand_in
 from wan_loader.formats.facts import stat_file
 from wan_loader.formats.strict_json import parse_object
 
 __all__ = ["read_index", "shards_of"]
 
 _MAX_INDEX_BYTES = 100_000_000
+_HEAD_BYTES = 512
 #: The largest models have some hundred.
 _MAX_SHARDS = 10_000
 
@@ -21,7 +23,10 @@ def read_index(path: str) -> dict[str, str]:
     if file.nbytes > _MAX_INDEX_BYTES:
         raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index")
     with open(path, "rb") as f:
-        index = parse_object(f.read(), path=path, what="the index")
+        content = f.read()
+    if what := stand_in(content[:_HEAD_BYTES]):
+        raise CheckpointError(f"{path} {what}")
+    index = parse_object(content, path=path, what="the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map of tensor names to files: not a checkpoint index")

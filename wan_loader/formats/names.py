@@ -17,6 +17,7 @@ __all__ = [
     "SAFETENSORS",
     "WEIGHT_SUFFIXES",
     "Shard",
+    "is_dcp_name",
     "is_index_name",
     "is_training_state",
     "is_unfinished",
@@ -67,6 +68,11 @@ def is_index_name(name: str) -> bool:
 def is_unfinished(name: str) -> bool:
     """Whether a file is called like a download that has not ended."""
     return name.lower().endswith(_UNFINISHED)
+
+
+def is_dcp_name(name: str) -> bool:
+    """Whether a file is called like a part of a DCP checkpoint: archives of torch.save, one behind the other."""
+    return name.lower().endswith(".distcp")
 
 
 def slices_in(names: Iterable[str]) -> set[str]:

@@ -36,17 +36,24 @@ STORAGE_TYPES = {
 _DEVICE = re.compile(r"[a-z]+(:\d{1,4})?")
 _SEQUENCES = (tuple, list)
 _PLAIN_KEYS = frozenset((str, int, float, bool, bytes, type(None), complex, Global))
-_MAX_KEY_TUPLE = 16
+#: Of a tuple, with those of the tuples in it.
+_MAX_KEY_PARTS = 64
 
 
 def check_key(ledger: Ledger, key: Any) -> None:
     """Refuse what takes long to hash: a nested tuple of a few hundred bytes can take for ever."""
     if type(key) in _PLAIN_KEYS:
         return
-    if type(key) is Other:
-        ledger.judge(f"a key of a dict is a {key.what}")
-    elif type(key) is not tuple or len(key) > _MAX_KEY_TUPLE or any(type(part) not in _PLAIN_KEYS for part in key):
-        raise PickleError(f"a key of a dict is a {type(key).__name__}")
+    room, parts = _MAX_KEY_PARTS, [key]
+    while parts:
+        part = parts.pop()
+        if type(part) is tuple and len(part) <= room:
+            room -= len(part)
+            parts += part
+        elif type(part) is Other:
+            ledger.judge(f"a key of a dict is a {part.what}")
+        elif type(part) not in _PLAIN_KEYS:
+            raise PickleError(f"a key of a dict is, or has in it, a {type(part).__name__}")
 
 
 def _rebuild_tensor(
@@ -128,8 +135,18 @@ def _rebuild_parameter(ledger: Ledger, tensor: Any, requires_grad: Any, hooks: A
     return tensor
 
 
-def _ordered_dict(ledger: Ledger) -> Ordered:
-    return Ordered()
+def _ordered_dict(ledger: Ledger, pairs: Any = ()) -> Ordered:
+    """An empty one, or one of a list of pairs, as Python 2 writes them."""
+    if type(pairs) not in _SEQUENCES:
+        raise PickleError("an OrderedDict of no pairs")
+    ledger.charge(100 * len(pairs))
+    ordered = Ordered()
+    for pair in pairs:
+        if type(pair) not in _SEQUENCES or len(pair) != 2:
+            raise PickleError("an OrderedDict of no pairs")
+        check_key(ledger, pair[0])
+        ordered[pair[0]] = pair[1]
+    return ordered
 
 
 def _counter(ledger: Ledger, counts: Any = None) -> Ordered:

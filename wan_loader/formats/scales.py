@@ -7,6 +7,7 @@ scale's name has no standard; all that are in use are made of the weight's. For 
     X.scale_weight, and scaled_fp8 once in the file          ComfyUI
     X.weight_scale and X.comfy_quant                         ComfyUI, later
     X.scale, X.scales, X.weight.scale, X.weight._scale       DeepSeek's own code, GPTQ, quanto
+    X.weight_quantizer._scale, X.weight_block_scale          ModelOpt's own files, and others
     X.weight.absmax, X.weight.quant_state.*, X.SCB           bitsandbytes
 
 Scales of activations (X.input_scale, X.scale_input) say nothing about the weight. Nothing is dequantised here.
@@ -31,7 +32,9 @@ _CODES = FLOAT8 | {"float4_e2m1fn_x2", "uint8", "int8", "int32"}
 _MARK = "scaled_fp8"
 
 _HINT = re.compile("scal|absmax|SCB|quant")
-_AFTER = re.compile(r"(.+?)([._:])_?(?:fp8_)?(?:scales?(?:_inv|_\d)?|scaling_factor|absmax|SCB|comfy_quant)")
+_AFTER = re.compile(
+    r"(.+?)([._:])_?(?:fp8_|block_|dequant_|double_)?(?:scales?(?:_inv|_\d)?|scaling_factor|absmax|SCB|comfy_quant)"
+)
 _STATE = re.compile(r"(.+?)\.quant_state\..+")
 _BEFORE = re.compile(r"((?:.+\.)?)scale_(\w+)")
 _DATA = re.compile(r"(.+?)(?:[._:]_?q?data|_packed|_blocks)")
@@ -74,7 +77,7 @@ def _weight_name(name: str) -> str:
 def _weights_of(name: str) -> Iterator[tuple[str, bool]]:
     """Names of weights that a tensor of this name may be the scale of; and whether it bears not the weight's name."""
     if match := _AFTER.fullmatch(name):
-        base = match[1]
+        base = match[1].removesuffix("_quantizer")
         yield base.removesuffix("s") if base.endswith("weights") else base, False
         if match[2] == ".":
             yield f"{base}.weight", True

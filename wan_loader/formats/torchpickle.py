@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["load_torch_pickle", "read_torch_pickle"]
 
 _MAX_PICKLES_BYTES = 64 << 20
+#: How the number that says so is written, behind the protocol and the frame, which some protocols have.
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_MAX_BEFORE_MAGIC = 16
 #: A legacy file begins with five pickles: a number that says what it is, a version, the system, the object, the keys.
 _N_PICKLES = 5
 
@@ -134,6 +137,11 @@ def _check_legacy_pickles(path: str) -> None:
             return  # the pickle in the archive was run when it was planned
         f.seek(0)
         data = f.read(_MAX_PICKLES_BYTES)
+    if data.find(_LEGACY_MAGIC, 0, _MAX_BEFORE_MAGIC + len(_LEGACY_MAGIC)) < 0:
+        raise CheckpointError(
+            f"{path} is a pickle, but not one of torch.save: if you trust it, read it with pickle.load, and save the "
+            "dict of tensors in it with torch.save or as safetensors"
+        )
     storages: dict[str, int] = {}
     keys, end = None, 0
     try:
@@ -147,8 +155,10 @@ def _check_legacy_pickles(path: str) -> None:
         raise CheckpointError(f"{path} is truncated: its storages need more bytes than it has; download it again")
 
 
-def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Other:
-    """The storage of a legacy persistent id; `storages` collects the sizes of all."""
+def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Global | Other:
+    """The storage, or the class, of a legacy persistent id; `storages` collects the sizes of all."""
+    if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
+        return pid[1]  # a class, with its source: torch refuses to call it
     if type(pid) is not tuple or len(pid) != 6 or pid[0] != "storage":
         raise PickleError("a persistent id makes no sense")
     _, storage_type, key, _location, numel, _view = pid

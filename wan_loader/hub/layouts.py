@@ -79,7 +79,7 @@ def wanted_files(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
 def layout_of(root: Path) -> Layout | None:
     """The layout of a model's directory, complete or not; None for any other directory, such as one component's."""
     if (root / "model_index.json").exists():
-        return "diffusers"
+        return "diffusers" if _is_wan(root) else None
     loose = sum((root / name).exists() for name in (_TEXT_FILE, *_VAE_FILES))
     if loose > 1 or any((root / name).is_dir() for name in (*_EXPERTS, _TOKENIZER)):
         return "native"
@@ -119,6 +119,15 @@ def missing_files(root: Path, layout: Layout) -> list[str]:
     missing += _missing_tokenizer(root, root / "tokenizer")
     scheduler = "scheduler/scheduler_config.json"
     return missing if (root / scheduler).exists() else [*missing, scheduler]
+
+
+def _is_wan(root: Path) -> bool:
+    """Whether a diffusers model is one of WAN's, as far as its index tells."""
+    try:
+        kind = _read_json(root / "model_index.json").get("_class_name")
+    except CheckpointError:  # reported as missing or damaged
+        return True
+    return not isinstance(kind, str) or kind.startswith("Wan")
 
 
 def _is_5b(root: Path) -> bool:
