@@ -157,6 +157,12 @@ def test_names_not_in_a_mapping_stay(path, reference):
     assert torch.equal(module.embed.weight, reference.embed.weight)
 
 
+@pytest.mark.parametrize("key_map", [len, {"scale": b"scale"}])
+def test_a_key_map_gives_names(path, key_map):
+    with pytest.raises(wan_loader.OptionError, match=r"key_map gives a value of type (int|bytes) for '.+': every name"):
+        wan_loader.load_into(Net(), path, device="cpu", key_map=key_map)
+
+
 def test_two_names_mapped_to_one_are_refused(path):
     module = empty()
     with pytest.raises(wan_loader.KeyMismatchError, match=r"body\.0\.0\.bias"):

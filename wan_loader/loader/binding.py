@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import DeviceMemoryError, KeyMismatchError
+from wan_loader.errors import DeviceMemoryError, KeyMismatchError, OptionError
 from wan_loader.loader.mismatch import mismatch
 
 if TYPE_CHECKING:
@@ -200,4 +200,10 @@ def _tied_groups(slots: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]
 def _apply(key_map: KeyMap | None, name: str) -> str | None:
     if key_map is None:
         return name
-    return key_map.get(name, name) if isinstance(key_map, Mapping) else key_map(name)
+    mapped: object = key_map.get(name, name) if isinstance(key_map, Mapping) else key_map(name)
+    if mapped is None or isinstance(mapped, str):
+        return mapped
+    kind = type(mapped).__name__
+    raise OptionError(
+        f"key_map gives a value of type {kind} for {name!r:.120}: every name is a str, or None to leave out"
+    )
