@@ -121,6 +121,17 @@ def test_tied_weight_under_its_other_name(tmp_path, reference):
     assert torch.equal(module.embed.weight, reference.embed.weight)
 
 
+@pytest.mark.parametrize("order", [("embed.weight", "head.weight"), ("head.weight", "embed.weight")])
+def test_tied_weight_with_two_values_is_what_load_state_dict_makes_of_it(tmp_path, order):
+    state = {n: t.clone() for n, t in Net().state_dict().items() if n not in order}
+    torch.save(state | {name: torch.full((11, 6), float(len(name))) for name in order}, tmp_path / "net.pth")
+    expected, module = Net(), empty()
+    expected.load_state_dict(torch.load(tmp_path / "net.pth"))
+    wan_loader.load_into(module, tmp_path / "net.pth", device="cpu")
+    assert torch.equal(module.embed.weight, expected.embed.weight)
+    assert module.head.weight is module.embed.weight
+
+
 def test_tied_weight_under_both_names(tmp_path, reference):
     safetensors.torch.save_file({n: t.clone() for n, t in reference.state_dict().items()}, tmp_path / "x.safetensors")
     module = empty()

@@ -79,12 +79,11 @@ def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: Ke
         lacking = {n: _shape(slots, n) for n in missing if strict and groups[n][0] == n}  # tied ones once
         foreign = unexpected if strict else {}
         raise mismatch(checkpoint.path, missing=lacking, unexpected=foreign, misshaped=misshaped, renamed=renamed)
-    # Where the file holds a tied tensor under several names, only the first of them is loaded.
-    chosen: dict[tuple[str, ...], TensorFacts] = {}
-    for name, facts in mapped.items():
-        chosen.setdefault(groups[name], facts)
+    # Where the file holds a tied tensor under several names, the module's last one counts, as for `load_state_dict`.
+    chosen = {groups[name]: mapped[name] for name in slots if name in mapped}
+    taken = tuple(facts for name, facts in mapped.items() if chosen[groups[name]] is facts)
     notes = tuple(f"{name} (as {renamed[name]})" if name in renamed else name for name in unexpected)
-    return Match(tuple(chosen.values()), {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
+    return Match(taken, {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
 
 
 def _shape(slots: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
