@@ -174,6 +174,33 @@ def test_a_key_map_gives_names(path, key_map):
         wan_loader.load_into(Net(), path, device="cpu", key_map=key_map)
 
 
+class Viewing(nn.Module):
+    """Keeps views of what is filled, which follow `load_state_dict`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 3))
+        self.register_buffer("table", torch.zeros(6))
+        self.register_buffer("end", self.table[3:], persistent=False)
+        self.rows, self.raw, self.columns = self.weight[1:3], self.weight.data, [self.weight.detach().t()]
+        self.own = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_views_of_what_is_filled_follow(tmp_path, dtype):
+    state = {"weight": torch.randn(4, 3), "table": torch.arange(6.0)}
+    torch.save(state, tmp_path / "x.pth")
+    module, expected = Viewing(), Viewing()
+    wan_loader.load_into(module, tmp_path / "x.pth", device="cpu", dtype=dtype)
+    expected.load_state_dict(state)
+    for name in ("end", "rows", "raw", "own"):
+        assert torch.equal(getattr(module, name), getattr(expected, name).to(getattr(module, name).dtype)), name
+    assert torch.equal(module.columns[0], module.weight.t())
+    assert module.end.data_ptr() == module.table[3:].data_ptr()
+    module.rows.sum().backward()
+    assert module.weight.grad.sum() == 6
+
+
 def test_two_names_mapped_to_one_are_refused(path):
     module = empty()
     with pytest.raises(wan_loader.KeyMismatchError, match=r"body\.0\.0\.bias"):

@@ -17,7 +17,7 @@ from wan_loader.errors import DeviceMemoryError, KeyMismatchError, OptionError
 from wan_loader.loader.mismatch import mismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     import torch
 
@@ -107,19 +107,22 @@ def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[
 def bind(
     module: torch.nn.Module,
     held: Iterable[Held],
-    filled: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    filled: Collection[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
 ) -> None:
     """Fill a module in place, and move what else it holds to `device`, so that it runs there.
 
     held: what it holds. filled: tensors of the module, and what takes their places. What is on meta and not filled
-    stays. Everything new is made before the module is changed.
+    stays; what shares memory with what is filled, does so afterwards. Everything new is made before the module is
+    changed.
     """
     import torch
 
     from wan_loader.loader.holdings import substitute
 
     new = {id(old): _renewed(old, tensor) for old, tensor in filled}
+    rest = [one.tensor for one in held if id(one.tensor) not in new and not one.tensor.is_meta]
+    new |= _views(rest, [(old, new[id(old)]) for old, _ in filled] if rest else ())
     dtensors = False
     for *_, old in held:
         if type(old) is not torch.nn.Parameter and is_dtensor(old):
@@ -129,6 +132,39 @@ def bind(
     substitute(module, new)
     if dtensors:
         module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
+
+
+def _views(rest: Iterable[Any], filled: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
+    """By id, what takes the places of those that share the memory of a filled tensor: the same view of the new one.
+
+    rest: what is not filled. filled: what is, and what takes its place.
+    """
+    by_memory: dict[int, list[Any]] = {}
+    for tensor in filter(_has_plain_memory, rest):
+        by_memory.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    views: dict[int, Any] = {}
+    for old, new in filled if by_memory else ():
+        if not _has_plain_memory(old) or old.stride() != new.stride():
+            continue
+        for view in by_memory.get(old.untyped_storage()._cdata, ()):
+            start = view.storage_offset() - old.storage_offset()
+            if view.dtype == old.dtype and start >= 0 and start + _extent(view) <= _extent(old):
+                source = new if view.requires_grad and not view.is_leaf else new.detach()
+                piece = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
+                views[id(view)] = _renewed(view, piece)
+    return views
+
+
+def _has_plain_memory(tensor: Any) -> bool:
+    import torch
+
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and not tensor.is_meta and tensor.numel() > 0
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements of its storage from its first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
