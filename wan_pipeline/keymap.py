@@ -78,8 +78,8 @@ class KeyMap:
 
 def keymap(name: MapName) -> KeyMap:
     """The key map of one network; made once."""
-    if name not in _BUILDERS:
-        raise OptionError(f"no key map is called {name!r}; there are {', '.join(_BUILDERS)}")
+    if not isinstance(name, str) or name not in _BUILDERS:
+        raise OptionError(f"no key map is called {name!r:.60}; there are {', '.join(_BUILDERS)}")
     return _keymap(name)
 
 

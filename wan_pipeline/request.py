@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from wan_loader.arguments import checked_count
@@ -66,8 +67,10 @@ class Request:
             raise OptionError(f"size {width}*{height}: both must be multiples of 16")
         if not isinstance(self.frame_num, Integral) or self.frame_num < 1 or self.frame_num % 4 != 1:
             raise OptionError(f"frame_num {self.frame_num}: it must be 4n+1, such as 81")
-        if not self.shift > 0:
-            raise OptionError(f"sample_shift {self.shift}: it must be positive")
+        if not _is_finite(self.shift) or self.shift <= 0:
+            raise OptionError(f"sample_shift {self.shift!r:.60}: it must be a positive number")
+        if not _is_pair(self.guide_scale):
+            raise OptionError(f"guide_scale={self.guide_scale!r:.60}: use two numbers, such as (3.0, 4.0)")
         if self.solver not in get_args(Solver):
             raise OptionError(f"sample_solver {self.solver!r}: use {' or '.join(get_args(Solver))}")
         if self.grid not in get_args(Grid):
@@ -86,6 +89,14 @@ class Request:
         width, height = self.size
         if width % multiple or height % multiple:
             raise OptionError(f"size {width}*{height}: both must be multiples of {multiple} for {task}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_pair(values: object) -> bool:
+    return isinstance(values, tuple | list) and len(values) == 2 and all(map(_is_finite, values))
 
 
 def checked_size(size: object) -> tuple[int, int]:

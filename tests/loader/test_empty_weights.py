@@ -177,6 +177,35 @@ def test_devices_inside_of_the_block():
         assert empty(lambda: nn.BatchNorm2d(4)).running_mean.is_meta  # as was asked for
 
 
+class Moved(nn.Module):
+    """Moves itself, and sets the data of its parameters, as official models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.register_buffer("shift", torch.arange(3.0), persistent=False)
+        self.layer.bias.data = torch.arange(4.0)
+        self.to("cpu")
+        self.double().to(device=torch.device("cpu"), dtype=torch.float16)
+        self.layer.weight.data = self.layer.weight.data.cpu().double().half()
+
+    def forward(self, x):
+        return self.layer(x + self.shift)
+
+
+def test_a_constructor_that_moves_the_module_and_sets_data(tmp_path):
+    reference = Moved()
+    torch.save(reference.state_dict(), tmp_path / "moved.pth")
+    module = empty(lambda: Moved().to("cpu"))
+    assert all(p.is_meta and p.dtype is torch.float16 for p in module.parameters())
+    assert module.shift.dtype is torch.float16
+    wan_loader.load_into(module, tmp_path / "moved.pth", device="cpu")
+    x = torch.ones(2, 3, dtype=torch.float16)
+    assert torch.equal(module(x), reference(x))
+    with pytest.raises(NotImplementedError):
+        nn.Linear(2, 2, device="meta").to("cpu")
+
+
 def test_a_parameter_from_before_stays():
     given = nn.Parameter(torch.ones(3))
 

@@ -121,6 +121,17 @@ def test_tied_weight_under_its_other_name(tmp_path, reference):
     assert torch.equal(module.embed.weight, reference.embed.weight)
 
 
+@pytest.mark.parametrize("order", [("embed.weight", "head.weight"), ("head.weight", "embed.weight")])
+def test_tied_weight_with_two_values_is_what_load_state_dict_makes_of_it(tmp_path, order):
+    state = {n: t.clone() for n, t in Net().state_dict().items() if n not in order}
+    torch.save(state | {name: torch.full((11, 6), float(len(name))) for name in order}, tmp_path / "net.pth")
+    expected, module = Net(), empty()
+    expected.load_state_dict(torch.load(tmp_path / "net.pth"))
+    wan_loader.load_into(module, tmp_path / "net.pth", device="cpu")
+    assert torch.equal(module.embed.weight, expected.embed.weight)
+    assert module.head.weight is module.embed.weight
+
+
 def test_tied_weight_under_both_names(tmp_path, reference):
     safetensors.torch.save_file({n: t.clone() for n, t in reference.state_dict().items()}, tmp_path / "x.safetensors")
     module = empty()
@@ -155,6 +166,39 @@ def test_names_not_in_a_mapping_stay(path, reference):
     module = empty()
     wan_loader.load_into(module, path, device="cpu", key_map={"nothing": "else"})
     assert torch.equal(module.embed.weight, reference.embed.weight)
+
+
+@pytest.mark.parametrize("key_map", [len, {"scale": b"scale"}])
+def test_a_key_map_gives_names(path, key_map):
+    with pytest.raises(wan_loader.OptionError, match=r"key_map gives a value of type (int|bytes) for '.+': every name"):
+        wan_loader.load_into(Net(), path, device="cpu", key_map=key_map)
+
+
+class Viewing(nn.Module):
+    """Keeps views of what is filled, which follow `load_state_dict`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 3))
+        self.register_buffer("table", torch.zeros(6))
+        self.register_buffer("end", self.table[3:], persistent=False)
+        self.rows, self.raw, self.columns = self.weight[1:3], self.weight.data, [self.weight.detach().t()]
+        self.own = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_views_of_what_is_filled_follow(tmp_path, dtype):
+    state = {"weight": torch.randn(4, 3), "table": torch.arange(6.0)}
+    torch.save(state, tmp_path / "x.pth")
+    module, expected = Viewing(), Viewing()
+    wan_loader.load_into(module, tmp_path / "x.pth", device="cpu", dtype=dtype)
+    expected.load_state_dict(state)
+    for name in ("end", "rows", "raw", "own"):
+        assert torch.equal(getattr(module, name), getattr(expected, name).to(getattr(module, name).dtype)), name
+    assert torch.equal(module.columns[0], module.weight.t())
+    assert module.end.data_ptr() == module.table[3:].data_ptr()
+    module.rows.sum().backward()
+    assert module.weight.grad.sum() == 6
 
 
 def test_two_names_mapped_to_one_are_refused(path):

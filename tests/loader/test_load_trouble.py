@@ -407,6 +407,16 @@ def test_model_larger_than_the_device(tmp_path, monkeypatch):
         wan_loader.load_file(path, device="cuda")
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_fake_tensors_have_no_memory_to_fill(tmp_path, suffix):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    path = tmp_path / f"model.{suffix}"
+    (torch.save if suffix == "pth" else safetensors.torch.save_file)({"w": torch.ones(3)}, path)
+    with FakeTensorMode(), pytest.raises(wan_loader.OptionError, match="FakeTensor of every tensor: load outside"):
+        wan_loader.load_file(path, dtype="bf16")
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         wan_loader.load_file(tmp_path / "nothing.safetensors")

@@ -143,6 +143,8 @@ def test_the_error_names_the_likely_mistake():
         to_native("vae2.1", "conv1.weight")
     with pytest.raises(OptionError, match=r"no key map is called 'vae'; there are dit, text_encoder, vae2\.1, vae2\.2"):
         keymap("vae")
+    with pytest.raises(OptionError, match=r"no key map is called \['dit'\]"):
+        keymap(["dit"])
 
 
 def test_needs_nothing_heavy():

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import DeviceMemoryError, KeyMismatchError
+from wan_loader.errors import DeviceMemoryError, KeyMismatchError, OptionError
 from wan_loader.loader.mismatch import mismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     import torch
 
@@ -79,12 +79,11 @@ def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: Ke
         lacking = {n: _shape(slots, n) for n in missing if strict and groups[n][0] == n}  # tied ones once
         foreign = unexpected if strict else {}
         raise mismatch(checkpoint.path, missing=lacking, unexpected=foreign, misshaped=misshaped, renamed=renamed)
-    # Where the file holds a tied tensor under several names, only the first of them is loaded.
-    chosen: dict[tuple[str, ...], TensorFacts] = {}
-    for name, facts in mapped.items():
-        chosen.setdefault(groups[name], facts)
+    # Where the file holds a tied tensor under several names, the module's last one counts, as for `load_state_dict`.
+    chosen = {groups[name]: mapped[name] for name in slots if name in mapped}
+    taken = tuple(facts for name, facts in mapped.items() if chosen[groups[name]] is facts)
     notes = tuple(f"{name} (as {renamed[name]})" if name in renamed else name for name in unexpected)
-    return Match(tuple(chosen.values()), {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
+    return Match(taken, {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
 
 
 def _shape(slots: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
@@ -108,19 +107,22 @@ def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[
 def bind(
     module: torch.nn.Module,
     held: Iterable[Held],
-    filled: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    filled: Collection[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
 ) -> None:
     """Fill a module in place, and move what else it holds to `device`, so that it runs there.
 
     held: what it holds. filled: tensors of the module, and what takes their places. What is on meta and not filled
-    stays. Everything new is made before the module is changed.
+    stays; what shares memory with what is filled, does so afterwards. Everything new is made before the module is
+    changed.
     """
     import torch
 
     from wan_loader.loader.holdings import substitute
 
     new = {id(old): _renewed(old, tensor) for old, tensor in filled}
+    rest = [one.tensor for one in held if id(one.tensor) not in new and not one.tensor.is_meta]
+    new |= _views(rest, [(old, new[id(old)]) for old, _ in filled] if rest else ())
     dtensors = False
     for *_, old in held:
         if type(old) is not torch.nn.Parameter and is_dtensor(old):
@@ -130,6 +132,39 @@ def bind(
     substitute(module, new)
     if dtensors:
         module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
+
+
+def _views(rest: Iterable[Any], filled: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
+    """By id, what takes the places of those that share the memory of a filled tensor: the same view of the new one.
+
+    rest: what is not filled. filled: what is, and what takes its place.
+    """
+    by_memory: dict[int, list[Any]] = {}
+    for tensor in filter(_has_plain_memory, rest):
+        by_memory.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    views: dict[int, Any] = {}
+    for old, new in filled if by_memory else ():
+        if not _has_plain_memory(old) or old.stride() != new.stride():
+            continue
+        for view in by_memory.get(old.untyped_storage()._cdata, ()):
+            start = view.storage_offset() - old.storage_offset()
+            if view.dtype == old.dtype and start >= 0 and start + _extent(view) <= _extent(old):
+                source = new if view.requires_grad and not view.is_leaf else new.detach()
+                piece = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
+                views[id(view)] = _renewed(view, piece)
+    return views
+
+
+def _has_plain_memory(tensor: Any) -> bool:
+    import torch
+
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and not tensor.is_meta and tensor.numel() > 0
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements of its storage from its first to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -200,4 +235,10 @@ def _tied_groups(slots: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]
 def _apply(key_map: KeyMap | None, name: str) -> str | None:
     if key_map is None:
         return name
-    return key_map.get(name, name) if isinstance(key_map, Mapping) else key_map(name)
+    mapped: object = key_map.get(name, name) if isinstance(key_map, Mapping) else key_map(name)
+    if mapped is None or isinstance(mapped, str):
+        return mapped
+    kind = type(mapped).__name__
+    raise OptionError(
+        f"key_map gives a value of type {kind} for {name!r:.120}: every name is a str, or None to leave out"
+    )

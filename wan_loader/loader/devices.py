@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.arguments import check_device
-from wan_loader.errors import DeviceError, HostMemoryError
+from wan_loader.errors import DeviceError, HostMemoryError, OptionError
 from wan_loader.events import span
 from wan_loader.forks import without_forks
 from wan_loader.machine import available_memory, process_headrooms
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_room_for_torch",
+    "check_tensors_are_real",
     "current",
     "device_card",
     "device_peak_bytes",
@@ -79,6 +80,14 @@ def check_room_for_torch() -> None:
                 f"importing torch takes {format_bytes(needed)} at the least, and {what} leaves {format_bytes(free)}: "
                 "allow more memory"
             )
+
+
+def check_tensors_are_real() -> None:
+    """Raise `OptionError` in a mode of torch whose tensors have no memory: bytes cannot be read into it."""
+    import torch
+
+    if (kind := type(torch.empty(0, device="cpu"))) is not torch.Tensor:
+        raise OptionError(f"a mode of torch is active that makes a {kind.__name__} of every tensor: load outside of it")
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

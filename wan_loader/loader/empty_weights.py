@@ -46,6 +46,9 @@ def empty_weights() -> Iterator[None]:
     the device where it would. Parameters that are one object under several names stay so; subclasses of
     `torch.nn.Parameter` keep their class; a parameter from before the block stays as it is.
 
+    What is on meta stays there, whatever the constructor sets its `.data` to, and where it moves the module: dtypes
+    count, and buffers move. Only a constructor that asks for values of its parameters (`.item()`) cannot have them.
+
     Only the thread that entered is concerned. Blocks may be nested, and nothing is left behind, also after an error.
     Random numbers for parameters are mostly not drawn, so torch's generators stand elsewhere afterwards than after an
     ordinary construction. What a constructor computes before it becomes a parameter (`Parameter(torch.randn(n) / 9)`)
@@ -90,20 +93,33 @@ def _make_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
 #: takes up to 0.3 ms each, and seconds of imports once.
 _FILLS = {"normal_", "uniform_", "log_normal_", "exponential_", "cauchy_", "geometric_", "erfinv_", "clamp_"}
 _FILLS |= {"constant_", "kaiming_uniform_"}
+_MOVES = {"to", "cpu", "cuda"}
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class _EmptyLayers(TorchFunctionMode):
-    """Has torch's own layers allocate nothing, and initialisers do nothing with what is on meta."""
+    """Has torch's own layers allocate nothing, initialisers do nothing with what is on meta, and that stay there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and _in_constructor_of_layer(sys._getframe(1)):
             kwargs = {**kwargs, "device": "meta"}  # in there, it is for parameters only
-        elif getattr(func, "__name__", "") in _FILLS:
+        elif (name := getattr(func, "__name__", "")) in _FILLS:
             filled = args[0] if args else kwargs.get("tensor")
             if isinstance(filled, torch.Tensor) and filled.is_meta:
                 return filled
+        elif args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            if name in _MOVES:
+                return _moved(*args, **kwargs) if name == "to" else args[0]
+            if func == _SET_DATA:
+                return func(args[0], torch.empty_like(args[1], device="meta"))
         return func(*args, **kwargs)
+
+
+def _moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`tensor.to(...)` of what has no weights yet: of another dtype maybe, but nowhere else."""
+    _, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    return tensor.to(dtype or tensor.dtype, memory_format=memory_format or torch.preserve_format)
 
 
 def _in_constructor_of_layer(frame: Any) -> bool:

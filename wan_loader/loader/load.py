@@ -22,6 +22,7 @@ from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.loader.course import decide
 from wan_loader.loader.devices import (
     check_room_for_torch,
+    check_tensors_are_real,
     current,
     device_peak_bytes,
     is_busy,
@@ -127,6 +128,7 @@ def load_checkpoint(
             choice = choose()
         reset_peak_resident()
         device = resolve_device(options.device, tee)
+        check_tensors_are_real()
         reset_device_peak(device)
         with span(tee, "init"):
             plans = plan_storages(choice.tensors, choice.rule)
