@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import tempfile
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
@@ -74,15 +77,30 @@ def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     """Names and tensors on the CPU, as safetensors or torch itself reads them; one at a time from safetensors."""
     for number, file in enumerate(checkpoint.files):
         names = checkpoint.names_in(number)
-        if checkpoint.format == "safetensors":
-            from safetensors import safe_open
+        with _encodable(file.path) as path:
+            if checkpoint.format == "safetensors":
+                from safetensors import safe_open
 
-            with safe_open(file.path, framework="pt", device="cpu") as opened:
-                yield from ((name, opened.get_tensor(name)) for name in names)
-        else:
-            state = _torch_load(file.path, mmap=checkpoint.format == "torch-zip")
-            held = choose_part(state, checkpoint.part, path=file.path, is_tensor=_is_tensor)
-            yield from ((name, held[name]) for name in names)
+                with safe_open(path, framework="pt", device="cpu") as opened:
+                    yield from ((name, opened.get_tensor(name)) for name in names)
+            else:
+                state = _torch_load(path, mmap=checkpoint.format == "torch-zip")
+                held = choose_part(state, checkpoint.part, path=file.path, is_tensor=_is_tensor)
+                yield from ((name, held[name]) for name in names)
+
+
+@contextmanager
+def _encodable(path: str) -> Iterator[str]:
+    """A path of a file that these libraries take, which refuse a name that is not UTF-8: if so, a link elsewhere."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory(prefix="wan-loader-") as temporary:
+            link = os.path.join(temporary, "file")
+            os.symlink(os.path.abspath(path), link)
+            yield link
+    else:
+        yield path
 
 
 def _torch_load(path: str, *, mmap: bool) -> Any:

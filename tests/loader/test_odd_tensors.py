@@ -5,10 +5,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from loader_cases import bits, same, same_dicts  # noqa: E402
+from safetensors.torch import save  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.cli.app import app  # noqa: E402
+from wan_loader.errors import CheckpointError  # noqa: E402
 from wan_loader.verify import verify  # noqa: E402
 
 pytestmark = [
@@ -155,3 +157,19 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, failure, error):
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(error, match=r"model\.pth"):
         wan_loader.load_file(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_file_whose_name_is_not_utf8_is_verified(tmp_path, monkeypatch, suffix):
+    """safetensors, and torch where it maps, refuse such a name; the path need not be absolute."""
+    tensors = {"w": torch.arange(6.0)}
+    path = f"n\udcff.{suffix}"
+    monkeypatch.chdir(tmp_path)
+    with open(path, "wb") as file:
+        if suffix == "pth":
+            torch.save(tensors, file)
+        else:
+            file.write(save(tensors))
+    assert verify(path, wan_loader.load_file(path, dtype="bf16")) == 1
+    with pytest.raises(CheckpointError, match="differs"):
+        verify(path, {"w": tensors["w"] + 1})

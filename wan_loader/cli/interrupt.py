@@ -16,6 +16,7 @@ Nothing of this happens in a process that merely calls our `main`, or where SIGI
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -60,7 +61,10 @@ def begin_work() -> None:
 
 
 def hand_over() -> None:
-    """Leave Ctrl-C to a program that is run in this process, as Python leaves it; imports stay guarded."""
+    """Leave Ctrl-C to a program that is run in this process, as Python leaves it, in the imports of its own code too.
+
+    Those of installed libraries stay guarded.
+    """
     if signal.getsignal(signal.SIGINT) is _interrupt:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -126,7 +130,18 @@ def _default_action() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # else what is imported has set a handler of its own
+            signal.signal(signal.SIGINT, before)
+
+
+def _commands_own() -> bool:
+    """Whether Ctrl-C is a command's, and not that of a program which it runs."""
+    return signal.getsignal(signal.SIGINT) is _interrupt
+
+
+def _is_installed(spec: ModuleSpec) -> bool:
+    """Whether a module is of an installed library, and not of a program's own code, which may handle Ctrl-C."""
+    return bool(re.search(r"/(site|dist)-packages/", spec.origin or ""))
 
 
 class _GuardedImports(MetaPathFinder):
@@ -142,8 +157,9 @@ class _GuardedImports(MetaPathFinder):
         if threading.current_thread() is not threading.main_thread() or _is_building() or _unhurried.is_set():
             return None
         spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _GuardedLoader(spec.loader)
+        if spec is None or spec.loader is None or not (_commands_own() or _is_installed(spec)):
+            return None
+        spec.loader = _GuardedLoader(spec.loader)
         return spec
 
 

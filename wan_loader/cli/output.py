@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_outputs",
     "flush_output",
+    "hand_over_streams",
     "open_streams",
     "print_json",
     "say",
@@ -28,6 +29,9 @@ __all__ = [
     "write_json",
     "writing",
 ]
+
+#: How streams treated what their encoding lacks, before `open_streams`.
+_errors: dict[io.TextIOWrapper, str] = {}
 
 
 def check_outputs(*paths: Path | None, force: bool) -> None:
@@ -105,13 +109,25 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
+            _errors[stream] = stream.errors or "strict"
             stream.reconfigure(errors="backslashreplace")
 
 
+def hand_over_streams() -> None:
+    """Leave the streams to a program that is run in this process: what cannot be encoded is as Python has it."""
+    for stream, errors in _errors.items():
+        stream.reconfigure(errors=errors)
+
+
 def flush_output() -> OSError | None:
-    """Why stdout cannot be written (a full disk, a reader that left), or None. Then nothing more is written to it."""
+    """Why stdout cannot be written (a full disk, a reader that left), or None. Then nothing more is written to it.
+
+    A program that was run in this process may have closed or replaced it.
+    """
     try:
         sys.stdout.flush()
+    except (AttributeError, ValueError):
+        return None
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its end
         return error

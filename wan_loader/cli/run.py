@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
 import runpy
 import sys
+import zipfile
+from contextlib import suppress
+from importlib.machinery import BYTECODE_SUFFIXES, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,7 +42,7 @@ def run(
     """
     from wan_loader.cli.distributed import fail_together
     from wan_loader.cli.interrupt import hand_over
-    from wan_loader.cli.output import say
+    from wan_loader.cli.output import hand_over_streams, say
     from wan_loader.errors import OptionError, WanLoaderError
     from wan_loader.fastpath import FastPath
 
@@ -48,18 +54,42 @@ def run(
     path = FastPath()
     path.install()
     hand_over()
+    hand_over_streams()
+    file = os.path.abspath(script)
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        _run_file(file)
     except Exception as error:
-        sys.stdout.flush()
-        sys.excepthook(type(error), error, _of_script(error, str(script)))
+        _flush()
+        sys.excepthook(type(error), error, _of_script(error, file))
         if isinstance(error, WanLoaderError):
             fail_together(error)
         raise typer.Exit(1) from None
     finally:
         if not quiet:
-            sys.stdout.flush()
-            say(f"wan-loader: {path.summary()}")
+            _flush()
+            with suppress(OSError, ValueError):
+                if sys.stderr is not None:
+                    say(f"wan-loader: {path.summary()}")
+
+
+def _run_file(file: str) -> None:
+    """Run a file as Python does: as the module __main__, which its threads and exit handlers still find afterwards."""
+    if zipfile.is_zipfile(file) or file.endswith(tuple(BYTECODE_SUFFIXES)):
+        runpy.run_path(file, run_name="__main__")
+        return
+    loader = SourceFileLoader("__main__", file)
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    main.__dict__.update(__file__=file, __loader__=loader, __builtins__=__builtins__)
+    main.__dict__.update(__cached__=None, __annotations__={})
+    with io.open_code(file) as source:
+        code = loader.source_to_code(source.read(), file)
+    exec(code, main.__dict__)
+
+
+def _flush() -> None:
+    """Write what the script printed before what follows on stderr, unless it has closed or replaced stdout."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
 
 
 def _of_script(error: Exception, script: str) -> TracebackType | None:

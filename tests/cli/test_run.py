@@ -1,0 +1,81 @@
+"""`wan-loader run`: a script does what it does under plain Python."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+_SCRIPT = """
+import atexit, os, pickle, signal, sys, time, warnings
+
+class Mine:
+    pass
+
+def again():
+    print("exit", type(pickle.loads(pickle.dumps(Mine()))) is Mine, flush=True)
+
+atexit.register(again)
+os.chdir("/")
+print(os.path.samefile(__file__, sys.argv[1]), sys.argv[0], __name__, __spec__, __cached__, sys.stdout.errors)
+import cleaning
+import handling
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.1)
+"""
+_CLEANING = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("cleaned", signal.getsignal(signal.SIGINT))
+"""
+_HANDLING = "import signal\nsignal.signal(signal.SIGINT, lambda *_: print('handled'))"
+
+
+def both(script, *args):
+    """What plain Python makes of a script, and what `run` does."""
+    words = [os.path.relpath(script, script.parent), *args]
+    return [
+        subprocess.run(
+            [sys.executable, *before, *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=script.parent,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii:surrogateescape"},
+            check=False,
+        )
+        for before in ([], ["-m", "wan_loader", "run", "--quiet"])
+    ]
+
+
+def test_a_script_is_the_main_module_and_has_its_own_ctrl_c(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    (tmp_path / "cleaning.py").write_text(_CLEANING)
+    (tmp_path / "handling.py").write_text(_HANDLING)
+    plain, ours = both(script, str(script))
+    assert plain.stdout.splitlines()[1:] == [
+        "cleaned <built-in function default_int_handler>",
+        "handled",
+        "exit True",
+    ], plain.stderr
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("what", ["sys.{}.close()", "sys.{} = None"])
+def test_a_script_may_close_its_streams(tmp_path, stream, what):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; print('said'); {what.format(stream)}")
+    done = subprocess.run(
+        [sys.executable, "-m", "wan_loader", "run", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "said\n")
+    assert "Traceback" not in done.stderr
