@@ -187,7 +187,8 @@ class Moved(nn.Module):
         self.layer.bias.data = torch.arange(4.0)
         self.to("cpu")
         self.double().to(device=torch.device("cpu"), dtype=torch.float16)
-        self.layer.weight.data = self.layer.weight.data.cpu().double().half()
+        self.layer.weight.data = self.layer.weight.data.cpu().to("cpu", torch.float64, False, True).half()
+        self.layer.bias = nn.Parameter(self.layer.bias.to("cpu", copy=True))
 
     def forward(self, x):
         return self.layer(x + self.shift)

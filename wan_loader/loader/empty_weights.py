@@ -116,9 +116,10 @@ class _EmptyLayers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _moved(tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> torch.Tensor:
     """`tensor.to(...)` of what has no weights yet: of another dtype maybe, but nowhere else."""
-    _, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    where = [arg for arg in args if not isinstance(arg, bool)]  # the parser knows nothing of `copy`
+    _, dtype, _, memory_format = torch._C._nn._parse_to(*where, **kwargs)
     return tensor.to(dtype or tensor.dtype, memory_format=memory_format or torch.preserve_format)
 
 
