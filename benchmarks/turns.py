@@ -176,9 +176,9 @@ def main() -> None:
     if "fp32 to bf16" in cases:
         make_expert(args.directory / "fp32", 20, "float32", width)
     make_planned(args.directory)
-    document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count(), "cases": {}}
+    document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count(), "turns": {}}
     for case in cases:
-        document["cases"][case] = samples = take_turns(case, args)
+        document["turns"][case] = samples = take_turns(case, args)
         print(told(case, samples), flush=True)
     if args.output is not None:
         args.output.write_text(json.dumps(document, indent=1) + "\n")

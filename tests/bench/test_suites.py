@@ -40,6 +40,6 @@ def test_turns_of_one_checkout_with_itself(tmp_path):
     done = subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
     assert "after/before" in done.stdout
-    ((before,), (after,)) = json.loads((tmp_path / "turns.json").read_text())["cases"]["fp32 to bf16"].values()
+    ((before,), (after,)) = json.loads((tmp_path / "turns.json").read_text())["turns"]["fp32 to bf16"].values()
     assert before["seconds"] > 0
     assert before["equal"] is after["equal"] is True
