@@ -209,7 +209,11 @@ def check(result, path):
 
 
 def engine_threads():
-    return {t.name for t in threading.enumerate() if t.name in ("mapper", "pinning")}
+    """Names of the engine's threads that stay. One whose work is over may still be on its way out."""
+    threads = [t for t in threading.enumerate() if t.name in ("mapper", "pinning")]
+    for thread in threads:
+        thread.join(1)
+    return {t.name for t in threads if t.is_alive()}
 
 
 def mappings_of(path):
