@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.formats.content import content_of, read_head
-from wan_loader.formats.torchzip import UnplannedError, is_zip, read_torch_zip
+from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
 from wan_loader.loader.api import load
 from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
@@ -135,7 +135,7 @@ def _check_modes() -> None:
 
 def _check_planned(path: str) -> None:
     """Only what is read from headers: anything else, our loader would leave to torch.load, too."""
-    if not is_zip(path):
+    if content_of(read_head(path)) != "zip":
         raise _LeftAloneError("torch.load of a legacy pickle")
     try:
         read_torch_zip(path)

@@ -14,7 +14,6 @@ from functools import cache
 
 __all__ = [
     "cached_bytes",
-    "forget",
     "map_file",
     "populate",
     "prefer_huge_pages",
@@ -105,11 +104,6 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
     start, end = -(-address // _PAGE) * _PAGE, (address + nbytes) // _PAGE * _PAGE
     if start < end:
         _libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
-
-
-def forget(address: int, nbytes: int) -> None:
-    """Drop the page tables of a mapping, so that its pages no longer count as this process's memory."""
-    _libc.madvise(address, nbytes, mmap.MADV_DONTNEED)
 
 
 def cached_bytes(fd: int, start: int, nbytes: int) -> int:

@@ -22,7 +22,7 @@ from wan_loader.formats.pickle_calls import KNOWN, STORAGE_TYPES
 from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage, Tensor
 from wan_loader.formats.zip_archive import Record, ZipArchive, read_archive
 
-__all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "is_zip", "read_torch_zip"]
+__all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "read_torch_zip"]
 
 #: A data.pkl needs about 150 bytes a tensor; the largest models stay under 1 MB.
 MAX_PICKLE_BYTES = 64 << 20
@@ -39,12 +39,6 @@ _PROGRAMS = {
 
 class UnplannedError(Exception):
     """The pickle uses something beyond plain dense tensors; the message says what."""
-
-
-def is_zip(path: str) -> bool:
-    """Whether the file begins like a zip archive."""
-    with open(path, "rb") as f:
-        return f.read(4) == b"PK\x03\x04"
 
 
 def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
