@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 
 from wan_loader.errors import SessionError  # noqa: E402
-from wan_loader.profiler.session import read_session  # noqa: E402
-from wan_loader.profiler.spread import spread  # noqa: E402
+from wan_loader.profiler.analysis.ranks import spread  # noqa: E402
+from wan_loader.profiler.analysis.session import read_session  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
