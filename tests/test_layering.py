@@ -38,6 +38,8 @@ NOT_YET = {
     ("plan/limits.py", "wan_loader.engine"),
     ("plan/plan.py", "wan_loader.loading.allocate"),
     ("plan/plan.py", "wan_loader.engine"),
+    ("plan/plan.py", "wan_loader.engine.reader"),
+    ("plan/plan.py", "wan_loader.loading.run"),
     ("plan/transport.py", "wan_loader.engine.reader"),
     ("system/page_cache.py", "wan_loader.plan.blocks"),
 }
