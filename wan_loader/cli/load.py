@@ -15,8 +15,7 @@ from wan_loader.distributed.processes import is_first
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wan_loader.cache.build import Build
-    from wan_loader.loading.result import LoadResult
+    from wan_loader.loading.result import EntryBuild, LoadResult
 
 __all__ = ["load"]
 
@@ -88,7 +87,7 @@ def _tell(path: Path, loaded: LoadResult, *, part: str | None, verify: bool, jso
     print_warnings(loaded.report.warnings)
 
 
-def _finish(build: Build) -> None:
+def _finish(build: EntryBuild) -> None:
     from wan_loader.cli.render import error_console, print_warnings
     from wan_loader.printable import printable
 
