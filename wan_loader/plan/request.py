@@ -46,8 +46,8 @@ class LoadRequest:
         check_device(self.device)
         check_io(self.io)
         object.__setattr__(self, "threads", checked_threads(self.threads))
+        check_part(self.part)
         if isinstance(self.source, Checkpoint):
-            check_part(self.part)
             if self.part not in (None, self.source.part):
                 raise OptionError(
                     f"part={self.part!r:.60}: the checkpoint was opened for part {self.source.part!r:.60}"
