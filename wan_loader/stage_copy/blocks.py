@@ -34,14 +34,17 @@ BLOCK_BYTES = 16 << 20
 
 
 def n_blocks(file: Planned) -> int:
+    """Return the number of blocks of a file."""
     return -(-file.nbytes // BLOCK_BYTES)
 
 
 def block_nbytes(file: Planned, block: int) -> int:
+    """Return the length of a block: the last one of a file may be shorter."""
     return min(BLOCK_BYTES, file.nbytes - block * BLOCK_BYTES)
 
 
 def checksum(view: memoryview) -> str:
+    """Return the checksum of a block in hex: fast, against damage, not against malice."""
     import xxhash
 
     return str(xxhash.xxh3_64_hexdigest(view))
@@ -49,6 +52,7 @@ def checksum(view: memoryview) -> str:
 
 @contextlib.contextmanager
 def opened(path: Path | str, flags: int) -> Iterator[int]:
+    """Hold a file open, without following a link."""
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         yield fd
@@ -57,7 +61,7 @@ def opened(path: Path | str, flags: int) -> Iterator[int]:
 
 
 def cold_blocks(source: SourceFile) -> set[int]:
-    """Blocks of a file of which nothing is in the page cache, as far as that is known."""
+    """Return the blocks of a file of which nothing is in the page cache, as far as that is known."""
     starts = range(0, source.nbytes, BLOCK_BYTES)
     try:
         with opened(source.path, os.O_RDONLY) as fd:
@@ -69,7 +73,11 @@ def cold_blocks(source: SourceFile) -> set[int]:
 
 
 def read_source(source: SourceFile, start: int, view: memoryview, *, keep_pages: bool) -> None:
-    """Read a block whole, of a file that has not changed."""
+    """Read a block whole, of a file that has not changed.
+
+    Raises:
+        CheckpointError: The file cannot be read, was truncated, or is not the one that was listed.
+    """
     try:
         check_unchanged(source)
         with opened(source.path, os.O_RDONLY) as fd:
@@ -85,6 +93,7 @@ def read_source(source: SourceFile, start: int, view: memoryview, *, keep_pages:
 
 
 def check_unchanged(source: SourceFile) -> None:
+    """Raise `CheckpointError` unless a file has the size and the times that it had when it was listed."""
     try:
         facts = os.stat(source.path, follow_symlinks=False)
     except OSError as error:
@@ -95,11 +104,13 @@ def check_unchanged(source: SourceFile) -> None:
 
 
 def write(fd: int, start: int, view: memoryview) -> None:
+    """Write all of a view."""
     count = 0
     while count < len(view):
         count += os.pwrite(fd, view[count:], start + count)
 
 
 def sync_directory(path: Path) -> None:
+    """Bring the names in a directory onto the storage."""
     with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""Copying a checkpoint to a RAM disk or a faster disk: checked first, parallel, resumable, verified.
+"""Copies of a checkpoint on a RAM disk or a faster disk: checked first, parallel, resumable, verified.
 
 Each file is copied block by block under a temporary name, written to the storage, read back and compared with the
 checksums of what was read, and only then renamed into place: a file that is there is whole. What a killed run has
@@ -44,9 +44,9 @@ class Staged:
 
     source: str
     path: str
-    """Where it is now."""
+    """The place where it is now."""
     filesystem: str
-    """Such as tmpfs; empty where the system does not say."""
+    """The type of the file system, such as tmpfs; empty where the system does not say."""
     n_files: int
     nbytes: int
     nbytes_copied: int
@@ -68,12 +68,20 @@ def stage(
 ) -> Staged:
     """Copy a checkpoint (file, index, directory with everything in it) to `directory`/NAME and return where it is.
 
-    verify: None reads back what this run copied; True also what was in place; False only what a killed run left.
-    force: replace files of the same names that were not staged. progress: told (step, done, total) bytes.
+    After an error or an interruption, the same call goes on.
 
-    Raises `CheckpointError` for a source that cannot be read, changes, or links out of itself, `OutputError` for a
-    target that cannot be written, is too small, foreign, or gives back other bytes than were written, `HostMemoryError`
-    where a RAM disk would take more memory than there is. After an error or an interruption, the same call goes on.
+    Args:
+        source: The checkpoint.
+        directory: The place for it; it is made if only its last part is missing.
+        verify: None reads back what this run copied; True also what was in place; False only what a killed run left.
+        force: Replace files of the same names that were not staged.
+        threads: The number of blocks at a time, as far as memory allows; None chooses.
+        progress: Told (step, done, total) bytes.
+
+    Raises:
+        CheckpointError: The source cannot be read, changes, or links out of itself.
+        OutputError: The target cannot be written, is too small, foreign, or gives back other bytes than were written.
+        HostMemoryError: A RAM disk would take more memory than there is.
     """
     start_ns = clock_ns()
     tree = list_tree(source)
@@ -116,7 +124,7 @@ def _failed(directory: Path, error: OSError) -> OutputError:
 
 
 def _make_directory(directory: Path, tree: Tree) -> Path:
-    """The target, made if only its last part is missing; not the source, and not inside it."""
+    """Return the target, made if only its last part is missing; not the source, and not inside it."""
     if not directory.is_dir():
         if os.path.lexists(directory):
             raise OutputError(f"{directory} is not a directory: name another place")
@@ -134,7 +142,7 @@ def _make_directory(directory: Path, tree: Tree) -> Path:
 
 
 class _Job:
-    """One run of `stage` over a locked entry."""
+    """A run of `stage` over a locked entry."""
 
     def __init__(self, tree: Tree, entry: Entry, threads: int, progress: Progress | None) -> None:
         self._entry = entry
@@ -147,6 +155,7 @@ class _Job:
         self.warnings: list[str] = []
 
     def run(self, verify: bool | None, force: bool) -> None:
+        """Go through all steps; the last one declares the copy complete."""
         entry, files = self._entry, self._manifest.files
         before = entry.manifest
         self._check_target(before, force)
@@ -240,7 +249,7 @@ class _Job:
                 (root / parent).mkdir()
 
     def _remove_outdated(self, wanted: set[str]) -> None:
-        """Files that an earlier version of the source had."""
+        """Remove files that an earlier version of the source had."""
         for path in set(self._entry.placed) - wanted:
             if self._entry.owns(path):
                 os.unlink(self._entry.directory / path)

@@ -1,4 +1,4 @@
-"""Taking staged checkpoints away again: exactly what `stage` put there, by its journal, and nothing else."""
+"""Removal of staged checkpoints: exactly what `stage` put there, by its journal, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Unstaged", "unstage"]
 
 @dataclass(frozen=True, slots=True)
 class Unstaged:
-    """What was removed."""
+    """The result of a removal."""
 
     names: tuple[str, ...]
     nbytes: int
@@ -31,8 +31,13 @@ class Unstaged:
 def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
     """Remove what was staged to `directory`, or only the copy of `source`; also what a killed run left.
 
-    `source` need not exist any more: the record of the copy says what it was made from. Raises `MissingFileError` where
-    nothing (of it) is staged, `OutputError` for what cannot be removed and where its name stands for something else.
+    Args:
+        directory: The directory that was staged to.
+        source: It need not exist any more: the record of the copy says what it was made from.
+
+    Raises:
+        MissingFileError: Nothing (of it) is staged.
+        OutputError: Something cannot be removed, or the name stands for something else.
     """
     place = Path(directory)
     if not place.is_dir():
@@ -58,7 +63,11 @@ def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
 
 
 def _is_copy(entry: Entry, source: StrPath) -> bool:
-    """Whether the entry was made from `source`. Raises `OutputError` for another source of the same name."""
+    """Return whether the entry was made from `source`.
+
+    Raises:
+        OutputError: The entry has the same name and another source.
+    """
     given = os.path.abspath(source)
     if entry.manifest is None or entry.manifest.name != os.path.basename(given):
         return False

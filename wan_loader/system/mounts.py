@@ -1,4 +1,4 @@
-"""Which file system a path lies on, from /proc/self/mountinfo."""
+"""The file system that a path lies on, from /proc/self/mountinfo."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ class Mount:
     """A mounted file system."""
 
     kind: str
-    """Such as ext4, tmpfs, nfs4."""
+    """The file system's type, such as ext4, tmpfs, nfs4."""
     source: str
-    """Device or server."""
+    """The device or the server."""
     point: str
-    """Where it is mounted."""
+    """The directory on which it is mounted."""
 
     @property
     def in_memory(self) -> bool:
+        """True for file systems that keep their files in memory."""
         return self.kind in IN_MEMORY
 
     @property
     def network(self) -> bool:
+        """True for file systems whose bytes come over a network."""
         return self.kind in NETWORK
 
 
 def mount_of(path: StrPath | int) -> Mount | None:
-    """The file system under an existing path, or an open file; None where the system does not say."""
+    """Return the file system under an existing path, or an open file; None where the system does not say."""
     try:
         device = os.stat(path).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"

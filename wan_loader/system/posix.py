@@ -67,9 +67,14 @@ def _check(result: int, what: str) -> None:
 
 
 def map_file(fd: int, start: int, nbytes: int, noted: list[int] | None = None) -> int:
-    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; returns the address.
+    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; return the address.
 
-    Ctrl-C may come right after the call, before anything else: `noted` has the address even then.
+    Args:
+        fd: The open file.
+        start: A whole number of pages, in bytes.
+        nbytes: The length of the mapping.
+        noted: Gets the address appended. Ctrl-C may come right after the call, before anything else: it is there even
+            then.
     """
     noted = [] if noted is None else noted
     # one call, in C: a signal handler runs before it or after it
@@ -83,7 +88,7 @@ def map_file(fd: int, start: int, nbytes: int, noted: list[int] | None = None) -
 
 
 def unmap(address: int, nbytes: int) -> bool:
-    """Undo `map_file`; True."""
+    """Undo `map_file`, and return True."""
     _libc.munmap(address, nbytes)
     return True
 
@@ -110,10 +115,12 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
 
 
 def cached_bytes(fd: int, start: int, nbytes: int) -> int:
-    """How many bytes of a file range lie in the page cache, in whole pages, at most `nbytes`.
+    """Return how many bytes of a file range lie in the page cache, in whole pages, at most `nbytes`.
 
     Costs microseconds for a resident range of 16 MiB with cachestat(2), some more with mincore(2) on older kernels.
-    Raises OSError where the kernel does not tell: PermissionError for a file that one neither owns nor may write.
+
+    Raises:
+        OSError: The kernel does not tell; a PermissionError for a file that one neither owns nor may write.
     """
     if nbytes == 0:
         return 0
@@ -128,7 +135,7 @@ def cached_bytes(fd: int, start: int, nbytes: int) -> int:
 
 
 def _cachestat(fd: int, start: int, nbytes: int) -> int | None:
-    """Pages in the page cache; None where the call is refused, or not known."""
+    """Return the number of pages in the page cache; None where the call is refused, or not known."""
     window, stat = _CachestatRange(start, nbytes), _Cachestat()
     if _libc.syscall(_SYS_CACHESTAT, fd, ctypes.byref(window), ctypes.byref(stat), 0) != 0:
         return None
@@ -136,7 +143,7 @@ def _cachestat(fd: int, start: int, nbytes: int) -> int | None:
 
 
 def _is_told_of(fd: int) -> bool:
-    """Whether mincore(2) tells this user the truth about a file: of others' it says that every page is there."""
+    """Return whether mincore(2) tells this user the truth about a file: of others' it says that every page is there."""
     if os.fstat(fd).st_uid == os.geteuid():
         return True
     return bool(_libc.syscall(_SYS_FACCESSAT2, fd, b"", os.W_OK, _AT_EACCESS | _AT_EMPTY_PATH) == 0)
@@ -144,7 +151,7 @@ def _is_told_of(fd: int) -> bool:
 
 @cache
 def _mincore_is_honest() -> bool:
-    """Whether mincore(2) knows a page that cannot be there: some sandboxes say of every page that it is."""
+    """Return whether mincore(2) knows a page that cannot be there: some sandboxes say of every page that it is."""
     try:
         fd = os.memfd_create("wan-loader", os.MFD_CLOEXEC)
         try:

@@ -24,11 +24,11 @@ _GRACE_S = 0.3
 
 
 class StoppedError(Exception):
-    """Raised by a task that saw `stop` and gave up; not a failure of its own."""
+    """A task saw `stop` and gave up; not a failure of its own."""
 
 
 def default_threads() -> int:
-    """Enough to keep a disk or the memory busy, and no more."""
+    """Return as many threads as keep a disk or the memory busy, and no more."""
     return max(4, min(8, processors()))
 
 
@@ -73,10 +73,16 @@ def run_all(
     stop: threading.Event,
     tick: Callable[[], None] | None = None,
 ) -> None:
-    """Carry out `tasks`, each once, by `threads` threads; returns when all are done.
+    """Carry out `tasks`, each once, by `threads` threads; return when all are done.
 
-    The first exception of a task or of `tick` (called about ten times a second in the caller's thread) sets `stop` and
-    is raised; long tasks look at `stop` and raise `StoppedError`.
+    Args:
+        tasks: Calls that do not depend on each other; long ones look at `stop` and raise `StoppedError`.
+        threads: The number of daemon threads, at least one.
+        stop: Set at the first failure, and by whoever wants to end the tasks.
+        tick: Called about ten times a second in the caller's thread.
+
+    Raises:
+        BaseException: The first exception of a task or of `tick`, or Ctrl-C, after `stop` was set.
     """
     crew = _Crew(iter(tasks), stop)
     workers = [threading.Thread(target=crew.work, name=f"worker {i}", daemon=True) for i in range(max(1, threads))]

@@ -42,6 +42,7 @@ class Warmed:
     resident_before: int | None
     """Bytes that were in the page cache; None where that is unknown."""
     resident_after: int | None
+    """Bytes that are in the page cache now; None where that is unknown."""
     nbytes_read: int
     """Bytes brought in from storage; where it is unknown what was there, all bytes that were read."""
     seconds: float
@@ -49,7 +50,7 @@ class Warmed:
 
     @property
     def complete(self) -> bool | None:
-        """Whether all that was asked for is resident now; None where that is unknown."""
+        """True if all that was asked for is resident now; None where that is unknown."""
         return None if self.resident_after is None else self.resident_after >= self.nbytes
 
 
@@ -62,9 +63,16 @@ def warm(
 ) -> Warmed:
     """Bring files into the page cache, in the order given, and wait for it.
 
-    limit_nbytes: only the first so many bytes. progress: told (done, total) bytes. Raises `HostMemoryError` before
-    anything is read if what is missing is more than the machine or the cgroup can hold beside what is in use, and
-    `CheckpointError` for a file that cannot be read.
+    Args:
+        files: The files, as `list_tree` found them.
+        threads: The number of reads side by side; None chooses.
+        limit_nbytes: Only the first so many bytes.
+        progress: Told (done, total) bytes.
+
+    Raises:
+        HostMemoryError: What is missing is more than the machine or the cgroup can hold beside what is in use. Nothing
+            was read.
+        CheckpointError: A file cannot be read.
     """
     paths = [file.path for file in files]
     wanted = sum(file.nbytes for file in files)
