@@ -23,7 +23,7 @@ from wan_loader.plan.blocks import Segment, plan_blocks
 from wan_loader.plan.dtype_rule import DtypeRule
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
 from wan_loader.plan.transport import choose_transport
-from wan_loader.system.page_cache import ModuleResidency
+from wan_loader.system.page_cache import PageCache
 from wan_loader.system.posix import cached_bytes
 
 #: For the full native checkpoint: headers of 12 shards and two .pth, and the plan of all 2,626 tensors.
@@ -41,7 +41,7 @@ def plan_all(checkpoints):
         with Reader(checkpoint.files) as reader:
             storages = plan_storages(checkpoint.tensors, DtypeRule("bfloat16", ("norm2",)))
             layout = lay_out(checkpoint, storages, views=False)
-            residency = ModuleResidency(reader.fds)
+            residency = PageCache(reader.fds)
             residency.total(layout.extents)
             way = choose_transport("auto", may_map=True, reader=reader, residency=residency)
             n_blocks += sum(
