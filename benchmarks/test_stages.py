@@ -41,11 +41,14 @@ def plan_all(checkpoints):
         with Reader(checkpoint.files) as reader:
             storages = plan_storages(checkpoint.tensors, DtypeRule("bfloat16", ("norm2",)))
             layout = lay_out(checkpoint, storages, views=False)
-            residency = PageCache(reader.fds)
-            residency.total(layout.extents)
-            way = choose_transport("auto", may_map=True, reader=reader, residency=residency)
+            page_cache = PageCache(reader.fds)
+            page_cache.total(layout.byte_ranges)
+            transport = choose_transport("auto", may_map=True, reader=reader, page_cache=page_cache)
             n_blocks += sum(
-                1 for _ in plan_blocks(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
+                1
+                for _ in plan_blocks(
+                    layout.byte_ranges, block_bytes=block_bytes(layout.nbytes_read), transport=transport
+                )
             )
     return n_blocks
 
