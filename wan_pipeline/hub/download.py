@@ -1,4 +1,4 @@
-"""Downloading what text-to-video needs of WAN2.2: resumable at the byte, checked against the hub's lengths and hashes.
+"""Downloads of what text-to-video needs of WAN2.2: resumable at the byte, checked against the hub's lengths and hashes.
 
 A file comes under a temporary name, is hashed while it comes, and is renamed into place only if its hash is the hub's:
 a file that is there is right. What is there already is hashed once, whoever downloaded it.
@@ -45,21 +45,21 @@ Status = Literal["checked", "unchecked", "partial", "missing", "wrong"]
 
 @dataclass(frozen=True, slots=True)
 class Downloaded:
-    """What there was to do, and what was done (nothing, if it was only asked for)."""
+    """A download that has ended: what there was to do, and what was done (nothing, if it was only asked for)."""
 
     directory: str
     repository: str
     revision: str
     layout: Layout
     files: tuple[tuple[RemoteFile, Status], ...]
-    """With the state in which they were found."""
+    """All files, with the state in which they were found."""
     nbytes: int
-    """Of all files."""
+    """The bytes of all files."""
     nbytes_missing: int
-    """What had to be downloaded when it began."""
+    """The bytes that had to be downloaded when it began."""
     nbytes_received: int
     nbytes_hashed: int
-    """Of files that were there and had not been checked."""
+    """The bytes of files that were there and had not been checked."""
     seconds: float
 
 
@@ -76,12 +76,22 @@ def download(
 ) -> Downloaded:
     """Download a WAN2.2 checkpoint from the hub, or what is missing of it.
 
-    repository: T2V-A14B in `layout` (native) if None. dry_run: ask the hub, write nothing. force: replace files that
-    are there and are others than the hub's. threads: files at a time (8). progress: told (step, done, total) bytes.
+    After an error or an interruption, the same call goes on where it stopped.
 
-    Raises `HubError` (no network, no such repository or revision, gated, other bytes than promised), `OptionError` for
-    a repository that is not WAN2.2 in that layout, `OutputError` for a target that cannot be written, is too small or
-    holds other files. After an error or an interruption, the same call goes on where it stopped.
+    Args:
+        directory: The place for it; it is made if only its last part is missing.
+        repository: OWNER/NAME; T2V-A14B in `layout` if None.
+        layout: The layout to take; None takes what the repository holds, and native where no repository is named.
+        revision: A branch, a tag or a commit; None is the default branch.
+        dry_run: Ask the hub, write nothing.
+        force: Replace files that are there and are others than the hub's.
+        threads: The number of files at a time (8).
+        progress: Told (step, done, total) bytes.
+
+    Raises:
+        HubError: No network, no such repository or revision, gated, other bytes than promised.
+        OptionError: The repository is not WAN2.2 in that layout.
+        OutputError: The target cannot be written, is too small or holds other files.
     """
     start_ns = clock_ns()
     place = Path(directory)
@@ -130,7 +140,7 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
 
 
 def _with_history(state: State, before: State | None) -> State:
-    """What was found right of this repository; another one's files are replaced like anybody's, only by force."""
+    """Add what was found right of this repository; another one's files are replaced like anybody's, only by force."""
     if before is not None and before.repository == state.repository:
         state.checked.update(before.checked)
     return state
@@ -147,7 +157,7 @@ def _make_directory(place: Path) -> None:
 
 
 class _Job:
-    """One run of `download`."""
+    """A run of `download`."""
 
     def __init__(self, listing: Listing, state: State, threads: int | None, progress: Progress | None) -> None:
         self._listing = listing
@@ -164,7 +174,7 @@ class _Job:
         self.nbytes_hashed = 0
 
     def look(self) -> None:
-        """What is there; reads no file."""
+        """Find out what is there; read no file."""
         for file in self._state.files:
             self.found[file] = self._status(file)
         fetched = [f for f, status in self.found.items() if status in ("missing", "partial", "wrong")]
@@ -186,6 +196,7 @@ class _Job:
             return 0
 
     def run(self, force: bool) -> None:
+        """Check what nobody has checked, then download what is missing or wrong."""
         state = self._state
         self._refuse_foreign([f for f, status in self.found.items() if status == "wrong"], force)
         unchecked = [f for f, status in self.found.items() if status == "unchecked"]
@@ -237,7 +248,7 @@ class _Job:
         self._state.note_checked(file)
 
     def _hash(self, fd: int, file: RemoteFile) -> Digest:
-        """The digest of what is there; its bytes count as done."""
+        """Return the digest of what is there; its bytes count as done."""
         digest, position, buffer = Digest(file), 0, memoryview(bytearray(_BLOCK_BYTES))
         while count := fill(fd, position, buffer):
             if self._stop.is_set():
@@ -257,7 +268,7 @@ class _Job:
             self.nbytes_received += max(0, nbytes)
 
     def _fetch(self, file: RemoteFile) -> None:
-        """Until it is whole and right; a broken connection is taken up again, other bytes than promised once."""
+        """Download until the file is right; a broken connection is taken up again, other bytes than promised once."""
         failures = mismatches = 0
         while True:
             before = self._nbytes_of_part(file)
@@ -283,7 +294,7 @@ class _Job:
         self._place(file)
 
     def _transfer(self, file: RemoteFile) -> bool:
-        """Get the rest of a file; whether the whole is right. Bytes count as done while they are in the part."""
+        """Get the rest of a file; return whether the whole is right. Bytes count as done while they are in the part."""
         part = self._state.part(file)
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with open(fd, "r+b", buffering=0) as opened:

@@ -1,4 +1,4 @@
-"""The hub: what a repository holds, and the bytes of one file. All through huggingface_hub, imported late.
+"""The hub: the files of a repository, and the bytes of one. All through huggingface_hub, imported late.
 
 Endpoint and token are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN, or what `hf auth login` has stored. Files come by
 plain HTTP with ranges, so that a download goes on at the byte where it stopped. Nothing that is sent is trusted:
@@ -47,7 +47,7 @@ class Listing:
 
 
 class Digest:
-    """Computes the kind of digest that the hub gives for a file."""
+    """A digest of the kind that the hub gives for a file."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._wanted = file.digest
@@ -55,19 +55,26 @@ class Digest:
         self._hash = hashlib.sha1(b"blob %d\0" % file.nbytes, usedforsecurity=False) if git else hashlib.sha256()
 
     def update(self, data: bytes | memoryview) -> None:
+        """Add bytes, in their order."""
         self._hash.update(data)
 
     @property
     def found(self) -> str:
+        """The digest of all bytes so far, in hex."""
         return self._hash.hexdigest()
 
     @property
     def is_right(self) -> bool:
+        """True if it is the hub's."""
         return self._wanted.partition(":")[2] == self.found
 
 
 def list_repository(repository: str, revision: str | None) -> Listing:
-    """What a repository holds. Raises `HubError` that says why not."""
+    """List what a repository holds.
+
+    Raises:
+        HubError: The hub does not tell, or tells what cannot be trusted; says why.
+    """
     from huggingface_hub import HfApi
 
     try:
@@ -91,11 +98,11 @@ def _remote_file(repository: str, sibling: Any) -> RemoteFile:
 
 
 class _TooMuchError(Exception):
-    """More bytes come than were promised; older versions of huggingface_hub do so where all is sent again."""
+    """More bytes came than were promised; older versions of huggingface_hub do so where all is sent again."""
 
 
 class _Sink:
-    """The file that is written to: counts, hashes, and looks whether to stop."""
+    """The file as huggingface_hub writes it: counts, hashes, and looks whether to stop."""
 
     def __init__(
         self, file: FileIO, remote: RemoteFile, digest: Digest, stop: threading.Event, told: Callable[[int], None]
@@ -107,6 +114,7 @@ class _Sink:
         self.digest = digest
 
     def write(self, data: bytes) -> int:
+        """Write all of `data`, and count it."""
         if self._stop.is_set():
             raise StoppedError
         if self._file.tell() + len(data) > self._remote.nbytes:
@@ -124,10 +132,11 @@ class _Sink:
         return len(data)
 
     def tell(self) -> int:
+        """Return the position in the file."""
         return self._file.tell()
 
     def seek(self, offset: int) -> int:
-        """Called where the hub sends all again instead of the rest."""
+        """Begin anew, where the hub sends all again instead of the rest."""
         if offset != 0:
             raise HubError(f"a download of {self._remote.path} cannot go on at byte {offset}")
         self._told(-self._file.tell())
@@ -135,10 +144,11 @@ class _Sink:
         return self._file.seek(0)
 
     def truncate(self) -> int:
+        """Cut the file off here."""
         return self._file.truncate()
 
     def flush(self) -> None:
-        return None
+        """Do nothing: the file has no buffer."""
 
 
 def transfer(
@@ -150,10 +160,23 @@ def transfer(
     stop: threading.Event,
     told: Callable[[int], None],
 ) -> Digest:
-    """Append what is missing of a file, at whose end `file` stands; returns the digest, wrong if too much comes.
+    """Append what is missing of a file, at whose end `file` stands.
 
-    digest: of what is there already. told: how many bytes have come. Raises `HubError` where the hub cannot be reached
-    or sends other than promised, `OutputError` where the bytes cannot be written, `StoppedError`.
+    Args:
+        listing: The repository.
+        remote: The file as the hub describes it.
+        file: The file here, unbuffered.
+        digest: Of what is there already.
+        stop: Set by whoever wants to end it.
+        told: Told how many bytes have come; less than none where the hub begins anew.
+
+    Returns:
+        The digest of the whole; a wrong one if too much comes.
+
+    Raises:
+        HubError: The hub cannot be reached, or sends other than promised.
+        OutputError: The bytes cannot be written.
+        StoppedError: `stop` was set.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -185,7 +208,7 @@ def transfer(
 
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Without huggingface_hub's own bars and warnings, which are undone afterwards."""
+    """Silence huggingface_hub's own bars and warnings, which is undone afterwards."""
     from huggingface_hub import utils
 
     hub: Any = utils
@@ -201,7 +224,7 @@ def quiet_hub() -> Iterator[None]:
 
 
 def _explain(error: Exception, repository: str, revision: str | None, path: str | None = None) -> HubError:
-    """What went wrong, in one line. By the names of classes, as they moved between versions and HTTP libraries."""
+    """Say what went wrong, in one line. By the names of classes, as they moved between versions and HTTP libraries."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     what = f"{path} of {repository}" if path else repository

@@ -41,7 +41,7 @@ class Pool:
         self._views = {dtype: _bytes_in(self._values, dtype) for dtype in dtypes}
 
     def data(self, tensor: Tensor) -> Iterator[memoryview]:
-        """The bytes of a tensor in pieces of a few MB; views of the pool, nothing is copied."""
+        """Yield the bytes of a tensor in buffers of a few MB; views of the pool, nothing is copied."""
         start = self._start(tensor)
         if tensor.is_scale:
             yield self._scale(tensor, start)

@@ -1,7 +1,7 @@
-"""The two file formats as streams: a safetensors file and a torch zip checkpoint, piece by piece, in order.
+"""The two file formats as streams: a safetensors file and a torch zip checkpoint, buffer by buffer, in order.
 
 Both functions yield buffers whose concatenation is the file, so a file of any size is written with the memory of one
-piece. The values come from a function `data(tensor) -> buffers`; with one that yields nothing, what is left is the
+buffer. The values come from a function `data(tensor) -> buffers`; with one that yields nothing, what is left is the
 overhead, from which the size of a file is known before it is written.
 
 The zip follows what `torch.save` writes: stored entries, data on 64-byte borders, data descriptors, ZIP64 where a
@@ -41,17 +41,17 @@ _CHECKSUM_THREADS = 1
 
 
 def no_data(tensor: Tensor) -> Iterator[Buffer]:
-    """A source of no values at all."""
+    """Return no values at all: the source for the length of all that is not data."""
     return iter(())
 
 
 def stream_nbytes(stream: Iterable[Buffer]) -> int:
-    """Length of all buffers of a stream."""
+    """Return the length of all buffers of a stream."""
     return sum(memoryview(piece).nbytes for piece in stream)
 
 
 def safetensors_stream(tensors: Sequence[Tensor], data: Data) -> Iterator[Buffer]:
-    """A safetensors file as the safetensors library writes it: tensors of one dtype sorted by name."""
+    """Yield a safetensors file as the safetensors library writes it: tensors of one dtype sorted by name."""
     tensors = sorted(tensors, key=lambda t: (-ITEMSIZE[t.dtype], t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -67,7 +67,7 @@ def safetensors_stream(tensors: Sequence[Tensor], data: Data) -> Iterator[Buffer
 
 
 def pth_stream(tensors: Sequence[Tensor], archive: str, data: Data) -> Iterator[Buffer]:
-    """A checkpoint as `torch.save` writes it: an ordered dictionary of tensors, each with a storage of its own."""
+    """Yield a checkpoint as `torch.save` writes it: an ordered dictionary of tensors, each with its own storage."""
     zip_ = _Zip(archive)
     yield from zip_.entry("data.pkl", _pickled(tensors))
     yield from zip_.entry(".format_version", b"1")
@@ -87,7 +87,7 @@ def pth_stream(tensors: Sequence[Tensor], archive: str, data: Data) -> Iterator[
 
 
 class _Zip:
-    """Where a zip file is while it is streamed; each method returns the bytes that come next."""
+    """A zip file while it is streamed; each method returns the bytes that come next."""
 
     def __init__(self, archive: str) -> None:
         self._archive = archive
@@ -120,7 +120,7 @@ class _Zip:
 
 
 def _padding(header_end: int) -> bytes:
-    """An extra field after which the data begins on a border of 64 bytes."""
+    """Return an extra field after which the data begins on a border of 64 bytes."""
     fill = -(header_end + 4) % _DATA_ALIGN
     return struct.pack("<2sH", b"FB", fill) + b"Z" * fill
 
@@ -150,7 +150,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Stub:
-    """Stands for a tensor while it is pickled: what `torch.Tensor` would reduce to, without the tensor."""
+    """A stand-in for a tensor while it is pickled: what `torch.Tensor` would reduce to, without the tensor."""
 
     storage: _Storage
     shape: tuple[int, ...]

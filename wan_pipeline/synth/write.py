@@ -1,4 +1,4 @@
-"""Carries a plan out: a few threads, one file each, into a temporary directory, then into place.
+"""The writing of a plan: a few threads, one file each, into a temporary directory, then into place.
 
 The temporary directory lies inside the target, so that it is on the same file system even where the target is a mount
 point. What fails half way leaves nothing behind; a process that is killed leaves a directory `.synth-*`.
@@ -33,7 +33,11 @@ _TEMPORARY = ".synth-"
 
 
 def check_target(directory: Path, nbytes: int, *, force: bool) -> None:
-    """Refuse a target that is not ours to fill or too small; changes nothing."""
+    """Refuse a target that is not ours to fill or too small; change nothing.
+
+    Raises:
+        OutputError: The target is refused.
+    """
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"{directory} is not a directory; name another place")
     if not force and directory.is_dir() and any(directory.iterdir()):
@@ -45,7 +49,11 @@ def check_target(directory: Path, nbytes: int, *, force: bool) -> None:
 
 
 def write_plan(plan: Plan, directory: Path, data: Data, progress: Progress | None) -> tuple[Path, ...]:
-    """Write all files of a plan; returns their paths. Files of the same names are replaced, others stay."""
+    """Write all files of a plan; return their paths. Files of the same names are replaced, others stay.
+
+    Raises:
+        OutputError: Something cannot be written; nothing is left behind.
+    """
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(directory)
@@ -74,7 +82,7 @@ def _install(temporary: Path, directory: Path, path: str) -> Path:
 
 
 class _Counter:
-    """Bytes written so far, by all threads; raising `stop` ends them at their next piece."""
+    """The bytes written so far, by all threads; setting `stop` ends them at their next buffer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,6 +90,7 @@ class _Counter:
         self.stop = threading.Event()
 
     def add(self, nbytes: int) -> None:
+        """Count bytes of one thread."""
         with self._lock:
             self.nbytes += nbytes
 
