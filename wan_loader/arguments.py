@@ -48,13 +48,13 @@ def checked_path(value: object, what: str = "path", advice: str = _ONE_PATH) -> 
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if isinstance(path, str):
         if not path or "\0" in path:
-            raise OptionError(f"{what} is {'empty' if not path else repr(path)}: {advice}")
+            raise OptionError.because(f"{what} is {'empty' if not path else repr(path)}", advice)
         return path
     if hasattr(value, "read"):
         named = isinstance(getattr(value, "name", None), str)
         advice = "pass its path, which is its .name" if named else f"weights are read from files, so {advice}"
-        raise OptionError(f"{what} is an open {_kind(value)}: {advice}")
-    raise OptionError(f"{what} is {_shown(value)}: {advice}")
+        raise OptionError.because(f"{what} is an open {_kind(value)}", advice)
+    raise OptionError.because(f"{what} is {_shown(value)}", advice)
 
 
 def checked_paths(value: object) -> str | list[str]:
@@ -70,13 +70,13 @@ def checked_strings(value: object, what: str) -> tuple[str, ...]:
         return ()
     advice = "pass a list of strings"
     if isinstance(value, str):
-        raise OptionError(f"{what} is {_shown(value)}: {advice}, such as {what}=[{value!r:.60}]")
+        raise OptionError.because(f"{what} is {_shown(value)}", f"{advice}, such as {what}=[{value!r:.60}]")
     if isinstance(value, Mapping | _BYTES):
-        raise OptionError(f"{what} is {_shown(value)}: {advice}")
+        raise OptionError.because(f"{what} is {_shown(value)}", advice)
     strings = tuple(_items(value, what, advice))
     for one in strings:
         if not isinstance(one, str):
-            raise OptionError(f"{what} holds {_shown(one)}: every item is a str")
+            raise OptionError.because(f"{what} holds {_shown(one)}", "every item is a str")
     return strings
 
 
@@ -84,19 +84,20 @@ def _items(value: object, what: str, advice: str) -> Iterable[Any]:
     try:
         return iter(value)  # type: ignore[call-overload, no-any-return]
     except TypeError:
-        raise OptionError(f"{what} is {_shown(value)}: {advice}") from None
+        raise OptionError.because(f"{what} is {_shown(value)}", advice) from None
 
 
 def check_part(part: object) -> None:
     """Raise `OptionError` unless the value can name a part of a checkpoint."""
     if part is not None and not isinstance(part, str):
-        raise OptionError(f"part is {_shown(part)}: pass the keys that lead to it, joined by dots: 'state_dict'")
+        remedy = "pass the keys that lead to it, joined by dots: 'state_dict'"
+        raise OptionError.because(f"part is {_shown(part)}", remedy)
 
 
 def check_flag(value: object, what: str) -> None:
     """Raise `OptionError` unless the value is True or False: a text such as "no" would count as True."""
     if value is not True and value is not False:
-        raise OptionError(f"{what} is {_shown(value)}: pass True or False")
+        raise OptionError.because(f"{what} is {_shown(value)}", "pass True or False")
 
 
 def checked_count(value: Any, what: str, *, least: int = 1, most: int | None = None) -> int:
@@ -107,7 +108,7 @@ def checked_count(value: Any, what: str, *, least: int = 1, most: int | None = N
         count = -1
     if count < least or (most is not None and count > most):
         limits = f"{least} or more" if most is None else f"{least} to {most}"
-        raise OptionError(f"{what}={value!r:.60}: use {limits}")
+        raise OptionError.because(f"{what}={value!r:.60}", f"use {limits}")
     return count
 
 
@@ -119,41 +120,45 @@ def checked_threads(threads: object) -> int | None:
 def check_io(io: object) -> None:
     """Raise `OptionError` unless `io` is one of the modes."""
     if not isinstance(io, str) or io not in IO_MODES:
-        raise OptionError(f"io={io!r:.60}: use one of {', '.join(IO_MODES)}")
+        raise OptionError.because(f"io={io!r:.60}", f"use one of {', '.join(IO_MODES)}")
 
 
 def check_device(device: object) -> None:
     """Raise `DeviceError` for what cannot name a device; whether there is such a one is asked when torch is there."""
     is_index = isinstance(device, Integral) and not isinstance(device, bool)
     if not (isinstance(device, str) or is_index or _is_a(device, "torch", "device")):
-        raise DeviceError(f"device is {_shown(device)}: use auto, cpu, cuda or cuda:N, an index, or a torch.device")
+        raise DeviceError.because(
+            f"device is {_shown(device)}", "use auto, cpu, cuda or cuda:N, an index, or a torch.device"
+        )
 
 
 def check_observer(observer: object) -> None:
     """Raise `OptionError` unless the observer can be told of spans."""
     if observer is not None and not callable(getattr(observer, "record", None)):
-        raise OptionError(f"observer is {_shown(observer)}: pass an object with a method record(span)")
+        raise OptionError.because(f"observer is {_shown(observer)}", "pass an object with a method record(span)")
 
 
 def check_key_map(key_map: object) -> None:
     """Raise `OptionError` unless names can be looked up in the map."""
     if key_map is not None and not isinstance(key_map, Mapping) and not callable(key_map):
-        raise OptionError(f"key_map is {_shown(key_map)}: pass a mapping or a function, from name to name")
+        raise OptionError.because(f"key_map is {_shown(key_map)}", "pass a mapping or a function, from name to name")
 
 
 def check_group(group: object) -> None:
     """Raise `OptionError` unless it is a group of processes: what `new_group` gives to non-members is none."""
     if group is not None and not _is_a(group, "torch.distributed", "ProcessGroup"):
-        raise OptionError(
-            f"group is {_shown(group)}: pass a process group, or None; -100 is what new_group gives to processes that "
-            "are not in the group"
+        raise OptionError.because(
+            f"group is {_shown(group)}",
+            "pass a process group, or None; -100 is what new_group gives to processes that are not in the group",
         )
 
 
 def check_module(module: object) -> None:
     """Raise `OptionError` unless the value is a module, whose parameters can be filled."""
     if not _is_a(module, "torch.nn", "Module"):
-        raise OptionError(f"module is {_shown(module)}: the module to fill comes first, and then the checkpoint's path")
+        raise OptionError.because(
+            f"module is {_shown(module)}", "the module to fill comes first, and then the checkpoint's path"
+        )
 
 
 def check_cache(*, cache: object, cache_dir: StrPath | None, verify: object = False) -> None:
@@ -164,7 +169,7 @@ def check_cache(*, cache: object, cache_dir: StrPath | None, verify: object = Fa
         checked_path(cache_dir, "cache_dir", "pass a directory, or None for the user's cache directory")
     needing = [name for name, given in (("cache_dir", cache_dir is not None), ("verify", verify)) if given]
     if needing and not cache:
-        raise OptionError(f"{' and '.join(needing)} without the cache: pass cache=True, too, or leave it out")
+        raise OptionError.because(f"{' and '.join(needing)} without the cache", "pass cache=True, too, or leave it out")
 
 
 def _is_a(value: object, module: str, name: str) -> bool:

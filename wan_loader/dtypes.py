@@ -71,7 +71,7 @@ def parse_dtype(text: str) -> str:
     """
     name = _ALIASES.get(text.lower(), text.lower())
     if name not in FLOATING:
-        raise OptionError(f"unknown dtype {text!r:.60}: use bf16, fp16, fp32 or a floating torch dtype name")
+        raise OptionError.because(f"unknown dtype {text!r:.60}", "use bf16, fp16, fp32 or a floating torch dtype name")
     return name
 
 
@@ -84,7 +84,9 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     if dtype is None:
         return None
     if not isinstance(dtype, str) and not type(dtype).__name__.lower().endswith("dtype"):
-        raise OptionError(f"dtype is of type {type(dtype).__name__}: pass a torch.dtype, or bf16, fp16 or fp32")
+        raise OptionError.because(
+            f"dtype is of type {type(dtype).__name__}", "pass a torch.dtype, or bf16, fp16 or fp32"
+        )
     return parse_dtype(str(dtype).removeprefix("torch."))
 
 

@@ -23,7 +23,7 @@ A message says what happened, to which file or tensor, and what to do. Parts of 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack
+from typing import TYPE_CHECKING, ClassVar, Self, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,6 +81,12 @@ class WanLoaderError(Exception):
         self.tensor = tensor
         self.reason = reason
         self.remedy = remedy
+
+    @classmethod
+    def because(cls, reason: str, remedy: str | None = None, *, path: StrPath | None = None) -> Self:
+        """Make an error whose message is made of its fields: "PATH REASON: REMEDY", without those that are None."""
+        about = reason if path is None else f"{os.fspath(path)} {reason}"
+        return cls(about if remedy is None else f"{about}: {remedy}", path=path, reason=reason, remedy=remedy)
 
 
 class _Fields(TypedDict, total=False):

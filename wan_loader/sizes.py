@@ -52,10 +52,10 @@ def _parse(text: str, stripped: str, example: str) -> float:
         unit = found[2].lower()
         factor = _FACTORS.get(unit) or _BINARY.get(unit)
     if not found or not factor:
-        raise OptionError(f"{text!r} is not understood: write it like {example}")
+        raise OptionError.because(f"{text!r} is not understood", f"write it like {example}")
     value = float(found[1]) * factor
     if not 0 < value < math.inf:
-        raise OptionError(f"{text!r} must be more than 0, and finite")
+        raise OptionError.because(f"{text!r} must be more than 0, and finite")
     return value / 8 if (found[3] or "").lower().startswith("bit") else value
 
 
@@ -91,7 +91,7 @@ def parse_age(text: str) -> float:
     """
     found = _AGE.fullmatch(text.strip())
     if not found or float(found[1]) <= 0:
-        raise OptionError(f"{text!r} is not understood: write it like 30d or 12h")
+        raise OptionError.because(f"{text!r} is not understood", "write it like 30d or 12h")
     return float(found[1]) * _AGE_SECONDS[found[2].lower()]
 
 

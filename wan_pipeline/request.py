@@ -63,24 +63,24 @@ class Request:
         width, height = checked_size(self.size)
         for name in ("prompt", "negative_prompt"):
             if not isinstance(text := getattr(self, name), str):
-                raise OptionError(f"{name} is of type {type(text).__name__}: pass a str")
+                raise OptionError.because(f"{name} is of type {type(text).__name__}", "pass a str")
         checked_count(self.steps, "sample_steps")
         if not self.prompt.strip():
-            raise OptionError("the prompt is empty: say what the video shows")
+            raise OptionError.because("the prompt is empty", "say what the video shows")
         if width < 16 or height < 16 or width % 16 or height % 16:
-            raise OptionError(f"size {width}*{height}: both must be multiples of 16")
+            raise OptionError.because(f"size {width}*{height}", "both must be multiples of 16")
         if not isinstance(self.frame_num, Integral) or self.frame_num < 1 or self.frame_num % 4 != 1:
-            raise OptionError(f"frame_num {self.frame_num}: it must be 4n+1, such as 81")
+            raise OptionError.because(f"frame_num {self.frame_num}", "it must be 4n+1, such as 81")
         if not _is_finite(self.shift) or self.shift <= 0:
-            raise OptionError(f"sample_shift {self.shift!r:.60}: it must be a positive number")
+            raise OptionError.because(f"sample_shift {self.shift!r:.60}", "it must be a positive number")
         if not _is_pair(self.guide_scale):
-            raise OptionError(f"guide_scale={self.guide_scale!r:.60}: use two numbers, such as (3.0, 4.0)")
+            raise OptionError.because(f"guide_scale={self.guide_scale!r:.60}", "use two numbers, such as (3.0, 4.0)")
         if self.solver not in get_args(Solver):
-            raise OptionError(f"sample_solver {self.solver!r}: use {' or '.join(get_args(Solver))}")
+            raise OptionError.because(f"sample_solver {self.solver!r}", f"use {' or '.join(get_args(Solver))}")
         if self.grid not in get_args(Grid):
-            raise OptionError(f"grid {self.grid!r}: use {' or '.join(get_args(Grid))}")
+            raise OptionError.because(f"grid {self.grid!r}", f"use {' or '.join(get_args(Grid))}")
         if not isinstance(self.seed, Integral) or not 0 <= self.seed <= _MAX_SEED:
-            raise OptionError(f"seed {self.seed}: from 0 to 2**63 - 1")
+            raise OptionError.because(f"seed {self.seed}", "from 0 to 2**63 - 1")
 
     @classmethod
     def make(cls, task: str, prompt: str, **settings: Any) -> Request:
@@ -92,7 +92,7 @@ class Request:
         """Raise `OptionError` unless the model of `task`, which works on squares of `multiple` pixels, can do this."""
         width, height = self.size
         if width % multiple or height % multiple:
-            raise OptionError(f"size {width}*{height}: both must be multiples of {multiple} for {task}")
+            raise OptionError.because(f"size {width}*{height}", f"both must be multiples of {multiple} for {task}")
 
 
 def _is_finite(value: object) -> bool:
@@ -106,7 +106,7 @@ def _is_pair(values: object) -> bool:
 def checked_size(size: object) -> tuple[int, int]:
     """Return width and height in pixels; `OptionError` for what is not two whole numbers."""
     if not isinstance(size, tuple | list) or len(size) != 2:
-        raise OptionError(f"size={size!r:.60}: use width and height in pixels, such as (1280, 720)")
+        raise OptionError.because(f"size={size!r:.60}", "use width and height in pixels, such as (1280, 720)")
     return checked_count(size[0], "width", least=0), checked_count(size[1], "height", least=0)
 
 
@@ -118,7 +118,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+)[*x](\d+)", text.strip())
     if match is None:
-        raise OptionError(f"size {text!r}: write it as WIDTH*HEIGHT, such as 1280*720")
+        raise OptionError.because(f"size {text!r}", "write it as WIDTH*HEIGHT, such as 1280*720")
     return int(match[1]), int(match[2])
 
 
@@ -132,5 +132,5 @@ def parse_guide_scale(text: str) -> tuple[float, float]:
         values = [float(part) for part in text.split(",")]
         low, high = values * 2 if len(values) == 1 else values
     except ValueError:
-        raise OptionError(f"sample_guide_scale {text!r}: one number, or LOW,HIGH such as 3.0,4.0") from None
+        raise OptionError.because(f"sample_guide_scale {text!r}", "one number, or LOW,HIGH such as 3.0,4.0") from None
     return low, high

@@ -64,7 +64,7 @@ def make_scheduler(config: Mapping[str, Any], *, solver: Solver, shift: float, g
         ("dpm++", "diffusers"): _Dpm,
     }
     if (solver, grid) not in classes:
-        raise OptionError(f"solver {solver!r} with grid {grid!r}: use unipc or dpm++, official or diffusers")
+        raise OptionError.because(f"solver {solver!r} with grid {grid!r}", "use unipc or dpm++, official or diffusers")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if solver == "dpm++":
         settings = {

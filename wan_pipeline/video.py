@@ -52,7 +52,7 @@ def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:
             os.close(handle)
             Path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise OutputError.because(f"cannot be written: {error.strerror or error}", path=target) from error
 
 
 def _encode(name: str, frames_THWC: np.ndarray, fps: int) -> None:

@@ -99,7 +99,7 @@ def parse_limit(text: str) -> Limit:
     """Read `median:5%`; raise `OptionError` for anything else."""
     found = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)%", text.strip())
     if not found or found[1] not in METRICS:
-        raise OptionError(f"--fail-if {text!r}: write METRIC:PERCENT%, METRIC one of {', '.join(METRICS)}")
+        raise OptionError.because(f"--fail-if {text!r}", f"write METRIC:PERCENT%, METRIC one of {', '.join(METRICS)}")
     return Limit(found[1], float(found[2]) / 100)
 
 
@@ -118,7 +118,7 @@ def read_run(path: StrPath) -> MeasuredRun:
             return MeasuredRun(name, machine, values, spreads, broken, _sizes(document))
         return MeasuredRun(name, machine, *_load_values(document), loaded=_loaded(document))
     except ValueError as error:
-        raise SessionError(f"{name} is no result of bench, load or profile: {error}") from error
+        raise SessionError.because(f"is no result of bench, load or profile: {error}", path=name) from error
 
 
 def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, str]]:
@@ -177,8 +177,8 @@ def compare_runs(before: MeasuredRun, after: MeasuredRun, metrics: Sequence[str]
     """
     common = [name for name in before.values if name in after.values]
     if not common:
-        raise SessionError(
-            f"{before.path} and {after.path} measured nothing in common: compare runs of the same command"
+        raise SessionError.because(
+            f"{before.path} and {after.path} measured nothing in common", "compare runs of the same command"
         )
     return [
         Comparison(

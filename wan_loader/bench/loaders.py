@@ -33,7 +33,7 @@ def find_loaders(names: Sequence[str]) -> list[Loader]:
     """
     words = [word.strip() for name in names for word in name.split(",") if word.strip()]
     if unknown := [word for word in words if word not in LOADERS and word != "all"]:
-        raise OptionError(f"unknown loader {unknown[0]!r}: use {', '.join(LOADERS)}, or all")
+        raise OptionError.because(f"unknown loader {unknown[0]!r}", f"use {', '.join(LOADERS)}, or all")
     if not words or "all" in words:
         return list(LOADERS.values())
     return [LOADERS[word] for word in dict.fromkeys(words)]

@@ -61,12 +61,14 @@ def parse_place(text: str) -> Place:
     """
     name, equals, value = text.partition("=")
     if not name or not equals or not value:
-        raise OptionError(f"--storage {text!r}: write NAME=DIR, or NAME=simulated:180MB/s")
+        raise OptionError.because(f"--storage {text!r}", "write NAME=DIR, or NAME=simulated:180MB/s")
     kind, _, rate = value.partition(":")
     if kind != _SIMULATED:
         directory = Path(value).expanduser()
         if not directory.is_dir():
-            raise OptionError(f"--storage {name}: {directory} is no directory")
+            raise OptionError(
+                f"--storage {name}: {directory} is no directory", path=directory, reason="is no directory"
+            )
         return Place(name, directory)
     rate = rate or name
     known = STORAGES.get(_ALIASES.get(rate, rate))
@@ -103,15 +105,18 @@ def scratch(directory: Path, nbytes: int) -> Iterator[Path]:
             memory = available_memory()
             free = free if memory is None else min(free, memory)
         if nbytes > free:
-            raise OutputError(
-                f"{directory} has no room: {format_bytes(nbytes)} needed, {format_bytes(free)} free; "
-                "name another place, or measure less with --part"
+            raise OutputError.because(
+                f"has no room: {format_bytes(nbytes)} needed, {format_bytes(free)} free",
+                "name another place, or measure less with --part",
+                path=directory,
             )
         made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"{directory} cannot be written: {error.strerror}; name another place") from error
+        raise OutputError.because(
+            f"cannot be written: {error.strerror}", "name another place", path=directory
+        ) from error
     try:
         yield made
     finally:
@@ -141,7 +146,7 @@ def copied_files(
         try:
             copies = _copy_all(files, directory, told)
         except OSError as error:
-            raise OutputError(f"{place.directory}: copying failed: {error.strerror}") from error
+            raise OutputError.because(f"cannot be copied to: {error.strerror}", path=place.directory) from error
         yield copies
 
 

@@ -87,9 +87,11 @@ def read_source(source: SourceFile, start: int, view: memoryview, *, keep_pages:
     except OSError as error:
         if isinstance(error, WanLoaderError):
             raise
-        raise CheckpointError(f"{source.path} cannot be read: {error.strerror}: check the disk") from error
+        raise CheckpointError.because(
+            f"cannot be read: {error.strerror}", "check the disk", path=source.path
+        ) from error
     if count < len(view):
-        raise CheckpointError(f"{source.path} was truncated while it was being staged: stage it again")
+        raise CheckpointError.because("was truncated while it was being staged", "stage it again", path=source.path)
 
 
 def check_unchanged(source: SourceFile) -> None:
@@ -97,10 +99,12 @@ def check_unchanged(source: SourceFile) -> None:
     try:
         facts = os.stat(source.path, follow_symlinks=False)
     except OSError as error:
-        raise CheckpointError(f"{source.path} vanished while it was being staged: {error.strerror}") from error
+        raise CheckpointError.because(
+            f"vanished while it was being staged: {error.strerror}", path=source.path
+        ) from error
     now = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
     if now != (source.nbytes, source.mtime_ns, source.ctime_ns):
-        raise CheckpointError(f"{source.path} changed while it was being staged: stage it again")
+        raise CheckpointError.because("changed while it was being staged", "stage it again", path=source.path)
 
 
 def write(fd: int, start: int, view: memoryview) -> None:

@@ -119,9 +119,10 @@ class Copying:
         self.copy(bad)
         self.settle(list({file for file, _ in bad}))
         if still := self.compare(bad):
-            raise OutputError(
-                f"{self._entry.directory} gives back other bytes than were written ({still[0][0].path}): "
-                "its memory or disk is damaged; do not use it"
+            raise OutputError.because(
+                f"gives back other bytes than were written ({still[0][0].path})",
+                "its memory or disk is damaged; do not use it",
+                path=self._entry.directory,
             )
         names = ", ".join(sorted({file.path for file, _ in bad}))
         return [f"{len(bad)} blocks were not what had been copied, and were copied again: {names}"]

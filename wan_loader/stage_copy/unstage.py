@@ -41,7 +41,7 @@ def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
     """
     place = Path(directory)
     if not place.is_dir():
-        raise MissingFileError(f"{directory} is not a directory: nothing is staged there")
+        raise MissingFileError.because("is not a directory: nothing is staged there", path=directory)
     names: list[str] = []
     kept: list[str] = []
     n_files = nbytes = 0
@@ -56,7 +56,7 @@ def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
     except WanLoaderError:
         raise
     except OSError as error:
-        raise OutputError(f"{error.filename or directory} cannot be removed: {error.strerror}") from error
+        raise OutputError.because(f"cannot be removed: {error.strerror}", path=error.filename or directory) from error
     if not names:
         raise _nothing(place, source)
     return Unstaged(tuple(names), nbytes, n_files, tuple(kept))
@@ -73,20 +73,23 @@ def _is_copy(entry: Entry, source: StrPath) -> bool:
         return False
     made_from = entry.manifest.source
     if made_from != given and os.path.realpath(made_from) != os.path.realpath(given):
-        raise OutputError(
-            f"{entry.directory / entry.manifest.name} is no copy of {given}: it was staged from {made_from}; "
-            "name that to remove it"
+        raise OutputError.because(
+            f"is no copy of {given}: it was staged from {made_from}",
+            "name that to remove it",
+            path=entry.directory / entry.manifest.name,
         )
     return True
 
 
 def _nothing(directory: Path, source: StrPath | None) -> WanLoaderError:
     if source is None:
-        return MissingFileError(f"nothing is staged in {directory}")
+        return MissingFileError(f"nothing is staged in {directory}", path=directory)
     copy = directory / os.path.basename(os.path.abspath(source))
     if os.path.lexists(copy):
-        return OutputError(f"{copy} was not made by `stage`, and stays: delete it by hand if it is not needed")
-    return MissingFileError(f"no copy of {source} is staged in {directory}")
+        return OutputError.because(
+            "was not made by `stage`, and stays", "delete it by hand if it is not needed", path=copy
+        )
+    return MissingFileError(f"no copy of {source} is staged in {directory}", path=directory)
 
 
 def _remove(entry: Entry) -> tuple[int, int, list[str]]:

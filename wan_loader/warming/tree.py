@@ -108,15 +108,17 @@ def list_tree(path: StrPath, *, follow: bool = False) -> Tree:
         if isinstance(error, MissingFileError):
             raise
         if isinstance(error, FileNotFoundError | NotADirectoryError) and error.filename == given:
-            raise MissingFileError(f"{path} does not exist: check the path") from error
-        raise CheckpointError(f"{path} cannot be listed: {error.filename or path}: {error.strerror}") from error
+            raise MissingFileError.because("does not exist", "check the path", path=path) from error
+        raise CheckpointError.because(
+            f"cannot be listed: {error.filename or path}: {error.strerror}", path=path
+        ) from error
 
 
 def _alone(given: str) -> Tree:
     """Make the tree of a file, which may itself be a link."""
     found = _file(os.path.basename(given), os.path.realpath(given))
     if found is None:
-        raise CheckpointError(f"{given} is not a regular file: name a file or a directory")
+        raise CheckpointError.because("is not a regular file", "name a file or a directory", path=given)
     return Tree(given, False, (found,), (), ())
 
 
@@ -180,7 +182,9 @@ class _Walk:
             self.warnings.append(f"{path} is left out: not a regular file, or a link to nothing")
             return
         if len(self.files) == _MAX_FILES:
-            raise CheckpointError(f"{self._root} holds more than {_MAX_FILES} files: name a checkpoint's directory")
+            raise CheckpointError.because(
+                f"holds more than {_MAX_FILES} files", "name a checkpoint's directory", path=self._root
+            )
         self.files.append(file)
 
 

@@ -90,7 +90,7 @@ def warm(
         finally:
             running.stop(_GRACE_S)
         if running.failures:
-            raise CheckpointError(f"{running.failures[0]}: check the file and the disk")
+            raise CheckpointError.because(running.failures[0], "check the file and the disk")
         read += running.nbytes_read
         after = resident_bytes(paths, first_nbytes=wanted)
         if after is None or after >= wanted or warnings:
@@ -106,11 +106,14 @@ def _check_fits(nbytes: int, resident: int) -> None:
     missing = max(0, nbytes - resident)
     advice = "warm a part (--limit, or one component), or stage it on a faster disk"
     if nbytes > limit:
-        raise HostMemoryError(f"{format_bytes(nbytes)} never fit into the {format_bytes(limit)} of memory: {advice}")
+        raise HostMemoryError.because(
+            f"{format_bytes(nbytes)} never fit into the {format_bytes(limit)} of memory", advice
+        )
     if free is not None and missing > free * MEMORY_SHARE:
-        raise HostMemoryError(
+        raise HostMemoryError.because(
             f"{format_bytes(missing)} are to be read and {format_bytes(free)} of memory are free "
-            f"({MEMORY_SHARE:.0%} of that may be filled): {advice}, or end other programs"
+            f"({MEMORY_SHARE:.0%} of that may be filled)",
+            f"{advice}, or end other programs",
         )
 
 

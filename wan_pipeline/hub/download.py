@@ -112,7 +112,8 @@ def download(
     except WanLoaderError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot download to {place}: {error.filename or ''}: {error.strerror or error}") from error
+        reason = f"{error.filename or ''}: {error.strerror or error}"
+        raise OutputError(f"cannot download to {place}: {reason}", path=place, reason=reason) from error
     return Downloaded(
         directory=str(place),
         repository=listing.repository,
@@ -134,7 +135,9 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
         raise OptionError(f"{listing.repository} is no WAN2.2 repository in the native or the diffusers layout")
     chosen = layout or held[0]
     if chosen not in held:
-        raise OptionError(f"{listing.repository} holds the {held[0]} layout: use --layout {held[0]}, or another name")
+        raise OptionError.because(
+            f"{listing.repository} holds the {held[0]} layout", f"use --layout {held[0]}, or another name"
+        )
     wanted = set(wanted_files(names, chosen))
     return chosen, tuple(file for file in listing.files if file.path in wanted)
 
@@ -150,9 +153,9 @@ def _make_directory(place: Path) -> None:
     if place.is_dir():
         return
     if os.path.lexists(place):
-        raise OutputError(f"{place} is not a directory: name another place")
+        raise OutputError.because("is not a directory", "name another place", path=place)
     if not place.absolute().parent.is_dir():
-        raise OutputError(f"{place.absolute().parent} does not exist: is the disk mounted?")
+        raise OutputError.because("does not exist", "is the disk mounted?", path=place.absolute().parent)
     place.mkdir()
 
 
@@ -211,24 +214,26 @@ class _Job:
         self._each("downloading", (partial(self._fetch, file) for file in todo), total)
         state.discard_parts(set())
         if missing := missing_files(state.directory, state.layout):
-            raise HubError(f"{self._listing.repository} itself lacks {', '.join(missing)}: it is not complete")
+            raise HubError.because(f"{self._listing.repository} itself lacks {', '.join(missing)}: it is not complete")
 
     def _refuse_foreign(self, files: Sequence[RemoteFile], force: bool) -> None:
         directories = [file for file in files if self._state.target(file).is_dir()]
         if files and (directories or not force):
             names = ", ".join(str(self._state.target(file)) for file in (directories or files)[:3])
-            raise OutputError(
-                f"{names} {'is a directory' if directories else 'is there and differs from what the hub has'} "
-                f"({len(files)} in all): choose another --to, or replace it with --force"
-            )
+            reason = "is a directory" if directories else "is there and differs from what the hub has"
+            remedy = "choose another --to, or replace it with --force"
+            first = self._state.target((directories or files)[0])
+            message = f"{names} {reason} ({len(files)} in all): {remedy}"
+            raise OutputError(message, path=first, reason=reason, remedy=remedy)
 
     def _check_space(self, todo: Iterable[RemoteFile]) -> None:
         needed = sum(file.nbytes - self._nbytes_of_part(file) for file in todo)
         free = shutil.disk_usage(self._state.directory).free
         if needed > free:
-            raise OutputError(
-                f"{self._state.directory} has {format_bytes(free)} free, {format_bytes(needed)} are to be downloaded: "
-                "free space, or choose another --to"
+            raise OutputError.because(
+                f"has {format_bytes(free)} free, {format_bytes(needed)} are to be downloaded",
+                "free space, or choose another --to",
+                path=self._state.directory,
             )
 
     def _each(self, step: str, tasks: Iterable[Callable[[], None]], total: int) -> None:
@@ -287,9 +292,10 @@ class _Job:
             self._state.part(file).unlink()
             mismatches += 1
             if mismatches == 2:
-                raise HubError(
-                    f"{file.path} came twice with another content than the hub's hash ({file.digest}) stands for: "
-                    "check proxies and mirrors, or try again later"
+                raise HubError.because(
+                    f"came twice with another content than the hub's hash ({file.digest}) stands for",
+                    "check proxies and mirrors, or try again later",
+                    path=file.path,
                 )
         self._place(file)
 

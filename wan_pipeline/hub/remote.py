@@ -83,7 +83,7 @@ def list_repository(repository: str, revision: str | None) -> Listing:
         raise _explain(error, repository, revision) from error
     siblings = info.siblings or []
     if not isinstance(info.sha, str) or not info.sha.isalnum() or len(siblings) > _MAX_FILES:
-        raise HubError(f"the hub's answer about {repository} is not one about a model: check HF_ENDPOINT")
+        raise HubError.because(f"the hub's answer about {repository} is not one about a model", "check HF_ENDPOINT")
     return Listing(repository, info.sha, tuple(_remote_file(repository, sibling) for sibling in siblings))
 
 
@@ -91,9 +91,10 @@ def _remote_file(repository: str, sibling: Any) -> RemoteFile:
     path, nbytes, lfs = sibling.rfilename, sibling.size, sibling.lfs
     digest = f"sha256:{lfs['sha256']}" if lfs else f"git:{sibling.blob_id}"
     if not isinstance(path, str) or any(part in ("", ".", "..") for part in path.split("/")) or not path.isprintable():
-        raise HubError(f"{repository} holds a file named {path!r}: not a name to be trusted")
+        raise HubError.because(f"{repository} holds a file named {path!r}: not a name to be trusted")
     if type(nbytes) is not int or nbytes < 0 or not digest.partition(":")[2].isalnum():
-        raise HubError(f"the hub does not say how long {path} of {repository} is, or its hash: it cannot be checked")
+        reason = f"the hub does not say how long {path} of {repository} is, or its hash: it cannot be checked"
+        raise HubError(reason, path=path, reason=reason)
     return RemoteFile(path, nbytes, digest)
 
 
@@ -126,7 +127,9 @@ class _Sink:
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 advice = "free space and run it again, which goes on where it stopped" if full else "check the disk"
-                raise OutputError(f"{self._remote.path} cannot be written: {error.strerror}: {advice}") from error
+                raise OutputError.because(
+                    f"cannot be written: {error.strerror}", f"{advice}", path=self._remote.path
+                ) from error
         self.digest.update(data)
         self._told(len(data))
         return len(data)
@@ -202,7 +205,9 @@ def transfer(
         if "Consistency check failed" not in str(error):
             raise _explain(error, listing.repository, listing.revision, remote.path) from error
     if file.tell() != remote.nbytes:
-        raise HubError(f"the hub sent {file.tell()} of the {remote.nbytes} bytes of {remote.path}: try again later")
+        raise HubError.because(
+            f"the hub sent {file.tell()} of the {remote.nbytes} bytes of {remote.path}", "try again later"
+        )
     return sink.digest
 
 
@@ -249,4 +254,4 @@ def _explain(error: Exception, repository: str, revision: str | None, path: str 
     else:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
         reason = f"cannot be reached: {detail}: check the network, HF_ENDPOINT and proxies"
-    return HubError(f"{what} {reason}", status=status)
+    return HubError(f"{what} {reason}", status=status, path=path, reason=reason)

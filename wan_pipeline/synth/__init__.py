@@ -92,7 +92,7 @@ def synth(
 
     arch = _arch(layout, size, task, blocks, dtype)
     if not 0 <= seed < 1 << 63:
-        raise OptionError(f"--seed {seed}: it must be from 0 to 2**63 - 1")
+        raise OptionError.because(f"--seed {seed}", "it must be from 0 to 2**63 - 1")
     target = Path(directory)
     plan = _plan(arch, layout, components, dtype)
     check_target(target, plan.nbytes, force=force)
@@ -105,7 +105,7 @@ def _arch(layout: Layout, size: Size, task: Task, blocks: int | None, dtype: DTy
     choices = (("layout", layout, Layout), ("size", size, Size), ("task", task, Task))
     for option, value, choice in (*choices, ("dtype", dtype or "fp32", DType)):
         if value not in get_args(choice):
-            raise OptionError(f"--{option} {value}: it must be one of {', '.join(get_args(choice))}")
+            raise OptionError.because(f"--{option} {value}", f"it must be one of {', '.join(get_args(choice))}")
     return ARCHS[task, size].with_blocks(blocks)
 
 
@@ -114,9 +114,9 @@ def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dt
 
     wanted = arch.components if components is None else tuple(components)
     if unknown := sorted({*wanted} - {*arch.components}):
-        raise OptionError(f"{arch.task} has no {', '.join(unknown)}; its components: {', '.join(arch.components)}")
+        raise OptionError.because(f"{arch.task} has no {', '.join(unknown)}", f"use {', '.join(arch.components)}")
     if not wanted:
-        raise OptionError(f"no component is wanted; {arch.task} has {', '.join(arch.components)}")
+        raise OptionError.because("no component is wanted", f"{arch.task} has {', '.join(arch.components)}")
     dtypes: dict[Component, DType] = {"text_encoder": "bf16", "vae": "fp32"}
     dtypes |= dict.fromkeys(arch.experts, dtype or "fp32")
     return plan_files(arch, layout, [c for c in arch.components if c in wanted], dtypes)

@@ -170,7 +170,9 @@ class Arch:
         if blocks is None:
             return self
         if not 1 <= blocks <= self.dit.layers:
-            raise OptionError(f"--blocks {blocks}: {self.task} in size {self.size} has 1 to {self.dit.layers}")
+            raise OptionError.because(
+                f"--blocks {blocks}", f"{self.task} in size {self.size} has 1 to {self.dit.layers}"
+            )
         return replace(self, dit=replace(self.dit, layers=blocks))
 
 

@@ -39,13 +39,17 @@ def check_target(directory: Path, nbytes: int, *, force: bool) -> None:
         OutputError: The target is refused.
     """
     if directory.exists() and not directory.is_dir():
-        raise OutputError(f"{directory} is not a directory; name another place")
+        raise OutputError.because("is not a directory", "name another place", path=directory)
     if not force and directory.is_dir() and any(directory.iterdir()):
-        raise OutputError(f"{directory} is not empty; name another place, or overwrite files in it with --force")
+        raise OutputError.because(
+            "is not empty", "name another place, or overwrite files in it with --force", path=directory
+        )
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if nbytes > free:
-        raise OutputError(f"{directory} needs {format_bytes(nbytes)}, and {existing} has {format_bytes(free)} free")
+        raise OutputError.because(
+            f"needs {format_bytes(nbytes)}, and {existing} has {format_bytes(free)} free", path=directory
+        )
 
 
 def write_plan(plan: Plan, directory: Path, data: Data, progress: Progress | None) -> tuple[Path, ...]:
@@ -62,7 +66,8 @@ def write_plan(plan: Plan, directory: Path, data: Data, progress: Progress | Non
         _write_all(plan, temporary, data, progress)
         return tuple(_install(temporary, directory, file.path) for file in plan.files)
     except OSError as error:
-        raise OutputError(f"cannot write to {directory}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        raise OutputError(f"cannot write to {directory}: {reason}", path=directory, reason=reason) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if created and not any(directory.iterdir()):
