@@ -83,13 +83,14 @@ def _is_copy(entry: Entry, source: StrPath) -> bool:
 
 def _nothing(directory: Path, source: StrPath | None) -> WanLoaderError:
     if source is None:
-        return MissingFileError(f"nothing is staged in {directory}", path=directory)
+        return MissingFileError(f"nothing is staged in {directory}", path=directory, reason="nothing is staged")
     copy = directory / os.path.basename(os.path.abspath(source))
     if os.path.lexists(copy):
         return OutputError.because(
             "was not made by `stage`, and stays", "delete it by hand if it is not needed", path=copy
         )
-    return MissingFileError(f"no copy of {source} is staged in {directory}", path=directory)
+    reason = f"no copy of {source} is staged"
+    return MissingFileError(f"{reason} in {directory}", path=directory, reason=reason)
 
 
 def _remove(entry: Entry) -> tuple[int, int, list[str]]:
