@@ -45,6 +45,7 @@ _ANY_PATH = "pass the path of a checkpoint: a str, a pathlib.Path, or a list of 
 
 def checked_path(value: object, what: str = "path", advice: str = _ONE_PATH) -> str:
     """Return the path as a string; `OptionError` for everything that is none, such as an open file."""
+    # may be bytes, which name no path here: tensors and shards are named by strings
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if isinstance(path, str):
         if not path or "\0" in path:
@@ -103,6 +104,7 @@ def check_flag(value: object, what: str) -> None:
 def checked_count(value: Any, what: str, *, least: int = 1, most: int | None = None) -> int:
     """Return a whole number from `least` to `most` as an int; `OptionError` for others, and for what is no number."""
     try:
+        # index takes numpy's integers and no floats; True would be 1, and is no count
         count = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = -1

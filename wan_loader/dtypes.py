@@ -83,6 +83,7 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     """
     if dtype is None:
         return None
+    # torch's and numpy's dtypes, told by the names of their types: neither has to be imported for that
     if not isinstance(dtype, str) and not type(dtype).__name__.lower().endswith("dtype"):
         raise OptionError.because(
             f"dtype is of type {type(dtype).__name__}", "pass a torch.dtype, or bf16, fp16 or fp32"

@@ -56,12 +56,14 @@ def _parse(text: str, stripped: str, example: str) -> float:
     value = float(found[1]) * factor
     if not 0 < value < math.inf:
         raise OptionError.because(f"{text!r} must be more than 0, and finite")
+    # links are sold in bits
     return value / 8 if (found[3] or "").lower().startswith("bit") else value
 
 
 def format_bytes(nbytes: float) -> str:
     """Write bytes in decimal units, as disks and links are sold: 28.6 GB."""
     for unit in ("B", "kB", "MB", "GB"):
+        # from here on three digits would be rounded to 1000 of this unit
         if abs(nbytes) < 999.5:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000

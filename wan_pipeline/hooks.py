@@ -39,6 +39,7 @@ class _Attached:
         if self.handle is not None:
             self.handle.remove()
         for name, method in self.methods.items():
+            # whoever has wrapped it meanwhile goes on calling it
             method.residency = None
             if module.__dict__.get(name) is method:
                 delattr(module, name)
@@ -74,6 +75,7 @@ def attach(pipe: Any, residency: ModuleResidency, device: torch.device) -> None:
         else:
             for method in ("encode", "decode"):
                 attached.methods[method] = _AfterReady(residency, name, getattr(module, method))
+                # on the object: other models of its class are not touched
                 setattr(module, method, attached.methods[method])
         setattr(module, _ATTACHED, attached)
 

@@ -43,6 +43,7 @@ class OfficialDpm(_Dpm):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Set the steps as diffusers does, on the official grid."""
+        # for everything else that it sets up; its own noise levels are replaced, shifted as it shifts them
         super().set_timesteps(num_inference_steps, device=device)
         shift = self.config.flow_shift
         sigmas = _official_sigmas(num_inference_steps)

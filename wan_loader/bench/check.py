@@ -42,6 +42,7 @@ def compare_tensors(task: LoadTask, outcome: Outcome) -> tuple[int, list[str]]:
             problems.setdefault(f"not {target}", []).append(name)
         elif tuple(actual.shape) != facts.shape:
             problems.setdefault("of another shape", []).append(name)
+        # converted where it is compared: GPU and CPU round alike, and it is the quicker one
         elif not same_bits(actual, reference.to(actual.device).to(actual.dtype)):
             problems.setdefault("of other bits", []).append(name)
     known = {t.name for t in checkpoint.tensors}

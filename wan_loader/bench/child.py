@@ -41,6 +41,7 @@ def ask(request: Mapping[str, Any], *, time_limit_s: float) -> dict[str, Any]:
         result, log = Path(temporary) / "result.json", Path(temporary) / "log"
         with log.open("wb") as output:
             child = subprocess.Popen(
+                # -P: no file of the current directory is taken for a module
                 [sys.executable, "-P", "-m", "wan_loader.bench.sample"],
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -49,6 +50,7 @@ def ask(request: Mapping[str, Any], *, time_limit_s: float) -> dict[str, Any]:
                 start_new_session=True,
             )
         try:
+            # the answer comes in a file: what a loader prints goes to the log
             child.communicate(json.dumps({**request, "result": str(result)}).encode(), timeout=time_limit_s)
         except subprocess.TimeoutExpired:
             reason = f"no end after {format_seconds(time_limit_s)}: ended; if it is only slow, raise --time-limit"
@@ -72,6 +74,7 @@ def _environment() -> dict[str, str]:
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError, PermissionError):
+        # the child leads a session, hence a group, of that number; helpers that it left behind are in it
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 

@@ -85,6 +85,7 @@ class Comparison:
     @property
     def change(self) -> float:
         """The change as a share of before; positive is worse."""
+        # 0 and 0, too, which have no ratio
         if self.before == self.after:
             return 0.0
         return (self.after - self.before) / self.before if self.before else float("inf")

@@ -142,6 +142,7 @@ class _Bench:
         if settings.part is not None and not is_part and facts.nbytes_file > settings.part:
             n_files, size = format_count(len(self._files), "file"), format_bytes(facts.nbytes_file)
             self._notes = [f"--part takes whole files: this is all of {case.name}, {n_files}, {size}"]
+        # by bytes, not by tensors: norms are many and small
         weights: dict[str, int] = {}
         for tensor in facts.tensors:
             weights[tensor.dtype] = weights.get(tensor.dtype, 0) + tensor.nbytes
@@ -189,6 +190,7 @@ class _Bench:
 
     def _task(self, result: Result, case: Case) -> LoadTask:
         entry = result.entry
+        # reads of mapped pages would go past the throttle
         io = "buffered" if case.place.rate and entry.io == "auto" else entry.io
         return LoadTask(
             files=tuple(case.files),
@@ -222,6 +224,7 @@ class _Bench:
         self._tell(f"{self._place.name}: converting for {result.entry.label}")
         nbytes = int(sum(os.path.getsize(f) for f in self._case.files) * _PACKED_SHARE)
         try:
+            # beside the checkpoint, so that both formats come from the same storage
             home = stack.enter_context(scratch(Path(self._case.files[0]).absolute().parent, nbytes))
         except OutputError as error:
             result.fail({"status": "failed", "reason": f"no room for its own format: {error}"})
@@ -251,6 +254,7 @@ class _Bench:
             evict(watched)
         elif case.cache in ("warm", "simulated"):
             read_into_cache(watched)
+        # once is enough, and comparing takes longer than loading
         check = result.compared_tensors is None
         answer = self._ask("sample", result, case, check=check, rate=case.place.rate)
         result.samples.append(answer)

@@ -181,6 +181,7 @@ def _start_device(device: str) -> None:
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        # makes the context, which takes up to seconds and is no part of a load
         torch.zeros(1, device=device)
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -199,6 +200,7 @@ def _touch(tensors: Iterable[Any]) -> None:
     for tensor in tensors:
         nbytes, address = tensor.untyped_storage().nbytes(), tensor.untyped_storage().data_ptr()
         if nbytes > 2 * _PAGE:
+            # of the whole storage, through one view of bytes: dtypes do not matter, and views are not read twice
             torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[::_PAGE].sum()
         elif nbytes:
             _ = ctypes.c_ubyte.from_address(address).value, ctypes.c_ubyte.from_address(address + nbytes - 1).value
@@ -237,6 +239,7 @@ def _machine_busy_s() -> float:
     """Return the CPU-seconds that all processors spent on anything but waiting, since boot."""
     try:
         words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        # user nice system idle iowait irq softirq steal; what guests use is in user already
         idle = int(words[3]) + int(words[4])
         return (sum(int(w) for w in words[:8]) - idle) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
@@ -248,6 +251,7 @@ def _difference(before: tuple[float, float], after: tuple[float, float], seconds
     others = max(0.0, busy - used)
     return {
         "cpu_seconds": used,
+        # the kernel counts in ticks of 10 ms: of a short load nothing can be said
         "others_share": min(1.0, others / (seconds * processors())) if seconds > 0.3 else None,
     }
 

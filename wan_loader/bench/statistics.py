@@ -104,6 +104,7 @@ def _doubts(cache: str, good: Sequence[Mapping[str, Any]], repeat: int) -> Itera
         if summary.n < repeat:
             yield "few", str(summary.n)
     elif summary.spread > _SPREAD:
+        # a slow first sample is a finding of its own: caches of the disk or of a driver were cold
         rest = [s["seconds"] for s in good[1:]]
         steady = good[0]["seconds"] == summary.max_s and max(rest) - min(rest) < _SPREAD * summary.median_s
         yield "first" if steady else "spread", f"{summary.spread:.0%}"

@@ -101,6 +101,7 @@ def scratch(directory: Path, nbytes: int) -> Iterator[Path]:
     """
     try:
         free = shutil.disk_usage(directory).free
+        # a tmpfs may promise more than the cgroup can give
         if storage_facts(directory).get("in_memory"):
             memory = available_memory()
             free = free if memory is None else min(free, memory)
@@ -156,6 +157,7 @@ def _copy_all(files: Sequence[str], directory: Path, told: Callable[[int], None]
     for path in files:
         target = directory / Path(path).name
         with open(path, "rb") as source, open(target, "xb") as copy:
+            # inside the kernel: the bytes do not pass through this process
             while count := os.sendfile(copy.fileno(), source.fileno(), None, _COPY_BYTES):
                 done += count
                 told(done)

@@ -45,6 +45,7 @@ class Throttle:
 
 def throttle_reads(rate: float) -> None:
     """Slow every read of this process's loads down, for good: for a process that takes one sample and ends."""
+    # the class is changed, not an object: readers make their requests themselves
     throttle, start, result = Throttle(rate), Request.start, Request.result
     due_ns: dict[Request, int] = {}
 

@@ -53,6 +53,7 @@ def checksum(view: memoryview) -> str:
 @contextlib.contextmanager
 def opened(path: Path | str, flags: int) -> Iterator[int]:
     """Hold a file open, without following a link."""
+    # the directory may be writable for others: a link in the place of a part would lead the writing elsewhere
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         yield fd
@@ -111,10 +112,12 @@ def write(fd: int, start: int, view: memoryview) -> None:
     """Write all of a view."""
     count = 0
     while count < len(view):
+        # a call may write less than it was given
         count += os.pwrite(fd, view[count:], start + count)
 
 
 def sync_directory(path: Path) -> None:
     """Bring the names in a directory onto the storage."""
+    # a rename is in the directory, which is not written with the file
     with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)

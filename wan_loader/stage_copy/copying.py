@@ -70,8 +70,10 @@ class Copying:
         """Read blocks, and write them to their parts; make the parts of all empty files, too."""
         for file in {file for file, _ in work} | {f for f in self._sources if not f.nbytes}:
             with blocks.opened(self._entry.part(file), os.O_RDWR | os.O_CREAT) as fd:
+                # at full length from the start: threads write blocks in any order
                 os.ftruncate(fd, file.nbytes)
         for file in {file for file, _ in work} - set(self._cold):
+            # asked before anything is read: afterwards all of it is there
             self._cold[file] = blocks.cold_blocks(self._sources[file])
         total = sum(blocks.block_nbytes(file, block) for file, block in work)
         self._each("copying", (partial(self._copy_block, file, block) for file, block in work), total)
@@ -85,6 +87,8 @@ class Copying:
             blocks.write(fd, start, view)
             if not self._in_memory:
                 start_writeback(fd, start, nbytes)
+        # noted after it was written; a machine that goes down may lose the bytes and keep the note,
+        # so that blocks of an earlier run are always read back
         self._entry.note_block(file, start, nbytes, blocks.checksum(view))
         with self._lock:
             self._done += nbytes
@@ -95,6 +99,7 @@ class Copying:
         self._each("writing", (partial(self._settle_file, file) for file in files), 0)
 
     def _settle_file(self, file: Planned) -> None:
+        # once more at the end, or a change during the last block would go unseen
         blocks.check_unchanged(self._sources[file])
         if cold := self._cold.get(file):  # what reading ahead has brought back
             with blocks.opened(self._sources[file].path, os.O_RDONLY) as fd:

@@ -166,6 +166,7 @@ class _Job:
         entry.discard_parts({file.key for file in todo})
         self._check_space(todo)
         entry.write_manifest(self._manifest)
+        # from here on the manifest is there: whatever happens can be gone on with, or taken away
         left = {file: self.copying.blocks_left(file) for file in todo}
         resumed = [(f, b) for f in todo for b in set(range(blocks.n_blocks(f))) - set(left[f])]
         self.copying.copy([(file, block) for file in todo for block in left[file]])
@@ -176,6 +177,7 @@ class _Job:
             self._place(file, force)
         self._remove_outdated({file.path for file in files})
         for directory in {entry.target(file).parent for file in todo}:
+            # only now do the renames last
             blocks.sync_directory(directory)
         entry.write_manifest(replace(self._manifest, complete=True))
         entry.discard_parts(set())
@@ -214,6 +216,7 @@ class _Job:
         needed = sum(file.nbytes for file in todo)
         for file in todo:
             with contextlib.suppress(OSError):
+                # parts are sparse: what is written of them takes up blocks of 512 bytes
                 needed -= min(file.nbytes, os.stat(self._entry.part(file)).st_blocks * 512)
         free = shutil.disk_usage(self._entry.directory).free
         if needed > free:
@@ -242,6 +245,7 @@ class _Job:
         entry, part, source = self._entry, self._entry.part(file), self._sources[file]
         os.utime(part, ns=(source.mtime_ns, source.mtime_ns))
         with contextlib.suppress(OSError):  # file systems without modes
+            # as the source, but writable for nobody else, and always for us
             os.chmod(part, os.stat(source.path).st_mode & 0o755 | 0o600)
         target = entry.target(file)
         if not force and os.path.lexists(target) and not entry.owns(file.path):
@@ -249,6 +253,7 @@ class _Job:
                 "appeared while it was being staged", "remove it, or replace it with --force", path=target
             )
         self._make_parents(target)
+        # the journal first: a file in place that it does not know would be foreign for ever
         entry.note_placed(file, os.stat(part).st_mtime_ns)
         os.replace(part, target)
 

@@ -105,6 +105,7 @@ def _remove(entry: Entry) -> tuple[int, int, list[str]]:
             kept.append(str(target))
     for part in entry.home.glob("*.part"):
         size += os.stat(part).st_blocks * 512
+    # the deepest first, so that those above it become empty
     for made in sorted(set(entry.made), key=len, reverse=True):
         with contextlib.suppress(OSError):  # not empty: something else is there, too
             (entry.directory / made).rmdir()

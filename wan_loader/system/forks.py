@@ -52,6 +52,7 @@ def _register() -> None:
 
 
 def _before() -> None:
+    # not for ever: a fork that never comes is worse than a child with a half imported module
     _held[threading.get_ident()] = _importing.acquire(timeout=_PATIENCE_S)
 
 

@@ -47,6 +47,7 @@ def processors() -> int:
 def _cpu_quota() -> int:
     """Return the processors' worth of time that the cgroup allows, rounded up."""
     quotas = [quota for d in _cgroup_directories("cpu") if (quota := _quota(d)) is not None]
+    # without a quota: more than any machine has
     return ceil(min(quotas, default=1 << 16))
 
 
@@ -125,6 +126,7 @@ def _memory_limits() -> Iterator[tuple[Path, int, dict[str, int]]]:
     """Yield cgroups that allow less than the machine has, with the bytes that they allow and with their statistics."""
     total = _total_memory()
     for level, directory in enumerate(_cgroup_directories("memory")):
+        # v2: above "max" processes are killed, above "high" slowed down to a crawl; v1 has one limit only
         numbers = [_number(directory, f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
         limit = min([total, *(n for n in numbers if n is not None)])
         v1_leaf = level == 0 and numbers[-1] is not None  # its statistics tell of ancestors that are hidden, too
@@ -161,6 +163,7 @@ def available_memory() -> int | None:
     free = _meminfo("MemAvailable")
     headrooms = [] if free is None else [free]
     for directory, limit, statistics in _memory_limits():
+        # page cache is charged to the cgroup and counts as used, but gives way to allocations
         used = _number(directory, "memory.current")
         used = _number(directory, "memory.usage_in_bytes") if used is None else used
         if used is not None:
@@ -180,6 +183,7 @@ def process_headrooms() -> dict[str, int]:
 
     `ulimit -v` counts all that is mapped, `ulimit -d` what may be written.
     """
+    # the numbers are fields of statm, in pages: 0 is all that is mapped, 5 is data and stack
     kinds = {"ulimit -v": (resource.RLIMIT_AS, 0), "ulimit -d": (resource.RLIMIT_DATA, 5)}
     limits = {name: (resource.getrlimit(kind)[0], word) for name, (kind, word) in kinds.items()}
     if all(limit == resource.RLIM_INFINITY for limit, _ in limits.values()):
@@ -204,6 +208,7 @@ def affordable_buffers(count: int, nbytes: int) -> int:
 def reset_peak_resident() -> None:
     """Let `peak_resident` begin anew, where the kernel allows it."""
     try:
+        # 5 sets VmHWM back, see proc(5)
         (_PROC / "self/clear_refs").write_text("5")
     except OSError:
         return
@@ -217,6 +222,7 @@ def peak_resident() -> int:
     with suppress(OSError):
         if match := re.search(r"^VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text(), re.M):
             return int(match[1]) * 1024
+    # Linux counts it in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -46,7 +46,9 @@ def mount_of(path: StrPath | int) -> Mount | None:
         device = os.stat(path).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
         lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        # what was mounted last hides what lies below it
         mount = next(line for line in reversed(lines) if line[2] == number)
+        # optional fields come before a single hyphen, a varying number of them
         kind, source = mount[mount.index("-") + 1 : mount.index("-") + 3]
     except (OSError, StopIteration, ValueError, IndexError):
         return None

@@ -110,6 +110,7 @@ class PageCache:
         Within a range that `total` found uniform nothing is asked again.
         """
         start, end = _pages(start, end)
+        # the last uniform range that begins at or before this one
         at = bisect_right(self._uniform, (file, start, inf)) - 1
         if at >= 0 and self._uniform[at][0] == file and end <= self._uniform[at][2]:
             return self._uniform[at][3]
@@ -131,6 +132,7 @@ class PageCache:
             first, last = _pages(start, end)
             nbytes = self._cached(file, first, last)
             cached += min(nbytes, end - start)
+            # of a range that is partly there, each part has to be asked for alone
             if nbytes in (0, last - first):
                 uniform.append((file, first, last, float(nbytes > 0)))
         self._uniform = uniform
@@ -176,6 +178,7 @@ def _try(fd: int, start: int, end: int) -> _Tried | None:
             bounds = ((max(start, n * WINDOW_BYTES), min(end, (n + 1) * WINDOW_BYTES)) for n in range(first, last))
             return _Tried(first, _answers(tries, list(bounds)))
     except OSError:
+        # ramfs and old tmpfs refuse RWF_NOWAIT; a file that lies in memory is never cold
         mount = mount_of(fd)
         return _Tried(first, [True] * (last - first)) if mount is not None and mount.in_memory else None
 
@@ -183,6 +186,7 @@ def _try(fd: int, start: int, end: int) -> _Tried | None:
 def _answers(tries: _Tries, ranges: Sequence[tuple[int, int]]) -> list[bool]:
     """Return an answer for each range; between two that are cold, and near each other, nothing is tried."""
     answers: list[bool] = [False] * len(ranges)
+    # a coarse grid first, then halves of every gap at whose ends something was there
     grid = sorted({*range(0, len(ranges), -(-len(ranges) // _FIRST_TRIES)), len(ranges) - 1})
     for i in grid:
         answers[i] = tries.is_there(*ranges[i])
@@ -229,6 +233,7 @@ class _Tries:
         if len(self._missed) >= _MAX_MISSES:
             return False
         first, last = start // PAGE, -(-end // PAGE)
+        # not from random: a program that seeded it must find its numbers unchanged
         page = (first + int.from_bytes(os.urandom(4)) % (last - first)) * PAGE
         before = _blocks_read()
         try:

@@ -34,6 +34,7 @@ _SYS_FACCESSAT2 = 439  # likewise, since 5.8
 _AT_EACCESS = 0x200  # linux/fcntl.h
 _AT_EMPTY_PATH = 0x1000
 
+# a CDLL lets other threads run during a call; use_errno gives each thread a copy that they cannot overwrite
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -109,6 +110,7 @@ def populate(address: int, nbytes: int, *, write: bool = False) -> None:
 
 def prefer_huge_pages(address: int, nbytes: int) -> None:
     """Ask for huge pages in fresh anonymous memory: hundreds of times fewer page faults. May do nothing."""
+    # whole pages inside of the range: the call refuses other addresses, and neighbours are not ours
     start, end = -(-address // _PAGE) * _PAGE, (address + nbytes) // _PAGE * _PAGE
     if start < end:
         _libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
@@ -146,6 +148,7 @@ def _is_told_of(fd: int) -> bool:
     """Return whether mincore(2) tells this user the truth about a file: of others' it says that every page is there."""
     if os.fstat(fd).st_uid == os.geteuid():
         return True
+    # AT_EACCESS asks for the effective user, as the kernel does before it answers mincore
     return bool(_libc.syscall(_SYS_FACCESSAT2, fd, b"", os.W_OK, _AT_EACCESS | _AT_EMPTY_PATH) == 0)
 
 
@@ -155,6 +158,7 @@ def _mincore_is_honest() -> bool:
     try:
         fd = os.memfd_create("wan-loader", os.MFD_CLOEXEC)
         try:
+            # a file in memory that was only made longer has no page yet
             os.ftruncate(fd, _PAGE)
             return _mincore(fd, 0, _PAGE) == 0
         finally:
@@ -165,6 +169,7 @@ def _mincore_is_honest() -> bool:
 
 def _mincore(fd: int, start: int, nbytes: int) -> int:
     vector = (ctypes.c_ubyte * (nbytes // _PAGE))()
+    # a mapping brings no page in: mincore looks, and nothing is touched
     address = map_file(fd, start, nbytes)
     try:
         _check(_libc.mincore(address, nbytes, vector), "mincore")

@@ -52,6 +52,7 @@ class _Crew:
 
     def _take(self) -> Callable[[], None] | None:
         with self._lock:
+            # under the lock: a generator must not be entered by two threads at once
             return None if self._stop.is_set() else next(self._tasks, None)
 
     def work(self) -> None:
@@ -90,6 +91,7 @@ def run_all(
         for worker in workers:
             worker.start()
         for worker in workers:
+            # never a join without a limit: signals are handled by this thread, between its own instructions
             while worker.is_alive():
                 worker.join(_TICK_S)
                 if tick is not None:
@@ -97,6 +99,7 @@ def run_all(
     except BaseException:
         stop.set()
         for worker in workers:
+            # one that hangs in a system call is left behind; it is a daemon, so the program can end
             if worker.ident is not None:
                 worker.join(_GRACE_S / len(workers))
         raise

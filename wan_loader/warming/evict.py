@@ -56,6 +56,7 @@ def evict(paths: Iterable[StrPath], *, threads: int | None = None) -> tuple[Evic
     results: dict[int, Evicted] = {}
 
     def one(index: int, path: str) -> None:
+        # by number: threads finish in any order, and a file may be named twice
         results[index] = _evict(path)
 
     tasks = [partial(one, index, path) for index, path in enumerate(names)]
@@ -65,6 +66,7 @@ def evict(paths: Iterable[StrPath], *, threads: int | None = None) -> tuple[Evic
 
 def drop_pages(fd: int, start: int = 0, nbytes: int = 0) -> None:
     """Write back and let go of a range of an open file (0: to its end). The kernel may keep pages."""
+    # the kernel drops clean pages only
     os.fdatasync(fd)
     os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
 

@@ -153,6 +153,7 @@ class _Walk:
 
     def _directory(self, relative: str, path: str, depth: int) -> None:
         real = os.path.realpath(path)
+        # links can make a circle
         if depth > _MAX_DEPTH or real in self._seen:
             self.warnings.append(f"{path} is left out: {'too deep' if depth > _MAX_DEPTH else 'listed already'}")
             return
@@ -170,6 +171,7 @@ class _Walk:
 
     def _inside(self, path: str) -> bool:
         real = os.path.realpath(path)
+        # by parts of the path: /a/bc is not inside of /a/b
         return self._follow or os.path.commonpath([real, self._boundary]) == self._boundary
 
     def add(self, relative: str, path: str) -> None:
@@ -192,6 +194,7 @@ def _boundary(root: str) -> str:
     """Return the directory that links may not leave."""
     parts = PurePath(root).parts
     for i in range(1, len(parts) - 1):
+        # snapshots/COMMIT/FILE is a link to blobs/HASH, two levels up
         if parts[i] == "snapshots" and parts[i - 1].startswith(("models--", "datasets--")):
             return os.path.join(*parts[:i])
     return root

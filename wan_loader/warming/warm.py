@@ -95,6 +95,7 @@ def warm(
         after = resident_bytes(paths, first_nbytes=wanted)
         if after is None or after >= wanted or warnings:
             break
+    # measured, where that is possible: what a second pass brings back would be counted twice
     if before is not None and after is not None:
         read = max(0, after - before)
     seconds = (clock_ns() - start_ns) / 1e9
@@ -103,6 +104,7 @@ def warm(
 
 def _check_fits(nbytes: int, resident: int) -> None:
     limit, free = memory_limit(), available_memory()
+    # pages that are there take nothing from the free memory, of which clean page cache is a part
     missing = max(0, nbytes - resident)
     advice = "warm a part (--limit, or one component), or stage it on a faster disk"
     if nbytes > limit:

@@ -280,6 +280,7 @@ class _Job:
             try:
                 right = self._transfer(file)
             except HubError as error:
+                # a connection that brings something before it breaks may break as often as it likes
                 failures = 0 if self._nbytes_of_part(file) > before else failures + 1
                 if failures == _ATTEMPTS or error.status in (401, 403, 404):
                     raise
@@ -290,6 +291,7 @@ class _Job:
                 break
             self._advance(-self._nbytes_of_part(file))
             self._state.part(file).unlink()
+            # once may be a proxy that took up the wrong byte; twice, the hub and its hash disagree
             mismatches += 1
             if mismatches == 2:
                 raise HubError.because(
@@ -304,6 +306,7 @@ class _Job:
         part = self._state.part(file)
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with open(fd, "r+b", buffering=0) as opened:
+            # of an older revision, or of another program
             if os.fstat(fd).st_size > file.nbytes:
                 opened.truncate(0)
             digest = self._hash(fd, file)

@@ -186,6 +186,7 @@ def transfer(
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     sink = _Sink(file, remote, digest, stop, told)
+    # compressed bytes would have other lengths and other offsets
     headers = build_hf_headers(library_name="wan-loader", headers={"Accept-Encoding": "identity"})
     url = hf_hub_url(listing.repository, remote.path, revision=listing.revision)
     try:
@@ -202,6 +203,7 @@ def transfer(
     except _TooMuchError:
         return sink.digest
     except Exception as error:
+        # http_get compares lengths, too; below it is said better
         if "Consistency check failed" not in str(error):
             raise _explain(error, listing.repository, listing.revision, remote.path) from error
     if file.tell() != remote.nbytes:

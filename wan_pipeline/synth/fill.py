@@ -49,6 +49,7 @@ class Pool:
         pool, itemsize, left = self._views[tensor.dtype], ITEMSIZE[tensor.dtype], tensor.nbytes
         start *= itemsize
         while left:
+            # up to the end of the pool; the next buffer begins at its front
             length = min(left, _PIECE_NBYTES, pool.nbytes - start)
             yield pool[start : start + length]
             left -= length

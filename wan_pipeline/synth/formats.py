@@ -102,6 +102,7 @@ class _Zip:
         path = f"{self._archive}/{name}".encode()
         start = self._offset
         extra = _padding(start + 30 + len(path))
+        # flags: bit 3, lengths and checksum come in the descriptor; bit 11, the name is UTF-8
         local = struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0x808, 0, 0, 0, 0, 0, 0, len(path), len(extra)) + path + extra
         descriptor = struct.pack("<4s3I", b"PK\7\10", crc, nbytes, nbytes)
         self._directory.append(_directory_entry(path, start, nbytes, crc))
@@ -113,6 +114,7 @@ class _Zip:
     def end(self) -> bytes:
         directory, count = b"".join(self._directory), len(self._directory)
         start, length = self._offset, len(directory)
+        # always a ZIP64 end, as torch writes one whatever the length
         end64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
         locator = struct.pack("<4sIQI", b"PK\6\7", 0, start + length, 1)
         short = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, min(start, _ZIP64_FROM), 0)
@@ -127,6 +129,7 @@ def _padding(header_end: int) -> bytes:
 
 def _directory_entry(path: bytes, start: int, nbytes: int, crc: int) -> bytes:
     far = start >= _ZIP64_FROM
+    # only the offset can be too large for its field: no entry is longer than 4 GiB
     extra = struct.pack("<2HQ", 1, 8, start) if far else b""
     version, short_start = (45, _ZIP64_FROM) if far else (0, start)
     sizes = (crc, nbytes, nbytes, len(path), len(extra))

@@ -44,6 +44,7 @@ def check_target(directory: Path, nbytes: int, *, force: bool) -> None:
         raise OutputError.because(
             "is not empty", "name another place, or overwrite files in it with --force", path=directory
         )
+    # the directory may not be there yet: its nearest ancestor says how much is free
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if nbytes > free:
@@ -138,6 +139,7 @@ def _write_weights(weights: WeightFile, temporary: Path, data: Data, counter: _C
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("xb") as file:
         for piece in weights.stream(data):
+            # left half written: the whole temporary directory is removed
             if counter.stop.is_set():
                 return
             file.write(piece)
