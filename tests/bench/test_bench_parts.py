@@ -87,8 +87,11 @@ def test_scratch_is_removed_after_an_error_and_refuses_what_does_not_fit(tmp_pat
     with pytest.raises(ZeroDivisionError), scratch(tmp_path, 1):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OutputError, match="no room"), scratch(tmp_path, 1 << 60):
+    with pytest.raises(OutputError) as error, scratch(tmp_path, 1 << 60):
         pass
+    assert error.value.path == str(tmp_path)
+    assert "has no room" in error.value.reason
+    assert "--part" in error.value.remedy
 
 
 def test_the_throttle_serves_one_after_the_other():

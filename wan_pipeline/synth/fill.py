@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pool"]
 
-_PIECE_NBYTES = 8 << 20
+_BUFFER_NBYTES = 8 << 20
 
 
 class Pool:
@@ -50,7 +50,7 @@ class Pool:
         start *= itemsize
         while left:
             # up to the end of the pool; the next buffer begins at its front
-            length = min(left, _PIECE_NBYTES, pool.nbytes - start)
+            length = min(left, _BUFFER_NBYTES, pool.nbytes - start)
             yield pool[start : start + length]
             left -= length
             start = (start + length) % pool.nbytes

@@ -47,7 +47,7 @@ def no_data(tensor: Tensor) -> Iterator[Buffer]:
 
 def stream_nbytes(stream: Iterable[Buffer]) -> int:
     """Return the length of all buffers of a stream."""
-    return sum(memoryview(piece).nbytes for piece in stream)
+    return sum(memoryview(buffer).nbytes for buffer in stream)
 
 
 def safetensors_stream(tensors: Sequence[Tensor], data: Data) -> Iterator[Buffer]:
@@ -137,10 +137,10 @@ def _directory_entry(path: bytes, start: int, nbytes: int, crc: int) -> bytes:
     return fixed + path + extra
 
 
-def _crc32(pieces: Iterable[Buffer]) -> int:
+def _crc32(buffers: Iterable[Buffer]) -> int:
     crc = 0
-    for piece in pieces:
-        crc = zlib.crc32(piece, crc)
+    for buffer in buffers:
+        crc = zlib.crc32(buffer, crc)
     return crc
 
 

@@ -138,12 +138,12 @@ def _write_weights(weights: WeightFile, temporary: Path, data: Data, counter: _C
     target = temporary / weights.path
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("xb") as file:
-        for piece in weights.stream(data):
+        for buffer in weights.stream(data):
             # left half written: the whole temporary directory is removed
             if counter.stop.is_set():
                 return
-            file.write(piece)
-            counter.add(len(piece))
+            file.write(buffer)
+            counter.add(len(buffer))
         file.flush()
         # also keeps the writing back of dirty pages out of whatever is measured next
         os.fsync(file.fileno())
