@@ -1,8 +1,8 @@
-"""Text of others as it may be shown: names of files and tensors, words of saved documents, answers of servers.
+r"""Text of others as it may be shown: names of files and tensors, words of saved documents, answers of servers.
 
 Such text may hold what a terminal or a page acts upon: escape sequences, line breaks that forge a line of ours, marks
 that turn the direction of writing around, halves of surrogate pairs that cannot be encoded. All of it is shown as
-Python writes it in a string: `\\x1b`, `\\n`, `\\u202e`, `\\udcff`.
+Python writes it in a string: `\x1b`, `\n`, `\u202e`, `\udcff`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def printable_lines(text: str) -> str:
 
 
 def markup_text(text: str) -> str:
-    """Return `text` as `printable` does, as HTML and SVG have it."""
+    """Return `text` as `printable` does, escaped for HTML and SVG."""
     return html.escape(printable(text))
 
 

@@ -44,14 +44,19 @@ def test_settings_that_make_no_sense(tmp_path, options, message):
 
 def test_a_full_directory_is_refused_or_added_to(tmp_path):
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(OutputError, match=r"is not empty.*--force"):
+    with pytest.raises(OutputError) as error:
         synth(tmp_path, components=["vae"])
+    assert error.value.path == str(tmp_path)
+    assert error.value.reason == "is not empty"
+    assert "--force" in error.value.remedy
     report = synth(tmp_path, components=["vae"], force=True)
     assert (tmp_path / "mine").read_text() == "keep"
     assert {*tmp_path.rglob("*")} >= {*report.files}
     assert report.nbytes == sum(file.stat().st_size for file in report.files)
-    with pytest.raises(OutputError, match="is not a directory"):
+    with pytest.raises(OutputError) as error:
         synth(tmp_path / "mine", force=True)
+    assert error.value.path == str(tmp_path / "mine")
+    assert error.value.reason == "is not a directory"
 
 
 def test_too_little_space(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Which parts of files lie in the page cache: measured, never guessed from the file system's name.
+"""The parts of files that lie in the page cache: measured, never guessed from the file system's name.
 
 The kernel tells it only to who owns a file or may write it. Of other files, pages are tried: one at a random place in
 each window of 8 MiB, by a read that does not wait (RWF_NOWAIT). That is an estimate. Where not even this is possible,
@@ -36,7 +36,7 @@ _MAX_MISSES = 64
 
 
 class Knowledge(Enum):
-    """How well it is known what of some files is in the page cache; the worse, the later."""
+    """Degrees of knowing what of some files is in the page cache; the worse, the later."""
 
     EXACT = ""
     ESTIMATED = "estimated, from single pages: the kernel tells only who owns the files or may write them"
@@ -44,7 +44,7 @@ class Knowledge(Enum):
 
 
 def cached(fd: int, start: int, nbytes: int) -> int | None:
-    """How many bytes of a file range lie in the page cache, in whole pages, at most `nbytes`; None: it is unknown.
+    """Return how many bytes of a file range lie in the page cache, in whole pages, at most `nbytes`; None if unknown.
 
     Estimated where the kernel does not tell. Trying pages leaves a cold file as cold as it was.
     """
@@ -56,7 +56,7 @@ def cached(fd: int, start: int, nbytes: int) -> int | None:
 
 
 def knowledge_of(paths: Iterable[StrPath]) -> Knowledge:
-    """How well `cached` knows files; those that cannot be opened do not count."""
+    """Return how well `cached` knows files; those that cannot be opened do not count."""
     worst = Knowledge.EXACT
     for path in paths:
         with suppress(OSError):
@@ -69,7 +69,7 @@ def knowledge_of(paths: Iterable[StrPath]) -> Knowledge:
 
 
 def describe(paths: Iterable[StrPath]) -> tuple[str, ...]:
-    """A warning if it is not known exactly what of these files is in the page cache."""
+    """Return a warning if it is not known exactly what of these files is in the page cache."""
     knowledge = knowledge_of(paths)
     return () if knowledge is Knowledge.EXACT else (f"how much is in the page cache is {knowledge.value}",)
 
@@ -87,11 +87,16 @@ class FileRange(Protocol):
     """Bytes `start` to `end` of file number `file`."""
 
     @property
-    def file(self) -> int: ...
+    def file(self) -> int:
+        """The number of the file."""
+
     @property
-    def start(self) -> int: ...
+    def start(self) -> int:
+        """The first byte."""
+
     @property
-    def end(self) -> int: ...
+    def end(self) -> int:
+        """The byte after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ def _merged(ranges: Iterable[FileRange], max_gap: int = 0) -> list[list[int]]:
 
 
 class PageCache:
-    """Asks the kernel about byte ranges of open files."""
+    """The kernel's answers about byte ranges of open files."""
 
     def __init__(self, fds: Sequence[int]) -> None:
         self._fds = fds
@@ -173,7 +178,7 @@ class PageCache:
 
     @property
     def knowledge(self) -> Knowledge:
-        """Say how well that is known which was asked for so far."""
+        """The degree to which everything is known that was asked for so far."""
         if None in self._tried.values():
             return Knowledge.UNKNOWN
         return Knowledge.ESTIMATED if self._tried else Knowledge.EXACT
@@ -188,20 +193,20 @@ class PageCache:
 
 
 def _pages(start: int, end: int) -> tuple[int, int]:
-    """Both ends rounded to pages, outwards."""
+    """Round both ends to pages, outwards."""
     return start // PAGE * PAGE, -(-end // PAGE) * PAGE
 
 
 class _Tried(NamedTuple):
-    """What trying pages has shown."""
+    """The results of trying pages."""
 
     first: int
     """The number of the first window in its file."""
     there: Sequence[bool]
-    """For each window, whether its page was there."""
+    """One answer for each window: whether its page was there."""
 
     def nbytes(self, start: int, end: int) -> int:
-        """Bytes of a range that lie in windows whose page was there."""
+        """Count the bytes of a range that lie in windows whose page was there."""
         numbers = range(start // WINDOW_BYTES, -(-end // WINDOW_BYTES))
         there = self.there[numbers.start - self.first : numbers.stop - self.first]
         windows = (n * WINDOW_BYTES for n, page_is_there in zip(numbers, there, strict=False) if page_is_there)
@@ -218,13 +223,15 @@ def _try(fd: int, start: int, end: int) -> _Tried | None:
             bounds = ((max(start, n * WINDOW_BYTES), min(end, (n + 1) * WINDOW_BYTES)) for n in range(first, last))
             return _Tried(first, _answers(tries, list(bounds)))
     except OSError:
+        # ramfs and old tmpfs refuse RWF_NOWAIT; a file that lies in memory is never cold
         mount = mount_of(fd)
         return _Tried(first, [True] * (last - first)) if mount is not None and mount.in_memory else None
 
 
 def _answers(tries: _Tries, ranges: Sequence[tuple[int, int]]) -> list[bool]:
-    """An answer for each range; between two that are cold, and near each other, nothing is tried."""
+    """Return an answer for each range; between two that are cold, and near each other, nothing is tried."""
     answers: list[bool] = [False] * len(ranges)
+    # a coarse grid first, then halves of every gap at whose ends something was there
     grid = sorted({*range(0, len(ranges), -(-len(ranges) // _FIRST_TRIES)), len(ranges) - 1})
     for i in grid:
         answers[i] = tries.is_there(*ranges[i])
@@ -241,7 +248,7 @@ def _answers(tries: _Tries, ranges: Sequence[tuple[int, int]]) -> list[bool]:
 class _Tries:
     """Reads of single pages that do not wait for the disk; a context manager that undoes what they have caused.
 
-    A page that is not there is brought in by being tried, alone: reading ahead is off meanwhile. At random places, so
+    A page that is not there is brought in by being tried, alone: reading ahead is off meanwhile. Places are random, so
     that one whose page stays does not answer for its window the next time.
     """
 
@@ -263,10 +270,15 @@ class _Tries:
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_NORMAL)
 
     def is_there(self, start: int, end: int) -> bool:
-        """Whether a random page of a range is in the page cache. OSError where the file system does not answer."""
+        """Return whether a random page of a range is in the page cache.
+
+        Raises:
+            OSError: The file system does not answer.
+        """
         if len(self._missed) >= _MAX_MISSES:
             return False
         first, last = start // PAGE, -(-end // PAGE)
+        # not from random: a program that seeded it must find its numbers unchanged
         page = (first + int.from_bytes(os.urandom(4)) % (last - first)) * PAGE
         before = _blocks_read()
         try:
@@ -280,5 +292,5 @@ class _Tries:
 
 
 def _blocks_read() -> int:
-    """Blocks that this thread has caused to be read from storage, where the kernel counts them."""
+    """Return the blocks that this thread has caused to be read from storage, where the kernel counts them."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock

@@ -30,11 +30,12 @@ class Dit:
     ffn_dim: int
     layers: int
     channels: int
-    """Latent channels, in and out."""
+    """The number of latent channels, in and out."""
     text_dim: int = 4096
     freq_dim: int = 256
 
     def diffusers_config(self) -> dict[str, Any]:
+        """Return the configuration as diffusers keeps it."""
         return {
             "added_kv_proj_dim": None,
             "attention_head_dim": self.head_dim,
@@ -55,7 +56,7 @@ class Dit:
         }
 
     def native_config(self, model_type: str) -> dict[str, Any]:
-        """The published keys and no others: `text_dim` is not among them."""
+        """Return the published keys and no others: `text_dim` is not among them."""
         return {
             "_class_name": "WanModel",
             "dim": self.heads * self.head_dim,
@@ -83,6 +84,7 @@ class Text:
     layers: int
 
     def transformers_config(self) -> dict[str, Any]:
+        """Return the configuration as transformers keeps it."""
         return {
             "d_ff": self.d_ff,
             "d_kv": self.d_kv,
@@ -107,9 +109,11 @@ class Vae:
 
     @property
     def version(self) -> Literal["vae2.1", "vae2.2"]:
+        """The name of its architecture, which is also that of its key map."""
         return "vae2.1" if self.decoder_base is None else "vae2.2"
 
     def diffusers_config(self) -> dict[str, Any]:
+        """Return the configuration as diffusers keeps it."""
         config: dict[str, Any] = {
             "attn_scales": [],
             "base_dim": self.base,
@@ -136,7 +140,7 @@ class Vae:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
-    """One task at one size."""
+    """The architecture of one task at one size."""
 
     task: Task
     size: Size
@@ -148,20 +152,27 @@ class Arch:
     boundary_ratio: float | None
     """The share of the noise schedule from which on the high-noise expert runs."""
     std: float
-    """Standard deviation of the weights: small against 1/sqrt(fan-in) overflows nothing, large against it saturates."""
+    """The standard deviation of the weights: small against 1/sqrt(fan-in), nothing overflows; large, all saturates."""
     pool_elements: int
-    """Random values made; every tensor is a window of them. Odd, so that no repeat falls on a page border."""
+    """The number of random values; every tensor is a window of them. Odd, so that no repeat falls on a page border."""
 
     @property
     def components(self) -> tuple[Component, ...]:
+        """All parts with weights, in the order in which they run."""
         return ("text_encoder", *self.experts, "vae")
 
     def with_blocks(self, blocks: int | None) -> Arch:
-        """The same with only the first `blocks` blocks of each diffusion transformer."""
+        """Return the same with only the first `blocks` blocks of each diffusion transformer.
+
+        Raises:
+            OptionError: There are not so many.
+        """
         if blocks is None:
             return self
         if not 1 <= blocks <= self.dit.layers:
-            raise OptionError(f"--blocks {blocks}: {self.task} in size {self.size} has 1 to {self.dit.layers}")
+            raise OptionError.because(
+                f"--blocks {blocks}", f"{self.task} in size {self.size} has 1 to {self.dit.layers}"
+            )
         return replace(self, dit=replace(self.dit, layers=blocks))
 
 
