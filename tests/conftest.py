@@ -8,8 +8,25 @@ from pathlib import Path
 
 import pytest
 
+# Asked of the driver's files: torch takes long to ask, and CUDA that has begun in here does not work in forks.
+HAS_CUDA = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+def pytest_report_header():
+    """Say once what is not run, and why."""
+    return None if HAS_CUDA else "gpu: tests that need a CUDA device are left out, there is none"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked as gpu where there is no CUDA device."""
+    if HAS_CUDA:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(params=["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_CUDA else [])])
 def device(request):
     """Every test that takes this runs on the CPU, and where there is one, on CUDA."""
     if request.param == "cuda":

@@ -9,22 +9,8 @@ import sys
 import time
 
 import pytest
-
-
-def run(*arguments):
-    command = [sys.executable, "-m", "wan_loader", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "COLUMNS": "200"}
-    )
-
-
-def check_error(done, *words):
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
+from programs import check_error
+from programs import wan_loader as run
 
 
 @pytest.fixture
