@@ -1,7 +1,9 @@
 """Fixtures that several test modules share."""
 
 import contextlib
+import importlib
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -110,3 +112,20 @@ def open_dir():
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
+
+
+@pytest.fixture
+def benchmark_main(monkeypatch):
+    """Run a script of benchmarks/ in this process, with arguments; the processes that it starts come from a zygote."""
+
+    def benchmark_main(name, *words, modules):
+        from programs import ROOT, forking
+
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")  # a benchmark takes it out, and it comes back
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        script = importlib.import_module(name)
+        monkeypatch.setattr(script, "subprocess", forking(modules))
+        script.main()
+
+    return benchmark_main

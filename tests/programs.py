@@ -5,6 +5,7 @@ during the start is the point, `subprocess` is the way.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -13,7 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import types
+import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,60 +42,92 @@ def _zygote(modules):
 
 
 class Program:
-    """A process of a zygote: `words` are what would stand behind `python`. Its output goes to files."""
+    """A process of a zygote, as far as anybody needs it like `subprocess.Popen`: its output is kept, not piped.
+
+    `words` are what would stand behind `python`: -m MODULE, -c CODE or SCRIPT, and arguments.
+    """
 
     def __init__(self, *words, modules=TORCH, env=None, cwd=None, stdin=None, stdout=None, stderr=None):
-        self.words = [str(word) for word in words]
+        self.args = [str(word) for word in words]
         self.returncode = None
-        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-        out = stdout if stdout is not None else self._files[0].fileno()
-        err = {None: self._files[1].fileno(), subprocess.STDOUT: out}.get(stderr, stderr)
-        read, write = os.pipe()
-        self._answers = open(read)  # noqa: SIM115
-        request = {"words": self.words, "cwd": str(cwd or os.getcwd()), "env": {**os.environ, **(env or {})}}
-        with open(os.devnull) as nothing:
-            fds = [nothing if stdin is None else stdin, out, err, write]
+        self._output = [os.memfd_create("stdout"), os.memfd_create("stderr")]
+        self._answers, write = os.pipe()
+        weakref.finalize(self, _close, *self._output, self._answers)
+        with open(os.devnull, "r+") as nothing:
+            out, err = (
+                kept if given in (None, subprocess.PIPE) else nothing if given is subprocess.DEVNULL else given
+                for given, kept in zip((stdout, stderr), self._output, strict=True)
+            )
+            fds = [nothing if stdin is None else stdin, out, out if err is subprocess.STDOUT else err, write]
+            request = {"words": self.args, "cwd": str(cwd or os.getcwd()), "env": dict(env or os.environ)}
             fds = [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
             socket.send_fds(_zygote(modules), [json.dumps(request).encode()], fds)
-        os.close(write)
-        self.pid = int(self._answers.readline())
+        _close(write)
+        self.pid = int(os.read(self._answers, 20))
 
     def poll(self, timeout=0.0):
         """Return the exit code as `subprocess` gives it, or None if the program still runs after `timeout` seconds."""
         if self.returncode is None and select.select([self._answers], [], [], timeout)[0]:
-            self.returncode = int(self._answers.readline())
+            self.returncode = int(os.read(self._answers, 20))
         return self.returncode
+
+    def wait(self, timeout=None):
+        """Return the exit code; a program that takes longer is killed."""
+        if self.poll(timeout) is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout, *self.output())
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """Wait, and return the output."""
+        self.wait(timeout)
+        return self.output()
+
+    def output(self):
+        """Return what has come to stdout and to stderr, with line ends as `text=True` gives them."""
+        texts = [os.pread(fd, 1 << 30, 0).decode() for fd in self._output]
+        return tuple(text.replace("\r\n", "\n").replace("\r", "\n") for text in texts)
 
     def send_signal(self, number):
         """Send a signal to a program that still runs."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self):
-        """End the program, if it has not ended, and its files."""
+        """End a program that still runs."""
         self.send_signal(signal.SIGKILL)
-        self.poll(None)
-        for file in (self._answers, *self._files):
-            file.close()
-
-    def output(self):
-        """Return what has come to stdout and stderr, with line ends as `text=True` gives them."""
-        texts = [os.pread(file.fileno(), 1 << 30, 0).decode() for file in self._files]
-        return [text.replace("\r\n", "\n").replace("\r", "\n") for text in texts]
-
-    def done(self, timeout=60.0):
-        """Return what `subprocess.run` would."""
-        try:
-            if self.poll(timeout) is None:
-                raise subprocess.TimeoutExpired(self.words, timeout, *self.output())
-            return subprocess.CompletedProcess(self.words, self.returncode, *self.output())
-        finally:
-            self.kill()
 
 
-def run(*words, timeout=60.0, **options):
-    """Run a program to its end: `subprocess.run` with captured text."""
-    return Program(*words, **options).done(timeout)
+def _close(*fds):
+    for fd in fds:
+        os.close(fd)
+
+
+def run(*words, timeout=60.0, env=None, **options):
+    """Run a program to its end: `subprocess.run` with captured text; `env` comes on top of what there is."""
+    program = Program(*words, env={**os.environ, **(env or {})}, **options)
+    return subprocess.CompletedProcess(program.args, program.wait(timeout), *program.output())
+
+
+def forking(modules=TORCH):
+    """Return what a benchmark may use as `subprocess`: the Python processes that it starts come from a zygote."""
+
+    def popen(command, *, text=True, **options):
+        command = list(map(str, command))
+        if command[0] != sys.executable:
+            return subprocess.Popen(command, text=text, **options)
+        return Program(*command[1:], modules=modules, **options)
+
+    def run(command, *, text=True, capture_output=True, check=False, **options):
+        program = popen(command, **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options))
+        output = program.communicate()
+        done = subprocess.CompletedProcess(command, program.returncode, *output)
+        if check:
+            done.check_returncode()
+        return done
+
+    return types.SimpleNamespace(**vars(subprocess) | {"Popen": popen, "run": run})
 
 
 def wan_loader(*words, timeout=60.0, stdin=None, stdout=None, cwd=None, **environment):

@@ -8,6 +8,7 @@ A program sees what it would see in a process of its own, but that the modules a
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -41,8 +42,8 @@ def keep(fds):
     if pid := os.fork():
         for fd in streams:
             os.close(fd)
-        os.write(answers, b"%d\n" % pid)
-        os.write(answers, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os.write(answers, b"%20d" % pid)
+        os.write(answers, b"%20d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
     os.close(answers)
     for place, fd in enumerate(streams):
@@ -51,15 +52,21 @@ def keep(fds):
 
 
 def run(request):
-    """Do what `python -m MODULE ...` or `python SCRIPT ...` does."""
+    """Do what `python` does with words."""
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if os.environ.get("PYTHONFAULTHANDLER"):
+        faulthandler.enable()
     first, *words = request["words"]
     if first == "-m":
         name, *words = words
         sys.argv = [name, *words]
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        code, *words = words
+        sys.argv = [first, *words]
+        exec(compile(code, "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
         sys.argv = [first, *words]
         runpy.run_path(first, run_name="__main__")
@@ -83,7 +90,8 @@ def main(handle, *modules):
     gc.freeze()  # of no concern to the collections of programs, and so it stays shared
     request = serve(socket.socket(fileno=int(handle)))
     first = request["words"][0]
-    sys.path[:] = ["" if first == "-m" else os.path.dirname(first), *path]
+    others = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = ["" if first in ("-m", "-c") else os.path.dirname(first), *others, *path]
     try:
         run(request)
     except SystemExit as error:
@@ -91,6 +99,7 @@ def main(handle, *modules):
             print(error.code, file=sys.stderr)
         end(1 if isinstance(error.code, str) else int(error.code or 0))
     except BaseException:
+        sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()
         sys.excepthook(*sys.exc_info())
         end(1)
     end(0)

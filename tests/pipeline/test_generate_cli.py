@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("imageio_ffmpeg")
 
+from programs import PIPELINE
+
 from wan_pipeline import generate as module
 from wan_pipeline.cli import main
 
@@ -157,23 +159,11 @@ def test_usage_and_interrupt(monkeypatch, capfd, tiny_wan, tmp_path):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_benchmark_runs(tmp_path):
+def test_benchmark_runs(tmp_path, benchmark_main):
     """Tiny, so that it cannot rot."""
     words = [tmp_path, "--size", "tiny", "--device", "cpu", "--cache", "warm", "--video-size", "32*32", "--frames", "5"]
-    words += [
-        "--samples",
-        "ours:balanced",
-        "official",
-        "alone:fastest@warm",
-        "--runs",
-        "run:fastest",
-        "--output",
-        tmp_path / "out.json",
-    ]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    script = ROOT / "benchmarks" / "pipeline_start.py"
-    done = subprocess.run([sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words += ["--samples", "ours:balanced", "official", "alone:fastest@warm", "--runs", "run:fastest"]
+    benchmark_main("pipeline_start", *words, "--output", tmp_path / "out.json", modules=PIPELINE)
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]
     assert [s["name"] for s in samples] == ["ours:balanced", "official", "run:fastest", "alone:fastest"]
     assert not any("error" in s for s in samples), samples

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import PIPELINE, Program
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -42,34 +43,17 @@ def environment(n):
 
 def run_each(case, n, *words):
     """(exit code, output) of n processes of a case of worker_parallel.py."""
-    env = environment(n)
-    command = [
-        sys.executable,
-        Path(__file__).parent / "worker_parallel.py",
-        case,
-        "generate",
-        *SMALL,
-        "--device",
-        "cpu",
-        *words,
-    ]
-    started = [
-        subprocess.Popen(
-            [str(word) for word in command],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(n)
-    ]
+    script = Path(__file__).parent / "worker_parallel.py"
+    command = [script, case, "generate", *SMALL, "--device", "cpu", *words]
+    env, started = environment(n), []
     try:
-        outputs = [process.communicate(timeout=80)[0] for process in started]
+        for rank in range(n):
+            mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(Program(*command, env=mine, modules=PIPELINE, stderr=subprocess.STDOUT))
+        return [(program.wait(80), program.output()[0]) for program in started]
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+        for program in started:
+            program.kill()
 
 
 @pytest.fixture
