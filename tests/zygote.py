@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import threading
@@ -56,6 +57,7 @@ def run(request):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # though this may have begun in the background
     if os.environ.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
     first, *words = request["words"]

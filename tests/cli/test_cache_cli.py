@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from programs import check_error, check_usage, wan_loader_itself
+from programs import Program, check_error, check_usage, wan_loader_itself
+from programs import run as run_python
 from programs import wan_loader as run
 from safetensors.torch import load_file, save_file
 
@@ -317,9 +318,7 @@ def test_a_build_that_fails_is_one_warning(tmp_path, model):
         "from wan_loader.cli import main; main()"
     )
     words = ["load", model, "--dtype", "bf16", "--cache", "--cache-dir", tmp_path / "c", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = run_python("-c", code, *words)
     assert done.returncode == 0
     assert json.loads(done.stdout)["n_tensors"] == 2
     assert done.stderr.count("\n") == 1, done.stderr
@@ -371,15 +370,9 @@ def test_ctrl_c(tmp_path, command, when):
     words = ["load", "--cache", "--dtype", "bf16"] if command == "load" else ["cache", "build"]
     words += ["--verify"] if when == "verifying" else []
     environment = {**os.environ, **NO_CUDA, **({"SLOW_VERIFY": "1"} if when == "verifying" else {})}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *words, str(path), "--cache-dir", str(cache)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    while (line := process.stderr.readline().strip()) != when:
-        assert line in ("writing", "verifying"), process.communicate()
+    process = Program("-c", SLOW, *words, path, "--cache-dir", cache, env=environment)
+    while f"{when}\n" not in process.output()[1]:
+        assert process.poll(0.01) is None, process.output()
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     _, said = process.communicate(timeout=30)
@@ -406,9 +399,7 @@ main()
     )
     words = ["cache", "build", str(path), "--cache-dir", str(cache)]
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, **NO_CUDA}, check=False
-    )
+    done = run_python("-c", code, *words, env=NO_CUDA)
     assert time.monotonic() - start < 9  # to the end it would take 12 s
     assert done.returncode == 130
     assert not left_over(cache)

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from programs import Program
 class Ended:
     code: int
     output: str
+    """What went to stdout, and then what went to stderr."""
+    stdout: str
 
 
 def _ended(running, timeout):
@@ -27,7 +28,7 @@ def _ended(running, timeout):
         time.sleep(0.02)
     for program in running:
         program.send_signal(signal.SIGABRT)  # faulthandler
-    return [Ended(program.poll(None), program.output()[0]) for program in running]
+    return [Ended(program.wait(), "".join(program.output()), program.output()[0]) for program in running]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def ranks():
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "PYTHONFAULTHANDLER": "1"}
         for rank in range(n):
             mine = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)}
-            running.append(Program(script, *words, env=mine, stderr=subprocess.STDOUT))
+            running.append(Program(script, *words, env=mine))
         return _ended(running[-n:], timeout)
 
     yield run

@@ -41,19 +41,24 @@ def environment(n):
     return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
 
 
-def run_each(case, n, *words):
-    """(exit code, output) of n processes of a case of worker_parallel.py."""
-    script = Path(__file__).parent / "worker_parallel.py"
-    command = [script, case, "generate", *SMALL, "--device", "cpu", *words]
+def run_each(n, *words):
+    """(exit code, (stdout, stderr)) of n processes."""
     env, started = environment(n), []
     try:
         for rank in range(n):
             mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(Program(*command, env=mine, modules=PIPELINE, stderr=subprocess.STDOUT))
-        return [(program.wait(80), program.output()[0]) for program in started]
+            started.append(Program(*words, env=mine, modules=PIPELINE))
+        return [(program.wait(80), program.output()) for program in started]
     finally:
         for program in started:
             program.kill()
+
+
+def run_case(case, n, *words):
+    """(exit code, output) of n processes of a case of worker_parallel.py."""
+    script = Path(__file__).parent / "worker_parallel.py"
+    ended = run_each(n, script, case, "generate", *SMALL, "--device", "cpu", *words)
+    return [(code, "".join(output)) for code, output in ended]
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def frames():
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, layout, flags, divided, device):
+def test_two_processes_make_the_video_of_one(tiny_wan, tmp_path, frames, layout, flags, divided, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("fewer than 2 GPUs")
     with WanT2V.from_checkpoint(tiny_wan(), device=device) as pipe:
@@ -92,12 +97,19 @@ def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, lay
         "--save_file",
         tmp_path / "two.mp4",
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
-    done = subprocess.run([str(w) for w in command], env=environment(2), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'two.mp4'}\n"
-    assert done.stderr.count("preset multi-gpu") == done.stderr.count("denoise: 3 done") == 1
+    words = ["-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
+    if flags[0] == "--dit_fsdp":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+        command = [str(word) for word in torchrun]
+        done = subprocess.run(command, env=environment(2), capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        out, err = done.stdout, done.stderr
+    else:
+        ended = run_each(2, *words)
+        assert [code for code, _ in ended] == [0, 0], ended
+        out, err = map("".join, zip(*(output for _, output in ended), strict=True))
+    assert out == f"{tmp_path / 'two.mp4'}\n"
+    assert err.count("preset multi-gpu") == err.count("denoise: 3 done") == 1
     assert np.abs(frames(tmp_path / "one.mp4") - frames(tmp_path / "two.mp4")).mean() < 1
     reports = [json.loads((tmp_path / f"run.rank{rank}.json").read_text()) for rank in range(2)]
     loads = [{load["name"]: load for load in report["pipeline"]["loads"]} for report in reports]
@@ -116,7 +128,7 @@ def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, lay
 def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
     start = time.monotonic()
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--t5_fsdp", "--save_file", tmp_path / "v.mp4"]
-    first, second = run_each("killed", 2, *words)
+    first, second = run_case("killed", 2, *words)
     assert second[0] == -signal.SIGKILL
     assert first[0] == 1
     assert "error: process 1 is gone" in first[1]
@@ -127,7 +139,7 @@ def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
 
 
 def test_a_process_without_the_checkpoint_ends_the_others(tiny_wan, tmp_path):
-    first, second = run_each("missing", 2, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4")
+    first, second = run_case("missing", 2, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4")
     assert (first[0], second[0]) == (1, 1)
     assert "error: /nowhere is no directory" in second[1]
     assert "error: process 1 failed: MissingFileError: /nowhere is no directory" in first[1]
@@ -135,7 +147,7 @@ def test_a_process_without_the_checkpoint_ends_the_others(tiny_wan, tmp_path):
 
 def test_a_cancelled_load_tells_the_others_the_reason(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--t5_fsdp", "--save_file", tmp_path / "v.mp4"]
-    first, second = run_each("cancels", 2, *words)
+    first, second = run_case("cancels", 2, *words)
     assert (first[0], second[0]) == (1, 1)
     assert "error: the module and the checkpoint disagree" in second[1]
     reason = "process 1 failed: KeyMismatchError: the module and the checkpoint disagree"
@@ -145,14 +157,14 @@ def test_a_cancelled_load_tells_the_others_the_reason(tiny_wan, tmp_path):
 
 def test_decoding_may_take_longer_than_collectives(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--ulysses_size", "2", "--save_file", tmp_path / "v.mp4"]
-    for code, output in run_each("slow", 2, *words):
+    for code, output in run_case("slow", 2, *words):
         assert code == 0, output
     assert (tmp_path / "v.mp4").exists()
 
 
 def test_a_process_that_hangs_in_a_collective_is_ended(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--save_file", tmp_path / "v.mp4"]
-    first, second = run_each("hangs", 2, *words)
+    first, second = run_case("hangs", 2, *words)
     assert (first[0], second[0]) == (1, -signal.SIGKILL)
     assert first[1].splitlines()[-1].startswith("error: process 1 is gone")
 
