@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import types
 
 
 def serve(requests):
@@ -68,6 +69,7 @@ def run(request):
     elif first == "-c":
         code, *words = words
         sys.argv = [first, *words]
+        sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(code, "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
         sys.argv = [first, *words]
