@@ -115,6 +115,20 @@ def open_dir():
 
 
 @pytest.fixture
+def call_main(monkeypatch):
+    """Call the `main` of a program in this process, with arguments; returns its exit code."""
+
+    def call_main(main, *words):
+        name = main.__module__.split(".")[0].replace("_", "-")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0
+
+    return call_main
+
+
+@pytest.fixture
 def benchmark_main(monkeypatch):
     """Run a script of benchmarks/ in this process, with arguments; the processes that it starts come from a zygote."""
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from entries import flip, left_over
 from programs import Program, check_error, check_usage, wan_loader_itself
 from programs import run as run_python
 from programs import wan_loader as run
@@ -60,19 +61,6 @@ def cache(built, tmp_path):
 def entry_file(cache):
     (entry,) = (cache / "entries").iterdir()
     return entry / "model.safetensors"
-
-
-def flip(file, position):
-    file.chmod(0o600)
-    with open(file, "r+b") as f:
-        f.seek(position)
-        byte = f.read(1)[0]
-        f.seek(position)
-        f.write(bytes([byte ^ 1]))
-
-
-def left_over(cache):
-    return [p for room in ("building", "trash") for p in (cache / room).iterdir()]
 
 
 # build and load

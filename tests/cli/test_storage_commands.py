@@ -62,14 +62,11 @@ def unknown(monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "code"), [("warm", 0), ("evict", 1)])
-def test_what_is_unknown_is_said(model, unknown, command, code, capsys, monkeypatch):
+def test_what_is_unknown_is_said(model, unknown, command, code, capsys, call_main):
     from wan_loader.cli import main
 
     for flags in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", ["wan-loader", command, str(model), *flags])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == code
+        assert call_main(main, command, model, *flags) == code
         out, err = capsys.readouterr()
         assert "unknown: the kernel tells only who owns" in err
         if not flags:

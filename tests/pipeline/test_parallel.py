@@ -187,18 +187,15 @@ def test_a_process_that_hangs_in_a_collective_is_ended(tiny_wan, tmp_path):
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["--cache"], "leave out --cache"),
     ],
 )
-def test_mistakes_are_one_error(tiny_wan, tmp_path, monkeypatch, capfd, env, words, message):
+def test_mistakes_are_one_error(tiny_wan, tmp_path, monkeypatch, call_main, capfd, env, words, message):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    start = ["wan-pipeline", "generate", *SMALL, "--device", "cpu", "--ckpt_dir", tiny_wan()]
+    start = ["generate", *SMALL, "--device", "cpu", "--ckpt_dir", tiny_wan()]
     command = [*start, "--save_file", tmp_path / "v.mp4", *words]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    with pytest.raises(SystemExit) as end:
-        main()
+    assert call_main(main, *command) == 1
     error = capfd.readouterr().err
-    assert end.value.code == 1
     assert message in error
     assert error.count("\n") == 1
 
