@@ -1,7 +1,7 @@
 """Programs as processes of their own, without each of them importing torch.
 
-A zygote imports it once and forks. Where the import itself, an environment that Python reads when it starts, or Ctrl-C
-during the start is the point, `subprocess` is the way.
+A zygote imports it once and forks. Where the import itself, an environment that Python reads when it starts, Ctrl-C
+during the start, or how the interpreter takes modules apart at its end is the point, `subprocess` is the way.
 """
 
 import atexit
@@ -33,6 +33,7 @@ def _zygote(modules):
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # CUDA that has begun here would not work in forks
     }
     nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, **nothing)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from programs import wan_loader
+from programs import wan_loader_itself
 
 _SCRIPT = """
 import atexit, os, pickle, signal, sys, time, warnings
@@ -71,6 +71,6 @@ def test_a_script_is_the_main_module_and_has_its_own_ctrl_c(tmp_path):
 def test_a_script_may_close_its_streams(tmp_path, stream, what):
     script = tmp_path / "script.py"
     script.write_text(f"import sys; print('said'); {what.format(stream)}")
-    done = wan_loader("run", script)
+    done = wan_loader_itself("run", script)
     assert (done.returncode, done.stdout) == (0, "said\n")
     assert "Traceback" not in done.stderr
