@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from wan_loader.source.evict import evict, resident_bytes
+from wan_loader.warming.evict import evict, resident_bytes
 
 CASES = ("without", "first", "second")
 
@@ -131,8 +131,8 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     import torch
 
-    from wan_loader.loader.devices import device_card
-    from wan_loader.machine import machine_card
+    from wan_loader.devices.resolve import device_card
+    from wan_loader.system.machine import machine_card
 
     cache_dir = options.cache_dir or options.path.parent / "converted-cache"
     samples = []

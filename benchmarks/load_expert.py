@@ -30,20 +30,20 @@ def files_of(path: Path) -> list[str]:
 
 
 def resident_share(path: Path) -> float:
-    from wan_loader.source.evict import resident_bytes
+    from wan_loader.warming.evict import resident_bytes
 
     return (resident_bytes(files_of(path)) or 0) / sum(os.path.getsize(name) for name in files_of(path))
 
 
 def evict(path: Path) -> None:
-    from wan_loader.source.evict import evict
+    from wan_loader.warming.evict import evict
 
     evict(files_of(path))
 
 
 def warm(path: Path) -> None:
-    from wan_loader.source.tree import list_tree
-    from wan_loader.source.warm import warm
+    from wan_loader.warming.tree import list_tree
+    from wan_loader.warming.warm import warm
 
     warm(list_tree(path).files)
 
@@ -187,8 +187,8 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from wan_loader.loader.devices import device_card
-    from wan_loader.machine import machine_card
+    from wan_loader.devices.resolve import device_card
+    from wan_loader.system.machine import machine_card
 
     bf16 = make(options.directory, "bf16", options.blocks)
     fp32 = make(options.directory, "fp32", max(1, options.blocks // 2))

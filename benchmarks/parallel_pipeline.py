@@ -132,9 +132,9 @@ def problem(result: str, watched: list[dict], timeout_s: float) -> str:
 
 def warm(path: Path) -> float:
     """Bring the weights into the page cache; the share that is there then."""
-    from wan_loader.source.evict import resident_bytes
-    from wan_loader.source.tree import list_tree
-    from wan_loader.source.warm import warm
+    from wan_loader.warming.evict import resident_bytes
+    from wan_loader.warming.tree import list_tree
+    from wan_loader.warming.warm import warm
 
     files = [file for file in list_tree(path).files if file.is_weights]
     warm(files)

@@ -263,20 +263,20 @@ def weight_files(directory):
 
 
 def resident_share(directory):
-    from wan_loader.source.evict import resident_bytes
+    from wan_loader.warming.evict import resident_bytes
 
     files = weight_files(directory)
     return (resident_bytes(files) or 0) / sum(os.path.getsize(name) for name in files)
 
 
 def evict(directory):
-    from wan_loader.source.evict import evict
+    from wan_loader.warming.evict import evict
 
     evict(weight_files(directory))
 
 
 def warm(directory):
-    from wan_loader.source.prewarm import prewarm_files
+    from wan_loader.warming.prewarm import prewarm_files
 
     prewarm_files(weight_files(directory), threads=8).wait()
 
@@ -357,7 +357,7 @@ def gb(s, key):
 
 
 def machine():
-    from wan_loader.machine import machine_card
+    from wan_loader.system.machine import machine_card
 
     card = dict(machine_card())
     try:

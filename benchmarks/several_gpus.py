@@ -245,7 +245,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from wan_loader.machine import machine_card
+    from wan_loader.system.machine import machine_card
 
     path = make(options)
     nbytes = sum(os.path.getsize(name) for name in files_of(path))

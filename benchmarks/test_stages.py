@@ -12,19 +12,19 @@ import ctypes
 import pytest
 import torch
 
+from wan_loader.devices.cpu import CpuTarget
+from wan_loader.devices.writer import Destination
+from wan_loader.engine.pinned_ring import Staging
+from wan_loader.engine.reader import Reader
 from wan_loader.formats import open_checkpoint
-from wan_loader.linux import cached_bytes
-from wan_loader.loader.dtype_rule import DtypeRule
-from wan_loader.loader.filling import Filling
-from wan_loader.loader.placement import lay_out, plan_storages
-from wan_loader.loader.route import choose_way
-from wan_loader.loader.settings import MIN_BLOCK_BYTES, block_bytes
-from wan_loader.plan import Piece, plan_blocks
-from wan_loader.source.reader import Reader
-from wan_loader.source.residency import Residency
-from wan_loader.staging import Staging
-from wan_loader.transfer.base import Destination
-from wan_loader.transfer.cpu import CpuTarget
+from wan_loader.loading.allocate import lay_out, plan_storages
+from wan_loader.loading.filling import Filling
+from wan_loader.plan.blocks import Piece, plan_blocks
+from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
+from wan_loader.plan.transport import choose_way
+from wan_loader.system.page_cache import Residency
+from wan_loader.system.posix import cached_bytes
 
 #: For the full native checkpoint: headers of 12 shards and two .pth, and the plan of all 2,626 tensors.
 N_TENSORS = 2626

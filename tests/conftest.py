@@ -43,7 +43,7 @@ def evict():
     """Push byte ranges of a file out of the page cache; skips the test where the kernel keeps them."""
 
     def evict(path, start=0, nbytes=0):
-        from wan_loader.linux import cached_bytes
+        from wan_loader.system.posix import cached_bytes
 
         fd = os.open(path, os.O_RDWR)
         try:
@@ -66,7 +66,7 @@ def resident():
     """Bytes of a file that lie in the page cache."""
 
     def resident(path):
-        from wan_loader.linux import cached_bytes
+        from wan_loader.system.posix import cached_bytes
 
         fd = os.open(path, os.O_RDONLY)
         try:

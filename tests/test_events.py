@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from wan_loader.events import PHASES, Recorder, Span, busy_ns, clock_ns, span
-from wan_loader.report import summarize
+from wan_loader.loading.report import summarize
 
 
 def ticks(*values):

@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wan_loader._version import __version__
-from wan_loader.forks import without_forks
+from wan_loader.system.forks import without_forks
 
 if TYPE_CHECKING:
+    from wan_loader.api import load, load_file, load_into
     from wan_loader.errors import (
         CacheError,
         CheckpointError,
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
     )
     from wan_loader.events import Observer, Recorder, Span
     from wan_loader.formats import Checkpoint, open_checkpoint
-    from wan_loader.loader.api import load, load_file, load_into
-    from wan_loader.loader.empty_weights import empty_weights
-    from wan_loader.source.prewarm import prewarm
+    from wan_loader.loading.empty_weights import empty_weights
+    from wan_loader.warming.prewarm import prewarm
 
 _LAZY = {
     "CacheError": "wan_loader.errors",
@@ -50,12 +50,12 @@ _LAZY = {
     "Recorder": "wan_loader.events",
     "Span": "wan_loader.events",
     "WanLoaderError": "wan_loader.errors",
-    "empty_weights": "wan_loader.loader.empty_weights",
-    "load": "wan_loader.loader.api",
-    "load_file": "wan_loader.loader.api",
-    "load_into": "wan_loader.loader.api",
+    "empty_weights": "wan_loader.loading.empty_weights",
+    "load": "wan_loader.api",
+    "load_file": "wan_loader.api",
+    "load_into": "wan_loader.api",
     "open_checkpoint": "wan_loader.formats",
-    "prewarm": "wan_loader.source.prewarm",
+    "prewarm": "wan_loader.warming.prewarm",
 }
 
 __all__ = [
@@ -98,7 +98,7 @@ def __dir__() -> list[str]:
 def _at_exit(pid: int) -> None:
     """Other processes of a distributed run may wait for this one; forked ones are none of them."""
     if "torch.distributed" in sys.modules and os.getpid() == pid:
-        from wan_loader.loader.ended import leave_note
+        from wan_loader.distributed.exit_note import leave_note
 
         leave_note()
 

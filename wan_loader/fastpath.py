@@ -19,11 +19,11 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.formats.content import content_of, read_head
 from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
-from wan_loader.loader.api import load
 from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.cache.build import Build
+from wan_loader.cache.cached_load import find_or_begin, read_parts
 from wan_loader.cache.check import check_entry
 from wan_loader.cache.content import Loaded
 from wan_loader.cache.outline import Outline, outline_file, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError
-from wan_loader.loader.cached import find_or_begin, read_parts
-from wan_loader.loader.dtype_rule import DtypeRule
-from wan_loader.report import CacheReport
+from wan_loader.loading.report import CacheReport
+from wan_loader.plan.dtype_rule import DtypeRule
 from wan_pipeline.checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.scales import find_scales
 from wan_loader.hub.layouts import missing_files, parts_of
-from wan_loader.loader.dtype_rule import has_part
+from wan_loader.plan.dtype_rule import has_part
 from wan_pipeline import configs
 from wan_pipeline.keymap import keymap
 

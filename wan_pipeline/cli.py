@@ -103,10 +103,10 @@ def cache_build(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """What `wan-loader cache build` does with the directory of a whole pipeline."""
+    from wan_loader.cache.cached_load import build_entry
     from wan_loader.cache.store import Store
     from wan_loader.cli.building import report_build
     from wan_loader.dtypes import parse_dtype
-    from wan_loader.loader.cached import build_entry
     from wan_loader.sizes import parse_size
     from wan_pipeline.cached import outline_wan
     from wan_pipeline.checkpoint import open_wan

@@ -15,8 +15,8 @@ import typer
 
 from wan_loader.cli.distributed import own_file
 from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
+from wan_loader.distributed.processes import is_first, world_size
 from wan_loader.errors import OptionError
-from wan_loader.loader.processes import is_first, world_size
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.progress import phase_progress

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.loader.api import load
-from wan_loader.loader.binding import match, module_slots
-from wan_loader.loader.dtype_rule import has_part
+from wan_loader.api import load
+from wan_loader.loading.bind import match, module_slots
+from wan_loader.plan.dtype_rule import has_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.events import Observer
-    from wan_loader.report import LoadReport
+    from wan_loader.loading.report import LoadReport
     from wan_loader.types import IoMode
     from wan_pipeline.checkpoint import Component
 
@@ -32,7 +32,7 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
 
     dtype: None leaves what is in the file. decoder_only: a VAE without its encoder, which text-to-video never uses.
     """
-    from wan_loader.loader.empty_weights import empty_weights
+    from wan_loader.loading.empty_weights import empty_weights
 
     with empty_weights():  # the rotary tables are in no checkpoint
         module: torch.nn.Module = _construct(component)

@@ -18,11 +18,11 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.api import load_into
 from wan_loader.arguments import check_flag
+from wan_loader.distributed.processes import end_now, join, use_device, world_size
+from wan_loader.distributed.sharding import rows
 from wan_loader.errors import OptionError, WanLoaderError
-from wan_loader.loader.api import load_into
-from wan_loader.loader.processes import end_now, join, use_device, world_size
-from wan_loader.loader.sharding import rows
 from wan_loader.printable import printable
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
+    from wan_loader.distributed.liveness import Peers
+    from wan_loader.distributed.processes import Joined
     from wan_loader.events import Observer
-    from wan_loader.loader.peers import Peers
-    from wan_loader.loader.processes import Joined
-    from wan_loader.report import LoadReport
+    from wan_loader.loading.report import LoadReport
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 
 __all__ = ["Degrees", "Run", "connect", "divide", "fetch"]

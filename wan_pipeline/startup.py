@@ -17,11 +17,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
+from wan_loader.devices.driver import make_context
+from wan_loader.distributed.processes import local_rank, use_device, warms, world_size
 from wan_loader.errors import OptionError
 from wan_loader.events import Recorder, span
-from wan_loader.loader.processes import local_rank, use_device, warms, world_size
-from wan_loader.source.prewarm import prewarm_files
-from wan_loader.transfer.driver import make_context
+from wan_loader.warming.prewarm import prewarm_files
 from wan_pipeline import modules, parallel, presets
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.fitting import choose_preset, network_dtype
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.source.prewarm import Prewarm
     from wan_loader.types import StrPath
+    from wan_loader.warming.prewarm import Prewarm
     from wan_pipeline.cached import PipelineCache
     from wan_pipeline.checkpoint import WanCheckpoint
     from wan_pipeline.presets import Preset
@@ -233,7 +233,7 @@ def _start_fetching(plan: _Plan) -> Started:
 def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
     import torch
 
-    from wan_loader.loader.devices import resolve_device
+    from wan_loader.devices.resolve import resolve_device
 
     checkpoint, options, cache = plan.checkpoint, plan.options, plan.cache
     device = resolve_device(options.device, plan.recorder) if run is None else run.device

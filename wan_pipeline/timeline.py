@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import dtype_name
 from wan_loader.events import clock_ns
-from wan_loader.machine import machine_card, peak_resident
-from wan_loader.report import SCHEMA_VERSION, summarize
+from wan_loader.loading.report import SCHEMA_VERSION, summarize
+from wan_loader.system.machine import machine_card, peak_resident
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wan_loader.report import LoadReport
+    from wan_loader.loading.report import LoadReport
     from wan_pipeline.startup import Started
 
 __all__ = ["Timeline", "process_start_ns"]

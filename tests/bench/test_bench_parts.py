@@ -13,8 +13,8 @@ from wan_loader.bench import storage
 from wan_loader.bench.check import compare_tensors
 from wan_loader.bench.document import to_document
 from wan_loader.bench.loader import Outcome, Task
+from wan_loader.bench.loaders import LOADERS, find_loaders
 from wan_loader.bench.markdown import to_markdown
-from wan_loader.bench.peers import LOADERS, find_loaders
 from wan_loader.bench.picture import to_svg
 from wan_loader.bench.runner import Case, Entry, Result, Settings, distinct_names
 from wan_loader.bench.statistics import case_warnings, summarize_samples
@@ -23,7 +23,7 @@ from wan_loader.bench.table import HEADERS, case_rows, visible_columns
 from wan_loader.bench.throttle import Throttle
 from wan_loader.errors import OptionError, OutputError
 from wan_loader.formats import open_checkpoint
-from wan_loader.source.evict import evict as source_evict
+from wan_loader.warming.evict import evict as source_evict
 
 
 def test_loaders_by_name():

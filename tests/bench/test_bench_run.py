@@ -16,7 +16,7 @@ import torch
 from wan_loader.bench import sample
 from wan_loader.bench.child import ask
 from wan_loader.bench.loader import Loader, Outcome, Task
-from wan_loader.bench.peers import LOADERS
+from wan_loader.bench.loaders import LOADERS
 
 LOADERS_AS_THEY_ARE = dict(LOADERS)
 
@@ -149,7 +149,7 @@ def test_a_peer_that_hangs_is_ended_with_all_its_children(checkpoint, fakes, mon
 def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_path):
     from wan_loader.bench import storage
     from wan_loader.bench.document import to_document
-    from wan_loader.bench.peers import LOADERS
+    from wan_loader.bench.loaders import LOADERS
     from wan_loader.bench.runner import Entry, Settings, run_cases
     from wan_loader.bench.storage import Place
 

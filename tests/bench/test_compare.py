@@ -6,8 +6,8 @@ import pytest
 
 from wan_loader.bench.compare import compare_runs, parse_limit, read_run, regressions
 from wan_loader.errors import OptionError, SessionError
-from wan_loader.profiler import checked
-from wan_loader.profiler.session import read_session
+from wan_loader.profiler.analysis import checked
+from wan_loader.profiler.analysis.session import read_session
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 import wan_loader
+from wan_loader import api  # noqa: F401 - imported before the forks
 from wan_loader.cache.check import check_entry
 from wan_loader.cache.store import Store
-from wan_loader.loader import api  # noqa: F401 - imported before the forks
 
 FP32 = {"big": (600, 1024), "odd": (1023,), "empty": (0, 3), "scalar": ()}
 

@@ -20,14 +20,14 @@ import safetensors.torch  # noqa: E402
 import wan_loader  # noqa: E402
 from wan_loader.cache import build as build_module  # noqa: E402
 from wan_loader.cache.build import wait_for_builds  # noqa: E402
+from wan_loader.cache.cached_load import begin_build, build_entry, outline_checkpoint  # noqa: E402
 from wan_loader.cache.check import check_entry  # noqa: E402
 from wan_loader.cache.manifest import BLOCK_BYTES, digest  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402
 from wan_loader.formats import open_checkpoint  # noqa: E402
-from wan_loader.loader.cached import begin_build, build_entry, outline_checkpoint  # noqa: E402
-from wan_loader.loader.dtype_rule import DtypeRule  # noqa: E402
-from wan_loader.loader.load import Choice  # noqa: E402
+from wan_loader.loading.run import Choice  # noqa: E402
+from wan_loader.plan.dtype_rule import DtypeRule  # noqa: E402
 
 MiB = 1 << 20
 

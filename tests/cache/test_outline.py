@@ -14,7 +14,7 @@ from wan_loader.cache.outline import Outline, outline_file, safetensors_header, 
 from wan_loader.dtypes import ITEMSIZE  # noqa: E402
 from wan_loader.errors import CacheError, CheckpointError  # noqa: E402
 from wan_loader.formats import open_checkpoint  # noqa: E402
-from wan_loader.loader.dtype_rule import DtypeRule  # noqa: E402
+from wan_loader.plan.dtype_rule import DtypeRule  # noqa: E402
 
 
 def outline(path, dtype="bfloat16", keep=(), small=None, **options):

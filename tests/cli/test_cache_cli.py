@@ -315,10 +315,10 @@ def test_a_build_that_fails_is_one_warning(tmp_path, model):
 
 
 def test_another_process_builds(tmp_path, model):
+    from wan_loader.cache.cached_load import outline_checkpoint
     from wan_loader.formats import open_checkpoint
-    from wan_loader.loader.cached import outline_checkpoint
-    from wan_loader.loader.dtype_rule import DtypeRule
-    from wan_loader.loader.load import Choice
+    from wan_loader.loading.run import Choice
+    from wan_loader.plan.dtype_rule import DtypeRule
 
     checkpoint = open_checkpoint(model)
     outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypeRule("bfloat16")))

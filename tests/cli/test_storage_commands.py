@@ -57,8 +57,8 @@ def test_their_json(model):
 @pytest.fixture
 def unknown(monkeypatch):
     """A kernel that does not tell, and a file system without reads that do not wait."""
-    monkeypatch.setattr("wan_loader.source.residency.cached_bytes", lambda *_: os.close(-1))
-    monkeypatch.setattr("wan_loader.source.residency._Tries.is_there", lambda *_: os.close(-1))
+    monkeypatch.setattr("wan_loader.system.page_cache.cached_bytes", lambda *_: os.close(-1))
+    monkeypatch.setattr("wan_loader.system.page_cache._Tries.is_there", lambda *_: os.close(-1))
 
 
 @pytest.mark.parametrize(("command", "code"), [("warm", 0), ("evict", 1)])

@@ -14,8 +14,8 @@ from programs import ROOT, run  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from wan_loader.errors import SessionError  # noqa: E402
-from wan_loader.profiler.session import read_session  # noqa: E402
-from wan_loader.profiler.spread import spread  # noqa: E402
+from wan_loader.profiler.analysis.ranks import spread  # noqa: E402
+from wan_loader.profiler.analysis.session import read_session  # noqa: E402
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "150"}
 

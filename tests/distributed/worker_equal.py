@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_loader
+from wan_loader.distributed import shard_group as team_module
 from wan_loader.formats.facts import Checkpoint
-from wan_loader.loader import load as load_module
-from wan_loader.loader import team as team_module
-from wan_loader.loader.settings import MAX_LANES
-from wan_loader.machine import processors
+from wan_loader.loading import run as load_module
+from wan_loader.plan.limits import MAX_LANES
+from wan_loader.system.machine import processors
 
 HERE, DEVICE = Path(sys.argv[1]), sys.argv[2]
 REFERENCE = torch.load(HERE / "net.pth")

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import wan_loader
-from wan_loader.loader import exchange, peers
-from wan_loader.loader import team as team_module
+from wan_loader.distributed import exchange
+from wan_loader.distributed import liveness as peers
+from wan_loader.distributed import shard_group as team_module
 
 HERE, CASE, DEVICE = Path(sys.argv[1]), sys.argv[2], sys.argv[3] if sys.argv[3:] else "cpu"
 WORLD = dist.group.WORLD

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.engine import EngineSettings, Portion, carry_out
+from wan_loader.engine.reader import Reader
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan import PAGE, Extent, Way, plan_blocks
-from wan_loader.source.reader import Reader
+from wan_loader.plan.blocks import PAGE, Extent, Way, plan_blocks
 
 MiB = 1 << 20
 

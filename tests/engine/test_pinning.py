@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from wan_loader.devices.writer import PinError
 from wan_loader.engine import EngineSettings, Portion, carry_out
-from wan_loader.engine.carry import Carried
+from wan_loader.engine.pinned_ring import Staging
 from wan_loader.engine.pinning import Pinning
+from wan_loader.engine.reader import Reader
+from wan_loader.engine.transfer import Carried
 from wan_loader.errors import DeviceError
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan import Extent, Way, plan_blocks
-from wan_loader.source.reader import Reader
-from wan_loader.staging import Staging
-from wan_loader.transfer.base import PinError
+from wan_loader.plan.blocks import Extent, Way, plan_blocks
 
 pytestmark = pytest.mark.timeout(10)
 

@@ -4,7 +4,7 @@ import pytest
 from test_directory import weights
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
-from wan_loader.source.tree import list_tree
+from wan_loader.warming.tree import list_tree
 
 
 @pytest.fixture

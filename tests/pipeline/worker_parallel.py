@@ -7,8 +7,9 @@ import threading
 import time
 from datetime import timedelta
 
+from wan_loader.distributed import liveness as peers
+from wan_loader.distributed import processes
 from wan_loader.errors import KeyMismatchError
-from wan_loader.loader import peers, processes
 from wan_pipeline import pipeline, residency, startup
 from wan_pipeline.cli import main
 

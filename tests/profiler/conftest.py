@@ -24,7 +24,7 @@ def ceilings(checkpoint, tmp_path_factory):
     the load at hand is what others are to be compared with.
     """
     import wan_loader
-    from wan_loader.profiler.ceilings import find_ceilings
+    from wan_loader.profiler.probe.ceilings import find_ceilings
 
     cache = tmp_path_factory.mktemp("cache") / "ceilings.json"
     values = dict(find_ceilings([str(checkpoint)], device="cpu", file=cache).values)
@@ -38,8 +38,8 @@ def profiled(tmp_path):
     """Run Python source as a program under the profiler; returns its session."""
 
     def profiled(source, *args, ceilings=None, **options):
-        from wan_loader.profiler.assemble import Surroundings, program_session
-        from wan_loader.profiler.merge import merge
+        from wan_loader.profiler.analysis.assemble import Surroundings, program_session
+        from wan_loader.profiler.analysis.merge import merge
         from wan_loader.profiler.program import run_program
 
         script = tmp_path / "program.py"

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import wan_loader
 from wan_loader.events import Recorder, span
-from wan_loader.profiler.assemble import Surroundings, load_session
+from wan_loader.profiler.analysis.assemble import Surroundings, load_session
 
 SECONDS = 1.5
 
@@ -50,13 +50,13 @@ class TestOwnLoads:
         assert session.verdict.why.startswith("healthy")
 
     def test_disk(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.aio import Request
+        from wan_loader.system.posix_aio import Request
 
         monkeypatch.setattr(Request, "result", slowed(Request.result, 0.2))
         self.expect("read", profile(checkpoint, ceilings, threads=2))
 
     def test_copies(self, small_tensors, ceilings, monkeypatch):
-        from wan_loader.transfer import cpu
+        from wan_loader.devices import cpu
 
         class Slow:
             memmove = staticmethod(slowed(cpu.ctypes.memmove, 0.004))
@@ -65,13 +65,13 @@ class TestOwnLoads:
         self.expect("h2d", profile(small_tensors, ceilings))
 
     def test_cast(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.transfer import cpu
+        from wan_loader.devices import cpu
 
         monkeypatch.setattr(cpu, "_convert", slowed(cpu._convert, 0.08))
         self.expect("cast", profile(checkpoint, ceilings, dtype="bf16"))
 
     def test_slots(self, small_tensors, ceilings, monkeypatch):
-        from wan_loader.transfer.cpu import CpuTarget
+        from wan_loader.devices.cpu import CpuTarget
 
         class Late:
             is_done = False
@@ -88,19 +88,19 @@ class TestOwnLoads:
         self.expect("wait", profile(small_tensors, ceilings, threads=1))
 
     def test_headers(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.loader import api
+        from wan_loader import api
 
         monkeypatch.setattr(api, "open_checkpoint", slowed(api.open_checkpoint, SECONDS))
         self.expect("header", profile(checkpoint, ceilings))
 
     def test_planning(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.loader import load
+        from wan_loader.loading import run as load
 
         monkeypatch.setattr(load, "plan_storages", slowed(load.plan_storages, SECONDS))
         self.expect("init", profile(checkpoint, ceilings))
 
     def test_imports(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.loader import load
+        from wan_loader.loading import run as load
 
         resolve = load.resolve_device
 
@@ -113,7 +113,7 @@ class TestOwnLoads:
         self.expect("import", profile(checkpoint, ceilings))
 
     def test_binding(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.loader import load
+        from wan_loader.loading import run as load
 
         monkeypatch.setattr(load, "_convert_late", slowed(load._convert_late, SECONDS))
         self.expect("assign", profile(checkpoint, ceilings))

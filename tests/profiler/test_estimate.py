@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
-from wan_loader.profiler import measure
-from wan_loader.profiler.ceilings import find_ceilings, known_ceilings
-from wan_loader.profiler.diagnosis import checkpoints_in, diagnose
-from wan_loader.profiler.simulate import STORAGES, Hardware, Part, parts_of, simulate
+from wan_loader.profiler.analysis.simulate import STORAGES, Hardware, Part, parts_of, simulate
+from wan_loader.profiler.probe import measure
+from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
+from wan_loader.profiler.probe.diagnosis import checkpoints_in, diagnose
 from wan_loader.sizes import parse_rate, parse_size
 
 
@@ -121,8 +121,8 @@ def test_measuring_takes_no_memory_that_is_not_there(checkpoint, monkeypatch):
 
 
 def test_a_disk_is_not_measured_where_it_is_unknown_what_is_cached(checkpoint, monkeypatch):
-    monkeypatch.setattr("wan_loader.source.residency.cached_bytes", lambda *_: os.close(-1))
-    monkeypatch.setattr("wan_loader.source.residency._Tries.is_there", lambda *_: os.close(-1))
+    monkeypatch.setattr("wan_loader.system.page_cache.cached_bytes", lambda *_: os.close(-1))
+    monkeypatch.setattr("wan_loader.system.page_cache._Tries.is_there", lambda *_: os.close(-1))
     with pytest.raises(measure.UnmeasuredError, match="unknown"):
         measure.measure_disk([str(checkpoint)])
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch):
 
 
 def test_the_disk_is_measured_where_it_is_cold_and_nothing_is_evicted(checkpoint, evict):
-    from wan_loader.linux import cached_bytes
+    from wan_loader.system.posix import cached_bytes
 
     checkpoint.read_bytes()
     with pytest.raises(measure.UnmeasuredError, match="page cache"):

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from wan_loader.errors import OptionError
-from wan_loader.profiler.merge import main_process, merge
+from wan_loader.profiler.analysis.merge import main_process, merge
 from wan_loader.profiler.program import Recording, command_line, run_program
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from wan_loader.profiler.inside.recorder import Recorder
+from wan_loader.profiler.agent.recorder import Recorder
 
 
 class Clock:
@@ -143,7 +143,7 @@ def test_imports_nothing_but_the_standard_library():
     import sys
     from pathlib import Path
 
-    package = Path(importlib.import_module("wan_loader.profiler.inside").__file__).parent
+    package = Path(importlib.import_module("wan_loader.profiler.agent").__file__).parent
     for path in package.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from wan_loader.errors import SessionError
-from wan_loader.profiler.assemble import Surroundings, load_session
-from wan_loader.profiler.page import to_page
-from wan_loader.profiler.session import Process, Sample, Session, Verdict, read_session
-from wan_loader.profiler.terminal import print_session
-from wan_loader.profiler.timeline import Mark, phases
-from wan_loader.profiler.trace import to_trace
-from wan_loader.report import Bottleneck, IoReport, LoadReport, MemoryReport
+from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
+from wan_loader.profiler.analysis.assemble import Surroundings, load_session
+from wan_loader.profiler.analysis.session import Process, Sample, Session, Verdict, read_session
+from wan_loader.profiler.analysis.timeline import Mark, phases
+from wan_loader.profiler.render.page import to_page
+from wan_loader.profiler.render.terminal import print_session
+from wan_loader.profiler.render.trace import to_trace
 
 S = 1_000_000_000
 

@@ -3,8 +3,7 @@
 import pytest
 
 from wan_loader.events import Span
-from wan_loader.profiler.bars import timeline_bar
-from wan_loader.profiler.timeline import (
+from wan_loader.profiler.analysis.timeline import (
     Mark,
     attribute,
     by_label,
@@ -14,6 +13,7 @@ from wan_loader.profiler.timeline import (
     throughput,
     union,
 )
+from wan_loader.profiler.render.bars import timeline_bar
 from wan_loader.sizes import format_bytes, format_seconds
 
 S = 1_000_000_000

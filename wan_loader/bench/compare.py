@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError, SessionError
-from wan_loader.profiler.checked import Doc, read_json
+from wan_loader.profiler.analysis.checked import Doc, read_json
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:

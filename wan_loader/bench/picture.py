@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.table import case_title, machine_line, ordered, why_no_time
 from wan_loader.printable import markup_text
-from wan_loader.profiler.charts import axis_step
+from wan_loader.profiler.render.charts import axis_step
 from wan_loader.sizes import format_seconds
 
 if TYPE_CHECKING:

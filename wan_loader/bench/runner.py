@@ -18,10 +18,10 @@ from wan_loader.bench.loader import Loader, Task, installed_version
 from wan_loader.bench.storage import Place, leftovers, part_of, scratch, staged, warm
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
-from wan_loader.loader.dtype_rule import DtypeRule
-from wan_loader.profiler.storage import storage_facts
+from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.profiler.probe.storage import storage_facts
 from wan_loader.sizes import format_bytes, format_count, format_seconds
-from wan_loader.source.evict import evict
+from wan_loader.warming.evict import evict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -18,14 +18,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.atomic import write_text
 from wan_loader.bench.loader import Loader, NotApplicableError, Outcome, Task
-from wan_loader.bench.peers import LOADERS
+from wan_loader.bench.loaders import LOADERS
 from wan_loader.bench.throttle import throttle_reads
 from wan_loader.events import clock_ns
-from wan_loader.machine import machine_card, peak_resident, processors, reset_peak_resident
-from wan_loader.source.evict import resident_bytes
-from wan_loader.source.residency import knowledge_of
+from wan_loader.system.files import write_text
+from wan_loader.system.machine import machine_card, peak_resident, processors, reset_peak_resident
+from wan_loader.system.page_cache import knowledge_of
+from wan_loader.warming.evict import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -85,7 +85,7 @@ def convert(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_device(device: str) -> dict[str, Any]:
     """The device by its full name, and the machine's card."""
-    from wan_loader.loader.devices import device_card, resolve_device
+    from wan_loader.devices.resolve import device_card, resolve_device
 
     found = resolve_device(device)
     return {"status": "ok", "device": str(found), "machine": {**machine_card(), **device_card(found)}}
@@ -93,7 +93,7 @@ def describe_device(device: str) -> dict[str, Any]:
 
 def measure_ceiling(request: Mapping[str, Any]) -> dict[str, Any]:
     """GB/s that this machine reaches at best: copies to the device, O_DIRECT reads of cold files, the page cache."""
-    from wan_loader.profiler import measure
+    from wan_loader.profiler.probe import measure
 
     files, found, notes = request["files"], {}, []
     for name in request["names"]:

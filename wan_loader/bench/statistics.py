@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.source.residency import Knowledge
+from wan_loader.system.page_cache import Knowledge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

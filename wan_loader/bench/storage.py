@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import OptionError, OutputError
-from wan_loader.machine import available_memory
-from wan_loader.profiler.simulate import STORAGES
-from wan_loader.profiler.storage import storage_facts
+from wan_loader.profiler.analysis.simulate import STORAGES
+from wan_loader.profiler.probe.storage import storage_facts
 from wan_loader.sizes import format_bytes, parse_rate
-from wan_loader.source.evict import resident_bytes
+from wan_loader.system.machine import available_memory
+from wan_loader.warming.evict import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

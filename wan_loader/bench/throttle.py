@@ -10,8 +10,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from wan_loader.aio import Request
 from wan_loader.events import clock_ns
+from wan_loader.system.posix_aio import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from wan_loader.cache.build import content_digest
 from wan_loader.cache.manifest import BLOCK_BYTES, MANIFEST_NAME, digest
 from wan_loader.errors import CacheError
-from wan_loader.machine import processors
+from wan_loader.system.machine import processors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader.cli.options import Device, Dtype, Force, IoChoice, JsonOut, Verbose, checked
+from wan_loader.distributed.processes import world_size
 from wan_loader.errors import OptionError
-from wan_loader.loader.processes import world_size
 from wan_loader.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def bench(
 
 def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: list[int] | None) -> list[Entry]:
     """Loaders; ours once for each combination of its settings."""
-    from wan_loader.bench.peers import find_loaders
+    from wan_loader.bench.loaders import find_loaders
     from wan_loader.bench.runner import Entry
 
     entries = []

@@ -65,11 +65,11 @@ def build(
     """
     if part is None and _is_pipeline(path):
         _build_pipeline()
+    from wan_loader.cache.cached_load import build_entry, outline_checkpoint
     from wan_loader.cache.store import Store
     from wan_loader.formats import open_checkpoint
-    from wan_loader.loader.cached import build_entry, outline_checkpoint
-    from wan_loader.loader.dtype_rule import DtypeRule
-    from wan_loader.loader.load import Choice
+    from wan_loader.loading.run import Choice
+    from wan_loader.plan.dtype_rule import DtypeRule
 
     size = _size(max_size)
     checkpoint = open_checkpoint(path, part=part)

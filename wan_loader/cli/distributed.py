@@ -6,8 +6,8 @@ import sys
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wan_loader.distributed.processes import end_now, join, process_rank, tell_others, world_size
 from wan_loader.errors import WanLoaderError
-from wan_loader.loader.processes import end_now, join, process_rank, tell_others, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

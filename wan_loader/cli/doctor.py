@@ -59,13 +59,13 @@ def _document(
     path: Path | None, part: str | None, device: str, *, refresh: bool
 ) -> tuple[dict[str, Any], float | None]:
     """What was found, and when the oldest of the rates in it was measured."""
-    from wan_loader.loader.devices import device_card, resolve_device
-    from wan_loader.machine import machine_card
-    from wan_loader.profiler.ceilings import find_ceilings
-    from wan_loader.profiler.diagnosis import diagnose, weight_paths
-    from wan_loader.profiler.storage import limits, storage_facts
-    from wan_loader.source.evict import resident_bytes
-    from wan_loader.source.residency import describe
+    from wan_loader.devices.resolve import device_card, resolve_device
+    from wan_loader.profiler.probe.ceilings import find_ceilings
+    from wan_loader.profiler.probe.diagnosis import diagnose, weight_paths
+    from wan_loader.profiler.probe.storage import limits, storage_facts
+    from wan_loader.system.machine import machine_card
+    from wan_loader.system.page_cache import describe
+    from wan_loader.warming.evict import resident_bytes
 
     target = resolve_device(device)
     files = weight_paths(path, part) if path else []

@@ -31,7 +31,7 @@ class DeviceChoice(enum.StrEnum):
 
 def _parse_disk(text: str) -> float:
     """Bytes per second of a known kind of storage, or as written. Raises `OptionError`."""
-    from wan_loader.profiler.simulate import STORAGES
+    from wan_loader.profiler.analysis.simulate import STORAGES
 
     if text in STORAGES:
         return STORAGES[text]
@@ -82,9 +82,9 @@ def _document(
     path: Path, disk: list[str] | None, pcie: str | None, device: str, dtype: str | None, part: str | None
 ) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
-    from wan_loader.profiler.ceilings import known_ceilings
-    from wan_loader.profiler.diagnosis import checkpoints_in
-    from wan_loader.profiler.simulate import Hardware, parts_of, simulate
+    from wan_loader.profiler.analysis.simulate import Hardware, parts_of, simulate
+    from wan_loader.profiler.probe.ceilings import known_ceilings
+    from wan_loader.profiler.probe.diagnosis import checkpoints_in
 
     checkpoints = checkpoints_in(path, part)
     parts = parts_of(checkpoints, dtype_name(dtype))
@@ -148,7 +148,7 @@ def _origin(keys: list[str], known: Mapping[str, float]) -> str:
 
 def _storages(disks: list[str] | None, known: Mapping[str, float]) -> list[tuple[str, float]]:
     """Each storage that was asked for, or all known ones and this machine's own: bytes per second, slowest first."""
-    from wan_loader.profiler.simulate import STORAGES
+    from wan_loader.profiler.analysis.simulate import STORAGES
 
     rates = {name: _parse_disk(name) for name in disks} if disks else dict(STORAGES)
     if not disks and "disk_gbps" in known:

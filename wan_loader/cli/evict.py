@@ -12,7 +12,7 @@ from wan_loader.cli.options import JsonOut, Verbose
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from wan_loader.source.evict import Evicted
+    from wan_loader.warming.evict import Evicted
 
 __all__ = ["evict"]
 
@@ -34,9 +34,9 @@ def evict(
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings
-    from wan_loader.source import evict as evicting
-    from wan_loader.source.residency import describe
-    from wan_loader.source.tree import list_tree
+    from wan_loader.system.page_cache import describe
+    from wan_loader.warming import evict as evicting
+    from wan_loader.warming.tree import list_tree
 
     tree = list_tree(path, follow=True)
     results = evicting.evict(file.path for file in tree.files)

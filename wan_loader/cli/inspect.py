@@ -53,9 +53,9 @@ def inspect(
 
 
 def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
-    from wan_loader.loader.dtype_rule import DtypeRule
-    from wan_loader.source.evict import resident_bytes
-    from wan_loader.source.residency import describe
+    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.system.page_cache import describe
+    from wan_loader.warming.evict import resident_bytes
 
     counts = Counter(t.dtype for t in checkpoint.tensors)
     nbytes: Counter[str] = Counter()

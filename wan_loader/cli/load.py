@@ -10,13 +10,13 @@ import typer
 from wan_loader.cli.building import follow_build, stopping
 from wan_loader.cli.distributed import together
 from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, Part, PathArgument, Threads, Verbose
-from wan_loader.loader.processes import is_first
+from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.cache.build import Build
-    from wan_loader.loader.outcome import Loaded
+    from wan_loader.loading.result import Loaded
 
 __all__ = ["load"]
 

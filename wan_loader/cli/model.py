@@ -59,7 +59,7 @@ def _advice(path: Path, inventory: Inventory) -> str:
 
 
 def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
-    from wan_loader.source.residency import describe
+    from wan_loader.system.page_cache import describe
 
     parts = inventory.parts
     files = [file.path for part in parts.values() for file in part.files]
@@ -83,7 +83,7 @@ def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
 
 
 def _part(name: str, part: Checkpoint) -> dict[str, Any]:
-    from wan_loader.source.evict import resident_bytes
+    from wan_loader.warming.evict import resident_bytes
 
     return {
         "name": name,

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.atomic import write_text
 from wan_loader.errors import OutputError
 from wan_loader.printable import printable, printable_lines
+from wan_loader.system.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

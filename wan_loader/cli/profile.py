@@ -11,12 +11,12 @@ import typer
 
 from wan_loader.cli.distributed import own_file, together
 from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Part, Threads, Verbose
-from wan_loader.loader.processes import is_first
+from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:
     from wan_loader.console import PlainConsole
-    from wan_loader.profiler.assemble import Surroundings
-    from wan_loader.profiler.session import Session
+    from wan_loader.profiler.analysis.assemble import Surroundings
+    from wan_loader.profiler.analysis.session import Session
 
 __all__ = ["PageFile", "TraceFile", "profile", "render_session"]
 
@@ -111,9 +111,9 @@ def render_session(
     """Write the files that were asked for, and the report to the terminal, or JSON to stdout."""
     from wan_loader.cli.output import print_json, to_text, writing
     from wan_loader.cli.render import print_warnings
-    from wan_loader.profiler.page import to_page
-    from wan_loader.profiler.terminal import print_session
-    from wan_loader.profiler.trace import to_trace
+    from wan_loader.profiler.render.page import to_page
+    from wan_loader.profiler.render.terminal import print_session
+    from wan_loader.profiler.render.trace import to_trace
 
     files = (
         (output, lambda: to_text(session.to_json())),
@@ -135,8 +135,8 @@ def _profile_load(
 ) -> Session:
     import wan_loader
     from wan_loader.cli.render import reading_progress
-    from wan_loader.profiler.assemble import load_session
-    from wan_loader.profiler.storage import limits
+    from wan_loader.profiler.analysis.assemble import load_session
+    from wan_loader.profiler.probe.storage import limits
 
     checkpoint = wan_loader.open_checkpoint(path, part=part)
     files = [f.path for f in checkpoint.files]
@@ -156,10 +156,10 @@ def _profile_load(
 def _profile_program(
     words: list[str], until: str | None, seconds: float | None, *, stop: bool, json: bool, measure: bool
 ) -> tuple[Session, int]:
-    from wan_loader.profiler.assemble import program_session, weight_files
-    from wan_loader.profiler.merge import main_process, merge
+    from wan_loader.profiler.analysis.assemble import program_session, weight_files
+    from wan_loader.profiler.analysis.merge import main_process, merge
+    from wan_loader.profiler.probe.storage import limits
     from wan_loader.profiler.program import run_program
-    from wan_loader.profiler.storage import limits
 
     before = limits()
     stdout = sys.stderr.fileno() if json else None
@@ -172,9 +172,9 @@ def _profile_program(
 
 def _surroundings(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Surroundings:
     """What to compare with. Measured after the load, so that nothing is warmed for it."""
-    from wan_loader.profiler.assemble import Surroundings
-    from wan_loader.profiler.ceilings import Ceilings, find_ceilings
-    from wan_loader.profiler.storage import limits, storage_facts
+    from wan_loader.profiler.analysis.assemble import Surroundings
+    from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings
+    from wan_loader.profiler.probe.storage import limits, storage_facts
 
     after = limits()
     stalled = after.get("memory_stall_s", 0.0) - before.get("memory_stall_s", 0.0)

@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.text import Text
 
 from wan_loader.console import Columns, PlainConsole, marked
-from wan_loader.loader.processes import is_first, world_size
+from wan_loader.distributed.processes import is_first, world_size
 from wan_loader.printable import printable
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wan_loader.events import Observer, Span
-    from wan_loader.profiler.spread import Spread
-    from wan_loader.report import CacheReport, LoadReport
+    from wan_loader.loading.report import CacheReport, LoadReport
+    from wan_loader.profiler.analysis.ranks import Spread
 
 __all__ = [
     "byte_progress",

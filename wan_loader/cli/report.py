@@ -38,7 +38,7 @@ def report(
     """
     from wan_loader.cli.output import check_outputs
     from wan_loader.cli.render import output_console
-    from wan_loader.profiler.session import read_session
+    from wan_loader.profiler.analysis.session import read_session
 
     if len(sessions) > 1:
         if trace or html:
@@ -52,8 +52,8 @@ def report(
 def _compare(paths: list[Path], *, json: bool) -> None:
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console, print_spread
-    from wan_loader.profiler.session import read_session
-    from wan_loader.profiler.spread import spread
+    from wan_loader.profiler.analysis.ranks import spread
+    from wan_loader.profiler.analysis.session import read_session
 
     found = spread([read_session(path) for path in paths])
     if json:

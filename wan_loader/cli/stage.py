@@ -11,8 +11,8 @@ import typer
 from wan_loader.cli.options import JsonOut, Threads, Verbose
 
 if TYPE_CHECKING:
-    from wan_loader.tiers.stage import Staged
-    from wan_loader.tiers.unstage import Unstaged
+    from wan_loader.stage_copy.stage import Staged
+    from wan_loader.stage_copy.unstage import Unstaged
 
 __all__ = ["stage"]
 
@@ -61,7 +61,7 @@ def stage(
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings, step_progress
-    from wan_loader.tiers import stage as staging
+    from wan_loader.stage_copy import stage as staging
 
     if remove:
         _remove(to, path, json=json)
@@ -83,7 +83,7 @@ def _remove(to: Path, path: Path | None, *, json: bool) -> None:
     from wan_loader.cli.render import output_console, print_warnings
     from wan_loader.printable import printable
     from wan_loader.sizes import format_bytes, format_count
-    from wan_loader.tiers.unstage import unstage
+    from wan_loader.stage_copy.unstage import unstage
 
     result = unstage(to, path)
     if json:
@@ -130,9 +130,9 @@ def _print(result: Staged, path: Path, to: Path, *, is_new: bool) -> None:
 
     from wan_loader.cli.render import output_console
     from wan_loader.console import marked
-    from wan_loader.mounts import IN_MEMORY
     from wan_loader.printable import printable
     from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
+    from wan_loader.system.mounts import IN_MEMORY
 
     console = output_console()
     where = f" on {result.filesystem}" if result.filesystem else ""

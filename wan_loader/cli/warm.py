@@ -11,7 +11,7 @@ from wan_loader.cli.options import JsonOut, Threads, Verbose, checked
 from wan_loader.sizes import parse_size
 
 if TYPE_CHECKING:
-    from wan_loader.source.warm import Warmed
+    from wan_loader.warming.warm import Warmed
 
 __all__ = ["warm"]
 
@@ -40,9 +40,9 @@ def warm(
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import byte_progress, print_warnings
-    from wan_loader.source import warm as warming
-    from wan_loader.source.residency import describe
-    from wan_loader.source.tree import list_tree
+    from wan_loader.system.page_cache import describe
+    from wan_loader.warming import warm as warming
+    from wan_loader.warming.tree import list_tree
 
     limit_nbytes = None if limit is None else parse_size(limit)
     tree = list_tree(path, follow=True)

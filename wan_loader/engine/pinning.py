@@ -11,18 +11,18 @@ from functools import partial
 from threading import Event, Lock
 from typing import TYPE_CHECKING
 
+from wan_loader.devices.writer import PinError
 from wan_loader.events import span
-from wan_loader.linux import populate
-from wan_loader.transfer.base import PinError
-from wan_loader.workers import in_background
+from wan_loader.system.posix import populate
+from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wan_loader.engine.carry import Carried
+    from wan_loader.devices.writer import Target
+    from wan_loader.engine.pinned_ring import Slot
+    from wan_loader.engine.transfer import Carried
     from wan_loader.events import Observer
-    from wan_loader.staging import Slot
-    from wan_loader.transfer.base import Target
 
 __all__ = ["Pinning"]
 

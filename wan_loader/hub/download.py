@@ -20,8 +20,8 @@ from wan_loader.hub.layouts import REPOSITORIES, layouts_in, missing_files, want
 from wan_loader.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
 from wan_loader.hub.state import State, locked_state, read_state
 from wan_loader.sizes import format_bytes
-from wan_loader.source.prewarm import fill
-from wan_loader.workers import StoppedError, run_all
+from wan_loader.system.threads import StoppedError, run_all
+from wan_loader.warming.prewarm import fill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import HubError, OutputError
-from wan_loader.workers import StoppedError
+from wan_loader.system.threads import StoppedError
 
 if TYPE_CHECKING:
     import threading

@@ -15,11 +15,11 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.atomic import write_text
 from wan_loader.errors import OutputError
 from wan_loader.formats.strict_json import parse_object
 from wan_loader.hub.remote import RemoteFile
-from wan_loader.tiers.entry import check_private, is_below, lock, plain_path
+from wan_loader.stage_copy.entry import check_private, is_below, lock, plain_path
+from wan_loader.system.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError
 from wan_loader.events import clock_ns
-from wan_loader.profiler.session import Sample
+from wan_loader.profiler.analysis.session import Sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

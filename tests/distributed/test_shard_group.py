@@ -1,0 +1,78 @@
+"""Which GPU a process of a group loads to, and what is refused before a collective begins."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from wan_loader.distributed.exchange import _Collectives, check_usable  # noqa: E402
+from wan_loader.distributed.shard_group import Team, _check_devices  # noqa: E402
+from wan_loader.errors import DistributedError, OptionError  # noqa: E402
+
+
+class Group:
+    """As much of a process group as is asked for here."""
+
+    def __init__(self, bound=None):
+        self.bound_device_id = bound
+        self.aborted = []
+
+    def _get_backend(self, device):
+        return SimpleNamespace(abort=lambda: self.aborted.append(device))
+
+
+def team(bound) -> Team:
+    group: Any = Group(bound)
+    peers: Any = SimpleNamespace(rank=1, ranks=(0, 1))
+    return Team(peers, group, {(0, 1): group})
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto", "cuda:1", 1, torch.device("cuda"), torch.device("cuda", 1)])
+def test_the_gpu_of_the_group_is_meant(device):
+    assert team(torch.device("cuda", 1)).device(device) == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", 0, torch.device("cuda", 0)])
+def test_another_gpu_is_refused(device):
+    with pytest.raises(OptionError, match="bound to 'cuda:1'"):
+        team(torch.device("cuda", 1)).device(device)
+
+
+@pytest.mark.parametrize(("bound", "device"), [(torch.device("cuda", 1), "cpu"), (None, "cuda"), (None, "cuda:3")])
+def test_what_the_group_does_not_decide_stays(bound, device):
+    assert team(bound).device(device) == device
+
+
+def test_two_processes_on_one_gpu_are_named():
+    _check_devices((0, 2, 5), ["host a", "", ""])
+    _check_devices((0, 2), ["host a", "host b"])
+    with pytest.raises(DistributedError, match="processes 2 and 7 load to the same GPU"):
+        _check_devices((0, 2, 7), ["host a", "host b", "host b"])
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_still_runs_after_a_failure_is_aborted(ends, monkeypatch):
+    """And the group, whose next message would meet it, is not used again."""
+    monkeypatch.setattr("wan_loader.distributed.exchange._GRACE_S", 0.01)
+    monkeypatch.setattr(
+        "wan_loader.distributed.exchange._gather",
+        lambda *_: SimpleNamespace(is_completed=lambda: ends or group.aborted),
+    )
+    group: Any = Group()
+    device, peers = torch.device("cpu"), SimpleNamespace()
+
+    def exchange():
+        with _Collectives(group, device, peers) as collectives:
+            collectives.gather(torch.empty(4), torch.empty(2))
+            raise RuntimeError("the link is down")
+
+    with pytest.raises(RuntimeError, match="link"):
+        exchange()
+    assert group.aborted == ([] if ends else [device])
+    if ends:
+        check_usable(group)
+    else:
+        with pytest.raises(DistributedError, match="destroy_process_group"):
+            check_usable(group)

@@ -1,0 +1,304 @@
+"""What comes off storage: residency as the kernel says, bytes as the file says, or an error that names the file."""
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from wan_loader.engine.reader import BlockRead, Reader
+from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.formats.facts import stat_file
+from wan_loader.plan.blocks import PAGE, Block, Extent, Piece, Way, plan_blocks
+from wan_loader.system import posix as linux
+from wan_loader.system import posix_aio as aio
+from wan_loader.system.page_cache import Residency
+from wan_loader.system.posix import cached_bytes
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(random.Random(4).randbytes(3 * MiB + 1234))
+    return path
+
+
+@pytest.fixture
+def reader(path):
+    with Reader([stat_file(str(path))]) as reader:
+        yield reader
+
+
+@pytest.fixture(params=["cachestat", "mincore"])
+def residency(request, reader, monkeypatch):
+    """Residency by either system call."""
+    if request.param == "mincore":
+        monkeypatch.setattr(linux, "_SYS_CACHESTAT", 9999)  # a kernel without it: ENOSYS
+    return Residency(reader.fds)
+
+
+@pytest.fixture
+def view():
+    with mmap.mmap(-1, 4 * MiB) as memory, memoryview(memory) as view:
+        yield view
+
+
+def block(start, end, way=Way.BUFFERED):
+    return Block(way, 0, start, end, (Piece(0, 0, start, end - start),))
+
+
+# residency
+
+
+def total(residency, start, end):
+    return residency.total([Extent(0, 0, start, end)])
+
+
+def test_resident_after_writing(path, residency):
+    size = path.stat().st_size
+    assert total(residency, 0, size) == size
+    assert residency.is_resident(0, 0, size)
+    assert residency.is_resident(0, 5, 6)
+    assert total(residency, 5, 6) == 1
+    assert total(residency, 7, 7) == 0
+
+
+def test_residency_after_evicting(path, residency, evict):
+    size = path.stat().st_size
+    evict(path)
+    assert total(residency, 0, size) == 0
+    assert not residency.is_resident(0, 0, size)
+    assert not residency.is_resident(0, 0, 1)
+
+
+@pytest.fixture
+def only_in_cache(path, reader, evict):
+    """Leave just these byte ranges of the file in the page cache (evicting a part would leave large folios whole).
+
+    Some machines drop single pages that were just read: those are read again.
+    """
+    fd = reader.fds[0]
+
+    def only(*ranges):
+        evict(path)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead
+        pages = [at for start, end in ranges for at in range(start, end, PAGE)]
+        for _ in range(5):
+            for at in pages:
+                os.pread(fd, 1, at)
+            pages = [at for at in pages if not cached_bytes(fd, at, PAGE)]
+
+    return only
+
+
+def test_residency_of_parts(path, residency, only_in_cache):
+    size = path.stat().st_size
+    only_in_cache((0, MiB), (2 * MiB, size))
+    assert residency.is_resident(0, 0, MiB)
+    assert residency.is_resident(0, 2 * MiB, size)
+    assert not residency.is_resident(0, MiB, 2 * MiB)
+    assert not residency.is_resident(0, MiB - 1, MiB + 1)
+    assert total(residency, MiB, 2 * MiB) == 0
+    assert total(residency, 0, 2 * MiB) == MiB
+    assert total(residency, 0, size) == pytest.approx(size - MiB, abs=PAGE)
+
+
+def test_residency_after_the_reader_read_a_part(path, residency, reader, only_in_cache, view):
+    only_in_cache()
+    read(reader, block(MiB, MiB + 10 * PAGE), view)
+    assert residency.is_resident(0, MiB, MiB + 10 * PAGE)
+    assert total(residency, 0, path.stat().st_size) == 10 * PAGE
+
+
+def test_both_system_calls_agree(reader, only_in_cache, monkeypatch):
+    only_in_cache((0, 512 * 1024), (699_000, 710_000), (2 * MiB, 2 * MiB + 1))
+    ranges = [(0, PAGE), (0, MiB), (511 * 1024, 513 * 1024), (700_001, 700_003), (MiB, 3 * MiB), (0, 3 * MiB + 1234)]
+    residency = Residency(reader.fds)
+    by_cachestat = [total(residency, *r) for r in ranges]
+    monkeypatch.setattr(linux, "_SYS_CACHESTAT", 9999)
+    assert [total(residency, *r) for r in ranges] == by_cachestat
+
+
+def test_total_counts_touching_and_repeated_bytes_once(reader):
+    residency = Residency(reader.fds)
+    extents = [Extent(0, 0, 0, 100), Extent(1, 0, 100, 5000), Extent(2, 0, 100, 5000), Extent(3, 0, 9000, 9001)]
+    assert residency.total(extents) == 5001
+    assert residency.total(reversed(extents)) == 5001
+    assert residency.total([]) == 0
+
+
+def test_what_is_uniform_is_asked_once(path, reader, only_in_cache, monkeypatch):
+    only_in_cache((0, MiB))
+    asked = []
+    monkeypatch.setattr("wan_loader.system.page_cache.cached_bytes", lambda *r: asked.append(r) or cached_bytes(*r))
+    residency = Residency(reader.fds)
+    size = path.stat().st_size
+    assert residency.total([Extent(0, 0, 5, MiB - 5), Extent(1, 0, 2 * MiB, size)]) == MiB - 10
+    assert len(asked) == 2
+    assert residency.share(0, 100, 200) == residency.share(0, 0, MiB) == 1.0
+    assert residency.share(0, 2 * MiB, 2 * MiB + 1) == residency.share(0, 2 * MiB, size) == 0.0
+    assert len(asked) == 2
+    assert 0 < residency.share(0, MiB // 2, 2 * MiB) < 1
+    assert len(asked) == 3, "no range that was found uniform holds this one"
+    assert residency.total([Extent(0, 0, 0, size)]) == MiB
+    assert residency.share(0, 0, MiB) == 1.0
+    assert residency.share(0, MiB, size) == 0.0
+
+
+def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):
+    monkeypatch.setattr(linux, "_SYS_CACHESTAT", 9999)
+    read, write = os.pipe()  # cannot be mapped
+    try:
+        residency = Residency([read])
+        assert total(residency, 0, PAGE) == 0
+        assert not residency.is_resident(0, 0, PAGE)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+# the reader
+
+
+def read(reader, block, view):
+    """Read a block as the engine does; returns where in `view` it begins, and the way it took."""
+    reading, request = BlockRead(reader, block), aio.Request()
+    address, complete = ctypes.addressof(ctypes.c_char.from_buffer(view)), False
+    while not complete:
+        start, nbytes, position = reading.wanted
+        request.start(reading.fd, address + start, nbytes, position)
+        try:
+            while (n := request.result()) is None:
+                aio.wait_any([request], 1)
+            complete = reading.arrived(n)
+        except OSError as error:
+            reading.failed(error)
+    return reading.data_start, reading.way
+
+
+@pytest.mark.parametrize("way", [Way.BUFFERED, Way.DIRECT])
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [(0, 1), (0, PAGE), (1, PAGE), (4095, 4097), (123, 2 * MiB + 77), (PAGE, 3 * MiB), (3 * MiB, 3 * MiB + 1234)],
+)
+def test_reads_any_range(path, reader, view, way, start, end):
+    if way is Way.DIRECT and not reader.open_direct(0):
+        pytest.skip("O_DIRECT is refused here")
+    data_start, taken = read(reader, block(start, end, way), view)
+    assert taken is way
+    assert bytes(view[data_start : data_start + end - start]) == path.read_bytes()[start:end]
+    assert reader.refusals == []
+
+
+@pytest.mark.parametrize("way", [Way.BUFFERED, Way.DIRECT])
+@pytest.mark.parametrize("left", [0, 1, PAGE, MiB, MiB + 1, 3 * MiB])
+@pytest.mark.timeout(3)
+def test_truncated_file_is_named(path, reader, view, way, left):
+    if way is Way.DIRECT and not reader.open_direct(0):
+        pytest.skip("O_DIRECT is refused here")
+    os.truncate(path, left)
+    with pytest.raises(CheckpointError, match="truncated") as caught:
+        read(reader, block(100, 3 * MiB + 1234, way), view)
+    assert str(path) in str(caught.value)
+
+
+def test_vanished_file_is_named(tmp_path, path):
+    facts = stat_file(str(path))
+    path.unlink()
+    with pytest.raises(MissingFileError, match="vanished") as caught:
+        Reader([facts])
+    assert str(path) in str(caught.value)
+
+
+def test_nothing_stays_open_when_one_file_is_missing(tmp_path, path):
+    facts = stat_file(str(path))
+    gone = tmp_path / "gone"
+    gone.write_bytes(b"x")
+    missing = stat_file(str(gone))
+    gone.unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        Reader([facts, missing])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_file_in_its_place_is_not_read(tmp_path, path):
+    facts = stat_file(str(path))
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    with Reader([facts]) as reader:
+        os.replace(other, path)
+        with pytest.raises(CheckpointError, match=f"{path} was replaced"):
+            reader.open_direct(0)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointError, match=f"{path} was replaced"):
+        Reader([facts])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_o_direct_refused(path, reader, view, monkeypatch):
+    def refusing(*_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refusing)
+        assert not reader.open_direct(0)
+    assert not reader.open_direct(0)
+    assert len(reader.refusals) == 1
+    assert str(path) in reader.refusals[0]
+    assert read(reader, block(7, 9000, Way.DIRECT), view) == (0, Way.BUFFERED)
+    assert bytes(view[: 9000 - 7]) == path.read_bytes()[7:9000]
+
+
+def test_io_error_is_named(path, reader, view, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(aio.Request, "result", failing)
+    with pytest.raises(CheckpointError, match="Input/output error") as caught:
+        read(reader, block(0, 100), view)
+    assert str(path) in str(caught.value)
+
+
+def test_direct_reads_leave_the_page_cache_alone(path, reader, view, evict, resident):
+    if not reader.open_direct(0):
+        pytest.skip("O_DIRECT is refused here")
+    evict(path)
+    for b in plan_blocks([Extent(0, 0, 10, 3 * MiB)], block_bytes=MiB, way=lambda *_: Way.DIRECT):
+        read(reader, b, view)
+    assert resident(path) == 0
+
+
+# maps
+
+
+@pytest.fixture
+def mapped(path):
+    """The file's first 3 MiB, mapped."""
+    with open(path, "rb") as f:
+        address = linux.map_file(f.fileno(), 0, 3 * MiB)
+    yield address
+    linux.unmap(address, 3 * MiB)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_mapped_file(path, mapped):
+    linux.populate(mapped, 3 * MiB)
+    assert ctypes.string_at(mapped, 3 * MiB) == path.read_bytes()[: 3 * MiB]
+    assert ctypes.string_at(mapped + MiB, 100) == path.read_bytes()[MiB : MiB + 100]
+
+
+def test_populating_beyond_the_end_is_an_error_not_a_signal(path, mapped):
+    os.truncate(path, MiB)
+    with pytest.raises(OSError, match="madvise"):
+        linux.populate(mapped, 3 * MiB)
+
+
+def test_mapping_that_is_refused():
+    with pytest.raises(OSError, match="mmap"):
+        linux.map_file(-1, 0, PAGE)

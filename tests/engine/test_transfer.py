@@ -1,0 +1,682 @@
+"""The engine, real files, a fake device: each byte arrives once, slots are not reused early, a failure ends all."""
+
+import ctypes
+import errno
+import itertools
+import os
+import queue
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from wan_loader.devices.writer import PinError
+from wan_loader.engine import EngineSettings, Portion, carry_out
+from wan_loader.engine import read_queue as lanes
+from wan_loader.engine import transfer as carry
+from wan_loader.engine.activity import loading
+from wan_loader.engine.reader import Reader
+from wan_loader.errors import CheckpointError, DeviceError
+from wan_loader.events import Recorder
+from wan_loader.formats.facts import stat_file
+from wan_loader.plan.blocks import PAGE, Extent, Way, plan_blocks
+from wan_loader.system.posix_aio import Request
+
+pytestmark = pytest.mark.timeout(10)
+
+KiB = 1 << 10
+SLOT = 64 * KiB
+WAYS = [Way.MAPPED, Way.DIRECT, Way.BUFFERED]
+
+
+class FakeTicket:
+    def __init__(self, copies):
+        self.copies = copies
+        self.event = threading.Event()
+
+    def done(self):
+        return self.event.is_set()
+
+    def wait(self):
+        self.event.wait()
+
+
+class FakeLine:
+    def __init__(self, device):
+        self.device = device
+        self.thread = threading.get_ident()
+
+    def submit(self, address, file_start, pieces):
+        assert threading.get_ident() == self.thread, "a line is for the thread that made it"
+        return self.device.submit(address, file_start, pieces)
+
+
+class FakeDevice:
+    """Copies late, from a thread of its own, out of the source as it is by then: early reuse shows as wrong bytes."""
+
+    def __init__(self, sizes, *, delay_s=0.0, pin_s=0.0, can_pin=True, refuse=lambda n, read_only: False, fail_at=None):
+        self.memory = [bytearray(n) for n in sizes]
+        self.arrived = [bytearray(n) for n in sizes]  # how often each byte was copied
+        self.can_pin = can_pin
+        self.threads = set()
+        self.pinned, self.max_pinned, self.n_pins = {}, 0, 0
+        self.n_submits, self.addresses = 0, set()
+        self._delay_s, self._pin_s, self._refuse, self._fail_at = delay_s, pin_s, refuse, fail_at
+        self._queue = queue.SimpleQueue()
+        self._pending = []
+        self.n_bound = 0
+        self._thread = threading.Thread(target=self._run, name="fake device", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while (ticket := self._queue.get()) is not None:
+            time.sleep(self._delay_s)
+            for storage, at, source, nbytes in ticket.copies:
+                self.memory[storage][at : at + nbytes] = ctypes.string_at(source, nbytes)
+                self.arrived[storage][at : at + nbytes] = bytes(
+                    min(n + 1, 9) for n in self.arrived[storage][at : at + nbytes]
+                )
+            ticket.event.set()
+
+    def bind(self, destinations):
+        self.n_bound += len(destinations)
+
+    def line(self):
+        assert self.n_bound
+        return FakeLine(self)
+
+    def pin(self, address, nbytes, *, read_only):
+        self.threads.add(threading.get_ident())
+        self.n_pins += 1
+        if self._refuse(self.n_pins, read_only):
+            raise PinError("refused by the fake")
+        time.sleep(self._pin_s)
+        self.pinned[address] = nbytes
+        self.max_pinned = max(self.max_pinned, sum(self.pinned.values()))
+
+    def unpin(self, address):
+        self.pinned.pop(address, None)  # what was refused may be given back too
+        return True
+
+    def submit(self, address, file_start, pieces):
+        assert all(piece.storage < self.n_bound for piece in pieces), "copied to what is not allocated yet"
+        self.threads.add(threading.get_ident())
+        self.n_submits += 1
+        self.addresses.add(address // PAGE)
+        if self._fail_at is not None and self.n_submits >= self._fail_at[0]:
+            raise self._fail_at[1]
+        ticket = FakeTicket(
+            [(p.storage, p.storage_start, address + p.file_start - file_start, p.nbytes) for p in pieces]
+        )
+        self._pending.append(ticket)
+        self._queue.put(ticket)
+        return ticket
+
+    def finish(self):
+        for ticket in self._pending:
+            ticket.event.wait()
+
+    def close(self):
+        self._queue.put(None)
+        self._thread.join()
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(random.Random(1).randbytes(1500 * KiB + 321))
+    return path
+
+
+def portions(planned, each, allocate):
+    """`each` blocks at a time; `allocate` is told how many storages they are the first to need."""
+    done = 0
+    for i in range(0, len(planned), each):
+        blocks = planned[i : i + each]
+        count = blocks[-1].pieces[-1].storage + 1 - done
+        done += count
+        yield Portion(blocks, lambda count=count: allocate(count))
+
+
+@pytest.fixture
+def load(path):
+    """Carry out a plan over the file; returns what is needed to judge it."""
+    devices = []
+    size = path.stat().st_size
+    borders = [7, 8, 3000, 70_001, 70_002, 400_000, 401_000, 1_200_000, size]
+
+    def load(
+        way,
+        *,
+        threads=4,
+        n_slots=6,
+        may_steal=False,
+        maps_here=False,
+        faults_in=True,
+        block_bytes=4 * SLOT,
+        each=100,
+        observer=None,
+        allocate=lambda n: range(n),
+        **device,
+    ):
+        extents = [Extent(i, 0, a, b) for i, (a, b) in enumerate(itertools.pairwise(borders))]
+        target = FakeDevice([e.end - e.start for e in extents], **device)
+        devices.append(target)
+        settings = EngineSettings(
+            threads=threads,
+            slot_bytes=SLOT,
+            n_slots=n_slots,
+            may_steal=may_steal,
+            maps_here=maps_here,
+            faults_in=faults_in,
+        )
+        choose = way if callable(way) and not isinstance(way, Way) else lambda *_: way
+        with Reader([stat_file(str(path))]) as reader:
+            if not reader.open_direct(0):
+                pytest.skip("O_DIRECT is refused here")
+            blocks = tuple(plan_blocks(extents, block_bytes=block_bytes, way=choose))
+            try:
+                carried = carry_out(portions(blocks, each, allocate), reader, target, settings, observer)
+            except BaseException as error:
+                error.target = target
+                raise
+        return SimpleNamespace(target=target, carried=carried, blocks=blocks, extents=extents)
+
+    load.devices = devices
+    yield load
+    for device in devices:
+        device.close()
+
+
+def nbytes_by_way(blocks):
+    return {way: sum(block.nbytes for block in blocks if block.way is way) for way in Way}
+
+
+def check(result, path):
+    """Every byte arrived, once; three threads at most told the target; everything was unpinned."""
+    data = path.read_bytes()
+    for extent, memory, arrived in zip(result.extents, result.target.memory, result.target.arrived, strict=True):
+        assert bytes(memory) == data[extent.start : extent.end]
+        assert set(arrived) == {1}
+    assert len(result.target.threads) <= 3
+    assert sum(result.carried.nbytes.values()) == result.blocks[-1].end - result.blocks[0].start
+    result.carried.release()
+    assert result.target.pinned == {}
+    assert engine_threads() == set()
+    assert mappings_of(path) == 0
+
+
+def engine_threads():
+    """Names of the engine's threads that stay. One whose work is over may still be on its way out."""
+    threads = [t for t in threading.enumerate() if t.name in ("mapper", "pinning")]
+    for thread in threads:
+        thread.join(1)
+    return {t.name for t in threads if t.is_alive()}
+
+
+def mappings_of(path):
+    return sum(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def anonymous_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+# success
+
+
+@pytest.fixture
+def no_more_threads(load, monkeypatch):
+    """As under a limit of processes: only what stands for a device may start one."""
+    plain = threading.Thread.start
+
+    def start(thread):
+        if thread.name != "fake device":
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+@pytest.mark.usefixtures("no_more_threads")
+@pytest.mark.parametrize("way", WAYS)
+def test_without_further_threads(load, path, way):
+    result = load(way, block_bytes=SLOT, each=3)
+    assert result.carried.refusals[:1] == ["no further thread may be started: pages are mapped first, staged later"] * (
+        way is Way.MAPPED
+    )
+    check(result, path)
+
+
+@pytest.mark.usefixtures("no_more_threads", "clean")
+@pytest.mark.parametrize("way", WAYS)
+def test_failure_without_further_threads(load, way):
+    error = fails_within_a_second(DeviceError, lambda: load(way, block_bytes=SLOT, fail_at=(2, DeviceError("boom"))))
+    assert error.target.pinned == {}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("threads", [1, 2, 7, 32])
+@pytest.mark.parametrize("can_pin", [True, False])
+def test_every_byte_arrives_once(load, path, way, threads, can_pin):
+    """Nothing is copied out of a mapping unless the device fetches it: the processor would die if the file shrank."""
+    result = load(way, threads=threads, n_slots=threads * 2, can_pin=can_pin)
+    taken = Way.BUFFERED if way is Way.MAPPED and not can_pin else way
+    assert {way for way, nbytes in result.carried.nbytes.items() if nbytes} == {taken}
+    assert result.carried.refusals == []
+    check(result, path)
+
+
+@pytest.mark.parametrize("each", [1, 3, 100])
+@pytest.mark.parametrize("may_steal", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_portions(load, path, way, may_steal, each):
+    """Nothing is copied before its storage is there, whatever comes first."""
+    check(load(way, block_bytes=SLOT, each=each, may_steal=may_steal, pin_s=0.001), path)
+
+
+def test_a_portion_is_made_when_little_is_left(load, path):
+    """Not all at once: what comes first is on its way meanwhile."""
+    seen = []
+
+    def allocate(count):
+        seen.append(load.devices[-1].n_submits)
+        return range(count)
+
+    check(load(Way.BUFFERED, block_bytes=SLOT, each=4, n_slots=2, allocate=allocate, delay_s=0.002), path)
+    assert len(seen) == 6
+    assert seen[0] == 0
+    assert seen[2] < seen[3] < seen[4] < seen[5]
+
+
+def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
+    """Mapping begins once everything is drawn, and drawing waits for no read."""
+    plain, waited_s = Request.result, []
+
+    def wait_any(requests, timeout_s):
+        waited_s.append(timeout_s)
+        time.sleep(timeout_s)
+
+    def late(request):
+        """Done once mapping has begun."""
+        return plain(request) if load.devices[-1].n_pins else None
+
+    monkeypatch.setattr(Request, "result", late)
+    monkeypatch.setattr(lanes, "wait_any", wait_any)
+    check(load(Way.MAPPED, block_bytes=SLOT, each=2, n_slots=2, may_steal=True), path)
+    assert waited_s, "staging was at work, too"
+    assert sum(waited_s) < 0.5
+
+
+@pytest.mark.parametrize("each", [2, 100])
+def test_three_ways_in_one_plan(load, path, each):
+    result = load(lambda file, start, end: WAYS[start // SLOT % 3], block_bytes=SLOT, each=each)
+    assert all(result.carried.nbytes.values())
+    assert result.carried.nbytes == nbytes_by_way(result.blocks)
+    check(result, path)
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+def test_a_slot_is_not_reused_before_its_ticket_is_done(load, path, way, threads, n_slots):
+    result = load(way, threads=threads, n_slots=n_slots, delay_s=0.003)
+    assert len(result.target.addresses) <= n_slots * 2
+    assert result.carried.staging_nbytes == n_slots * (SLOT + PAGE)
+    check(result, path)
+
+
+@pytest.mark.parametrize("n_slots", [1, 2])
+def test_more_readers_than_slots_do_not_deadlock(load, path, n_slots):
+    for _ in range(4):
+        check(load(Way.BUFFERED, threads=8, n_slots=n_slots), path)
+
+
+def test_stealing(load, path):
+    result = load(Way.MAPPED, may_steal=True, pin_s=0.02, block_bytes=SLOT)
+    assert result.carried.nbytes[Way.BUFFERED] > 0
+    assert result.carried.nbytes[Way.MAPPED] > 0
+    assert result.carried.refusals == []
+    check(result, path)
+
+
+@pytest.mark.parametrize("each", [1, 3, 100])
+@pytest.mark.parametrize("faults_in", [True, False])
+def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
+    seen = Recorder()
+    result = load(Way.MAPPED, block_bytes=SLOT, each=each, maps_here=True, faults_in=faults_in, observer=seen)
+    assert result.target.threads == {threading.get_ident()}
+    assert result.carried.nbytes[Way.BUFFERED] == result.carried.staging_nbytes == 0
+    assert ("read" in {span.name for span in seen.spans}) == faults_in
+    check(result, path)
+
+
+@pytest.mark.parametrize("each", [1, 2, 7])
+def test_mapping_here_stays_here_when_some_is_staged(load, path, each):
+    """Staging draws windows, too: they are not taken by two threads then."""
+    mapping = set()
+
+    def refuse(n, read_only):
+        if read_only:
+            mapping.add(threading.get_ident())
+
+    ways = [Way.MAPPED, Way.BUFFERED]
+    result = load(
+        lambda file, start, end: ways[start // SLOT % 2], block_bytes=SLOT, each=each, maps_here=True, refuse=refuse
+    )
+    assert mapping == {threading.get_ident()}
+    assert result.carried.nbytes == nbytes_by_way(result.blocks)
+    check(result, path)
+
+
+def test_mapping_alone_begins_before_the_last_portion_is_made(load, path):
+    pins = []
+
+    def allocate(count):
+        pins.append(load.devices[-1].n_pins)
+        return range(count)
+
+    check(load(Way.MAPPED, block_bytes=SLOT, each=4, maps_here=True, allocate=allocate), path)
+    assert pins == [0, 4, 8, 12, 16, 20][: len(pins)]
+
+
+def test_without_stealing_everything_stays_mapped(load, path):
+    result = load(Way.MAPPED, pin_s=0.005, block_bytes=SLOT)
+    assert result.carried.nbytes[Way.BUFFERED] == 0
+    assert result.carried.staging_nbytes == 0
+    check(result, path)
+
+
+@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True}, {"maps_here": True, "each": 2}])
+@pytest.mark.parametrize("refused_from", [1, 2, 5])
+def test_refused_windows_go_through_staging(load, path, refused_from, how):
+    windows = iter(range(1, 1000))
+    result = load(
+        Way.MAPPED,
+        **how,
+        block_bytes=SLOT,
+        refuse=lambda n, read_only: read_only and next(windows) >= refused_from,
+    )
+    assert result.carried.nbytes[Way.BUFFERED] > 0
+    (refusal,) = result.carried.refusals
+    assert "refused by the fake" in refusal
+    assert "regist" in refusal
+    assert next(windows) == refused_from + 1, "asked for once more after the refusal"
+    assert (result.target.threads == {threading.get_ident()}) == ("maps_here" in how)
+    check(result, path)
+
+
+@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True, "each": 2}])
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
+@pytest.mark.parametrize("nth", [1, 4])
+def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch, nth, code, how):
+    """A file system without mmap; more mappings than the kernel allows."""
+    plain, calls = carry.map_file, iter(range(1, 1000))
+
+    def failing(*args):
+        if next(calls) >= nth:
+            raise OSError(code, f"mmap: {os.strerror(code)}")
+        return plain(*args)
+
+    monkeypatch.setattr(carry, "map_file", failing)
+    result = load(Way.MAPPED, block_bytes=SLOT, **how)
+    assert result.carried.nbytes[Way.BUFFERED] > 0
+    (refusal,) = result.carried.refusals
+    assert os.strerror(code) in refusal
+    assert next(calls) == nth + 1, "asked for once more after the refusal"
+    check(result, path)
+
+
+@pytest.mark.parametrize(("refused_from", "pinned"), [(1, 0), (2, 1), (3, 3), (4, 7), (5, 10)])
+def test_unpinnable_staging_still_works(load, path, refused_from, pinned):
+    result = load(Way.BUFFERED, threads=4, n_slots=10, refuse=lambda n, read_only: n >= refused_from)
+    assert result.carried.pinned_nbytes == pinned * (SLOT + PAGE)
+    assert len([r for r in result.carried.refusals if "not pinned" in r]) == (refused_from < 5)
+    assert result.target.n_pins == min(refused_from, 4)
+    check(result, path)
+
+
+def test_slots_that_were_not_used_at_first_are_pinned_when_they_are(load, path):
+    result = load(Way.BUFFERED, threads=2, n_slots=8, each=3, block_bytes=SLOT, delay_s=0.002)
+    assert result.target.n_pins > 2
+    assert result.carried.pinned_nbytes == sum(result.target.pinned.values()) <= 8 * (SLOT + PAGE)
+    check(result, path)
+
+
+@pytest.mark.usefixtures("clean")
+def test_pinning_that_fails_ends_the_load(load):
+    def refuse(n, read_only):
+        raise DeviceError("boom")
+
+    error = fails_within_a_second(DeviceError, lambda: load(Way.BUFFERED, refuse=refuse))
+    assert error.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_load_that_fails_waits_for_pinning(load):
+    """Else its memory were given back while the driver registers it."""
+
+    def allocate(count):
+        raise DeviceError("boom")
+
+    error = fails_within_a_second(DeviceError, lambda: load(Way.BUFFERED, allocate=allocate, pin_s=0.2))
+    assert error.target.n_pins
+    assert error.target.pinned == {}
+
+
+def test_staging_is_bounded(load, path):
+    result = load(Way.DIRECT, threads=8, n_slots=3, delay_s=0.001)
+    assert result.target.max_pinned <= 3 * (SLOT + PAGE)
+    assert result.carried.pinned_nbytes <= result.carried.staging_nbytes == 3 * (SLOT + PAGE)
+    check(result, path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_slow_allocation_delays_nothing_but_the_submits(load, path, way):
+    def allocate(count):
+        time.sleep(0.1)
+        return range(count)
+
+    check(load(way, allocate=allocate), path)
+
+
+@pytest.mark.parametrize(("way", "waits"), [(Way.MAPPED, True), (Way.BUFFERED, False)])
+def test_unregistering_windows_gives_way_to_other_loads(load, way, waits):
+    result = load(way, block_bytes=SLOT)
+    with loading():
+        releasing = threading.Thread(target=result.carried.release, args=(0.001,))
+        releasing.start()
+        releasing.join(0.5)
+        assert releasing.is_alive() == waits
+        assert bool(result.target.pinned) == waits
+    releasing.join(5)
+    assert result.target.pinned == {}
+
+
+# failure
+
+
+@pytest.fixture
+def clean(path):
+    """Checks afterwards that a failed load left nothing: no thread, descriptor, mapping or staging memory."""
+    fds, anonymous = len(os.listdir("/proc/self/fd")), anonymous_bytes()
+    yield
+    assert engine_threads() == set()
+    assert len(os.listdir("/proc/self/fd")) == fds
+    assert mappings_of(path) == 0
+    assert anonymous_bytes() - anonymous < 32 << 20
+
+
+def fails_within_a_second(error, call):
+    start = time.monotonic()
+    with pytest.raises(type(error) if isinstance(error, BaseException) else error) as caught:
+        call()
+    assert time.monotonic() - start < 1.0
+    return caught.value
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("error", [RuntimeError("submit failed"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_failing_submit(load, way, after, error):
+    raised = fails_within_a_second(error, lambda: load(way, block_bytes=SLOT, fail_at=(after, error)))
+    assert raised is error
+    assert raised.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+@pytest.mark.parametrize("nth", [1, 5])
+def test_failing_read(load, path, monkeypatch, way, nth):
+    result, calls = Request.result, iter(range(1, 1000))
+
+    def failing(request):
+        if (nbytes := result(request)) is not None and next(calls) >= nth:
+            raise OSError(5, "Input/output error")
+        return nbytes
+
+    monkeypatch.setattr(Request, "result", failing)
+    error = fails_within_a_second(CheckpointError, lambda: load(way))
+    assert str(path) in str(error)
+    assert error.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize(("place", "name", "code"), [(Request, "start", errno.EAGAIN), (os, "dup", errno.ENOMEM)])
+def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
+    original, calls = getattr(place, name), iter(range(1, 1000))
+
+    def failing(*args):
+        if next(calls) >= 3:
+            raise OSError(code, os.strerror(code))
+        return original(*args)
+
+    monkeypatch.setattr(place, name, failing)
+    error = fails_within_a_second(CheckpointError, lambda: load(Way.BUFFERED))
+    assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_no_descriptor_is_left(load, path, monkeypatch, way, code, nth):
+    """Lanes then read from the file's own."""
+    original, calls = os.dup, iter(range(1, 1000))
+
+    def failing(fd):
+        if next(calls) >= nth:
+            raise OSError(code, os.strerror(code))
+        return original(fd)
+
+    monkeypatch.setattr(os, "dup", failing)
+    result = load(way)
+    assert os.strerror(code) in result.carried.refusals[0]
+    check(result, path)
+
+
+@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+def test_short_reads_are_continued(load, path, monkeypatch, way):
+    start = Request.start
+    monkeypatch.setattr(Request, "start", lambda r, fd, a, n, o: start(r, fd, a, min(n, 5 * PAGE), o))
+    check(load(way), path)
+
+
+def test_o_direct_refused_in_the_middle(load, path, monkeypatch):
+    result, calls = Request.result, iter(range(1, 1000))
+
+    def refusing(request):
+        if (nbytes := result(request)) is not None and next(calls) == 3:
+            raise OSError(22, "Invalid argument")
+        return nbytes
+
+    monkeypatch.setattr(Request, "result", refusing)
+    loaded = load(Way.DIRECT)
+    assert loaded.carried.nbytes[Way.BUFFERED] > 0
+    assert len([r for r in loaded.carried.refusals if "O_DIRECT" in r]) == 1
+    check(loaded, path)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_failing_allocation(load, way, nth):
+    calls = iter(range(1, 100))
+
+    def allocate(count):
+        if next(calls) >= nth:
+            raise MemoryError("no room")
+        return range(count)
+
+    error = fails_within_a_second(MemoryError, lambda: load(way, block_bytes=SLOT, each=4, allocate=allocate))
+    assert error.target.pinned == {}
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("left", [0, 5000, 700_000])
+def test_truncated_file(load, path, way, left):
+    def allocate(count):  # after the file was opened and planned, before much is read
+        os.truncate(path, left)
+        return range(count)
+
+    error = fails_within_a_second(CheckpointError, lambda: load(way, block_bytes=SLOT, threads=2, allocate=allocate))
+    assert str(path) in str(error)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("may_steal", [False, True])
+def test_a_window_that_fails(load, may_steal):
+    error = DeviceError("memory overlaps")
+
+    def fail(n, read_only):
+        if read_only:
+            raise error
+
+    raised = fails_within_a_second(
+        DeviceError, lambda: load(Way.MAPPED, block_bytes=SLOT, refuse=fail, delay_s=0.02, may_steal=may_steal)
+    )
+    assert raised is error
+
+
+@pytest.mark.usefixtures("clean")
+def test_ctrl_c(load, monkeypatch):
+    interrupted = threading.Event()
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupted.set()
+
+    result, timer = Request.result, threading.Timer(0.15, interrupt)
+    monkeypatch.setattr(Request, "result", lambda request: result(request) if interrupted.is_set() else None)
+    timer.start()
+    try:
+        fails_within_a_second(KeyboardInterrupt, lambda: load(Way.BUFFERED, threads=1))
+    finally:
+        timer.join()
+
+
+def test_a_read_that_hangs_does_not_hold_up_the_failure(load, monkeypatch):
+    """It sits in a system call; its memory stays until it ends."""
+    let_go, error, calls, result = threading.Event(), RuntimeError("submit failed"), [], Request.result
+
+    def hang(request):
+        if request not in calls:
+            calls.append(request)
+        return result(request) if request is calls[0] or let_go.is_set() else None
+
+    monkeypatch.setattr(Request, "result", hang)
+    try:
+        raised = fails_within_a_second(error, lambda: load(Way.BUFFERED, threads=2, fail_at=(1, error)))
+        assert raised.target.pinned
+    finally:
+        let_go.set()
+        for thread in threading.enumerate():
+            if thread.name == "release":
+                thread.join()
+    assert raised.target.pinned == {}

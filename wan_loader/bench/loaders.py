@@ -1,0 +1,254 @@
+"""How each loader is called: as its own documentation tells a user, with its own defaults.
+
+Every function here runs in the process that takes one sample. `modules`, and what `prepare` imports, come before the
+clock; `load` is what is timed. Nothing of a loader is imported before it is wanted, and diffusers and transformers are
+only ever measured here, not used. A loader that cannot do a case raises `NotApplicableError` with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.bench.loader import Loader, NotApplicableError, Outcome, Task
+from wan_loader.dtypes import torch_dtype
+from wan_loader.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+__all__ = ["LOADERS", "find_loaders"]
+
+_MAX_CONFIG_BYTES = 1_000_000
+
+
+def find_loaders(names: Sequence[str]) -> list[Loader]:
+    """Loaders by name, each once; nothing asked for means all. Raises `OptionError` for an unknown name."""
+    words = [word.strip() for name in names for word in name.split(",") if word.strip()]
+    if unknown := [word for word in words if word not in LOADERS and word != "all"]:
+        raise OptionError(f"unknown loader {unknown[0]!r}: use {', '.join(LOADERS)}, or all")
+    if not words or "all" in words:
+        return list(LOADERS.values())
+    return [LOADERS[word] for word in dict.fromkeys(words)]
+
+
+def _kept(pairs: Iterable[tuple[str, Any]], task: Task) -> dict[str, Any]:
+    """All tensors, each converted on the target after its copy: the fast order, which not every user finds."""
+    if task.dtype is None:
+        return dict(pairs)
+    dtype = torch_dtype(task.dtype)
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in pairs}
+
+
+def _drained(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Items of a dict that is emptied on the way, so that what was converted can be freed."""
+    while tensors:
+        yield tensors.popitem()
+
+
+def _ours(task: Task) -> Outcome:
+    from wan_loader.api import load
+
+    files: Any = list(task.files)
+    loaded = load(files, device=task.device, dtype=task.dtype, io=task.io, threads=task.threads)  # type: ignore[arg-type]
+    return Outcome(loaded.tensors, report=lambda: loaded.report.to_json(), spans=loaded.spans)
+
+
+def _safetensors(task: Task) -> Outcome:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for path in task.files:
+        on_target = ((name, t.to(task.device)) for name, t in load_file(path, device="cpu").items())
+        tensors |= _kept(on_target, task)
+    return Outcome(tensors)
+
+
+def _safetensors_cuda(task: Task) -> Outcome:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for path in task.files:
+        tensors |= _kept(_drained(load_file(path, device=task.device)), task)
+    return Outcome(tensors)
+
+
+def _torch(task: Task) -> Outcome:
+    import torch
+
+    tensors: dict[str, Any] = {}
+    for path in task.files:
+        if task.format == "safetensors":
+            tensors |= _kept(_copy_into_empty(path, task.device), task)
+        else:
+            tensors |= _kept(_drained(dict(torch.load(path, map_location=task.device, weights_only=True))), task)
+    return Outcome(tensors)
+
+
+def _copy_into_empty(path: str, device: str) -> Iterator[tuple[str, Any]]:
+    """As a module on the target is filled by load_state_dict from a state dict on the CPU."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as opened:
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            source = opened.get_tensor(name)
+            yield name, torch.empty_like(source, device=device).copy_(source)
+
+
+def _diffusers(task: Task) -> Outcome:
+    cls, keyword = _component_class(task)
+    dtype = torch_dtype(task.dtype or task.file_dtype)
+    module = cls.from_pretrained(task.directory, local_files_only=True, **{keyword: dtype}).to(task.device)
+    return Outcome(dict(module.state_dict()), is_module=True, keep=module)
+
+
+def _component_class(task: Task) -> tuple[Any, str]:
+    """The class that config.json names, among diffusers' and transformers' own models only; the first call imports."""
+    directory = Path(task.directory)
+    config = directory / "config.json"
+    if not directory.name or not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
+        raise NotApplicableError("no component directory: it has no config.json beside the weights")
+    try:
+        facts = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise NotApplicableError("config.json is not a component's")
+    architectures = facts.get("architectures")
+    if isinstance(facts.get("_class_name"), str):
+        library, base, name, keyword = "diffusers", "ModelMixin", facts["_class_name"], "torch_dtype"
+    elif isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        library, base, name, keyword = "transformers", "PreTrainedModel", architectures[0], "dtype"
+    else:
+        raise NotApplicableError("config.json names no class of diffusers or transformers")
+    try:
+        module = import_module(library)
+    except ImportError as error:
+        raise NotApplicableError(f"{library} is not installed") from error
+    cls = getattr(module, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, getattr(module, base)):
+        raise NotApplicableError(f"{library} has no model class {name}: not its layout")
+    return cls, keyword
+
+
+def _fastsafetensors(task: Task) -> Outcome:
+    from fastsafetensors import fastsafe_open
+
+    nogds = not os.path.exists("/proc/driver/nvidia-fs")  # without the driver GPUDirect Storage only falls back
+    with fastsafe_open(list(task.files), framework="pt", device=task.device, nogds=nogds) as opened:
+        tensors = _kept(((name, opened.get_tensor(name)) for name in opened.keys()), task)  # noqa: SIM118 - not a dict
+    return Outcome(tensors, keep=opened)
+
+
+def _instanttensor(task: Task) -> Outcome:
+    from instanttensor import safe_open
+
+    with safe_open(list(task.files), framework="pt", device=task.device) as opened:
+        return Outcome(_kept(opened.tensors(), task))
+
+
+def _runai(task: Task) -> Outcome:
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(list(task.files), device=task.device)
+        # on the CPU these are views of a buffer that is filled again: a user has to copy what is to stay
+        pairs = ((n, t.clone() if task.device == "cpu" else t) for n, t in streamer.get_tensors())
+        return Outcome(_kept(pairs, task))
+
+
+def _flashpack(task: Task) -> Outcome:
+    from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
+
+    storage, metadata = read_flashpack_file(task.packed, device=task.device)
+    return Outcome(dict(iterate_from_flash_tensor(storage, metadata)), keep=storage)
+
+
+def _pack(task: Task) -> None:
+    from flashpack import pack_to_file
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for path in task.files:
+        tensors |= load_file(path)
+    pack_to_file(tensors, task.packed, torch_dtype(task.dtype) if task.dtype else None)
+
+
+_ALL = (
+    Loader(
+        "ours",
+        (),
+        ("wan_loader.api",),
+        "wan_loader.load(files, device=..., dtype=...); pages are unregistered after the clock, in the background",
+        _ours,
+        ("safetensors", "torch-zip", "torch-pickle"),
+    ),
+    Loader(
+        "safetensors",
+        ("safetensors",),
+        ("safetensors.torch",),
+        "safetensors.torch.load_file(file) on the CPU, then .to(device), then .to(dtype)",
+        _safetensors,
+    ),
+    Loader(
+        "safetensors-cuda",
+        ("safetensors",),
+        ("safetensors.torch",),
+        "safetensors.torch.load_file(file, device='cuda'), then .to(dtype)",
+        _safetensors_cuda,
+        cuda_only=True,
+    ),
+    Loader(
+        "torch",
+        ("torch",),
+        ("safetensors",),
+        "torch.load(file, map_location=device, weights_only=True); safetensors files: each tensor of safe_open is "
+        "copied into an empty one on the target, as load_state_dict does; then .to(dtype)",
+        _torch,
+        ("safetensors", "torch-zip", "torch-pickle"),
+    ),
+    Loader(
+        "diffusers",
+        ("diffusers",),
+        ("diffusers",),
+        "the component's class of diffusers or transformers: from_pretrained(directory, dtype), then .to(device)",
+        _diffusers,
+        prepare=_component_class,
+    ),
+    Loader(
+        "fastsafetensors",
+        ("fastsafetensors",),
+        ("fastsafetensors",),
+        "fastsafe_open(files, device=...), nogds where there is no nvidia-fs driver, then .to(dtype)",
+        _fastsafetensors,
+    ),
+    Loader(
+        "instanttensor",
+        ("instanttensor",),
+        ("instanttensor",),
+        "instanttensor.safe_open(files, device=...), all tensors kept, then .to(dtype)",
+        _instanttensor,
+        cuda_only=True,
+    ),
+    Loader(
+        "runai",
+        ("runai-model-streamer",),
+        ("runai_model_streamer",),
+        "SafetensorsStreamer().stream_files(files, device=...), all tensors kept, then .to(dtype)",
+        _runai,
+    ),
+    Loader(
+        "flashpack",
+        ("flashpack",),
+        ("flashpack",),
+        "read_flashpack_file(file, device=...) of a file packed beforehand, in the dtype asked for",
+        _flashpack,
+        convert=_pack,
+    ),
+)
+
+LOADERS: dict[str, Loader] = {loader.name: loader for loader in _ALL}

@@ -1,0 +1,105 @@
+"""The CPU twin of the CUDA target: copies at once, converts with torch's own bounded thread pool.
+
+What needs no conversion is best read to its place, and never copied. Runs in the threads that submit, which are few, so
+that conversions do not oversubscribe the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from wan_loader.devices.writer import Destination, PinError
+from wan_loader.events import span
+from wan_loader.system.forks import is_forked
+from wan_loader.system.posix import prefer_huge_pages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from wan_loader.events import Observer
+    from wan_loader.plan.blocks import Piece
+
+__all__ = ["CpuTarget"]
+
+#: Destinations from this size on are asked to lie in huge pages.
+_HUGE = 4 << 20
+#: Bytes that torch handles in one thread, as bytes or as elements: half of its at::internal::GRAIN_SIZE.
+_UNDIVIDED = 16384
+
+
+class CpuTarget:
+    """Ordinary host memory."""
+
+    can_pin = False
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._destinations: list[Destination] = []
+        self._observer = observer
+
+    def bind(self, destinations: Sequence[Destination]) -> None:
+        """Say where the next storages go."""
+        self._destinations += destinations
+        for destination in destinations:
+            if destination.source_dtype is not None and (nbytes := destination.whole.nbytes) >= _HUGE:
+                prefer_huge_pages(destination.address, nbytes)
+
+    def place(self, piece: Piece) -> int | None:
+        """In its storage, if it stays as it is."""
+        destination = self._destinations[piece.storage]
+        return None if destination.source_dtype is not None else destination.address + piece.storage_start
+
+    def line(self) -> CpuTarget:
+        """Nothing is kept between copies."""
+        return self
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
+        """There is nothing to register memory with."""
+        raise PinError("host memory needs no pinning for a CPU target")
+
+    def unpin(self, address: int) -> bool:
+        """Nothing to undo."""
+        return True
+
+    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> None:
+        """Copy or convert the pieces now."""
+        offset = address - file_start
+        for converts, group in groupby(pieces, lambda p: self._destinations[p.storage].source_dtype is not None):
+            same = list(group)
+            with span(self._observer, "cast" if converts else "h2d", sum(p.nbytes for p in same)):
+                for piece in same:
+                    destination, source = self._destinations[piece.storage], offset + piece.file_start
+                    if converts:
+                        _convert(destination, source, piece)
+                    else:
+                        ctypes.memmove(destination.address + piece.storage_start, source, piece.nbytes)
+
+    def finish(self) -> None:
+        """Everything has arrived already."""
+
+
+def _convert(destination: Destination, source: int, piece: Piece) -> None:
+    import torch
+
+    first, count = piece.storage_start // piece.itemsize, piece.nbytes // piece.itemsize
+    raw = torch.frombuffer((ctypes.c_char * piece.nbytes).from_address(source), dtype=torch.uint8)
+    assert destination.source_dtype is not None
+    _convert_flat(destination.flat[first : first + count], raw, destination.source_dtype)
+
+
+def _convert_flat(target: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> None:
+    """Convert the bytes of elements of `dtype` into a flat `target`, by `.to`'s rules.
+
+    In a forked process torch's kernels wait for ever for threads that are not there, if the parent had used some: what
+    they are given at a time is then too little for them to divide.
+    """
+    itemsize = raw.nbytes // max(1, target.numel())
+    step = _UNDIVIDED // itemsize if is_forked() else max(1, target.numel())
+    for start in range(0, target.numel(), step):
+        part = raw[start * itemsize : (start + step) * itemsize]
+        if part.data_ptr() % itemsize:  # torch's kernels may assume aligned elements
+            part = part.clone()
+        target[start : start + step].copy_(part.view(dtype))

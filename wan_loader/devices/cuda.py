@@ -1,0 +1,267 @@
+"""The CUDA target: asynchronous copies over PCIe, and conversions on the GPU that read host memory themselves.
+
+Each line is a stream. Bytes that stay as they are are copied straight into their tensor. Bytes to be converted are read
+over PCIe by the cast kernel, at nine tenths of what a copy reaches, and without a scratch buffer that a copy fills, a
+kernel empties and both wait for. (A converting `.to(device, dtype)` from pinned memory leaves the DMA path and is nine
+times slower.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right, insort
+from collections import deque
+from dataclasses import dataclass
+from itertools import groupby
+from math import inf
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.devices import driver
+from wan_loader.events import Span, clock_ns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from wan_loader.devices.writer import Destination
+    from wan_loader.events import Observer
+    from wan_loader.plan.blocks import Piece
+
+__all__ = ["CudaTarget", "join_copies"]
+
+
+def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in rows that follow each other in the file without a gap."""
+    row: list[Piece] = []
+    for piece in pieces:
+        if row and piece.file_start != row[-1].file_end:
+            yield row
+            row = []
+        row.append(piece)
+    if row:
+        yield row
+
+
+def join_copies(
+    copies: Iterable[tuple[int, int, int]], allocation: Callable[[int], tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """Copies (destination, source, nbytes) that follow each other on both sides, as one each.
+
+    allocation: start and end of the memory around a destination, which no copy may leave. Every copy of its own keeps
+    the link waiting for microseconds; tensors of a file often lie in its order on the device as well.
+    """
+    to = source = nbytes = end = 0
+    for next_to, next_source, more in copies:
+        if next_to == to + nbytes and next_source == source + nbytes and next_to + more <= end:
+            nbytes += more
+            continue
+        if nbytes:
+            yield to, source, nbytes
+        to, source, nbytes = next_to, next_source, more
+        _, end = allocation(to)
+    if nbytes:
+        yield to, source, nbytes
+
+
+class _DeviceView:
+    """Registered host memory as the device sees it, for `torch.as_tensor` (CUDA Array Interface, version 3)."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+            "stream": None,
+        }
+
+
+class CudaTarget:
+    """One CUDA device. Where a line is made, it becomes the thread's current one."""
+
+    can_pin = True
+
+    def __init__(self, index: int, observer: Observer | None = None) -> None:
+        import torch
+
+        self.torch = torch
+        self.device = torch.device("cuda", index)
+        self.observer = observer
+        self.destinations: list[Destination] = []
+        self.allocated = torch.cuda.Event()
+        """Recorded anew with every `bind`; copies to the latest destinations wait for it."""
+        self._pinned: list[tuple[int, int]] = []
+        """Start and end of registered memory, in order. Threads that add to it move what others have just found."""
+        self._pinned_lock = Lock()
+        self._views: dict[int, Any] = {}
+        self._lines: list[_Line] = []
+        self._context = driver.current_context()
+
+    def bind(self, destinations: Sequence[Destination]) -> None:
+        """Say where the next storages go.
+
+        Called once they are allocated, for the caller's stream: the allocator may have handed out memory that work
+        queued there still uses, so copies wait for that work.
+        """
+        self.destinations += destinations
+        self.allocated.record(self.torch.cuda.current_stream(self.device))
+
+    def place(self, piece: Piece) -> None:
+        """Nothing of the device is host memory."""
+
+    def line(self) -> _Line:
+        """A stream of its own."""
+        self.torch.cuda.set_device(self.device)
+        line = _Line(self, f"{self.device} h2d {len(self._lines)}")
+        self._lines.append(line)
+        return line
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
+        """Register host memory with the driver, in any thread; raises `PinError`."""
+        driver.register(address, nbytes, self._context, read_only=read_only)
+        with self._pinned_lock:
+            insort(self._pinned, (address, address + nbytes))
+
+    def unpin(self, address: int) -> bool:
+        """Undo `pin`, in any thread."""
+        return driver.unregister(address, self._context)
+
+    def bytes_on_device(self, address: int, nbytes: int) -> Any:
+        """Bytes from `address` on as a uint8 tensor for kernels: the memory itself if it is pinned."""
+        with self._pinned_lock:
+            at = bisect_right(self._pinned, (address, inf))
+            start, end = self._pinned[at - 1] if at else (0, 0)
+        if address + nbytes <= end:
+            if start not in self._views:
+                self._views[start] = self._view(start, end - start)
+            if (view := self._views[start]) is not None:
+                return view[address - start : address - start + nbytes]
+        raw = (ctypes.c_char * nbytes).from_address(address)
+        return self.torch.frombuffer(raw, dtype=self.torch.uint8).to(self.device)
+
+    def _view(self, address: int, nbytes: int) -> Any:
+        """Registered memory as the device sees it; None where torch made a copy, which keeps what is there now."""
+        on_device = driver.device_address(address)
+        view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
+        return view if view.data_ptr() == on_device else None
+
+    def finish(self) -> None:
+        """Wait for everything."""
+        for line in self._lines:
+            line.finish()
+        while self._lines:
+            driver.destroy_stream(self._lines.pop().handle)
+        self.destinations = []  # the weights are their owner's alone from here on
+        self._pinned.clear()
+        self._views.clear()
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """Copies up to an event."""
+
+    line: _Line
+    event: Any
+    nbytes: int
+    submitted_ns: int
+    is_done: bool = False
+
+    def done(self) -> bool:
+        if not self.is_done and self.event.query():
+            self.is_done = True
+            self.line.ended(self)
+        return self.is_done
+
+    def wait(self) -> None:
+        if not self.is_done:
+            self.event.synchronize()
+
+
+class _Line:
+    """A stream, and what happened on it. Events are used again: making one takes longer than recording it."""
+
+    def __init__(self, target: CudaTarget, track: str) -> None:
+        self._target = target
+        self._track = track
+        self._torch = target.torch
+        self.handle = driver.make_stream()
+        self._stream = target.torch.cuda.ExternalStream(self.handle, target.device)
+        self._tickets: deque[_Ticket] = deque()
+        self._events: list[Any] = []
+        # lays the device's clock on the host's; before the stream waits for anything
+        self._origin = self._event()
+        self._origin.synchronize()
+        self._origin_ns = self._ended_ns = clock_ns()
+        self._n_bound = 0
+        self._within = (0, 0)
+
+    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> _Ticket:
+        """Queue copies and casts; the source must stay until the ticket is done."""
+        to, submitted_ns = self._target.destinations, clock_ns()
+        if self._n_bound != len(to):
+            self._n_bound = len(to)
+            self._stream.wait_event(self._target.allocated)
+        plain: list[Piece] = []
+        converted: list[Piece] = []
+        for piece in pieces:
+            (plain if to[piece.storage].source_dtype is None else converted).append(piece)
+        offset = address - file_start
+        copies = ((to[p.storage].address + p.storage_start, offset + p.file_start, p.nbytes) for p in plain)
+        driver.copy_to_device(join_copies(copies, self._allocation), self.handle)
+        if converted:
+            with self._torch.cuda.stream(self._stream):
+                for row in _neighbours(converted):
+                    for (source_dtype, _), same in groupby(row, key=self._dtypes):
+                        self._cast(address, file_start, source_dtype, list(same))
+        ticket = _Ticket(self, self._event(), sum(p.nbytes for p in pieces), submitted_ns)
+        self._tickets.append(ticket)
+        return ticket
+
+    def _allocation(self, address: int) -> tuple[int, int]:
+        start, end = self._within
+        if not start <= address < end:
+            self._within = driver.allocation(address)
+        return self._within
+
+    def _dtypes(self, piece: Piece) -> tuple[Any, Any]:
+        destination = self._target.destinations[piece.storage]
+        return destination.source_dtype, destination.whole.dtype
+
+    def _cast(self, address: int, file_start: int, source_dtype: Any, pieces: Sequence[Piece]) -> None:
+        """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
+        first, last = pieces[0].file_start - file_start, pieces[-1].file_end - file_start
+        raw = self._target.bytes_on_device(address + first, last - first)
+        if raw.data_ptr() % source_dtype.itemsize:  # kernels need aligned elements
+            raw = raw.clone()
+        counts = [piece.nbytes // piece.itemsize for piece in pieces]
+        sources = raw.view(source_dtype).split(counts)
+        targets = []
+        for piece, count in zip(pieces, counts, strict=True):
+            flat, start = self._target.destinations[piece.storage].flat, piece.storage_start // piece.itemsize
+            targets.append(flat if count == flat.numel() else flat[start : start + count])
+        if len(pieces) == 1:
+            targets[0].copy_(sources[0])
+        else:
+            self._torch._foreach_copy_(targets, sources)
+
+    def _event(self) -> Any:
+        observed = self._target.observer is not None
+        event = self._events.pop() if self._events else self._torch.cuda.Event(enable_timing=observed)
+        event.record(self._stream)
+        return event
+
+    def ended(self, ticket: _Ticket) -> None:
+        """Take note that a ticket is done, with the device's own times; in the order of the tickets."""
+        self._tickets.remove(ticket)
+        observer = self._target.observer
+        if observer is not None:
+            start_ns = max(ticket.submitted_ns, self._ended_ns)  # until then the stream was busy with others
+            self._ended_ns = max(start_ns, self._origin_ns + int(self._origin.elapsed_time(ticket.event) * 1e6))
+            observer.record(Span("h2d", start_ns, self._ended_ns, ticket.nbytes, self._track))
+        self._events.append(ticket.event)
+
+    def finish(self) -> None:
+        """Wait for everything on the stream."""
+        self._stream.synchronize()
+        for ticket in list(self._tickets):
+            ticket.done()

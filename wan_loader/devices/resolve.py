@@ -1,0 +1,130 @@
+"""Devices by name, exactly: "cuda:1" is device 1, "cuda" the current device, "auto" CUDA where there is one."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.arguments import check_device
+from wan_loader.errors import DeviceError, HostMemoryError, OptionError
+from wan_loader.events import span
+from wan_loader.sizes import format_bytes
+from wan_loader.system.forks import without_forks
+from wan_loader.system.machine import available_memory, process_headrooms
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from wan_loader.events import Observer
+
+__all__ = [
+    "check_room_for_torch",
+    "check_tensors_are_real",
+    "current",
+    "device_card",
+    "device_peak_bytes",
+    "is_busy",
+    "reset_device_peak",
+    "resolve_device",
+]
+
+#: What importing torch takes at the least: of memory, and of what limits of the process count.
+_TORCH_NBYTES = {"the machine or its cgroup": 128 << 20, "ulimit -v": 560 << 20, "ulimit -d": 192 << 20}
+
+
+def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
+    """The device meant, its CUDA context made. Raises `DeviceError` if there is no such device."""
+    check_device(device)
+    with span(observer, "import"), without_forks():
+        check_room_for_torch()
+        import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device if isinstance(device, str | torch.device) else f"cuda:{device}")
+    except (RuntimeError, ValueError) as error:
+        raise DeviceError(f"device {device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
+    if found.type == "cpu":
+        if found.index:
+            raise DeviceError(f"device {str(found)!r} does not exist: there is one, cpu")
+        return torch.device("cpu")
+    if found.type != "cuda":
+        raise DeviceError(f"device {str(found)!r} is not supported: use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise DeviceError(
+            f"device {str(found)!r}: this torch ({torch.__version__}) sees no CUDA device; use device='cpu'"
+        )
+    with span(observer, "cuda_init"):
+        index = torch.cuda.current_device() if found.index is None else found.index
+        if index >= count:
+            raise DeviceError(f"device {str(found)!r} does not exist: there are {count} (cuda:0 to cuda:{count - 1})")
+        torch.cuda.synchronize(index)
+    return torch.device("cuda", index)
+
+
+def check_room_for_torch() -> None:
+    """Raise `HostMemoryError` if importing torch would be the end of the process: it aborts, or the kernel kills it."""
+    if "torch" in sys.modules:
+        return
+    rooms = process_headrooms()
+    if (free := available_memory()) is not None:
+        rooms["the machine or its cgroup"] = free
+    for what, free in rooms.items():
+        if free < (needed := _TORCH_NBYTES[what]):
+            raise HostMemoryError(
+                f"importing torch takes {format_bytes(needed)} at the least, and {what} leaves {format_bytes(free)}: "
+                "allow more memory"
+            )
+
+
+def check_tensors_are_real() -> None:
+    """Raise `OptionError` in a mode of torch whose tensors have no memory: bytes cannot be read into it."""
+    import torch
+
+    if (kind := type(torch.empty(0, device="cpu"))) is not torch.Tensor:
+        raise OptionError(f"a mode of torch is active that makes a {kind.__name__} of every tensor: load outside of it")
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device the current one of this thread, and its context too; what was current comes back."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_busy(device: torch.device) -> bool:
+    """Whether work is queued on the caller's stream."""
+    import torch
+
+    return device.type == "cuda" and not torch.cuda.current_stream(device).query()
+
+
+def reset_device_peak(device: torch.device) -> None:
+    """Let `device_peak_bytes` begin anew."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """The most device memory held by tensors since the reset; 0 for the CPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def device_card(device: torch.device) -> dict[str, object]:
+    """Facts for a report: torch, CUDA and the device."""
+    import torch
+
+    card: dict[str, object] = {"torch": torch.__version__}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        card |= {"cuda": torch.version.cuda, "gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+    return card

@@ -1,0 +1,80 @@
+"""What a target is: the memory that weights end up in, and how bytes get there.
+
+Two implementations: `CudaTarget` copies asynchronously over PCIe, `CpuTarget` is its twin in host memory. Each thread
+that submits copies asks for a line of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.plan.blocks import Piece
+
+__all__ = ["Destination", "Line", "PinError", "Target", "Ticket"]
+
+
+class PinError(Exception):
+    """The driver refused to register host memory; the message says why. Never reaches a caller of the library."""
+
+
+class Ticket(Protocol):
+    """Submitted copies that may still be running. For the thread that submitted them."""
+
+    def done(self) -> bool:
+        """Whether the source bytes are no longer needed."""
+
+    def wait(self) -> None:
+        """Return once the source bytes are no longer needed."""
+
+
+class Destination(NamedTuple):
+    """Where a storage ends up: the contiguous tensor `whole` owns (or views the whole of) its memory.
+
+    `source_dtype` is the dtype in the file where the bytes are converted on the way, else None: they are copied.
+    """
+
+    whole: Any
+    address: int
+    source_dtype: Any = None
+
+    @property
+    def flat(self) -> Any:
+        """The storage as a 1-D tensor."""
+        return self.whole if self.whole.dim() == 1 else self.whole.view(-1)
+
+
+class Line(Protocol):
+    """Submits copies, in their order. For one thread, the one in which it was made."""
+
+    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> Ticket | None:
+        """Start copying pieces; byte `file_start` of their file lies at `address`. None: already done.
+
+        Where `address` is one that was pinned, the copies run by themselves.
+        """
+
+
+class Target(Protocol):
+    """The memory that weights end up in."""
+
+    can_pin: bool
+
+    def bind(self, destinations: Sequence[Destination]) -> None:
+        """Say where the next storages go, in their order, before anything is submitted for them."""
+
+    def place(self, piece: Piece) -> int | None:
+        """Where in host memory a piece may be read to, rather than submitted; None: nowhere."""
+
+    def line(self) -> Line:
+        """A line for this thread."""
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
+        """Register host memory for fast copies; raises `PinError`."""
+
+    def unpin(self, address: int) -> bool:
+        """Undo `pin`, after the last copy from it, in any thread. False if the memory is still registered."""
+
+    def finish(self) -> None:
+        """Return when everything submitted has arrived. After the last `submit` of any thread."""

@@ -1,0 +1,221 @@
+"""The processes of a distributed run, as torchrun starts them: who is who, whose device is which, how they meet.
+
+Reads the environment that torchrun sets, and says which part of it is missing. Imports torch only where that is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.distributed.liveness import Peers, own_connection
+from wan_loader.errors import DistributedError, OptionError, WanLoaderError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Joined",
+    "end_now",
+    "is_first",
+    "join",
+    "local_rank",
+    "next_name",
+    "open_store",
+    "own_device",
+    "process_rank",
+    "run_peers",
+    "tell_others",
+    "use_device",
+    "warms",
+    "world_size",
+]
+
+#: How long a process tries to reach the first one.
+_REACH = timedelta(minutes=1)
+#: How long the start waits for a process, and torch for a collective.
+_WAIT_S = 600.0
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+#: How long a failed process that holds the store stays for the others: those that are here, those that still start.
+_LINGER_S = 3.0
+_LINGER_START_S = 10.0
+_runs = iter(range(1 << 30))
+_joined: list[Peers] = []
+
+
+def _from_environment(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        why = "not set" if not text else f"{text!r}, not a number"
+        raise OptionError(f"{name} is {why}: start the processes with torchrun --nproc_per_node N")
+    return int(text)
+
+
+def world_size() -> int:
+    """How many processes a distributed run has; 1 outside of one."""
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return process_rank() == 0
+
+
+def process_rank() -> int:
+    """This process's number in a distributed run; 0 outside of one."""
+    return 0 if world_size() == 1 else _from_environment("RANK")
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine; 0 outside of a distributed run."""
+    return 0 if world_size() == 1 else _from_environment("LOCAL_RANK")
+
+
+def warms() -> bool:
+    """Whether this process reads files ahead: one of each machine does."""
+    return local_rank() == 0
+
+
+def next_name() -> str:
+    """What a run is called in the store: the same in each process, and new for each run of a process."""
+    return f"run/{next(_runs)}"
+
+
+def open_store() -> Any:
+    """A connection to the run's key-value store, which torchrun or process 0 holds."""
+    import torch.distributed
+
+    stores: Any = torch.distributed
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise OptionError(f"{' and '.join(missing)} not set: start the processes with torchrun --nproc_per_node N")
+    rank, world = process_rank(), world_size()
+    if rank >= world:
+        raise OptionError(f"RANK is {rank}, WORLD_SIZE {world}: start the processes with torchrun --nproc_per_node N")
+    host, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT")
+    if not 0 < port < 65536:
+        raise OptionError(f"MASTER_PORT {port} is no port: start the processes with torchrun --nproc_per_node N")
+    try:
+        store = stores.TCPStore(host, port, None, _holds_store(), _REACH, wait_for_workers=False, multi_tenant=True)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DistributedError(
+            f"process {rank} cannot reach the others at {host}:{port} (MASTER_ADDR, MASTER_PORT): {reason}"
+        ) from error
+    return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _holds_store() -> bool:
+    return process_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+@dataclass(slots=True)
+class Joined:
+    """This process, connected with the others."""
+
+    device: torch.device
+    peers: Peers
+    started_torch: bool
+    """Whether torch.distributed was started here, and is ended here."""
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Leave when all do; with an error, the others are told, and nobody waits."""
+        import torch.distributed as dist
+
+        if self.peers in _joined:
+            _joined.remove(self.peers)
+        if error is not None:
+            self.peers.__exit__(type(error), error, None)
+            if self.started_torch and _holds_store() and isinstance(error, Exception):
+                self.peers.linger(_LINGER_S)
+            return
+        self.peers.agree("end")
+        self.peers.leave()
+        if self.started_torch and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str | torch.device) -> Joined:
+    """Meet the other processes and start torch.distributed, unless the caller has. device: "auto" and "cuda" mean the
+    GPU of this process's local rank.
+
+    Raises `OptionError` where the environment of a distributed run is incomplete, `DeviceError` where there are
+    more processes than GPUs, `DistributedError` where the others fail or do not come.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    starts = not dist.is_initialized()
+    store: Any = open_store() if starts else _get_default_store()
+    rank, world = process_rank(), world_size()
+    with contextlib.ExitStack() as stack:
+        peers = stack.enter_context(Peers(own_connection(store), rank, range(world), next_name(), patience_s=_WAIT_S))
+        mine = own_device(device)
+        peers.agree("start")
+        if starts:
+            dist.init_process_group(
+                "nccl" if mine.type == "cuda" else "gloo",
+                store=PrefixStore("torch", store),
+                rank=rank,
+                world_size=world,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=mine if mine.type == "cuda" else None,
+            )
+        peers.patience_s = None
+        stack.pop_all()
+        _joined.append(peers)
+        return Joined(mine, peers, starts)
+
+
+def run_peers() -> Peers | None:
+    """The processes of the run that this one has joined, and not left; None outside of one."""
+    return _joined[-1] if _joined else None
+
+
+def tell_others(error: BaseException) -> None:
+    """Leave an error for processes that wait for this one to join, which it never did."""
+    if world_size() == 1 or isinstance(error, DistributedError):
+        return
+    with contextlib.suppress(WanLoaderError, RuntimeError, ImportError):
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            peers = Peers(open_store(), process_rank(), range(world_size()), next_name())
+            peers.fail(error)
+            if _holds_store():
+                peers.linger(_LINGER_START_S)
+
+
+def own_device(device: str | torch.device) -> torch.device:
+    """The device of this process, made current: "auto" and "cuda" mean the GPU of its local rank."""
+    import torch
+
+    from wan_loader.devices.resolve import resolve_device
+
+    local, local_world = local_rank(), _from_environment("LOCAL_WORLD_SIZE", 1)
+    name = str(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and local_world > 1:
+        raise OptionError(f"--device {name}: {local_world} processes cannot share it; use --device cuda")
+    found = resolve_device(f"cuda:{local}" if name == "cuda" else name)
+    use_device(found)
+    return found
+
+
+def use_device(device: torch.device) -> None:
+    """Make a device the current one of this thread: collectives ask for it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def end_now(code: int) -> None:
+    """End this process without waiting for what hangs in torch.distributed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

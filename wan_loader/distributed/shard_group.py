@@ -1,0 +1,362 @@
+"""Processes that load together: torch.distributed's groups and DTensors on one side, the plan's numbers on the other.
+
+    joined      who takes part, from the module's DTensors or from the group that was given
+    compare     everybody sees the same checkpoint and wants the same of it, before anything is read
+    exchange    what was read in parts travels to those that need it
+
+Reading and exchanging follow each other within a load: collectives of a load never run beside others of the caller's
+thread, and their order is the same on every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import threading
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.devices.resolve import check_room_for_torch
+from wan_loader.distributed.exchange import carry, check_usable
+from wan_loader.distributed.liveness import Peers, own_connection
+from wan_loader.distributed.processes import run_peers
+from wan_loader.distributed.sharding import Spread, borders, divide, exchanges
+from wan_loader.dtypes import ITEMSIZE
+from wan_loader.errors import DistributedError, OptionError
+from wan_loader.events import span
+from wan_loader.loading.bind import is_dtensor
+from wan_loader.system.forks import without_forks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from wan_loader.devices.writer import Destination
+    from wan_loader.distributed.sharding import Division
+    from wan_loader.events import Observer, Span
+    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.loading.allocate import StoragePlan
+    from wan_loader.plan.dtype_rule import DtypeRule
+
+__all__ = ["Team", "joined"]
+
+#: How long a load waits for a process that has not called it yet.
+PATIENCE_S = 600.0
+_SAMPLE_BYTES = 4096
+#: Loads of each group so far: names of what they leave in the store.
+_counts: dict[str, int] = {}
+#: Loads of one group follow each other: their collectives would meet those of another load of the same group.
+_turns: defaultdict[tuple[int, ...], threading.Lock] = defaultdict(threading.Lock)
+
+
+@dataclass(slots=True)
+class Team:
+    """The processes of one load, as one of them sees it."""
+
+    peers: Peers
+    group: ProcessGroup
+    groups: dict[tuple[int, ...], ProcessGroup]
+    """By the ranks in them."""
+    n_local: int = 1
+    """Processes of the team on this machine."""
+    division: Division | None = None
+    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    scales: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _spreads: dict[tuple[Any, ...], Spread] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """This process, counted over the whole run."""
+        return self.peers.rank
+
+    def device(self, device: str | int | torch.device) -> str | int | torch.device:
+        """Where this process loads to: "cuda" is the GPU that the group is bound to, whatever the thread's current one.
+
+        Raises `OptionError` for another GPU than that one: the group could not exchange what arrives there.
+        """
+        bound = self.group.bound_device_id
+        if bound is None or not _is_cuda(device):
+            return device
+        if str(device) in ("auto", "cuda") or device in (bound, str(bound), bound.index):
+            return bound
+        raise OptionError(
+            f"device {str(device)!r}: the group is bound to {str(bound)!r}: pass device='cuda', or another group"
+        )
+
+    def watch(self, observer: Observer | None) -> Observer:
+        """An observer through which the failure of another process ends the load of this one."""
+        return _Watch(self.peers, observer)
+
+    def divide(
+        self, checkpoint: Checkpoint, tensors: Sequence[TensorFacts], slots: Mapping[str, Any], rule: DtypeRule
+    ) -> Division:
+        """Compare with the others, and say what this process keeps. slots: the module's tensor of each name, if any."""
+        spreads = {t.name: self._spread(slots.get(t.name)) for t in tensors}
+        self._compare(checkpoint, tensors, spreads, rule)
+        self.division = divide(checkpoint, tensors, spreads, self.rank)
+        return self.division
+
+    def reads(self, plans: Sequence[StoragePlan]) -> dict[int, tuple[int, int]]:
+        """Which bytes of each storage that others hold, too, this process reads; storages not in it are read whole."""
+        assert self.division is not None
+        out: dict[int, tuple[int, int]] = {}
+        self.parts, self.scales = {}, {}
+        for holders in dict.fromkeys(h for h in self.division.holders if len(h) > 1):
+            shared = [p for p in plans if self.division.holders[p.storage] == holders]
+            nbytes = [self.division.checkpoint.storages[p.storage].nbytes for p in shared]
+            scales = [(ITEMSIZE[p.source], ITEMSIZE[p.target]) if p.source and p.target else (1, 1) for p in shared]
+            me = holders.index(self.rank)
+            for plan, ends, scale in zip(
+                shared, borders(nbytes, [s for s, _ in scales], len(holders)), scales, strict=True
+            ):
+                self.parts[plan.storage], self.scales[plan.storage] = ends, scale
+                out[plan.storage] = (ends[me], ends[me + 1])
+        return out
+
+    def exchange(
+        self,
+        plans: Sequence[StoragePlan],
+        destinations: Sequence[Destination],
+        nbytes_read: int,
+        observer: Observer | None,
+    ) -> dict[str, int]:
+        """Fill in what the others have read; returns facts for the report."""
+        assert self.division is not None
+        flats = {plan.storage: to.flat for plan, to in zip(plans, destinations, strict=True)}
+        if self.parts:
+            _check_backend(self.group, flats)
+        for group in self.groups.values():
+            check_usable(group)
+        _check_devices(self.peers.ranks, self.peers.agree("read", _identity(self.group, flats)))
+        received = 0
+        for what in exchanges(self.division.holders, self.parts, self.scales):
+            with span(observer, "shard", nbytes := what.nbytes_received(self.rank)):
+                carry(what, flats, self.groups[what.holders], self.peers)
+            received += nbytes
+        return {
+            "rank": self.rank,
+            "processes": len(self.peers.ranks),
+            "processes_here": self.n_local,
+            "nbytes_read": nbytes_read,
+            "nbytes_received": received,
+        }
+
+    def arrived(self) -> None:
+        """Wait until every process has everything: the end of what can fail together."""
+        self.peers.agree("arrived")
+        self.peers.close()
+
+    def cut(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Keep only this process's rows of tensors that had to be loaded whole."""
+        cuts = self.division.cuts if self.division is not None else {}
+        return {n: t[slice(*cuts[n])].clone().contiguous() if n in cuts else t for n, t in tensors.items()}
+
+    def _spread(self, tensor: Any) -> Spread:
+        if not is_dtensor(tensor):
+            return Spread(self.peers.ranks)
+        key = (tensor.device_mesh, tensor.placements)
+        if key not in self._spreads:  # a module has a thousand tensors, and one or two ways to lay them
+            self._spreads[key] = _mesh_spread(*key, self)
+        return self._spreads[key]
+
+    def _compare(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Sequence[TensorFacts],
+        spreads: Mapping[str, Spread],
+        rule: DtypeRule,
+    ) -> None:
+        wanted = [(t.name, rule.target(t.name, t.dtype), spreads[t.name].n_blocks) for t in tensors]
+        mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}
+        facts = [json.loads(text) for text in self.peers.agree("headers", json.dumps(mine))]
+        for key, what, cure in (
+            (
+                "checkpoint",
+                f"see another checkpoint at {checkpoint.path}",
+                "put the same files on every machine, and load them in the same order everywhere",
+            ),
+            ("request", "ask for other tensors, dtypes or shards", "call with the same module and options everywhere"),
+        ):
+            if others := [r for r, f in zip(self.peers.ranks, facts, strict=True) if f[key] != facts[0][key]]:
+                raise DistributedError(
+                    f"processes {', '.join(map(str, others))} {what} than process {self.peers.ranks[0]}: {cure}"
+                )
+        self.n_local = sum(f["host"] == mine["host"] for f in facts)
+
+
+class _Watch:
+    def __init__(self, peers: Peers, observer: Observer | None) -> None:
+        self._peers = peers
+        self._observer = observer
+
+    def record(self, span: Span) -> None:
+        self._peers.check()
+        if self._observer is not None:
+            self._observer.record(span)
+
+
+@contextmanager
+def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[Team | None]:
+    """The team of a load; None where this process loads alone. Every process of the group must come here.
+
+    group: None takes the one that the module's DTensors lie on, if there are any. Loads of the same group in several
+    threads take turns.
+    """
+    check_room_for_torch()
+    with without_forks():
+        import torch.distributed as dist
+
+    if module is not None:
+        _reshard(module)
+        group = group or _group_of(module)
+    if group is None:
+        yield None
+        return
+    if not dist.is_initialized():
+        raise OptionError("torch.distributed is not started: call init_process_group before a load with a group")
+    ranks = tuple(dist.get_process_group_ranks(group))
+    rank = dist.get_rank()
+    if rank not in ranks:
+        raise OptionError(f"process {rank} is not in the group that was given, which has {list(ranks)}")
+    with (
+        _turns[ranks],
+        Peers(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_peers()) as peers,
+    ):
+        yield Team(peers, group, {ranks: group})
+
+
+def _check_backend(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> None:
+    import torch.distributed as dist
+
+    device = next(iter(flats.values())).device.type
+    if f"{device}:" not in (config := dist.get_backend_config(group)):
+        raise OptionError(
+            f"the group exchanges through {config}, not on {device}: load to that device, or pass another"
+        )
+
+
+def _is_cuda(device: str | int | torch.device) -> bool:
+    return isinstance(device, int) or str(device).startswith("cuda") or str(device) == "auto"
+
+
+def _identity(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> str:
+    """The GPU that NCCL will use here, by a name that no other one of any machine has; nothing where it uses none."""
+    import torch
+    import torch.distributed as dist
+
+    flat = next(iter(flats.values()), None)
+    if flat is None or not flat.is_cuda or "cuda:nccl" not in dist.get_backend_config(group):
+        return ""
+    return f"{_host()} {torch.cuda.get_device_properties(flat.device).uuid}"
+
+
+def _check_devices(ranks: Sequence[int], identities: Sequence[str]) -> None:
+    """Raise, in every process alike, if two processes hold their tensors on one GPU: no collective could run there."""
+    owner: dict[str, int] = {}
+    for rank, identity in zip(ranks, identities, strict=True):
+        if identity and (other := owner.setdefault(identity, rank)) != rank:
+            raise DistributedError(
+                f"processes {other} and {rank} load to the same GPU: pass device='cuda:N' with the GPU of each, or "
+                "bind each to its own with torch.distributed.init_process_group(device_id=...)"
+            )
+
+
+def _group_of(module: torch.nn.Module) -> ProcessGroup | None:
+    """All processes that the module's DTensors lie on; None where it has none."""
+    import torch.distributed as dist
+
+    tensors: list[Any] = [*module.parameters(), *module.buffers()]
+    meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}
+    if not meshes:
+        return None
+    if all(mesh.size() == dist.get_world_size() for mesh in meshes):
+        return dist.group.WORLD
+    mesh, *others = meshes
+    if others or mesh.ndim != 1:
+        raise OptionError(
+            "the module's tensors lie on parts of the run: pass group=, with the processes of all of them"
+        )
+    found: ProcessGroup = mesh.get_group()
+    return found
+
+
+def _reshard(module: torch.nn.Module) -> None:
+    """Modules that were gathered for a forward give their full parameters back first."""
+    divided = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if divided is None:  # or still being imported, by another thread
+        return
+    for owner in module.modules():
+        if isinstance(owner, divided):
+            owner.reshard()
+
+
+def _mesh_spread(mesh: Any, placements: tuple[Any, ...], team: Team) -> Spread:
+    """Blocks and holders of DTensors; `OptionError` for placements other than `Shard(0)` and `Replicate`."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, Shard
+
+    coordinate = mesh.get_coordinate()
+    cut: list[int] = []
+    kept: list[int] = []
+    for dim, placement in enumerate(placements):
+        if type(placement) is Shard and placement.dim == 0:
+            cut.append(dim)
+        elif isinstance(placement, Replicate):
+            kept.append(dim)
+    if len(cut) + len(kept) != mesh.ndim or len(cut) > 1 or coordinate is None:
+        raise OptionError(f"placements {placements} cannot be loaded: one Shard(0), and Replicate, can")
+    ranks = mesh.mesh[tuple(slice(None) if dim in kept else coordinate[dim] for dim in range(mesh.ndim))]
+    holders = tuple(int(rank) for rank in ranks.flatten())
+    if len(holders) > 1 and holders not in team.groups:
+        if len(kept) == 1:
+            group = mesh.get_group(kept[0])
+            holders = tuple(dist.get_process_group_ranks(group))
+            team.groups[holders] = group
+        elif set(holders) == set(team.peers.ranks):
+            holders = team.peers.ranks
+        else:
+            raise OptionError(f"placements {placements} cannot be loaded: several partial replicas of one mesh")
+    return Spread(holders, mesh.size(cut[0]), coordinate[cut[0]]) if cut else Spread(holders)
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Of everything the headers say, and of two samples of each file: other weights of the same shapes show."""
+    facts = (checkpoint.format, checkpoint.storages, checkpoint.tensors, [f.nbytes for f in checkpoint.files])
+    parts = [repr(facts).encode()]
+    for file in checkpoint.files:
+        with open(file.path, "rb", buffering=0) as stream:
+            positions = (file.nbytes // 2, max(0, file.nbytes - _SAMPLE_BYTES))
+            parts += [os.pread(stream.fileno(), _SAMPLE_BYTES, position) for position in positions]
+    return _hash(b"".join(parts))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _host() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{platform.node()} {boot}"
+
+
+def _store() -> Any:
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return own_connection(_get_default_store())
+
+
+def _name(ranks: tuple[int, ...]) -> str:
+    group = ",".join(map(str, ranks))
+    _counts[group] = _counts.get(group, 0) + 1
+    return f"wan_loader/{_hash(group.encode())}/{_counts[group]}"

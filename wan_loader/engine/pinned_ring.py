@@ -1,0 +1,62 @@
+"""Staging memory: a bounded number of slots that bytes pass through between a file and the target.
+
+One anonymous mapping, asked to be of huge pages (`pin_memory=True` faults 4 KiB pages in one by one, ten times slower),
+cut into page-aligned slots. The memory is unmapped by `close`, which must come after the last copy out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from dataclasses import dataclass
+
+from wan_loader.errors import HostMemoryError
+from wan_loader.plan.blocks import PAGE
+
+__all__ = ["Slot", "Staging"]
+
+#: Every staging that is not closed. Memory that is registered with the driver must not be unmapped because a reference
+#: was forgotten: the driver would copy its old pages into whatever gets the address next.
+_OPEN: set[Staging] = set()
+
+
+@dataclass(slots=True)
+class Slot:
+    """`view` is the slot's memory at `address`."""
+
+    address: int
+    view: memoryview
+    pinned: bool = False
+
+
+class Staging:
+    """`n_slots` slots, each of `block_bytes` and one page, so that any block fits with both ends rounded to pages."""
+
+    def __init__(self, block_bytes: int, n_slots: int) -> None:
+        self.slot_bytes = block_bytes + PAGE
+        self.nbytes = self.slot_bytes * n_slots
+        try:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise HostMemoryError(f"{self.nbytes} bytes of staging cannot be allocated: free some memory") from error
+        _OPEN.add(self)
+        self._map.madvise(mmap.MADV_DONTFORK)  # a fork would make pinned pages copy-on-write under running copies
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages do as well
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._map)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.slots = [
+            Slot(base + offset, self._view[offset : offset + self.slot_bytes])
+            for offset in range(0, self.nbytes, self.slot_bytes)
+        ]
+
+    def close(self) -> bool:
+        """Give the memory back, once nothing of it is registered any more. Views held elsewhere keep it. True."""
+        _OPEN.discard(self)
+        for slot in self.slots:
+            slot.view.release()
+        self._view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        return True

@@ -1,0 +1,200 @@
+"""Reads into staging slots, several side by side: the C library's threads read, one thread starts and collects.
+
+A lane is a row of reads that run one after the other, so that a thread that has ended one finds the next without
+waiting for anybody. Lanes run side by side; slots are dealt out to them in turn.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wan_loader.engine.reader import BlockRead
+from wan_loader.events import Span, clock_ns
+from wan_loader.system.posix_aio import Request, wait_all, wait_any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from wan_loader.engine.pinned_ring import Slot, Staging
+    from wan_loader.engine.reader import Reader
+    from wan_loader.events import Observer
+    from wan_loader.plan.blocks import Block
+
+__all__ = ["Desk", "Lanes"]
+
+
+@dataclass(slots=True)
+class _Descriptor:
+    fd: int
+    n_running: int = 0
+
+
+class _Lane:
+    """Descriptors of its own for the files it reads: the C library queues reads by descriptor."""
+
+    def __init__(self, name: str, refusals: list[str]) -> None:
+        self.name = name
+        self.ended_ns = 0
+        self.reading: deque[Desk] = deque()
+        """Under way. Those of one file end in this order, so it is enough to look at the first."""
+        self._refusals = refusals
+        self._open: dict[int, _Descriptor] = {}
+        self._own: list[int] = []
+        """Descriptors to be closed."""
+
+    def begin(self, fd: int) -> int:
+        """This lane's own descriptor for the file open at `fd`."""
+        if fd not in self._open:
+            for other in [key for key, descriptor in self._open.items() if not descriptor.n_running]:
+                self._close(other)
+            self._open[fd] = _Descriptor(self._another(fd))
+        self._open[fd].n_running += 1
+        return self._open[fd].fd
+
+    def _another(self, fd: int) -> int:
+        """Another descriptor of the same file; the same one where no further may be opened."""
+        try:
+            self._own.extend(map(os.dup, (fd,)))  # one call: Ctrl-C comes before it or when the result is noted
+            return self._own[-1]
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._refusals.append(f"{error.strerror}: reads that could run side by side wait for each other")
+            return fd
+
+    def end(self, fd: int) -> None:
+        self._open[fd].n_running -= 1
+
+    def close(self) -> None:
+        self._open.clear()
+        while self._own:
+            os.close(self._own.pop())
+
+    def _close(self, fd: int) -> None:
+        if (own := self._open.pop(fd).fd) in self._own:
+            self._own.remove(own)
+            os.close(own)
+
+
+@dataclass(slots=True, eq=False)
+class Desk:
+    """A slot and the read that fills it, unless the bytes go straight to their place."""
+
+    slot: Slot
+    lane: _Lane
+    place: int | None = None
+    """Where they go; None: into the slot."""
+    request: Request = field(default_factory=Request)
+    read: BlockRead | None = None
+    started_ns: int = 0
+    fd: int = -1
+
+
+class Lanes:
+    """Reads under way, and the slots that are free. For one thread."""
+
+    def __init__(self, n_lanes: int, reader: Reader, staging: Staging, observer: Observer | None) -> None:
+        self._reader = reader
+        self._observer = observer
+        self._lanes = [_Lane(f"reader {i}", reader.refusals) for i in range(n_lanes)]
+        self._desks = [Desk(slot, self._lanes[i % n_lanes]) for i, slot in enumerate(staging.slots)]
+        self._free = deque(self._desks)
+        self._n_reading = 0
+        self._done: deque[Desk] = deque()
+
+    @property
+    def n_reading(self) -> int:
+        """Reads under way, or not yet asked for."""
+        return self._n_reading + len(self._done)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether another read can be started."""
+        return bool(self._free)
+
+    def start(self, block: Block, place: int | None = None) -> None:
+        """Begin to read a block into a free slot, or, while a slot is kept for it, to its place in memory."""
+        desk = self._free.popleft()
+        desk.place = place
+        desk.read = BlockRead(self._reader, block)
+        desk.started_ns = clock_ns()
+        desk.lane.reading.append(desk)
+        self._n_reading += 1
+        self._ask(desk, desk.read)
+
+    @property
+    def used(self) -> list[Slot]:
+        """Slots that reads were started into, in the order of their memory."""
+        return [desk.slot for desk in self._desks if desk.read is not None]
+
+    def give_back(self, desk: Desk) -> None:
+        """What was in the slot is no longer needed."""
+        self._free.append(desk)
+
+    def finished(self, timeout_s: float) -> Iterator[Desk]:
+        """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
+        self.look()
+        if not self._done and self._n_reading:
+            wait_any([lane.reading[0].request for lane in self._lanes if lane.reading], timeout_s)
+            self.look()
+        while self._done:
+            yield self._done.popleft()
+
+    def look(self) -> None:
+        """Take note of reads that have ended: as soon as possible, since their spans end now."""
+        for lane in self._lanes:
+            while lane.reading and self._is_done(lane.reading[0]):
+                self._done.append(lane.reading.popleft())
+                self._n_reading -= 1
+
+    def _is_done(self, desk: Desk) -> bool:
+        assert desk.read is not None
+        try:
+            nbytes = desk.request.result()
+            if nbytes is None:
+                return False
+        except OSError as error:
+            desk.read.failed(error)
+            complete = False
+        else:
+            complete = desk.read.arrived(nbytes)
+        desk.lane.end(desk.fd)
+        if not complete:
+            self._ask(desk, desk.read)
+            return False
+        self._record(desk, desk.read.block)
+        return True
+
+    def _ask(self, desk: Desk, read: BlockRead) -> None:
+        start, nbytes, position = read.wanted
+        address = (desk.slot.address if desk.place is None else desk.place) + start
+        desk.fd = read.fd
+        try:
+            own = desk.lane.begin(read.fd)
+            try:
+                desk.request.start(own, address, nbytes, position)
+            except OSError:
+                desk.lane.end(read.fd)
+                raise
+        except OSError as error:
+            read.failed(error)
+            self._ask(desk, read)
+
+    def _record(self, desk: Desk, block: Block) -> None:
+        if self._observer is not None:
+            start_ns = max(desk.started_ns, desk.lane.ended_ns)  # until then its lane was busy with another
+            desk.lane.ended_ns = clock_ns()
+            self._observer.record(Span("read", start_ns, desk.lane.ended_ns, block.nbytes, desk.lane.name))
+
+    def end(self) -> None:
+        """Take back what has not begun, wait for what has: a read that hangs keeps its memory until it returns."""
+        for desk in self._desks:
+            if desk.request.running:
+                desk.request.cancel()
+        wait_all([desk.request for desk in self._desks])
+        for lane in self._lanes:
+            lane.close()

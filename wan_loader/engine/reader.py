@@ -1,0 +1,173 @@
+"""Reads of a checkpoint's files, with O_DIRECT or through the page cache: what to ask for, and what came of it.
+
+Who carries the reads out is another's business (`engine`). What is opened must be the file whose header was read; one
+that is shorter than its header promised is an error that names it; a short read is continued.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol
+
+from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.plan.blocks import PAGE, Way
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from wan_loader.formats.facts import FileFacts
+    from wan_loader.plan.blocks import Block
+
+
+__all__ = ["BlockRead", "Check", "Reader"]
+
+
+class Check(Protocol):
+    """Looks at what was read."""
+
+    block_bytes: int
+    """What is read must be cut at multiples of this, and nowhere else."""
+
+    def __call__(self, file: int, start: int, end: int, view: memoryview) -> None:
+        """Raise unless bytes `start` to `end` of a file are what they were."""
+
+
+class Reader:
+    """Open files of one checkpoint; a context manager that closes them."""
+
+    def __init__(self, files: Sequence[FileFacts], check: Check | None = None) -> None:
+        """check: is given every block once it is in memory, and raises if it is not what it was."""
+        self._files = files
+        self._check = check
+        self._stack = ExitStack()
+        self._direct_fds: dict[int, int | None] = {}
+        self.refusals: list[str] = []
+        """Why files are not read with O_DIRECT though a plan wanted it."""
+        try:
+            self.fds = [self._open_first(f) for f in files]
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _open_first(self, file: FileFacts) -> int:
+        try:
+            fd = self._open(file.path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise MissingFileError(f"{file.path} vanished before it could be read") from error
+        except OSError as error:
+            raise CheckpointError(f"{file.path} cannot be opened: {error.strerror}") from error
+        file.check_opened(fd)
+        return fd
+
+    def _open(self, path: str, flags: int) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        self._stack.callback(os.close, fd)
+        return fd
+
+    def open_direct(self, file: int) -> bool:
+        """Open a file for O_DIRECT, once; False where the file system refuses. Call before threads start."""
+        if file not in self._direct_fds:
+            try:
+                fd = self._open(self._files[file].path, os.O_RDONLY | os.O_DIRECT)
+            except OSError as error:
+                self.refuse(file, error)
+            else:
+                self._files[file].check_opened(fd)
+                self._direct_fds[file] = fd
+        return self._direct_fds[file] is not None
+
+    def direct_fd(self, file: int) -> int | None:
+        """The descriptor for O_DIRECT; None if it was not opened, or is refused."""
+        return self._direct_fds.get(file)
+
+    def refuse(self, file: int, error: OSError) -> None:
+        """Read a file without O_DIRECT from here on."""
+        self._direct_fds[file] = None
+        self.refusals.append(f"O_DIRECT refused for {self._files[file].path}: {error.strerror}")
+
+    def check(self, block: Block, data: memoryview) -> None:
+        """Give a block that is in memory to whoever wants to check it."""
+        if self._check is not None:
+            self._check(block.file, block.start, block.end, data)
+
+    def truncated(self, block: Block, reached: int) -> CheckpointError:
+        """The error for a file that ends inside a block."""
+        path = self._files[block.file].path
+        return CheckpointError(f"{path} ends at byte {reached}, {block.end} were expected: it was truncated")
+
+    def failed(self, file: int, start: int, nbytes: int, error: OSError) -> CheckpointError:
+        """The error for a range of a file that could not be read."""
+        path = self._files[file].path
+        now = os.fstat(self.fds[file]).st_size
+        if now < start + nbytes and now < self._files[file].nbytes:
+            return CheckpointError(f"{path} was truncated to {now} bytes while it was being loaded: load it again")
+        return CheckpointError(f"{path}: reading {nbytes} bytes at {start} failed: {error.strerror}: check the disk")
+
+
+class BlockRead:
+    """The reads that bring one block into memory: one, unless it comes back short or O_DIRECT is refused.
+
+    Into page-aligned memory that holds the block with both ends rounded to pages; the block begins at `data_start`.
+    """
+
+    __slots__ = ("_end", "_position", "_reader", "_start", "_step", "block", "fd", "way")
+
+    def __init__(self, reader: Reader, block: Block) -> None:
+        self._reader = reader
+        self.block = block
+        direct = reader.direct_fd(block.file) if block.way is Way.DIRECT else None
+        self._begin(Way.BUFFERED if direct is None else Way.DIRECT)
+
+    def _begin(self, way: Way) -> None:
+        reader, block = self._reader, self.block
+        self.way = way
+        if way is Way.DIRECT:
+            self._start, self._end, self._step = block.page_start, block.page_end, PAGE
+            fd = reader.direct_fd(block.file)
+            assert fd is not None
+        else:
+            self._start, self._end, self._step = block.start, block.end, 1
+            fd = reader.fds[block.file]
+        self.fd = fd
+        self._position = self._start
+
+    @property
+    def data_start(self) -> int:
+        """Where in the memory the block begins."""
+        return self.block.start - self._start
+
+    @property
+    def wanted(self) -> tuple[int, int, int]:
+        """Of what is to be read next: the place in the memory, the number of bytes, the place in the file."""
+        return self._position - self._start, self._end - self._position, self._position
+
+    def arrived(self, nbytes: int) -> bool:
+        """Take note of a read; whether the block is complete. Its own end must be reached, the rounding need not.
+
+        After a short read, the next begins at a multiple of the step; one that brings nothing new is the file's end.
+        """
+        reached = self._position + nbytes
+        if reached >= self.block.end:
+            return True
+        resume = reached - reached % self._step
+        if resume <= self._position:
+            raise self._reader.truncated(self.block, reached)
+        self._position = resume
+        return False
+
+    def failed(self, error: OSError) -> None:
+        """Begin again without O_DIRECT if that is what was refused, else raise."""
+        if self.way is not Way.DIRECT or error.errno != errno.EINVAL:
+            raise self._reader.failed(self.block.file, self.block.start, self.block.nbytes, error) from error
+        if self._reader.direct_fd(self.block.file) is not None:
+            self._reader.refuse(self.block.file, error)
+        self._begin(Way.BUFFERED)

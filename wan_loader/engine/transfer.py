@@ -1,0 +1,365 @@
+"""Carries out a plan, in two threads at most.
+
+The calling thread looks after staging: it starts reads into slots (`lanes`; the C library's threads carry them out),
+and submits the copy of each slot as it fills. The plan comes in portions, whose destinations are allocated one after
+the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
+it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
+further thread makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything
+is done. Where only windows are wanted, to spare the processors, the calling thread maps them alone if their pages are
+resident.
+
+The first failure ends both and is raised.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, NamedTuple
+
+from wan_loader.devices.writer import PinError
+from wan_loader.engine.activity import wait_until_idle
+from wan_loader.engine.pending import Work
+from wan_loader.engine.pinned_ring import Staging
+from wan_loader.engine.pinning import Pinning
+from wan_loader.engine.read_queue import Desk, Lanes
+from wan_loader.events import span
+from wan_loader.plan.blocks import Way
+from wan_loader.system.posix import map_file, populate, unmap
+from wan_loader.system.threads import in_background
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from wan_loader.devices.writer import Destination, Line, Target, Ticket
+    from wan_loader.engine.reader import Reader
+    from wan_loader.events import Observer
+    from wan_loader.plan.blocks import Block
+
+__all__ = ["Carried", "EngineSettings", "Portion", "carry_out"]
+
+#: How long a failed load waits for its clean-up, which goes on by itself after that.
+_END_SECONDS = 0.9
+#: How soon one thread notices that the other has failed.
+_PATIENCE_S = 0.1
+#: How long windows may stay registered after a load because of others.
+_IDLE_SECONDS = 3.0
+#: With fewer blocks than this left to read, the next portion is planned and allocated.
+_FEW_BLOCKS = 8
+
+
+class Portion(NamedTuple):
+    """Some of a load: blocks, in the order in which they are wanted."""
+
+    blocks: Sequence[Block]
+    allocate: Callable[[], Sequence[Destination]]
+    """Makes the storages that no earlier portion needed, and says where they are, in their order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How many threads and how much memory a load may use."""
+
+    threads: int
+    """Reads side by side."""
+    slot_bytes: int
+    """Size of a staging slot: larger blocks pass through it in parts."""
+    n_slots: int
+    may_steal: bool = False
+    """Whether staging takes mapped windows too."""
+    maps_here: bool = False
+    """Whether the calling thread maps windows itself, portion by portion: where there is nothing else to do, and no
+    page that a disk must bring: Ctrl-C would wait for it."""
+    faults_in: bool = True
+    """Whether pages of windows are faulted in before they are registered. The driver does so itself, at less expense,
+    but under a lock: not for pages that a disk must bring."""
+    reads_straight: bool = False
+    """Whether bytes that need no conversion are read to where they belong, where the target has room for that."""
+
+
+@dataclass(slots=True)
+class Carried:
+    """What was done: bytes by way, memory used, the reasons for every way not taken."""
+
+    nbytes: dict[Way, int] = field(default_factory=lambda: dict.fromkeys(Way, 0))
+    straight_nbytes: int = 0
+    """Bytes that were read to their place, into memory that was new."""
+    staging_nbytes: int = 0
+    pinned_nbytes: int = 0
+    registered_nbytes: int = 0
+    refusals: list[str] = field(default_factory=list)
+    cleanups: list[Callable[[], bool]] = field(default_factory=list)
+    """What unregisters and unmaps the places that the copies came from, to be called last first."""
+
+    def release(self, pause_s: float = 0.0) -> None:
+        """Unregister and unmap. In any thread, after the target has finished.
+
+        Unregistering windows holds the driver's lock for long. With `pause_s`, that gives way to other loads, and there
+        are pauses between the steps for whoever else uses the device.
+        """
+        deadline = monotonic() + _IDLE_SECONDS
+        while self.cleanups:
+            if pause_s and self.registered_nbytes:
+                wait_until_idle(max(0.0, deadline - monotonic()))
+            if not self.cleanups[-1]():
+                return  # still registered: what lies below must stay mapped
+            self.cleanups.pop()
+            if pause_s:
+                sleep(pause_s)
+
+
+def carry_out(
+    portions: Iterable[Portion],
+    reader: Reader,
+    target: Target,
+    settings: EngineSettings,
+    observer: Observer | None = None,
+) -> Carried:
+    """Move every block into the target and wait until it has arrived.
+
+    Portions are drawn in this thread, when there is little left to read, and the first is allocated while its first
+    reads are under way. The caller must call `release` on the `Carried`. Raises the first failure of any thread; then
+    everything is released.
+    """
+    return _Load(portions, reader, target, settings, observer).run()
+
+
+class _Load:
+    def __init__(
+        self,
+        portions: Iterable[Portion],
+        reader: Reader,
+        target: Target,
+        settings: EngineSettings,
+        observer: Observer | None,
+    ) -> None:
+        self._portions = iter(portions)
+        self._all_drawn = False
+        self._reader = reader
+        self._target = target
+        self._settings = settings
+        self._observer = observer
+        # the processor copies out of no mapping: if the file shrank, that would end the process
+        self._work = Work(
+            settings.slot_bytes,
+            may_steal=settings.may_steal,
+            may_map=target.can_pin,
+            apart=settings.reads_straight,
+        )
+        self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
+        self._mapper_ended.set()
+        self._mapping = threading.Lock()
+        self._failure: BaseException | None = None
+        self._lanes: Lanes | None = None
+        self._line: Line | None = None
+        self._copying: deque[tuple[Ticket, Desk]] = deque()
+        self._carried = Carried()
+        self._pinning = Pinning(target, self._carried, observer)
+
+    def run(self) -> Carried:
+        try:
+            self._draw_first()
+            self._carry_all()
+            with span(self._observer, "wait"):
+                self._target.finish()
+        except BaseException:
+            self._work.cancel()
+            self._abandon()
+            raise
+        self._carried.refusals += self._reader.refusals
+        return self._carried
+
+    def _draw_first(self) -> None:
+        """Begin to read before anything is allocated, unless bytes go straight to their place."""
+        if portion := next(self._portions, None):
+            if self._settings.reads_straight:
+                self._target.bind(portion.allocate())
+            self._work.add(portion.blocks)
+            if self._work.is_left:
+                lanes = self._open_lanes()
+                self._start_reads(lanes)
+                self._pinning.begin(lanes.used)
+            if not self._settings.reads_straight:
+                self._target.bind(portion.allocate())
+
+    def _draw(self) -> None:
+        """The next portion; after the last one, mapping begins in a thread of its own.
+
+        Not earlier: beside another Python thread, allocation would wait for the interpreter at every tensor.
+        """
+        if portion := next(self._portions, None):
+            if destinations := portion.allocate():
+                self._target.bind(destinations)
+            self._work.add(portion.blocks)
+            return
+        self._all_drawn = True
+        if self._work.has_windows and not self._settings.maps_here:
+            self._mapper_ended.clear()
+            if in_background(self._map_guarded, "mapper") is None:
+                self._carried.refusals.append("no further thread may be started: pages are mapped first, staged later")
+
+    def _carry_all(self) -> None:
+        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_windows:
+            if self._is_staging():
+                self._stage_all(self._lanes or self._open_lanes())
+            elif self._settings.maps_here and self._work.has_windows:
+                self._line = self._line or self._target.line()
+                self._map_all(self._line)
+            elif not self._all_drawn:
+                self._draw()
+            else:
+                self._mapper_ended.wait(_PATIENCE_S)
+        self._raise_failure()
+        if self._lanes is not None:
+            self._lanes.end()
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # it holds what was running, weights included, and must not hold itself
+
+    def _abandon(self) -> None:
+        """End everything after a failure, within a second.
+
+        In a thread that gets no signals: a second Ctrl-C ends the waiting, not the clean-up, and copies that still run
+        keep what they read and write. A read that hangs in a system call keeps its memory until it returns.
+        """
+        if ending := in_background(self._end, "release"):
+            ending.join(_END_SECONDS)
+
+    def _end(self) -> None:
+        with self._mapping:  # rather than the event, which a thread that never began does not set
+            pass
+        self._pinning.end()
+        if self._lanes is not None:
+            self._lanes.end()
+        with suppress(BaseException):  # the failure that brought us here is the one to raise
+            self._target.finish()
+        self._carried.release()
+
+    # staging: the calling thread
+
+    def _open_lanes(self) -> Lanes:
+        staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
+        self._carried.cleanups.append(staging.close)
+        self._carried.staging_nbytes = staging.nbytes
+        self._lanes = Lanes(self._settings.threads, self._reader, staging, self._observer)
+        return self._lanes
+
+    def _is_staging(self) -> bool:
+        return self._work.is_left or (self._lanes is not None and self._lanes.n_reading > 0)
+
+    def _start_reads(self, lanes: Lanes) -> None:
+        while lanes.has_free and (part := self._work.next_part()) is not None:
+            lanes.start(part, self._place(part))
+
+    def _place(self, part: Block) -> int | None:
+        """Where a part is read to without staging; None if there is no such place."""
+        straight = self._settings.reads_straight and part.way is Way.BUFFERED and len(part.pieces) == 1
+        return self._target.place(part.pieces[0]) if straight else None
+
+    def _stage_all(self, lanes: Lanes) -> None:
+        """Bring everything that is left for staging on its way."""
+        line = self._line = self._line or self._target.line()
+        while self._is_staging():
+            while self._copying and self._copying[0][0].done():
+                lanes.give_back(self._copying.popleft()[1])
+            self._start_reads(lanes)
+            patience_s = _PATIENCE_S
+            if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
+                self._draw()
+                self._start_reads(lanes)
+                patience_s = 0.0  # there may be more to draw: mapping waits for the last of it
+            elif not lanes.n_reading and self._copying:
+                with span(self._observer, "wait", track="reader"):
+                    self._copying[0][0].wait()
+            for desk in lanes.finished(patience_s):
+                self._submit_slot(desk, lanes, line)
+            self._raise_failure()
+
+    def _submit_slot(self, desk: Desk, lanes: Lanes, line: Line) -> None:
+        slot, read = desk.slot, desk.read
+        assert read is not None
+        block, start = read.block, read.data_start
+        ticket = None
+        if desk.place is None:
+            self._reader.check(block, slot.view[start : start + block.nbytes])
+            self._pinning.need(slot)
+            ticket = line.submit(slot.address, block.start - start, block.pieces)
+        else:
+            self._carried.straight_nbytes += block.nbytes
+        self._carried.nbytes[read.way] += block.nbytes
+        if ticket is None:  # there was nothing to copy, or the copy has taken its time
+            lanes.give_back(desk)
+            lanes.look()
+            self._start_reads(lanes)
+        else:
+            self._copying.append((ticket, desk))
+
+    # windows: the mapper thread, or the calling one
+
+    def _map_guarded(self) -> None:
+        try:
+            with self._mapping:
+                if self._work.has_windows:
+                    self._map_all(self._target.line())
+        except BaseException as failure:
+            self._failure = failure
+            self._work.cancel()
+        finally:
+            self._mapper_ended.set()
+
+    def _map_all(self, line: Line) -> None:
+        while (block := self._work.next_window()) is not None:
+            address = self._map_file(block)
+            if address is None or not self._map_window(line, block, address):
+                self._work.map_nothing(block)
+
+    def _map_window(self, line: Line, block: Block, address: int) -> bool:
+        if not self._pin_window(block, address):
+            return False
+        line.submit(address, block.page_start, block.pieces)
+        self._carried.nbytes[Way.MAPPED] += block.nbytes
+        return True
+
+    def _map_file(self, block: Block) -> int | None:
+        """Map a block's pages; returns the address of the first. None if the file system or the kernel refuses."""
+        start, nbytes = block.page_start, block.page_end - block.page_start
+        mapped: list[int] = []
+        self._carried.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
+        try:
+            address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
+        except OSError as refusal:
+            self._carried.refusals.append(f"pages are not mapped, read through staging: {refusal.strerror}")
+            return None
+        if self._settings.faults_in:
+            with span(self._observer, "read", block.nbytes):
+                try:
+                    populate(address, nbytes)
+                except OSError as error:
+                    raise self._reader.failed(block.file, start, nbytes, error) from error
+        return address
+
+    def _pin_window(self, block: Block, address: int) -> bool:
+        """False if the driver refuses."""
+        nbytes = block.page_end - block.page_start
+        self._carried.cleanups.append(partial(self._target.unpin, address))
+        try:
+            with span(self._observer, "register", block.nbytes):
+                self._target.pin(address, nbytes, read_only=True)
+        except PinError as refusal:
+            self._carried.refusals.append(f"page-cache pages are not registered, read through staging: {refusal}")
+            return False
+        self._carried.registered_nbytes += nbytes
+        return True
+
+
+def _unmap(addresses: Sequence[int], nbytes: int) -> bool:
+    return all(unmap(address, nbytes) for address in addresses)

@@ -1,0 +1,140 @@
+"""How many threads, how much staging: pure decisions from the ways and the machine's limits. Defaults live here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from wan_loader.engine import EngineSettings
+from wan_loader.errors import HostMemoryError
+from wan_loader.plan.blocks import PAGE, Way
+
+if TYPE_CHECKING:
+    from collections.abc import Set
+
+__all__ = [
+    "MAX_LANES",
+    "MAX_STAGING_BYTES",
+    "MIN_BLOCK_BYTES",
+    "block_bytes",
+    "engine_settings",
+    "prefers_mapping",
+]
+
+MiB = 1 << 20
+
+MAX_STAGING_BYTES = 512 * MiB
+#: Blocks are the unit of residency and of registration: these for small loads ...
+MIN_BLOCK_BYTES = 8 * MiB
+#: ... and these at most. Larger ones register no faster.
+MAX_BLOCK_BYTES = 32 * MiB
+
+
+class _Staging(NamedTuple):
+    lanes: int
+    """Reads side by side."""
+    slots: int
+    """For each: one is filled while the other is emptied."""
+    slot_bytes: int
+
+
+#: Some disks give more, the more is asked for at once.
+_DISK = _Staging(12, 2, 16 * MiB)
+#: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
+_CACHED = _Staging(12, 2, 4 * MiB)
+#: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
+_CASTS = _Staging(10, 2, 8 * MiB)
+_BESIDE_WINDOWS = _Staging(8, 3, 8 * MiB)
+#: On the CPU: conversions share their work among cores, and less than this is not worth it.
+_CPU = _Staging(8, 3, 16 * MiB)
+MAX_LANES = max(staging.lanes for staging in (_DISK, _CACHED, _CASTS, _BESIDE_WINDOWS, _CPU))
+
+#: So many processors keep the link busy without mapping.
+_STAGING_PROCESSORS = 8
+
+
+def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
+    """Size of the plan's blocks for a load of `nbytes`: small loads get smaller ones, so that stages overlap."""
+    size = at_least
+    while size < MAX_BLOCK_BYTES and size * 64 < nbytes:
+        size *= 2
+    return size
+
+
+def prefers_mapping(processors: int) -> bool:
+    """Whether pages that are resident should be registered with the driver rather than read through staging.
+
+    Registering takes a tenth of the processor time, but holds locks that slow staging beside it down: on some machines
+    by half. Staging alone keeps the link busy from eight processors on (docs/design/mapped-and-staged.md).
+    """
+    return processors < _STAGING_PROCESSORS
+
+
+def engine_settings(
+    ways: Set[Way],
+    *,
+    io: str,
+    threads: int | None,
+    memory_limit: int,
+    processors: int,
+    cuda: bool,
+    room: int | None = None,
+    sharers: int = 1,
+    block_bytes: int = MAX_BLOCK_BYTES,
+    slot_bytes: int | None = None,
+    converts: bool = False,
+    cold: bool = False,
+    resident: bool = False,
+    reads_straight: bool = False,
+) -> EngineSettings:
+    """Settings for one load whose blocks travel on these `ways`.
+
+    threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
+    more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
+    room: bytes that all staging of this machine may take together, where that is known to be little.
+    sharers: processes of this machine that load at the same time: together they take what one would, or half of the
+    processors if that is more, though no less than one slot each.
+    block_bytes: size of the plan's blocks, and so the most that is read at once.
+    slot_bytes: where the size of what is read at once is given; None chooses.
+    converts: whether bytes are converted on the way.
+    cold: whether most of the bytes must come from storage, whatever the way.
+    resident: whether none of them must.
+    reads_straight: as in `EngineSettings`.
+    """
+    mapped_only = ways <= {Way.MAPPED}
+    staging = _staging(ways, cuda=cuda, converts=converts, cold=cold)
+    slot_bytes = slot_bytes or min(staging.slot_bytes, block_bytes)
+    share = max(1, min(staging.lanes, max(staging.lanes, processors // 2) // sharers))
+    steals = cuda and mapped_only and io != "mapped"
+    lanes = threads or (_lanes_beside(processors // sharers) if steals else share)
+    most = min(MAX_STAGING_BYTES, memory_limit // 4)
+    affordable = (most if room is None else min(most, room)) // (slot_bytes + PAGE)
+    if affordable < 1:
+        raise HostMemoryError(
+            f"staging needs {slot_bytes + PAGE} bytes, more than there is room for, or than a quarter of the "
+            f"{memory_limit} bytes of memory that are allowed here: allow more memory"
+        )
+    n_slots = min(lanes * staging.slots, max(1, affordable // sharers))
+    return EngineSettings(
+        threads=min(lanes, n_slots),
+        slot_bytes=slot_bytes,
+        n_slots=n_slots,
+        may_steal=steals,
+        maps_here=mapped_only and not steals and resident,
+        faults_in=not (cuda and resident),
+        reads_straight=reads_straight,
+    )
+
+
+def _staging(ways: Set[Way], *, cuda: bool, converts: bool, cold: bool) -> _Staging:
+    if not cuda:
+        return _CPU
+    if Way.DIRECT in ways or (cold and Way.MAPPED not in ways):
+        return _DISK
+    if Way.MAPPED in ways:
+        return _BESIDE_WINDOWS
+    return _CASTS if converts else _CACHED
+
+
+def _lanes_beside(processors: int) -> int:
+    """Beside the mapped way."""
+    return min(_BESIDE_WINDOWS.lanes, max(1, processors // 2))

@@ -1,0 +1,78 @@
+"""Which way each range travels, from what is measured: residency in the page cache, and what the system allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wan_loader.plan.blocks import Way
+from wan_loader.system.page_cache import Knowledge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from wan_loader.engine.reader import Reader
+    from wan_loader.system.page_cache import Residency
+
+__all__ = ["choose_way", "explain", "is_uniform"]
+
+#: From this share of resident pages on, fetching only the missing ones saves more than O_DIRECT gains.
+_WORTH = 0.25
+
+
+def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
+    """The rule for `plan_blocks`.
+
+    Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
+    CPU, where a mapped file that shrinks would kill the process. Cold ranges are read with O_DIRECT, which leaves the
+    page cache as it was. Of a range that is partly there, an ordinary read fetches only the rest; O_DIRECT would fetch
+    all of it.
+    may_map: whether the target can fetch mapped pages, is best served so, and the bytes need not pass through this
+    process.
+    """
+
+    def direct(file: int) -> Way:
+        return Way.DIRECT if reader.open_direct(file) else Way.BUFFERED
+
+    def auto(file: int, start: int, end: int) -> Way:
+        share = residency.share(file, start, end)
+        if share == 1.0 and may_map:
+            return Way.MAPPED
+        return Way.BUFFERED if share >= _WORTH else direct(file)
+
+    match io:
+        case "mapped":
+            return lambda file, start, end: Way.MAPPED
+        case "direct":
+            return lambda file, start, end: direct(file)
+        case "buffered":
+            return lambda file, start, end: Way.BUFFERED
+    return auto
+
+
+def is_uniform(io: str, resident: int, nbytes: int) -> bool:
+    """Whether all blocks of a file travel alike: one way was asked for, or all of the bytes are resident, or none."""
+    return io != "auto" or resident == 0 or resident >= nbytes
+
+
+def explain(
+    asked: str, io: str, resident: int, nbytes: int, nbytes_viewed: int, knowledge: Knowledge = Knowledge.EXACT
+) -> str:
+    """One sentence on why the bytes travel as they do.
+
+    io: the mode that is used, which may be another than the one that was asked for.
+    """
+    if nbytes == 0:
+        return "there are no bytes to move"
+    why = _cached(resident / nbytes, knowledge) if asked == "auto" else f"io={asked} was asked for"
+    if nbytes_viewed:
+        why += "; tensors that need no conversion are views of the file, whose pages are read when first used"
+    if io != asked and nbytes_viewed < nbytes:
+        why += "; what this process copies, converts or checks is read: a mapped file that shrinks would end it"
+    return why
+
+
+def _cached(share: float, knowledge: Knowledge) -> str:
+    if knowledge is Knowledge.UNKNOWN:
+        return f"how much is in the page cache is {knowledge.value}; what is unknown counts as cold"
+    cached = "everything" if share >= 1 else "nothing" if share == 0 else f"{share:.0%}"
+    return f"{cached} is in the page cache" + (f" ({knowledge.value})" if knowledge.value else "")

@@ -1,0 +1,278 @@
+"""A recorded session: all that was measured, as one frozen value that is saved, read back, and rendered.
+
+The saved document is the contract's JSON of `load` and `profile` with added keys. Read back it is untrusted: every
+field is checked, and anything damaged or foreign is one `SessionError`. Nothing here measures or prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.errors import SessionError, WanLoaderError
+from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport, Phase
+from wan_loader.profiler.analysis.checked import MOST, Doc, read_json
+from wan_loader.profiler.analysis.timeline import ALL_PHASES, Mark, known_phase
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wan_loader.types import StrPath
+
+__all__ = ["Advice", "Process", "Sample", "Session", "Verdict", "read_session"]
+
+_MAX_SPANS = 5_000_000
+_COMPARE = "`wan-loader compare` shows two of them side by side"
+#: Commands whose results are taken for sessions, and what shows those.
+_OTHERS = {
+    "bench": f"{_COMPARE}, and `wan-loader bench` shows and draws them when it measures",
+    "load": _COMPARE,
+    "generate": "read it as JSON, or profile the run with `wan-loader profile -- wan-pipeline generate ...`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The kernel's counters of a process at one moment."""
+
+    at_ns: int
+    read_bytes: int
+    """Bytes fetched from storage so far, page faults included."""
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process: times count from the session's start."""
+
+    title: str
+    pid: int
+    start_ns: int
+    end_ns: int
+    rank: int | None = None
+    ended: str = ""
+    """"exit 0", "killed by SIGTERM", "still running", or empty where it is not known."""
+    spans: tuple[Mark, ...] = field(default=(), repr=False)
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """From its start to its end."""
+        return (self.end_ns - self.start_ns) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What set the pace. `kind`: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: the
+    load is healthy), "unknown" (nothing to compare with)."""
+
+    kind: str
+    phase: str
+    why: str
+    lost_s: float = 0.0
+    """Seconds that would be won at the ceiling."""
+    share: float = 0.0
+    """Of the wall time that this phase set the pace for."""
+    reached_gbps: float | None = None
+    ceiling_gbps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One thing to change, what speaks for it, and what it would win in this session."""
+
+    rule: str
+    text: str
+    evidence: str
+    gain_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Session:
+    """One profiled load or program."""
+
+    kind: str
+    """"load" or "program"."""
+    report: LoadReport
+    """Of the load, or of the process that did most of the work (`processes[subject]`)."""
+    processes: tuple[Process, ...]
+    subject: int = 0
+    verdict: Verdict
+    advice: tuple[Advice, ...] = ()
+    ceilings: dict[str, Any] = field(default_factory=dict)
+    """Names to GB/s or seconds; absent: not measured."""
+    storage: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What could not be known, and why."""
+
+    def __repr__(self) -> str:
+        return f"Session({self.kind!r}, {self.report!r}, {len(self.processes)} processes, {self.verdict!r})"
+
+    @property
+    def spans(self) -> tuple[Mark, ...]:
+        """Of the process that the report is about."""
+        return self.processes[self.subject].spans
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `-o` and `--json`."""
+        bottleneck = Bottleneck(
+            self.verdict.phase,
+            self.verdict.why,
+            self.verdict.ceiling_gbps,
+            _ratio(self.verdict.reached_gbps, self.verdict.ceiling_gbps),
+            tuple(a.text for a in self.advice),
+        )
+        return {
+            **replace(self.report, bottleneck=bottleneck).to_json(),
+            "kind": self.kind,
+            "verdict": _fields(self.verdict),
+            "advice": [_fields(a) for a in self.advice],
+            "ceilings": self.ceilings,
+            "storage": self.storage,
+            "notes": list(self.notes),
+            "subject": self.subject,
+            "processes": [_process_json(p) for p in self.processes],
+        }
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+def _process_json(process: Process) -> dict[str, Any]:
+    tracks = sorted({s.track for s in process.spans})
+    labels = sorted({s.label for s in process.spans})
+    track_at = {name: i for i, name in enumerate(tracks)}
+    label_at = {name: i for i, name in enumerate(labels)}
+    spans = [
+        [ALL_PHASES.index(known_phase(s.name)), s.start_ns, s.end_ns, s.nbytes, track_at[s.track], label_at[s.label]]
+        for s in process.spans
+    ]
+    samples = [[s.at_ns, s.read_bytes, s.resident_bytes] for s in process.samples]
+    document = {k: v for k, v in _fields(process).items() if k not in ("spans", "samples")}
+    return {**document, "names": ALL_PHASES, "tracks": tracks, "labels": labels, "spans": spans, "samples": samples}
+
+
+def read_session(path: StrPath) -> Session:
+    """A saved session. Raises `SessionError` for a file that is missing, damaged, or something else."""
+    document = read_json(path, "not a saved session")
+    _refuse_others(path, document)
+    try:
+        return _session(Doc(document))
+    except WanLoaderError as error:
+        raise SessionError(f"{path} is not a session saved by `wan-loader profile -o`: {error}") from None
+
+
+def _refuse_others(path: StrPath, document: Any) -> None:
+    """Raise `SessionError` for the document of another command, and say what shows it."""
+    if not isinstance(document, dict) or "processes" in document or document.get("command") not in list(_OTHERS):
+        return
+    command = document["command"]
+    saved = "not a session saved by `wan-loader profile -o`"
+    raise SessionError(f"{path} is a result of `{command}`, {saved}: {_OTHERS[command]}")
+
+
+def _session(doc: Doc) -> Session:
+    if doc.whole("schema_version") != SCHEMA_VERSION:
+        raise SessionError(f"schema_version is {doc.whole('schema_version')}, this version reads {SCHEMA_VERSION}")
+    processes = tuple(_process(p) for p in doc.docs("processes"))
+    subject = doc.whole("subject")
+    if not 0 <= subject < len(processes):
+        raise SessionError("subject names no process")
+    v = doc.doc("verdict")
+    return Session(
+        kind=doc.choice("kind", ("load", "program")),
+        report=_report(doc),
+        processes=processes,
+        subject=subject,
+        verdict=Verdict(
+            v.choice("kind", ("slow", "limit", "unknown")),
+            known_phase(v.text("phase")),
+            v.text("why"),
+            v.number("lost_s", -MOST),  # less was needed than at the ceiling
+            v.number("share"),
+            v.optional_number("reached_gbps"),
+            v.optional_number("ceiling_gbps"),
+        ),
+        advice=tuple(
+            Advice(a.text("rule"), a.text("text"), a.text("evidence"), a.number("gain_s")) for a in doc.docs("advice")
+        ),
+        ceilings=doc.numbers("ceilings"),
+        storage=doc.plain("storage"),
+        notes=doc.texts("notes"),
+    )
+
+
+def _report(doc: Doc) -> LoadReport:
+    io, memory, b = doc.doc("io"), doc.doc("memory"), doc.doc("bottleneck")
+    resident = io.optional_whole("resident_before")
+    counts = {k: io.whole(k) for k in ("nbytes_mapped", "nbytes_direct", "nbytes_buffered")}
+    known = (*counts, "mode", "reason", "resident_before")
+    added = {k: io.optional_whole(k) or 0 for k in IoReport.__dataclass_fields__ if k not in known}
+    peaks = (memory.whole(k) for k in ("host_peak_bytes", "pinned_bytes", "device_peak_bytes", "registered_bytes"))
+    return LoadReport(
+        command=doc.text("command"),
+        target=doc.text("target"),
+        device=doc.text("device"),
+        dtype=doc.optional_text("dtype"),
+        seconds=doc.number("seconds"),
+        nbytes_file=doc.whole("nbytes_file"),
+        nbytes_device=doc.whole("nbytes_device"),
+        n_tensors=doc.whole("n_tensors"),
+        io=IoReport(io.text("mode"), io.text("reason"), resident, **counts, **added),
+        phases=_phases(doc.docs("phases")),
+        bottleneck=Bottleneck(
+            known_phase(b.text("phase")),
+            b.text("why"),
+            b.optional_number("ceiling_gbps"),
+            b.optional_number("reached"),
+            b.texts("advice"),
+        ),
+        memory=MemoryReport(*peaks),
+        machine=doc.plain("machine"),
+        settings=doc.plain("settings"),
+        warnings=doc.texts("warnings"),
+    )
+
+
+def _phases(docs: Sequence[Doc]) -> tuple[Phase, ...]:
+    """Each phase once: those that are not known here are one, whose seconds add up."""
+    found: dict[str, Phase] = {}
+    for doc in docs:
+        name, busy_s, nbytes = known_phase(doc.text("name")), doc.number("busy_s"), doc.whole("nbytes")
+        before = found.get(name, Phase(name, 0.0, 0))
+        found[name] = Phase(name, before.busy_s + busy_s, before.nbytes + nbytes)
+    return tuple(found.values())
+
+
+def _process(doc: Doc) -> Process:
+    names, tracks, labels = doc.texts("names"), doc.texts("tracks"), doc.texts("labels")
+    names = tuple(known_phase(name) for name in names)
+    start_ns, end_ns = doc.moment("start_ns"), doc.moment("end_ns")
+    if end_ns < start_ns:
+        raise SessionError("a process ends before it begins")
+    return Process(
+        title=doc.text("title"),
+        pid=doc.whole("pid"),
+        start_ns=start_ns,
+        end_ns=end_ns,
+        rank=doc.optional_whole("rank"),
+        ended=doc.text("ended"),
+        spans=tuple(_mark(row, names, tracks, labels) for row in doc.rows("spans", 6, _MAX_SPANS)),
+        samples=tuple(Sample(*row) for row in doc.rows("samples", 3, _MAX_SPANS)),
+        facts=doc.plain("facts"),
+    )
+
+
+def _mark(row: Sequence[int], names: Sequence[str], tracks: Sequence[str], labels: Sequence[str]) -> Mark:
+    name, start_ns, end_ns, nbytes, track, label = row
+    if not (0 <= name < len(names) and 0 <= track < len(tracks) and 0 <= label < len(labels)):
+        raise SessionError("a span points outside names, tracks or labels")
+    if end_ns < start_ns or nbytes < 0:
+        raise SessionError("a span ends before it begins")
+    return Mark(names[name], start_ns, end_ns, nbytes, tracks[track], labels[label])

@@ -1,0 +1,119 @@
+"""Predicts a load on other hardware: the pipeline of reader, ring, copy and cast, played through piece by piece. Pure.
+
+The plan is the real one, made from headers alone, and cut as the engine cuts it. A resource works on one piece at a
+time at its rate; a piece is read once a slot of the ring is free, copied once it was read, converted once it was
+copied, and its slot is free again after the copy (on a GPU) or after the conversion (on the CPU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wan_loader.plan.limits import MIN_BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from wan_loader.formats.facts import Checkpoint
+
+__all__ = ["STORAGES", "Hardware", "Part", "Prediction", "parts_of", "simulate"]
+
+#: Sequential reads of large pieces, in bytes per second, as such storage is sold and measured.
+STORAGES: Mapping[str, float] = {
+    "hdd": 0.18e9,
+    "sata-ssd": 0.53e9,
+    "nfs-10g": 1.1e9,
+    "nvme-gen3": 3.2e9,
+    "nvme-gen4": 6.8e9,
+    "nvme-gen5": 12.5e9,
+    "raid0x4": 26e9,
+    "tmpfs": 30e9,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Rates in bytes per second."""
+
+    disk: float
+    copy: float
+    """Host to device, or memory to memory for a CPU target."""
+    cast: float
+    cuda: bool
+    slots: int = 24
+    fixed_s: float = 0.0
+    """Before the first byte: imports, the CUDA context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes that pass through the pipeline together."""
+
+    nbytes: int
+    cast: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds of the whole and of each resource at work."""
+
+    seconds: float
+    read_s: float
+    copy_s: float
+    cast_s: float
+    fixed_s: float
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that works longest."""
+        times = {"disk": self.read_s, "copy": self.copy_s, "cast": self.cast_s, "fixed": self.fixed_s}
+        return max(times, key=lambda name: times[name])
+
+
+def parts_of(checkpoints: Iterable[Checkpoint], dtype: str | None) -> list[Part]:
+    """What would be read, in order, in pieces of a slot; `dtype` as in `DtypeRule`, errors as of `DtypeRule.check`."""
+    from wan_loader.plan.dtype_rule import DtypeRule
+
+    rule = DtypeRule(dtype)
+    parts: list[Part] = []
+    for checkpoint in checkpoints:
+        rule.check(checkpoint, checkpoint.tensors)
+        converted = {t.storage for t in checkpoint.tensors if rule.target(t.name, t.dtype) != t.dtype}
+        wanted = sorted({t.storage for t in checkpoint.tensors})
+        current, cast = 0, False
+        for number in wanted:
+            here, left = number in converted, checkpoint.storages[number].nbytes
+            if here != cast and current:
+                parts.append(Part(current, cast))
+                current = 0
+            cast = here
+            while left:
+                step = min(left, MIN_BLOCK_BYTES - current)
+                current, left = current + step, left - step
+                if current == MIN_BLOCK_BYTES:
+                    parts.append(Part(current, cast))
+                    current = 0
+        if current:
+            parts.append(Part(current, cast))
+    return parts
+
+
+def simulate(parts: Sequence[Part], hardware: Hardware) -> Prediction:
+    """Play the pipeline through."""
+    read = copied = cast = hardware.fixed_s
+    freed: list[float] = []
+    read_s = copy_s = cast_s = 0.0
+    for i, part in enumerate(parts):
+        slot_free = freed[i - hardware.slots] if i >= hardware.slots else 0.0
+        reading, copying = part.nbytes / hardware.disk, part.nbytes / hardware.copy
+        converting = part.nbytes / hardware.cast if part.cast else 0.0
+        if not hardware.cuda and part.cast:
+            copying = 0.0  # on the CPU the conversion is the copy
+        read = max(read, slot_free) + reading
+        lane = max(read, copied) if hardware.cuda else max(read, copied, cast)
+        copied = lane + copying
+        cast = max(copied, cast) + converting
+        freed.append(copied if hardware.cuda else cast)
+        read_s, copy_s, cast_s = read_s + reading, copy_s + copying, cast_s + converting
+    return Prediction(max(read, copied, cast), read_s, copy_s, cast_s, hardware.fixed_s)

@@ -1,0 +1,130 @@
+"""Arithmetic over spans: unions, what the wall time goes to, throughput over time, bytes in flight. Pure.
+
+Phases overlap. `attribute` shares the wall time out so that it adds up: each moment belongs to the phase that sets the
+pace then, which is the busiest overall among those at work; waiting counts only where nothing works.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wan_loader.events import PHASES, Span, busy_ns
+from wan_loader.loading.report import Phase, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "ALL_PHASES",
+    "Mark",
+    "attribute",
+    "by_label",
+    "in_flight",
+    "known_phase",
+    "overlap_ns",
+    "phases",
+    "throughput",
+    "union",
+]
+
+#: The phases of a load, and those that only other people's programs have.
+ALL_PHASES = (*PHASES[:4], "construct", "random_init", *PHASES[4:])
+
+
+@dataclass(frozen=True, slots=True)
+class Mark(Span):
+    """A span with a word on what it was: a package, a file, the kind of copy."""
+
+    label: str = ""
+
+
+def known_phase(name: str) -> str:
+    """The phase of that name; "other" for one that is not known here, such as one of a later version."""
+    return name if name in ALL_PHASES else "other"
+
+
+def phases(spans: Iterable[Span]) -> tuple[Phase, ...]:
+    """Busy time and bytes of each phase that occurred, in the order of `ALL_PHASES`."""
+    return summarize(spans, ALL_PHASES)
+
+
+def union(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """The spans' intervals, merged and in order."""
+    merged: list[tuple[int, int]] = []
+    for start_ns, end_ns in sorted((s.start_ns, s.end_ns) for s in spans):
+        if merged and start_ns <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end_ns))
+        elif end_ns > start_ns:
+            merged.append((start_ns, end_ns))
+    return merged
+
+
+def overlap_ns(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> int:
+    """Length of what two merged lists of intervals have in common."""
+    total, i, j = 0, 0, 0
+    while i < len(a) and j < len(b):
+        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def attribute(spans: Sequence[Span], start_ns: int, end_ns: int) -> dict[str, float]:
+    """Seconds of [start, end) by the phase that set the pace; the rest is "other". Adds up to the whole."""
+    busy = {p.name: p.busy_s for p in phases(spans)}
+    rank = sorted(busy, key=lambda name: (name in ("wait", "other"), -busy[name]))
+    edges: list[tuple[int, int, str]] = []
+    for name in rank:
+        for s, e in union(x for x in spans if x.name == name):
+            edges += [(max(s, start_ns), 1, name), (min(e, end_ns), -1, name)]
+    active: Counter[str] = Counter()
+    out: Counter[str] = Counter()
+    last = start_ns
+    for at, step, name in sorted(edges):
+        if at > last:
+            owner = next((n for n in rank if active[n] > 0), "other")
+            out[owner] += at - last
+            last = at
+        active[name] += step
+    out["other"] += max(0, end_ns - last)
+    return {name: ns / 1e9 for name, ns in out.items() if ns}
+
+
+def by_label(spans: Iterable[Span], name: str) -> list[tuple[str, float, int]]:
+    """(label, busy seconds, bytes) of one phase, the longest first."""
+    grouped: dict[str, list[Mark]] = {}
+    for span in spans:
+        if span.name == name and isinstance(span, Mark) and span.label:
+            grouped.setdefault(span.label, []).append(span)
+    rows = [(label, busy_ns(group) / 1e9, sum(s.nbytes for s in group)) for label, group in grouped.items()]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def throughput(spans: Iterable[Span], end_ns: int, buckets: int = 160) -> list[float]:
+    """Bytes per second in equal slices of [0, end): each span's bytes spread evenly over its time."""
+    width = max(1.0, end_ns / buckets)
+    out = [0.0] * buckets
+    for span in spans:
+        length = span.end_ns - span.start_ns
+        if not span.nbytes:
+            continue
+        first, last = int(span.start_ns // width), int(max(span.start_ns, span.end_ns - 1) // width)
+        for i in range(max(0, first), min(buckets - 1, last) + 1):
+            inside = min(span.end_ns, (i + 1) * width) - max(span.start_ns, i * width)
+            out[i] += span.nbytes * (inside / length if length else 1 / (last - first + 1))
+    return [nbytes / width * 1e9 for nbytes in out]
+
+
+def in_flight(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """(time, bytes read but not yet copied), at each change. Only where both sides count bytes."""
+    steps = [(s.end_ns, s.nbytes if s.name == "read" else -s.nbytes) for s in spans if s.name in ("read", "h2d")]
+    out: list[tuple[int, int]] = []
+    level = 0
+    for at, step in sorted(steps):
+        level = max(0, level + step)
+        out.append((at, level))
+    return out

@@ -1,0 +1,210 @@
+"""Names what set the pace, and how far it is from what the machine can do. Pure: a function of what was recorded.
+
+Every moment of the wall time is given to one phase (`timeline.attribute`). A phase's *loss* is the time it got, less
+the time it would need at its ceiling. A loss of more than 15 % of the whole (of a program: of its start) is the
+culprit; without one, the load is at its limit, and the phase with most of the time names the limit.
+
+Some phases have no rate: random initialisation is avoidable, so all of it is loss; imports are compared with a bare
+`import torch`, bookkeeping with a small allowance. Waiting for a staging slot is lost where the pace-setter itself was
+idle meanwhile: then the stages took turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.profiler.analysis.session import Verdict
+from wan_loader.profiler.analysis.timeline import attribute, by_label, overlap_ns, phases, union
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from wan_loader.loading.report import Phase
+    from wan_loader.profiler.analysis.timeline import Mark
+
+__all__ = ["Evidence", "ideal_seconds", "judge", "slot_wait_seconds"]
+
+_CULPRIT = 0.15
+#: Below this share of its ceiling a phase is slow, above it is at it: measurements scatter by that much.
+_REACHED = 0.5
+#: Seconds that bookkeeping may take without being called slow.
+_ALLOWANCE = {"header": 0.1, "init": 0.3, "construct": 0.2, "assign": 0.1, "random_init": 0.05, "shard": 1.0}
+_IMPORTS_S = 0.5
+_PIPELINE = ("read", "h2d", "cast", "register")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What verdict and advice work on: one process's spans, and the facts around them."""
+
+    kind: str
+    seconds: float
+    spans: Sequence[Mark]
+    start_ns: int
+    end_ns: int
+    device: str
+    ceilings: Mapping[str, float]
+    cold_bytes: int
+    """Of the bytes read: not in the page cache before."""
+    nbytes_file: int
+    fresh_bytes: int = 0
+    """How much at most was read into memory that was new."""
+    dtype: str | None = None
+    fp32_bytes: int = 0
+    """Bytes of the files in fp32."""
+    storage: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        """By name."""
+        return {p.name: p for p in phases(self.spans)}
+
+    @property
+    def blame(self) -> dict[str, float]:
+        """Seconds of the wall time by the phase that set the pace."""
+        return attribute(self.spans, self.start_ns, self.end_ns)
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the weights go to a GPU."""
+        return self.device.startswith("cuda")
+
+
+def ideal_seconds(e: Evidence, name: str) -> float | None:
+    """What a phase would need at its ceiling; None where that is not known."""
+    nbytes = e.phases[name].nbytes if name in e.phases else 0
+    match name:
+        case "read":
+            cold = min(nbytes, e.cold_bytes)
+            fresh = min(nbytes - cold, e.fresh_bytes)
+            parts = (
+                _at(e, cold, "disk_gbps"),
+                _at(e, fresh, "copy_gbps"),
+                _at(e, nbytes - cold - fresh, "page_cache_gbps"),
+            )
+            return None if None in parts else sum(p or 0.0 for p in parts)
+        case "h2d":
+            return _at(e, nbytes, "h2d_pinned_gbps" if e.cuda else "copy_gbps")
+        case "cast":
+            return _at(e, nbytes, "cast_gpu_gbps" if e.cuda else "cast_cpu_gbps")
+        case "register":
+            return _at(e, nbytes, "register_gbps")
+        case "import":
+            bare = e.ceilings.get("import_torch_s")
+            return None if bare is None else bare * 1.25 + _IMPORTS_S
+        case "cuda_init":
+            return e.ceilings.get("cuda_init_s", 1.0) * 1.5
+    return _ALLOWANCE.get(name)
+
+
+def _at(e: Evidence, nbytes: int, ceiling: str) -> float | None:
+    if not nbytes:
+        return 0.0
+    rate = e.ceilings.get(ceiling)
+    return None if not rate else nbytes / rate / 1e9
+
+
+def judge(e: Evidence) -> Verdict:
+    """The verdict on one load or program."""
+    blame = e.blame
+    losses = {name: loss for name in blame if (loss := _loss(e, name, blame[name])) is not None}
+    losses["wait"] = slot_wait_seconds(e)
+    worst = max(losses, key=lambda name: losses[name], default="other")
+    pace = _pace_setter(blame)
+    # A program goes on after its start: what it does then is no measure for its start.
+    whole = e.seconds - (blame.get("other", 0.0) if e.kind == "program" else 0.0)
+    if losses.get(worst, 0.0) >= max(_CULPRIT * whole, 0.02) and losses[worst] >= _unknown(e, blame):
+        return _verdict("slow", e, worst, losses[worst], blame)
+    kind = "limit" if pace in losses or pace in ("other", "wait") else "unknown"
+    return _verdict(kind, e, pace, losses.get(pace, 0.0), blame)
+
+
+def _pace_setter(blame: Mapping[str, float]) -> str:
+    return max(blame, key=lambda name: blame[name], default="other")
+
+
+def _unknown(e: Evidence, blame: Mapping[str, float]) -> float:
+    """A phase without a ceiling that took most of the time outweighs smaller losses that are known."""
+    rates = [s for name, s in blame.items() if name in _PIPELINE and ideal_seconds(e, name) is None]
+    return max(rates, default=0.0) / 2
+
+
+def _loss(e: Evidence, name: str, seconds: float) -> float | None:
+    if name == "wait":
+        return 0.0
+    if name == "other":
+        return seconds if e.kind == "load" else 0.0
+    ideal = ideal_seconds(e, name)
+    if ideal is None:
+        return None
+    if name in _PIPELINE and ideal >= _REACHED * seconds:
+        return 0.0
+    return max(0.0, seconds - ideal)
+
+
+def slot_wait_seconds(e: Evidence) -> float:
+    """Seconds in which readers waited for a slot while the phase that set the pace was idle as well."""
+    if e.kind != "load":
+        return 0.0
+    waits = union(s for s in e.spans if s.name == "wait" and s.track.startswith("reader"))
+    moving = [p for p in e.phases.values() if p.name in _PIPELINE]
+    if not waits or not moving:
+        return 0.0
+    busiest = max(moving, key=lambda p: p.busy_s).name
+    busy = union(s for s in e.spans if s.name == busiest)
+    # Beyond the last read, readers that wait are only on their way out.
+    last_read_ns = max((s.end_ns for s in e.spans if s.name == "read"), default=0)
+    waits = [(a, min(b, last_read_ns)) for a, b in waits if a < last_read_ns]
+    total = sum(b - a for a, b in waits)
+    return (total - overlap_ns(waits, busy)) / 1e9
+
+
+def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[str, float]) -> Verdict:
+    phase = e.phases.get(name)
+    seconds = blame.get(name, 0.0)
+    ideal = ideal_seconds(e, name)
+    nbytes = phase.nbytes if phase and name in _PIPELINE else 0
+    ceiling = nbytes / ideal / 1e9 if ideal and nbytes else None
+    reached = nbytes / seconds / 1e9 if nbytes and seconds else None
+    if ceiling and phase and kind == "limit" and reached:
+        reached = min(reached, max(ceiling, phase.gbps))
+    share = seconds / e.seconds if e.seconds else 0.0
+    why = _why(kind, e, name, seconds if name != "wait" else lost_s, reached, ceiling)
+    return Verdict(kind, name, why, lost_s, share, reached, ceiling)
+
+
+_MEANING = {
+    "import": "importing packages",
+    "cuda_init": "making the CUDA context",
+    "header": "reading headers",
+    "construct": "building the modules",
+    "random_init": "filling weights with random numbers that are then overwritten",
+    "init": "planning and allocating",
+    "register": "pinning page-cache pages",
+    "read": "reading the files",
+    "wait": "waiting",
+    "h2d": "copying to the target",
+    "cast": "converting the dtype",
+    "assign": "binding tensors to modules",
+    "shard": "sharding and collectives",
+    "other": "the program's own work",
+}
+
+
+def _why(kind: str, e: Evidence, name: str, seconds: float, reached: float | None, ceiling: float | None) -> str:
+    share = f"{seconds / e.seconds:.0%}" if e.seconds else "0%"
+    text = f"{_MEANING[name]} set the pace for {seconds:.2f} s of {e.seconds:.2f} s ({share})"
+    if name == "wait" and kind == "slow":
+        text = f"readers waited for a free staging slot for {seconds:.2f} s of {e.seconds:.2f} s, nothing was limiting"
+    if reached and ceiling:
+        text += f", at {reached:.2f} GB/s where {ceiling:.2f} GB/s can be had"
+    if name in ("import", "construct", "other") and (rows := by_label(e.spans, name)):
+        text += f": {rows[0][0]} took {rows[0][1]:.2f} s"
+    if kind == "limit":
+        return "healthy: " + text
+    if kind == "unknown":
+        return text + "; what could be had was not measured"
+    return text

@@ -1,0 +1,176 @@
+"""The ceilings of this machine: measured once, kept in `~/.cache/wan-loader`, measured again on request.
+
+Rates of the machine are kept per machine (processor, kernel, GPU, torch), those of disks per device number. The cache
+is written whole or not at all; a damaged one is measured anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.profiler.analysis.checked import is_measured
+from wan_loader.profiler.probe import measure
+from wan_loader.system.machine import machine_card
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["Ceilings", "cache_file", "find_ceilings", "known_ceilings"]
+
+_KEYS = (
+    "disk_gbps",
+    "page_cache_gbps",
+    "copy_gbps",
+    "cast_cpu_gbps",
+    "cast_gpu_gbps",
+    "h2d_pinned_gbps",
+    "h2d_pageable_gbps",
+    "register_gbps",
+    "import_torch_s",
+    "cuda_init_s",
+)
+#: Of a cached entry: when its oldest value was measured.
+_SINCE = "since"
+#: GB/s or seconds: nothing that was measured is less.
+_LEAST = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Names to GB/s (`..._gbps`) or seconds (`..._s`), and why some are absent."""
+
+    values: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+    measured: tuple[str, ...] = field(default=())
+    """Which were measured now rather than taken from the cache."""
+    since: float | None = None
+    """When the oldest of them was measured, in seconds since the epoch; None where the cache does not say."""
+
+    def get(self, name: str) -> float | None:
+        """A ceiling, or None where it is not known."""
+        return self.values.get(name)
+
+
+def cache_file() -> Path:
+    """Where measured ceilings are kept: $XDG_CACHE_HOME/wan-loader, else ~/.cache/wan-loader."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "wan-loader" / "ceilings.json"
+
+
+def find_ceilings(
+    paths: Sequence[str], *, device: str = "cpu", refresh: bool = False, quick: bool = False, file: Path | None = None
+) -> Ceilings:
+    """Ceilings for loading these files to a device, from the cache or measured now.
+
+    quick: leave out the start of a fresh interpreter (seconds). Costs up to ten seconds where nothing is cached.
+    """
+    file = file or cache_file()
+    store = _read(file)
+    machine, disk = _machine_key(device), _disk_key(paths)
+    entries = [] if refresh else [store[key] for key in (machine, disk) if key in store]
+    known = _values(*entries)
+    found, notes = dict(known), []
+    for names, measurement in _measurements(paths, device, quick=quick):
+        if all(name in known for name in names):
+            continue
+        try:
+            found |= measurement()
+        except measure.UnmeasuredError as reason:
+            notes.append(str(reason))
+        except (OSError, RuntimeError, MemoryError) as error:
+            notes.append(f"{', '.join(names)} not measured: {error}")
+    new = tuple(k for k in found if found[k] != known.get(k))
+    if new:
+        now = {_SINCE: time.time()}
+        on_disk = {k: v for k, v in found.items() if k == "disk_gbps"}
+        rest = {k: v for k, v in found.items() if k != "disk_gbps"}
+        kept = {k: v for k, v in store.get(machine, {}).items() if k != _SINCE or not refresh}
+        store = {**store, machine: {**now, **kept, **rest}}
+        if on_disk and disk:
+            store[disk] = {**now, **on_disk} if "disk_gbps" in new else store[disk]
+        _write(file, store)
+    dates = [entry[_SINCE] for entry in entries if _SINCE in entry]
+    return Ceilings(found, tuple(notes), new, min(dates) if dates and len(dates) == len(entries) else None)
+
+
+def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | None = None) -> dict[str, float]:
+    """What was measured before on this machine; measures nothing. device: "cpu" or "cuda" (any measured GPU)."""
+    store = _read(file or cache_file())
+    here = [entry for key, entry in store.items() if key.startswith(f"machine {device}")]
+    return _values(*here, store.get(_disk_key(paths), {}))
+
+
+def _values(*entries: Mapping[str, float]) -> dict[str, float]:
+    """Cached entries together, the last one wins; without their dates."""
+    return {k: v for entry in entries for k, v in entry.items() if k != _SINCE}
+
+
+def _measurements(
+    paths: Sequence[str], device: str, *, quick: bool
+) -> list[tuple[tuple[str, ...], Callable[[], dict[str, float]]]]:
+    steps: list[tuple[tuple[str, ...], Callable[[], dict[str, float]]]] = []
+    if paths:
+        steps.append((("disk_gbps",), lambda: {"disk_gbps": measure.measure_disk(paths)}))
+    steps += [
+        (("page_cache_gbps",), lambda: {"page_cache_gbps": measure.measure_page_cache(paths)}),
+        (("copy_gbps",), lambda: {"copy_gbps": measure.measure_copy()}),
+        (("cast_cpu_gbps",), lambda: {"cast_cpu_gbps": measure.measure_cast()}),
+    ]
+    if device.startswith("cuda"):
+        index = int(device.partition(":")[2] or 0)
+        steps.append((("h2d_pinned_gbps", "cast_gpu_gbps"), lambda: measure.measure_device(index)))
+    if not quick:
+        names = ("import_torch_s", "cuda_init_s") if device.startswith("cuda") else ("import_torch_s",)
+        steps.append((names, measure.measure_start))
+    return steps
+
+
+def _machine_key(device: str) -> str:
+    facts: dict[str, Any] = dict(machine_card())
+    facts["device"] = device
+    with suppress(PackageNotFoundError):
+        facts["torch"] = version("torch")
+    if device.startswith("cuda"):
+        import torch
+
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return f"machine {device} " + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _disk_key(paths: Sequence[str]) -> str:
+    for path in paths:
+        with suppress(OSError):
+            return f"disk {os.stat(path).st_dev}"
+    return ""
+
+
+def _read(file: Path) -> dict[str, dict[str, float]]:
+    """What is cached and has the right form."""
+    try:
+        document = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(document, dict):
+        return {}
+    return {
+        str(key): {k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and is_measured(v) and v >= _LEAST}
+        for key, entry in document.items()
+        if isinstance(entry, dict)
+    }
+
+
+def _write(file: Path, store: dict[str, dict[str, float]]) -> None:
+    with suppress(OSError):  # a home that cannot be written: measured again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".ceilings.", delete=False) as f:
+            json.dump(store, f, indent=1)
+        Path(f.name).replace(file)

@@ -1,0 +1,1 @@
+"""A session as text, page, trace or picture. Pure."""

@@ -1,0 +1,125 @@
+"""A session as text for a terminal: machine card, phases with their timelines, verdict, advice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wan_loader.console import Columns, marked
+from wan_loader.profiler.analysis.timeline import attribute, by_label
+from wan_loader.profiler.render.bars import timeline_bar
+from wan_loader.sizes import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from wan_loader.profiler.analysis.session import Session
+
+__all__ = ["headline", "machine_line", "print_session"]
+
+_STYLE = {"slow": "bold red", "limit": "bold green", "unknown": "bold yellow"}
+
+
+def headline(session: Session) -> str:
+    """What was measured, in one line."""
+    report = session.report
+    text = f"{format_seconds(report.seconds)}"
+    if report.nbytes_file:
+        text += f", {format_bytes(report.nbytes_file)} of weights = {report.gbps:.2f} GB/s, to {report.device}"
+    return text + (f" as {report.dtype}" if report.dtype else "")
+
+
+def machine_line(session: Session) -> str:
+    """The machine, in one line; what is not known is left out."""
+    card, storage = session.report.machine, session.storage
+    parts = [str(card["cpu"])] if "cpu" in card else []
+    if "cores" in card:
+        parts.append(format_count(card["cores"], "core"))
+    if isinstance(card.get("memory_limit_bytes"), int):
+        parts.append(f"{format_bytes(card['memory_limit_bytes'])} of memory")
+    parts += [str(card[k]) for k in ("gpu",) if k in card]
+    parts += [f"{k} {card[k]}" for k in ("kernel", "python", "torch") if k in card]
+    if "filesystem" in storage:
+        kind = " (network)" if storage.get("network") else ""
+        parts.append(f"files on {storage['filesystem']}{kind}")
+    return ", ".join(parts)
+
+
+def print_session(console: Console, session: Session) -> None:
+    """The whole report."""
+    console.print(marked("[bold]{}[/]\n{}", session.report.target, headline(session)))
+    console.print(marked("{}", machine_line(session)), style="dim")
+    if session.report.io.reason:
+        console.print(marked("way: {} ({})", session.report.io.mode, session.report.io.reason))
+    console.print()
+    console.print(_phase_table(session, max(10, min(60, console.width - 60))))
+    console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
+    if imports := by_label(session.spans, "import")[:10]:
+        shown = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds, _ in imports if seconds > 0.005)
+        console.print(marked("imports: {}", shown))
+    if len(session.processes) > 1:
+        console.print()
+        console.print(_process_table(session))
+    if session.ceilings:
+        console.print(marked("this machine: {}", ceilings_line(session.ceilings)), style="dim")
+    verdict = session.verdict
+    console.print(marked(f"\n[{_STYLE[verdict.kind]}]verdict: {{}}[/]  {{}}", verdict.phase, verdict.why))
+    for number, advice in enumerate(session.advice, 1):
+        gain = f"saves about {format_seconds(advice.gain_s)}"
+        console.print(marked("[bold]{}. {}[/] ({})\n   {}", number, advice.text, gain, advice.evidence))
+    if len(session.advice) > 1:
+        console.print("these gains overlap, they do not add up", style="dim")
+    for note in session.notes:
+        console.print(marked("note: {}", note), style="dim")
+
+
+def ceilings_line(ceilings: dict[str, float]) -> str:
+    """All that was measured, in one line."""
+    parts = []
+    for name, value in ceilings.items():
+        words = name.replace("_", " ")
+        parts.append(f"{words[:-5]} {value:.3g} GB/s" if name.endswith("_gbps") else f"{words[:-2]} {value:.3g} s")
+    return ", ".join(parts)
+
+
+def _phase_table(session: Session, width: int) -> Columns:
+    process = session.processes[session.subject]
+    paced = attribute(process.spans, process.start_ns, process.end_ns)
+    table = Columns()
+    for title in ("phase", "busy", "bytes", "GB/s", "paced", "share"):
+        table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
+    table.add_column("timeline", no_wrap=True)
+    rows = [(p.name, p.busy_s, p.nbytes, p.gbps) for p in session.report.phases]
+    if "other" not in {row[0] for row in rows}:
+        rows.append(("other", paced.get("other", 0.0), 0, 0.0))
+    for name, busy_s, nbytes, gbps in rows:
+        seconds = paced.get(name, 0.0)
+        bar = timeline_bar([s for s in process.spans if s.name == name], process.start_ns, process.end_ns, width)
+        table.add_row(
+            name,
+            format_seconds(busy_s),
+            format_bytes(nbytes) if nbytes else "",
+            f"{gbps:.2f}" if nbytes else "",
+            format_seconds(seconds) if seconds else "",
+            f"{seconds / process.seconds:.0%}" if process.seconds else "",
+            bar,
+            style="bold" if name == session.verdict.phase else None,
+        )
+    return table
+
+
+def _process_table(session: Session) -> Columns:
+    """Processes side by side; those that did nothing worth showing are left out."""
+    table = Columns()
+    names = [p.name for p in session.report.phases if p.busy_s > 0.01]
+    table.add_column("process", overflow="ellipsis", max_width=44, no_wrap=True)
+    for title in ("from", "seconds", *names, "ended"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for i, process in enumerate(session.processes):
+        if process.seconds < 0.02 * session.report.seconds and i != session.subject:
+            continue
+        paced = attribute(process.spans, process.start_ns, process.end_ns)
+        title = process.title if process.rank is None else f"rank {process.rank}: {process.title}"
+        cells = [f"{paced.get(name, 0.0):.2f}" for name in names]
+        row = [title, f"{process.start_ns / 1e9:.2f}", f"{process.seconds:.2f}", *cells, process.ended]
+        table.add_row(*row, style="bold" if i == session.subject else None)
+    return table

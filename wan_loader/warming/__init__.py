@@ -1,0 +1,1 @@
+"""Files into and out of the page cache, by their paths."""

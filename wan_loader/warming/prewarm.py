@@ -1,0 +1,166 @@
+"""Warming the page cache in the background, before and while the program that needs the bytes is still importing.
+
+A few threads read blocks in the order of first use and throw the bytes away; what the kernel keeps is what counts.
+Blocks that are resident already cost a system call and no read. It never takes more memory than is available, and can
+be stopped within one block, for whoever starts to load to have the disk alone. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from wan_loader.arguments import MAX_THREADS, checked_count, checked_path
+from wan_loader.formats import open_checkpoint
+from wan_loader.system.machine import affordable_buffers, available_memory
+from wan_loader.system.posix import cached_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import TracebackType
+
+    from wan_loader.types import StrPath
+
+__all__ = ["BLOCK_BYTES", "MEMORY_SHARE", "Prewarm", "fill", "prewarm", "prewarm_files"]
+
+BLOCK_BYTES = 8 << 20
+#: Share of the available memory that may be filled; the rest is for the program that is starting.
+MEMORY_SHARE = 0.8
+_NO_LIMIT_BYTES = 1 << 62
+
+
+class Prewarm:
+    """A running warm-up. Ends by itself; `stop` ends it early. A context manager that stops."""
+
+    def __init__(
+        self, files: Sequence[str], *, threads: int, budget_nbytes: int, first_nbytes: int | None = None
+    ) -> None:
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._budget_nbytes = budget_nbytes
+        self.nbytes_read = 0
+        """Bytes brought into the page cache."""
+        self.nbytes_resident = 0
+        """Bytes that were there already."""
+        self.failures: list[str] = []
+        """Why blocks could not be read, with the file's name."""
+        self._blocks = _blocks(files, first_nbytes)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"prewarm {i}", daemon=True)
+            for i in range(affordable_buffers(max(1, threads), BLOCK_BYTES))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Prewarm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is read any more."""
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything is read; False if that took longer."""
+        for thread in self._threads:
+            thread.join(timeout_s)
+            if thread.is_alive():
+                return False
+        return True
+
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End within the block that each thread is reading, and wait for that."""
+        with self._lock:
+            self._stopped = True
+        self.wait(timeout_s)
+
+    def _run(self) -> None:
+        with mmap.mmap(-1, BLOCK_BYTES) as memory, memoryview(memory) as buffer:
+            while (block := self._take()) is not None:
+                self._read(*block, buffer)
+
+    def _take(self) -> tuple[str, int, int] | None:
+        with self._lock:
+            if self._stopped or self.nbytes_read >= self._budget_nbytes:
+                return None
+            return next(self._blocks, None)
+
+    def _read(self, path: str, start: int, nbytes: int, buffer: memoryview) -> None:
+        """Best effort: a file that vanished or cannot be read is for the load to report."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                resident = _resident(fd, start, nbytes)
+                count = nbytes if resident == nbytes else fill(fd, start, buffer[:nbytes])
+            finally:
+                os.close(fd)
+        except OSError as error:
+            with self._lock:
+                self.failures.append(f"{path} cannot be read at byte {start}: {error.strerror}")
+            return
+        with self._lock:
+            self.nbytes_resident += min(resident, count)
+            self.nbytes_read += max(0, count - resident)
+
+
+def prewarm(
+    path: StrPath | Sequence[StrPath], *, part: str | None = None, threads: int = 4, limit_nbytes: int | None = None
+) -> Prewarm:
+    """Start reading a checkpoint's files into the page cache and return at once.
+
+    path, part, errors: as for `open_checkpoint`; of a file that nests dicts, all is read, whatever part is named.
+    threads, limit_nbytes: as for `prewarm_files`.
+
+    Call it first thing in a program, before torch is imported. What is loaded later finds its pages there.
+    """
+    files = [file.path for file in open_checkpoint(path, part=part).files]
+    return prewarm_files(files, threads=threads, limit_nbytes=limit_nbytes)
+
+
+def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
+    """Start reading files into the page cache, in the order given, and return at once.
+
+    limit_nbytes: read at most so much; never more than 80 % of the available memory, where that is known. Files that
+    cannot be read are left out. The threads are daemons: they do not keep a program from ending.
+    """
+    threads = checked_count(threads, "threads", most=MAX_THREADS)
+    free = available_memory()
+    limits = [] if free is None else [int(free * MEMORY_SHARE)]
+    if limit_nbytes is not None:
+        limits.append(checked_count(limit_nbytes, "limit_nbytes", least=0))
+    paths = [checked_path(file, "an item of files") for file in files]
+    return Prewarm(paths, threads=threads, budget_nbytes=min(limits, default=_NO_LIMIT_BYTES))
+
+
+def fill(fd: int, start: int, buffer: memoryview) -> int:
+    """Read a block whole, or to the end of its file; returns how many bytes that were."""
+    count = 0
+    while count < len(buffer) and (got := os.preadv(fd, [buffer[count:]], start + count)):
+        count += got
+    return count
+
+
+def _blocks(files: Sequence[str], first_nbytes: int | None) -> Iterator[tuple[str, int, int]]:
+    left = first_nbytes
+    for path in files:
+        try:
+            size = os.stat(path).st_size
+        except OSError:
+            continue
+        if left is not None:
+            size = min(size, left)
+            left -= size
+        for start in range(0, size, BLOCK_BYTES):
+            yield path, start, min(BLOCK_BYTES, size - start)
+
+
+def _resident(fd: int, start: int, nbytes: int) -> int:
+    try:
+        return cached_bytes(fd, start, nbytes)
+    except OSError:
+        return 0
