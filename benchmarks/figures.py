@@ -7,7 +7,7 @@ Makes the checkpoints that a step needs (random weights in the published shapes)
 lie on the disk to be measured, unless they are there. 60 GB are enough with --only; flashpack packs a copy beside.
 `sparse-*` have holes for weights, which take no time to make and no room: for what is in the page cache anyway.
 Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for the peers,
-`peers`.
+`liveness`.
 """
 
 from __future__ import annotations

@@ -12,18 +12,18 @@ import ctypes
 import pytest
 import torch
 
-from wan_loader.devices.cpu import CpuTarget
+from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.writer import Destination
-from wan_loader.engine.pinned_ring import Staging
+from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.reader import Reader
 from wan_loader.formats import open_checkpoint
 from wan_loader.loading.allocate import lay_out, plan_storages
 from wan_loader.loading.filling import Filling
-from wan_loader.plan.blocks import Piece, plan_blocks
+from wan_loader.plan.blocks import Segment, plan_blocks
 from wan_loader.plan.dtype_rule import DtypeRule
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
-from wan_loader.plan.transport import choose_way
-from wan_loader.system.page_cache import Residency
+from wan_loader.plan.transport import choose_transport
+from wan_loader.system.page_cache import ModuleResidency
 from wan_loader.system.posix import cached_bytes
 
 #: For the full native checkpoint: headers of 12 shards and two .pth, and the plan of all 2,626 tensors.
@@ -41,9 +41,9 @@ def plan_all(checkpoints):
         with Reader(checkpoint.files) as reader:
             storages = plan_storages(checkpoint.tensors, DtypeRule("bfloat16", ("norm2",)))
             layout = lay_out(checkpoint, storages, views=False)
-            residency = Residency(reader.fds)
+            residency = ModuleResidency(reader.fds)
             residency.total(layout.extents)
-            way = choose_way("auto", may_map=True, reader=reader, residency=residency)
+            way = choose_transport("auto", may_map=True, reader=reader, residency=residency)
             n_blocks += sum(
                 1 for _ in plan_blocks(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
             )
@@ -91,7 +91,7 @@ def test_staging_ring(benchmark, mb):
     slot_bytes, n_slots = min(MIN_BLOCK_BYTES, mb * 10**6 // 4096 * 4096), 3
 
     def run():
-        staging = Staging(slot_bytes, n_slots)
+        staging = PinnedRing(slot_bytes, n_slots)
         for slot in staging.slots:
             ctypes.memset(slot.address, 1, slot_bytes)
         return staging.close()
@@ -105,8 +105,8 @@ def test_copy_and_cast(benchmark, mb, dtype):
     count = mb * 10**6 // 4
     source = torch.ones(count)
     flat = torch.empty(count, dtype=torch.bfloat16 if dtype else torch.float32)
-    target = CpuTarget()
+    target = CpuWriter()
     target.bind([Destination(flat, flat.data_ptr(), dtype)])
-    pieces = [Piece(0, 0, 0, count * 4, 4)]
+    pieces = [Segment(0, 0, 0, count * 4, 4)]
     benchmark(target.submit, source.data_ptr(), 0, pieces)
     assert flat[-1] == 1

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from wan_loader.cache.cached_load import CacheOptions
-    from wan_loader.distributed.shard_group import Team
+    from wan_loader.distributed.shard_group import ShardGroup
     from wan_loader.events import Observer
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loading.bind import KeyMap
     from wan_loader.loading.report import CacheReport, LoadReport
-    from wan_loader.loading.result import Loaded
+    from wan_loader.loading.result import LoadResult
     from wan_loader.types import IoMode, StrPath
 
 __all__ = ["load", "load_file", "load_into"]
@@ -128,12 +128,12 @@ def load(
     verify: bool = False,
     group: ProcessGroup | None = None,
     observer: Observer | None = None,
-) -> Loaded:
+) -> LoadResult:
     """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
     check_group(group)
-    with joined(group) as team:
-        options = _options(device, io, threads, observer, team)
-        caching = _caching(cache, cache_dir, verify, team)
+    with joined(group) as shard_group:
+        options = _options(device, io, threads, observer, shard_group)
+        caching = _caching(cache, cache_dir, verify, shard_group)
         rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         paths = checked_paths(path)
         wanted = None if names is None else checked_strings(names, "names")
@@ -141,26 +141,32 @@ def load(
         def choose() -> Choice:
             checkpoint = open_checkpoint(paths, part=part)
             tensors = checkpoint.tensors if wanted is None else _select(checkpoint, wanted)
-            return _choice(checkpoint, tensors, rule, team, {})
+            return _choice(checkpoint, tensors, rule, shard_group, {})
 
         return _load(choose, options, caching)
 
 
 def _options(
-    device: str | int | torch.device, io: str, threads: int | None, observer: Observer | None, team: Team | None
+    device: str | int | torch.device,
+    io: str,
+    threads: int | None,
+    observer: Observer | None,
+    shard_group: ShardGroup | None,
 ) -> LoadOptions:
     check_observer(observer)
-    if team is not None:
-        device, observer = team.device(device), team.watch(observer)
-    return LoadOptions(device=device, io=io, threads=threads, observer=observer, team=team)
+    if shard_group is not None:
+        device, observer = shard_group.device(device), shard_group.watch(observer)
+    return LoadOptions(device=device, io=io, threads=threads, observer=observer, shard_group=shard_group)
 
 
-def _caching(cache: bool, cache_dir: StrPath | None, verify: bool, team: Team | None) -> CacheOptions | None:
+def _caching(
+    cache: bool, cache_dir: StrPath | None, verify: bool, shard_group: ShardGroup | None
+) -> CacheOptions | None:
     """What a load may do with the cache, whose modules are imported where it is wanted only."""
     check_cache(cache=cache, cache_dir=cache_dir, verify=verify)
     if not cache:
         return None
-    if team is not None:
+    if shard_group is not None:
         raise OptionError(
             "the converted cache is for one process, and several load together: leave out cache (--cache)"
         )
@@ -173,15 +179,15 @@ def _choice(
     checkpoint: Checkpoint,
     tensors: Sequence[TensorFacts],
     rule: DtypeRule,
-    team: Team | None,
+    shard_group: ShardGroup | None,
     targets: Mapping[str, torch.Tensor],
 ) -> Choice:
     """What this process loads: everything, or what it keeps as a member of a team. targets: the module's tensors."""
     if notes := rule.check(checkpoint, tensors):
         checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
-    if team is None:
+    if shard_group is None:
         return Choice(checkpoint, tensors, rule)
-    mine = team.divide(checkpoint, tensors, targets, rule)
+    mine = shard_group.divide(checkpoint, tensors, targets, rule)
     return Choice(mine.checkpoint, mine.tensors, rule)
 
 
@@ -190,7 +196,7 @@ def _load(
     options: LoadOptions,
     cache: CacheOptions | None,
     bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
-) -> Loaded:
+) -> LoadResult:
     """Load through the cache, if that is wanted; an entry that turns out to be damaged is not the end."""
     if cache is None:
         return load_checkpoint(choose, options, bind)
@@ -270,9 +276,9 @@ def load_into(
     """
     check_module(module)
     check_group(group)
-    with joined(group, module) as team:
-        options = _options(device, io, threads, observer, team)
-        caching = _caching(cache, cache_dir, verify, team)
+    with joined(group, module) as shard_group:
+        options = _options(device, io, threads, observer, shard_group)
+        caching = _caching(cache, cache_dir, verify, shard_group)
         rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         check_key_map(key_map)
         check_flag(strict, "strict")
@@ -288,7 +294,7 @@ def load_into(
                 raise
             module_names = {name: names[0] for name, names in filling.found.slots.items()}
             named = replace(rule, module_names=module_names)
-            return _choice(checkpoint, filling.found.facts, named, team, filling.targets)
+            return _choice(checkpoint, filling.found.facts, named, shard_group, filling.targets)
 
         def bind(tensors: dict[str, torch.Tensor], device: torch.device) -> list[str]:
             filling.bind(tensors, device)

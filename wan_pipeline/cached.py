@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.cache.build import Build
 from wan_loader.cache.cached_load import find_or_begin, read_parts
 from wan_loader.cache.check import check_entry
-from wan_loader.cache.content import Loaded
+from wan_loader.cache.content import LoadedTensors
 from wan_loader.cache.outline import Outline, outline_file, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError
@@ -127,7 +127,7 @@ class PipelineCache:
         self.build: Build | None = None
         self._entry: Entry | None = None
         self._building: Building | None = None
-        self._loaded = Loaded()
+        self._loaded = LoadedTensors()
         self._missing = set(source.names)
         try:
             self._choose(source, dtype, directory)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from wan_pipeline.residency import Residency
+    from wan_pipeline.residency import ModuleResidency
 
 __all__ = ["attach", "detach"]
 
@@ -51,8 +51,8 @@ class _Attached:
 class _AfterReady:
     """A method of a network, called when that was made ready."""
 
-    def __init__(self, residency: Residency, name: str, method: Any) -> None:
-        self.residency: Residency | None = residency
+    def __init__(self, residency: ModuleResidency, name: str, method: Any) -> None:
+        self.residency: ModuleResidency | None = residency
         self._name = name
         self._method = method
 
@@ -62,7 +62,7 @@ class _AfterReady:
         return self._method(*args, **kwargs)
 
 
-def attach(pipe: Any, residency: Residency, device: torch.device) -> None:
+def attach(pipe: Any, residency: ModuleResidency, device: torch.device) -> None:
     """Have each network of a pipeline made ready when it is about to run."""
     for name in (*_NETWORKS, "vae"):
         if (module := getattr(pipe, name, None)) is None:
@@ -87,7 +87,7 @@ def detach(pipe: Any) -> None:
             attached.detach(module)
 
 
-def _ready(residency: Residency, name: str) -> Any:
+def _ready(residency: ModuleResidency, name: str) -> Any:
     def hook(module: Any, args: Any, kwargs: Any) -> Any:
         residency.use(name)
         if name == "text_encoder":  # may live on the CPU, while the pipeline's tensors are on the GPU

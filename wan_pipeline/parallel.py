@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from wan_loader.distributed.liveness import Peers
+    from wan_loader.distributed.liveness import Liveness
     from wan_loader.distributed.processes import Joined
     from wan_loader.events import Observer
     from wan_loader.loading.report import LoadReport
@@ -107,7 +107,7 @@ class Run:
     @property
     def rank(self) -> int:
         """This process's number."""
-        return self.peers.rank
+        return self.liveness.rank
 
     @property
     def device(self) -> torch.device:
@@ -115,9 +115,9 @@ class Run:
         return self.joined.device
 
     @property
-    def peers(self) -> Peers:
+    def liveness(self) -> Liveness:
         """The other processes."""
-        return self.joined.peers
+        return self.joined.liveness
 
     def keeps(self, name: str) -> bool:
         """Whether this process needs a network: only the first decodes."""
@@ -129,11 +129,11 @@ class Run:
 
     def together(self, what: str, fact: str = "") -> list[str]:
         """Wait for all processes, however long they take; what each of them said."""
-        return self.peers.agree(f"{what} {next(self._calls)}", fact)
+        return self.liveness.agree(f"{what} {next(self._calls)}", fact)
 
     def exit_on_failure(self) -> None:
         """End this process soon after another one has failed, even if it hangs in a collective then."""
-        self.peers.on_failure = _end_now
+        self.liveness.on_failure = _end_now
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class Run:
         except RuntimeError as error:
             if isinstance(error, WanLoaderError) or not _is_connection(error):
                 raise
-            raise self.peers.explained(error) from error
+            raise self.liveness.explained(error) from error
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the run, with the others; with an error, they are told, and nobody waits."""

@@ -37,7 +37,7 @@ __all__ = [
 #: Fastest first: the order in which `choose` tries them.
 PRESETS = ("fastest", "balanced", "min-memory", "multi-gpu")
 
-Residency = Literal["everything", "next", "one"]
+ModuleResidency = Literal["everything", "next", "one"]
 _DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 
 
@@ -49,7 +49,7 @@ class Preset:
     description: str
     device_memory_gb: float
     """The contract: the device never holds more than this, working memory included."""
-    residency: Residency
+    residency: ModuleResidency
     """"everything": all networks stay. "next": text encoder and first expert together, later one at a time. "one":
     one at a time from the beginning."""
     text_encoder: Literal["device", "cpu"] = "device"
@@ -62,7 +62,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("residency", self.residency, get_args(Residency)),
+            ("residency", self.residency, get_args(ModuleResidency)),
             ("text_encoder", self.text_encoder, ("device", "cpu")),
             ("dtype", self.dtype, _DTYPES),
             ("vae_dtype", self.vae_dtype, _DTYPES),
@@ -74,7 +74,7 @@ class Preset:
 
     def adapted(self, *, t5_cpu: bool = False, offload_model: bool | None = None, dtype: str | None = None) -> Preset:
         """The preset with what was asked for on top of it."""
-        residency: Residency = self.residency
+        residency: ModuleResidency = self.residency
         if offload_model is not None:
             residency = "everything" if not offload_model else "one" if residency == "one" else "next"
         where: Literal["device", "cpu"] = "cpu" if t5_cpu else self.text_encoder

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wan_pipeline.checkpoint import Component
     from wan_pipeline.presets import Phase
 
-__all__ = ["Fetch", "FetchCancelledError", "Part", "Residency"]
+__all__ = ["Fetch", "FetchCancelledError", "ModuleResidency", "Part"]
 
 
 class FetchCancelledError(Exception):
@@ -128,7 +128,7 @@ class Log:
     """What the allocator held at most."""
 
 
-class Residency:
+class ModuleResidency:
     """Keeps networks on their devices as the phases allow."""
 
     def __init__(

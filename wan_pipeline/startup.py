@@ -5,7 +5,8 @@
     preset chosen                 from sizes and limits; one that cannot fit ends here
     networks built on meta        each is fetched as soon as it is built and its turn comes
 
-The result is a plain `diffusers.WanPipeline` whose networks are made ready by `Residency` when they are about to run.
+The result is a plain `diffusers.WanPipeline` whose networks `ModuleResidency` makes ready when they are about
+to run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from wan_pipeline.hooks import attach
 from wan_pipeline.imports import short_imports
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.request import checked_size
-from wan_pipeline.residency import Fetch, Part, Residency
+from wan_pipeline.residency import Fetch, ModuleResidency, Part
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,7 +91,7 @@ class Started:
 
     pipe: Any
     checkpoint: WanCheckpoint
-    residency: Residency
+    residency: ModuleResidency
     preset: Preset
     reason: str
     device: torch.device
@@ -185,7 +186,7 @@ def _begin(plan: _Plan) -> Started:
         first.cancel()
         for started in found:
             if started.run is not None:  # before its loads are cancelled, which others wait for
-                started.run.peers.fail(error)
+                started.run.liveness.fail(error)
             started.residency.close()
             if started.run is not None:
                 started.run.close(error)
@@ -256,7 +257,7 @@ def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
         for component in checkpoint.components
         if component.name in names
     ]
-    residency = Residency(
+    residency = ModuleResidency(
         parts,
         phases,
         observer=plan.recorder,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from wan_loader.cache import content  # noqa: E402
-from wan_loader.cache.content import PART_BYTES, Loaded, batches, parts_of  # noqa: E402
+from wan_loader.cache.content import PART_BYTES, LoadedTensors, batches, parts_of  # noqa: E402
 from wan_loader.cache.outline import CachedTensor  # noqa: E402
 from wan_loader.formats.facts import TensorFacts, contiguous_strides  # noqa: E402
 
@@ -22,7 +22,7 @@ def cached(name, shape, dtype="bfloat16", source="float32"):
 
 
 def noted(tensors, entry):
-    loaded = Loaded()
+    loaded = LoadedTensors()
     loaded.note(SimpleNamespace(tensors=entry), tensors)
     return loaded
 

@@ -60,7 +60,7 @@ def test_registered_memory_is_found_while_more_is_registered(monkeypatch):
     monkeypatch.setattr(cuda.driver, "current_context", lambda: 0)
     monkeypatch.setattr(cuda.driver, "register", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: None)
-    target = cuda.CudaTarget(0)
+    target = cuda.CudaWriter(0)
     monkeypatch.setattr(target, "_view", lambda address, nbytes: range(address, address + nbytes))
     target.pin(1000, 100, read_only=False)
     plain, lower = cuda.bisect_right, iter(range(900, 0, -100))

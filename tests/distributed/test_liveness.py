@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 
 from wan_loader.distributed import liveness as module  # noqa: E402
-from wan_loader.distributed.liveness import Peers  # noqa: E402
+from wan_loader.distributed.liveness import Liveness  # noqa: E402
 from wan_loader.errors import CheckpointError, DistributedError  # noqa: E402
 
 
@@ -20,7 +20,7 @@ def store():
 
 
 def pair(store, **options):
-    return [Peers(store, rank, (0, 1), "test", **options) for rank in range(2)]
+    return [Liveness(store, rank, (0, 1), "test", **options) for rank in range(2)]
 
 
 def beside(work):
@@ -60,7 +60,7 @@ def test_what_one_tells_of_another_is_told_as_it_is(store):
 
 def test_what_ends_a_run_ends_its_loads_with_its_reason(store):
     run, other_run = pair(store)
-    one, other = (Peers(store, rank, (0, 1), "load", outer=(run, other_run)[rank]) for rank in range(2))
+    one, other = (Liveness(store, rank, (0, 1), "load", outer=(run, other_run)[rank]) for rank in range(2))
     other_run.fail(CheckpointError("a.safetensors is damaged"))
     told = r"^process 1 failed: CheckpointError: a.safetensors is damaged$"
     with pytest.raises(DistributedError, match=told):
@@ -113,14 +113,14 @@ def test_a_process_that_ends_in_time_is_not_told(store, monkeypatch):
 
 def test_patience_ends(store):
     with (
-        Peers(store, 0, (0, 1), "test", patience_s=0.1) as alone,
+        Liveness(store, 0, (0, 1), "test", patience_s=0.1) as alone,
         pytest.raises(DistributedError, match="did not come"),
     ):
         alone.agree("stage")
 
 
 def test_a_broken_collective_is_explained_by_what_broke_it(store):
-    class Work:
+    class PendingBlocks:
         def is_completed(self):
             return True
 
@@ -131,4 +131,4 @@ def test_a_broken_collective_is_explained_by_what_broke_it(store):
     with first:
         second.fail(OSError("disk full"))
         with pytest.raises(DistributedError, match="process 1 failed: OSError: disk full"):
-            first.wait(Work())
+            first.wait(PendingBlocks())

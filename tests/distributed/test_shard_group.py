@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from wan_loader.distributed.exchange import _Collectives, check_usable  # noqa: E402
-from wan_loader.distributed.shard_group import Team, _check_devices  # noqa: E402
+from wan_loader.distributed.shard_group import ShardGroup, _check_devices  # noqa: E402
 from wan_loader.errors import DistributedError, OptionError  # noqa: E402
 
 
@@ -23,26 +23,26 @@ class Group:
         return SimpleNamespace(abort=lambda: self.aborted.append(device))
 
 
-def team(bound) -> Team:
+def shard_group(bound) -> ShardGroup:
     group: Any = Group(bound)
-    peers: Any = SimpleNamespace(rank=1, ranks=(0, 1))
-    return Team(peers, group, {(0, 1): group})
+    liveness: Any = SimpleNamespace(rank=1, ranks=(0, 1))
+    return ShardGroup(liveness, group, {(0, 1): group})
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto", "cuda:1", 1, torch.device("cuda"), torch.device("cuda", 1)])
 def test_the_gpu_of_the_group_is_meant(device):
-    assert team(torch.device("cuda", 1)).device(device) == torch.device("cuda", 1)
+    assert shard_group(torch.device("cuda", 1)).device(device) == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("device", ["cuda:0", 0, torch.device("cuda", 0)])
 def test_another_gpu_is_refused(device):
     with pytest.raises(OptionError, match="bound to 'cuda:1'"):
-        team(torch.device("cuda", 1)).device(device)
+        shard_group(torch.device("cuda", 1)).device(device)
 
 
 @pytest.mark.parametrize(("bound", "device"), [(torch.device("cuda", 1), "cpu"), (None, "cuda"), (None, "cuda:3")])
 def test_what_the_group_does_not_decide_stays(bound, device):
-    assert team(bound).device(device) == device
+    assert shard_group(bound).device(device) == device
 
 
 def test_two_processes_on_one_gpu_are_named():
@@ -61,10 +61,10 @@ def test_what_still_runs_after_a_failure_is_aborted(ends, monkeypatch):
         lambda *_: SimpleNamespace(is_completed=lambda: ends or group.aborted),
     )
     group: Any = Group()
-    device, peers = torch.device("cpu"), SimpleNamespace()
+    device, liveness = torch.device("cpu"), SimpleNamespace()
 
     def exchange():
-        with _Collectives(group, device, peers) as collectives:
+        with _Collectives(group, device, liveness) as collectives:
             collectives.gather(torch.empty(4), torch.empty(2))
             raise RuntimeError("the link is down")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wan_loader.distributed.sharding import SMALL_BYTES, Spread, borders, divide, exchanges, rows
+from wan_loader.distributed.sharding import SMALL_BYTES, TensorSharding, borders, divide, exchanges, rows
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, contiguous_strides
 
 torch = pytest.importorskip("torch")
@@ -61,9 +61,9 @@ def test_what_is_exchanged_is_what_a_holder_has_not_read(sizes, n, scale):
     received = 0
     for what in exchanges([tuple(range(n))] * len(sizes), parts, dict.fromkeys(parts, scale)):
         received += what.nbytes_received(0)
-        pieces = [(g.storage, i * g.nbytes, (i + 1) * g.nbytes, i) for g in what.gathers for i in range(n)]
+        segments = [(g.storage, i * g.nbytes, (i + 1) * g.nbytes, i) for g in what.gathers for i in range(n)]
         chunks = [(c.storage, c.start, c.end, c.owner) for message in what.messages for c in message]
-        for storage, start, end, owner in pieces + chunks:
+        for storage, start, end, owner in segments + chunks:
             for mine in marks:
                 mine[storage][start:end] = marks[owner][storage][start:end]
     assert received == unread
@@ -85,12 +85,12 @@ def test_divide_gives_each_process_its_rows():
     whole = checkpoint(("plain", (3, 5)), ("odd", (7, 2)), ("short", (1, 4)))
     ranges = {"odd": [], "short": []}
     for rank in ALL:
-        spreads = {
-            "plain": Spread(ALL),
-            "odd": Spread((rank,), 3, rank),
-            "short": Spread((rank,), 3, rank),
+        shardings = {
+            "plain": TensorSharding(ALL),
+            "odd": TensorSharding((rank,), 3, rank),
+            "short": TensorSharding((rank,), 3, rank),
         }
-        mine = divide(whole, whole.tensors, spreads, rank)
+        mine = divide(whole, whole.tensors, shardings, rank)
         assert [t.name for t in mine.tensors] == ["plain", "odd", "short"]
         assert mine.holders == (ALL, (rank,), (rank,))
         assert mine.checkpoint.storages[mine.tensors[0].storage] == whole.storages[0]
@@ -115,7 +115,7 @@ def test_divide_gives_each_process_its_rows():
 def test_columns_are_read_whole_and_cut():
     facts = TensorFacts("turned", "float32", (6, 4), 0, (1, 6))
     whole = Checkpoint("a.pth", "torch-zip", (), (StorageFacts(0, 64, 96),), (facts,))
-    mine = divide(whole, whole.tensors, {"turned": Spread((1,), 3, 1)}, 1)
+    mine = divide(whole, whole.tensors, {"turned": TensorSharding((1,), 3, 1)}, 1)
     assert mine.tensors == (facts,)
     assert mine.cuts == {"turned": (2, 4)}
     assert mine.holders == ((1,),)
@@ -123,12 +123,12 @@ def test_columns_are_read_whole_and_cut():
 
 
 def test_processes_of_a_machine_share_its_budgets():
-    from wan_loader.plan.blocks import Way
+    from wan_loader.plan.blocks import Transport
     from wan_loader.plan.limits import MAX_STAGING_BYTES, engine_settings
 
     def shared(sharers, memory=1 << 40, processors=16):
         return engine_settings(
-            {Way.DIRECT},
+            {Transport.DIRECT},
             io="auto",
             threads=None,
             memory_limit=memory,

@@ -18,7 +18,7 @@ import wan_loader
 from wan_loader.distributed import shard_group as team_module
 from wan_loader.formats.facts import Checkpoint
 from wan_loader.loading import run as load_module
-from wan_loader.plan.limits import MAX_LANES
+from wan_loader.plan.limits import MAX_READS
 from wan_loader.system.machine import processors
 
 HERE, DEVICE = Path(sys.argv[1]), sys.argv[2]
@@ -118,7 +118,7 @@ def fsdp(n):
     local = sum(p.to_local().nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
     assert report.nbytes_device == local  # no process holds more than it keeps
     assert report.settings["processes"] == report.settings["processes_here"] == n
-    assert report.settings["threads"] * n <= max(MAX_LANES, processors() // 2)  # together, no more than one may
+    assert report.settings["threads"] * n <= max(MAX_READS, processors() // 2)  # together, no more than one may
     compare(module.state_dict())
     assert module.head.weight is module.embed.weight
     assert not module.tail.weight.requires_grad

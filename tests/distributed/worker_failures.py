@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import wan_loader
 from wan_loader.distributed import exchange
-from wan_loader.distributed import liveness as peers
+from wan_loader.distributed import liveness as liveness
 from wan_loader.distributed import shard_group as team_module
 
 HERE, CASE, DEVICE = Path(sys.argv[1]), sys.argv[2], sys.argv[3] if sys.argv[3:] else "cpu"
@@ -201,7 +201,7 @@ def start():
 
 
 def main():
-    peers.SILENCE_S = 3.0  # test_parallel.py waits for as long as users do
+    liveness.SILENCE_S = 3.0  # test_parallel.py waits for as long as users do
     start()
     me = dist.get_rank()
     if CASE == "one-gpu":

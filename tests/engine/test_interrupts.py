@@ -10,21 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from wan_loader.engine import EngineSettings, Portion, carry_out
+from wan_loader.engine import Batch, EngineSettings, run_transfer
 from wan_loader.engine.reader import Reader
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan.blocks import PAGE, Extent, Way, plan_blocks
+from wan_loader.plan.blocks import PAGE, ByteRange, Transport, plan_blocks
 
 MiB = 1 << 20
 
 
 def is_mapped(address):
     with open("/proc/self/maps") as f:
-        ranges = (line.split()[0].split("-") for line in f)
+        ranges = (stream.split()[0].split("-") for stream in f)
         return any(int(low, 16) <= address < int(high, 16) for low, high in ranges)
 
 
-class Target:
+class DeviceWriter:
     """Keeps count of what is registered, as a driver does; can interrupt where told."""
 
     can_pin = True
@@ -52,10 +52,10 @@ class Target:
         self.registered.discard(address)
         return True
 
-    def line(self):
+    def stream(self):
         return self
 
-    def submit(self, address, file_start, pieces):
+    def submit(self, address, file_start, segments):
         return SimpleNamespace(wait=lambda: None, done=lambda: True)
 
     def finish(self):
@@ -71,64 +71,64 @@ def path(tmp_path):
     return str(path)
 
 
-def carry(path, target, way):
-    blocks = tuple(plan_blocks([Extent(0, 0, 0, 8 * MiB)], block_bytes=MiB, way=lambda *_: way))
+def carry(path, writer, transport):
+    blocks = tuple(plan_blocks([ByteRange(0, 0, 0, 8 * MiB)], block_bytes=MiB, transport=lambda *_: transport))
     settings = EngineSettings(threads=2, slot_bytes=MiB, n_slots=4)
     with Reader([stat_file(path)]) as reader:
-        return carry_out([Portion(blocks, list)], reader, target, settings)
+        return run_transfer([Batch(blocks, list)], reader, writer, settings)
 
 
-def check(target):
+def check(writer):
     deadline = time.monotonic() + 5
-    while target.registered and time.monotonic() < deadline and any(t.name == "release" for t in threading.enumerate()):
+    while writer.registered and time.monotonic() < deadline and any(t.name == "release" for t in threading.enumerate()):
         time.sleep(0.01)
     gc.collect()
-    assert not target.unmapped_first
-    assert all(is_mapped(address) for address in target.registered)
+    assert not writer.unmapped_first
+    assert all(is_mapped(address) for address in writer.registered)
 
 
-@pytest.mark.parametrize("way", [Way.MAPPED, Way.BUFFERED])
-def test_right_after_registering(path, way):
-    target = Target(interrupt_pin=True)
+@pytest.mark.parametrize("transport", [Transport.MAPPED, Transport.BUFFERED])
+def test_right_after_registering(path, transport):
+    writer = DeviceWriter(interrupt_pin=True)
     with pytest.raises(KeyboardInterrupt):
-        carry(path, target, way)
-    check(target)
-    assert not target.registered
+        carry(path, writer, transport)
+    check(writer)
+    assert not writer.registered
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_while_waiting_for_the_last_copies(path, times):
-    target = Target(interrupt_finish=times)
+    writer = DeviceWriter(interrupt_finish=times)
     with pytest.raises(KeyboardInterrupt):
-        carry(path, target, Way.BUFFERED)
-    check(target)
+        carry(path, writer, Transport.BUFFERED)
+    check(writer)
 
 
 @pytest.mark.parametrize("moment", [0.1, 0.25])
 def test_while_windows_are_registered(path, moment):
     """What the other thread still does is waited for before anything is given back."""
-    target = Target(pin_s=0.1)
+    writer = DeviceWriter(pin_s=0.1)
     interrupt = threading.Timer(moment, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
-        carry(path, target, Way.MAPPED)
+        carry(path, writer, Transport.MAPPED)
     interrupt.join()
-    check(target)
-    assert not target.registered
+    check(writer)
+    assert not writer.registered
 
 
 def test_a_forgotten_result_stays_mapped(path):
-    target = Target()
-    carry(path, target, Way.BUFFERED)
+    writer = DeviceWriter()
+    carry(path, writer, Transport.BUFFERED)
     gc.collect()
-    assert target.registered
-    assert all(is_mapped(address) for address in target.registered)
+    assert writer.registered
+    assert all(is_mapped(address) for address in writer.registered)
 
 
-@pytest.mark.parametrize(("name", "way"), [("mapper", Way.MAPPED), ("pinning", Way.BUFFERED)])
-def test_just_before_a_thread_begins(path, monkeypatch, name, way):
+@pytest.mark.parametrize(("name", "way"), [("mapper", Transport.MAPPED), ("pinning", Transport.BUFFERED)])
+def test_just_before_a_thread_begins(path, monkeypatch, name, transport):
     """Nobody waits for a thread that is not there: all is given back."""
-    plain, target = threading.Thread.start, Target()
+    plain, writer = threading.Thread.start, DeviceWriter()
 
     def start(thread):
         if thread.name == name:
@@ -137,19 +137,19 @@ def test_just_before_a_thread_begins(path, monkeypatch, name, way):
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(KeyboardInterrupt):
-        carry(path, target, way)
+        carry(path, writer, transport)
     assert not any(thread.name == "release" for thread in threading.enumerate())
-    check(target)
+    check(writer)
 
 
 def mappings_of(path):
-    return sum(path in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return sum(path in stream for stream in Path("/proc/self/maps").read_text().splitlines())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # signals in Python's own clean-up
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # and in its Event.wait
-@pytest.mark.parametrize("way", [Way.MAPPED, Way.BUFFERED])
-def test_nothing_stays_mapped_or_open(path, way):
+@pytest.mark.parametrize("transport", [Transport.MAPPED, Transport.BUFFERED])
+def test_nothing_stays_mapped_or_open(path, transport):
     """Whenever a signal comes, also between the system call and the note of its result."""
 
     class ComeError(BaseException):  # as KeyboardInterrupt is
@@ -158,11 +158,11 @@ def test_nothing_stays_mapped_or_open(path, way):
     def come(signum, frame):
         raise ComeError
 
-    class QuietAfterwards(Target):
+    class QuietAfterwards(DeviceWriter):
         def finish(self):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    blocks = tuple(plan_blocks([Extent(0, 0, 0, 8 * MiB)], block_bytes=4 * PAGE, way=lambda *_: way))
+    blocks = tuple(plan_blocks([ByteRange(0, 0, 0, 8 * MiB)], block_bytes=4 * PAGE, transport=lambda *_: transport))
     settings = EngineSettings(threads=8, slot_bytes=4 * PAGE, n_slots=8, maps_here=True, faults_in=False)
     before = signal.signal(signal.SIGALRM, come)
     n_came, fds = 0, len(os.listdir("/proc/self/fd"))
@@ -171,11 +171,11 @@ def test_nothing_stays_mapped_or_open(path, way):
             with Reader([stat_file(path)]) as reader:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.0005 + i * 1e-5)
-                    carried = carry_out([Portion(blocks, list)], reader, QuietAfterwards(), settings)
+                    stats = run_transfer([Batch(blocks, list)], reader, QuietAfterwards(), settings)
                 except (ComeError, RuntimeError):  # Event.wait may find its lock lost to a signal
                     n_came += 1
                 else:
-                    carried.release()
+                    stats.release()
     finally:
         signal.signal(signal.SIGALRM, before)
     assert n_came > 100

@@ -10,21 +10,21 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.devices.writer import PinError
-from wan_loader.engine import EngineSettings, Portion, carry_out
-from wan_loader.engine.pinned_ring import Staging
+from wan_loader.engine import Batch, EngineSettings, run_transfer
+from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.reader import Reader
-from wan_loader.engine.transfer import Carried
+from wan_loader.engine.transfer import TransferStats
 from wan_loader.errors import DeviceError
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan.blocks import Extent, Way, plan_blocks
+from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
 
 pytestmark = pytest.mark.timeout(10)
 
 MiB = 1 << 20
 
 
-class Target:
+class DeviceWriter:
     """Registers in `pin`, which a test may make slow or have refuse."""
 
     can_pin = True
@@ -54,10 +54,10 @@ class Target:
     def bind(self, destinations):
         self.bound = destinations
 
-    def line(self):
+    def stream(self):
         return self
 
-    def submit(self, address, file_start, pieces):
+    def submit(self, address, file_start, segments):
         return SimpleNamespace(wait=lambda: None, done=lambda: True)
 
     def finish(self):
@@ -66,7 +66,7 @@ class Target:
 
 @pytest.fixture
 def staging():
-    staging = Staging(MiB, 8)
+    staging = PinnedRing(MiB, 8)
     yield staging
     staging.close()
 
@@ -78,11 +78,11 @@ def path(tmp_path):
     return str(path)
 
 
-def carry(path, target, each, allocate=list):
-    blocks = tuple(plan_blocks([Extent(0, 0, 0, 6 * MiB)], block_bytes=MiB, way=lambda *_: Way.BUFFERED))
-    portions = (Portion(blocks[i : i + each], allocate) for i in range(0, len(blocks), each))
+def carry(path, writer, each, allocate=list):
+    blocks = tuple(plan_blocks([ByteRange(0, 0, 0, 6 * MiB)], block_bytes=MiB, transport=lambda *_: Transport.BUFFERED))
+    batches = (Batch(blocks[i : i + each], allocate) for i in range(0, len(blocks), each))
     with Reader([stat_file(path)]) as reader:
-        return carry_out(portions, reader, target, EngineSettings(threads=2, slot_bytes=MiB, n_slots=8))
+        return run_transfer(batches, reader, writer, EngineSettings(threads=2, slot_bytes=MiB, n_slots=8))
 
 
 def in_main():
@@ -95,17 +95,17 @@ def test_a_refusal_between_copies_does_not_leave_the_background_behind(path):
     def before(n):
         if in_main():
             deadline = time.monotonic() + 0.3
-            while target.busy < 2 and time.monotonic() < deadline:
+            while writer.busy < 2 and time.monotonic() < deadline:
                 time.sleep(0.001)
             raise PinError("refused")
         time.sleep(0.2)
 
-    target = Target(before)
-    carried = carry(path, target, each=2)
-    assert carried.pinned_nbytes == sum(target.registered.values())
-    carried.release()
-    assert not target.released_too_early
-    assert not target.registered
+    writer = DeviceWriter(before)
+    stats = carry(path, writer, each=2)
+    assert stats.pinned_nbytes == sum(writer.registered.values())
+    stats.release()
+    assert not writer.released_too_early
+    assert not writer.registered
 
 
 def test_one_refusal_is_reported_once(staging):
@@ -117,12 +117,12 @@ def test_one_refusal_is_reported_once(staging):
             both.wait(0.3)
         raise PinError("refused")
 
-    carried = Carried()
-    pinning = Pinning(Target(before), carried, None)
+    stats = TransferStats()
+    pinning = Pinning(DeviceWriter(before), stats, None)
     pinning.begin(staging.slots[:2])
     pinning.need(staging.slots[5])
     pinning.end()
-    assert len(carried.refusals) == 1
+    assert len(stats.fallbacks) == 1
 
 
 def test_a_thread_that_never_began_is_not_waited_for(staging, monkeypatch):
@@ -131,8 +131,8 @@ def test_a_thread_that_never_began_is_not_waited_for(staging, monkeypatch):
     def start(thread):
         raise KeyboardInterrupt
 
-    carried = Carried()
-    pinning = Pinning(Target(), carried, None)
+    stats = TransferStats()
+    pinning = Pinning(DeviceWriter(), stats, None)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(KeyboardInterrupt):
@@ -150,14 +150,14 @@ def test_what_is_not_pinned_yet_at_the_end_never_is(staging):
         began.set()
         time.sleep(0.05)
 
-    target = Target(before)
-    pinning = Pinning(target, Carried(), None)
+    writer = DeviceWriter(before)
+    pinning = Pinning(writer, TransferStats(), None)
     pinning.begin(staging.slots)
     began.wait()
     pinning.end()
-    assert target.n_pins == 1
+    assert writer.n_pins == 1
     time.sleep(0.1)
-    assert target.n_pins == 1
+    assert writer.n_pins == 1
 
 
 def test_a_failure_keeps_nothing_alive(path):
@@ -178,7 +178,7 @@ def test_a_failure_keeps_nothing_alive(path):
 
     others = threading.enumerate()  # of tests before this one
     with contextlib.suppress(DeviceError):
-        carry(path, Target(before), 100, allocate)
+        carry(path, DeviceWriter(before), 100, allocate)
     for thread in threading.enumerate():
         if thread not in others:
             thread.join()

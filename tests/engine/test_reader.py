@@ -12,10 +12,10 @@ import pytest
 from wan_loader.engine.reader import BlockRead, Reader
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan.blocks import PAGE, Block, Extent, Piece, Way, plan_blocks
+from wan_loader.plan.blocks import PAGE, Block, ByteRange, Segment, Transport, plan_blocks
 from wan_loader.system import posix as linux
 from wan_loader.system import posix_aio as aio
-from wan_loader.system.page_cache import Residency
+from wan_loader.system.page_cache import PageCache
 from wan_loader.system.posix import cached_bytes
 
 MiB = 1 << 20
@@ -35,11 +35,11 @@ def reader(path):
 
 
 @pytest.fixture(params=["cachestat", "mincore"])
-def residency(request, reader, monkeypatch):
+def page_cache(request, reader, monkeypatch):
     """Residency by either system call."""
     if request.param == "mincore":
         monkeypatch.setattr(linux, "_SYS_CACHESTAT", 9999)  # a kernel without it: ENOSYS
-    return Residency(reader.fds)
+    return PageCache(reader.fds)
 
 
 @pytest.fixture
@@ -48,32 +48,32 @@ def view():
         yield view
 
 
-def block(start, end, way=Way.BUFFERED):
-    return Block(way, 0, start, end, (Piece(0, 0, start, end - start),))
+def block(start, end, transport=Transport.BUFFERED):
+    return Block(transport, 0, start, end, (Segment(0, 0, start, end - start),))
 
 
 # residency
 
 
-def total(residency, start, end):
-    return residency.total([Extent(0, 0, start, end)])
+def total(page_cache, start, end):
+    return page_cache.total([ByteRange(0, 0, start, end)])
 
 
-def test_resident_after_writing(path, residency):
+def test_resident_after_writing(path, page_cache):
     size = path.stat().st_size
-    assert total(residency, 0, size) == size
-    assert residency.is_resident(0, 0, size)
-    assert residency.is_resident(0, 5, 6)
-    assert total(residency, 5, 6) == 1
-    assert total(residency, 7, 7) == 0
+    assert total(page_cache, 0, size) == size
+    assert page_cache.is_resident(0, 0, size)
+    assert page_cache.is_resident(0, 5, 6)
+    assert total(page_cache, 5, 6) == 1
+    assert total(page_cache, 7, 7) == 0
 
 
-def test_residency_after_evicting(path, residency, evict):
+def test_residency_after_evicting(path, page_cache, evict):
     size = path.stat().st_size
     evict(path)
-    assert total(residency, 0, size) == 0
-    assert not residency.is_resident(0, 0, size)
-    assert not residency.is_resident(0, 0, 1)
+    assert total(page_cache, 0, size) == 0
+    assert not page_cache.is_resident(0, 0, size)
+    assert not page_cache.is_resident(0, 0, 1)
 
 
 @pytest.fixture
@@ -96,67 +96,72 @@ def only_in_cache(path, reader, evict):
     return only
 
 
-def test_residency_of_parts(path, residency, only_in_cache):
+def test_residency_of_parts(path, page_cache, only_in_cache):
     size = path.stat().st_size
     only_in_cache((0, MiB), (2 * MiB, size))
-    assert residency.is_resident(0, 0, MiB)
-    assert residency.is_resident(0, 2 * MiB, size)
-    assert not residency.is_resident(0, MiB, 2 * MiB)
-    assert not residency.is_resident(0, MiB - 1, MiB + 1)
-    assert total(residency, MiB, 2 * MiB) == 0
-    assert total(residency, 0, 2 * MiB) == MiB
-    assert total(residency, 0, size) == pytest.approx(size - MiB, abs=PAGE)
+    assert page_cache.is_resident(0, 0, MiB)
+    assert page_cache.is_resident(0, 2 * MiB, size)
+    assert not page_cache.is_resident(0, MiB, 2 * MiB)
+    assert not page_cache.is_resident(0, MiB - 1, MiB + 1)
+    assert total(page_cache, MiB, 2 * MiB) == 0
+    assert total(page_cache, 0, 2 * MiB) == MiB
+    assert total(page_cache, 0, size) == pytest.approx(size - MiB, abs=PAGE)
 
 
-def test_residency_after_the_reader_read_a_part(path, residency, reader, only_in_cache, view):
+def test_residency_after_the_reader_read_a_part(path, page_cache, reader, only_in_cache, view):
     only_in_cache()
     read(reader, block(MiB, MiB + 10 * PAGE), view)
-    assert residency.is_resident(0, MiB, MiB + 10 * PAGE)
-    assert total(residency, 0, path.stat().st_size) == 10 * PAGE
+    assert page_cache.is_resident(0, MiB, MiB + 10 * PAGE)
+    assert total(page_cache, 0, path.stat().st_size) == 10 * PAGE
 
 
 def test_both_system_calls_agree(reader, only_in_cache, monkeypatch):
     only_in_cache((0, 512 * 1024), (699_000, 710_000), (2 * MiB, 2 * MiB + 1))
     ranges = [(0, PAGE), (0, MiB), (511 * 1024, 513 * 1024), (700_001, 700_003), (MiB, 3 * MiB), (0, 3 * MiB + 1234)]
-    residency = Residency(reader.fds)
-    by_cachestat = [total(residency, *r) for r in ranges]
+    page_cache = PageCache(reader.fds)
+    by_cachestat = [total(page_cache, *r) for r in ranges]
     monkeypatch.setattr(linux, "_SYS_CACHESTAT", 9999)
-    assert [total(residency, *r) for r in ranges] == by_cachestat
+    assert [total(page_cache, *r) for r in ranges] == by_cachestat
 
 
 def test_total_counts_touching_and_repeated_bytes_once(reader):
-    residency = Residency(reader.fds)
-    extents = [Extent(0, 0, 0, 100), Extent(1, 0, 100, 5000), Extent(2, 0, 100, 5000), Extent(3, 0, 9000, 9001)]
-    assert residency.total(extents) == 5001
-    assert residency.total(reversed(extents)) == 5001
-    assert residency.total([]) == 0
+    page_cache = PageCache(reader.fds)
+    byte_ranges = [
+        ByteRange(0, 0, 0, 100),
+        ByteRange(1, 0, 100, 5000),
+        ByteRange(2, 0, 100, 5000),
+        ByteRange(3, 0, 9000, 9001),
+    ]
+    assert page_cache.total(byte_ranges) == 5001
+    assert page_cache.total(reversed(byte_ranges)) == 5001
+    assert page_cache.total([]) == 0
 
 
 def test_what_is_uniform_is_asked_once(path, reader, only_in_cache, monkeypatch):
     only_in_cache((0, MiB))
     asked = []
     monkeypatch.setattr("wan_loader.system.page_cache.cached_bytes", lambda *r: asked.append(r) or cached_bytes(*r))
-    residency = Residency(reader.fds)
+    page_cache = PageCache(reader.fds)
     size = path.stat().st_size
-    assert residency.total([Extent(0, 0, 5, MiB - 5), Extent(1, 0, 2 * MiB, size)]) == MiB - 10
+    assert page_cache.total([ByteRange(0, 0, 5, MiB - 5), ByteRange(1, 0, 2 * MiB, size)]) == MiB - 10
     assert len(asked) == 2
-    assert residency.share(0, 100, 200) == residency.share(0, 0, MiB) == 1.0
-    assert residency.share(0, 2 * MiB, 2 * MiB + 1) == residency.share(0, 2 * MiB, size) == 0.0
+    assert page_cache.share(0, 100, 200) == page_cache.share(0, 0, MiB) == 1.0
+    assert page_cache.share(0, 2 * MiB, 2 * MiB + 1) == page_cache.share(0, 2 * MiB, size) == 0.0
     assert len(asked) == 2
-    assert 0 < residency.share(0, MiB // 2, 2 * MiB) < 1
+    assert 0 < page_cache.share(0, MiB // 2, 2 * MiB) < 1
     assert len(asked) == 3, "no range that was found uniform holds this one"
-    assert residency.total([Extent(0, 0, 0, size)]) == MiB
-    assert residency.share(0, 0, MiB) == 1.0
-    assert residency.share(0, MiB, size) == 0.0
+    assert page_cache.total([ByteRange(0, 0, 0, size)]) == MiB
+    assert page_cache.share(0, 0, MiB) == 1.0
+    assert page_cache.share(0, MiB, size) == 0.0
 
 
 def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):
     monkeypatch.setattr(linux, "_SYS_CACHESTAT", 9999)
     read, write = os.pipe()  # cannot be mapped
     try:
-        residency = Residency([read])
-        assert total(residency, 0, PAGE) == 0
-        assert not residency.is_resident(0, 0, PAGE)
+        page_cache = PageCache([read])
+        assert total(page_cache, 0, PAGE) == 0
+        assert not page_cache.is_resident(0, 0, PAGE)
     finally:
         os.close(read)
         os.close(write)
@@ -178,32 +183,32 @@ def read(reader, block, view):
             complete = reading.arrived(n)
         except OSError as error:
             reading.failed(error)
-    return reading.data_start, reading.way
+    return reading.data_start, reading.transport
 
 
-@pytest.mark.parametrize("way", [Way.BUFFERED, Way.DIRECT])
+@pytest.mark.parametrize("transport", [Transport.BUFFERED, Transport.DIRECT])
 @pytest.mark.parametrize(
     ("start", "end"),
     [(0, 1), (0, PAGE), (1, PAGE), (4095, 4097), (123, 2 * MiB + 77), (PAGE, 3 * MiB), (3 * MiB, 3 * MiB + 1234)],
 )
-def test_reads_any_range(path, reader, view, way, start, end):
-    if way is Way.DIRECT and not reader.open_direct(0):
+def test_reads_any_range(path, reader, view, transport, start, end):
+    if transport is Transport.DIRECT and not reader.open_direct(0):
         pytest.skip("O_DIRECT is refused here")
-    data_start, taken = read(reader, block(start, end, way), view)
-    assert taken is way
+    data_start, taken = read(reader, block(start, end, transport), view)
+    assert taken is transport
     assert bytes(view[data_start : data_start + end - start]) == path.read_bytes()[start:end]
-    assert reader.refusals == []
+    assert reader.fallbacks == []
 
 
-@pytest.mark.parametrize("way", [Way.BUFFERED, Way.DIRECT])
+@pytest.mark.parametrize("transport", [Transport.BUFFERED, Transport.DIRECT])
 @pytest.mark.parametrize("left", [0, 1, PAGE, MiB, MiB + 1, 3 * MiB])
 @pytest.mark.timeout(3)
-def test_truncated_file_is_named(path, reader, view, way, left):
-    if way is Way.DIRECT and not reader.open_direct(0):
+def test_truncated_file_is_named(path, reader, view, transport, left):
+    if transport is Transport.DIRECT and not reader.open_direct(0):
         pytest.skip("O_DIRECT is refused here")
     os.truncate(path, left)
     with pytest.raises(CheckpointError, match="truncated") as caught:
-        read(reader, block(100, 3 * MiB + 1234, way), view)
+        read(reader, block(100, 3 * MiB + 1234, transport), view)
     assert str(path) in str(caught.value)
 
 
@@ -249,9 +254,9 @@ def test_o_direct_refused(path, reader, view, monkeypatch):
         patch.setattr(os, "open", refusing)
         assert not reader.open_direct(0)
     assert not reader.open_direct(0)
-    assert len(reader.refusals) == 1
-    assert str(path) in reader.refusals[0]
-    assert read(reader, block(7, 9000, Way.DIRECT), view) == (0, Way.BUFFERED)
+    assert len(reader.fallbacks) == 1
+    assert str(path) in reader.fallbacks[0]
+    assert read(reader, block(7, 9000, Transport.DIRECT), view) == (0, Transport.BUFFERED)
     assert bytes(view[: 9000 - 7]) == path.read_bytes()[7:9000]
 
 
@@ -269,7 +274,7 @@ def test_direct_reads_leave_the_page_cache_alone(path, reader, view, evict, resi
     if not reader.open_direct(0):
         pytest.skip("O_DIRECT is refused here")
     evict(path)
-    for b in plan_blocks([Extent(0, 0, 10, 3 * MiB)], block_bytes=MiB, way=lambda *_: Way.DIRECT):
+    for b in plan_blocks([ByteRange(0, 0, 10, 3 * MiB)], block_bytes=MiB, transport=lambda *_: Transport.DIRECT):
         read(reader, b, view)
     assert resident(path) == 0
 

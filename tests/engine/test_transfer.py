@@ -15,22 +15,22 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.devices.writer import PinError
-from wan_loader.engine import EngineSettings, Portion, carry_out
-from wan_loader.engine import read_queue as lanes
+from wan_loader.engine import Batch, EngineSettings, run_transfer
+from wan_loader.engine import read_queue as reads
 from wan_loader.engine import transfer as carry
 from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan.blocks import PAGE, Extent, Way, plan_blocks
+from wan_loader.plan.blocks import PAGE, ByteRange, Transport, plan_blocks
 from wan_loader.system.posix_aio import Request
 
 pytestmark = pytest.mark.timeout(10)
 
 KiB = 1 << 10
 SLOT = 64 * KiB
-WAYS = [Way.MAPPED, Way.DIRECT, Way.BUFFERED]
+WAYS = [Transport.MAPPED, Transport.DIRECT, Transport.BUFFERED]
 
 
 class FakeTicket:
@@ -50,9 +50,9 @@ class FakeLine:
         self.device = device
         self.thread = threading.get_ident()
 
-    def submit(self, address, file_start, pieces):
+    def submit(self, address, file_start, segments):
         assert threading.get_ident() == self.thread, "a line is for the thread that made it"
-        return self.device.submit(address, file_start, pieces)
+        return self.device.submit(address, file_start, segments)
 
 
 class FakeDevice:
@@ -73,19 +73,19 @@ class FakeDevice:
         self._thread.start()
 
     def _run(self):
-        while (ticket := self._queue.get()) is not None:
+        while (copy_event := self._queue.get()) is not None:
             time.sleep(self._delay_s)
-            for storage, at, source, nbytes in ticket.copies:
+            for storage, at, source, nbytes in copy_event.copies:
                 self.memory[storage][at : at + nbytes] = ctypes.string_at(source, nbytes)
                 self.arrived[storage][at : at + nbytes] = bytes(
                     min(n + 1, 9) for n in self.arrived[storage][at : at + nbytes]
                 )
-            ticket.event.set()
+            copy_event.event.set()
 
     def bind(self, destinations):
         self.n_bound += len(destinations)
 
-    def line(self):
+    def stream(self):
         assert self.n_bound
         return FakeLine(self)
 
@@ -102,23 +102,23 @@ class FakeDevice:
         self.pinned.pop(address, None)  # what was refused may be given back too
         return True
 
-    def submit(self, address, file_start, pieces):
-        assert all(piece.storage < self.n_bound for piece in pieces), "copied to what is not allocated yet"
+    def submit(self, address, file_start, segments):
+        assert all(segment.storage < self.n_bound for segment in segments), "copied to what is not allocated yet"
         self.threads.add(threading.get_ident())
         self.n_submits += 1
         self.addresses.add(address // PAGE)
         if self._fail_at is not None and self.n_submits >= self._fail_at[0]:
             raise self._fail_at[1]
-        ticket = FakeTicket(
-            [(p.storage, p.storage_start, address + p.file_start - file_start, p.nbytes) for p in pieces]
+        copy_event = FakeTicket(
+            [(p.storage, p.storage_start, address + p.file_start - file_start, p.nbytes) for p in segments]
         )
-        self._pending.append(ticket)
-        self._queue.put(ticket)
-        return ticket
+        self._pending.append(copy_event)
+        self._queue.put(copy_event)
+        return copy_event
 
     def finish(self):
-        for ticket in self._pending:
-            ticket.event.wait()
+        for copy_event in self._pending:
+            copy_event.event.wait()
 
     def close(self):
         self._queue.put(None)
@@ -132,14 +132,14 @@ def path(tmp_path):
     return path
 
 
-def portions(planned, each, allocate):
+def batches(planned, each, allocate):
     """`each` blocks at a time; `allocate` is told how many storages they are the first to need."""
     done = 0
     for i in range(0, len(planned), each):
         blocks = planned[i : i + each]
-        count = blocks[-1].pieces[-1].storage + 1 - done
+        count = blocks[-1].segments[-1].storage + 1 - done
         done += count
-        yield Portion(blocks, lambda count=count: allocate(count))
+        yield Batch(blocks, lambda count=count: allocate(count))
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def load(path):
     borders = [7, 8, 3000, 70_001, 70_002, 400_000, 401_000, 1_200_000, size]
 
     def load(
-        way,
+        transport,
         *,
         threads=4,
         n_slots=6,
@@ -163,9 +163,9 @@ def load(path):
         allocate=lambda n: range(n),
         **device,
     ):
-        extents = [Extent(i, 0, a, b) for i, (a, b) in enumerate(itertools.pairwise(borders))]
-        target = FakeDevice([e.end - e.start for e in extents], **device)
-        devices.append(target)
+        byte_ranges = [ByteRange(i, 0, a, b) for i, (a, b) in enumerate(itertools.pairwise(borders))]
+        writer = FakeDevice([e.end - e.start for e in byte_ranges], **device)
+        devices.append(writer)
         settings = EngineSettings(
             threads=threads,
             slot_bytes=SLOT,
@@ -174,17 +174,17 @@ def load(path):
             maps_here=maps_here,
             faults_in=faults_in,
         )
-        choose = way if callable(way) and not isinstance(way, Way) else lambda *_: way
+        choose = transport if callable(transport) and not isinstance(transport, Transport) else lambda *_: transport
         with Reader([stat_file(str(path))]) as reader:
             if not reader.open_direct(0):
                 pytest.skip("O_DIRECT is refused here")
-            blocks = tuple(plan_blocks(extents, block_bytes=block_bytes, way=choose))
+            blocks = tuple(plan_blocks(byte_ranges, block_bytes=block_bytes, transport=choose))
             try:
-                carried = carry_out(portions(blocks, each, allocate), reader, target, settings, observer)
+                stats = run_transfer(batches(blocks, each, allocate), reader, writer, settings, observer)
             except BaseException as error:
-                error.target = target
+                error.writer = writer
                 raise
-        return SimpleNamespace(target=target, carried=carried, blocks=blocks, extents=extents)
+        return SimpleNamespace(writer=writer, stats=stats, blocks=blocks, byte_ranges=byte_ranges)
 
     load.devices = devices
     yield load
@@ -193,19 +193,21 @@ def load(path):
 
 
 def nbytes_by_way(blocks):
-    return {way: sum(block.nbytes for block in blocks if block.way is way) for way in Way}
+    return {transport: sum(block.nbytes for block in blocks if block.transport is transport) for transport in Transport}
 
 
 def check(result, path):
     """Every byte arrived, once; three threads at most told the target; everything was unpinned."""
     data = path.read_bytes()
-    for extent, memory, arrived in zip(result.extents, result.target.memory, result.target.arrived, strict=True):
-        assert bytes(memory) == data[extent.start : extent.end]
+    for byte_range, memory, arrived in zip(
+        result.byte_ranges, result.writer.memory, result.writer.arrived, strict=True
+    ):
+        assert bytes(memory) == data[byte_range.start : byte_range.end]
         assert set(arrived) == {1}
-    assert len(result.target.threads) <= 3
-    assert sum(result.carried.nbytes.values()) == result.blocks[-1].end - result.blocks[0].start
-    result.carried.release()
-    assert result.target.pinned == {}
+    assert len(result.writer.threads) <= 3
+    assert sum(result.stats.nbytes.values()) == result.blocks[-1].end - result.blocks[0].start
+    result.stats.release()
+    assert result.writer.pinned == {}
     assert engine_threads() == set()
     assert mappings_of(path) == 0
 
@@ -219,7 +221,7 @@ def engine_threads():
 
 
 def mappings_of(path):
-    return sum(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return sum(str(path) in stream for stream in Path("/proc/self/maps").read_text().splitlines())
 
 
 def anonymous_bytes():
@@ -244,40 +246,42 @@ def no_more_threads(load, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_more_threads")
-@pytest.mark.parametrize("way", WAYS)
-def test_without_further_threads(load, path, way):
-    result = load(way, block_bytes=SLOT, each=3)
-    assert result.carried.refusals[:1] == ["no further thread may be started: pages are mapped first, staged later"] * (
-        way is Way.MAPPED
+@pytest.mark.parametrize("transport", WAYS)
+def test_without_further_threads(load, path, transport):
+    result = load(transport, block_bytes=SLOT, each=3)
+    assert result.stats.fallbacks[:1] == ["no further thread may be started: pages are mapped first, staged later"] * (
+        transport is Transport.MAPPED
     )
     check(result, path)
 
 
 @pytest.mark.usefixtures("no_more_threads", "clean")
-@pytest.mark.parametrize("way", WAYS)
-def test_failure_without_further_threads(load, way):
-    error = fails_within_a_second(DeviceError, lambda: load(way, block_bytes=SLOT, fail_at=(2, DeviceError("boom"))))
-    assert error.target.pinned == {}
+@pytest.mark.parametrize("transport", WAYS)
+def test_failure_without_further_threads(load, transport):
+    error = fails_within_a_second(
+        DeviceError, lambda: load(transport, block_bytes=SLOT, fail_at=(2, DeviceError("boom")))
+    )
+    assert error.writer.pinned == {}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transport", WAYS)
 @pytest.mark.parametrize("threads", [1, 2, 7, 32])
 @pytest.mark.parametrize("can_pin", [True, False])
-def test_every_byte_arrives_once(load, path, way, threads, can_pin):
+def test_every_byte_arrives_once(load, path, transport, threads, can_pin):
     """Nothing is copied out of a mapping unless the device fetches it: the processor would die if the file shrank."""
-    result = load(way, threads=threads, n_slots=threads * 2, can_pin=can_pin)
-    taken = Way.BUFFERED if way is Way.MAPPED and not can_pin else way
-    assert {way for way, nbytes in result.carried.nbytes.items() if nbytes} == {taken}
-    assert result.carried.refusals == []
+    result = load(transport, threads=threads, n_slots=threads * 2, can_pin=can_pin)
+    taken = Transport.BUFFERED if transport is Transport.MAPPED and not can_pin else transport
+    assert {transport for transport, nbytes in result.stats.nbytes.items() if nbytes} == {taken}
+    assert result.stats.fallbacks == []
     check(result, path)
 
 
 @pytest.mark.parametrize("each", [1, 3, 100])
 @pytest.mark.parametrize("may_steal", [True, False])
-@pytest.mark.parametrize("way", WAYS)
-def test_portions(load, path, way, may_steal, each):
+@pytest.mark.parametrize("transport", WAYS)
+def test_portions(load, path, transport, may_steal, each):
     """Nothing is copied before its storage is there, whatever comes first."""
-    check(load(way, block_bytes=SLOT, each=each, may_steal=may_steal, pin_s=0.001), path)
+    check(load(transport, block_bytes=SLOT, each=each, may_steal=may_steal, pin_s=0.001), path)
 
 
 def test_a_portion_is_made_when_little_is_left(load, path):
@@ -288,7 +292,7 @@ def test_a_portion_is_made_when_little_is_left(load, path):
         seen.append(load.devices[-1].n_submits)
         return range(count)
 
-    check(load(Way.BUFFERED, block_bytes=SLOT, each=4, n_slots=2, allocate=allocate, delay_s=0.002), path)
+    check(load(Transport.BUFFERED, block_bytes=SLOT, each=4, n_slots=2, allocate=allocate, delay_s=0.002), path)
     assert len(seen) == 6
     assert seen[0] == 0
     assert seen[2] < seen[3] < seen[4] < seen[5]
@@ -307,8 +311,8 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
         return plain(request) if load.devices[-1].n_pins else None
 
     monkeypatch.setattr(Request, "result", late)
-    monkeypatch.setattr(lanes, "wait_any", wait_any)
-    check(load(Way.MAPPED, block_bytes=SLOT, each=2, n_slots=2, may_steal=True), path)
+    monkeypatch.setattr(reads, "wait_any", wait_any)
+    check(load(Transport.MAPPED, block_bytes=SLOT, each=2, n_slots=2, may_steal=True), path)
     assert waited_s, "staging was at work, too"
     assert sum(waited_s) < 0.5
 
@@ -316,32 +320,32 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
 @pytest.mark.parametrize("each", [2, 100])
 def test_three_ways_in_one_plan(load, path, each):
     result = load(lambda file, start, end: WAYS[start // SLOT % 3], block_bytes=SLOT, each=each)
-    assert all(result.carried.nbytes.values())
-    assert result.carried.nbytes == nbytes_by_way(result.blocks)
+    assert all(result.stats.nbytes.values())
+    assert result.stats.nbytes == nbytes_by_way(result.blocks)
     check(result, path)
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
-def test_a_slot_is_not_reused_before_its_ticket_is_done(load, path, way, threads, n_slots):
-    result = load(way, threads=threads, n_slots=n_slots, delay_s=0.003)
-    assert len(result.target.addresses) <= n_slots * 2
-    assert result.carried.staging_nbytes == n_slots * (SLOT + PAGE)
+@pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
+def test_a_slot_is_not_reused_before_its_ticket_is_done(load, path, transport, threads, n_slots):
+    result = load(transport, threads=threads, n_slots=n_slots, delay_s=0.003)
+    assert len(result.writer.addresses) <= n_slots * 2
+    assert result.stats.staging_nbytes == n_slots * (SLOT + PAGE)
     check(result, path)
 
 
 @pytest.mark.parametrize("n_slots", [1, 2])
 def test_more_readers_than_slots_do_not_deadlock(load, path, n_slots):
     for _ in range(4):
-        check(load(Way.BUFFERED, threads=8, n_slots=n_slots), path)
+        check(load(Transport.BUFFERED, threads=8, n_slots=n_slots), path)
 
 
 def test_stealing(load, path):
-    result = load(Way.MAPPED, may_steal=True, pin_s=0.02, block_bytes=SLOT)
-    assert result.carried.nbytes[Way.BUFFERED] > 0
-    assert result.carried.nbytes[Way.MAPPED] > 0
-    assert result.carried.refusals == []
+    result = load(Transport.MAPPED, may_steal=True, pin_s=0.02, block_bytes=SLOT)
+    assert result.stats.nbytes[Transport.BUFFERED] > 0
+    assert result.stats.nbytes[Transport.MAPPED] > 0
+    assert result.stats.fallbacks == []
     check(result, path)
 
 
@@ -349,9 +353,9 @@ def test_stealing(load, path):
 @pytest.mark.parametrize("faults_in", [True, False])
 def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
     seen = Recorder()
-    result = load(Way.MAPPED, block_bytes=SLOT, each=each, maps_here=True, faults_in=faults_in, observer=seen)
-    assert result.target.threads == {threading.get_ident()}
-    assert result.carried.nbytes[Way.BUFFERED] == result.carried.staging_nbytes == 0
+    result = load(Transport.MAPPED, block_bytes=SLOT, each=each, maps_here=True, faults_in=faults_in, observer=seen)
+    assert result.writer.threads == {threading.get_ident()}
+    assert result.stats.nbytes[Transport.BUFFERED] == result.stats.staging_nbytes == 0
     assert ("read" in {span.name for span in seen.spans}) == faults_in
     check(result, path)
 
@@ -365,12 +369,16 @@ def test_mapping_here_stays_here_when_some_is_staged(load, path, each):
         if read_only:
             mapping.add(threading.get_ident())
 
-    ways = [Way.MAPPED, Way.BUFFERED]
+    transports = [Transport.MAPPED, Transport.BUFFERED]
     result = load(
-        lambda file, start, end: ways[start // SLOT % 2], block_bytes=SLOT, each=each, maps_here=True, refuse=refuse
+        lambda file, start, end: transports[start // SLOT % 2],
+        block_bytes=SLOT,
+        each=each,
+        maps_here=True,
+        refuse=refuse,
     )
     assert mapping == {threading.get_ident()}
-    assert result.carried.nbytes == nbytes_by_way(result.blocks)
+    assert result.stats.nbytes == nbytes_by_way(result.blocks)
     check(result, path)
 
 
@@ -381,14 +389,14 @@ def test_mapping_alone_begins_before_the_last_portion_is_made(load, path):
         pins.append(load.devices[-1].n_pins)
         return range(count)
 
-    check(load(Way.MAPPED, block_bytes=SLOT, each=4, maps_here=True, allocate=allocate), path)
+    check(load(Transport.MAPPED, block_bytes=SLOT, each=4, maps_here=True, allocate=allocate), path)
     assert pins == [0, 4, 8, 12, 16, 20][: len(pins)]
 
 
 def test_without_stealing_everything_stays_mapped(load, path):
-    result = load(Way.MAPPED, pin_s=0.005, block_bytes=SLOT)
-    assert result.carried.nbytes[Way.BUFFERED] == 0
-    assert result.carried.staging_nbytes == 0
+    result = load(Transport.MAPPED, pin_s=0.005, block_bytes=SLOT)
+    assert result.stats.nbytes[Transport.BUFFERED] == 0
+    assert result.stats.staging_nbytes == 0
     check(result, path)
 
 
@@ -397,17 +405,17 @@ def test_without_stealing_everything_stays_mapped(load, path):
 def test_refused_windows_go_through_staging(load, path, refused_from, how):
     windows = iter(range(1, 1000))
     result = load(
-        Way.MAPPED,
+        Transport.MAPPED,
         **how,
         block_bytes=SLOT,
         refuse=lambda n, read_only: read_only and next(windows) >= refused_from,
     )
-    assert result.carried.nbytes[Way.BUFFERED] > 0
-    (refusal,) = result.carried.refusals
+    assert result.stats.nbytes[Transport.BUFFERED] > 0
+    (refusal,) = result.stats.fallbacks
     assert "refused by the fake" in refusal
     assert "regist" in refusal
     assert next(windows) == refused_from + 1, "asked for once more after the refusal"
-    assert (result.target.threads == {threading.get_ident()}) == ("maps_here" in how)
+    assert (result.writer.threads == {threading.get_ident()}) == ("maps_here" in how)
     check(result, path)
 
 
@@ -424,9 +432,9 @@ def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch,
         return plain(*args)
 
     monkeypatch.setattr(carry, "map_file", failing)
-    result = load(Way.MAPPED, block_bytes=SLOT, **how)
-    assert result.carried.nbytes[Way.BUFFERED] > 0
-    (refusal,) = result.carried.refusals
+    result = load(Transport.MAPPED, block_bytes=SLOT, **how)
+    assert result.stats.nbytes[Transport.BUFFERED] > 0
+    (refusal,) = result.stats.fallbacks
     assert os.strerror(code) in refusal
     assert next(calls) == nth + 1, "asked for once more after the refusal"
     check(result, path)
@@ -434,17 +442,17 @@ def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch,
 
 @pytest.mark.parametrize(("refused_from", "pinned"), [(1, 0), (2, 1), (3, 3), (4, 7), (5, 10)])
 def test_unpinnable_staging_still_works(load, path, refused_from, pinned):
-    result = load(Way.BUFFERED, threads=4, n_slots=10, refuse=lambda n, read_only: n >= refused_from)
-    assert result.carried.pinned_nbytes == pinned * (SLOT + PAGE)
-    assert len([r for r in result.carried.refusals if "not pinned" in r]) == (refused_from < 5)
-    assert result.target.n_pins == min(refused_from, 4)
+    result = load(Transport.BUFFERED, threads=4, n_slots=10, refuse=lambda n, read_only: n >= refused_from)
+    assert result.stats.pinned_nbytes == pinned * (SLOT + PAGE)
+    assert len([r for r in result.stats.fallbacks if "not pinned" in r]) == (refused_from < 5)
+    assert result.writer.n_pins == min(refused_from, 4)
     check(result, path)
 
 
 def test_slots_that_were_not_used_at_first_are_pinned_when_they_are(load, path):
-    result = load(Way.BUFFERED, threads=2, n_slots=8, each=3, block_bytes=SLOT, delay_s=0.002)
-    assert result.target.n_pins > 2
-    assert result.carried.pinned_nbytes == sum(result.target.pinned.values()) <= 8 * (SLOT + PAGE)
+    result = load(Transport.BUFFERED, threads=2, n_slots=8, each=3, block_bytes=SLOT, delay_s=0.002)
+    assert result.writer.n_pins > 2
+    assert result.stats.pinned_nbytes == sum(result.writer.pinned.values()) <= 8 * (SLOT + PAGE)
     check(result, path)
 
 
@@ -453,8 +461,8 @@ def test_pinning_that_fails_ends_the_load(load):
     def refuse(n, read_only):
         raise DeviceError("boom")
 
-    error = fails_within_a_second(DeviceError, lambda: load(Way.BUFFERED, refuse=refuse))
-    assert error.target.pinned == {}
+    error = fails_within_a_second(DeviceError, lambda: load(Transport.BUFFERED, refuse=refuse))
+    assert error.writer.pinned == {}
 
 
 @pytest.mark.usefixtures("clean")
@@ -464,38 +472,38 @@ def test_a_load_that_fails_waits_for_pinning(load):
     def allocate(count):
         raise DeviceError("boom")
 
-    error = fails_within_a_second(DeviceError, lambda: load(Way.BUFFERED, allocate=allocate, pin_s=0.2))
-    assert error.target.n_pins
-    assert error.target.pinned == {}
+    error = fails_within_a_second(DeviceError, lambda: load(Transport.BUFFERED, allocate=allocate, pin_s=0.2))
+    assert error.writer.n_pins
+    assert error.writer.pinned == {}
 
 
 def test_staging_is_bounded(load, path):
-    result = load(Way.DIRECT, threads=8, n_slots=3, delay_s=0.001)
-    assert result.target.max_pinned <= 3 * (SLOT + PAGE)
-    assert result.carried.pinned_nbytes <= result.carried.staging_nbytes == 3 * (SLOT + PAGE)
+    result = load(Transport.DIRECT, threads=8, n_slots=3, delay_s=0.001)
+    assert result.writer.max_pinned <= 3 * (SLOT + PAGE)
+    assert result.stats.pinned_nbytes <= result.stats.staging_nbytes == 3 * (SLOT + PAGE)
     check(result, path)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_slow_allocation_delays_nothing_but_the_submits(load, path, way):
+@pytest.mark.parametrize("transport", WAYS)
+def test_slow_allocation_delays_nothing_but_the_submits(load, path, transport):
     def allocate(count):
         time.sleep(0.1)
         return range(count)
 
-    check(load(way, allocate=allocate), path)
+    check(load(transport, allocate=allocate), path)
 
 
-@pytest.mark.parametrize(("way", "waits"), [(Way.MAPPED, True), (Way.BUFFERED, False)])
-def test_unregistering_windows_gives_way_to_other_loads(load, way, waits):
-    result = load(way, block_bytes=SLOT)
+@pytest.mark.parametrize(("way", "waits"), [(Transport.MAPPED, True), (Transport.BUFFERED, False)])
+def test_unregistering_windows_gives_way_to_other_loads(load, transport, waits):
+    result = load(transport, block_bytes=SLOT)
     with loading():
-        releasing = threading.Thread(target=result.carried.release, args=(0.001,))
+        releasing = threading.Thread(target=result.stats.release, args=(0.001,))
         releasing.start()
         releasing.join(0.5)
         assert releasing.is_alive() == waits
-        assert bool(result.target.pinned) == waits
+        assert bool(result.writer.pinned) == waits
     releasing.join(5)
-    assert result.target.pinned == {}
+    assert result.writer.pinned == {}
 
 
 # failure
@@ -521,19 +529,19 @@ def fails_within_a_second(error, call):
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transport", WAYS)
 @pytest.mark.parametrize("after", [1, 3])
 @pytest.mark.parametrize("error", [RuntimeError("submit failed"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
-def test_failing_submit(load, way, after, error):
-    raised = fails_within_a_second(error, lambda: load(way, block_bytes=SLOT, fail_at=(after, error)))
+def test_failing_submit(load, transport, after, error):
+    raised = fails_within_a_second(error, lambda: load(transport, block_bytes=SLOT, fail_at=(after, error)))
     assert raised is error
-    assert raised.target.pinned == {}
+    assert raised.writer.pinned == {}
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+@pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
 @pytest.mark.parametrize("nth", [1, 5])
-def test_failing_read(load, path, monkeypatch, way, nth):
+def test_failing_read(load, path, monkeypatch, transport, nth):
     result, calls = Request.result, iter(range(1, 1000))
 
     def failing(request):
@@ -542,9 +550,9 @@ def test_failing_read(load, path, monkeypatch, way, nth):
         return nbytes
 
     monkeypatch.setattr(Request, "result", failing)
-    error = fails_within_a_second(CheckpointError, lambda: load(way))
+    error = fails_within_a_second(CheckpointError, lambda: load(transport))
     assert str(path) in str(error)
-    assert error.target.pinned == {}
+    assert error.writer.pinned == {}
 
 
 @pytest.mark.usefixtures("clean")
@@ -558,14 +566,14 @@ def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
         return original(*args)
 
     monkeypatch.setattr(place, name, failing)
-    error = fails_within_a_second(CheckpointError, lambda: load(Way.BUFFERED))
+    error = fails_within_a_second(CheckpointError, lambda: load(Transport.BUFFERED))
     assert str(path) in str(error)
 
 
-@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
+@pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
 @pytest.mark.parametrize("nth", [1, 3])
-def test_no_descriptor_is_left(load, path, monkeypatch, way, code, nth):
+def test_no_descriptor_is_left(load, path, monkeypatch, transport, code, nth):
     """Lanes then read from the file's own."""
     original, calls = os.dup, iter(range(1, 1000))
 
@@ -575,16 +583,16 @@ def test_no_descriptor_is_left(load, path, monkeypatch, way, code, nth):
         return original(fd)
 
     monkeypatch.setattr(os, "dup", failing)
-    result = load(way)
-    assert os.strerror(code) in result.carried.refusals[0]
+    result = load(transport)
+    assert os.strerror(code) in result.stats.fallbacks[0]
     check(result, path)
 
 
-@pytest.mark.parametrize("way", [Way.DIRECT, Way.BUFFERED])
-def test_short_reads_are_continued(load, path, monkeypatch, way):
+@pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
+def test_short_reads_are_continued(load, path, monkeypatch, transport):
     start = Request.start
     monkeypatch.setattr(Request, "start", lambda r, fd, a, n, o: start(r, fd, a, min(n, 5 * PAGE), o))
-    check(load(way), path)
+    check(load(transport), path)
 
 
 def test_o_direct_refused_in_the_middle(load, path, monkeypatch):
@@ -596,16 +604,16 @@ def test_o_direct_refused_in_the_middle(load, path, monkeypatch):
         return nbytes
 
     monkeypatch.setattr(Request, "result", refusing)
-    loaded = load(Way.DIRECT)
-    assert loaded.carried.nbytes[Way.BUFFERED] > 0
-    assert len([r for r in loaded.carried.refusals if "O_DIRECT" in r]) == 1
+    loaded = load(Transport.DIRECT)
+    assert loaded.stats.nbytes[Transport.BUFFERED] > 0
+    assert len([r for r in loaded.stats.fallbacks if "O_DIRECT" in r]) == 1
     check(loaded, path)
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transport", WAYS)
 @pytest.mark.parametrize("nth", [1, 2, 5])
-def test_failing_allocation(load, way, nth):
+def test_failing_allocation(load, transport, nth):
     calls = iter(range(1, 100))
 
     def allocate(count):
@@ -613,19 +621,21 @@ def test_failing_allocation(load, way, nth):
             raise MemoryError("no room")
         return range(count)
 
-    error = fails_within_a_second(MemoryError, lambda: load(way, block_bytes=SLOT, each=4, allocate=allocate))
-    assert error.target.pinned == {}
+    error = fails_within_a_second(MemoryError, lambda: load(transport, block_bytes=SLOT, each=4, allocate=allocate))
+    assert error.writer.pinned == {}
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transport", WAYS)
 @pytest.mark.parametrize("left", [0, 5000, 700_000])
-def test_truncated_file(load, path, way, left):
+def test_truncated_file(load, path, transport, left):
     def allocate(count):  # after the file was opened and planned, before much is read
         os.truncate(path, left)
         return range(count)
 
-    error = fails_within_a_second(CheckpointError, lambda: load(way, block_bytes=SLOT, threads=2, allocate=allocate))
+    error = fails_within_a_second(
+        CheckpointError, lambda: load(transport, block_bytes=SLOT, threads=2, allocate=allocate)
+    )
     assert str(path) in str(error)
 
 
@@ -639,7 +649,7 @@ def test_a_window_that_fails(load, may_steal):
             raise error
 
     raised = fails_within_a_second(
-        DeviceError, lambda: load(Way.MAPPED, block_bytes=SLOT, refuse=fail, delay_s=0.02, may_steal=may_steal)
+        DeviceError, lambda: load(Transport.MAPPED, block_bytes=SLOT, refuse=fail, delay_s=0.02, may_steal=may_steal)
     )
     assert raised is error
 
@@ -656,7 +666,7 @@ def test_ctrl_c(load, monkeypatch):
     monkeypatch.setattr(Request, "result", lambda request: result(request) if interrupted.is_set() else None)
     timer.start()
     try:
-        fails_within_a_second(KeyboardInterrupt, lambda: load(Way.BUFFERED, threads=1))
+        fails_within_a_second(KeyboardInterrupt, lambda: load(Transport.BUFFERED, threads=1))
     finally:
         timer.join()
 
@@ -672,11 +682,11 @@ def test_a_read_that_hangs_does_not_hold_up_the_failure(load, monkeypatch):
 
     monkeypatch.setattr(Request, "result", hang)
     try:
-        raised = fails_within_a_second(error, lambda: load(Way.BUFFERED, threads=2, fail_at=(1, error)))
-        assert raised.target.pinned
+        raised = fails_within_a_second(error, lambda: load(Transport.BUFFERED, threads=2, fail_at=(1, error)))
+        assert raised.writer.pinned
     finally:
         let_go.set()
         for thread in threading.enumerate():
             if thread.name == "release":
                 thread.join()
-    assert raised.target.pinned == {}
+    assert raised.writer.pinned == {}

@@ -177,7 +177,7 @@ def test_devices_inside_of_the_block():
         assert empty(lambda: nn.BatchNorm2d(4)).running_mean.is_meta  # as was asked for
 
 
-class Moved(nn.Module):
+class TransferResult(nn.Module):
     """Moves itself, and sets the data of its parameters, as official models do."""
 
     def __init__(self):
@@ -195,9 +195,9 @@ class Moved(nn.Module):
 
 
 def test_a_constructor_that_moves_the_module_and_sets_data(tmp_path):
-    reference = Moved()
+    reference = TransferResult()
     torch.save(reference.state_dict(), tmp_path / "moved.pth")
-    module = empty(lambda: Moved().to("cpu"))
+    module = empty(lambda: TransferResult().to("cpu"))
     assert all(p.is_meta and p.dtype is torch.float16 for p in module.parameters())
     assert module.shift.dtype is torch.float16
     wan_loader.load_into(module, tmp_path / "moved.pth", device="cpu")

@@ -47,8 +47,8 @@ def test_report_adds_up(tmp_path, device, kind, mode):
     report = loaded.report
     nbytes = sum(t.nbytes for t in tensors.values())
     gaps = 64 * len(tensors) * 4  # zip records lie apart, and what is between them is read too
-    ways = report.io.nbytes_mapped + report.io.nbytes_direct + report.io.nbytes_buffered
-    assert nbytes <= ways <= nbytes + (gaps if "pth" in kind else 0)
+    transports = report.io.nbytes_mapped + report.io.nbytes_direct + report.io.nbytes_buffered
+    assert nbytes <= transports <= nbytes + (gaps if "pth" in kind else 0)
     assert report.nbytes_file == nbytes
     assert report.nbytes_device == sum(t.nbytes for t in loaded.tensors.values()) == nbytes // 2
     assert report.n_tensors == len(tensors)
@@ -263,17 +263,17 @@ def test_what_a_load_made_is_not_looked_at_by_the_next_collection(tmp_path):
 @pytest.fixture
 def portion_sizes(monkeypatch):
     """How many blocks each portion of a load has; one at a time is the rule here."""
-    sizes, plain = [], load.carry_out
+    sizes, plain = [], load.run_transfer
 
-    def carry_out(portions, *rest):
+    def run_transfer(batches, *rest):
         def counted():
-            for portion in portions:
-                sizes.append(len(portion.blocks))
-                yield portion
+            for batch in batches:
+                sizes.append(len(batch.blocks))
+                yield batch
 
         return plain(counted(), *rest)
 
-    monkeypatch.setattr(load, "carry_out", carry_out)
+    monkeypatch.setattr(load, "run_transfer", run_transfer)
     monkeypatch.setattr(course, "block_bytes", lambda *_: 64 << 10)
     monkeypatch.setattr(course, "_PORTION_BLOCKS", 1)
     return sizes
@@ -293,7 +293,7 @@ def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(
 
 def test_a_cold_load_takes_all_its_room_at_once(tmp_path, monkeypatch, portion_sizes):
     """It takes long, and others could take the room meanwhile."""
-    monkeypatch.setattr(course.Residency, "total", lambda *_: 0)
+    monkeypatch.setattr(course.PageCache, "total", lambda *_: 0)
     tensors = weights(7)
     same_dicts(wan_loader.load_file(write("safetensors", tmp_path, tensors), io="buffered"), tensors)
     assert portion_sizes == [11]

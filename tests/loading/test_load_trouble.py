@@ -104,8 +104,8 @@ MOMENTS = ["header", "init 1", "init 2", "init 3"]
     ("way", "moment", "action"),
     pairwise([*((mode, None) for mode in IO), ("auto", "bf16"), ("direct", "bf16")], MOMENTS, ACTIONS),
 )
-def test_file_changed_during_the_load(tmp_path, device, way, moment, action):
-    mode, dtype = way
+def test_file_changed_during_the_load(tmp_path, device, transport, moment, action):
+    mode, dtype = transport
     path = write("safetensors", tmp_path, weights(4))
     name, _, n = moment.partition(" ")
     meddler = Meddler(name, int(n or 1), lambda: action(path))

@@ -11,7 +11,7 @@ import torch
 from wan_pipeline import modules, residency
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.presets import Phase, load_preset, phases
-from wan_pipeline.residency import Fetch, FetchCancelledError, Part, Residency
+from wan_pipeline.residency import Fetch, FetchCancelledError, ModuleResidency, Part
 
 NAMES = ["text_encoder", "transformer", "transformer_2", "vae"]
 
@@ -24,7 +24,7 @@ def make(tiny_wan):
     def build(preset, *, provide=True):
         checkpoint = open_wan(tiny_wan())
         parts = [Part(c, torch.device("cpu"), None) for c in checkpoint.components]
-        keeper = Residency(parts, phases(load_preset(preset), NAMES), warm_ahead=load_preset(preset).warm_ahead)
+        keeper = ModuleResidency(parts, phases(load_preset(preset), NAMES), warm_ahead=load_preset(preset).warm_ahead)
         made.append(keeper)
         keeper.built = {c.name: modules.build(c, None) for c in checkpoint.components}
         if provide:

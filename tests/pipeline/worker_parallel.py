@@ -7,7 +7,7 @@ import threading
 import time
 from datetime import timedelta
 
-from wan_loader.distributed import liveness as peers
+from wan_loader.distributed import liveness as liveness
 from wan_loader.distributed import processes
 from wan_loader.errors import KeyMismatchError
 from wan_pipeline import pipeline, residency, startup
@@ -19,7 +19,7 @@ RANK = int(os.environ["RANK"])
 if CASE == "killed" and RANK == 1:
     pipeline.WanT2V._denoise = lambda *parts: os.kill(os.getpid(), signal.SIGKILL)
 if CASE == "hangs":  # as in NCCL, which does not notice
-    peers.SILENCE_S = 3.0
+    liveness.SILENCE_S = 3.0
     pipeline.WanT2V._denoise = lambda *parts: time.sleep(60) if RANK == 0 else os.kill(os.getpid(), signal.SIGKILL)
 if CASE == "slow":  # decoding takes longer than collectives may
     processes.COLLECTIVE_TIMEOUT = timedelta(seconds=4)

@@ -38,13 +38,13 @@ def profiled(tmp_path):
     """Run Python source as a program under the profiler; returns its session."""
 
     def profiled(source, *args, ceilings=None, **options):
-        from wan_loader.profiler.analysis.assemble import Surroundings, program_session
+        from wan_loader.profiler.analysis.assemble import Environment, program_session
         from wan_loader.profiler.analysis.merge import merge
         from wan_loader.profiler.program import run_program
 
         script = tmp_path / "program.py"
         script.write_text(source)
         recording = run_program([sys.executable, str(script), *map(str, args)], **options)
-        return program_session(recording, merge(recording), Surroundings(ceilings=ceilings or {}))
+        return program_session(recording, merge(recording), Environment(ceilings=ceilings or {}))
 
     return profiled

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import wan_loader
 from wan_loader.events import Recorder, span
-from wan_loader.profiler.analysis.assemble import Surroundings, load_session
+from wan_loader.profiler.analysis.assemble import Environment, load_session
 
 SECONDS = 1.5
 
@@ -16,7 +16,7 @@ SECONDS = 1.5
 def profile(path, ceilings, **options):
     recorder = Recorder()
     report = wan_loader.load(path, observer=recorder, io="buffered", **options).report
-    return load_session(report, recorder.spans, Surroundings(ceilings=ceilings))
+    return load_session(report, recorder.spans, Environment(ceilings=ceilings))
 
 
 def slowed(function, seconds):
@@ -71,7 +71,7 @@ class TestOwnLoads:
         self.expect("cast", profile(checkpoint, ceilings, dtype="bf16"))
 
     def test_slots(self, small_tensors, ceilings, monkeypatch):
-        from wan_loader.devices.cpu import CpuTarget
+        from wan_loader.devices.cpu import CpuWriter
 
         class Late:
             is_done = False
@@ -83,8 +83,8 @@ class TestOwnLoads:
                 time.sleep(0.1)
                 self.is_done = True
 
-        submit = CpuTarget.submit
-        monkeypatch.setattr(CpuTarget, "submit", lambda *args: submit(*args) or Late())
+        submit = CpuWriter.submit
+        monkeypatch.setattr(CpuWriter, "submit", lambda *args: submit(*args) or Late())
         self.expect("wait", profile(small_tensors, ceilings, threads=1))
 
     def test_headers(self, checkpoint, ceilings, monkeypatch):

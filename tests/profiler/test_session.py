@@ -11,7 +11,7 @@ from rich.console import Console
 
 from wan_loader.errors import SessionError
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
-from wan_loader.profiler.analysis.assemble import Surroundings, load_session
+from wan_loader.profiler.analysis.assemble import Environment, load_session
 from wan_loader.profiler.analysis.session import Process, Sample, Session, Verdict, read_session
 from wan_loader.profiler.analysis.timeline import Mark, phases
 from wan_loader.profiler.render.page import to_page
@@ -46,7 +46,7 @@ def make_session():
         Mark("read", S // 10, 2 * S, 1_000_000_000, "reader 0"),
         Mark("h2d", S, 2 * S, 1_000_000_000, "MainThread"),
     ]
-    return load_session(make_report(), spans, Surroundings(ceilings={"disk_gbps": 1.0, "copy_gbps": 2.0}))
+    return load_session(make_report(), spans, Environment(ceilings={"disk_gbps": 1.0, "copy_gbps": 2.0}))
 
 
 def test_round_trip(tmp_path):
@@ -89,7 +89,7 @@ def test_the_repr_is_one_short_line():
 
 def test_what_is_unknown_stays_unknown(tmp_path):
     report = make_report(io=IoReport("direct", "unknown", None, nbytes_direct=1_000_000_000))
-    session = load_session(report, [], Surroundings())
+    session = load_session(report, [], Environment())
     (tmp_path / "run.json").write_text(json.dumps(session.to_json()))
     assert read_session(tmp_path / "run.json").report.io.resident_before is None
 

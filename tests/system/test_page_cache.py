@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from wan_loader.plan.blocks import PAGE, Extent
+from wan_loader.plan.blocks import PAGE, ByteRange
 from wan_loader.stage_copy.blocks import BLOCK_BYTES, cold_blocks
 from wan_loader.system import page_cache as module
 from wan_loader.system.mounts import Mount
-from wan_loader.system.page_cache import WINDOW_BYTES, Knowledge, Residency, cached, describe, knowledge_of
+from wan_loader.system.page_cache import WINDOW_BYTES, Knowledge, PageCache, cached, describe, knowledge_of
 from wan_loader.warming.evict import evict as push_out
 from wan_loader.warming.evict import resident_bytes
 from wan_loader.warming.tree import list_tree
@@ -102,8 +102,8 @@ def test_a_page_that_stays_does_not_answer_for_its_window(fd, monkeypatch):
 def test_trying_finds_where_a_warm_part_ends(fd, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_TRIES", 3)
     bring_in(fd, 0, 1, 2)
-    pages = Residency([fd])
-    assert pages.total([Extent(0, 0, 100, NBYTES)]) == 3 * WINDOW_BYTES
+    pages = PageCache([fd])
+    assert pages.total([ByteRange(0, 0, 100, NBYTES)]) == 3 * WINDOW_BYTES
     assert pages.share(0, WINDOW_BYTES, 2 * WINDOW_BYTES) == 1.0
     assert pages.share(0, 2 * WINDOW_BYTES, 4 * WINDOW_BYTES) == 0.5
     assert not pages.is_resident(0, 5 * WINDOW_BYTES, NBYTES)
@@ -115,9 +115,9 @@ def test_a_file_is_tried_once_with_few_reads(fd, monkeypatch):
     tried = []
     monkeypatch.setattr(module._Tries, "is_there", lambda self, start, end: bool(tried.append(start)))
     monkeypatch.setattr(module, "WINDOW_BYTES", 64 << 10)
-    pages = Residency([fd])
+    pages = PageCache([fd])
     for start in range(0, NBYTES - 4096, NBYTES // 50):
-        assert pages.total([Extent(0, 0, start, start + 4096)]) == 0
+        assert pages.total([ByteRange(0, 0, start, start + 4096)]) == 0
     assert len(tried) <= 17
 
 
@@ -141,8 +141,8 @@ def test_what_cannot_be_known_is_unknown_and_counts_as_cold(fd, weights, unknown
     bring_in(fd, 0, 1)
     assert cached(fd, 0, NBYTES) is None
     assert resident_bytes([weights]) is None
-    pages = Residency([fd])
-    assert pages.total([Extent(0, 0, 0, NBYTES)]) == 0
+    pages = PageCache([fd])
+    assert pages.total([ByteRange(0, 0, 0, NBYTES)]) == 0
     assert pages.share(0, 0, 4096) == 0.0
     assert pages.knowledge is Knowledge.UNKNOWN
     assert "unknown" in describe([weights])[0]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from wan_loader.cache.content import Loaded, ReadParts
+    from wan_loader.cache.content import LoadedTensors, ReadParts
     from wan_loader.cache.entry import Building
     from wan_loader.cache.outline import CachedFile, Outline, SourceFile
 
@@ -52,7 +52,7 @@ class Build:
         building: Building,
         outline: Outline,
         sources: Sequence[SourceFile],
-        loaded: Loaded,
+        loaded: LoadedTensors,
         read: ReadParts,
         *,
         digest_contents: bool = False,

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from wan_loader.cache.build import Build
 from wan_loader.cache.check import BlockCheck, check_entry, check_header
-from wan_loader.cache.content import Loaded as LoadedTensors
-from wan_loader.cache.content import warm_up
+from wan_loader.cache.content import LoadedTensors, warm_up
 from wan_loader.cache.outline import Outline, outline_file, why_not, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError, MissingFileError
@@ -273,8 +272,8 @@ def read_parts(file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]:
         facts = part.tensor.source
         place, itemsize = file.checkpoint.storages[facts.storage], ITEMSIZE[facts.dtype]
         storages.append(StorageFacts(place.file, place.start + part.start * itemsize, part.count * itemsize))
-        piece = TensorFacts(str(index), facts.dtype, (part.count,), index, (1,))
-        plans.append(StoragePlan(index, facts.dtype, part.tensor.dtype, (piece,)))
-    pieces = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(p.tensors[0] for p in plans))
-    tensors = read_storages(pieces, plans)
+        segment = TensorFacts(str(index), facts.dtype, (part.count,), index, (1,))
+        plans.append(StoragePlan(index, facts.dtype, part.tensor.dtype, (segment,)))
+    segments = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(p.tensors[0] for p in plans))
+    tensors = read_storages(segments, plans)
     return [tensors[str(index)] for index in range(len(parts))]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from wan_loader.cache.outline import CachedFile, CachedTensor
 
-__all__ = ["PART_BYTES", "Loaded", "Part", "ReadParts", "batches", "parts_of", "warm_up"]
+__all__ = ["PART_BYTES", "LoadedTensors", "Part", "ReadParts", "batches", "parts_of", "warm_up"]
 
 #: Unit of reading and writing: large enough for any disk; two are in memory at a time.
 PART_BYTES = 64 << 20
@@ -62,7 +62,7 @@ def parts_of(tensor: CachedTensor) -> Iterator[Part]:
         yield Part(tensor, start, min(step, total - start))
 
 
-class Loaded:
+class LoadedTensors:
     """What is known of loaded tensors without keeping them: weak references and fingerprints."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ def warm_up(device: str | int | torch.device) -> None:
                 part.cpu()
 
 
-def batches(parts: Iterable[Part], loaded: Loaded) -> Iterator[list[Part]]:
+def batches(parts: Iterable[Part], loaded: LoadedTensors) -> Iterator[list[Part]]:
     """Neighbouring parts that go together to one read, `PART_BYTES` at most; what was loaded stands alone."""
     batch: list[Part] = []
     for part in parts:

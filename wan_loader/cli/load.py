@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.cache.build import Build
-    from wan_loader.loading.result import Loaded
+    from wan_loader.loading.result import LoadResult
 
 __all__ = ["load"]
 
@@ -68,7 +68,7 @@ def load(
             _finish(loaded.build)
 
 
-def _tell(path: Path, loaded: Loaded, *, part: str | None, verify: bool, json: bool) -> None:
+def _tell(path: Path, loaded: LoadResult, *, part: str | None, verify: bool, json: bool) -> None:
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import error_console, print_load, print_warnings
     from wan_loader.sizes import format_count
@@ -109,7 +109,7 @@ def _load(
     cache: bool,
     cache_dir: Path | None,
     verify: bool,
-) -> Loaded:
+) -> LoadResult:
     import wan_loader
     from wan_loader.cli.render import reading_progress
 
@@ -131,7 +131,7 @@ def _load(
         )
 
 
-def _verify(path: Path, loaded: Loaded, part: str | None) -> int:
+def _verify(path: Path, loaded: LoadResult, part: str | None) -> int:
     from wan_loader.cli.output import say
     from wan_loader.verify import verify
 

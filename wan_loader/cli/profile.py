@@ -15,7 +15,7 @@ from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:
     from wan_loader.console import PlainConsole
-    from wan_loader.profiler.analysis.assemble import Surroundings
+    from wan_loader.profiler.analysis.assemble import Environment
     from wan_loader.profiler.analysis.session import Session
 
 __all__ = ["PageFile", "TraceFile", "profile", "render_session"]
@@ -170,9 +170,9 @@ def _profile_program(
     return program_session(recording, processes, around), recording.returncode
 
 
-def _surroundings(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Surroundings:
+def _surroundings(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Environment:
     """What to compare with. Measured after the load, so that nothing is warmed for it."""
-    from wan_loader.profiler.analysis.assemble import Surroundings
+    from wan_loader.profiler.analysis.assemble import Environment
     from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings
     from wan_loader.profiler.probe.storage import limits, storage_facts
 
@@ -182,7 +182,7 @@ def _surroundings(files: list[str], device: str, before: dict[str, Any], *, meas
     if measure:
         with _told("measuring what this machine can do ..."):
             found = find_ceilings(files, device=device)
-    return Surroundings(
+    return Environment(
         ceilings=found.values,
         storage=storage_facts(files[0]) if files else {},
         limits={**before, "memory_stalled_s": stalled},

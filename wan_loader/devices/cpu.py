@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.events import Observer
-    from wan_loader.plan.blocks import Piece
+    from wan_loader.plan.blocks import Segment
 
-__all__ = ["CpuTarget"]
+__all__ = ["CpuWriter"]
 
 #: Destinations from this size on are asked to lie in huge pages.
 _HUGE = 4 << 20
@@ -31,7 +31,7 @@ _HUGE = 4 << 20
 _UNDIVIDED = 16384
 
 
-class CpuTarget:
+class CpuWriter:
     """Ordinary host memory."""
 
     can_pin = False
@@ -47,12 +47,12 @@ class CpuTarget:
             if destination.source_dtype is not None and (nbytes := destination.whole.nbytes) >= _HUGE:
                 prefer_huge_pages(destination.address, nbytes)
 
-    def place(self, piece: Piece) -> int | None:
+    def place(self, segment: Segment) -> int | None:
         """In its storage, if it stays as it is."""
-        destination = self._destinations[piece.storage]
-        return None if destination.source_dtype is not None else destination.address + piece.storage_start
+        destination = self._destinations[segment.storage]
+        return None if destination.source_dtype is not None else destination.address + segment.storage_start
 
-    def line(self) -> CpuTarget:
+    def stream(self) -> CpuWriter:
         """Nothing is kept between copies."""
         return self
 
@@ -64,28 +64,28 @@ class CpuTarget:
         """Nothing to undo."""
         return True
 
-    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> None:
+    def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> None:
         """Copy or convert the pieces now."""
         offset = address - file_start
-        for converts, group in groupby(pieces, lambda p: self._destinations[p.storage].source_dtype is not None):
+        for converts, group in groupby(segments, lambda p: self._destinations[p.storage].source_dtype is not None):
             same = list(group)
             with span(self._observer, "cast" if converts else "h2d", sum(p.nbytes for p in same)):
-                for piece in same:
-                    destination, source = self._destinations[piece.storage], offset + piece.file_start
+                for segment in same:
+                    destination, source = self._destinations[segment.storage], offset + segment.file_start
                     if converts:
-                        _convert(destination, source, piece)
+                        _convert(destination, source, segment)
                     else:
-                        ctypes.memmove(destination.address + piece.storage_start, source, piece.nbytes)
+                        ctypes.memmove(destination.address + segment.storage_start, source, segment.nbytes)
 
     def finish(self) -> None:
         """Everything has arrived already."""
 
 
-def _convert(destination: Destination, source: int, piece: Piece) -> None:
+def _convert(destination: Destination, source: int, segment: Segment) -> None:
     import torch
 
-    first, count = piece.storage_start // piece.itemsize, piece.nbytes // piece.itemsize
-    raw = torch.frombuffer((ctypes.c_char * piece.nbytes).from_address(source), dtype=torch.uint8)
+    first, count = segment.storage_start // segment.itemsize, segment.nbytes // segment.itemsize
+    raw = torch.frombuffer((ctypes.c_char * segment.nbytes).from_address(source), dtype=torch.uint8)
     assert destination.source_dtype is not None
     _convert_flat(destination.flat[first : first + count], raw, destination.source_dtype)
 

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.writer import Destination
     from wan_loader.events import Observer
-    from wan_loader.plan.blocks import Piece
+    from wan_loader.plan.blocks import Segment
 
-__all__ = ["CudaTarget", "join_copies"]
+__all__ = ["CudaWriter", "join_copies"]
 
 
-def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def _neighbours(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
     """Pieces in rows that follow each other in the file without a gap."""
-    row: list[Piece] = []
-    for piece in pieces:
-        if row and piece.file_start != row[-1].file_end:
+    row: list[Segment] = []
+    for segment in segments:
+        if row and segment.file_start != row[-1].file_end:
             yield row
             row = []
-        row.append(piece)
+        row.append(segment)
     if row:
         yield row
 
@@ -76,7 +76,7 @@ class _DeviceView:
         }
 
 
-class CudaTarget:
+class CudaWriter:
     """One CUDA device. Where a line is made, it becomes the thread's current one."""
 
     can_pin = True
@@ -94,7 +94,7 @@ class CudaTarget:
         """Start and end of registered memory, in order. Threads that add to it move what others have just found."""
         self._pinned_lock = Lock()
         self._views: dict[int, Any] = {}
-        self._lines: list[_Line] = []
+        self._streams: list[_CopyStream] = []
         self._context = driver.current_context()
 
     def bind(self, destinations: Sequence[Destination]) -> None:
@@ -106,15 +106,15 @@ class CudaTarget:
         self.destinations += destinations
         self.allocated.record(self.torch.cuda.current_stream(self.device))
 
-    def place(self, piece: Piece) -> None:
+    def place(self, segment: Segment) -> None:
         """Nothing of the device is host memory."""
 
-    def line(self) -> _Line:
+    def stream(self) -> _CopyStream:
         """A stream of its own."""
         self.torch.cuda.set_device(self.device)
-        line = _Line(self, f"{self.device} h2d {len(self._lines)}")
-        self._lines.append(line)
-        return line
+        stream = _CopyStream(self, f"{self.device} h2d {len(self._streams)}")
+        self._streams.append(stream)
+        return stream
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory with the driver, in any thread; raises `PinError`."""
@@ -147,20 +147,20 @@ class CudaTarget:
 
     def finish(self) -> None:
         """Wait for everything."""
-        for line in self._lines:
-            line.finish()
-        while self._lines:
-            driver.destroy_stream(self._lines.pop().handle)
+        for stream in self._streams:
+            stream.finish()
+        while self._streams:
+            driver.destroy_stream(self._streams.pop().handle)
         self.destinations = []  # the weights are their owner's alone from here on
         self._pinned.clear()
         self._views.clear()
 
 
 @dataclass(slots=True, eq=False)
-class _Ticket:
+class _CopyEvent:
     """Copies up to an event."""
 
-    line: _Line
+    stream: _CopyStream
     event: Any
     nbytes: int
     submitted_ns: int
@@ -169,7 +169,7 @@ class _Ticket:
     def done(self) -> bool:
         if not self.is_done and self.event.query():
             self.is_done = True
-            self.line.ended(self)
+            self.stream.ended(self)
         return self.is_done
 
     def wait(self) -> None:
@@ -177,16 +177,16 @@ class _Ticket:
             self.event.synchronize()
 
 
-class _Line:
+class _CopyStream:
     """A stream, and what happened on it. Events are used again: making one takes longer than recording it."""
 
-    def __init__(self, target: CudaTarget, track: str) -> None:
+    def __init__(self, target: CudaWriter, track: str) -> None:
         self._target = target
         self._track = track
         self._torch = target.torch
         self.handle = driver.make_stream()
         self._stream = target.torch.cuda.ExternalStream(self.handle, target.device)
-        self._tickets: deque[_Ticket] = deque()
+        self._copy_events: deque[_CopyEvent] = deque()
         self._events: list[Any] = []
         # lays the device's clock on the host's; before the stream waits for anything
         self._origin = self._event()
@@ -195,16 +195,16 @@ class _Line:
         self._n_bound = 0
         self._within = (0, 0)
 
-    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> _Ticket:
+    def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> _CopyEvent:
         """Queue copies and casts; the source must stay until the ticket is done."""
         to, submitted_ns = self._target.destinations, clock_ns()
         if self._n_bound != len(to):
             self._n_bound = len(to)
             self._stream.wait_event(self._target.allocated)
-        plain: list[Piece] = []
-        converted: list[Piece] = []
-        for piece in pieces:
-            (plain if to[piece.storage].source_dtype is None else converted).append(piece)
+        plain: list[Segment] = []
+        converted: list[Segment] = []
+        for segment in segments:
+            (plain if to[segment.storage].source_dtype is None else converted).append(segment)
         offset = address - file_start
         copies = ((to[p.storage].address + p.storage_start, offset + p.file_start, p.nbytes) for p in plain)
         driver.copy_to_device(join_copies(copies, self._allocation), self.handle)
@@ -213,9 +213,9 @@ class _Line:
                 for row in _neighbours(converted):
                     for (source_dtype, _), same in groupby(row, key=self._dtypes):
                         self._cast(address, file_start, source_dtype, list(same))
-        ticket = _Ticket(self, self._event(), sum(p.nbytes for p in pieces), submitted_ns)
-        self._tickets.append(ticket)
-        return ticket
+        copy_event = _CopyEvent(self, self._event(), sum(p.nbytes for p in segments), submitted_ns)
+        self._copy_events.append(copy_event)
+        return copy_event
 
     def _allocation(self, address: int) -> tuple[int, int]:
         start, end = self._within
@@ -223,23 +223,23 @@ class _Line:
             self._within = driver.allocation(address)
         return self._within
 
-    def _dtypes(self, piece: Piece) -> tuple[Any, Any]:
-        destination = self._target.destinations[piece.storage]
+    def _dtypes(self, segment: Segment) -> tuple[Any, Any]:
+        destination = self._target.destinations[segment.storage]
         return destination.source_dtype, destination.whole.dtype
 
-    def _cast(self, address: int, file_start: int, source_dtype: Any, pieces: Sequence[Piece]) -> None:
+    def _cast(self, address: int, file_start: int, source_dtype: Any, segments: Sequence[Segment]) -> None:
         """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
-        first, last = pieces[0].file_start - file_start, pieces[-1].file_end - file_start
+        first, last = segments[0].file_start - file_start, segments[-1].file_end - file_start
         raw = self._target.bytes_on_device(address + first, last - first)
         if raw.data_ptr() % source_dtype.itemsize:  # kernels need aligned elements
             raw = raw.clone()
-        counts = [piece.nbytes // piece.itemsize for piece in pieces]
+        counts = [segment.nbytes // segment.itemsize for segment in segments]
         sources = raw.view(source_dtype).split(counts)
         targets = []
-        for piece, count in zip(pieces, counts, strict=True):
-            flat, start = self._target.destinations[piece.storage].flat, piece.storage_start // piece.itemsize
+        for segment, count in zip(segments, counts, strict=True):
+            flat, start = self._target.destinations[segment.storage].flat, segment.storage_start // segment.itemsize
             targets.append(flat if count == flat.numel() else flat[start : start + count])
-        if len(pieces) == 1:
+        if len(segments) == 1:
             targets[0].copy_(sources[0])
         else:
             self._torch._foreach_copy_(targets, sources)
@@ -250,18 +250,18 @@ class _Line:
         event.record(self._stream)
         return event
 
-    def ended(self, ticket: _Ticket) -> None:
+    def ended(self, copy_event: _CopyEvent) -> None:
         """Take note that a ticket is done, with the device's own times; in the order of the tickets."""
-        self._tickets.remove(ticket)
+        self._copy_events.remove(copy_event)
         observer = self._target.observer
         if observer is not None:
-            start_ns = max(ticket.submitted_ns, self._ended_ns)  # until then the stream was busy with others
-            self._ended_ns = max(start_ns, self._origin_ns + int(self._origin.elapsed_time(ticket.event) * 1e6))
-            observer.record(Span("h2d", start_ns, self._ended_ns, ticket.nbytes, self._track))
-        self._events.append(ticket.event)
+            start_ns = max(copy_event.submitted_ns, self._ended_ns)  # until then the stream was busy with others
+            self._ended_ns = max(start_ns, self._origin_ns + int(self._origin.elapsed_time(copy_event.event) * 1e6))
+            observer.record(Span("h2d", start_ns, self._ended_ns, copy_event.nbytes, self._track))
+        self._events.append(copy_event.event)
 
     def finish(self) -> None:
         """Wait for everything on the stream."""
         self._stream.synchronize()
-        for ticket in list(self._tickets):
-            ticket.done()
+        for copy_event in list(self._copy_events):
+            copy_event.done()

@@ -1,6 +1,6 @@
 """What a target is: the memory that weights end up in, and how bytes get there.
 
-Two implementations: `CudaTarget` copies asynchronously over PCIe, `CpuTarget` is its twin in host memory. Each thread
+Two implementations: `CudaWriter` copies asynchronously over PCIe, `CpuWriter` is its twin in host memory. Each thread
 that submits copies asks for a line of its own.
 """
 
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wan_loader.plan.blocks import Piece
+    from wan_loader.plan.blocks import Segment
 
-__all__ = ["Destination", "Line", "PinError", "Target", "Ticket"]
+__all__ = ["CopyEvent", "CopyStream", "Destination", "DeviceWriter", "PinError"]
 
 
 class PinError(Exception):
     """The driver refused to register host memory; the message says why. Never reaches a caller of the library."""
 
 
-class Ticket(Protocol):
+class CopyEvent(Protocol):
     """Submitted copies that may still be running. For the thread that submitted them."""
 
     def done(self) -> bool:
@@ -46,17 +46,17 @@ class Destination(NamedTuple):
         return self.whole if self.whole.dim() == 1 else self.whole.view(-1)
 
 
-class Line(Protocol):
+class CopyStream(Protocol):
     """Submits copies, in their order. For one thread, the one in which it was made."""
 
-    def submit(self, address: int, file_start: int, pieces: Sequence[Piece]) -> Ticket | None:
+    def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> CopyEvent | None:
         """Start copying pieces; byte `file_start` of their file lies at `address`. None: already done.
 
         Where `address` is one that was pinned, the copies run by themselves.
         """
 
 
-class Target(Protocol):
+class DeviceWriter(Protocol):
     """The memory that weights end up in."""
 
     can_pin: bool
@@ -64,10 +64,10 @@ class Target(Protocol):
     def bind(self, destinations: Sequence[Destination]) -> None:
         """Say where the next storages go, in their order, before anything is submitted for them."""
 
-    def place(self, piece: Piece) -> int | None:
+    def place(self, segment: Segment) -> int | None:
         """Where in host memory a piece may be read to, rather than submitted; None: nowhere."""
 
-    def line(self) -> Line:
+    def stream(self) -> CopyStream:
         """A line for this thread."""
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:

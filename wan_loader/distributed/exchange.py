@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from wan_loader.distributed.liveness import Peers
+    from wan_loader.distributed.liveness import Liveness
     from wan_loader.distributed.sharding import Chunk, Exchange
 
 __all__ = ["carry", "check_usable"]
@@ -43,18 +43,18 @@ def check_usable(group: ProcessGroup) -> None:
         )
 
 
-def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup, peers: Peers) -> None:
+def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup, liveness: Liveness) -> None:
     """Carry out an exchange. flats: storages by number, 1-D. Returns when everything has arrived.
 
     Raises what failed here, or `DistributedError` for what failed elsewhere; either way no collective is left behind.
     """
     import torch
 
-    me = what.holders.index(peers.rank)
+    me = what.holders.index(liveness.rank)
     raw = {storage: flat.view(torch.uint8) for storage, flat in flats.items()}
     device = next(iter(raw.values())).device
-    _meet(group, device, peers)
-    with _Collectives(group, device, peers) as collectives:
+    _meet(group, device, liveness)
+    with _Collectives(group, device, liveness) as collectives:
         for gather in what.gathers:
             whole = raw[gather.storage][: gather.nbytes * len(what.holders)]
             collectives.gather(whole, whole[gather.nbytes * me : gather.nbytes * (me + 1)])
@@ -64,7 +64,7 @@ def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup
         _finish(collectives.device)
 
 
-def _meet(group: ProcessGroup, device: torch.device, peers: Peers) -> None:
+def _meet(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None:
     """Have NCCL connect the processes of a group, which it else does within the first collective of the group.
 
     That call returns when all have come, and nothing ends it: so it is made in a thread, which is left behind where
@@ -88,7 +88,7 @@ def _meet(group: ProcessGroup, device: torch.device, peers: Peers) -> None:
     _broken.add(group)
     thread.start()
     while thread.is_alive():
-        peers.check()
+        liveness.check()
         thread.join(_POLL_S)
     if errors:
         raise errors[0]
@@ -103,10 +103,10 @@ class _Collectives:
     waits for that GPU, such as giving registered memory back.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device, peers: Peers) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device, liveness: Liveness) -> None:
         self._group = group
         self.device = device
-        self._peers = peers
+        self._liveness = liveness
         self._works: list[Any] = []
 
     def __enter__(self) -> _Collectives:
@@ -123,7 +123,7 @@ class _Collectives:
     def wait(self) -> None:
         """Wait for all that was started."""
         for work in self._works:
-            self._peers.wait(work)
+            self._liveness.wait(work)
 
     def _completed_within(self, seconds: float) -> bool:
         """Whether all end by themselves, as they do where the others go on."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-__all__ = ["GRACE_S", "SILENCE_S", "Peers", "own_connection"]
+__all__ = ["GRACE_S", "SILENCE_S", "Liveness", "own_connection"]
 
 #: A process whose heartbeat stands still for so long counts as gone.
 SILENCE_S = 6.0
@@ -53,7 +53,7 @@ def own_connection(store: Any) -> Any:
     return store.clone()
 
 
-class Peers:
+class Liveness:
     """The processes `ranks`, of which this is `rank`. A context manager: leaving it with an error tells the others.
 
     All of them make one with the same `name`, which no two runs share. patience_s: how long `agree` waits for a
@@ -71,7 +71,7 @@ class Peers:
         *,
         patience_s: float | None = None,
         on_failure: Callable[[str], None] | None = None,
-        outer: Peers | None = None,
+        outer: Liveness | None = None,
     ) -> None:
         self.rank = rank
         self.ranks = tuple(ranks)
@@ -86,7 +86,7 @@ class Peers:
         self._end = threading.Event()
         self._watch = threading.Thread(target=self._watching, name="peers", daemon=True)
 
-    def __enter__(self) -> Peers:
+    def __enter__(self) -> Liveness:
         try:
             self._store.set(self._key("beat", self.rank), "0")
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.distributed.liveness import Peers, own_connection
+from wan_loader.distributed.liveness import Liveness, own_connection
 from wan_loader.errors import DistributedError, OptionError, WanLoaderError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ __all__ = [
     "open_store",
     "own_device",
     "process_rank",
-    "run_peers",
+    "run_liveness",
     "tell_others",
     "use_device",
     "warms",
@@ -44,7 +44,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _LINGER_S = 3.0
 _LINGER_START_S = 10.0
 _runs = iter(range(1 << 30))
-_joined: list[Peers] = []
+_joined: list[Liveness] = []
 
 
 def _from_environment(name: str, default: int | None = None) -> int:
@@ -117,7 +117,7 @@ class Joined:
     """This process, connected with the others."""
 
     device: torch.device
-    peers: Peers
+    liveness: Liveness
     started_torch: bool
     """Whether torch.distributed was started here, and is ended here."""
 
@@ -125,15 +125,15 @@ class Joined:
         """Leave when all do; with an error, the others are told, and nobody waits."""
         import torch.distributed as dist
 
-        if self.peers in _joined:
-            _joined.remove(self.peers)
+        if self.liveness in _joined:
+            _joined.remove(self.liveness)
         if error is not None:
-            self.peers.__exit__(type(error), error, None)
+            self.liveness.__exit__(type(error), error, None)
             if self.started_torch and _holds_store() and isinstance(error, Exception):
-                self.peers.linger(_LINGER_S)
+                self.liveness.linger(_LINGER_S)
             return
-        self.peers.agree("end")
-        self.peers.leave()
+        self.liveness.agree("end")
+        self.liveness.leave()
         if self.started_torch and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -152,9 +152,11 @@ def join(device: str | torch.device) -> Joined:
     store: Any = open_store() if starts else _get_default_store()
     rank, world = process_rank(), world_size()
     with contextlib.ExitStack() as stack:
-        peers = stack.enter_context(Peers(own_connection(store), rank, range(world), next_name(), patience_s=_WAIT_S))
+        liveness = stack.enter_context(
+            Liveness(own_connection(store), rank, range(world), next_name(), patience_s=_WAIT_S)
+        )
         mine = own_device(device)
-        peers.agree("start")
+        liveness.agree("start")
         if starts:
             dist.init_process_group(
                 "nccl" if mine.type == "cuda" else "gloo",
@@ -164,13 +166,13 @@ def join(device: str | torch.device) -> Joined:
                 timeout=COLLECTIVE_TIMEOUT,
                 device_id=mine if mine.type == "cuda" else None,
             )
-        peers.patience_s = None
+        liveness.patience_s = None
         stack.pop_all()
-        _joined.append(peers)
-        return Joined(mine, peers, starts)
+        _joined.append(liveness)
+        return Joined(mine, liveness, starts)
 
 
-def run_peers() -> Peers | None:
+def run_liveness() -> Liveness | None:
     """The processes of the run that this one has joined, and not left; None outside of one."""
     return _joined[-1] if _joined else None
 
@@ -183,10 +185,10 @@ def tell_others(error: BaseException) -> None:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            peers = Peers(open_store(), process_rank(), range(world_size()), next_name())
-            peers.fail(error)
+            liveness = Liveness(open_store(), process_rank(), range(world_size()), next_name())
+            liveness.fail(error)
             if _holds_store():
-                peers.linger(_LINGER_START_S)
+                liveness.linger(_LINGER_START_S)
 
 
 def own_device(device: str | torch.device) -> torch.device:

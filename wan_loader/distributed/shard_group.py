@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices.resolve import check_room_for_torch
 from wan_loader.distributed.exchange import carry, check_usable
-from wan_loader.distributed.liveness import Peers, own_connection
-from wan_loader.distributed.processes import run_peers
-from wan_loader.distributed.sharding import Spread, borders, divide, exchanges
+from wan_loader.distributed.liveness import Liveness, own_connection
+from wan_loader.distributed.processes import run_liveness
+from wan_loader.distributed.sharding import TensorSharding, borders, divide, exchanges
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from wan_loader.devices.writer import Destination
-    from wan_loader.distributed.sharding import Division
+    from wan_loader.distributed.sharding import LocalShare
     from wan_loader.events import Observer, Span
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loading.allocate import StoragePlan
     from wan_loader.plan.dtype_rule import DtypeRule
 
-__all__ = ["Team", "joined"]
+__all__ = ["ShardGroup", "joined"]
 
 #: How long a load waits for a process that has not called it yet.
 PATIENCE_S = 600.0
@@ -58,24 +58,24 @@ _turns: defaultdict[tuple[int, ...], threading.Lock] = defaultdict(threading.Loc
 
 
 @dataclass(slots=True)
-class Team:
+class ShardGroup:
     """The processes of one load, as one of them sees it."""
 
-    peers: Peers
+    liveness: Liveness
     group: ProcessGroup
     groups: dict[tuple[int, ...], ProcessGroup]
     """By the ranks in them."""
     n_local: int = 1
     """Processes of the team on this machine."""
-    division: Division | None = None
+    local_share: LocalShare | None = None
     parts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scales: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _spreads: dict[tuple[Any, ...], Spread] = field(default_factory=dict)
+    _shardings: dict[tuple[Any, ...], TensorSharding] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         """This process, counted over the whole run."""
-        return self.peers.rank
+        return self.liveness.rank
 
     def device(self, device: str | int | torch.device) -> str | int | torch.device:
         """Where this process loads to: "cuda" is the GPU that the group is bound to, whatever the thread's current one.
@@ -93,25 +93,25 @@ class Team:
 
     def watch(self, observer: Observer | None) -> Observer:
         """An observer through which the failure of another process ends the load of this one."""
-        return _Watch(self.peers, observer)
+        return _Watch(self.liveness, observer)
 
     def divide(
         self, checkpoint: Checkpoint, tensors: Sequence[TensorFacts], slots: Mapping[str, Any], rule: DtypeRule
-    ) -> Division:
+    ) -> LocalShare:
         """Compare with the others, and say what this process keeps. slots: the module's tensor of each name, if any."""
-        spreads = {t.name: self._spread(slots.get(t.name)) for t in tensors}
-        self._compare(checkpoint, tensors, spreads, rule)
-        self.division = divide(checkpoint, tensors, spreads, self.rank)
-        return self.division
+        shardings = {t.name: self._sharding(slots.get(t.name)) for t in tensors}
+        self._compare(checkpoint, tensors, shardings, rule)
+        self.local_share = divide(checkpoint, tensors, shardings, self.rank)
+        return self.local_share
 
     def reads(self, plans: Sequence[StoragePlan]) -> dict[int, tuple[int, int]]:
         """Which bytes of each storage that others hold, too, this process reads; storages not in it are read whole."""
-        assert self.division is not None
+        assert self.local_share is not None
         out: dict[int, tuple[int, int]] = {}
         self.parts, self.scales = {}, {}
-        for holders in dict.fromkeys(h for h in self.division.holders if len(h) > 1):
-            shared = [p for p in plans if self.division.holders[p.storage] == holders]
-            nbytes = [self.division.checkpoint.storages[p.storage].nbytes for p in shared]
+        for holders in dict.fromkeys(h for h in self.local_share.holders if len(h) > 1):
+            shared = [p for p in plans if self.local_share.holders[p.storage] == holders]
+            nbytes = [self.local_share.checkpoint.storages[p.storage].nbytes for p in shared]
             scales = [(ITEMSIZE[p.source], ITEMSIZE[p.target]) if p.source and p.target else (1, 1) for p in shared]
             me = holders.index(self.rank)
             for plan, ends, scale in zip(
@@ -129,21 +129,21 @@ class Team:
         observer: Observer | None,
     ) -> dict[str, int]:
         """Fill in what the others have read; returns facts for the report."""
-        assert self.division is not None
+        assert self.local_share is not None
         flats = {plan.storage: to.flat for plan, to in zip(plans, destinations, strict=True)}
         if self.parts:
             _check_backend(self.group, flats)
         for group in self.groups.values():
             check_usable(group)
-        _check_devices(self.peers.ranks, self.peers.agree("read", _identity(self.group, flats)))
+        _check_devices(self.liveness.ranks, self.liveness.agree("read", _identity(self.group, flats)))
         received = 0
-        for what in exchanges(self.division.holders, self.parts, self.scales):
+        for what in exchanges(self.local_share.holders, self.parts, self.scales):
             with span(observer, "shard", nbytes := what.nbytes_received(self.rank)):
-                carry(what, flats, self.groups[what.holders], self.peers)
+                carry(what, flats, self.groups[what.holders], self.liveness)
             received += nbytes
         return {
             "rank": self.rank,
-            "processes": len(self.peers.ranks),
+            "processes": len(self.liveness.ranks),
             "processes_here": self.n_local,
             "nbytes_read": nbytes_read,
             "nbytes_received": received,
@@ -151,32 +151,32 @@ class Team:
 
     def arrived(self) -> None:
         """Wait until every process has everything: the end of what can fail together."""
-        self.peers.agree("arrived")
-        self.peers.close()
+        self.liveness.agree("arrived")
+        self.liveness.close()
 
     def cut(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Keep only this process's rows of tensors that had to be loaded whole."""
-        cuts = self.division.cuts if self.division is not None else {}
+        cuts = self.local_share.cuts if self.local_share is not None else {}
         return {n: t[slice(*cuts[n])].clone().contiguous() if n in cuts else t for n, t in tensors.items()}
 
-    def _spread(self, tensor: Any) -> Spread:
+    def _sharding(self, tensor: Any) -> TensorSharding:
         if not is_dtensor(tensor):
-            return Spread(self.peers.ranks)
+            return TensorSharding(self.liveness.ranks)
         key = (tensor.device_mesh, tensor.placements)
-        if key not in self._spreads:  # a module has a thousand tensors, and one or two ways to lay them
-            self._spreads[key] = _mesh_spread(*key, self)
-        return self._spreads[key]
+        if key not in self._shardings:  # a module has a thousand tensors, and one or two ways to lay them
+            self._shardings[key] = _mesh_sharding(*key, self)
+        return self._shardings[key]
 
     def _compare(
         self,
         checkpoint: Checkpoint,
         tensors: Sequence[TensorFacts],
-        spreads: Mapping[str, Spread],
+        shardings: Mapping[str, TensorSharding],
         rule: DtypeRule,
     ) -> None:
-        wanted = [(t.name, rule.target(t.name, t.dtype), spreads[t.name].n_blocks) for t in tensors]
+        wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_blocks) for t in tensors]
         mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}
-        facts = [json.loads(text) for text in self.peers.agree("headers", json.dumps(mine))]
+        facts = [json.loads(text) for text in self.liveness.agree("headers", json.dumps(mine))]
         for key, what, cure in (
             (
                 "checkpoint",
@@ -185,26 +185,26 @@ class Team:
             ),
             ("request", "ask for other tensors, dtypes or shards", "call with the same module and options everywhere"),
         ):
-            if others := [r for r, f in zip(self.peers.ranks, facts, strict=True) if f[key] != facts[0][key]]:
+            if others := [r for r, f in zip(self.liveness.ranks, facts, strict=True) if f[key] != facts[0][key]]:
                 raise DistributedError(
-                    f"processes {', '.join(map(str, others))} {what} than process {self.peers.ranks[0]}: {cure}"
+                    f"processes {', '.join(map(str, others))} {what} than process {self.liveness.ranks[0]}: {cure}"
                 )
         self.n_local = sum(f["host"] == mine["host"] for f in facts)
 
 
 class _Watch:
-    def __init__(self, peers: Peers, observer: Observer | None) -> None:
-        self._peers = peers
+    def __init__(self, liveness: Liveness, observer: Observer | None) -> None:
+        self._liveness = liveness
         self._observer = observer
 
     def record(self, span: Span) -> None:
-        self._peers.check()
+        self._liveness.check()
         if self._observer is not None:
             self._observer.record(span)
 
 
 @contextmanager
-def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[Team | None]:
+def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup | None]:
     """The team of a load; None where this process loads alone. Every process of the group must come here.
 
     group: None takes the one that the module's DTensors lie on, if there are any. Loads of the same group in several
@@ -228,9 +228,9 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
         raise OptionError(f"process {rank} is not in the group that was given, which has {list(ranks)}")
     with (
         _turns[ranks],
-        Peers(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_peers()) as peers,
+        Liveness(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_liveness()) as liveness,
     ):
-        yield Team(peers, group, {ranks: group})
+        yield ShardGroup(liveness, group, {ranks: group})
 
 
 def _check_backend(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> None:
@@ -298,7 +298,7 @@ def _reshard(module: torch.nn.Module) -> None:
             owner.reshard()
 
 
-def _mesh_spread(mesh: Any, placements: tuple[Any, ...], team: Team) -> Spread:
+def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGroup) -> TensorSharding:
     """Blocks and holders of DTensors; `OptionError` for placements other than `Shard(0)` and `Replicate`."""
     import torch.distributed as dist
     from torch.distributed.tensor import Replicate, Shard
@@ -315,16 +315,16 @@ def _mesh_spread(mesh: Any, placements: tuple[Any, ...], team: Team) -> Spread:
         raise OptionError(f"placements {placements} cannot be loaded: one Shard(0), and Replicate, can")
     ranks = mesh.mesh[tuple(slice(None) if dim in kept else coordinate[dim] for dim in range(mesh.ndim))]
     holders = tuple(int(rank) for rank in ranks.flatten())
-    if len(holders) > 1 and holders not in team.groups:
+    if len(holders) > 1 and holders not in shard_group.groups:
         if len(kept) == 1:
             group = mesh.get_group(kept[0])
             holders = tuple(dist.get_process_group_ranks(group))
-            team.groups[holders] = group
-        elif set(holders) == set(team.peers.ranks):
-            holders = team.peers.ranks
+            shard_group.groups[holders] = group
+        elif set(holders) == set(shard_group.liveness.ranks):
+            holders = shard_group.liveness.ranks
         else:
             raise OptionError(f"placements {placements} cannot be loaded: several partial replicas of one mesh")
-    return Spread(holders, mesh.size(cut[0]), coordinate[cut[0]]) if cut else Spread(holders)
+    return TensorSharding(holders, mesh.size(cut[0]), coordinate[cut[0]]) if cut else TensorSharding(holders)
 
 
 def _digest(checkpoint: Checkpoint) -> str:

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
     from wan_loader.formats.facts import Checkpoint, TensorFacts
 
-__all__ = ["SMALL_BYTES", "Chunk", "Division", "Exchange", "Gather", "Spread", "borders", "divide", "exchanges", "rows"]
+__all__ = [
+    "SMALL_BYTES",
+    "Chunk",
+    "Exchange",
+    "Gather",
+    "LocalShare",
+    "TensorSharding",
+    "borders",
+    "divide",
+    "exchanges",
+    "rows",
+]
 
 #: Blocks below this size are read whole by one of their holders.
 SMALL_BYTES = 256 << 10
@@ -35,7 +46,7 @@ _MESSAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class TensorSharding:
     """How a tensor lies over the processes, as one of them sees it."""
 
     holders: tuple[int, ...]
@@ -47,7 +58,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class LocalShare:
     """What one process keeps of a checkpoint."""
 
     checkpoint: Checkpoint
@@ -101,29 +112,29 @@ def rows(n_rows: int, n_blocks: int, block: int) -> tuple[int, int]:
 
 
 def divide(
-    checkpoint: Checkpoint, tensors: Sequence[TensorFacts], spreads: Mapping[str, Spread], rank: int
-) -> Division:
-    """What process `rank` keeps of `tensors`. `spreads` by name.
+    checkpoint: Checkpoint, tensors: Sequence[TensorFacts], shardings: Mapping[str, TensorSharding], rank: int
+) -> LocalShare:
+    """What process `rank` keeps of `tensors`. `shardings` by name.
 
     Tensors whose rows do not follow each other in the file are loaded whole by everybody, with a warning, and cut.
     """
     storages: list[StorageFacts] = []
     holders: list[tuple[int, ...]] = []
     whole: dict[int, int] = {}  # storage of the checkpoint -> of the division
-    shared = _holders_of_storages(tensors, spreads, (rank,))
+    shared = _holders_of_storages(tensors, shardings, (rank,))
     facts: list[TensorFacts] = []
     cuts: dict[str, tuple[int, int]] = {}
     for tensor in tensors:
-        spread = spreads[tensor.name]
-        cut = spread.n_blocks > 1
+        sharding = shardings[tensor.name]
+        cut = sharding.n_blocks > 1
         if cut and _row_by_row(tensor) and checkpoint.format != "torch-pickle":
-            block, storage = _block(tensor, checkpoint.storages[tensor.storage], spread)
+            block, storage = _block(tensor, checkpoint.storages[tensor.storage], sharding)
             facts.append(block._replace(storage=len(storages)))
             storages.append(storage)
-            holders.append(spread.holders)
+            holders.append(sharding.holders)
             continue
         if cut:
-            cuts[tensor.name] = rows(tensor.shape[0], spread.n_blocks, spread.block)
+            cuts[tensor.name] = rows(tensor.shape[0], sharding.n_blocks, sharding.block)
         if tensor.storage not in whole:
             whole[tensor.storage] = len(storages)
             storages.append(checkpoint.storages[tensor.storage])
@@ -133,18 +144,18 @@ def divide(
     local = replace(
         checkpoint, storages=tuple(storages), tensors=tuple(facts), warnings=(*checkpoint.warnings, *warnings)
     )
-    return Division(local, tuple(facts), tuple(holders), cuts)
+    return LocalShare(local, tuple(facts), tuple(holders), cuts)
 
 
 def _holders_of_storages(
-    tensors: Sequence[TensorFacts], spreads: Mapping[str, Spread], alone: tuple[int, ...]
+    tensors: Sequence[TensorFacts], shardings: Mapping[str, TensorSharding], alone: tuple[int, ...]
 ) -> dict[int, tuple[int, ...]]:
     """Who may share the reading of a whole storage: those that need all of it, nobody where its tensors differ."""
     found: dict[int, set[tuple[int, ...]]] = defaultdict(set)
     for tensor in tensors:
-        spread = spreads[tensor.name]
-        if spread.n_blocks == 1:
-            found[tensor.storage].add(spread.holders)
+        sharding = shardings[tensor.name]
+        if sharding.n_blocks == 1:
+            found[tensor.storage].add(sharding.holders)
         elif not _row_by_row(tensor):
             found[tensor.storage].add(alone)
     return {storage: next(iter(sets)) if len(sets) == 1 else alone for storage, sets in found.items()}
@@ -154,8 +165,8 @@ def _row_by_row(tensor: TensorFacts) -> bool:
     return tensor.stride == contiguous_strides(tensor.shape)
 
 
-def _block(tensor: TensorFacts, storage: StorageFacts, spread: Spread) -> tuple[TensorFacts, StorageFacts]:
-    first, last = rows(tensor.shape[0], spread.n_blocks, spread.block)
+def _block(tensor: TensorFacts, storage: StorageFacts, sharding: TensorSharding) -> tuple[TensorFacts, StorageFacts]:
+    first, last = rows(tensor.shape[0], sharding.n_blocks, sharding.block)
     shape = (last - first, *tensor.shape[1:])
     row_nbytes = tensor.nbytes // max(tensor.shape[0], 1)
     start = storage.start + tensor.offset * ITEMSIZE[tensor.dtype] + first * row_nbytes
@@ -199,11 +210,11 @@ def exchanges(
         for storage in storages:
             source, target = scales[storage]
             ends = [border // source * target for border in parts[storage]]
-            piece = ends[1] if 0 < ends[1] < ends[-1] else 0
-            if piece:
-                gathers.append(Gather(storage, piece))
-            owned = range(len(group)) if not piece else [len(group) - 1]
-            starts = ends[:-1] if not piece else [*ends[:-2], piece * len(group)]
+            segment = ends[1] if 0 < ends[1] < ends[-1] else 0
+            if segment:
+                gathers.append(Gather(storage, segment))
+            owned = range(len(group)) if not segment else [len(group) - 1]
+            starts = ends[:-1] if not segment else [*ends[:-2], segment * len(group)]
             chunks += [Chunk(storage, starts[i], ends[i + 1], i) for i in owned if starts[i] < ends[i + 1]]
         out.append(Exchange(group, tuple(gathers), tuple(_messages(chunks, len(group)))))
     return out

@@ -1,5 +1,5 @@
 """Carries out plans: reads, registers, submits copies, and cleans up behind them."""
 
-from wan_loader.engine.transfer import Carried, EngineSettings, Portion, carry_out
+from wan_loader.engine.transfer import Batch, EngineSettings, TransferStats, run_transfer
 
-__all__ = ["Carried", "EngineSettings", "Portion", "carry_out"]
+__all__ = ["Batch", "EngineSettings", "TransferStats", "run_transfer"]

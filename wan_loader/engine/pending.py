@@ -6,20 +6,20 @@ from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from wan_loader.plan.blocks import Way, apart, split
+from wan_loader.plan.blocks import Transport, apart, split
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from wan_loader.plan.blocks import Block
 
-__all__ = ["Work"]
+__all__ = ["PendingBlocks"]
 
 #: Smaller pieces are not worth a read of their own.
 _ALONE_BYTES = 256 << 10
 
 
-class Work:
+class PendingBlocks:
     """Mapped blocks, taken from the front; all others, and mapped ones from the far end, taken in parts for staging.
 
     The ends of a deque may be taken by different threads, so the split between the two ways needs no tuning: both meet
@@ -40,7 +40,7 @@ class Work:
     def add(self, blocks: Iterable[Block]) -> None:
         """More of it; before the second thread begins."""
         for block in blocks:
-            (self._windows if block.way is Way.MAPPED and self._may_map else self._blocks).append(block)
+            (self._windows if block.transport is Transport.MAPPED and self._may_map else self._blocks).append(block)
 
     @property
     def has_windows(self) -> bool:
@@ -68,9 +68,9 @@ class Work:
             if block is None and self._may_steal:
                 block = _pop(self._windows, first=False)
             if block is not None:
-                way = Way.BUFFERED if block.way is Way.MAPPED else block.way
-                parts = split(block._replace(way=way), self._slot_bytes)
-                if self._apart and way is Way.BUFFERED:
+                transport = Transport.BUFFERED if block.transport is Transport.MAPPED else block.transport
+                parts = split(block._replace(transport=transport), self._slot_bytes)
+                if self._apart and transport is Transport.BUFFERED:
                     parts = chain.from_iterable(apart(part, _ALONE_BYTES) for part in parts)
                 self._parts.extend(parts)
         return _pop(self._parts, first=True)

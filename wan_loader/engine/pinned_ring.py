@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from wan_loader.errors import HostMemoryError
 from wan_loader.plan.blocks import PAGE
 
-__all__ = ["Slot", "Staging"]
+__all__ = ["PinnedRing", "Slot"]
 
 #: Every staging that is not closed. Memory that is registered with the driver must not be unmapped because a reference
 #: was forgotten: the driver would copy its old pages into whatever gets the address next.
-_OPEN: set[Staging] = set()
+_OPEN: set[PinnedRing] = set()
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Slot:
     pinned: bool = False
 
 
-class Staging:
+class PinnedRing:
     """`n_slots` slots, each of `block_bytes` and one page, so that any block fits with both ends rounded to pages."""
 
     def __init__(self, block_bytes: int, n_slots: int) -> None:

@@ -19,26 +19,26 @@ from wan_loader.system.threads import in_background
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wan_loader.devices.writer import Target
+    from wan_loader.devices.writer import DeviceWriter
     from wan_loader.engine.pinned_ring import Slot
-    from wan_loader.engine.transfer import Carried
+    from wan_loader.engine.transfer import TransferStats
     from wan_loader.events import Observer
 
 __all__ = ["Pinning"]
 
 
 class Pinning:
-    """Slots are pinned until the target refuses one. What was pinned, and why not all, is noted in `carried`."""
+    """Slots are pinned until the target refuses one. What was pinned, and why not all, is noted in `stats`."""
 
-    def __init__(self, target: Target, carried: Carried, observer: Observer | None) -> None:
-        self._target = target
-        self._carried = carried
+    def __init__(self, writer: DeviceWriter, stats: TransferStats, observer: Observer | None) -> None:
+        self._writer = writer
+        self._stats = stats
         self._observer = observer
         self._coming: dict[int, Event] = {}
         """Is set once the slot at an address has been dealt with in the background."""
         self._at_work = Lock()
         """Held while the background pins."""
-        self._is_over = not target.can_pin
+        self._is_over = not writer.can_pin
         """Whether nothing is pinned any more."""
         self._failure: BaseException | None = None
 
@@ -90,17 +90,17 @@ class Pinning:
     def _pin(self, slots: Sequence[Slot]) -> None:
         address, nbytes = slots[0].address, sum(len(slot.view) for slot in slots)
         # First: after the call, Ctrl-C may come before anything else. Unregistering what is not registered is harmless.
-        self._carried.cleanups.append(partial(self._target.unpin, address))
+        self._stats.cleanups.append(partial(self._writer.unpin, address))
         try:
             with span(self._observer, "init", track="pinning"):
                 with suppress(OSError):  # then registering has more to do
                     populate(address, nbytes, write=True)
-                self._target.pin(address, nbytes, read_only=False)
+                self._writer.pin(address, nbytes, read_only=False)
         except PinError as refusal:
             was_over, self._is_over = self._is_over, True
             if not was_over:  # else the other thread was refused, too
-                self._carried.refusals.append(f"staging is not pinned, copies are slower: {refusal}")
+                self._stats.fallbacks.append(f"staging is not pinned, copies are slower: {refusal}")
         else:
-            self._carried.pinned_nbytes += nbytes
+            self._stats.pinned_nbytes += nbytes
             for slot in slots:
                 slot.pinned = True

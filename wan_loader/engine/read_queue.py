@@ -19,12 +19,12 @@ from wan_loader.system.posix_aio import Request, wait_all, wait_any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wan_loader.engine.pinned_ring import Slot, Staging
+    from wan_loader.engine.pinned_ring import PinnedRing, Slot
     from wan_loader.engine.reader import Reader
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
 
-__all__ = ["Desk", "Lanes"]
+__all__ = ["InFlightRead", "ReadQueue"]
 
 
 @dataclass(slots=True)
@@ -36,12 +36,12 @@ class _Descriptor:
 class _Lane:
     """Descriptors of its own for the files it reads: the C library queues reads by descriptor."""
 
-    def __init__(self, name: str, refusals: list[str]) -> None:
+    def __init__(self, name: str, fallbacks: list[str]) -> None:
         self.name = name
         self.ended_ns = 0
-        self.reading: deque[Desk] = deque()
+        self.reading: deque[InFlightRead] = deque()
         """Under way. Those of one file end in this order, so it is enough to look at the first."""
-        self._refusals = refusals
+        self._refusals = fallbacks
         self._open: dict[int, _Descriptor] = {}
         self._own: list[int] = []
         """Descriptors to be closed."""
@@ -81,7 +81,7 @@ class _Lane:
 
 
 @dataclass(slots=True, eq=False)
-class Desk:
+class InFlightRead:
     """A slot and the read that fills it, unless the bytes go straight to their place."""
 
     slot: Slot
@@ -94,17 +94,17 @@ class Desk:
     fd: int = -1
 
 
-class Lanes:
+class ReadQueue:
     """Reads under way, and the slots that are free. For one thread."""
 
-    def __init__(self, n_lanes: int, reader: Reader, staging: Staging, observer: Observer | None) -> None:
+    def __init__(self, n_rows: int, reader: Reader, staging: PinnedRing, observer: Observer | None) -> None:
         self._reader = reader
         self._observer = observer
-        self._lanes = [_Lane(f"reader {i}", reader.refusals) for i in range(n_lanes)]
-        self._desks = [Desk(slot, self._lanes[i % n_lanes]) for i, slot in enumerate(staging.slots)]
-        self._free = deque(self._desks)
+        self._reads = [_Lane(f"reader {i}", reader.fallbacks) for i in range(n_rows)]
+        self._in_flights = [InFlightRead(slot, self._reads[i % n_rows]) for i, slot in enumerate(staging.slots)]
+        self._free = deque(self._in_flights)
         self._n_reading = 0
-        self._done: deque[Desk] = deque()
+        self._done: deque[InFlightRead] = deque()
 
     @property
     def n_reading(self) -> int:
@@ -118,83 +118,83 @@ class Lanes:
 
     def start(self, block: Block, place: int | None = None) -> None:
         """Begin to read a block into a free slot, or, while a slot is kept for it, to its place in memory."""
-        desk = self._free.popleft()
-        desk.place = place
-        desk.read = BlockRead(self._reader, block)
-        desk.started_ns = clock_ns()
-        desk.lane.reading.append(desk)
+        in_flight = self._free.popleft()
+        in_flight.place = place
+        in_flight.read = BlockRead(self._reader, block)
+        in_flight.started_ns = clock_ns()
+        in_flight.lane.reading.append(in_flight)
         self._n_reading += 1
-        self._ask(desk, desk.read)
+        self._ask(in_flight, in_flight.read)
 
     @property
     def used(self) -> list[Slot]:
         """Slots that reads were started into, in the order of their memory."""
-        return [desk.slot for desk in self._desks if desk.read is not None]
+        return [in_flight.slot for in_flight in self._in_flights if in_flight.read is not None]
 
-    def give_back(self, desk: Desk) -> None:
+    def give_back(self, in_flight: InFlightRead) -> None:
         """What was in the slot is no longer needed."""
-        self._free.append(desk)
+        self._free.append(in_flight)
 
-    def finished(self, timeout_s: float) -> Iterator[Desk]:
+    def finished(self, timeout_s: float) -> Iterator[InFlightRead]:
         """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
         self.look()
         if not self._done and self._n_reading:
-            wait_any([lane.reading[0].request for lane in self._lanes if lane.reading], timeout_s)
+            wait_any([lane.reading[0].request for lane in self._reads if lane.reading], timeout_s)
             self.look()
         while self._done:
             yield self._done.popleft()
 
     def look(self) -> None:
         """Take note of reads that have ended: as soon as possible, since their spans end now."""
-        for lane in self._lanes:
+        for lane in self._reads:
             while lane.reading and self._is_done(lane.reading[0]):
                 self._done.append(lane.reading.popleft())
                 self._n_reading -= 1
 
-    def _is_done(self, desk: Desk) -> bool:
-        assert desk.read is not None
+    def _is_done(self, in_flight: InFlightRead) -> bool:
+        assert in_flight.read is not None
         try:
-            nbytes = desk.request.result()
+            nbytes = in_flight.request.result()
             if nbytes is None:
                 return False
         except OSError as error:
-            desk.read.failed(error)
+            in_flight.read.failed(error)
             complete = False
         else:
-            complete = desk.read.arrived(nbytes)
-        desk.lane.end(desk.fd)
+            complete = in_flight.read.arrived(nbytes)
+        in_flight.lane.end(in_flight.fd)
         if not complete:
-            self._ask(desk, desk.read)
+            self._ask(in_flight, in_flight.read)
             return False
-        self._record(desk, desk.read.block)
+        self._record(in_flight, in_flight.read.block)
         return True
 
-    def _ask(self, desk: Desk, read: BlockRead) -> None:
+    def _ask(self, in_flight: InFlightRead, read: BlockRead) -> None:
         start, nbytes, position = read.wanted
-        address = (desk.slot.address if desk.place is None else desk.place) + start
-        desk.fd = read.fd
+        address = (in_flight.slot.address if in_flight.place is None else in_flight.place) + start
+        in_flight.fd = read.fd
         try:
-            own = desk.lane.begin(read.fd)
+            own = in_flight.lane.begin(read.fd)
             try:
-                desk.request.start(own, address, nbytes, position)
+                in_flight.request.start(own, address, nbytes, position)
             except OSError:
-                desk.lane.end(read.fd)
+                in_flight.lane.end(read.fd)
                 raise
         except OSError as error:
             read.failed(error)
-            self._ask(desk, read)
+            self._ask(in_flight, read)
 
-    def _record(self, desk: Desk, block: Block) -> None:
+    def _record(self, in_flight: InFlightRead, block: Block) -> None:
         if self._observer is not None:
-            start_ns = max(desk.started_ns, desk.lane.ended_ns)  # until then its lane was busy with another
-            desk.lane.ended_ns = clock_ns()
-            self._observer.record(Span("read", start_ns, desk.lane.ended_ns, block.nbytes, desk.lane.name))
+            start_ns = max(in_flight.started_ns, in_flight.lane.ended_ns)  # until then its lane was busy with another
+            in_flight.lane.ended_ns = clock_ns()
+            self._observer.record(Span("read", start_ns, in_flight.lane.ended_ns, block.nbytes, in_flight.lane.name))
 
     def end(self) -> None:
         """Take back what has not begun, wait for what has: a read that hangs keeps its memory until it returns."""
-        for desk in self._desks:
-            if desk.request.running:
-                desk.request.cancel()
-        wait_all([desk.request for desk in self._desks])
-        for lane in self._lanes:
+        for in_flight in self._in_flights:
+            if in_flight.request.running:
+                in_flight.request.cancel()
+        wait_all([in_flight.request for in_flight in self._in_flights])
+        for lane in self._reads:
             lane.close()

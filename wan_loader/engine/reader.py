@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.plan.blocks import PAGE, Way
+from wan_loader.plan.blocks import PAGE, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Reader:
         self._check = check
         self._stack = ExitStack()
         self._direct_fds: dict[int, int | None] = {}
-        self.refusals: list[str] = []
+        self.fallbacks: list[str] = []
         """Why files are not read with O_DIRECT though a plan wanted it."""
         try:
             self.fds = [self._open_first(f) for f in files]
@@ -92,7 +92,7 @@ class Reader:
     def refuse(self, file: int, error: OSError) -> None:
         """Read a file without O_DIRECT from here on."""
         self._direct_fds[file] = None
-        self.refusals.append(f"O_DIRECT refused for {self._files[file].path}: {error.strerror}")
+        self.fallbacks.append(f"O_DIRECT refused for {self._files[file].path}: {error.strerror}")
 
     def check(self, block: Block, data: memoryview) -> None:
         """Give a block that is in memory to whoever wants to check it."""
@@ -119,18 +119,18 @@ class BlockRead:
     Into page-aligned memory that holds the block with both ends rounded to pages; the block begins at `data_start`.
     """
 
-    __slots__ = ("_end", "_position", "_reader", "_start", "_step", "block", "fd", "way")
+    __slots__ = ("_end", "_position", "_reader", "_start", "_step", "block", "fd", "transport")
 
     def __init__(self, reader: Reader, block: Block) -> None:
         self._reader = reader
         self.block = block
-        direct = reader.direct_fd(block.file) if block.way is Way.DIRECT else None
-        self._begin(Way.BUFFERED if direct is None else Way.DIRECT)
+        direct = reader.direct_fd(block.file) if block.transport is Transport.DIRECT else None
+        self._begin(Transport.BUFFERED if direct is None else Transport.DIRECT)
 
-    def _begin(self, way: Way) -> None:
+    def _begin(self, transport: Transport) -> None:
         reader, block = self._reader, self.block
-        self.way = way
-        if way is Way.DIRECT:
+        self.transport = transport
+        if transport is Transport.DIRECT:
             self._start, self._end, self._step = block.page_start, block.page_end, PAGE
             fd = reader.direct_fd(block.file)
             assert fd is not None
@@ -166,8 +166,8 @@ class BlockRead:
 
     def failed(self, error: OSError) -> None:
         """Begin again without O_DIRECT if that is what was refused, else raise."""
-        if self.way is not Way.DIRECT or error.errno != errno.EINVAL:
+        if self.transport is not Transport.DIRECT or error.errno != errno.EINVAL:
             raise self._reader.failed(self.block.file, self.block.start, self.block.nbytes, error) from error
         if self._reader.direct_fd(self.block.file) is not None:
             self._reader.refuse(self.block.file, error)
-        self._begin(Way.BUFFERED)
+        self._begin(Transport.BUFFERED)

@@ -1,6 +1,6 @@
 """Carries out a plan, in two threads at most.
 
-The calling thread looks after staging: it starts reads into slots (`lanes`; the C library's threads carry them out),
+The calling thread looks after staging: it starts reads into slots (`reads`; the C library's threads carry them out),
 and submits the copy of each slot as it fills. The plan comes in portions, whose destinations are allocated one after
 the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
 it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
@@ -23,24 +23,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.devices.writer import PinError
 from wan_loader.engine.activity import wait_until_idle
-from wan_loader.engine.pending import Work
-from wan_loader.engine.pinned_ring import Staging
+from wan_loader.engine.pending import PendingBlocks
+from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
-from wan_loader.engine.read_queue import Desk, Lanes
+from wan_loader.engine.read_queue import InFlightRead, ReadQueue
 from wan_loader.events import span
-from wan_loader.plan.blocks import Way
+from wan_loader.plan.blocks import Transport
 from wan_loader.system.posix import map_file, populate, unmap
 from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from wan_loader.devices.writer import Destination, Line, Target, Ticket
+    from wan_loader.devices.writer import CopyEvent, CopyStream, Destination, DeviceWriter
     from wan_loader.engine.reader import Reader
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
 
-__all__ = ["Carried", "EngineSettings", "Portion", "carry_out"]
+__all__ = ["Batch", "EngineSettings", "TransferStats", "run_transfer"]
 
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
@@ -52,7 +52,7 @@ _IDLE_SECONDS = 3.0
 _FEW_BLOCKS = 8
 
 
-class Portion(NamedTuple):
+class Batch(NamedTuple):
     """Some of a load: blocks, in the order in which they are wanted."""
 
     blocks: Sequence[Block]
@@ -82,16 +82,16 @@ class EngineSettings:
 
 
 @dataclass(slots=True)
-class Carried:
+class TransferStats:
     """What was done: bytes by way, memory used, the reasons for every way not taken."""
 
-    nbytes: dict[Way, int] = field(default_factory=lambda: dict.fromkeys(Way, 0))
+    nbytes: dict[Transport, int] = field(default_factory=lambda: dict.fromkeys(Transport, 0))
     straight_nbytes: int = 0
     """Bytes that were read to their place, into memory that was new."""
     staging_nbytes: int = 0
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
-    refusals: list[str] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
     cleanups: list[Callable[[], bool]] = field(default_factory=list)
     """What unregisters and unmaps the places that the copies came from, to be called last first."""
 
@@ -112,110 +112,110 @@ class Carried:
                 sleep(pause_s)
 
 
-def carry_out(
-    portions: Iterable[Portion],
+def run_transfer(
+    batches: Iterable[Batch],
     reader: Reader,
-    target: Target,
+    writer: DeviceWriter,
     settings: EngineSettings,
     observer: Observer | None = None,
-) -> Carried:
+) -> TransferStats:
     """Move every block into the target and wait until it has arrived.
 
     Portions are drawn in this thread, when there is little left to read, and the first is allocated while its first
-    reads are under way. The caller must call `release` on the `Carried`. Raises the first failure of any thread; then
-    everything is released.
+    reads are under way. The caller must call `release` on the `TransferStats`. Raises the first failure of any thread;
+    then everything is released.
     """
-    return _Load(portions, reader, target, settings, observer).run()
+    return _Load(batches, reader, writer, settings, observer).run()
 
 
 class _Load:
     def __init__(
         self,
-        portions: Iterable[Portion],
+        batches: Iterable[Batch],
         reader: Reader,
-        target: Target,
+        writer: DeviceWriter,
         settings: EngineSettings,
         observer: Observer | None,
     ) -> None:
-        self._portions = iter(portions)
+        self._batches = iter(batches)
         self._all_drawn = False
         self._reader = reader
-        self._target = target
+        self._writer = writer
         self._settings = settings
         self._observer = observer
         # the processor copies out of no mapping: if the file shrank, that would end the process
-        self._work = Work(
+        self._work = PendingBlocks(
             settings.slot_bytes,
             may_steal=settings.may_steal,
-            may_map=target.can_pin,
+            may_map=writer.can_pin,
             apart=settings.reads_straight,
         )
         self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self._mapper_ended.set()
         self._mapping = threading.Lock()
         self._failure: BaseException | None = None
-        self._lanes: Lanes | None = None
-        self._line: Line | None = None
-        self._copying: deque[tuple[Ticket, Desk]] = deque()
-        self._carried = Carried()
-        self._pinning = Pinning(target, self._carried, observer)
+        self._reads: ReadQueue | None = None
+        self._stream: CopyStream | None = None
+        self._copying: deque[tuple[CopyEvent, InFlightRead]] = deque()
+        self._stats = TransferStats()
+        self._pinning = Pinning(writer, self._stats, observer)
 
-    def run(self) -> Carried:
+    def run(self) -> TransferStats:
         try:
             self._draw_first()
             self._carry_all()
             with span(self._observer, "wait"):
-                self._target.finish()
+                self._writer.finish()
         except BaseException:
             self._work.cancel()
             self._abandon()
             raise
-        self._carried.refusals += self._reader.refusals
-        return self._carried
+        self._stats.fallbacks += self._reader.fallbacks
+        return self._stats
 
     def _draw_first(self) -> None:
         """Begin to read before anything is allocated, unless bytes go straight to their place."""
-        if portion := next(self._portions, None):
+        if batch := next(self._batches, None):
             if self._settings.reads_straight:
-                self._target.bind(portion.allocate())
-            self._work.add(portion.blocks)
+                self._writer.bind(batch.allocate())
+            self._work.add(batch.blocks)
             if self._work.is_left:
-                lanes = self._open_lanes()
-                self._start_reads(lanes)
-                self._pinning.begin(lanes.used)
+                reads = self._open_queue()
+                self._start_reads(reads)
+                self._pinning.begin(reads.used)
             if not self._settings.reads_straight:
-                self._target.bind(portion.allocate())
+                self._writer.bind(batch.allocate())
 
     def _draw(self) -> None:
         """The next portion; after the last one, mapping begins in a thread of its own.
 
         Not earlier: beside another Python thread, allocation would wait for the interpreter at every tensor.
         """
-        if portion := next(self._portions, None):
-            if destinations := portion.allocate():
-                self._target.bind(destinations)
-            self._work.add(portion.blocks)
+        if batch := next(self._batches, None):
+            if destinations := batch.allocate():
+                self._writer.bind(destinations)
+            self._work.add(batch.blocks)
             return
         self._all_drawn = True
         if self._work.has_windows and not self._settings.maps_here:
             self._mapper_ended.clear()
             if in_background(self._map_guarded, "mapper") is None:
-                self._carried.refusals.append("no further thread may be started: pages are mapped first, staged later")
+                self._stats.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
 
     def _carry_all(self) -> None:
         while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_windows:
             if self._is_staging():
-                self._stage_all(self._lanes or self._open_lanes())
+                self._stage_all(self._reads or self._open_queue())
             elif self._settings.maps_here and self._work.has_windows:
-                self._line = self._line or self._target.line()
-                self._map_all(self._line)
+                self._stream = self._stream or self._writer.stream()
+                self._map_all(self._stream)
             elif not self._all_drawn:
                 self._draw()
             else:
                 self._mapper_ended.wait(_PATIENCE_S)
         self._raise_failure()
-        if self._lanes is not None:
-            self._lanes.end()
+        if self._reads is not None:
+            self._reads.end()
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -238,70 +238,70 @@ class _Load:
         with self._mapping:  # rather than the event, which a thread that never began does not set
             pass
         self._pinning.end()
-        if self._lanes is not None:
-            self._lanes.end()
+        if self._reads is not None:
+            self._reads.end()
         with suppress(BaseException):  # the failure that brought us here is the one to raise
-            self._target.finish()
-        self._carried.release()
+            self._writer.finish()
+        self._stats.release()
 
     # staging: the calling thread
 
-    def _open_lanes(self) -> Lanes:
-        staging = Staging(self._settings.slot_bytes, self._settings.n_slots)
-        self._carried.cleanups.append(staging.close)
-        self._carried.staging_nbytes = staging.nbytes
-        self._lanes = Lanes(self._settings.threads, self._reader, staging, self._observer)
-        return self._lanes
+    def _open_queue(self) -> ReadQueue:
+        staging = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
+        self._stats.cleanups.append(staging.close)
+        self._stats.staging_nbytes = staging.nbytes
+        self._reads = ReadQueue(self._settings.threads, self._reader, staging, self._observer)
+        return self._reads
 
     def _is_staging(self) -> bool:
-        return self._work.is_left or (self._lanes is not None and self._lanes.n_reading > 0)
+        return self._work.is_left or (self._reads is not None and self._reads.n_reading > 0)
 
-    def _start_reads(self, lanes: Lanes) -> None:
-        while lanes.has_free and (part := self._work.next_part()) is not None:
-            lanes.start(part, self._place(part))
+    def _start_reads(self, reads: ReadQueue) -> None:
+        while reads.has_free and (part := self._work.next_part()) is not None:
+            reads.start(part, self._place(part))
 
     def _place(self, part: Block) -> int | None:
         """Where a part is read to without staging; None if there is no such place."""
-        straight = self._settings.reads_straight and part.way is Way.BUFFERED and len(part.pieces) == 1
-        return self._target.place(part.pieces[0]) if straight else None
+        straight = self._settings.reads_straight and part.transport is Transport.BUFFERED and len(part.segments) == 1
+        return self._writer.place(part.segments[0]) if straight else None
 
-    def _stage_all(self, lanes: Lanes) -> None:
+    def _stage_all(self, reads: ReadQueue) -> None:
         """Bring everything that is left for staging on its way."""
-        line = self._line = self._line or self._target.line()
+        stream = self._stream = self._stream or self._writer.stream()
         while self._is_staging():
             while self._copying and self._copying[0][0].done():
-                lanes.give_back(self._copying.popleft()[1])
-            self._start_reads(lanes)
+                reads.give_back(self._copying.popleft()[1])
+            self._start_reads(reads)
             patience_s = _PATIENCE_S
             if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
                 self._draw()
-                self._start_reads(lanes)
+                self._start_reads(reads)
                 patience_s = 0.0  # there may be more to draw: mapping waits for the last of it
-            elif not lanes.n_reading and self._copying:
+            elif not reads.n_reading and self._copying:
                 with span(self._observer, "wait", track="reader"):
                     self._copying[0][0].wait()
-            for desk in lanes.finished(patience_s):
-                self._submit_slot(desk, lanes, line)
+            for in_flight in reads.finished(patience_s):
+                self._submit_slot(in_flight, reads, stream)
             self._raise_failure()
 
-    def _submit_slot(self, desk: Desk, lanes: Lanes, line: Line) -> None:
-        slot, read = desk.slot, desk.read
+    def _submit_slot(self, in_flight: InFlightRead, reads: ReadQueue, stream: CopyStream) -> None:
+        slot, read = in_flight.slot, in_flight.read
         assert read is not None
         block, start = read.block, read.data_start
-        ticket = None
-        if desk.place is None:
+        copy_event = None
+        if in_flight.place is None:
             self._reader.check(block, slot.view[start : start + block.nbytes])
             self._pinning.need(slot)
-            ticket = line.submit(slot.address, block.start - start, block.pieces)
+            copy_event = stream.submit(slot.address, block.start - start, block.segments)
         else:
-            self._carried.straight_nbytes += block.nbytes
-        self._carried.nbytes[read.way] += block.nbytes
-        if ticket is None:  # there was nothing to copy, or the copy has taken its time
-            lanes.give_back(desk)
-            lanes.look()
-            self._start_reads(lanes)
+            self._stats.straight_nbytes += block.nbytes
+        self._stats.nbytes[read.transport] += block.nbytes
+        if copy_event is None:  # there was nothing to copy, or the copy has taken its time
+            reads.give_back(in_flight)
+            reads.look()
+            self._start_reads(reads)
         else:
-            self._copying.append((ticket, desk))
+            self._copying.append((copy_event, in_flight))
 
     # windows: the mapper thread, or the calling one
 
@@ -309,35 +309,35 @@ class _Load:
         try:
             with self._mapping:
                 if self._work.has_windows:
-                    self._map_all(self._target.line())
+                    self._map_all(self._writer.stream())
         except BaseException as failure:
             self._failure = failure
             self._work.cancel()
         finally:
             self._mapper_ended.set()
 
-    def _map_all(self, line: Line) -> None:
+    def _map_all(self, stream: CopyStream) -> None:
         while (block := self._work.next_window()) is not None:
             address = self._map_file(block)
-            if address is None or not self._map_window(line, block, address):
+            if address is None or not self._map_window(stream, block, address):
                 self._work.map_nothing(block)
 
-    def _map_window(self, line: Line, block: Block, address: int) -> bool:
+    def _map_window(self, stream: CopyStream, block: Block, address: int) -> bool:
         if not self._pin_window(block, address):
             return False
-        line.submit(address, block.page_start, block.pieces)
-        self._carried.nbytes[Way.MAPPED] += block.nbytes
+        stream.submit(address, block.page_start, block.segments)
+        self._stats.nbytes[Transport.MAPPED] += block.nbytes
         return True
 
     def _map_file(self, block: Block) -> int | None:
         """Map a block's pages; returns the address of the first. None if the file system or the kernel refuses."""
         start, nbytes = block.page_start, block.page_end - block.page_start
         mapped: list[int] = []
-        self._carried.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
+        self._stats.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
         try:
             address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
         except OSError as refusal:
-            self._carried.refusals.append(f"pages are not mapped, read through staging: {refusal.strerror}")
+            self._stats.fallbacks.append(f"pages are not mapped, read through staging: {refusal.strerror}")
             return None
         if self._settings.faults_in:
             with span(self._observer, "read", block.nbytes):
@@ -350,14 +350,14 @@ class _Load:
     def _pin_window(self, block: Block, address: int) -> bool:
         """False if the driver refuses."""
         nbytes = block.page_end - block.page_start
-        self._carried.cleanups.append(partial(self._target.unpin, address))
+        self._stats.cleanups.append(partial(self._writer.unpin, address))
         try:
             with span(self._observer, "register", block.nbytes):
-                self._target.pin(address, nbytes, read_only=True)
+                self._writer.pin(address, nbytes, read_only=True)
         except PinError as refusal:
-            self._carried.refusals.append(f"page-cache pages are not registered, read through staging: {refusal}")
+            self._stats.fallbacks.append(f"page-cache pages are not registered, read through staging: {refusal}")
             return False
-        self._carried.registered_nbytes += nbytes
+        self._stats.registered_nbytes += nbytes
         return True
 
 

@@ -20,7 +20,7 @@ from wan_loader.devices.writer import Destination
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.facts import contiguous_strides
-from wan_loader.plan.blocks import PAGE, Extent
+from wan_loader.plan.blocks import PAGE, ByteRange
 from wan_loader.system.machine import available_memory, process_headrooms, processors
 from wan_loader.system.posix import trim_heap
 
@@ -107,21 +107,21 @@ class Layout:
     copied: tuple[StoragePlan, ...]
     copied_nbytes: tuple[int, ...]
     """Bytes once loaded, for each of `copied`."""
-    extents: tuple[Extent, ...]
+    byte_ranges: tuple[ByteRange, ...]
     """What must be read, in the wanted order; `Extent.storage` counts `copied`."""
     viewed: tuple[StoragePlan, ...]
-    viewed_extents: tuple[Extent, ...]
+    viewed_ranges: tuple[ByteRange, ...]
     warnings: tuple[str, ...] = ()
 
     @property
     def nbytes_read(self) -> int:
         """Bytes of the files that are wanted."""
-        return sum(e.end - e.start for e in (*self.extents, *self.viewed_extents))
+        return sum(e.end - e.start for e in (*self.byte_ranges, *self.viewed_ranges))
 
     @property
     def nbytes_loaded(self) -> int:
         """Bytes once loaded."""
-        return sum(self.copied_nbytes) + sum(e.end - e.start for e in self.viewed_extents)
+        return sum(self.copied_nbytes) + sum(e.end - e.start for e in self.viewed_ranges)
 
 
 def lay_out(
@@ -155,11 +155,11 @@ def _can_view(checkpoint: Checkpoint, plan: StoragePlan) -> bool:
     return not plan.converts and not plan.late and all(start % ITEMSIZE[t.dtype] == 0 for t in plan.tensors)
 
 
-def _extent(checkpoint: Checkpoint, plan: StoragePlan, index: int, part: tuple[int, int] | None = None) -> Extent:
+def _extent(checkpoint: Checkpoint, plan: StoragePlan, index: int, part: tuple[int, int] | None = None) -> ByteRange:
     file, position, nbytes = checkpoint.storages[plan.storage]
     step = ITEMSIZE[plan.source] if plan.converts and plan.source else 1
     start, end = part or (0, nbytes)
-    return Extent(index, file, position + start, position + end, step, start)
+    return ByteRange(index, file, position + start, position + end, step, start)
 
 
 def check_memory(layout: Layout, device: torch.device, path: str, sharers: int = 1) -> int | None:
@@ -170,7 +170,7 @@ def check_memory(layout: Layout, device: torch.device, path: str, sharers: int =
     """
     if device.type == "cuda":
         _check_device_memory(layout, device, path)
-    if not any(extent.end > extent.start for extent in layout.extents):
+    if not any(byte_range.end > byte_range.start for byte_range in layout.byte_ranges):
         return None
     return check_host_memory(sum(layout.copied_nbytes) if device.type == "cpu" else 0, path, sharers)
 

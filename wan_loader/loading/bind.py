@@ -150,8 +150,8 @@ def _views(rest: Iterable[Any], filled: Iterable[tuple[Any, Any]]) -> dict[int, 
             start = view.storage_offset() - old.storage_offset()
             if view.dtype == old.dtype and start >= 0 and start + _extent(view) <= _extent(old):
                 source = new if view.requires_grad and not view.is_leaf else new.detach()
-                piece = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
-                views[id(view)] = _renewed(view, piece)
+                segment = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
+                views[id(view)] = _renewed(view, segment)
     return views
 
 

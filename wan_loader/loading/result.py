@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices.resolve import device_card
-from wan_loader.engine import Carried
+from wan_loader.engine import TransferStats
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
-from wan_loader.plan.blocks import Way
+from wan_loader.plan.blocks import Transport
 from wan_loader.sizes import format_bytes, format_count
 from wan_loader.system.machine import machine_card
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from wan_loader.loading.allocate import StoragePlan
     from wan_loader.loading.run import Choice
 
-__all__ = ["Loaded", "Moved", "make_report"]
+__all__ = ["LoadResult", "TransferResult", "make_report"]
 
 
 @dataclass(frozen=True, repr=False)
-class Loaded:
+class LoadResult:
     """Filled tensors by checkpoint name, the report, and the spans that it is made from."""
 
     tensors: dict[str, torch.Tensor]
@@ -49,13 +49,13 @@ class Loaded:
 
 
 @dataclass(slots=True)
-class Moved:
+class TransferResult:
     """What moving the bytes came to."""
 
     tensors: dict[str, torch.Tensor]
     nbytes: int
     """Bytes loaded."""
-    carried: Carried = field(default_factory=Carried)
+    stats: TransferStats = field(default_factory=TransferStats)
     resident_before: int | None = None
     """None where that is unknown."""
     nbytes_viewed: int = 0
@@ -69,14 +69,14 @@ def make_report(
     plans: Sequence[StoragePlan],
     io: str,
     device: torch.device,
-    moved: Moved,
+    moved: TransferResult,
     spans: Sequence[Span],
     seconds: float,
     memory: MemoryReport,
 ) -> LoadReport:
     """The report of a load. spans, seconds and memory: as they were when it ended."""
     phases = summarize(spans)
-    ways = [way for way in Way if moved.carried.nbytes[way]]
+    transports = [transport for transport in Transport if moved.stats.nbytes[transport]]
     return LoadReport(
         command="load",
         target=choice.checkpoint.path,
@@ -87,12 +87,12 @@ def make_report(
         nbytes_device=moved.nbytes,
         n_tensors=len(choice.tensors),
         io=IoReport(
-            "+".join(way.value for way in ways) or "none",
+            "+".join(transport.value for transport in transports) or "none",
             moved.reason,
             moved.resident_before,
-            nbytes_mapped=moved.carried.nbytes[Way.MAPPED],
-            nbytes_direct=moved.carried.nbytes[Way.DIRECT],
-            nbytes_buffered=moved.carried.nbytes[Way.BUFFERED],
+            nbytes_mapped=moved.stats.nbytes[Transport.MAPPED],
+            nbytes_direct=moved.stats.nbytes[Transport.DIRECT],
+            nbytes_buffered=moved.stats.nbytes[Transport.BUFFERED],
             nbytes_viewed=moved.nbytes_viewed,
         ),
         phases=phases,
@@ -100,7 +100,7 @@ def make_report(
         memory=memory,
         machine={**machine_card(), **device_card(device)},
         settings={"io": io, **({} if (part := choice.checkpoint.part) is None else {"part": part}), **moved.settings},
-        warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.carried.refusals))),
+        warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.stats.fallbacks))),
     )
 
 

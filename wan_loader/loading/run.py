@@ -14,8 +14,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_device, check_io, checked_threads
-from wan_loader.devices.cpu import CpuTarget
-from wan_loader.devices.cuda import CudaTarget
+from wan_loader.devices.cpu import CpuWriter
+from wan_loader.devices.cuda import CudaWriter
 from wan_loader.devices.resolve import (
     check_room_for_torch,
     check_tensors_are_real,
@@ -26,15 +26,15 @@ from wan_loader.devices.resolve import (
     resolve_device,
 )
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import Portion, carry_out
+from wan_loader.engine import Batch, run_transfer
 from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
 from wan_loader.events import Recorder, clock_ns, span
 from wan_loader.loading.allocate import Allocation, check_host_memory, convert_storage, plan_storages
 from wan_loader.loading.report import MemoryReport
-from wan_loader.loading.result import Loaded, Moved, make_report
-from wan_loader.plan.blocks import Way
-from wan_loader.plan.limits import MAX_LANES
+from wan_loader.loading.result import LoadResult, TransferResult, make_report
+from wan_loader.plan.blocks import Transport
+from wan_loader.plan.limits import MAX_READS
 from wan_loader.plan.plan import decide
 from wan_loader.plan.transport import explain
 from wan_loader.system.machine import peak_resident, reset_peak_resident
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.devices.writer import Destination, Target
-    from wan_loader.distributed.shard_group import Team
-    from wan_loader.engine import Carried
+    from wan_loader.devices.writer import Destination, DeviceWriter
+    from wan_loader.distributed.shard_group import ShardGroup
+    from wan_loader.engine import TransferStats
     from wan_loader.engine.reader import Check
     from wan_loader.events import Observer, Span
     from wan_loader.formats.facts import Checkpoint, TensorFacts
@@ -75,7 +75,7 @@ class LoadOptions:
     io: str = "auto"
     threads: int | None = None
     observer: Observer | None = None
-    team: Team | None = None
+    shard_group: ShardGroup | None = None
     """The processes that load together with this one."""
     owned: bool = False
     """Whether no tensor may stay in the mapped file."""
@@ -114,7 +114,7 @@ def load_checkpoint(
     choose: Callable[[], Choice],
     options: LoadOptions,
     bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
-) -> Loaded:
+) -> LoadResult:
     """Load what `choose` finds in the headers.
 
     bind: takes the tensors and the device that they are on, as part of the load, and returns warnings.
@@ -122,7 +122,7 @@ def load_checkpoint(
     start_ns = clock_ns()
     tee = _Tee(options.observer)
     if str(options.device) != "cpu":
-        get_ready(MAX_LANES)
+        get_ready(MAX_READS)
     with paused_gc():
         with span(tee, "header"):
             choice = choose()
@@ -134,35 +134,35 @@ def load_checkpoint(
             plans = plan_storages(choice.tensors, choice.rule)
         with current(device), loading():
             moved = _move_chosen(choice, plans, options, device, tee)
-        with _released_on_failure(moved.carried):
+        with _released_on_failure(moved.stats):
             with span(tee, "assign"):
                 _convert_late(moved.tensors, plans, choice.rule)
                 ordered = {t.name: moved.tensors[t.name] for t in choice.tensors}
-                if options.team is not None:
-                    ordered = options.team.cut(ordered)
-                    options.team.arrived()
+                if options.shard_group is not None:
+                    ordered = options.shard_group.cut(ordered)
+                    options.shard_group.arrived()
                 moved.warnings += bind(ordered, device) if bind is not None else []
             seconds = (clock_ns() - start_ns) / 1e9
             memory = MemoryReport(
-                peak_resident(), moved.carried.pinned_nbytes, device_peak_bytes(device), moved.carried.registered_nbytes
+                peak_resident(), moved.stats.pinned_nbytes, device_peak_bytes(device), moved.stats.registered_nbytes
             )
             moved.tensors = {}  # the report must not keep what its owner drops
             spans = tuple(tee.recorder.spans)
             report = partial(make_report, choice, plans, options.io, device, moved, spans, seconds, memory)
             if device.type == "cuda":  # unregistering takes time that nobody has to wait for
-                in_background(partial(moved.carried.release, _RELEASE_PAUSE_S), "release")
+                in_background(partial(moved.stats.release, _RELEASE_PAUSE_S), "release")
             else:
-                moved.carried.release()
-    return Loaded(ordered, report, spans)
+                moved.stats.release()
+    return LoadResult(ordered, report, spans)
 
 
 @contextmanager
-def _released_on_failure(carried: Carried) -> Iterator[None]:
+def _released_on_failure(stats: TransferStats) -> Iterator[None]:
     """Memory must not go while the driver still has it registered: a later load would get its old pages."""
     try:
         yield
     except BaseException:
-        carried.release()
+        stats.release()
         raise
 
 
@@ -191,13 +191,13 @@ def read_storages(checkpoint: Checkpoint, plans: Sequence[StoragePlan]) -> dict[
     import torch
 
     moved = _move(checkpoint, plans, LoadOptions(device="cpu", owned=True), torch.device("cpu"), None)
-    moved.carried.release()
+    moved.stats.release()
     return moved.tensors
 
 
 def _move_chosen(
     choice: Choice, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
-) -> Moved:
+) -> TransferResult:
     if choice.checkpoint.format == "torch-pickle":
         return _move_through_torch(choice.checkpoint, plans, options, device, observer)
     return _move(choice.checkpoint, plans, options, device, observer, choice.check)
@@ -210,39 +210,41 @@ def _move(
     device: torch.device,
     observer: Observer | None,
     check: Check | None = None,
-) -> Moved:
+) -> TransferResult:
     """Have the engine fill the tensors, which are planned and allocated while earlier bytes are on their way."""
     with Reader(checkpoint.files, check) as reader:
         with span(observer, "init"):
             course = decide(checkpoint, plans, options, device, reader, check)
         layout, settings = course.layout, course.settings
-        target: Target = CudaTarget(device.index, observer) if device.type == "cuda" else CpuTarget(observer)
+        target: DeviceWriter = CudaWriter(device.index, observer) if device.type == "cuda" else CpuWriter(observer)
         allocation = Allocation(checkpoint, layout, device)
-        portions = _portions(course.blocks, allocation, course.portion, observer)
-        carried = carry_out(portions, reader, target, settings, observer)
+        batches = _batches(course.blocks, allocation, course.batch, observer)
+        stats = run_transfer(batches, reader, target, settings, observer)
         used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
-        if carried.straight_nbytes:
-            used["nbytes_straight"] = carried.straight_nbytes
-        with _released_on_failure(carried):
+        if stats.straight_nbytes:
+            used["nbytes_straight"] = stats.straight_nbytes
+        with _released_on_failure(stats):
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here
                 allocation.viewed(reader.fds)
             for file in checkpoint.files:
                 file.check_unchanged()
-            if options.team is not None:
-                used |= options.team.exchange(layout.copied, allocation.destinations, layout.nbytes_read, observer)
-    viewed = sum(e.end - e.start for e in layout.viewed_extents)
-    carried.nbytes[Way.MAPPED] += viewed
+            if options.shard_group is not None:
+                used |= options.shard_group.exchange(
+                    layout.copied, allocation.destinations, layout.nbytes_read, observer
+                )
+    viewed = sum(e.end - e.start for e in layout.viewed_ranges)
+    stats.nbytes[Transport.MAPPED] += viewed
     reason = explain(options.io, course.io, course.resident, layout.nbytes_read, viewed, course.knowledge)
     resident = None if course.knowledge is Knowledge.UNKNOWN else course.resident
-    return Moved(
-        allocation.tensors, layout.nbytes_loaded, carried, resident, viewed, reason, used, list(layout.warnings)
+    return TransferResult(
+        allocation.tensors, layout.nbytes_loaded, stats, resident, viewed, reason, used, list(layout.warnings)
     )
 
 
-def _portions(
+def _batches(
     blocks: Iterator[Block], allocation: Allocation, size: int | None, observer: Observer | None
-) -> Iterator[Portion]:
+) -> Iterator[Batch]:
     """Some blocks at a time, with the storages that they are the first to need.
 
     size: how many blocks; None: all. All that are left, too, where work is queued on the caller's stream: memory may be
@@ -258,12 +260,12 @@ def _portions(
             batch = list(islice(blocks, None if is_busy(allocation.device) else size))
         if not batch:
             return
-        yield Portion(batch, partial(allocate, batch[-1].pieces[-1].storage + 1))
+        yield Batch(batch, partial(allocate, batch[-1].segments[-1].storage + 1))
 
 
 def _move_through_torch(
     checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
-) -> Moved:
+) -> TransferResult:
     """The way for pickles that cannot be planned."""
     from wan_loader.formats.torchpickle import load_torch_pickle
 
@@ -282,7 +284,7 @@ def _move_through_torch(
                 convert_storage(state, plan)
     loaded = sum(plan.nbytes_loaded(checkpoint.storages[plan.storage].nbytes) for plan in plans)
     reason = "the file cannot be planned: torch.load read it"
-    return Moved(state, loaded, resident_before=resident, reason=reason)
+    return TransferResult(state, loaded, resident_before=resident, reason=reason)
 
 
 def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypeRule) -> None:

@@ -26,14 +26,14 @@ from wan_loader.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["MAX_GAP", "PAGE", "Block", "Extent", "Piece", "Way", "apart", "plan_blocks", "split"]
+__all__ = ["MAX_GAP", "PAGE", "Block", "ByteRange", "Segment", "Transport", "apart", "plan_blocks", "split"]
 
 PAGE = max(4096, PAGESIZE)
 #: Gaps up to this size inside a run are read through: cheaper than another request. Zip records are 64 B apart.
 MAX_GAP = 64 << 10
 
 
-class Way(Enum):
+class Transport(Enum):
     """How a block's bytes travel."""
 
     MAPPED = "mapped"
@@ -41,7 +41,7 @@ class Way(Enum):
     BUFFERED = "buffered"
 
 
-class Extent(NamedTuple):
+class ByteRange(NamedTuple):
     """Bytes `start` to `end` of file number `file`, to become storage number `storage`."""
 
     storage: int
@@ -54,7 +54,7 @@ class Extent(NamedTuple):
     """Where in the storage they belong, counted in bytes of the file."""
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """`nbytes` at `file_start` of the block's file belong at byte `storage_start` of storage number `storage`."""
 
     storage: int
@@ -62,7 +62,7 @@ class Piece(NamedTuple):
     file_start: int
     nbytes: int
     itemsize: int = 1
-    """As in `Extent`."""
+    """As in `ByteRange`."""
 
     @property
     def file_end(self) -> int:
@@ -73,11 +73,11 @@ class Piece(NamedTuple):
 class Block(NamedTuple):
     """Bytes `start` to `end` of one file and where they go."""
 
-    way: Way
+    transport: Transport
     file: int
     start: int
     end: int
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def nbytes(self) -> int:
@@ -96,9 +96,13 @@ class Block(NamedTuple):
 
 
 def plan_blocks(
-    extents: Iterable[Extent], *, block_bytes: int, way: Callable[[int, int, int], Way], max_gap: int = MAX_GAP
+    byte_ranges: Iterable[ByteRange],
+    *,
+    block_bytes: int,
+    transport: Callable[[int, int, int], Transport],
+    max_gap: int = MAX_GAP,
 ) -> Iterator[Block]:
-    """Plan a load of `extents`, in their order, one block after the other.
+    """Plan a load of `byte_ranges`, in their order, one block after the other.
 
     block_bytes: upper bound of a block, a multiple of `PAGE`. `way(file, start, end)` says how a range travels; it is
     asked once per block. Extents that follow each other in a file, with gaps of at most `max_gap` bytes, are read
@@ -107,9 +111,9 @@ def plan_blocks(
     """
     if block_bytes < PAGE or block_bytes % PAGE:
         raise OptionError(f"block size {block_bytes} must be a multiple of {PAGE}")
-    for run in _runs(extents, max_gap):
-        for _, file, start, end, pieces in split(run, block_bytes):
-            yield Block(way(file, start, end), file, start, end, pieces)
+    for run in _runs(byte_ranges, max_gap):
+        for _, file, start, end, segments in split(run, block_bytes):
+            yield Block(transport(file, start, end), file, start, end, segments)
 
 
 def split(block: Block, nbytes: int) -> Iterator[Block]:
@@ -117,49 +121,49 @@ def split(block: Block, nbytes: int) -> Iterator[Block]:
     if block.start // nbytes == (block.end - 1) // nbytes:
         yield block
         return
-    pieces = deque(block.pieces)
+    segments = deque(block.segments)
     for border in _borders(block, nbytes):
-        inside: list[Piece] = []
-        while pieces and pieces[0].file_start < border:
-            piece = pieces.popleft()
-            if piece.file_end > border:
-                head = border - piece.file_start
-                rest, start = piece.nbytes - head, piece.storage_start
-                pieces.appendleft(Piece(piece.storage, start + head, border, rest, piece.itemsize))
-                piece = Piece(piece.storage, start, piece.file_start, head, piece.itemsize)
-            inside.append(piece)
+        inside: list[Segment] = []
+        while segments and segments[0].file_start < border:
+            segment = segments.popleft()
+            if segment.file_end > border:
+                head = border - segment.file_start
+                rest, start = segment.nbytes - head, segment.storage_start
+                segments.appendleft(Segment(segment.storage, start + head, border, rest, segment.itemsize))
+                segment = Segment(segment.storage, start, segment.file_start, head, segment.itemsize)
+            inside.append(segment)
         if inside:  # else the part lies in a gap
-            yield Block(block.way, block.file, inside[0].file_start, inside[-1].file_end, tuple(inside))
+            yield Block(block.transport, block.file, inside[0].file_start, inside[-1].file_end, tuple(inside))
 
 
 def apart(block: Block, nbytes: int) -> Iterator[Block]:
     """Cut a block so that each piece of `nbytes` or more is a block of its own."""
-    for large, group in groupby(block.pieces, key=lambda piece: piece.nbytes >= nbytes):
+    for large, group in groupby(block.segments, key=lambda segment: segment.nbytes >= nbytes):
         same = tuple(group)
-        for pieces in ((piece,) for piece in same) if large else (same,):
-            yield Block(block.way, block.file, pieces[0].file_start, pieces[-1].file_end, pieces)
+        for segments in ((segment,) for segment in same) if large else (same,):
+            yield Block(block.transport, block.file, segments[0].file_start, segments[-1].file_end, segments)
 
 
 def _borders(block: Block, nbytes: int) -> Iterable[int]:
-    starts = [piece.file_start for piece in block.pieces]
+    starts = [segment.file_start for segment in block.segments]
     for border in range((block.start // nbytes + 1) * nbytes, block.end, nbytes):
-        straddling = block.pieces[bisect_left(starts, border) - 1]
+        straddling = block.segments[bisect_left(starts, border) - 1]
         inside = border < straddling.file_end
         yield border - ((border - straddling.file_start) % straddling.itemsize if inside else 0)
     yield block.end
 
 
-def _runs(extents: Iterable[Extent], max_gap: int) -> Iterable[Block]:
+def _runs(byte_ranges: Iterable[ByteRange], max_gap: int) -> Iterable[Block]:
     """Extents that follow each other, as one block each."""
-    run: list[Piece] = []
+    run: list[Segment] = []
     run_file, run_end = -1, 0
-    for storage, file, start, end, itemsize, storage_start in extents:
+    for storage, file, start, end, itemsize, storage_start in byte_ranges:
         if start == end:
             continue
         if run and not (file == run_file and 0 <= start - run_end <= max_gap):
-            yield Block(Way.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
+            yield Block(Transport.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
             run = []
-        run.append(Piece(storage, storage_start, start, end - start, itemsize))
+        run.append(Segment(storage, storage_start, start, end - start, itemsize))
         run_file, run_end = file, end
     if run:
-        yield Block(Way.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
+        yield Block(Transport.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))

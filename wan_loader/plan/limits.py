@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.engine import EngineSettings
 from wan_loader.errors import HostMemoryError
-from wan_loader.plan.blocks import PAGE, Way
+from wan_loader.plan.blocks import PAGE, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Set
 
 __all__ = [
-    "MAX_LANES",
+    "MAX_READS",
     "MAX_STAGING_BYTES",
     "MIN_BLOCK_BYTES",
     "block_bytes",
@@ -29,8 +29,8 @@ MIN_BLOCK_BYTES = 8 * MiB
 MAX_BLOCK_BYTES = 32 * MiB
 
 
-class _Staging(NamedTuple):
-    lanes: int
+class _Ring(NamedTuple):
+    reads: int
     """Reads side by side."""
     slots: int
     """For each: one is filled while the other is emptied."""
@@ -38,15 +38,15 @@ class _Staging(NamedTuple):
 
 
 #: Some disks give more, the more is asked for at once.
-_DISK = _Staging(12, 2, 16 * MiB)
+_DISK = _Ring(12, 2, 16 * MiB)
 #: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
-_CACHED = _Staging(12, 2, 4 * MiB)
+_CACHED = _Ring(12, 2, 4 * MiB)
 #: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
-_CASTS = _Staging(10, 2, 8 * MiB)
-_BESIDE_WINDOWS = _Staging(8, 3, 8 * MiB)
+_CASTS = _Ring(10, 2, 8 * MiB)
+_BESIDE_WINDOWS = _Ring(8, 3, 8 * MiB)
 #: On the CPU: conversions share their work among cores, and less than this is not worth it.
-_CPU = _Staging(8, 3, 16 * MiB)
-MAX_LANES = max(staging.lanes for staging in (_DISK, _CACHED, _CASTS, _BESIDE_WINDOWS, _CPU))
+_CPU = _Ring(8, 3, 16 * MiB)
+MAX_READS = max(staging.reads for staging in (_DISK, _CACHED, _CASTS, _BESIDE_WINDOWS, _CPU))
 
 #: So many processors keep the link busy without mapping.
 _STAGING_PROCESSORS = 8
@@ -70,7 +70,7 @@ def prefers_mapping(processors: int) -> bool:
 
 
 def engine_settings(
-    ways: Set[Way],
+    transports: Set[Transport],
     *,
     io: str,
     threads: int | None,
@@ -86,7 +86,7 @@ def engine_settings(
     resident: bool = False,
     reads_straight: bool = False,
 ) -> EngineSettings:
-    """Settings for one load whose blocks travel on these `ways`.
+    """Settings for one load whose blocks travel on these `transports`.
 
     threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
     more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
@@ -100,12 +100,12 @@ def engine_settings(
     resident: whether none of them must.
     reads_straight: as in `EngineSettings`.
     """
-    mapped_only = ways <= {Way.MAPPED}
-    staging = _staging(ways, cuda=cuda, converts=converts, cold=cold)
+    mapped_only = transports <= {Transport.MAPPED}
+    staging = _staging(transports, cuda=cuda, converts=converts, cold=cold)
     slot_bytes = slot_bytes or min(staging.slot_bytes, block_bytes)
-    share = max(1, min(staging.lanes, max(staging.lanes, processors // 2) // sharers))
+    share = max(1, min(staging.reads, max(staging.reads, processors // 2) // sharers))
     steals = cuda and mapped_only and io != "mapped"
-    lanes = threads or (_lanes_beside(processors // sharers) if steals else share)
+    reads = threads or (_reads_beside(processors // sharers) if steals else share)
     most = min(MAX_STAGING_BYTES, memory_limit // 4)
     affordable = (most if room is None else min(most, room)) // (slot_bytes + PAGE)
     if affordable < 1:
@@ -113,9 +113,9 @@ def engine_settings(
             f"staging needs {slot_bytes + PAGE} bytes, more than there is room for, or than a quarter of the "
             f"{memory_limit} bytes of memory that are allowed here: allow more memory"
         )
-    n_slots = min(lanes * staging.slots, max(1, affordable // sharers))
+    n_slots = min(reads * staging.slots, max(1, affordable // sharers))
     return EngineSettings(
-        threads=min(lanes, n_slots),
+        threads=min(reads, n_slots),
         slot_bytes=slot_bytes,
         n_slots=n_slots,
         may_steal=steals,
@@ -125,16 +125,16 @@ def engine_settings(
     )
 
 
-def _staging(ways: Set[Way], *, cuda: bool, converts: bool, cold: bool) -> _Staging:
+def _staging(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:
     if not cuda:
         return _CPU
-    if Way.DIRECT in ways or (cold and Way.MAPPED not in ways):
+    if Transport.DIRECT in transports or (cold and Transport.MAPPED not in transports):
         return _DISK
-    if Way.MAPPED in ways:
+    if Transport.MAPPED in transports:
         return _BESIDE_WINDOWS
     return _CASTS if converts else _CACHED
 
 
-def _lanes_beside(processors: int) -> int:
+def _reads_beside(processors: int) -> int:
     """Beside the mapped way."""
-    return min(_BESIDE_WINDOWS.lanes, max(1, processors // 2))
+    return min(_BESIDE_WINDOWS.reads, max(1, processors // 2))

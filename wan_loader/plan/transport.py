@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wan_loader.plan.blocks import Way
+from wan_loader.plan.blocks import Transport
 from wan_loader.system.page_cache import Knowledge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from wan_loader.engine.reader import Reader
-    from wan_loader.system.page_cache import Residency
+    from wan_loader.system.page_cache import PageCache
 
-__all__ = ["choose_way", "explain", "is_uniform"]
+__all__ = ["choose_transport", "explain", "is_uniform"]
 
 #: From this share of resident pages on, fetching only the missing ones saves more than O_DIRECT gains.
 _WORTH = 0.25
 
 
-def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) -> Callable[[int, int, int], Way]:
+def choose_transport(
+    io: str, *, may_map: bool, reader: Reader, page_cache: PageCache
+) -> Callable[[int, int, int], Transport]:
     """The rule for `plan_blocks`.
 
     Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
@@ -30,22 +32,22 @@ def choose_way(io: str, *, may_map: bool, reader: Reader, residency: Residency) 
     process.
     """
 
-    def direct(file: int) -> Way:
-        return Way.DIRECT if reader.open_direct(file) else Way.BUFFERED
+    def direct(file: int) -> Transport:
+        return Transport.DIRECT if reader.open_direct(file) else Transport.BUFFERED
 
-    def auto(file: int, start: int, end: int) -> Way:
-        share = residency.share(file, start, end)
+    def auto(file: int, start: int, end: int) -> Transport:
+        share = page_cache.share(file, start, end)
         if share == 1.0 and may_map:
-            return Way.MAPPED
-        return Way.BUFFERED if share >= _WORTH else direct(file)
+            return Transport.MAPPED
+        return Transport.BUFFERED if share >= _WORTH else direct(file)
 
     match io:
         case "mapped":
-            return lambda file, start, end: Way.MAPPED
+            return lambda file, start, end: Transport.MAPPED
         case "direct":
             return lambda file, start, end: direct(file)
         case "buffered":
-            return lambda file, start, end: Way.BUFFERED
+            return lambda file, start, end: Transport.BUFFERED
     return auto
 
 

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, WanLoaderError
-from wan_loader.system.page_cache import Knowledge, Residency
+from wan_loader.system.page_cache import Knowledge, PageCache
 from wan_loader.warming.prewarm import fill
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def cold_blocks(source: SourceFile) -> set[int]:
     starts = range(0, source.nbytes, BLOCK_BYTES)
     try:
         with opened(source.path, os.O_RDONLY) as fd:
-            pages = Residency([fd])
+            pages = PageCache([fd])
             cold = {s // BLOCK_BYTES for s in starts if not pages.share(0, s, min(s + BLOCK_BYTES, source.nbytes))}
             return set() if pages.knowledge is Knowledge.UNKNOWN else cold
     except OSError:  # the file is gone, which the copy reports

@@ -23,10 +23,10 @@ from wan_loader.system.posix import cached_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from wan_loader.plan.blocks import Extent
+    from wan_loader.plan.blocks import ByteRange
     from wan_loader.types import StrPath
 
-__all__ = ["WINDOW_BYTES", "Knowledge", "Residency", "cached", "describe", "knowledge_of"]
+__all__ = ["WINDOW_BYTES", "Knowledge", "PageCache", "cached", "describe", "knowledge_of"]
 
 #: In each of these, one page is tried.
 WINDOW_BYTES = 8 << 20
@@ -84,7 +84,7 @@ def _knowledge(fd: int) -> Knowledge:
     return Knowledge.EXACT
 
 
-class Residency:
+class PageCache:
     """Asks the kernel about byte ranges of open files, and remembers what it said of large ones."""
 
     def __init__(self, fds: Sequence[int]) -> None:
@@ -116,13 +116,13 @@ class Residency:
             return self._uniform[at][3]
         return self._cached(file, start, end) / (end - start)
 
-    def total(self, extents: Iterable[Extent]) -> int:
+    def total(self, byte_ranges: Iterable[ByteRange]) -> int:
         """Bytes of all extents that are in the page cache, in whole pages; what is unknown counts as cold.
 
         Extents that touch are asked for together: one system call for a file that is wanted whole.
         """
         spans: list[list[int]] = []
-        for file, start, end in sorted((e.file, e.start, e.end) for e in extents):
+        for file, start, end in sorted((e.file, e.start, e.end) for e in byte_ranges):
             if spans and spans[-1][0] == file and start <= spans[-1][2]:
                 spans[-1][2] = max(spans[-1][2], end)
             else:

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from wan_loader.events import Span
     from wan_loader.profiler.program import Recording
 
-__all__ = ["Surroundings", "load_session", "program_session", "weight_files"]
+__all__ = ["Environment", "load_session", "program_session", "weight_files"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class Environment:
     """What is known of the machine around a recording."""
 
     ceilings: Mapping[str, float] = field(default_factory=dict)
@@ -40,7 +40,7 @@ def _fresh_bytes(settings: Mapping[str, Any]) -> int:
     return slots + int(settings.get("nbytes_straight", 0))
 
 
-def load_session(report: LoadReport, spans: Sequence[Span], around: Surroundings, *, fp32_bytes: int = 0) -> Session:
+def load_session(report: LoadReport, spans: Sequence[Span], around: Environment, *, fp32_bytes: int = 0) -> Session:
     """A load of our own, with the spans that its observer recorded."""
     zero = min((s.start_ns for s in spans), default=0)
     marks = tuple(
@@ -75,7 +75,7 @@ def weight_files(processes: Sequence[Process]) -> list[str]:
     return sorted({path for p in processes for path in p.facts.get("files", {}) if path.startswith("/")})
 
 
-def program_session(recording: Recording, processes: Sequence[Process], around: Surroundings) -> Session:
+def program_session(recording: Recording, processes: Sequence[Process], around: Environment) -> Session:
     """A program, from the processes that `merge` made of its recording."""
     subject = main_process(processes)
     process = processes[subject]
@@ -109,7 +109,7 @@ def _session(
     processes: tuple[Process, ...],
     subject: int,
     evidence: Evidence,
-    around: Surroundings,
+    around: Environment,
 ) -> Session:
     verdict = judge(evidence)
     return Session(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.errors import UnmeasuredError
 from wan_loader.events import clock_ns
 from wan_loader.system.machine import available_memory
-from wan_loader.system.page_cache import Knowledge, Residency, describe
+from wan_loader.system.page_cache import Knowledge, PageCache, describe
 from wan_loader.system.posix import map_file, populate, prefer_huge_pages, unmap
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: float) -> l
     step = max(1, len(pieces) // (2 * most))
     found: list[tuple[str, int]] = []
     with ExitStack() as stack:
-        pages: dict[str, Residency] = {}
+        pages: dict[str, PageCache] = {}
         for path, start in pieces[::step]:
             if path not in pages:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
-                pages[path] = Residency([fd])
+                pages[path] = PageCache([fd])
             share = pages[path].share(0, start, start + nbytes)
             if share == wanted and pages[path].knowledge is not Knowledge.UNKNOWN:
                 found.append((path, start))
