@@ -12,7 +12,7 @@ __all__ = ["main"]
 def main() -> NoReturn:
     """Run `wan-pipeline` in a process of its own."""
     begin_program()
-    from wan_pipeline.cli import main as run
+    from wan_pipeline.commands.app import main as run
 
     run()
 

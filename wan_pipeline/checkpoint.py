@@ -24,17 +24,17 @@ from wan_loader.arguments import checked_path
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.scales import find_scales
-from wan_loader.hub.layouts import missing_files, parts_of
 from wan_loader.plan.dtype_rule import has_part
 from wan_pipeline import configs
+from wan_pipeline.hub.layouts import missing_files, parts_of
 from wan_pipeline.keymap import keymap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from wan_loader.formats.facts import Checkpoint
-    from wan_loader.hub.layouts import Layout
     from wan_loader.types import StrPath
+    from wan_pipeline.hub.layouts import Layout
     from wan_pipeline.keymap import MapName
 
 __all__ = ["EXPERTS", "TITLES", "Component", "ComponentName", "WanCheckpoint", "open_wan"]

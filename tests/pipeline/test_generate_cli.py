@@ -14,8 +14,8 @@ pytest.importorskip("imageio_ffmpeg")
 
 from programs import PIPELINE
 
-from wan_pipeline import generate as module
-from wan_pipeline.cli import main
+from wan_pipeline.commands import generate as module
+from wan_pipeline.commands.app import main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3", "--base_seed", "3"]

@@ -22,7 +22,7 @@ import torch
 from wan_loader.errors import OptionError
 from wan_pipeline import WanT2V
 from wan_pipeline.checkpoint import open_wan
-from wan_pipeline.cli import main
+from wan_pipeline.commands.app import main
 from wan_pipeline.parallel import Degrees
 
 ROOT = Path(__file__).parents[2]

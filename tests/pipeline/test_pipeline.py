@@ -209,7 +209,9 @@ def test_public_names():
     assert wan_pipeline.__all__ == sorted(wan_pipeline.__all__)
     for name in wan_pipeline.__all__:
         assert getattr(wan_pipeline, name) is not None
-    code = "import sys, wan_pipeline, wan_pipeline.pipeline, wan_pipeline.cli; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, wan_pipeline, wan_pipeline.pipeline, wan_pipeline.commands.app; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from wan_loader.errors import OptionError, OutputError
 from wan_loader.sizes import format_bytes
-from wan_pipeline.cli import main
+from wan_pipeline.commands.app import main
 from wan_pipeline.synth import synth
 from wan_pipeline.synth.fill import Pool
 
@@ -123,7 +123,7 @@ def test_cli(tmp_path, call_main, capsys):
 
 
 def test_cli_starts_light():
-    code = "import sys, wan_pipeline.cli; print(*sys.modules)"
+    code = "import sys, wan_pipeline.commands.app; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "numpy", "rich.progress"} & set(modules)
 

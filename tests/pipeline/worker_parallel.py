@@ -11,7 +11,7 @@ from wan_loader.distributed import liveness as liveness
 from wan_loader.distributed import processes
 from wan_loader.errors import KeyMismatchError
 from wan_pipeline import pipeline, residency, startup
-from wan_pipeline.cli import main
+from wan_pipeline.commands.app import main
 
 CASE = sys.argv.pop(1)
 RANK = int(os.environ["RANK"])

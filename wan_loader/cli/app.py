@@ -11,7 +11,6 @@ from wan_loader.cli import cache
 from wan_loader.cli.bench import bench
 from wan_loader.cli.compare import compare
 from wan_loader.cli.doctor import doctor
-from wan_loader.cli.download import download
 from wan_loader.cli.estimate import estimate
 from wan_loader.cli.evict import evict
 from wan_loader.cli.inspect import inspect
@@ -23,6 +22,7 @@ from wan_loader.cli.run import run
 from wan_loader.cli.stage import stage
 from wan_loader.cli.synth import synth
 from wan_loader.cli.warm import warm
+from wan_pipeline.commands.download import download
 
 __all__ = ["app", "main"]
 

@@ -112,8 +112,8 @@ def _document(
 
 def _missing(path: Path) -> list[str]:
     """A warning, if parts of a model's directory are not here."""
-    from wan_loader.hub.inventory import take_inventory
     from wan_loader.sizes import format_count
+    from wan_pipeline.hub.inventory import take_inventory
 
     inventory = take_inventory(path)
     if inventory is None or inventory.complete:

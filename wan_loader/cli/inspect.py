@@ -36,10 +36,10 @@ def inspect(
 
         wan-loader inspect model.safetensors --tensors
     """
-    from wan_loader.cli.model import inspect_model
     from wan_loader.cli.output import print_json
     from wan_loader.formats import open_checkpoint
-    from wan_loader.hub.inventory import take_inventory
+    from wan_pipeline.commands.inspect_model import inspect_model
+    from wan_pipeline.hub.inventory import take_inventory
 
     if part is None and (inventory := take_inventory(path)) is not None:
         inspect_model(path, inventory, json=json)

@@ -16,7 +16,7 @@ from wan_loader.errors import OptionError
 __all__ = ["synth"]
 
 #: Under our name: it stands in the usage.
-_PROGRAM = "import sys; sys.argv[0] = 'wan-loader'; from wan_pipeline.cli import main; main()"
+_PROGRAM = "import sys; sys.argv[0] = 'wan-loader'; from wan_pipeline.commands.app import main; main()"
 
 
 def synth(context: typer.Context) -> None:

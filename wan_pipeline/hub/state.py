@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OutputError
 from wan_loader.formats.strict_json import parse_object
-from wan_loader.hub.remote import RemoteFile
 from wan_loader.stage_copy.entry import check_private, is_below, lock, plain_path
 from wan_loader.system.files import write_text
+from wan_pipeline.hub.remote import RemoteFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from wan_loader.hub.layouts import Layout
+    from wan_pipeline.hub.layouts import Layout
 
 __all__ = ["HIDDEN", "State", "locked_state", "read_state"]
 

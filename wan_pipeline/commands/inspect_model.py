@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.formats import Checkpoint
-    from wan_loader.hub.inventory import Inventory
+    from wan_pipeline.hub.inventory import Inventory
 
 __all__ = ["inspect_model"]
 
@@ -49,7 +49,7 @@ def _names(inventory: Inventory) -> str:
 def _advice(path: Path, inventory: Inventory) -> str:
     import shlex
 
-    from wan_loader.hub.layouts import REPOSITORIES
+    from wan_pipeline.hub.layouts import REPOSITORIES
 
     repository = inventory.repository or REPOSITORIES[inventory.layout]
     first = "delete what is damaged; " if inventory.damaged else ""

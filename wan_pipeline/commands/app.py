@@ -15,7 +15,7 @@ import typer
 from wan_loader import __version__
 from wan_loader.cli import begin_program
 from wan_loader.cli.program import run_program
-from wan_pipeline.generate import generate, load
+from wan_pipeline.commands.generate import generate, load
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
 
 __all__ = ["app", "main"]

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Literal
 
 from wan_loader.errors import HubError, OptionError, OutputError, WanLoaderError
 from wan_loader.events import clock_ns
-from wan_loader.hub.layouts import REPOSITORIES, layouts_in, missing_files, wanted_files
-from wan_loader.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
-from wan_loader.hub.state import State, locked_state, read_state
 from wan_loader.sizes import format_bytes
 from wan_loader.system.threads import StoppedError, run_all
 from wan_loader.warming.prewarm import fill
+from wan_pipeline.hub.layouts import REPOSITORIES, layouts_in, missing_files, wanted_files
+from wan_pipeline.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
+from wan_pipeline.hub.state import State, locked_state, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from wan_loader.hub.layouts import Layout
-    from wan_loader.hub.remote import Listing
     from wan_loader.types import StrPath
+    from wan_pipeline.hub.layouts import Layout
+    from wan_pipeline.hub.remote import Listing
 
     Progress = Callable[[str, int, int], None]
 

@@ -11,7 +11,7 @@ import typer
 from wan_loader.cli.options import JsonOut, Verbose
 
 if TYPE_CHECKING:
-    from wan_loader.hub.download import Downloaded
+    from wan_pipeline.hub.download import Downloaded
 
 __all__ = ["download"]
 
@@ -52,7 +52,7 @@ def download(
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import step_progress
-    from wan_loader.hub import download as downloading
+    from wan_pipeline.hub import download as downloading
 
     with step_progress() as progress:
         result = downloading.download(

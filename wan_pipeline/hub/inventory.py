@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.hub_cache import locate
-from wan_loader.hub.layouts import layout_of, missing_files, parts_of
-from wan_loader.hub.state import read_state
+from wan_pipeline.hub.layouts import layout_of, missing_files, parts_of
+from wan_pipeline.hub.state import read_state
 
 if TYPE_CHECKING:
     from wan_loader.formats import Checkpoint
-    from wan_loader.hub.layouts import Layout
-    from wan_loader.hub.state import State
+    from wan_pipeline.hub.layouts import Layout
+    from wan_pipeline.hub.state import State
 
 __all__ = ["Absent", "Inventory", "take_inventory"]
 

@@ -7,8 +7,8 @@ import pytest
 from hub_standin import native_files, needed
 
 from wan_loader.errors import CheckpointError
-from wan_loader.hub.inventory import take_inventory
-from wan_loader.hub.layouts import layout_of, layouts_in, missing_files, parts_of, wanted_files
+from wan_pipeline.hub.inventory import take_inventory
+from wan_pipeline.hub.layouts import layout_of, layouts_in, missing_files, parts_of, wanted_files
 
 HIGH = "high_noise_model/diffusion_pytorch_model"
 HALVES = ("high_noise_model", "low_noise_model")

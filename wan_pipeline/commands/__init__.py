@@ -1,0 +1,1 @@
+"""The commands of `wan-pipeline`, and those that join `wan-loader`."""
