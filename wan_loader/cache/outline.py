@@ -24,7 +24,7 @@ from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CacheError
 from wan_loader.formats.facts import contiguous_strides, stat_file
 from wan_loader.formats.safetensors import SAFETENSORS_NAMES
-from wan_loader.plan.blocks import PAGE
+from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

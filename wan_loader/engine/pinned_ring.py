@@ -12,7 +12,7 @@ import mmap
 from dataclasses import dataclass
 
 from wan_loader.errors import HostMemoryError
-from wan_loader.plan.blocks import PAGE
+from wan_loader.system.posix import PAGE
 
 __all__ = ["PinnedRing", "Slot"]
 

@@ -12,7 +12,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.plan.blocks import PAGE, Transport
+from wan_loader.plan.blocks import Transport
+from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

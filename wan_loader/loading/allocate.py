@@ -20,9 +20,9 @@ from wan_loader.devices.writer import Destination
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.facts import contiguous_strides
-from wan_loader.plan.blocks import PAGE, ByteRange
+from wan_loader.plan.blocks import ByteRange
 from wan_loader.system.machine import available_memory, process_headrooms, processors
-from wan_loader.system.posix import trim_heap
+from wan_loader.system.posix import PAGE, trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

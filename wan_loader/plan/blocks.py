@@ -18,17 +18,16 @@ from bisect import bisect_left
 from collections import deque
 from enum import Enum
 from itertools import groupby
-from mmap import PAGESIZE
 from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.errors import OptionError
+from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["MAX_GAP", "PAGE", "Block", "ByteRange", "Segment", "Transport", "apart", "plan_blocks", "split"]
+__all__ = ["MAX_GAP", "Block", "ByteRange", "Segment", "Transport", "apart", "plan_blocks", "split"]
 
-PAGE = max(4096, PAGESIZE)
 #: Gaps up to this size inside a run are read through: cheaper than another request. Zip records are 64 B apart.
 MAX_GAP = 64 << 10
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.engine import EngineSettings
 from wan_loader.errors import HostMemoryError
-from wan_loader.plan.blocks import PAGE, Transport
+from wan_loader.plan.blocks import Transport
+from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Set

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan_loader.loading.allocate import check_memory, lay_out
-from wan_loader.plan.blocks import MAX_GAP, PAGE, plan_blocks
+from wan_loader.plan.blocks import MAX_GAP, plan_blocks
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
 from wan_loader.plan.transport import choose_transport, is_uniform
 from wan_loader.system.machine import memory_limit, processors
 from wan_loader.system.page_cache import PageCache
+from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence

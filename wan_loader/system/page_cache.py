@@ -16,9 +16,8 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.plan.blocks import PAGE
 from wan_loader.system.mounts import mount_of
-from wan_loader.system.posix import cached_bytes
+from wan_loader.system.posix import PAGE, cached_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

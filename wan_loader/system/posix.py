@@ -13,6 +13,7 @@ import os
 from functools import cache
 
 __all__ = [
+    "PAGE",
     "cached_bytes",
     "map_file",
     "populate",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 _PAGE = mmap.PAGESIZE
+#: What O_DIRECT reads and mapped windows are rounded to, in bytes.
+PAGE = max(4096, _PAGE)
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
 _MADV_POPULATE_WRITE = 23
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
