@@ -204,7 +204,9 @@ def test_an_interrupted_bench_cleans_up_and_keeps_what_it_has(checkpoint, tmp_pa
     assert 1 <= case["results"][0]["summary"]["n"] < 1000
 
 
-def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(checkpoint, tmp_path, monkeypatch):
+def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(
+    checkpoint, tmp_path, monkeypatch, call_main
+):
     from wan_loader.bench import runner
     from wan_loader.cli.app import main
 
@@ -212,12 +214,7 @@ def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(chec
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "ask", interrupt)
-    monkeypatch.setattr(
-        sys, "argv", ["wan-loader", "bench", str(checkpoint), "--export-json", str(tmp_path / "o.json")]
-    )
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 130
+    assert call_main(main, "bench", checkpoint, "--export-json", tmp_path / "o.json") == 130
     assert not (tmp_path / "o.json").exists()
 
 

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
 from loader_cases import IO, MiB, same_dicts, weights, write  # noqa: E402
+from pairwise import pairwise  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.devices.resolve import check_room_for_torch  # noqa: E402
@@ -95,13 +96,16 @@ ACTIONS = [
     overwrite_and_put_the_time_back,
     Path.unlink,
 ]
+MOMENTS = ["header", "init 1", "init 2", "init 3"]
 
 
 @pytest.mark.timeout(5)
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("moment", ["header", "init 1", "init 2", "init 3"])
-@pytest.mark.parametrize(("mode", "dtype"), [*((mode, None) for mode in IO), ("auto", "bf16"), ("direct", "bf16")])
-def test_file_changed_during_the_load(tmp_path, device, mode, dtype, moment, action):
+@pytest.mark.parametrize(
+    ("way", "moment", "action"),
+    pairwise([*((mode, None) for mode in IO), ("auto", "bf16"), ("direct", "bf16")], MOMENTS, ACTIONS),
+)
+def test_file_changed_during_the_load(tmp_path, device, transport, moment, action):
+    mode, dtype = transport
     path = write("safetensors", tmp_path, weights(4))
     name, _, n = moment.partition(" ")
     meddler = Meddler(name, int(n or 1), lambda: action(path))

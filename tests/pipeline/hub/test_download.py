@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 
 import pytest
 from hub_standin import COMMIT, native_files, needed, point_to
+from programs import check_error, wan_loader
 
 from wan_loader.errors import CheckpointError, HubError, OptionError, OutputError
 from wan_pipeline.hub import download as module
@@ -445,13 +445,7 @@ def test_an_interrupted_call_leaves_nothing_that_goes_on_writing(hub, target, mo
 
 def test_errors_are_one_line_on_the_command_line(hub, target):
     for arguments, word in ((["nobody/nothing"], "nobody/nothing"), (["--revision", "x"], "--revision")):
-        process = start(target, *arguments)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert word in err
+        check_error(wan_loader("download", "--to", target, *arguments), word)
 
 
 def test_without_huggingface_hub_help_still_answers():
@@ -465,13 +459,12 @@ def test_inspect_says_what_is_still_missing_and_how_much_is_here(hub, target):
     hub.served[SHARD] = expected(hub)[SHARD][:100_000]
     with pytest.raises(HubError):
         download(target)
-    command = [sys.executable, "-m", "wan_loader", "inspect", str(target)]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    done = wan_loader("inspect", target, "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)
     missing = {row["path"]: row for row in document["missing"]}
     assert missing[SHARD] == {"path": SHARD, "nbytes": 300_000, "nbytes_here": 100_000}
     assert set(missing) == {name for name in expected(hub) if not (target / name).exists()}
     assert "wan-loader download" in done.stderr
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    done = wan_loader("inspect", target)
     assert f"{SHARD}, 300 kB, 100 kB of that are here" in done.stdout
