@@ -13,7 +13,8 @@ import pytest
 from wan_loader.engine import Batch, EngineSettings, run_transfer
 from wan_loader.engine.reader import Reader
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan.blocks import PAGE, ByteRange, Transport, plan_blocks
+from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
+from wan_loader.system.posix import PAGE
 
 MiB = 1 << 20
 
@@ -125,7 +126,7 @@ def test_a_forgotten_result_stays_mapped(path):
     assert all(is_mapped(address) for address in writer.registered)
 
 
-@pytest.mark.parametrize(("name", "way"), [("mapper", Transport.MAPPED), ("pinning", Transport.BUFFERED)])
+@pytest.mark.parametrize(("name", "transport"), [("mapper", Transport.MAPPED), ("pinning", Transport.BUFFERED)])
 def test_just_before_a_thread_begins(path, monkeypatch, name, transport):
     """Nobody waits for a thread that is not there: all is given back."""
     plain, writer = threading.Thread.start, DeviceWriter()

@@ -12,11 +12,11 @@ import pytest
 from wan_loader.engine.reader import BlockRead, Reader
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan.blocks import PAGE, Block, ByteRange, Segment, Transport, plan_blocks
+from wan_loader.plan.blocks import Block, ByteRange, Segment, Transport, plan_blocks
 from wan_loader.system import posix as linux
 from wan_loader.system import posix_aio as aio
 from wan_loader.system.page_cache import PageCache
-from wan_loader.system.posix import cached_bytes
+from wan_loader.system.posix import PAGE, cached_bytes
 
 MiB = 1 << 20
 

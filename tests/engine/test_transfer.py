@@ -23,7 +23,8 @@ from wan_loader.engine.reader import Reader
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
 from wan_loader.formats.facts import stat_file
-from wan_loader.plan.blocks import PAGE, ByteRange, Transport, plan_blocks
+from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
+from wan_loader.system.posix import PAGE
 from wan_loader.system.posix_aio import Request
 
 pytestmark = pytest.mark.timeout(10)
@@ -493,7 +494,7 @@ def test_slow_allocation_delays_nothing_but_the_submits(load, path, transport):
     check(load(transport, allocate=allocate), path)
 
 
-@pytest.mark.parametrize(("way", "waits"), [(Transport.MAPPED, True), (Transport.BUFFERED, False)])
+@pytest.mark.parametrize(("transport", "waits"), [(Transport.MAPPED, True), (Transport.BUFFERED, False)])
 def test_unregistering_windows_gives_way_to_other_loads(load, transport, waits):
     result = load(transport, block_bytes=SLOT)
     with loading():

@@ -101,7 +101,7 @@ MOMENTS = ["header", "init 1", "init 2", "init 3"]
 
 @pytest.mark.timeout(5)
 @pytest.mark.parametrize(
-    ("way", "moment", "action"),
+    ("transport", "moment", "action"),
     pairwise([*((mode, None) for mode in IO), ("auto", "bf16"), ("direct", "bf16")], MOMENTS, ACTIONS),
 )
 def test_file_changed_during_the_load(tmp_path, device, transport, moment, action):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
-from wan_loader.plan.blocks import MAX_GAP, PAGE, Block, ByteRange, Segment, Transport, apart, plan_blocks, split
+from wan_loader.plan.blocks import MAX_GAP, Block, ByteRange, Segment, Transport, apart, plan_blocks, split
+from wan_loader.system.posix import PAGE
 
 WAYS = list(Transport)
 quick = settings(max_examples=150, deadline=None, database=None, derandomize=True)

@@ -26,7 +26,7 @@ def settings(*transports, io="auto", threads=None, memory=64 * GiB, processors=1
 
 
 @pytest.mark.parametrize(
-    ("share", "processors", "direct", "way"),
+    ("share", "processors", "direct", "transport"),
     [
         (1.0, 4, True, Transport.MAPPED),
         (1.0, 16, True, Transport.BUFFERED),

@@ -5,11 +5,12 @@ import os
 
 import pytest
 
-from wan_loader.plan.blocks import PAGE, ByteRange
+from wan_loader.plan.blocks import ByteRange
 from wan_loader.stage_copy.blocks import BLOCK_BYTES, cold_blocks
 from wan_loader.system import page_cache as module
 from wan_loader.system.mounts import Mount
 from wan_loader.system.page_cache import WINDOW_BYTES, Knowledge, PageCache, cached, describe, knowledge_of
+from wan_loader.system.posix import PAGE
 from wan_loader.warming.evict import evict as push_out
 from wan_loader.warming.evict import resident_bytes
 from wan_loader.warming.tree import list_tree
