@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.engine import EngineSettings
     from wan_loader.engine.reader import Check, Reader
     from wan_loader.formats.facts import Checkpoint
     from wan_loader.loading.allocate import Layout, StoragePlan
     from wan_loader.loading.run import LoadOptions
     from wan_loader.plan.blocks import Block, ByteRange
+    from wan_loader.plan.limits import EngineSettings
     from wan_loader.system.page_cache import Knowledge
 
 __all__ = ["LoadPlan", "decide"]
