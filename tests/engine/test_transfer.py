@@ -16,7 +16,6 @@ import pytest
 
 from wan_loader.devices.writer import PinError
 from wan_loader.engine import Batch, run_transfer
-from wan_loader.engine import read_queue as reads
 from wan_loader.engine import transfer as carry
 from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
@@ -25,8 +24,9 @@ from wan_loader.events import Recorder
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
 from wan_loader.plan.limits import EngineSettings, TransferMode
+from wan_loader.system import posix_aio
 from wan_loader.system.posix import PAGE
-from wan_loader.system.posix_aio import Request
+from wan_loader.system.posix_aio import PosixAio, Request
 
 pytestmark = pytest.mark.timeout(10)
 
@@ -277,6 +277,17 @@ def test_every_byte_arrives_once(load, path, transport, threads, can_pin):
     check(result, path)
 
 
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
+def test_reads_by_python_threads(load, path, monkeypatch, transport):
+    monkeypatch.setattr(posix_aio, "_orphaned", True)
+    result = load(transport, block_bytes=SLOT, each=3, delay_s=0.001)
+    assert "read by Python threads" in result.stats.fallbacks[0]
+    check(result, path)
+    error = DeviceError("boom")
+    assert fails_within_a_second(error, lambda: load(transport, block_bytes=SLOT, fail_at=(2, error))) is error
+
+
 @pytest.mark.parametrize("each", [1, 3, 100])
 @pytest.mark.parametrize("mode", [TransferMode.SHARED, TransferMode.STAGED])
 @pytest.mark.parametrize("transport", WAYS)
@@ -312,7 +323,7 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
         return plain(request) if load.devices[-1].n_pins else None
 
     monkeypatch.setattr(Request, "result", late)
-    monkeypatch.setattr(reads, "wait_any", wait_any)
+    monkeypatch.setattr(PosixAio, "wait_any", staticmethod(wait_any))
     check(load(Transport.MAPPED, block_bytes=SLOT, each=2, n_slots=2, mode=TransferMode.SHARED), path)
     assert waited_s, "staging was at work, too"
     assert sum(waited_s) < 0.5

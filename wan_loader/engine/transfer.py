@@ -1,6 +1,6 @@
 """Carries out a plan, in two threads at most.
 
-The calling thread looks after staging: it starts reads into slots (`reads`; the C library's threads carry them out),
+The calling thread looks after staging: it starts reads into slots (`read_queue`; a `ReadBackend` carries them out),
 and submits the copy of each slot as it fills. The plan comes in portions, whose destinations are allocated one after
 the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
 it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
@@ -26,6 +26,7 @@ from wan_loader.engine.activity import wait_until_idle
 from wan_loader.engine.pending import PendingBlocks
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
+from wan_loader.engine.read_backend import choose_backend
 from wan_loader.engine.read_queue import InFlightRead, ReadQueue
 from wan_loader.events import span
 from wan_loader.plan.blocks import Transport
@@ -232,7 +233,8 @@ class _Load:
         staging = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
         self._stats.cleanups.append(staging.close)
         self._stats.staging_nbytes = staging.nbytes
-        self._reads = ReadQueue(self._settings.threads, self._reader, staging, self._observer)
+        backend = choose_backend(self._reader.fallbacks)
+        self._reads = ReadQueue(self._settings.threads, self._reader, staging, backend, self._observer)
         return self._reads
 
     def _is_staging(self) -> bool:
