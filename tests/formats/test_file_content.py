@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
-from wan_loader.formats.known import holds_weights, recognise
+from wan_loader.formats.known import recognise
 from wan_loader.verify import verify
 
 NAMES = [
@@ -55,7 +55,6 @@ def test_content_decides_and_not_the_suffix(tmp_path, format_, name):
     assert loaded["w"].tolist() == [0, 1, 2]
     assert verify(path, loaded) == 1
     assert open_checkpoint([path]).format == format_
-    assert holds_weights(OURS[format_][:512])
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x04034B50])
