@@ -11,16 +11,16 @@ import ctypes
 
 import pytest
 import torch
+from wan_loader.loading.filling import Filling
 
 from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.writer import Destination
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.reader import Reader
 from wan_loader.formats import open_checkpoint
-from wan_loader.loading.allocate import lay_out, plan_storages
-from wan_loader.loading.filling import Filling
 from wan_loader.plan.blocks import Segment, plan_blocks
 from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.layout import lay_out, plan_storages
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
 from wan_loader.plan.transport import choose_transport
 from wan_loader.system.page_cache import ModuleResidency

@@ -15,7 +15,8 @@ from wan_loader._version import __version__
 from wan_loader.system.forks import without_forks
 
 if TYPE_CHECKING:
-    from wan_loader.api import load, load_file, load_into
+    from wan_loader.api import bind, load, load_file, load_into
+    from wan_loader.cancel import CancelToken
     from wan_loader.errors import (
         CacheError,
         CheckpointError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         DistributedError,
         HostMemoryError,
         KeyMismatchError,
+        LoadCancelledError,
         MissingFileError,
         OptionError,
         OutputError,
@@ -32,10 +34,14 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer, Recorder, Span
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.loading.empty_weights import empty_weights
+    from wan_loader.loading.result import LoadResult
+    from wan_loader.plan.plan import LoadPlan
+    from wan_loader.plan.request import LoadRequest
     from wan_loader.warming.prewarm import prewarm
 
 _LAZY = {
     "CacheError": "wan_loader.errors",
+    "CancelToken": "wan_loader.cancel",
     "Checkpoint": "wan_loader.formats",
     "CheckpointError": "wan_loader.errors",
     "DeviceError": "wan_loader.errors",
@@ -43,6 +49,10 @@ _LAZY = {
     "DistributedError": "wan_loader.errors",
     "HostMemoryError": "wan_loader.errors",
     "KeyMismatchError": "wan_loader.errors",
+    "LoadCancelledError": "wan_loader.errors",
+    "LoadPlan": "wan_loader.plan.plan",
+    "LoadRequest": "wan_loader.plan.request",
+    "LoadResult": "wan_loader.loading.result",
     "MissingFileError": "wan_loader.errors",
     "Observer": "wan_loader.events",
     "OptionError": "wan_loader.errors",
@@ -50,6 +60,7 @@ _LAZY = {
     "Recorder": "wan_loader.events",
     "Span": "wan_loader.events",
     "WanLoaderError": "wan_loader.errors",
+    "bind": "wan_loader.api",
     "empty_weights": "wan_loader.loading.empty_weights",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
@@ -60,6 +71,7 @@ _LAZY = {
 
 __all__ = [
     "CacheError",
+    "CancelToken",
     "Checkpoint",
     "CheckpointError",
     "DeviceError",
@@ -67,6 +79,10 @@ __all__ = [
     "DistributedError",
     "HostMemoryError",
     "KeyMismatchError",
+    "LoadCancelledError",
+    "LoadPlan",
+    "LoadRequest",
+    "LoadResult",
     "MissingFileError",
     "Observer",
     "OptionError",
@@ -75,6 +91,7 @@ __all__ = [
     "Span",
     "WanLoaderError",
     "__version__",
+    "bind",
     "empty_weights",
     "load",
     "load_file",

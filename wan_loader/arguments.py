@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_THREADS",
     "check_cache",
+    "check_cancel",
     "check_device",
     "check_flag",
     "check_group",
@@ -133,6 +134,12 @@ def check_observer(observer: object) -> None:
     """`OptionError` unless the observer can be told of spans."""
     if observer is not None and not callable(getattr(observer, "record", None)):
         raise OptionError(f"observer is {_shown(observer)}: pass an object with a method record(span)")
+
+
+def check_cancel(cancel: object) -> None:
+    """`OptionError` unless it can be asked whether to stop."""
+    if cancel is not None and not callable(getattr(cancel, "check", None)):
+        raise OptionError(f"cancel is {_shown(cancel)}: pass a wan_loader.CancelToken")
 
 
 def check_key_map(key_map: object) -> None:

@@ -11,6 +11,7 @@
     │   └── NewerFormatError                   an entry was written by a newer version of wan-loader
     ├── HubError(OSError)                      the hub cannot be reached, refuses, or sends other than it promised
     ├── SessionError(ValueError)               a saved session or measurement is damaged or foreign
+    ├── LoadCancelledError                     a load was stopped through its `CancelToken`
     ├── DistributedError(RuntimeError)         another process of a distributed load failed, or they disagree
     ├── UnmeasuredError                        something could not be measured
     ├── OutputError(OSError)                   a result cannot be written where it was asked for
@@ -38,6 +39,7 @@ __all__ = [
     "HostMemoryError",
     "HubError",
     "KeyMismatchError",
+    "LoadCancelledError",
     "MissingFileError",
     "NewerFormatError",
     "OptionError",
@@ -121,6 +123,10 @@ class HubError(WanLoaderError, OSError):
 
 class SessionError(WanLoaderError, ValueError):
     """A saved session or a cached measurement is damaged or foreign."""
+
+
+class LoadCancelledError(WanLoaderError):
+    """A load was stopped through its `CancelToken`; nothing was handed out."""
 
 
 class DistributedError(WanLoaderError, RuntimeError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import load
+from wan_loader.api import bind, load
 from wan_loader.loading.bind import match, module_slots
 from wan_loader.plan.dtype_rule import has_part
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
     from wan_loader.loading.report import LoadReport
     from wan_loader.types import IoMode
@@ -80,16 +81,18 @@ def fetch(
     dtype: torch.dtype | None,
     decoder_only: bool = False,
     io: IoMode = "auto",
+    cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
     """Load the weights under their names in the file. Imports nothing but torch."""
     loaded = load(
-        component.source,
+        component.facts,
         device=device,
         dtype=dtype,
         names=[t.name for t in component.facts.tensors if not (decoder_only and component.is_encoder_only(t.name))],
         keep_fp32=component.keep_fp32,
         io=io,
+        cancel=cancel,
         observer=observer,
     )
     return loaded.tensors, loaded.report
@@ -97,20 +100,7 @@ def fetch(
 
 def adopt(module: torch.nn.Module, component: Component, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give a built (or emptied) module the tensors that `fetch` loaded; tied parameters stay tied."""
-    import torch
-
-    rename = component.key_map or (lambda name: name)
-    loaded = {rename(name): tensor for name, tensor in tensors.items()}
-    device = next(iter(loaded.values())).device
-    named = module.named_parameters(remove_duplicate=False)
-    new = {id(old): torch.nn.Parameter(loaded[name], old.requires_grad) for name, old in named if name in loaded}
-    for owner in module.modules():
-        for name, old in owner._parameters.items():
-            if old is not None:
-                owner._parameters[name] = new[id(old)]
-        for name in owner._non_persistent_buffers_set:
-            if (buffer := owner._buffers[name]) is not None:
-                owner._buffers[name] = buffer.to(device)
+    bind(module, tensors, key_map=component.key_map)
 
 
 def empty(module: torch.nn.Module) -> None:

@@ -88,7 +88,7 @@ def describe_device(device: str) -> dict[str, Any]:
     from wan_loader.devices.resolve import device_card, resolve_device
 
     found = resolve_device(device)
-    return {"status": "ok", "device": str(found), "machine": {**machine_card(), **device_card(found)}}
+    return {"status": "ok", "device": str(found), "machine": {**machine_card(), **device_card(str(found))}}
 
 
 def measure_ceiling(request: Mapping[str, Any]) -> dict[str, Any]:

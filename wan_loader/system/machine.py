@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "affordable_buffers",
     "available_memory",
+    "free_memory",
     "machine_card",
     "memory_limit",
     "peak_resident",
@@ -193,6 +194,12 @@ def process_headrooms() -> dict[str, int]:
         for name, (limit, word) in limits.items()
         if limit != resource.RLIM_INFINITY
     }
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still allocate, by the machine, its cgroup and its limits; None: unknown."""
+    available = available_memory()
+    return min([*process_headrooms().values(), *([] if available is None else [available])], default=None)
 
 
 def affordable_buffers(count: int, nbytes: int) -> int:
