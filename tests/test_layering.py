@@ -36,8 +36,6 @@ NOT_YET = {
     ("cli/estimate.py", "wan_pipeline.hub.inventory"),
     ("cli/inspect.py", "wan_pipeline.commands.inspect_model"),
     ("cli/inspect.py", "wan_pipeline.hub.inventory"),
-    ("plan/limits.py", "wan_loader.engine"),
-    ("plan/plan.py", "wan_loader.engine"),
 }
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 
