@@ -1,6 +1,8 @@
 """Arithmetic over spans, with times that were made up: exact and instant."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from wan_loader.events import Span
 from wan_loader.profiler.analysis.timeline import (
@@ -50,6 +52,24 @@ def test_attribution_clips():
     assert attribute([mark("read", 0, 10)], 2 * S, 3 * S) == {"read": 1.0}
     assert attribute([], 0, S) == {"other": 1.0}
     assert attribute([Span("read", 5, 5)], 0, 10) == {"other": 1e-8}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["read", "h2d", "cast", "wait", "other"]), st.integers(0, 30), st.integers(0, 9))
+    ),
+    st.integers(0, 10),
+    st.integers(10, 40),
+)
+def test_attribution_moment_by_moment(rows, start_ns, end_ns):
+    spans = [Span(name, at, at + length) for name, at, length in rows]
+    busy = {p.name: p.busy_s for p in phases(spans)}
+    order = sorted(busy, key=lambda name: (name in ("wait", "other"), -busy[name]))
+    paced = dict.fromkeys([*order, "other"], 0)
+    for moment in range(start_ns, end_ns):
+        at_work = {s.name for s in spans if s.start_ns <= moment < s.end_ns}
+        paced[next((name for name in order if name in at_work), "other")] += 1
+    assert attribute(spans, start_ns, end_ns) == {name: ns / 1e9 for name, ns in paced.items() if ns}
 
 
 def test_by_label():

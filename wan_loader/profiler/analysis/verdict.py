@@ -12,10 +12,11 @@ idle meanwhile: then the stages took turns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.profiler.analysis.session import Verdict
-from wan_loader.profiler.analysis.timeline import attribute, by_label, overlap_ns, phases, union
+from wan_loader.profiler.analysis.timeline import attribute, by_label, by_phase, overlap_ns, phases, union
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.loading.report import Phase
     from wan_loader.profiler.analysis.timeline import Mark
 
-__all__ = ["Evidence", "ideal_seconds", "judge", "slot_wait_seconds"]
+__all__ = ["Evidence", "ideal_seconds", "judge"]
 
 _CULPRIT = 0.15
 #: Below this share of its ceiling a phase is slow, above it is at it: measurements scatter by that much.
@@ -34,9 +35,12 @@ _IMPORTS_S = 0.5
 _PIPELINE = ("read", "h2d", "cast", "register")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What verdict and advice work on: one process's spans, and the facts around them."""
+    """What verdict and advice work on: one process's spans, and the facts around them.
+
+    What follows from the spans alone is computed once: there are many, and every rule asks.
+    """
 
     kind: str
     seconds: float
@@ -57,15 +61,43 @@ class Evidence:
     facts: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def phases(self) -> dict[str, Phase]:
         """By name."""
         return {p.name: p for p in phases(self.spans)}
 
-    @property
+    @cached_property
     def blame(self) -> dict[str, float]:
         """Seconds of the wall time by the phase that set the pace."""
         return attribute(self.spans, self.start_ns, self.end_ns)
+
+    @cached_property
+    def _by_phase(self) -> dict[str, list[Mark]]:
+        return by_phase(self.spans)
+
+    def of_phase(self, name: str) -> Sequence[Mark]:
+        """Return the spans of one phase."""
+        return self._by_phase.get(name, ())
+
+    def labels(self, name: str) -> list[tuple[str, float, int]]:
+        """Return (label, busy seconds, bytes) of one phase, the longest first."""
+        return by_label(self.of_phase(name), name)
+
+    @cached_property
+    def slot_wait_s(self) -> float:
+        """Seconds in which readers waited for a slot while the phase that set the pace was idle as well."""
+        if self.kind != "load":
+            return 0.0
+        waits = union(s for s in self.of_phase("wait") if s.track.startswith("reader"))
+        moving = [p for p in self.phases.values() if p.name in _PIPELINE]
+        if not waits or not moving:
+            return 0.0
+        busy = union(self.of_phase(max(moving, key=lambda p: p.busy_s).name))
+        # Beyond the last read, readers that wait are only on their way out.
+        last_read_ns = max((s.end_ns for s in self.of_phase("read")), default=0)
+        waits = [(a, min(b, last_read_ns)) for a, b in waits if a < last_read_ns]
+        total = sum(b - a for a, b in waits)
+        return (total - overlap_ns(waits, busy)) / 1e9
 
     @property
     def cuda(self) -> bool:
@@ -111,7 +143,7 @@ def judge(e: Evidence) -> Verdict:
     """The verdict on one load or program."""
     blame = e.blame
     losses = {name: loss for name in blame if (loss := _loss(e, name, blame[name])) is not None}
-    losses["wait"] = slot_wait_seconds(e)
+    losses["wait"] = e.slot_wait_s
     worst = max(losses, key=lambda name: losses[name], default="other")
     pace = _pace_setter(blame)
     # A program goes on after its start: what it does then is no measure for its start.
@@ -143,23 +175,6 @@ def _loss(e: Evidence, name: str, seconds: float) -> float | None:
     if name in _PIPELINE and ideal >= _REACHED * seconds:
         return 0.0
     return max(0.0, seconds - ideal)
-
-
-def slot_wait_seconds(e: Evidence) -> float:
-    """Seconds in which readers waited for a slot while the phase that set the pace was idle as well."""
-    if e.kind != "load":
-        return 0.0
-    waits = union(s for s in e.spans if s.name == "wait" and s.track.startswith("reader"))
-    moving = [p for p in e.phases.values() if p.name in _PIPELINE]
-    if not waits or not moving:
-        return 0.0
-    busiest = max(moving, key=lambda p: p.busy_s).name
-    busy = union(s for s in e.spans if s.name == busiest)
-    # Beyond the last read, readers that wait are only on their way out.
-    last_read_ns = max((s.end_ns for s in e.spans if s.name == "read"), default=0)
-    waits = [(a, min(b, last_read_ns)) for a, b in waits if a < last_read_ns]
-    total = sum(b - a for a, b in waits)
-    return (total - overlap_ns(waits, busy)) / 1e9
 
 
 def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[str, float]) -> Verdict:
@@ -201,7 +216,7 @@ def _why(kind: str, e: Evidence, name: str, seconds: float, reached: float | Non
         text = f"readers waited for a free staging slot for {seconds:.2f} s of {e.seconds:.2f} s, nothing was limiting"
     if reached and ceiling:
         text += f", at {reached:.2f} GB/s where {ceiling:.2f} GB/s can be had"
-    if name in ("import", "construct", "other") and (rows := by_label(e.spans, name)):
+    if name in ("import", "construct", "other") and (rows := e.labels(name)):
         text += f": {rows[0][0]} took {rows[0][1]:.2f} s"
     if kind == "limit":
         return "healthy: " + text
