@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # Low to high. A module may import from its own room and from those below.
 ROOMS = [
-    {"errors", "printable", "types", "_version"},
+    {"errors", "phases", "printable", "types", "_version"},
     {"events", "dtypes", "sizes"},
     {"system"},
     {"arguments", "console"},

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from wan_loader.errors import SessionError
-from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
+from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport, summarize
 from wan_loader.profiler.analysis.assemble import Environment, load_session
 from wan_loader.profiler.analysis.session import Process, Sample, Session, Verdict, read_session
-from wan_loader.profiler.analysis.timeline import Mark, phases
+from wan_loader.profiler.analysis.timeline import Mark
 from wan_loader.profiler.render.page import to_page
 from wan_loader.profiler.render.terminal import print_session
 from wan_loader.profiler.render.trace import to_trace
@@ -62,7 +62,7 @@ def test_phases_that_are_not_known_are_other(tmp_path):
     """Of a later version, in the saved document and in spans of a program's own."""
     session = make_session()
     spans = (*session.spans, Mark("decrypt", S, 3 * S, 5, "MainThread"), Mark("other", 2 * S, 4 * S, 2, "MainThread"))
-    assert [(p.name, p.busy_s, p.nbytes) for p in phases(spans)][-1] == ("other", 3.0, 7)
+    assert [(p.name, p.busy_s, p.nbytes) for p in summarize(spans)][-1] == ("other", 3.0, 7)
     session = replace(session, processes=(replace(session.processes[0], spans=spans),))
     document = json.loads(json.dumps(session.to_json()))
     assert len(document["processes"][0]["spans"]) == 5
@@ -250,7 +250,7 @@ def make_program():
     ]
     return Session(
         kind="program",
-        report=make_report(4.0, target="torchrun <x>", phases=phases(spans)),
+        report=make_report(4.0, target="torchrun <x>", phases=summarize(spans)),
         processes=(launcher, *ranks),
         subject=1,
         verdict=Verdict("slow", "random_init", "because <i>", 1.0, 0.25),

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_loader.events import Span
+from wan_loader.loading.report import summarize
 from wan_loader.profiler.analysis.timeline import (
     Mark,
     attribute,
     by_label,
     in_flight,
     overlap_ns,
-    phases,
     throughput,
     union,
 )
@@ -33,7 +33,7 @@ def test_union_and_overlap():
 
 
 def test_phases_keep_the_order_and_know_foreign_ones():
-    found = phases([mark("h2d", 0, 1, 5), mark("random_init", 0, 2), mark("import", 0, 1), mark("h2d", 0.5, 2, 5)])
+    found = summarize([mark("h2d", 0, 1, 5), mark("random_init", 0, 2), mark("import", 0, 1), mark("h2d", 0.5, 2, 5)])
     assert [(p.name, p.busy_s, p.nbytes) for p in found] == [
         ("import", 1.0, 0),
         ("random_init", 2.0, 0),
@@ -63,7 +63,7 @@ def test_attribution_clips():
 )
 def test_attribution_moment_by_moment(rows, start_ns, end_ns):
     spans = [Span(name, at, at + length) for name, at, length in rows]
-    busy = {p.name: p.busy_s for p in phases(spans)}
+    busy = {p.name: p.busy_s for p in summarize(spans)}
     order = sorted(busy, key=lambda name: (name in ("wait", "other"), -busy[name]))
     paced = dict.fromkeys([*order, "other"], 0)
     for moment in range(start_ns, end_ns):

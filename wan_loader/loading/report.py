@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.events import PHASES, Span, busy_ns
+from wan_loader.events import Span, busy_ns
+from wan_loader.phases import ALL_PHASES, known_phase
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -162,13 +163,13 @@ def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
-def summarize(spans: Iterable[Span], order: Sequence[str] = PHASES) -> tuple[Phase, ...]:
-    """Busy time and bytes of each phase that occurred, in `order`; spans of other names count as "other"."""
+def summarize(spans: Iterable[Span]) -> tuple[Phase, ...]:
+    """Add up busy time and bytes of each phase that occurred; spans of phases that are not known count as "other"."""
     by_name: dict[str, list[Span]] = {}
     for span in spans:
-        by_name.setdefault(span.name if span.name in order else "other", []).append(span)
+        by_name.setdefault(known_phase(span.name), []).append(span)
     return tuple(
         Phase(name, busy_ns(by_name[name]) / 1e9, sum(s.nbytes for s in by_name[name]))
-        for name in order
+        for name in ALL_PHASES
         if name in by_name
     )

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import SessionError, WanLoaderError
 from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport, Phase
+from wan_loader.phases import ALL_PHASES, known_phase
 from wan_loader.profiler.analysis.checked import MOST, Doc, read_json
-from wan_loader.profiler.analysis.timeline import ALL_PHASES, Mark, known_phase
+from wan_loader.profiler.analysis.timeline import Mark
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,30 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from wan_loader.events import PHASES, Span, busy_ns
-from wan_loader.loading.report import Phase, summarize
+from wan_loader.events import Span, busy_ns
+from wan_loader.phases import ALL_PHASES, known_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "ALL_PHASES",
     "Mark",
     "attribute",
     "by_label",
     "by_phase",
     "in_flight",
-    "known_phase",
     "overlap_ns",
-    "phases",
     "throughput",
     "union",
 ]
 
 SpanT = TypeVar("SpanT", bound=Span)
-
-#: The phases of a load, and those that only other people's programs have.
-ALL_PHASES = (*PHASES[:4], "construct", "random_init", *PHASES[4:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +34,6 @@ class Mark(Span):
     """A span with a word on what it was: a package, a file, the kind of copy."""
 
     label: str = ""
-
-
-def known_phase(name: str) -> str:
-    """The phase of that name; "other" for one that is not known here, such as one of a later version."""
-    return name if name in ALL_PHASES else "other"
-
-
-def phases(spans: Iterable[Span]) -> tuple[Phase, ...]:
-    """Busy time and bytes of each phase that occurred, in the order of `ALL_PHASES`."""
-    return summarize(spans, ALL_PHASES)
 
 
 def union(spans: Iterable[Span]) -> list[tuple[int, int]]:
@@ -79,7 +63,7 @@ def by_phase(spans: Iterable[SpanT]) -> dict[str, list[SpanT]]:
     """Sort the spans by their phase, in the order of `ALL_PHASES`; those of phases that are not known are "other"."""
     groups: dict[str, list[SpanT]] = {name: [] for name in ALL_PHASES}
     for span in spans:
-        groups[span.name if span.name in groups else "other"].append(span)
+        groups[known_phase(span.name)].append(span)
     return {name: group for name, group in groups.items() if group}
 
 

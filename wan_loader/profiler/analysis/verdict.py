@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.loading.report import summarize
+from wan_loader.phases import PHASE_TABLE
 from wan_loader.profiler.analysis.session import Verdict
-from wan_loader.profiler.analysis.timeline import attribute, by_label, by_phase, overlap_ns, phases, union
+from wan_loader.profiler.analysis.timeline import attribute, by_label, by_phase, overlap_ns, union
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,10 +31,9 @@ __all__ = ["Evidence", "ideal_seconds", "judge"]
 _CULPRIT = 0.15
 #: Below this share of its ceiling a phase is slow, above it is at it: measurements scatter by that much.
 _REACHED = 0.5
-#: Seconds that bookkeeping may take without being called slow.
-_ALLOWANCE = {"header": 0.1, "init": 0.3, "construct": 0.2, "assign": 0.1, "random_init": 0.05, "shard": 1.0}
 _IMPORTS_S = 0.5
-_PIPELINE = ("read", "h2d", "cast", "register")
+_KINDS = {kind.name: kind for kind in PHASE_TABLE}
+_PIPELINE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Evidence:
     @cached_property
     def phases(self) -> dict[str, Phase]:
         """By name."""
-        return {p.name: p for p in phases(self.spans)}
+        return {p.name: p for p in summarize(self.spans)}
 
     @cached_property
     def blame(self) -> dict[str, float]:
@@ -129,7 +130,7 @@ def ideal_seconds(e: Evidence, name: str) -> float | None:
             return None if bare is None else bare * 1.25 + _IMPORTS_S
         case "cuda_init":
             return e.ceilings.get("cuda_init_s", 1.0) * 1.5
-    return _ALLOWANCE.get(name)
+    return _KINDS[name].allowance_s if name in _KINDS else None
 
 
 def _at(e: Evidence, nbytes: int, ceiling: str) -> float | None:
@@ -191,27 +192,9 @@ def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[st
     return Verdict(kind, name, why, lost_s, share, reached, ceiling)
 
 
-_MEANING = {
-    "import": "importing packages",
-    "cuda_init": "making the CUDA context",
-    "header": "reading headers",
-    "construct": "building the modules",
-    "random_init": "filling weights with random numbers that are then overwritten",
-    "init": "planning and allocating",
-    "register": "pinning page-cache pages",
-    "read": "reading the files",
-    "wait": "waiting",
-    "h2d": "copying to the target",
-    "cast": "converting the dtype",
-    "assign": "binding tensors to modules",
-    "shard": "sharding and collectives",
-    "other": "the program's own work",
-}
-
-
 def _why(kind: str, e: Evidence, name: str, seconds: float, reached: float | None, ceiling: float | None) -> str:
     share = f"{seconds / e.seconds:.0%}" if e.seconds else "0%"
-    text = f"{_MEANING[name]} set the pace for {seconds:.2f} s of {e.seconds:.2f} s ({share})"
+    text = f"{_KINDS[name].meaning} set the pace for {seconds:.2f} s of {e.seconds:.2f} s ({share})"
     if name == "wait" and kind == "slow":
         text = f"readers waited for a free staging slot for {seconds:.2f} s of {e.seconds:.2f} s, nothing was limiting"
     if reached and ceiling:
