@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from wan_loader.events import Recorder, Span, busy_ns, clock_ns, span
-from wan_loader.loading.report import summarize
 from wan_loader.phases import ALL_PHASES, LOAD_PHASES, PHASE_TABLE, known_phase
+from wan_loader.spans import summarize
 
 
 def ticks(*values):

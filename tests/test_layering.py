@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     {"errors", "phases", "printable", "types", "_version"},
     {"events", "dtypes", "sizes"},
+    {"spans"},
+    {"verdict"},
     {"system"},
     {"arguments", "console"},
     {"formats"},

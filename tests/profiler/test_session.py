@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from wan_loader.errors import SessionError
-from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport, summarize
+from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.profiler.analysis.assemble import Environment, load_session
-from wan_loader.profiler.analysis.session import Process, Sample, Session, Verdict, read_session
-from wan_loader.profiler.analysis.timeline import Mark
+from wan_loader.profiler.analysis.session import Process, Sample, Session, read_session
 from wan_loader.profiler.render.page import to_page
 from wan_loader.profiler.render.terminal import print_session
 from wan_loader.profiler.render.trace import to_trace
+from wan_loader.spans import Mark, summarize
+from wan_loader.verdict import Verdict
 
 S = 1_000_000_000
 

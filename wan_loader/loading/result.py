@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices.resolve import device_card
 from wan_loader.engine import TransferStats
-from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
+from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.plan.blocks import Transport
 from wan_loader.sizes import format_bytes, format_count
+from wan_loader.spans import Phase, summarize
 from wan_loader.system.machine import machine_card
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.profiler.analysis.session import Advice
-from wan_loader.profiler.analysis.verdict import ideal_seconds
+from wan_loader.verdict import ideal_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from wan_loader.profiler.analysis.verdict import Evidence
+    from wan_loader.verdict import Evidence
 
 __all__ = ["advise"]
 

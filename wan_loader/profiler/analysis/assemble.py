@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport, summarize
+from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.profiler.analysis.advice import advise
 from wan_loader.profiler.analysis.merge import describe_exit, main_process
 from wan_loader.profiler.analysis.session import Process, Session
-from wan_loader.profiler.analysis.timeline import Mark, by_label
-from wan_loader.profiler.analysis.verdict import Evidence, judge
 from wan_loader.sizes import format_count, format_share
+from wan_loader.spans import Mark, by_label, summarize
 from wan_loader.system.machine import machine_card
+from wan_loader.verdict import Evidence, judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

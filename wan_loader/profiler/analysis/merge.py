@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.phases import PHASE_TABLE, known_phase
 from wan_loader.profiler.analysis.session import Process, Sample
-from wan_loader.profiler.analysis.timeline import Mark
+from wan_loader.spans import Mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

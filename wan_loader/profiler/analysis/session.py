@@ -10,17 +10,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import SessionError, WanLoaderError
-from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport, Phase
+from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.phases import ALL_PHASES, known_phase
 from wan_loader.profiler.analysis.checked import MOST, Doc, read_json
-from wan_loader.profiler.analysis.timeline import Mark
+from wan_loader.spans import Mark, Phase
+from wan_loader.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wan_loader.types import StrPath
 
-__all__ = ["Advice", "Process", "Sample", "Session", "Verdict", "read_session"]
+__all__ = ["Advice", "Process", "Sample", "Session", "read_session"]
 
 _MAX_SPANS = 5_000_000
 _COMPARE = "`wan-loader compare` shows two of them side by side"
@@ -61,22 +62,6 @@ class Process:
     def seconds(self) -> float:
         """From its start to its end."""
         return (self.end_ns - self.start_ns) / 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What set the pace. `kind`: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: the
-    load is healthy), "unknown" (nothing to compare with)."""
-
-    kind: str
-    phase: str
-    why: str
-    lost_s: float = 0.0
-    """Seconds that would be won at the ceiling."""
-    share: float = 0.0
-    """Of the wall time that this phase set the pace for."""
-    reached_gbps: float | None = None
-    ceiling_gbps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from wan_loader.phases import ALL_PHASES, PHASE_TABLE
 from wan_loader.printable import markup_text
-from wan_loader.profiler.analysis.timeline import attribute, by_label
 from wan_loader.profiler.render.charts import throughput_svg, timeline_svg
 from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line
 from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.spans import attribute, by_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

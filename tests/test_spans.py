@@ -5,18 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_loader.events import Span
-from wan_loader.loading.report import summarize
-from wan_loader.profiler.analysis.timeline import (
+from wan_loader.profiler.render.bars import timeline_bar
+from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.spans import (
     Mark,
     attribute,
     by_label,
     in_flight,
     overlap_ns,
+    summarize,
     throughput,
     union,
 )
-from wan_loader.profiler.render.bars import timeline_bar
-from wan_loader.sizes import format_bytes, format_seconds
 
 S = 1_000_000_000
 

@@ -1,6 +1,6 @@
 """Names what set the pace, and how far it is from what the machine can do. Pure: a function of what was recorded.
 
-Every moment of the wall time is given to one phase (`timeline.attribute`). A phase's *loss* is the time it got, less
+Every moment of the wall time is given to one phase (`spans.attribute`). A phase's *loss* is the time it got, less
 the time it would need at its ceiling. A loss of more than 15 % of the whole (of a program: of its start) is the
 culprit; without one, the load is at its limit, and the phase with most of the time names the limit.
 
@@ -15,18 +15,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.loading.report import summarize
 from wan_loader.phases import PHASE_TABLE
-from wan_loader.profiler.analysis.session import Verdict
-from wan_loader.profiler.analysis.timeline import attribute, by_label, by_phase, overlap_ns, union
+from wan_loader.spans import attribute, by_label, by_phase, overlap_ns, summarize, union
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from wan_loader.loading.report import Phase
-    from wan_loader.profiler.analysis.timeline import Mark
+    from wan_loader.spans import Mark, Phase
 
-__all__ = ["Evidence", "ideal_seconds", "judge"]
+__all__ = ["Evidence", "Verdict", "ideal_seconds", "judge"]
 
 _CULPRIT = 0.15
 #: Below this share of its ceiling a phase is slow, above it is at it: measurements scatter by that much.
@@ -34,6 +31,22 @@ _REACHED = 0.5
 _IMPORTS_S = 0.5
 _KINDS = {kind.name: kind for kind in PHASE_TABLE}
 _PIPELINE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What set the pace. `kind`: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: the
+    load is healthy), "unknown" (nothing to compare with)."""
+
+    kind: str
+    phase: str
+    why: str
+    lost_s: float = 0.0
+    """Seconds that would be won at the ceiling."""
+    share: float = 0.0
+    """Of the wall time that this phase set the pace for."""
+    reached_gbps: float | None = None
+    ceiling_gbps: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

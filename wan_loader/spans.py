@@ -17,16 +17,32 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Mark",
+    "Phase",
     "attribute",
     "by_label",
     "by_phase",
     "in_flight",
     "overlap_ns",
+    "summarize",
     "throughput",
     "union",
 ]
 
 SpanT = TypeVar("SpanT", bound=Span)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a load. `busy_s` is the union of its intervals over all threads and streams."""
+
+    name: str
+    busy_s: float
+    nbytes: int
+
+    @property
+    def gbps(self) -> float:
+        """GB/s while busy; 0 where bytes make no sense."""
+        return self.nbytes / self.busy_s / 1e9 if self.busy_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,18 @@ def by_phase(spans: Iterable[SpanT]) -> dict[str, list[SpanT]]:
     for span in spans:
         groups[known_phase(span.name)].append(span)
     return {name: group for name, group in groups.items() if group}
+
+
+def summarize(spans: Iterable[Span]) -> tuple[Phase, ...]:
+    """Add up busy time and bytes of each phase that occurred; spans of phases that are not known count as "other"."""
+    by_name: dict[str, list[Span]] = {}
+    for span in spans:
+        by_name.setdefault(known_phase(span.name), []).append(span)
+    return tuple(
+        Phase(name, busy_ns(by_name[name]) / 1e9, sum(s.nbytes for s in by_name[name]))
+        for name in ALL_PHASES
+        if name in by_name
+    )
 
 
 def attribute(spans: Iterable[Span], start_ns: int, end_ns: int) -> dict[str, float]:

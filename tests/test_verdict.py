@@ -5,8 +5,8 @@ import time
 import pytest
 
 from wan_loader.profiler.analysis.advice import advise
-from wan_loader.profiler.analysis.timeline import Mark
-from wan_loader.profiler.analysis.verdict import Evidence, ideal_seconds, judge
+from wan_loader.spans import Mark
+from wan_loader.verdict import Evidence, ideal_seconds, judge
 
 S = 1_000_000_000
 GB = 1_000_000_000
