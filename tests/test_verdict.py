@@ -3,10 +3,14 @@
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from wan_loader.events import Span
+from wan_loader.phases import LOAD_PHASES
 from wan_loader.profiler.analysis.advice import advise
 from wan_loader.spans import Mark
-from wan_loader.verdict import Evidence, ideal_seconds, judge
+from wan_loader.verdict import Evidence, ideal_seconds, judge, judge_load
 
 S = 1_000_000_000
 GB = 1_000_000_000
@@ -95,6 +99,21 @@ def test_gaps_in_our_own_load_are_a_fault_and_a_programs_own_work_is_not():
     assert judge(evidence(spans, 10)).phase == "other"
     assert judge(evidence(spans, 10)).kind == "slow"
     assert judge(evidence(spans, 10, kind="program")).kind == "limit"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(LOAD_PHASES), st.integers(0, 3000), st.integers(0, 900), st.integers(0, 2))),
+    st.integers(0, 4),
+)
+def test_a_load_is_judged_as_its_profile_is_without_a_measured_machine(rows, seconds):
+    spans = [Span(name, S + at * S // 1000, S + (at + ms) * S // 1000, n * GB, "reader 0") for name, at, ms, n in rows]
+    marks = [Mark(s.name, s.start_ns - S, s.end_ns - S, s.nbytes, s.track) for s in spans]
+    if spans:
+        zero = min(s.start_ns for s in marks)
+        found = evidence(marks, seconds, start_ns=zero, end_ns=zero + seconds * S, ceilings={}, cold_bytes=GB)
+        assert judge_load(spans, seconds, "cuda:0") == judge(found)
+    else:
+        assert judge_load(spans, seconds, "cuda:0").phase == "other"
 
 
 def test_nothing_recorded():

@@ -85,14 +85,8 @@ def by_phase(spans: Iterable[SpanT]) -> dict[str, list[SpanT]]:
 
 def summarize(spans: Iterable[Span]) -> tuple[Phase, ...]:
     """Add up busy time and bytes of each phase that occurred; spans of phases that are not known count as "other"."""
-    by_name: dict[str, list[Span]] = {}
-    for span in spans:
-        by_name.setdefault(known_phase(span.name), []).append(span)
-    return tuple(
-        Phase(name, busy_ns(by_name[name]) / 1e9, sum(s.nbytes for s in by_name[name]))
-        for name in ALL_PHASES
-        if name in by_name
-    )
+    groups = by_phase(spans).items()
+    return tuple(Phase(name, busy_ns(group) / 1e9, sum(s.nbytes for s in group)) for name, group in groups)
 
 
 def attribute(spans: Iterable[Span], start_ns: int, end_ns: int) -> dict[str, float]:

@@ -21,9 +21,10 @@ from wan_loader.spans import attribute, by_label, by_phase, overlap_ns, summariz
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from wan_loader.spans import Mark, Phase
+    from wan_loader.events import Span
+    from wan_loader.spans import Phase
 
-__all__ = ["Evidence", "Verdict", "ideal_seconds", "judge"]
+__all__ = ["Evidence", "Verdict", "ideal_seconds", "judge", "judge_load"]
 
 _CULPRIT = 0.15
 #: Below this share of its ceiling a phase is slow, above it is at it: measurements scatter by that much.
@@ -57,15 +58,17 @@ class Evidence:
     """
 
     kind: str
+    """"load" of ours, or "program" of other people."""
     seconds: float
-    spans: Sequence[Mark]
+    spans: Sequence[Span]
     start_ns: int
     end_ns: int
     device: str
-    ceilings: Mapping[str, float]
-    cold_bytes: int
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    """What the machine can do; what is absent was not measured."""
+    cold_bytes: int = 0
     """Of the bytes read: not in the page cache before."""
-    nbytes_file: int
+    nbytes_file: int = 0
     fresh_bytes: int = 0
     """How much at most was read into memory that was new."""
     dtype: str | None = None
@@ -86,10 +89,10 @@ class Evidence:
         return attribute(self.spans, self.start_ns, self.end_ns)
 
     @cached_property
-    def _by_phase(self) -> dict[str, list[Mark]]:
+    def _by_phase(self) -> dict[str, list[Span]]:
         return by_phase(self.spans)
 
-    def of_phase(self, name: str) -> Sequence[Mark]:
+    def of_phase(self, name: str) -> Sequence[Span]:
         """Return the spans of one phase."""
         return self._by_phase.get(name, ())
 
@@ -166,6 +169,21 @@ def judge(e: Evidence) -> Verdict:
         return _verdict("slow", e, worst, losses[worst], blame)
     kind = "limit" if pace in losses or pace in ("other", "wait") else "unknown"
     return _verdict(kind, e, pace, losses.get(pace, 0.0), blame)
+
+
+def judge_load(spans: Sequence[Span], seconds: float, device: str) -> Verdict:
+    """Judge a load of ours by its spans alone: as `judge` does where nothing was measured of the machine.
+
+    Args:
+        spans: What an observer of the load was told.
+        seconds: How long the load took, counted from its first span.
+        device: Where the tensors lie now.
+    """
+    if not spans:
+        return Verdict("unknown", "other", "nothing was recorded: only a load with an observer is")
+    start_ns = min(span.start_ns for span in spans)
+    end_ns = start_ns + int(seconds * 1e9)
+    return judge(Evidence(kind="load", seconds=seconds, spans=spans, start_ns=start_ns, end_ns=end_ns, device=device))
 
 
 def _pace_setter(blame: Mapping[str, float]) -> str:

@@ -59,6 +59,20 @@ def test_round_trip(tmp_path):
     assert again.verdict == session.verdict
 
 
+def test_load_and_profile_name_the_same_bottleneck(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    import wan_loader
+    from wan_loader.events import Recorder
+
+    save_file({f"{i}": torch.zeros(1 << 18) for i in range(8)}, tmp_path / "model.safetensors")
+    loaded = wan_loader.load(tmp_path / "model.safetensors", io="buffered", observer=Recorder())
+    session = load_session(loaded.report, loaded.spans, Environment())
+    assert loaded.report.bottleneck == session.report.bottleneck
+    assert loaded.report.bottleneck.phase == session.verdict.phase
+
+
 def test_phases_that_are_not_known_are_other(tmp_path):
     """Of a later version, in the saved document and in spans of a program's own."""
     session = make_session()

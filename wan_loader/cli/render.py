@@ -139,7 +139,7 @@ def print_load(report: LoadReport) -> None:
     if memory.device_peak_bytes:
         parts.append(f"device peak {format_bytes(memory.device_peak_bytes)}")
     console.print(f"memory: {', '.join(parts)}")
-    console.print(printable(f"slowest: {report.bottleneck.why}"))
+    console.print(printable(f"verdict: {report.bottleneck.why}"))
 
 
 def _sizes_and_time(report: LoadReport) -> Text:

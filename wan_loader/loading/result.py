@@ -11,8 +11,9 @@ from wan_loader.engine import TransferStats
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.plan.blocks import Transport
 from wan_loader.sizes import format_bytes, format_count
-from wan_loader.spans import Phase, summarize
+from wan_loader.spans import summarize
 from wan_loader.system.machine import machine_card
+from wan_loader.verdict import judge_load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def make_report(
     memory: MemoryReport,
 ) -> LoadReport:
     """The report of a load. spans, seconds and memory: as they were when it ended."""
-    phases = summarize(spans)
+    verdict = judge_load(spans, seconds, str(device))
     transports = [transport for transport in Transport if moved.stats.nbytes[transport]]
     return LoadReport(
         command="load",
@@ -96,19 +97,10 @@ def make_report(
             nbytes_buffered=moved.stats.nbytes[Transport.BUFFERED],
             nbytes_viewed=moved.nbytes_viewed,
         ),
-        phases=phases,
-        bottleneck=_bottleneck(phases),
+        phases=summarize(spans),
+        bottleneck=Bottleneck(verdict.phase, verdict.why),
         memory=memory,
         machine={**machine_card(), **device_card(device)},
         settings={"io": io, **({} if (part := choice.checkpoint.part) is None else {"part": part}), **moved.settings},
         warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.stats.fallbacks))),
     )
-
-
-def _bottleneck(phases: Sequence[Phase]) -> Bottleneck:
-    """The busiest phase that does work (waiting is a symptom)."""
-    working = [p for p in phases if p.name != "wait"]
-    if not working:
-        return Bottleneck("other", "nothing was measured")
-    busiest = max(working, key=lambda p: p.busy_s)
-    return Bottleneck(busiest.name, f"{busiest.name} was busy for {busiest.busy_s:.3f} s, longer than any other phase")
