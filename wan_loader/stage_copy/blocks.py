@@ -26,7 +26,6 @@ __all__ = [
     "n_blocks",
     "opened",
     "read_source",
-    "sync_directory",
     "write",
 ]
 
@@ -98,8 +97,3 @@ def write(fd: int, start: int, view: memoryview) -> None:
     count = 0
     while count < len(view):
         count += os.pwrite(fd, view[count:], start + count)
-
-
-def sync_directory(path: Path) -> None:
-    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
-        os.fsync(fd)

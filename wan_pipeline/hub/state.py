@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OutputError
 from wan_loader.formats.strict_json import parse_object
-from wan_loader.stage_copy.entry import check_private, is_below, lock, plain_path
-from wan_loader.system.files import write_text
+from wan_loader.system.files import check_private, is_below, lock_or_refuse, plain_path, read_capped, write_text
 from wan_pipeline.hub.remote import RemoteFile
 
 if TYPE_CHECKING:
@@ -108,27 +107,25 @@ def locked_state(directory: Path) -> Iterator[State | None]:
     with contextlib.suppress(FileExistsError):
         hidden.mkdir(mode=0o700)
     check_private(hidden)
-    fd = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    locked = lock_or_refuse(hidden, f"{directory}: another download is going on there: wait for it")
     try:
-        lock(fd, f"{directory}: another download is going on there: wait for it")
         yield read_state(directory)
     finally:
         with contextlib.suppress(OSError):  # not empty: the state is kept
             hidden.rmdir()
-        os.close(fd)
+        locked.close()
 
 
 def read_state(directory: Path) -> State | None:
     """What a download has left in a directory; None where there was none. Raises for a damaged manifest."""
     path = directory / HIDDEN / "manifest.json"
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
+        text = read_capped(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}") from error
-    if len(text) > _MAX_BYTES:
+    if text is None:
         raise _damaged(path)
     document = parse_object(text, path=str(path), what="the manifest")
     if document.get("schema_version") != 1:

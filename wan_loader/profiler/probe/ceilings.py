@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.profiler.analysis.checked import is_measured
 from wan_loader.profiler.probe import measure
+from wan_loader.system.files import write_text
 from wan_loader.system.machine import machine_card
 
 if TYPE_CHECKING:
@@ -171,6 +171,4 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 def _write(file: Path, store: dict[str, dict[str, float]]) -> None:
     with suppress(OSError):  # a home that cannot be written: measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".ceilings.", delete=False) as f:
-            json.dump(store, f, indent=1)
-        Path(f.name).replace(file)
+        write_text(file, json.dumps(store, indent=1))
