@@ -111,7 +111,7 @@ def _load(
     verify: bool,
 ) -> LoadResult:
     import wan_loader
-    from wan_loader.cli.render import reading_progress
+    from wan_loader.cli.progress import reading_progress
 
     total = wan_loader.open_checkpoint(path, part=part).nbytes
     load_weights = wan_loader.load  # is imported before there is a progress bar
