@@ -18,6 +18,7 @@ ROOMS = [
     {"system"},
     {"arguments", "console"},
     {"formats"},
+    {"documents"},
     {"plan"},
     {"devices"},
     {"engine"},

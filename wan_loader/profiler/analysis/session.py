@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.documents import MOST, Doc, read_json
 from wan_loader.errors import SessionError, WanLoaderError
 from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.phases import ALL_PHASES, known_phase
-from wan_loader.profiler.analysis.checked import MOST, Doc, read_json
 from wan_loader.spans import Mark, Phase
 from wan_loader.verdict import Verdict
 

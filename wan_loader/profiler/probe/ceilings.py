@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.profiler.analysis.checked import is_measured
+from wan_loader.documents import is_measured
 from wan_loader.profiler.probe import measure
 from wan_loader.system.files import write_text
 from wan_loader.system.machine import machine_card
