@@ -22,6 +22,7 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from wan_loader.documents import Doc, DocumentError
 from wan_loader.errors import OutputError
 from wan_loader.formats.strict_json import parse_object
 from wan_loader.system.files import check_private, is_below, lock_or_refuse, plain_path, read_capped, write_text
@@ -259,21 +260,33 @@ def _quoted(text: str) -> str | None:
 
 
 def _parse_manifest(text: bytes, where: str) -> Manifest:
-    damaged = OutputError(f"{where} is damaged: delete {os.path.dirname(where)}, and what is staged, by hand")
     document = parse_object(text, path=where, what="the manifest", holds_paths=True)
     if document.get("schema_version") != 1:
         raise OutputError(f"{where} was written by another version of wan-loader: use that one, or delete it")
-    files = document.get("files")
-    source, name, is_directory, complete = (document.get(k) for k in ("source", "name", "is_directory", "complete"))
-    if not isinstance(source, str) or not is_below(name) or not isinstance(files, list):
-        raise damaged
-    if not isinstance(is_directory, bool) or not isinstance(complete, bool):
-        raise damaged
-    planned = []
-    for file in files:
-        if not isinstance(file, dict) or set(file) != {"path", "nbytes", "mtime_ns"} or not is_below(file["path"]):
-            raise damaged
-        if not all(type(file[k]) is int and abs(file[k]) < 1 << 63 for k in ("nbytes", "mtime_ns")):
-            raise damaged
-        planned.append(Planned(**file))
-    return Manifest(source, str(name), is_directory, tuple(planned), complete)
+    try:
+        return _manifest(Doc(document))
+    except DocumentError as error:
+        home = os.path.dirname(where)
+        raise OutputError(f"{where} is damaged ({error}): delete {home}, and what is staged, by hand") from None
+
+
+def _manifest(doc: Doc) -> Manifest:
+    return Manifest(
+        doc.text("source"),
+        _below(doc, "name"),
+        doc.boolean("is_directory"),
+        tuple(_planned(file) for file in doc.docs("files")),
+        doc.boolean("complete"),
+    )
+
+
+def _planned(doc: Doc) -> Planned:
+    doc.only("path", "nbytes", "mtime_ns")
+    return Planned(_below(doc, "path"), doc.whole("nbytes"), doc.moment("mtime_ns"))
+
+
+def _below(doc: Doc, key: str) -> str:
+    path = doc.text(key)
+    if not is_below(path):
+        raise DocumentError(f"{key} names nothing below a directory")
+    return path

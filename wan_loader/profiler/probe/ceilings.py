@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.documents import is_measured
+from wan_loader.errors import CheckpointError
+from wan_loader.formats.strict_json import parse_object
 from wan_loader.profiler.probe import measure
 from wan_loader.system.files import write_text
 from wan_loader.system.machine import machine_card
@@ -156,10 +158,8 @@ def _disk_key(paths: Sequence[str]) -> str:
 def _read(file: Path) -> dict[str, dict[str, float]]:
     """What is cached and has the right form."""
     try:
-        document = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(document, dict):
+        document = parse_object(file.read_bytes(), path=str(file), what="the document")
+    except (OSError, CheckpointError):
         return {}
     return {
         str(key): {k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and is_measured(v) and v >= _LEAST}
