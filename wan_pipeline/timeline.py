@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import dtype_name
 from wan_loader.events import clock_ns
-from wan_loader.loading.report import SCHEMA_VERSION, summarize
+from wan_loader.loading.report import SCHEMA_VERSION
+from wan_loader.spans import summarize
 from wan_loader.system.machine import machine_card, peak_resident
 
 if TYPE_CHECKING:
