@@ -11,7 +11,7 @@ from wan_loader.errors import OptionError
 from wan_loader.loading.bind import is_distributed
 from wan_loader.loading.binding import Into, bind, make_binding
 from wan_loader.loading.session import LoadSession
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _request(
     request = LoadRequest(
         source=path,
         device=device,
-        policy=DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32")),
+        policy=DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32")),
         part=part,
         names=None if names is None else checked_strings(names, "names"),
         io=io,

@@ -317,10 +317,10 @@ def test_a_build_that_fails_is_one_warning(tmp_path, model):
 def test_another_process_builds(tmp_path, model):
     from wan_loader.cache.cached_load import outline_checkpoint
     from wan_loader.formats import open_checkpoint
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
     checkpoint = open_checkpoint(model)
-    outline = outline_checkpoint(checkpoint, DtypeRule("bfloat16"))
+    outline = outline_checkpoint(checkpoint, DtypePolicy("bfloat16"))
     building = Store(tmp_path / "c").begin(outline.key(outline.sources), 10)
     check_error(run("cache", "build", model, "--cache-dir", tmp_path / "c"), "another process is writing")
     building.abandon()

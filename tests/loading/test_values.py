@@ -13,7 +13,7 @@ from wan_loader import CancelToken, LoadRequest, OptionError  # noqa: E402
 from wan_loader.formats import checkpoint as checkpoint_module  # noqa: E402
 from wan_loader.loading.probe import probe  # noqa: E402
 from wan_loader.loading.run import collect, run  # noqa: E402
-from wan_loader.plan.dtype_rule import DtypeRule  # noqa: E402
+from wan_loader.plan.dtype_policy import DtypePolicy  # noqa: E402
 from wan_loader.plan.facts import Facts  # noqa: E402
 from wan_loader.plan.plan import make_plan  # noqa: E402
 
@@ -89,7 +89,7 @@ def planned(path, **options):
 
 def test_a_plan_can_be_carried_out_as_often_as_wanted(tmp_path):
     tensors = weights(5)
-    plan = planned(write("safetensors", tmp_path, tensors), policy=DtypeRule("bfloat16"))
+    plan = planned(write("safetensors", tmp_path, tensors), policy=DtypePolicy("bfloat16"))
     for _ in range(2):
         result = collect(run(plan))
         result.stats.release()
@@ -104,7 +104,7 @@ def test_blocks_are_made_anew_each_time(tmp_path):
 
 def test_a_plan_says_what_how_why_and_with_how_much_memory(tmp_path, evict):
     path = write("safetensors", tmp_path, weights(5))
-    warm = str(planned(path, policy=DtypeRule("bfloat16")))
+    warm = str(planned(path, policy=DtypePolicy("bfloat16")))
     for words in (
         "5 tensors",
         "1 file",
@@ -116,7 +116,7 @@ def test_a_plan_says_what_how_why_and_with_how_much_memory(tmp_path, evict):
     ):
         assert words in warm
     evict(path)
-    assert "500 kB direct" in str(planned(path, policy=DtypeRule("bfloat16")))
+    assert "500 kB direct" in str(planned(path, policy=DtypePolicy("bfloat16")))
     assert "as in the file" in str(planned(path))
     assert "torch.load" in str(planned(write("legacy pickle", tmp_path, weights(2))))
 
@@ -134,7 +134,7 @@ def test_a_plan_for_a_machine_that_is_not_here(tmp_path):
 # in the order of arrival
 
 
-@pytest.mark.parametrize("options", [{"io": "buffered"}, {"policy": DtypeRule("bfloat16")}, {}])
+@pytest.mark.parametrize("options", [{"io": "buffered"}, {"policy": DtypePolicy("bfloat16")}, {}])
 def test_a_run_yields_each_tensor_once_as_it_arrives(tmp_path, options):
     tensors = {**weights(5), "empty": torch.empty(0, 3)}
     plan = planned(write("safetensors", tmp_path, tensors), **options)

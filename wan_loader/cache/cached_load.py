@@ -21,7 +21,7 @@ from wan_loader.formats.facts import StorageFacts, TensorFacts
 from wan_loader.loading.binding import make_binding
 from wan_loader.loading.run import read_tensors
 from wan_loader.loading.session import LoadSession
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ __all__ = ["ENTRY_FILE", "load_cached", "outline_checkpoint", "read_parts"]
 ENTRY_FILE = "model.safetensors"
 
 
-def outline_checkpoint(checkpoint: Checkpoint, policy: DtypeRule) -> Outline:
+def outline_checkpoint(checkpoint: Checkpoint, policy: DtypePolicy) -> Outline:
     """What an entry of a checkpoint holds: all of its tensors under their names, in the dtypes of the policy."""
     label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
     return Outline(label, policy.dtype, (outline_file(ENTRY_FILE, checkpoint, policy.target),))
@@ -148,6 +148,6 @@ def read_parts(file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]:
         storages.append(StorageFacts(place.file, place.start + part.start * itemsize, part.count * itemsize))
         tensors.append(TensorFacts(str(index), facts.dtype, (part.count,), index, (1,)))
     segments = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(tensors))
-    policy = DtypeRule(exact={str(index): part.tensor.dtype for index, part in enumerate(parts)})
+    policy = DtypePolicy(exact={str(index): part.tensor.dtype for index, part in enumerate(parts)})
     read = read_tensors(LoadRequest(source=segments, policy=policy, owned=True))
     return [read[str(index)] for index in range(len(parts))]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loading.binding import Binding
     from wan_loader.loading.run import TransferResult
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
 
@@ -171,7 +171,7 @@ class ShardGroup:
         checkpoint: Checkpoint,
         tensors: Sequence[TensorFacts],
         shardings: Mapping[str, TensorSharding],
-        rule: DtypeRule,
+        rule: DtypePolicy,
     ) -> None:
         wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_blocks) for t in tensors]
         mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}

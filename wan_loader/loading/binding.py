@@ -14,7 +14,7 @@ from wan_loader.formats.facts import Checkpoint, TensorFacts
 from wan_loader.loading.bind import bind as put_in
 from wan_loader.loading.bind import left_on_meta, match
 from wan_loader.loading.mismatch import stays_on_meta
-from wan_loader.plan.dtype_rule import has_part
+from wan_loader.plan.dtype_policy import has_part
 from wan_loader.plan.request import LoadRequest
 from wan_loader.printable import some
 

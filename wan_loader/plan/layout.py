@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from wan_loader.formats.facts import Checkpoint, TensorFacts
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = ["Layout", "StoragePlan", "lay_out", "plan_storages", "storage_ranges"]
 
@@ -50,7 +50,7 @@ class StoragePlan(NamedTuple):
         return nbytes_file // ITEMSIZE[self.source] * ITEMSIZE[self.target]
 
 
-def plan_storages(tensors: Iterable[TensorFacts], rule: DtypeRule) -> list[StoragePlan]:
+def plan_storages(tensors: Iterable[TensorFacts], rule: DtypePolicy) -> list[StoragePlan]:
     """Group tensors by the storage they share and decide its dtype, in the order in which storages are first named."""
     groups: dict[int, list[TensorFacts]] = defaultdict(list)
     for tensor in tensors:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from wan_loader.arguments import check_device, check_io, check_part, checked_paths, checked_strings, checked_threads
 from wan_loader.errors import KeyMismatchError, OptionError
 from wan_loader.formats import Checkpoint, open_checkpoint
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.printable import some
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LoadRequest:
     """Where the weights are, as for `open_checkpoint`; or a checkpoint that was opened, whose headers are not read
     again."""
     device: str | int | torch.device = "cpu"
-    policy: DtypeRule = field(default_factory=DtypeRule)
+    policy: DtypePolicy = field(default_factory=DtypePolicy)
     """The dtype that each tensor gets."""
     part: str | None = None
     """Of a file that nests dicts, the dict to load."""

@@ -12,7 +12,7 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 from wan_loader.plan.blocks import split
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.facts import Facts
 from wan_loader.plan.plan import make_plan
 from wan_loader.plan.request import LoadRequest
@@ -81,10 +81,10 @@ class Prediction:
 def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> LoadPlan:
     """Plan a load of a whole checkpoint from a cold disk, on a machine that need not be there.
 
-    dtype, errors: as of `DtypeRule`.
+    dtype, errors: as of `DtypePolicy`.
     """
     facts = Facts(device="cuda:0" if cuda else "cpu", processors=processors(), memory_limit=memory_limit())
-    request = LoadRequest(source=checkpoint, device=facts.device, policy=DtypeRule(dtype), owned=True)
+    request = LoadRequest(source=checkpoint, device=facts.device, policy=DtypePolicy(dtype), owned=True)
     return make_plan(request, checkpoint, facts)
 
 
