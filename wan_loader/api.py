@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.arguments import check_cache, check_cancel, check_group, check_module, check_observer, checked_strings
@@ -15,7 +16,7 @@ from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch.distributed import ProcessGroup
@@ -125,8 +126,45 @@ def load(
 ) -> LoadResult:
     """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
     check_group(group)
-    request = _request(path, device, dtype, keep_fp32, part, names, io, threads)
-    return _load(request, None, _CacheWish(cache, cache_dir, verify), group, cancel, observer)
+    with _told_to_all(group, None):
+        request = _request(path, device, dtype, keep_fp32, part, names, io, threads)
+        wish = _CacheWish(cache, cache_dir, verify)
+        _check(wish, group, None, cancel, observer)
+    return _load(request, None, wish, group, cancel, observer)
+
+
+@contextmanager
+def _told_to_all(group: ProcessGroup | None, module: torch.nn.Module | None) -> Iterator[None]:
+    """Let the others of a group know of an error in the body: they wait for this process, which will not come."""
+    try:
+        yield
+    except Exception as error:
+        if group is not None or (module is not None and is_distributed(module)):
+            from wan_loader.distributed.load import refuse
+
+            refuse(error, group, module)
+        raise
+
+
+def _check(
+    wish: _CacheWish,
+    group: ProcessGroup | None,
+    into: Into | None,
+    cancel: CancelToken | None,
+    observer: Observer | None,
+) -> None:
+    check_observer(observer)
+    check_cancel(cancel)
+    check_cache(cache=wish.cache, cache_dir=wish.directory, verify=wish.verify)
+    if wish.cache and _is_shared(group, into):
+        raise OptionError(
+            "the converted cache is for one process, and several load together: leave out cache (--cache)"
+        )
+
+
+def _is_shared(group: ProcessGroup | None, into: Into | None) -> bool:
+    """Whether several processes load together."""
+    return group is not None or (into is not None and is_distributed(into.module))
 
 
 def _request(
@@ -173,16 +211,9 @@ def _load(
     observer: Observer | None,
 ) -> LoadResult:
     """Load alone, or through one of the wrappers around a load, whose modules are imported where they are wanted."""
-    check_observer(observer)
-    check_cancel(cancel)
-    check_cache(cache=wish.cache, cache_dir=wish.directory, verify=wish.verify)
-    if group is not None or (into is not None and is_distributed(into.module)):
+    if _is_shared(group, into):
         from wan_loader.distributed.load import load_together
 
-        if wish.cache:
-            raise OptionError(
-                "the converted cache is for one process, and several load together: leave out cache (--cache)"
-            )
         return load_together(request, into, group, cancel=cancel, observer=observer)
     if wish.cache:
         from wan_loader.cache.cached_load import load_cached
@@ -247,6 +278,10 @@ def load_into(
     """
     check_module(module)
     check_group(group)
-    request = _request(path, device, dtype, keep_fp32, part, None, io, threads)
-    into = Into(module=module, key_map=key_map, strict=strict, allow_meta=checked_strings(allow_meta, "allow_meta"))
-    return _load(request, into, _CacheWish(cache, cache_dir, verify), group, cancel, observer).report
+    with _told_to_all(group, module):
+        request = _request(path, device, dtype, keep_fp32, part, None, io, threads)
+        allowed = checked_strings(allow_meta, "allow_meta")
+        into = Into(module=module, key_map=key_map, strict=strict, allow_meta=allowed)
+        wish = _CacheWish(cache, cache_dir, verify)
+        _check(wish, group, into, cancel, observer)
+    return _load(request, into, wish, group, cancel, observer).report

@@ -11,14 +11,17 @@ import json
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from wan_loader.bench.contract import Loader, LoadTask, NotApplicableError, Outcome
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import OptionError
+from wan_loader.events import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from wan_loader.types import IoMode
 
 __all__ = ["LOADERS", "find_loaders"]
 
@@ -56,8 +59,9 @@ def _drained(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _ours(task: LoadTask) -> Outcome:
     from wan_loader.api import load
 
-    files: Any = list(task.files)
-    loaded = load(files, device=task.device, dtype=task.dtype, io=task.io, threads=task.threads)  # type: ignore[arg-type]
+    files, io = list(task.files), cast("IoMode", task.io)
+    # observed, since the picture shows its phases
+    loaded = load(files, device=task.device, dtype=task.dtype, io=io, threads=task.threads, observer=Recorder())
     return Outcome(loaded.tensors, report=lambda: loaded.report.to_json(), spans=loaded.spans)
 
 

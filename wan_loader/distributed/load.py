@@ -7,7 +7,7 @@ thread, and their order is the same on every process.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from wan_loader.devices.resolve import current
 from wan_loader.distributed.shard_group import joined
@@ -16,6 +16,7 @@ from wan_loader.loading.run import convert_late
 from wan_loader.loading.session import LoadSession
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
     from wan_loader.cancel import CancelToken
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
     from wan_loader.loading.result import LoadResult
     from wan_loader.plan.request import LoadRequest
 
-__all__ = ["load_together"]
+__all__ = ["load_together", "refuse"]
+
+
+def refuse(error: Exception, group: ProcessGroup | None, module: torch.nn.Module | None) -> NoReturn:
+    """Tell the others that this process will not load with them, and raise the error that is why."""
+    with joined(group, module):
+        raise error
 
 
 def load_together(
