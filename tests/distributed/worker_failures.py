@@ -24,14 +24,18 @@ WORLD = dist.group.WORLD
 
 
 class OnRead:
-    """Does something when the first bytes have been read."""
+    """Does something when the first bytes have been read; what it raises ends the load."""
 
     def __init__(self, action):
         self.action = action
+        self.token = wan_loader.CancelToken()
 
     def record(self, span):
         if span.name == "read":
-            self.action()
+            try:
+                self.action()
+            except OSError as error:
+                self.token.cancel(error)
 
 
 def load(path="a.safetensors", io="buffered", **options):
@@ -76,7 +80,8 @@ def survive(me):
     check(failing(lambda: load(dtype="bf16" if me == 1 else None)), gone, "processes 1", "other tensors, dtypes")
     error = failing(lambda: load(threads=0 if me == 2 else None))
     check(error, wan_loader.OptionError if me == 2 else gone, "threads=0")
-    error = failing(lambda: load(observer=OnRead(full_disk) if me == 1 else None))
+    disk = OnRead(full_disk)
+    error = failing(lambda: load(observer=disk, cancel=disk.token) if me == 1 else load())
     check(error, OSError if me == 1 else gone, "No space left")
     module = nn.Module()
     module.register_parameter("a", nn.Parameter(torch.empty(700_000, device="meta")))

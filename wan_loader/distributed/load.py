@@ -58,8 +58,10 @@ def load_together(
             reads = shards.reads(binding.request)
             plan = session.plan(binding.request, share.checkpoint, reads=reads, n_sharers=shards.n_local)
             transfer = session.run(plan)
-            with current(plan.facts.device):
-                exchanged = shards.exchange(plan, transfer, session.observer)
+            exchanged: dict[str, int] = {}
+            if not plan.through_torch:  # else everybody has read everything
+                with current(plan.facts.device):
+                    exchanged = shards.exchange(plan, transfer, session.observer)
             with session.span("assign"):
                 convert_late(transfer.tensors, plan)
                 transfer.tensors = shards.cut(transfer.tensors)
