@@ -24,7 +24,7 @@ from wan_loader.arguments import checked_path
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.scales import find_scales
-from wan_loader.plan.dtype_rule import has_part
+from wan_loader.plan.dtype_policy import has_part
 from wan_pipeline import configs
 from wan_pipeline.hub.layouts import missing_files, parts_of
 from wan_pipeline.keymap import keymap

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.api import load
 from wan_loader.loading.bind import match, module_slots
-from wan_loader.plan.dtype_rule import has_part
+from wan_loader.plan.dtype_policy import has_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

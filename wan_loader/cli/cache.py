@@ -69,11 +69,11 @@ def build(
     from wan_loader.cache.store import Store
     from wan_loader.formats import open_checkpoint
     from wan_loader.loading.run import Choice
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
     size = _size(max_size)
     checkpoint = open_checkpoint(path, part=part)
-    rule = DtypeRule(dtype)
+    rule = DtypePolicy(dtype)
     rule.check(checkpoint, checkpoint.tensors)
     outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, rule))
     begun = build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents)
