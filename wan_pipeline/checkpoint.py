@@ -19,12 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from wan_loader import open_checkpoint
+from wan_loader import CheckpointError, DtypePolicy, MissingFileError, open_checkpoint
 from wan_loader.arguments import checked_path
-from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.scales import find_scales
-from wan_loader.plan.dtype_policy import has_part
+from wan_loader.formats import find_scales, locate
 from wan_pipeline import configs
 from wan_pipeline.hub.layouts import missing_files, parts_of
 from wan_pipeline.keymap import keymap
@@ -32,8 +29,7 @@ from wan_pipeline.keymap import keymap
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from wan_loader.formats.facts import Checkpoint
-    from wan_loader.types import StrPath
+    from wan_loader import Checkpoint, StrPath
     from wan_pipeline.hub.layouts import Layout
     from wan_pipeline.keymap import MapName
 
@@ -86,12 +82,12 @@ class Component:
     def nbytes(self, dtype: str | None, *, decoder_only: bool = False) -> int:
         """Bytes once loaded as `dtype` ("bfloat16", "float32"; None: as in the file)."""
         sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+        policy = DtypePolicy(dtype, self.keep_fp32)
         total = 0
         for tensor in self.facts.tensors:
             if decoder_only and self.is_encoder_only(tensor.name):
                 continue
-            kept = dtype is not None and has_part(tensor.name, self.keep_fp32)
-            target = "float32" if kept else dtype or tensor.dtype
+            target = policy.target(tensor.name, tensor.dtype)
             total += tensor.nbytes // sizes.get(tensor.dtype, 1) * sizes.get(target, 1)
         return total
 
@@ -102,7 +98,8 @@ class Component:
     @property
     def kept_parts(self) -> list[str]:
         """Those of `keep_fp32` that names in the file have: the others are the other layout's."""
-        return [part for part in self.keep_fp32 if any(has_part(t.name, (part,)) for t in self.facts.tensors)]
+        unused = DtypePolicy(keep_fp32=self.keep_fp32).unused_parts(self.facts.names)
+        return [part for part in self.keep_fp32 if part not in unused]
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import CheckpointError, KeyMismatchError
+from wan_loader import CheckpointError, KeyMismatchError
 from wan_pipeline.keymap import keymap
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wan_loader.distributed.processes import world_size
-from wan_loader.system.machine import available_memory, memory_limit
+from wan_loader.distributed import world_size
+from wan_loader.system import available_memory, memory_limit
 from wan_pipeline import presets
 
 if TYPE_CHECKING:

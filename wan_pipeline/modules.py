@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import load
-from wan_loader.loading.bind import match, module_slots
-from wan_loader.plan.dtype_policy import has_part
+from wan_loader import DtypePolicy, load, match, module_slots
+from wan_loader.dtypes import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from wan_loader.events import Observer
-    from wan_loader.loading.report import LoadReport
-    from wan_loader.types import IoMode
+    from wan_loader import IoMode, LoadReport, Observer
     from wan_pipeline.checkpoint import Component
 
 __all__ = ["adopt", "build", "check", "empty", "fetch"]
@@ -32,7 +29,7 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
 
     dtype: None leaves what is in the file. decoder_only: a VAE without its encoder, which text-to-video never uses.
     """
-    from wan_loader.loading.empty_weights import empty_weights
+    from wan_loader import empty_weights
 
     with empty_weights():  # the rotary tables are in no checkpoint
         module: torch.nn.Module = _construct(component)
@@ -62,10 +59,10 @@ def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtyp
     stored = {t.name: getattr(torch, t.dtype) for t in component.facts.tensors} if dtype is None else {}
     if component.key_map is not None:
         stored = {component.key_map(name) or name: found for name, found in stored.items()}
+    policy = DtypePolicy(dtype_name(dtype), component.keep_fp32)
     for name, parameter in module.named_parameters():
-        kept = has_part(name, component.keep_fp32)
-        wanted = stored.get(name, parameter.dtype) if dtype is None else torch.float32 if kept else dtype
-        parameter.data = parameter.data.to(wanted)
+        found = stored.get(name, parameter.dtype)
+        parameter.data = parameter.data.to(torch_dtype(policy.target(name, str(found).removeprefix("torch."))))
 
 
 def check(module: torch.nn.Module, component: Component) -> None:

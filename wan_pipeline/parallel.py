@@ -18,12 +18,10 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import load_into
+from wan_loader import OptionError, WanLoaderError, load_into
 from wan_loader.arguments import check_flag
-from wan_loader.distributed.processes import end_now, join, use_device, world_size
-from wan_loader.distributed.sharding import rows
-from wan_loader.errors import OptionError, WanLoaderError
-from wan_loader.printable import printable
+from wan_loader.cli import printable
+from wan_loader.distributed import end_now, join, rows, use_device, world_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,10 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from wan_loader.distributed.liveness import Liveness
-    from wan_loader.distributed.processes import Joined
-    from wan_loader.events import Observer
-    from wan_loader.loading.report import LoadReport
+    from wan_loader import LoadReport, Observer
+    from wan_loader.distributed import Joined, Liveness
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 
 __all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
@@ -158,7 +154,7 @@ def _is_connection(error: RuntimeError) -> bool:
 
 
 def _end_now(problem: str) -> None:
-    from wan_loader.cli.output import say
+    from wan_loader.cli import say
 
     say(f"error: {printable(problem)}")
     end_now(1)

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from wan_loader import clock_ns
 from wan_loader.arguments import checked_path
-from wan_loader.events import clock_ns
 from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.request import FPS, Request
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from wan_loader import StrPath
     from wan_loader.cache.build import Build
-    from wan_loader.types import StrPath
     from wan_pipeline.parallel import Run
     from wan_pipeline.startup import Started
 

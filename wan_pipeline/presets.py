@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from wan_loader.errors import DeviceMemoryError, HostMemoryError, OptionError
+from wan_loader import DeviceMemoryError, HostMemoryError, OptionError
 from wan_pipeline.checkpoint import TITLES
 
 if TYPE_CHECKING:

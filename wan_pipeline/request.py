@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+from wan_loader import OptionError
 from wan_loader.arguments import checked_count
-from wan_loader.errors import OptionError
 
 __all__ = ["FPS", "Grid", "Request", "Solver", "checked_size", "parse_guide_scale", "parse_size"]
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from wan_loader.errors import CheckpointError
-from wan_loader.formats.directory import look_into
-from wan_loader.formats.strict_json import parse_object
+from wan_loader import CheckpointError
+from wan_loader.formats import look_into, parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from wan_loader.formats.directory import Candidate
+    from wan_loader.formats import Candidate
 
 __all__ = ["REPOSITORIES", "Layout", "layout_of", "layouts_in", "missing_files", "parts_of", "wanted_files"]
 

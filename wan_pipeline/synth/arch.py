@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
 
 __all__ = ["ARCHS", "Arch", "Component", "DType", "Dit", "Layout", "Size", "Task", "Text", "Vae"]
 
