@@ -8,6 +8,7 @@ as `build` made it. Weights never change, so nothing is ever copied back to the 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wan_loader import DtypePolicy, load, match, module_slots
@@ -33,7 +34,7 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
 
     with empty_weights():  # the rotary tables are in no checkpoint
         module: torch.nn.Module = _construct(component)
-    if decoder_only and component.name == "vae":
+    if decoder_only and component.network.kind == "vae":
         module.register_module("encoder", None)
         module.register_module("quant_conv", None)
     _set_dtypes(module, component, dtype)
@@ -43,13 +44,9 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
 
 def _construct(component: Component) -> Any:
     config = dict(component.config)
-    if component.name == "text_encoder":
-        from transformers import UMT5Config, UMT5EncoderModel
-
-        return UMT5EncoderModel(UMT5Config(**config))
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-
-    return (AutoencoderKLWan if component.name == "vae" else WanTransformer3DModel)(**config)
+    library, name = component.network.module
+    made: Any = getattr(import_module(library), name)
+    return made(made.config_class(**config)) if library == "transformers" else made(**config)
 
 
 def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtype | None) -> None:
@@ -127,7 +124,7 @@ def empty(module: torch.nn.Module) -> None:
 
 def _key_map(module: torch.nn.Module, component: Component) -> Any:
     """The component's names, without those of the VAE's encoder where the module has none."""
-    if component.name != "vae" or getattr(module, "encoder", None) is not None:
+    if component.network.kind != "vae" or getattr(module, "encoder", None) is not None:
         return component.key_map
     rename = component.key_map or (lambda name: name)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from wan_loader import DeviceMemoryError, HostMemoryError, OptionError
-from wan_pipeline.checkpoint import TITLES
+from wan_pipeline.families import TITLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

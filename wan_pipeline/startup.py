@@ -245,7 +245,9 @@ def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
     parts = [
         Part(
             component,
-            torch.device("cpu") if component.name == "text_encoder" and preset.text_encoder == "cpu" else device,
+            torch.device("cpu")
+            if component.network.kind == "text_encoder" and preset.text_encoder == "cpu"
+            else device,
             network_dtype(component, preset, options),
             decoder_only=not options.like_diffusers,
             run=run if run is not None and run.loads_together(component.name, preset.text_encoder) else None,
@@ -290,6 +292,6 @@ def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
         tokenizer=tokenizer,
         scheduler=scheduler.from_config(dict(checkpoint.scheduler)),
         boundary_ratio=checkpoint.boundary_ratio,
-        expand_timesteps=checkpoint.task == "ti2v-5B",
+        expand_timesteps=checkpoint.family.expand_timesteps,
         **built,
     )

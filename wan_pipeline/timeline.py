@@ -60,7 +60,8 @@ class Timeline:
 
     def first_step_s(self, started: Started) -> float | None:
         """Seconds from the start of the process until the first denoising step could run; None if none did yet."""
-        ready = [end for name, _, end in started.residency.log.waits if name == "transformer"]
+        first = started.checkpoint.experts[0].name
+        ready = [end for name, _, end in started.residency.log.waits if name == first]
         return (ready[0] - self.start_ns) / 1e9 if ready else None
 
     def document(self, started: Started) -> dict[str, Any]:
