@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_pipeline.checkpoint import Component, WanCheckpoint
-    from wan_pipeline.presets import Limits, Phase, Preset
+    from wan_pipeline.presets import Limits, Preset, ResidencyStep
     from wan_pipeline.startup import StartOptions
 
 __all__ = ["choose_preset", "network_dtype"]
@@ -37,10 +37,10 @@ def network_dtype(component: Component, preset: Preset, options: StartOptions) -
 
 def choose_preset(
     checkpoint: WanCheckpoint, options: StartOptions, device: torch.device
-) -> tuple[Preset, str, tuple[Phase, ...]]:
-    """The preset that is asked for, or the fastest that fits; why, with the numbers; and the phases it then has."""
+) -> tuple[Preset, str, tuple[ResidencyStep, ...]]:
+    """The preset that is asked for, or the fastest that fits; why, with the numbers; and the steps it then has."""
     # several processes load together: no network gives way on one of them
-    limits = _limits(device, may_drop=not options.like_diffusers and world_size() == 1)
+    limits = _limits(checkpoint, device, may_drop=not options.like_diffusers and world_size() == 1)
     wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
     adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
     some = presets.load_preset("fastest" if wanted == "auto" else wanted).adapted(**adapt)  # type: ignore[arg-type]
@@ -60,10 +60,10 @@ def choose_preset(
         preset, reason = presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
     else:
         preset, reason = some, presets.check_fit(some, sizes, workspace, host_nbytes, limits)
-    return preset, reason, presets.fitted_phases(preset, sizes, workspace, limits)
+    return preset, reason, presets.fitted_steps(preset, sizes, workspace, limits)
 
 
-def _limits(device: torch.device, *, may_drop: bool) -> Limits:
+def _limits(checkpoint: WanCheckpoint, device: torch.device, *, may_drop: bool) -> Limits:
     import torch
 
     free = None
@@ -72,7 +72,8 @@ def _limits(device: torch.device, *, may_drop: bool) -> Limits:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     host = available_memory()
     host = memory_limit() if host is None else host
-    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=host, may_drop=may_drop)
+    titles: dict[str, str] = {c.name: c.network.title for c in checkpoint.components}
+    return presets.Limits(device=str(device), titles=titles, device_nbytes=free, host_nbytes=host, may_drop=may_drop)
 
 
 def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, int]:

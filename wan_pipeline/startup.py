@@ -27,7 +27,7 @@ from wan_pipeline.hooks import attach
 from wan_pipeline.imports import short_imports
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.request import checked_size
-from wan_pipeline.residency import Fetch, ModuleResidency, Part
+from wan_pipeline.residency import BackgroundFetch, ModuleResidency, Placement
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,7 +164,7 @@ def _begin(plan: _Plan) -> Started:
         import torch  # noqa: F401
     found: list[Started] = []
     # the CUDA context, and then the weights, take their time while the libraries are imported
-    first = Fetch("start", lambda stop: found.append(_start_fetching(plan)))
+    first = BackgroundFetch("start", lambda stop: found.append(_start_fetching(plan)))
     try:
         with span(recorder, "import"):
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
@@ -234,16 +234,16 @@ def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
 
     checkpoint, options, cache = plan.checkpoint, plan.options, plan.cache
     device = resolve_device(options.device, plan.recorder) if run is None else run.device
-    preset, reason, phases = choose_preset(checkpoint, options, device)
+    preset, reason, steps = choose_preset(checkpoint, options, device)
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
         if preset.residency != "everything":
             raise OptionError(
                 f"preset {preset.name} swaps networks, several processes keep them: use --preset multi-gpu"
             )
-        phases = presets.phases(preset, names)
-    parts = [
-        Part(
+        steps = presets.residency_steps(preset, names)
+    placements = [
+        Placement(
             component,
             torch.device("cpu")
             if component.network.kind == "text_encoder" and preset.text_encoder == "cpu"
@@ -256,8 +256,8 @@ def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
         if component.name in names
     ]
     residency = ModuleResidency(
-        parts,
-        phases,
+        placements,
+        steps,
         observer=plan.recorder,
         warm_ahead=preset.warm_ahead,
         warming=plan.warming,
