@@ -109,7 +109,7 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _StartContext:
     """What each step of a start works with."""
 
     checkpoint: WanCheckpoint
@@ -135,7 +135,7 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
     warming = prewarm_files(files, threads=_WARMERS)
     try:
         with short_imports():
-            return _begin(_Plan(checkpoint, options, recorder, warming, cache))
+            return _begin(_StartContext(checkpoint, options, recorder, warming, cache))
     except BaseException:
         warming.stop()
         if cache is not None:
@@ -157,14 +157,14 @@ def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCac
     return PipelineCache(checkpoint, dtype, options.cache_dir)
 
 
-def _begin(plan: _Plan) -> Started:
-    recorder = plan.recorder
-    _start_device(plan.options.device, recorder)
+def _begin(context: _StartContext) -> Started:
+    recorder = context.recorder
+    _start_device(context.options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
     # the CUDA context, and then the weights, take their time while the libraries are imported
-    first = BackgroundFetch("start", lambda stop: found.append(_start_fetching(plan)))
+    first = BackgroundFetch("start", lambda stop: found.append(_start_fetching(context)))
     try:
         with span(recorder, "import"):
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
@@ -174,7 +174,7 @@ def _begin(plan: _Plan) -> Started:
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
-            started.pipe = _pipeline(plan.checkpoint, _build_all(started, plan.options))
+            started.pipe = _pipeline(context.checkpoint, _build_all(started, context.options))
             attach(started.pipe, started.residency, started.device)
         if started.run is not None:
             started.residency.wait_all()
@@ -216,24 +216,24 @@ def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartO
     return replace(options, degrees=degrees)
 
 
-def _start_fetching(plan: _Plan) -> Started:
+def _start_fetching(context: _StartContext) -> Started:
     """Choose the preset and begin to load; needs torch and the device, no other library."""
-    run = parallel.connect(plan.options.degrees, plan.options.device) if world_size() > 1 else None
+    run = parallel.connect(context.options.degrees, context.options.device) if world_size() > 1 else None
     try:
-        return _fetching(plan, run)
+        return _fetching(context, run)
     except BaseException as error:
         if run is not None:
             run.close(error)
         raise
 
 
-def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
+def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
     import torch
 
     from wan_loader import resolve_device
 
-    checkpoint, options, cache = plan.checkpoint, plan.options, plan.cache
-    device = resolve_device(options.device, plan.recorder) if run is None else run.device
+    checkpoint, options, cache = context.checkpoint, context.options, context.cache
+    device = resolve_device(options.device, context.recorder) if run is None else run.device
     preset, reason, steps = choose_preset(checkpoint, options, device)
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
@@ -258,13 +258,13 @@ def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
     residency = ModuleResidency(
         placements,
         steps,
-        observer=plan.recorder,
+        observer=context.recorder,
         warm_ahead=preset.warm_ahead,
-        warming=plan.warming,
+        warming=context.warming,
         on_loaded=None if cache is None else cache.note,
     )
     residency.start()
-    return Started(None, checkpoint, residency, preset, reason, device, plan.recorder, cache, run)
+    return Started(None, checkpoint, residency, preset, reason, device, context.recorder, cache, run)
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
