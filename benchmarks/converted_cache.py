@@ -129,7 +129,6 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
 
     from wan_loader.devices.resolve import device_card
     from wan_loader.system.machine import machine_card
@@ -145,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
                 )
                 samples.append(found)
     shutil.rmtree(cache_dir, ignore_errors=True)
-    machine = {**machine_card(), **device_card(torch.device(options.device, 0 if options.device == "cuda" else None))}
+    machine = {**machine_card(), **device_card("cuda:0" if options.device == "cuda" else "cpu")}
     document = {"schema_version": 1, "command": " ".join(sys.argv), "machine": machine, "samples": samples}
     print_table(samples)
     if options.output:

@@ -221,7 +221,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     document |= {"copy_ceiling_gbps": ceiling, "disk_ceilings_gbps": disk}
-    document["machine"] = {**machine_card(), **device_card(torch.device("cuda", torch.cuda.current_device()))}
+    document["machine"] = {**machine_card(), **device_card(f"cuda:{torch.cuda.current_device()}")}
     print_table(document)
     if options.output:
         options.output.write_text(json.dumps(document, indent=1) + "\n")

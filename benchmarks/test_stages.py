@@ -11,19 +11,19 @@ import ctypes
 
 import pytest
 import torch
+from wan_loader.loading.filling import Filling
 
 from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.writer import Destination
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.reader import Reader
 from wan_loader.formats import open_checkpoint
-from wan_loader.loading.allocate import lay_out, plan_storages
-from wan_loader.loading.filling import Filling
 from wan_loader.plan.blocks import Segment, plan_blocks
 from wan_loader.plan.dtype_policy import DtypePolicy
+from wan_loader.plan.layout import lay_out, plan_storages
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
 from wan_loader.plan.transport import choose_transport
-from wan_loader.system.page_cache import ModuleResidency
+from wan_loader.system.page_cache import PageCache
 from wan_loader.system.posix import cached_bytes
 
 #: For the full native checkpoint: headers of 12 shards and two .pth, and the plan of all 2,626 tensors.
@@ -41,11 +41,14 @@ def plan_all(checkpoints):
         with Reader(checkpoint.files) as reader:
             storages = plan_storages(checkpoint.tensors, DtypePolicy("bfloat16", ("norm2",)))
             layout = lay_out(checkpoint, storages, views=False)
-            residency = ModuleResidency(reader.fds)
-            residency.total(layout.extents)
-            way = choose_transport("auto", may_map=True, reader=reader, residency=residency)
+            page_cache = PageCache(reader.fds)
+            page_cache.total(layout.byte_ranges)
+            transport = choose_transport("auto", may_map=True, reader=reader, page_cache=page_cache)
             n_blocks += sum(
-                1 for _ in plan_blocks(layout.extents, block_bytes=block_bytes(layout.nbytes_read), way=way)
+                1
+                for _ in plan_blocks(
+                    layout.byte_ranges, block_bytes=block_bytes(layout.nbytes_read), transport=transport
+                )
             )
     return n_blocks
 

@@ -1,15 +1,34 @@
 """Fixtures that several test modules share."""
 
 import contextlib
+import importlib
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+# Asked of the driver's files: torch takes long to ask, and CUDA that has begun in here does not work in forks.
+HAS_CUDA = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+def pytest_report_header():
+    """Say once what is not run, and why."""
+    return None if HAS_CUDA else "gpu: tests that need a CUDA device are left out, there is none"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked as gpu where there is no CUDA device."""
+    if HAS_CUDA:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(params=["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_CUDA else [])])
 def device(request):
     """Every test that takes this runs on the CPU, and where there is one, on CUDA."""
     if request.param == "cuda":
@@ -93,3 +112,34 @@ def open_dir():
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
+
+
+@pytest.fixture
+def call_main(monkeypatch):
+    """Call the `main` of a program in this process, with arguments; returns its exit code."""
+
+    def call_main(main, *words):
+        name = main.__module__.split(".")[0].replace("_", "-")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0
+
+    return call_main
+
+
+@pytest.fixture
+def benchmark_main(monkeypatch):
+    """Run a script of benchmarks/ in this process, with arguments; the processes that it starts come from a zygote."""
+
+    def benchmark_main(name, *words, modules):
+        from programs import ROOT, forking
+
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")  # a benchmark takes it out, and it comes back
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        script = importlib.import_module(name)
+        monkeypatch.setattr(script, "subprocess", forking(modules))
+        script.main()
+
+    return benchmark_main

@@ -59,7 +59,9 @@ NO_PATHS = {
 def test_what_is_no_path_is_told_so(call, given, message):
     with pytest.raises(OptionError) as error:
         call(given)
-    assert str(error.value).startswith(message)
+    reason, _, remedy = message.partition(": ")
+    assert error.value.reason == reason
+    assert error.value.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize("call", TAKE_PATHS, ids=lambda call: call.__name__)

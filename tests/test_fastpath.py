@@ -9,6 +9,7 @@ from collections import OrderedDict
 import pytest
 import safetensors.torch
 import torch
+from programs import check_error, wan_loader
 
 from wan_loader.fastpath import FastPath
 from wan_loader.verify import same_bits
@@ -171,14 +172,7 @@ def test_files_modes_and_errors_go_to_the_original(fast, tmp_path):
 def run(tmp_path, script, *words):
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(script))
-    return subprocess.run(
-        [sys.executable, "-m", "wan_loader", "run", str(path), *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
+    return wan_loader("run", path, *words)
 
 
 def test_a_script_runs_as_by_itself(tmp_path):
@@ -208,8 +202,4 @@ def test_errors_of_a_script_are_its_own(tmp_path):
     done = run(tmp_path, "input()")  # stdin is empty
     assert done.returncode == 1
     assert "EOFError" in done.stderr
-    missing = subprocess.run(
-        [sys.executable, "-m", "wan_loader", "run", "none.py"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert missing.returncode == 1
-    assert missing.stderr.startswith("error: none.py is no script")
+    check_error(wan_loader("run", "none.py"), "error: none.py is no script")

@@ -25,7 +25,8 @@ from wan_loader._version import __version__
 from wan_loader.system.forks import without_forks
 
 if TYPE_CHECKING:
-    from wan_loader.api import load, load_file, load_into
+    from wan_loader.api import bind, load, load_file, load_into
+    from wan_loader.cancel import CancelToken
     from wan_loader.devices.driver import start_device
     from wan_loader.devices.resolve import resolve_device
     from wan_loader.errors import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         HostMemoryError,
         HubError,
         KeyMismatchError,
+        LoadCancelledError,
         MissingFileError,
         OptionError,
         OutputError,
@@ -47,14 +49,18 @@ if TYPE_CHECKING:
     from wan_loader.loading.bind import match, module_slots
     from wan_loader.loading.empty_weights import empty_weights
     from wan_loader.loading.report import LoadReport, summarize
-    from wan_loader.loading.run import paused_gc
+    from wan_loader.loading.result import LoadResult
     from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.plan.plan import LoadPlan
+    from wan_loader.plan.request import LoadRequest
+    from wan_loader.system.collector import paused_gc
     from wan_loader.types import IoMode, StrPath
     from wan_loader.warming.evict import resident_bytes
     from wan_loader.warming.prewarm import Prewarm, prewarm, prewarm_files
 
 _LAZY = {
     "CacheError": "wan_loader.errors",
+    "CancelToken": "wan_loader.cancel",
     "Checkpoint": "wan_loader.formats",
     "CheckpointError": "wan_loader.errors",
     "DeviceError": "wan_loader.errors",
@@ -66,6 +72,10 @@ _LAZY = {
     "IoMode": "wan_loader.types",
     "KeyMismatchError": "wan_loader.errors",
     "LoadReport": "wan_loader.loading.report",
+    "LoadCancelledError": "wan_loader.errors",
+    "LoadPlan": "wan_loader.plan.plan",
+    "LoadRequest": "wan_loader.plan.request",
+    "LoadResult": "wan_loader.loading.result",
     "MissingFileError": "wan_loader.errors",
     "Observer": "wan_loader.events",
     "OptionError": "wan_loader.errors",
@@ -76,6 +86,7 @@ _LAZY = {
     "StrPath": "wan_loader.types",
     "WanLoaderError": "wan_loader.errors",
     "clock_ns": "wan_loader.events",
+    "bind": "wan_loader.api",
     "empty_weights": "wan_loader.loading.empty_weights",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
@@ -83,7 +94,7 @@ _LAZY = {
     "match": "wan_loader.loading.bind",
     "module_slots": "wan_loader.loading.bind",
     "open_checkpoint": "wan_loader.formats",
-    "paused_gc": "wan_loader.loading.run",
+    "paused_gc": "wan_loader.system.collector",
     "prewarm": "wan_loader.warming.prewarm",
     "prewarm_files": "wan_loader.warming.prewarm",
     "resident_bytes": "wan_loader.warming.evict",
@@ -95,6 +106,7 @@ _LAZY = {
 
 __all__ = [
     "CacheError",
+    "CancelToken",
     "Checkpoint",
     "CheckpointError",
     "DeviceError",
@@ -105,7 +117,11 @@ __all__ = [
     "HubError",
     "IoMode",
     "KeyMismatchError",
+    "LoadCancelledError",
+    "LoadPlan",
     "LoadReport",
+    "LoadRequest",
+    "LoadResult",
     "MissingFileError",
     "Observer",
     "OptionError",
@@ -116,6 +132,7 @@ __all__ = [
     "StrPath",
     "WanLoaderError",
     "__version__",
+    "bind",
     "clock_ns",
     "empty_weights",
     "load",

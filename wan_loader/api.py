@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.arguments import (
-    check_cache,
-    check_flag,
-    check_group,
-    check_key_map,
-    check_module,
-    check_observer,
-    checked_paths,
-    checked_strings,
-)
-from wan_loader.distributed.shard_group import joined
+from wan_loader.arguments import check_cache, check_cancel, check_group, check_module, check_observer, checked_strings
+from wan_loader.devices.resolve import import_torch
 from wan_loader.dtypes import dtype_name
-from wan_loader.errors import CacheError, CheckpointError, KeyMismatchError, OptionError
-from wan_loader.formats import open_checkpoint
-from wan_loader.loading.filling import Filling
-from wan_loader.loading.mismatch import some
-from wan_loader.loading.run import Choice, LoadOptions, load_checkpoint
+from wan_loader.errors import OptionError
+from wan_loader.loading.bind import is_distributed
+from wan_loader.loading.binding import Into, bind, make_binding
+from wan_loader.loading.session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
+from wan_loader.plan.request import LoadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
 
     import torch
     from torch.distributed import ProcessGroup
 
-    from wan_loader.cache.cached_load import CacheOptions
-    from wan_loader.distributed.shard_group import ShardGroup
+    from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats import Checkpoint
     from wan_loader.loading.bind import KeyMap
-    from wan_loader.loading.report import CacheReport, LoadReport
+    from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
     from wan_loader.types import IoMode, StrPath
 
-__all__ = ["load", "load_file", "load_into"]
+__all__ = ["bind", "load", "load_file", "load_into"]
 
 
 def load_file(
-    path: StrPath | Sequence[StrPath],
+    path: StrPath | Sequence[StrPath] | Checkpoint,
     device: str | int | torch.device = "cpu",
     *,
     dtype: torch.dtype | str | None = None,
@@ -57,11 +45,13 @@ def load_file(
     cache_dir: StrPath | None = None,
     verify: bool = False,
     group: ProcessGroup | None = None,
+    cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a dict of tensors: `safetensors.torch.load_file` and `torch.load` in one, and faster.
 
-    path: a file of safetensors or torch.save, a *.index.json, a directory holding one checkpoint, a list of files, or a
+    path: a checkpoint from `open_checkpoint`, whose headers are then not read again; or what that takes: a file of
+        safetensors or torch.save, a *.index.json, a directory holding one checkpoint, a list of files, or a
         repository in the hub's cache as OWNER/NAME. A shard is that file alone, as for `safetensors.torch.load_file`;
         its index, its directory, or a pattern (`model-*-of-00002.safetensors`) means all of them.
     device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
@@ -80,7 +70,9 @@ def load_file(
     group: processes of torch.distributed that all make this call, such as `torch.distributed.group.WORLD`: each reads
         its part of every tensor, they exchange, and each returns all tensors. The bytes are read once in all. Not
         with cache=True: an entry is what one process loads.
-    observer: told of each span of work, from several threads.
+    cancel: a token through which another thread can stop the load; it then raises `LoadCancelledError`.
+    observer: told of each span of work, from several threads. One that raises is told no more, and the report has a
+        warning. Without one nothing is recorded, and the report has no phases.
 
     Returns contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
     CPU, tensors of safetensors files that need no conversion are private mappings of the file, as safetensors' own are:
@@ -109,12 +101,13 @@ def load_file(
         cache_dir=cache_dir,
         verify=verify,
         group=group,
+        cancel=cancel,
         observer=observer,
     ).tensors
 
 
 def load(
-    path: StrPath | Sequence[StrPath],
+    path: StrPath | Sequence[StrPath] | Checkpoint,
     device: str | int | torch.device = "cpu",
     *,
     dtype: torch.dtype | str | None = None,
@@ -127,110 +120,87 @@ def load(
     cache_dir: StrPath | None = None,
     verify: bool = False,
     group: ProcessGroup | None = None,
+    cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> LoadResult:
     """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
     check_group(group)
-    with joined(group) as shard_group:
-        options = _options(device, io, threads, observer, shard_group)
-        caching = _caching(cache, cache_dir, verify, shard_group)
-        rule = DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
-        paths = checked_paths(path)
-        wanted = None if names is None else checked_strings(names, "names")
-
-        def choose() -> Choice:
-            checkpoint = open_checkpoint(paths, part=part)
-            tensors = checkpoint.tensors if wanted is None else _select(checkpoint, wanted)
-            return _choice(checkpoint, tensors, rule, shard_group, {})
-
-        return _load(choose, options, caching)
+    request = _request(path, device, dtype, keep_fp32, part, names, io, threads)
+    return _load(request, None, _CacheWish(cache, cache_dir, verify), group, cancel, observer)
 
 
-def _options(
+def _request(
+    path: StrPath | Sequence[StrPath] | Checkpoint,
     device: str | int | torch.device,
+    dtype: torch.dtype | str | None,
+    keep_fp32: Sequence[str],
+    part: str | None,
+    names: Sequence[str] | None,
     io: str,
     threads: int | None,
-    observer: Observer | None,
-    shard_group: ShardGroup | None,
-) -> LoadOptions:
-    check_observer(observer)
-    if shard_group is not None:
-        device, observer = shard_group.device(device), shard_group.watch(observer)
-    return LoadOptions(device=device, io=io, threads=threads, observer=observer, shard_group=shard_group)
+) -> LoadRequest:
+    """Check everything that was asked for, and import torch.
+
+    Here, because errors that an import catches may keep the frames alive that led to it: none of them holds a weight.
+    """
+    request = LoadRequest(
+        source=path,
+        device=device,
+        policy=DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32")),
+        part=part,
+        names=None if names is None else checked_strings(names, "names"),
+        io=io,
+        threads=threads,
+    )
+    import_torch()
+    return request
 
 
-def _caching(
-    cache: bool, cache_dir: StrPath | None, verify: bool, shard_group: ShardGroup | None
-) -> CacheOptions | None:
-    """What a load may do with the cache, whose modules are imported where it is wanted only."""
-    check_cache(cache=cache, cache_dir=cache_dir, verify=verify)
-    if not cache:
-        return None
-    if shard_group is not None:
-        raise OptionError(
-            "the converted cache is for one process, and several load together: leave out cache (--cache)"
-        )
-    from wan_loader.cache.cached_load import CacheOptions
+class _CacheWish(NamedTuple):
+    """What a caller said of the converted cache."""
 
-    return CacheOptions(directory=cache_dir, verify=verify)
-
-
-def _choice(
-    checkpoint: Checkpoint,
-    tensors: Sequence[TensorFacts],
-    rule: DtypePolicy,
-    shard_group: ShardGroup | None,
-    targets: Mapping[str, torch.Tensor],
-) -> Choice:
-    """What this process loads: everything, or what it keeps as a member of a team. targets: the module's tensors."""
-    if notes := rule.check(checkpoint, tensors):
-        checkpoint = replace(checkpoint, warnings=(*checkpoint.warnings, *notes))
-    if shard_group is None:
-        return Choice(checkpoint, tensors, rule)
-    mine = shard_group.divide(checkpoint, tensors, targets, rule)
-    return Choice(mine.checkpoint, mine.tensors, rule)
+    cache: bool
+    directory: StrPath | None
+    verify: bool
 
 
 def _load(
-    choose: Callable[[], Choice],
-    options: LoadOptions,
-    cache: CacheOptions | None,
-    bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
+    request: LoadRequest,
+    into: Into | None,
+    wish: _CacheWish,
+    group: ProcessGroup | None,
+    cancel: CancelToken | None,
+    observer: Observer | None,
 ) -> LoadResult:
-    """Load through the cache, if that is wanted; an entry that turns out to be damaged is not the end."""
-    if cache is None:
-        return load_checkpoint(choose, options, bind)
-    from wan_loader.cache.cached_load import CachedLoad
+    """Load alone, or through one of the wrappers around a load, whose modules are imported where they are wanted."""
+    check_observer(observer)
+    check_cancel(cancel)
+    check_cache(cache=wish.cache, cache_dir=wish.directory, verify=wish.verify)
+    if group is not None or (into is not None and is_distributed(into.module)):
+        from wan_loader.distributed.load import load_together
 
-    with CachedLoad(cache, options.device) as cached:
-        try:
-            loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
-        except (CacheError, CheckpointError) as error:
-            if not cached.hit:
-                raise
-            cached.set_aside(error)
-            loaded = load_checkpoint(lambda: cached.choose(choose()), options, bind)
-        build = cached.keep(loaded.tensors)
-    report = partial(_with_cache, loaded.make_report, cached.report, tuple(cached.warnings))
-    return replace(loaded, tensors=cached.in_order(loaded.tensors), make_report=report, build=build)
+        if wish.cache:
+            raise OptionError(
+                "the converted cache is for one process, and several load together: leave out cache (--cache)"
+            )
+        return load_together(request, into, group, cancel=cancel, observer=observer)
+    if wish.cache:
+        from wan_loader.cache.cached_load import load_cached
 
-
-def _with_cache(make: Callable[[], LoadReport], cache: CacheReport | None, warnings: tuple[str, ...]) -> LoadReport:
-    report = make()
-    return replace(report, cache=cache, warnings=(*report.warnings, *warnings))
-
-
-def _select(checkpoint: Checkpoint, names: Sequence[str]) -> list[TensorFacts]:
-    by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
-    if missing := [name for name in names if name not in by_name]:
-        message = f"{checkpoint.path} lacks {len(missing)} of the names asked for: {some(missing)}"
-        raise KeyMismatchError(message, missing=missing)
-    return [by_name[name] for name in dict.fromkeys(names)]
+        return load_cached(request, into, wish.directory, verify=wish.verify, cancel=cancel, observer=observer)
+    with LoadSession(cancel=cancel, observer=observer) as session:
+        checkpoint = session.open(request)
+        binding = make_binding(request, checkpoint, into)
+        plan = session.plan(binding.request, checkpoint)
+        transfer = session.run(plan)
+        with session.span("assign"):
+            notes = binding.bind(transfer.tensors, plan.facts.device)
+        return session.result(plan, transfer, warnings=notes)
 
 
 def load_into(
     module: torch.nn.Module,
-    path: StrPath | Sequence[StrPath],
+    path: StrPath | Sequence[StrPath] | Checkpoint,
     *,
     device: str | int | torch.device,
     dtype: torch.dtype | str | None = None,
@@ -245,6 +215,7 @@ def load_into(
     cache_dir: StrPath | None = None,
     verify: bool = False,
     group: ProcessGroup | None = None,
+    cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> LoadReport:
     """Fill a module's parameters and persistent buffers from a checkpoint, in place.
@@ -268,7 +239,7 @@ def load_into(
     group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
         tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
         cache=True is an `OptionError`.
-    dtype, part, io, threads, cache, cache_dir, verify, observer: as for `load_file`.
+    path, dtype, part, io, threads, cache, cache_dir, verify, cancel, observer: as for `load_file`.
 
     Raises `KeyMismatchError` before any weight is read, whose fields hold all missing, unexpected and mis-shaped names
     and those that would stay on meta, and what `load_file` raises; the module is changed only when everything has
@@ -276,28 +247,6 @@ def load_into(
     """
     check_module(module)
     check_group(group)
-    with joined(group, module) as shard_group:
-        options = _options(device, io, threads, observer, shard_group)
-        caching = _caching(cache, cache_dir, verify, shard_group)
-        rule = DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
-        check_key_map(key_map)
-        check_flag(strict, "strict")
-        paths, allowed = checked_paths(path), checked_strings(allow_meta, "allow_meta")
-        filling = Filling(module=module, key_map=key_map, strict=strict, allow_meta=allowed)
-
-        def choose() -> Choice:
-            checkpoint = open_checkpoint(paths, part=part)
-            try:
-                filling.match(checkpoint)
-            except KeyMismatchError:
-                rule.check(checkpoint, checkpoint.tensors)  # scales are not the module's: this says more
-                raise
-            module_names = {name: names[0] for name, names in filling.found.slots.items()}
-            named = replace(rule, module_names=module_names)
-            return _choice(checkpoint, filling.found.facts, named, shard_group, filling.targets)
-
-        def bind(tensors: dict[str, torch.Tensor], device: torch.device) -> list[str]:
-            filling.bind(tensors, device)
-            return filling.notes(rule)
-
-        return _load(choose, options, caching, bind).report
+    request = _request(path, device, dtype, keep_fp32, part, None, io, threads)
+    into = Into(module=module, key_map=key_map, strict=strict, allow_meta=checked_strings(allow_meta, "allow_meta"))
+    return _load(request, into, _CacheWish(cache, cache_dir, verify), group, cancel, observer).report

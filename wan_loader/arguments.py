@@ -1,7 +1,7 @@
-"""Checks of what callers pass to the public functions: pure, in one place, before any file is touched.
+"""Checks of the arguments of public functions: pure, in one place, before any file is touched.
 
-A check returns the value in the form that the rest of the package works with. What makes no sense is an `OptionError`
-that says what to pass instead; a device that is none is a `DeviceError`.
+A check returns the value in the form that the rest of the package works with. An argument that makes no sense is an
+`OptionError` that says what to pass instead (its `remedy`); a device that is none is a `DeviceError`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_THREADS",
     "check_cache",
+    "check_cancel",
     "check_device",
     "check_flag",
     "check_group",
@@ -44,39 +45,40 @@ _ANY_PATH = "pass the path of a checkpoint: a str, a pathlib.Path, or a list of 
 
 
 def checked_path(value: object, what: str = "path", advice: str = _ONE_PATH) -> str:
-    """The path as a string; `OptionError` for everything that is none, such as an open file."""
+    """Return the path as a string; `OptionError` for everything that is none, such as an open file."""
+    # may be bytes, which name no path here: tensors and shards are named by strings
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if isinstance(path, str):
         if not path or "\0" in path:
-            raise OptionError(f"{what} is {'empty' if not path else repr(path)}: {advice}")
+            raise OptionError.because(f"{what} is {'empty' if not path else repr(path)}", advice)
         return path
     if hasattr(value, "read"):
         named = isinstance(getattr(value, "name", None), str)
         advice = "pass its path, which is its .name" if named else f"weights are read from files, so {advice}"
-        raise OptionError(f"{what} is an open {_kind(value)}: {advice}")
-    raise OptionError(f"{what} is {_shown(value)}: {advice}")
+        raise OptionError.because(f"{what} is an open {_kind(value)}", advice)
+    raise OptionError.because(f"{what} is {_shown(value)}", advice)
 
 
 def checked_paths(value: object) -> str | list[str]:
-    """One path, or a list of several; `OptionError` for everything that is neither."""
+    """Return one path, or a list of several; `OptionError` for everything that is neither."""
     if isinstance(value, str | os.PathLike | Mapping | _BYTES) or hasattr(value, "read"):
         return checked_path(value, "path", _ANY_PATH)
     return [checked_path(one, "an item of the list of paths") for one in _items(value, "path", _ANY_PATH)]
 
 
 def checked_strings(value: object, what: str) -> tuple[str, ...]:
-    """A list of strings as a tuple, None as an empty one. A single string is none: its letters would be taken."""
+    """Return a list of strings as a tuple, None as an empty one. A single string is none: its letters would count."""
     if value is None:
         return ()
     advice = "pass a list of strings"
     if isinstance(value, str):
-        raise OptionError(f"{what} is {_shown(value)}: {advice}, such as {what}=[{value!r:.60}]")
+        raise OptionError.because(f"{what} is {_shown(value)}", f"{advice}, such as {what}=[{value!r:.60}]")
     if isinstance(value, Mapping | _BYTES):
-        raise OptionError(f"{what} is {_shown(value)}: {advice}")
+        raise OptionError.because(f"{what} is {_shown(value)}", advice)
     strings = tuple(_items(value, what, advice))
     for one in strings:
         if not isinstance(one, str):
-            raise OptionError(f"{what} holds {_shown(one)}: every item is a str")
+            raise OptionError.because(f"{what} holds {_shown(one)}", "every item is a str")
     return strings
 
 
@@ -84,97 +86,109 @@ def _items(value: object, what: str, advice: str) -> Iterable[Any]:
     try:
         return iter(value)  # type: ignore[call-overload, no-any-return]
     except TypeError:
-        raise OptionError(f"{what} is {_shown(value)}: {advice}") from None
+        raise OptionError.because(f"{what} is {_shown(value)}", advice) from None
 
 
 def check_part(part: object) -> None:
-    """`OptionError` unless it can name a part of a checkpoint."""
+    """Raise `OptionError` unless the value can name a part of a checkpoint."""
     if part is not None and not isinstance(part, str):
-        raise OptionError(f"part is {_shown(part)}: pass the keys that lead to it, joined by dots: 'state_dict'")
+        remedy = "pass the keys that lead to it, joined by dots: 'state_dict'"
+        raise OptionError.because(f"part is {_shown(part)}", remedy)
 
 
 def check_flag(value: object, what: str) -> None:
-    """`OptionError` unless the value is True or False: a text such as "no" would count as True."""
+    """Raise `OptionError` unless the value is True or False: a text such as "no" would count as True."""
     if value is not True and value is not False:
-        raise OptionError(f"{what} is {_shown(value)}: pass True or False")
+        raise OptionError.because(f"{what} is {_shown(value)}", "pass True or False")
 
 
 def checked_count(value: Any, what: str, *, least: int = 1, most: int | None = None) -> int:
-    """A whole number from `least` to `most` as an int; `OptionError` for others, and for what is no number."""
+    """Return a whole number from `least` to `most` as an int; `OptionError` for others, and for what is no number."""
     try:
+        # index takes numpy's integers and no floats; True would be 1, and is no count
         count = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = -1
     if count < least or (most is not None and count > most):
         limits = f"{least} or more" if most is None else f"{least} to {most}"
-        raise OptionError(f"{what}={value!r:.60}: use {limits}")
+        raise OptionError.because(f"{what}={value!r:.60}", f"use {limits}")
     return count
 
 
 def checked_threads(threads: object) -> int | None:
-    """How many reads go on side by side; None, where that is left to the loader, stays None."""
+    """Return how many reads go on side by side; None, where that is left to the loader, stays None."""
     return None if threads is None else checked_count(threads, "threads", most=MAX_THREADS)
 
 
 def check_io(io: object) -> None:
-    """`OptionError` unless `io` is one of the modes."""
+    """Raise `OptionError` unless `io` is one of the modes."""
     if not isinstance(io, str) or io not in IO_MODES:
-        raise OptionError(f"io={io!r:.60}: use one of {', '.join(IO_MODES)}")
+        raise OptionError.because(f"io={io!r:.60}", f"use one of {', '.join(IO_MODES)}")
 
 
 def check_device(device: object) -> None:
-    """`DeviceError` for what cannot name a device; whether there is such a one is asked when torch is there."""
+    """Raise `DeviceError` for what cannot name a device; whether there is such a one is asked when torch is there."""
     is_index = isinstance(device, Integral) and not isinstance(device, bool)
     if not (isinstance(device, str) or is_index or _is_a(device, "torch", "device")):
-        raise DeviceError(f"device is {_shown(device)}: use auto, cpu, cuda or cuda:N, an index, or a torch.device")
+        raise DeviceError.because(
+            f"device is {_shown(device)}", "use auto, cpu, cuda or cuda:N, an index, or a torch.device"
+        )
 
 
 def check_observer(observer: object) -> None:
-    """`OptionError` unless the observer can be told of spans."""
+    """Raise `OptionError` unless the observer can be told of spans."""
     if observer is not None and not callable(getattr(observer, "record", None)):
-        raise OptionError(f"observer is {_shown(observer)}: pass an object with a method record(span)")
+        raise OptionError.because(f"observer is {_shown(observer)}", "pass an object with a method record(span)")
+
+
+def check_cancel(cancel: object) -> None:
+    """`OptionError` unless it can be asked whether to stop."""
+    if cancel is not None and not callable(getattr(cancel, "check", None)):
+        raise OptionError(f"cancel is {_shown(cancel)}: pass a wan_loader.CancelToken")
 
 
 def check_key_map(key_map: object) -> None:
-    """`OptionError` unless names can be looked up in the map."""
+    """Raise `OptionError` unless names can be looked up in the map."""
     if key_map is not None and not isinstance(key_map, Mapping) and not callable(key_map):
-        raise OptionError(f"key_map is {_shown(key_map)}: pass a mapping or a function, from name to name")
+        raise OptionError.because(f"key_map is {_shown(key_map)}", "pass a mapping or a function, from name to name")
 
 
 def check_group(group: object) -> None:
-    """`OptionError` unless it is a group of processes; what `new_group` gives to others than its members is none."""
+    """Raise `OptionError` unless it is a group of processes: what `new_group` gives to non-members is none."""
     if group is not None and not _is_a(group, "torch.distributed", "ProcessGroup"):
-        raise OptionError(
-            f"group is {_shown(group)}: pass a process group, or None; -100 is what new_group gives to processes that "
-            "are not in the group"
+        raise OptionError.because(
+            f"group is {_shown(group)}",
+            "pass a process group, or None; -100 is what new_group gives to processes that are not in the group",
         )
 
 
 def check_module(module: object) -> None:
-    """`OptionError` unless it is a module, whose parameters can be filled."""
+    """Raise `OptionError` unless the value is a module, whose parameters can be filled."""
     if not _is_a(module, "torch.nn", "Module"):
-        raise OptionError(f"module is {_shown(module)}: the module to fill comes first, and then the checkpoint's path")
+        raise OptionError.because(
+            f"module is {_shown(module)}", "the module to fill comes first, and then the checkpoint's path"
+        )
 
 
 def check_cache(*, cache: object, cache_dir: StrPath | None, verify: object = False) -> None:
-    """`OptionError` for flags that are none, for a directory that is none, and for what needs cache=True without it."""
+    """Raise `OptionError` for flags or a directory that are none, and for what needs cache=True without it."""
     check_flag(cache, "cache")
     check_flag(verify, "verify")
     if cache_dir is not None:
         checked_path(cache_dir, "cache_dir", "pass a directory, or None for the user's cache directory")
     needing = [name for name, given in (("cache_dir", cache_dir is not None), ("verify", verify)) if given]
     if needing and not cache:
-        raise OptionError(f"{' and '.join(needing)} without the cache: pass cache=True, too, or leave it out")
+        raise OptionError.because(f"{' and '.join(needing)} without the cache", "pass cache=True, too, or leave it out")
 
 
 def _is_a(value: object, module: str, name: str) -> bool:
-    """Whether a value is of one of torch's types, told without importing it: where it is absent, no value is."""
+    """Return whether a value is of one of torch's types, without importing it: where it is absent, no value is."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(value, kind)
 
 
 def _shown(value: object) -> str:
-    """What a value is, in a message: short, and without calling its `repr` where that could be long."""
+    """Describe a value in a message: briefly, and without calling its `repr` where that could be long."""
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What is printed to a terminal: text is text. Only markup of our own counts, and nothing of others' acts."""
+"""Printing to a terminal: text is text. Only markup of our own counts, and nothing of others' acts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Columns", "PlainConsole", "marked"]
 
 
 class PlainConsole(Console):
-    """Prints strings as they are, without markup, controls as escapes; line breaks are kept, see `marked`."""
+    """A console for strings as they are: no markup, controls as escapes, line breaks kept (see `marked`)."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -1,5 +1,7 @@
-"""Dtype names. Inside the package a dtype is its torch attribute name ("bfloat16"), so that headers can be read,
-checked and planned without importing torch; `torch_dtype` turns a name into the object at the last moment.
+"""Dtypes by name.
+
+Inside the package a dtype is its torch attribute name ("bfloat16"), so that headers can be read, checked and planned
+without importing torch; `torch_dtype` turns a name into the object at the last moment.
 """
 
 from __future__ import annotations
@@ -62,25 +64,36 @@ _ALIASES = {
 
 
 def parse_dtype(text: str) -> str:
-    """Canonical name of a floating dtype given as bf16, fp16, fp32 or a torch name; `OptionError` if it is none."""
+    """Return the canonical name of a floating dtype given as bf16, fp16, fp32 or a torch name.
+
+    Raises:
+        OptionError: The text names no floating dtype.
+    """
     name = _ALIASES.get(text.lower(), text.lower())
     if name not in FLOATING:
-        raise OptionError(f"unknown dtype {text!r:.60}: use bf16, fp16, fp32 or a floating torch dtype name")
+        raise OptionError.because(f"unknown dtype {text!r:.60}", "use bf16, fp16, fp32 or a floating torch dtype name")
     return name
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """Canonical name of what a caller passed as `dtype=`; None stays None."""
+    """Return the canonical name of what a caller passed as `dtype=`; None stays None.
+
+    Raises:
+        OptionError: The value is no dtype, or not a floating one.
+    """
     if dtype is None:
         return None
+    # torch's and numpy's dtypes, told by the names of their types: neither has to be imported for that
     if not isinstance(dtype, str) and not type(dtype).__name__.lower().endswith("dtype"):
-        raise OptionError(f"dtype is of type {type(dtype).__name__}: pass a torch.dtype, or bf16, fp16 or fp32")
+        raise OptionError.because(
+            f"dtype is of type {type(dtype).__name__}", "pass a torch.dtype, or bf16, fp16 or fp32"
+        )
     return parse_dtype(str(dtype).removeprefix("torch."))
 
 
 @cache
 def torch_dtype(name: str) -> Any:
-    """The torch dtype object of a canonical name."""
+    """Return the torch dtype object of a canonical name."""
     import torch
 
     return getattr(torch, name)

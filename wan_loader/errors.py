@@ -11,21 +11,25 @@
     │   └── NewerFormatError                   an entry was written by a newer version of wan-loader
     ├── HubError(OSError)                      the hub cannot be reached, refuses, or sends other than it promised
     ├── SessionError(ValueError)               a saved session or measurement is damaged or foreign
+    ├── LoadCancelledError                     a load was stopped through its `CancelToken`
     ├── DistributedError(RuntimeError)         another process of a distributed load failed, or they disagree
     ├── UnmeasuredError                        something could not be measured
     ├── OutputError(OSError)                   a result cannot be written where it was asked for
     └── OptionError(ValueError)                a setting that makes no sense
 
-A message says what happened, to which file or tensor, and what to do. An error is also the builtin that a
-caller would catch.
+A message says what happened, to which file or tensor, and what to do. Parts of it are fields, too: `path`, `tensor`,
+`reason`, `remedy`. An error is also the builtin that a caller would catch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import os
+from typing import TYPE_CHECKING, ClassVar, Self, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from wan_loader.types import StrPath
 
     Shape = tuple[int, ...]
 
@@ -38,6 +42,7 @@ __all__ = [
     "HostMemoryError",
     "HubError",
     "KeyMismatchError",
+    "LoadCancelledError",
     "MissingFileError",
     "NewerFormatError",
     "OptionError",
@@ -49,10 +54,50 @@ __all__ = [
 
 
 class WanLoaderError(Exception):
-    """Root of all expected errors."""
+    """The root of all expected errors.
+
+    Args:
+        *args: The message, whole: what `str()` gives. The fields repeat parts of it for programs and tests.
+        path: The file or directory that the error is about.
+        tensor: The tensor that it is about.
+        reason: The cause in a few words, such as "No such file or directory".
+        remedy: The advice to the reader, such as "check the path".
+
+    Fields that are unknown, or that make no sense for an error, are None. They survive pickling, which is how errors
+    travel between processes.
+    """
 
     has_lines: ClassVar[bool] = False
-    """Whether line breaks in the message are ours: else they are shown as escapes, as other controls in names."""
+    """True if line breaks in the message are ours: else they are shown as escapes, as other controls in names."""
+
+    def __init__(
+        self,
+        *args: object,
+        path: StrPath | None = None,
+        tensor: str | None = None,
+        reason: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(*args)
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.reason = reason
+        self.remedy = remedy
+
+    @classmethod
+    def because(cls, reason: str, remedy: str | None = None, *, path: StrPath | None = None) -> Self:
+        """Make an error whose message is made of its fields: "PATH REASON: REMEDY", without those that are None."""
+        about = reason if path is None else f"{os.fspath(path)} {reason}"
+        return cls(about if remedy is None else f"{about}: {remedy}", path=path, reason=reason, remedy=remedy)
+
+
+class _Fields(TypedDict, total=False):
+    """The keywords of `WanLoaderError`, for errors that have some more."""
+
+    path: StrPath | None
+    tensor: str | None
+    reason: str | None
+    remedy: str | None
 
 
 class CheckpointError(WanLoaderError, ValueError):
@@ -64,7 +109,18 @@ class MissingFileError(CheckpointError, FileNotFoundError):
 
 
 class KeyMismatchError(WanLoaderError, KeyError):
-    """Checkpoint and module disagree about names or shapes; the message shows a few of them, the fields hold all."""
+    """Checkpoint and module disagree about names or shapes.
+
+    The message shows a few of the names, the fields hold all.
+
+    Args:
+        message: The whole message.
+        missing: Names of the module, or names that were asked for, that the checkpoint lacks.
+        unexpected: Names of the checkpoint that the module lacks.
+        misshaped: Names of the checkpoint whose shapes differ, with the shape in the file and that in the module.
+        on_meta: Names of the module's tensors that would stay on the meta device.
+        **fields: The fields that every `WanLoaderError` has.
+    """
 
     def __init__(
         self,
@@ -74,16 +130,13 @@ class KeyMismatchError(WanLoaderError, KeyError):
         unexpected: Sequence[str] = (),
         misshaped: Mapping[str, tuple[Shape, Shape]] | None = None,
         on_meta: Sequence[str] = (),
+        **fields: Unpack[_Fields],
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, **fields)
         self.missing = tuple(missing)
-        """Names of the module, or names that were asked for, that the checkpoint lacks."""
         self.unexpected = tuple(unexpected)
-        """Names of the checkpoint that the module lacks."""
         self.misshaped = dict(misshaped or {})
-        """Names of the checkpoint whose shapes differ, with the shape in the file and that in the module."""
         self.on_meta = tuple(on_meta)
-        """Names of the module's tensors that would stay on the meta device."""
 
     has_lines = True
 
@@ -111,16 +164,25 @@ class NewerFormatError(CacheError):
 
 
 class HubError(WanLoaderError, OSError):
-    """The hub cannot be reached, refuses, or sends other than it promised."""
+    """The hub cannot be reached, refuses, or sends other than it promised.
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
-        super().__init__(message)
+    Args:
+        message: The whole message.
+        status: The HTTP status, where there is one.
+        **fields: The fields that every `WanLoaderError` has.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, **fields: Unpack[_Fields]) -> None:
+        super().__init__(message, **fields)
         self.status = status
-        """The HTTP status, where there is one."""
 
 
 class SessionError(WanLoaderError, ValueError):
     """A saved session or a cached measurement is damaged or foreign."""
+
+
+class LoadCancelledError(WanLoaderError):
+    """A load was stopped through its `CancelToken`; nothing was handed out."""
 
 
 class DistributedError(WanLoaderError, RuntimeError):
@@ -136,4 +198,4 @@ class OutputError(WanLoaderError, OSError):
 
 
 class OptionError(WanLoaderError, ValueError):
-    """A setting that makes no sense, alone or with the others."""
+    """A setting makes no sense, alone or with the others."""

@@ -1,15 +1,21 @@
-"""Text of others as it may be shown: names of files and tensors, words of saved documents, answers of servers.
+r"""Text of others as it may be shown: names of files and tensors, words of saved documents, answers of servers.
 
 Such text may hold what a terminal or a page acts upon: escape sequences, line breaks that forge a line of ours, marks
 that turn the direction of writing around, halves of surrogate pairs that cannot be encoded. All of it is shown as
-Python writes it in a string: `\\x1b`, `\\n`, `\\u202e`, `\\udcff`.
+Python writes it in a string: `\x1b`, `\n`, `\u202e`, `\udcff`.
 """
 
 from __future__ import annotations
 
 import html
+from typing import TYPE_CHECKING
 
-__all__ = ["markup_text", "printable", "printable_lines"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["markup_text", "printable", "printable_lines", "shown_name", "some"]
+
+_MAX_NAME = 120
 
 
 def printable(text: str) -> str:
@@ -23,5 +29,17 @@ def printable_lines(text: str) -> str:
 
 
 def markup_text(text: str) -> str:
-    """Return `text` as `printable` does, as HTML and SVG have it."""
+    """Return `text` as `printable` does, escaped for HTML and SVG."""
     return html.escape(printable(text))
+
+
+def shown_name(name: str) -> str:
+    """Return a tensor's name as messages show it: printable, and cut where it is very long."""
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..."
+
+
+def some(names: Sequence[str], most: int = 20) -> str:
+    """Return a few names on one line, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown_name(name) for name in names[:most]) + more

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats import open_checkpoint
+from wan_loader.formats import Checkpoint, open_checkpoint
 from wan_loader.formats.names import SAFETENSORS
 from wan_loader.formats.parts import choose_part
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.formats import Checkpoint
     from wan_loader.types import StrPath
 
 __all__ = ["reference_tensors", "same_bits", "verify"]
@@ -28,13 +27,14 @@ __all__ = ["reference_tensors", "same_bits", "verify"]
 _PIECE = 4 << 20
 
 
-def verify(path: StrPath, tensors: Mapping[str, torch.Tensor], *, part: str | None = None) -> int:
+def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *, part: str | None = None) -> int:
     """Read a checkpoint, or one part of it, again with its own library; raise `CheckpointError` if anything differs.
 
     Tensors that were converted are compared with `.to(dtype)` of the reference on the same device. Holds one reference
     tensor at a time. Returns how many tensors were compared.
     """
-    checkpoint = open_checkpoint(path, part=part)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, part=part)
+    path = checkpoint.path
     names = set(tensors)
     for name, expected in reference_tensors(checkpoint):
         if name not in tensors:

@@ -11,14 +11,11 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.cache.build import Build
-from wan_loader.cache.cached_load import find_or_begin, read_parts
+from wan_loader.cache.cached_load import read_parts
 from wan_loader.cache.check import check_entry
-from wan_loader.cache.content import LoadedTensors
-from wan_loader.cache.outline import Outline, outline_file, why_source
-from wan_loader.cache.store import Store
+from wan_loader.cache.outline import Outline, outline_file
+from wan_loader.cache.use import CacheUse
 from wan_loader.errors import CacheError, CheckpointError
-from wan_loader.loading.report import CacheReport
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_pipeline.checkpoint import EXPERTS, open_wan
 
@@ -28,8 +25,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.cache.entry import Building, Entry
-    from wan_loader.cache.outline import CachedFile, SourceFile
+    from wan_loader.cache.build import Build
+    from wan_loader.cache.entry import Entry
+    from wan_loader.cache.outline import CachedFile
+    from wan_loader.loading.report import CacheReport
     from wan_loader.types import StrPath
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 
@@ -123,60 +122,40 @@ class PipelineCache:
         """dtype: of the experts. Whatever is wrong with the cache, the source is loaded; `report` says why."""
         self.source = source
         self.checkpoint = source
-        self.report: CacheReport
-        self.build: Build | None = None
-        self._entry: Entry | None = None
-        self._building: Building | None = None
-        self._loaded = LoadedTensors()
-        self._missing = set(source.names)
-        try:
-            self._choose(source, dtype, directory)
-        except OSError as error:  # a CacheError is one, too
-            self.report = CacheReport("source", f"the cache cannot be used: {error}")
+        outline = outline_wan(source, dtype)
+        self._files = {file.path.partition("/")[0]: file.path for file in outline.files}
+        self._use = CacheUse(outline, directory, read_parts)
+        if (entry := self._use.entry) is not None:
+            try:
+                self.checkpoint = _opened(entry)
+                self._use.accept()
+            except (CacheError, CheckpointError) as error:
+                self._use.set_aside(error)
+            except BaseException:
+                self._use.close()
+                raise
 
-    def _choose(self, source: WanCheckpoint, dtype: str, directory: StrPath | None) -> None:
-        self._outline = outline_wan(source, dtype)
-        if (reason := why_source(self._outline)) is not None:
-            self.report = CacheReport("source", reason)
-            return
-        self._sources: tuple[SourceFile, ...] = self._outline.sources
-        warnings: list[str] = []
-        self._entry, self._building = find_or_begin(
-            Store(directory), self._outline, self._sources, self._opened, warnings.append
-        )
-        if self._entry is not None:
-            self.report = CacheReport("hit", "the source is unchanged", str(self._entry.path))
-        elif self._building is not None:
-            why = "; ".join(warnings) or "no entry yet"
-            self.report = CacheReport("building", f"{why}: one is written once everything was loaded")
-        else:
-            self.report = CacheReport("source", "; ".join([*warnings, "another process is writing the entry"]))
+    @property
+    def report(self) -> CacheReport:
+        """What the cache has to do with the start."""
+        return self._use.report
 
-    def _opened(self, entry: Entry) -> Entry:
-        try:
-            self.checkpoint = open_wan(entry.path)
-            if not entry.check_files() and (wrong := check_entry(entry.path, entry.manifest)):
-                raise CacheError("; ".join(wrong))
-        except BaseException:
-            entry.close()
-            raise
-        return entry
+    @property
+    def build(self) -> Build | None:
+        """The entry that is being written from what was loaded."""
+        return self._use.build
 
     def note(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """A network was loaded: `tensors` by their names in the source. Call before anybody else has them."""
-        if self._building is None or name not in self._missing:
-            return
-        file = next(f for f in self._outline.files if f.path.startswith(f"{name}/"))
-        self._loaded.note(file, tensors)
-        self._missing.discard(name)
-        if not self._missing:
-            self.build = Build(self._building, self._outline, self._sources, self._loaded, read_parts).start()
-            self._building = None
+        self._use.note(self._files[name], tensors)
 
     def close(self) -> None:
         """The entry is not read any more; one whose networks were not all loaded is not written."""
-        if self._entry is not None:
-            self._entry.close()
-        if self._building is not None:
-            self._building.abandon()
-            self._building = None
+        self._use.close()
+
+
+def _opened(entry: Entry) -> WanCheckpoint:
+    checkpoint = open_wan(entry.path)
+    if not entry.check_files() and (wrong := check_entry(entry.path, entry.manifest)):
+        raise CacheError("; ".join(wrong))
+    return checkpoint

@@ -98,7 +98,6 @@ class Component:
 class WanCheckpoint:
     """A complete WAN checkpoint: its parts in the order of first use, and the small things around them."""
 
-    family: ModelFamily
     directory: Path
     layout: Layout
     components: tuple[Component, ...]
@@ -107,6 +106,8 @@ class WanCheckpoint:
     """diffusers' scheduler configuration."""
     boundary_ratio: float | None
     """From which share of the noise schedule on the high-noise expert runs; None where there is one expert."""
+    family: ModelFamily = FAMILIES[0]
+    """Which model it is."""
 
     @property
     def task(self) -> str:
@@ -169,13 +170,13 @@ def _open_native(root: Path) -> WanCheckpoint:
     family, parts = family_of(root, "native"), parts_of(root, "native")
     return _checked(
         WanCheckpoint(
-            family,
             root,
             "native",
             tuple(_component(network, root / parts[network.name], None) for network in family.networks),
             root / family.tokenizer["native"],
             family.scheduler,
             family.boundary_ratio,
+            family,
         )
     )
 
@@ -189,13 +190,13 @@ def _open_diffusers(root: Path) -> WanCheckpoint:
     configs = {n.name: _read_json(root / n.name / "config.json") for n in family.networks if n.kind != "dit"}
     return _checked(
         WanCheckpoint(
-            family,
             root,
             "diffusers",
             tuple(_component(n, root / n.name, configs.get(n.name)) for n in family.networks),
             root / family.tokenizer["diffusers"],
             _read_json(root / "scheduler" / "scheduler_config.json"),
             index.get("boundary_ratio"),
+            family,
         )
     )
 

@@ -146,7 +146,7 @@ TITLES: dict[str, str] = {n.name: n.title for family in reversed(FAMILIES) for n
 
 
 def family_called(task: str) -> ModelFamily:
-    """The model with this name in `--task`; `OptionError` if there is none."""
+    """Return the model with this name in `--task`; `OptionError` if there is none."""
     for family in FAMILIES:
         if family.task == task:
             return family

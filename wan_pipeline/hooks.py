@@ -1,4 +1,4 @@
-"""Has each network of a pipeline made ready when it is about to run, and takes that back."""
+"""Hooks that have each network of a pipeline made ready when it is about to run, and that can be taken back."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ATTACHED = "_wan_pipeline_attached"
 
 @dataclass(frozen=True, slots=True)
 class _Hook:
-    """What diffusers asks a module for when its weights may be elsewhere."""
+    """The answer to diffusers, which asks a module for it when its weights may be elsewhere."""
 
     execution_device: torch.device
 
 
 @dataclass(slots=True)
 class _Attached:
-    """What `attach` did to a network, to be taken back whatever others did to it since."""
+    """The changes that `attach` made to a network, to be taken back whatever others did to it since."""
 
     hook: _Hook
     before: Any
@@ -35,10 +35,11 @@ class _Attached:
     methods: dict[str, Any] = field(default_factory=dict)
 
     def detach(self, module: Any) -> None:
-        """Take it back. What others put over it stays, and what is ours below that does nothing any more."""
+        """Take the changes back. What others put over them stays, and what is ours below that does nothing any more."""
         if self.handle is not None:
             self.handle.remove()
         for name, method in self.methods.items():
+            # whoever has wrapped it meanwhile goes on calling it
             method.residency = None
             if module.__dict__.get(name) is method:
                 delattr(module, name)
@@ -74,6 +75,7 @@ def attach(pipe: Any, residency: ModuleResidency, device: torch.device) -> None:
         else:
             for method in ("encode", "decode"):
                 attached.methods[method] = _AfterReady(residency, name, getattr(module, method))
+                # on the object: other models of its class are not touched
                 setattr(module, method, attached.methods[method])
         setattr(module, _ATTACHED, attached)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wan_loader import DtypePolicy, load, match, module_slots
+from wan_loader import DtypePolicy, bind, load, match, module_slots
 from wan_loader.dtypes import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader import IoMode, LoadReport, Observer
+    from wan_loader import CancelToken, IoMode, LoadReport, Observer
     from wan_pipeline.checkpoint import Component
 
 __all__ = ["adopt", "build", "check", "empty", "fetch"]
@@ -74,16 +74,18 @@ def fetch(
     dtype: torch.dtype | None,
     decoder_only: bool = False,
     io: IoMode = "auto",
+    cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
     """Load the weights under their names in the file. Imports nothing but torch."""
     loaded = load(
-        component.source,
+        component.facts,
         device=device,
         dtype=dtype,
         names=[t.name for t in component.facts.tensors if not (decoder_only and component.is_encoder_only(t.name))],
         keep_fp32=component.keep_fp32,
         io=io,
+        cancel=cancel,
         observer=observer,
     )
     return loaded.tensors, loaded.report
@@ -91,20 +93,7 @@ def fetch(
 
 def adopt(module: torch.nn.Module, component: Component, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give a built (or emptied) module the tensors that `fetch` loaded; tied parameters stay tied."""
-    import torch
-
-    rename = component.key_map or (lambda name: name)
-    loaded = {rename(name): tensor for name, tensor in tensors.items()}
-    device = next(iter(loaded.values())).device
-    named = module.named_parameters(remove_duplicate=False)
-    new = {id(old): torch.nn.Parameter(loaded[name], old.requires_grad) for name, old in named if name in loaded}
-    for owner in module.modules():
-        for name, old in owner._parameters.items():
-            if old is not None:
-                owner._parameters[name] = new[id(old)]
-        for name in owner._non_persistent_buffers_set:
-            if (buffer := owner._buffers[name]) is not None:
-                owner._buffers[name] = buffer.to(device)
+    bind(module, tensors, key_map=component.key_map)
 
 
 def empty(module: torch.nn.Module) -> None:

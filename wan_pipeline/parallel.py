@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from wan_loader import LoadReport, Observer
+    from wan_loader import CancelToken, LoadReport, Observer
     from wan_loader.distributed import Joined, Liveness
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 
@@ -176,6 +176,7 @@ def fetch(
     component: Component,
     *,
     dtype: torch.dtype | None,
+    cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
     """As `modules.fetch`, together with the other processes: what this one keeps of a network's weights."""
@@ -195,11 +196,12 @@ def fetch(
         owner.register_parameter(leaf, torch.nn.Parameter(empty, requires_grad=False))
     report = load_into(
         tree,
-        component.source,
+        component.facts,
         device=run.device,
         dtype=dtype,
         keep_fp32=component.kept_parts,
         group=dist.group.WORLD,
+        cancel=cancel,
         observer=observer,
     )
     return dict(tree.named_parameters()), report

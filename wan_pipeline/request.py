@@ -1,4 +1,4 @@
-"""What to generate: one frozen value with the official defaults of each task, checked before anything is loaded."""
+"""The request for a video: a frozen value with the official defaults of each task, checked before any loading."""
 
 from __future__ import annotations
 
@@ -28,56 +28,60 @@ _MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One video to make."""
+    """A request for one video.
+
+    Raises:
+        OptionError: A value makes no sense.
+    """
 
     prompt: str
     size: tuple[int, int]
-    """Width and height in pixels."""
+    """The width and the height in pixels."""
     frame_num: int
     steps: int
     shift: float
     guide_scale: tuple[float, float]
-    """Guidance of the low-noise and of the high-noise expert."""
+    """The guidance of the low-noise and of the high-noise expert."""
     negative_prompt: str = NEGATIVE_PROMPT
     solver: Solver = "unipc"
     grid: Grid = "official"
-    """Whose noise levels: the official code's, or diffusers'."""
+    """The noise levels: the official code's, or diffusers'."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         width, height = checked_size(self.size)
         for name in ("prompt", "negative_prompt"):
             if not isinstance(text := getattr(self, name), str):
-                raise OptionError(f"{name} is of type {type(text).__name__}: pass a str")
+                raise OptionError.because(f"{name} is of type {type(text).__name__}", "pass a str")
         checked_count(self.steps, "sample_steps")
         if not self.prompt.strip():
-            raise OptionError("the prompt is empty: say what the video shows")
+            raise OptionError.because("the prompt is empty", "say what the video shows")
         if width < 16 or height < 16 or width % 16 or height % 16:
-            raise OptionError(f"size {width}*{height}: both must be multiples of 16")
+            raise OptionError.because(f"size {width}*{height}", "both must be multiples of 16")
         if not isinstance(self.frame_num, Integral) or self.frame_num < 1 or self.frame_num % 4 != 1:
-            raise OptionError(f"frame_num {self.frame_num}: it must be 4n+1, such as 81")
+            raise OptionError.because(f"frame_num {self.frame_num}", "it must be 4n+1, such as 81")
         if not _is_finite(self.shift) or self.shift <= 0:
-            raise OptionError(f"sample_shift {self.shift!r:.60}: it must be a positive number")
+            raise OptionError.because(f"sample_shift {self.shift!r:.60}", "it must be a positive number")
         if not _is_pair(self.guide_scale):
-            raise OptionError(f"guide_scale={self.guide_scale!r:.60}: use two numbers, such as (3.0, 4.0)")
+            raise OptionError.because(f"guide_scale={self.guide_scale!r:.60}", "use two numbers, such as (3.0, 4.0)")
         if self.solver not in get_args(Solver):
-            raise OptionError(f"sample_solver {self.solver!r}: use {' or '.join(get_args(Solver))}")
+            raise OptionError.because(f"sample_solver {self.solver!r}", f"use {' or '.join(get_args(Solver))}")
         if self.grid not in get_args(Grid):
-            raise OptionError(f"grid {self.grid!r}: use {' or '.join(get_args(Grid))}")
+            raise OptionError.because(f"grid {self.grid!r}", f"use {' or '.join(get_args(Grid))}")
         if not isinstance(self.seed, Integral) or not 0 <= self.seed <= _MAX_SEED:
-            raise OptionError(f"seed {self.seed}: from 0 to 2**63 - 1")
+            raise OptionError.because(f"seed {self.seed}", "from 0 to 2**63 - 1")
 
     @classmethod
     def make(cls, task: str, prompt: str, **settings: Any) -> Request:
-        """A request with the defaults of a task; settings that are None count as not given."""
+        """Make a request with the defaults of a task; settings that are None count as not given."""
         given = {key: value for key, value in settings.items() if value is not None}
         return cls(**{**asdict(family_called(task).defaults), "prompt": prompt, **given})
 
     def check_task(self, task: str, multiple: int) -> None:
-        """`OptionError` unless the model of `task`, which works on squares of `multiple` pixels, can do this."""
+        """Raise `OptionError` unless the model of `task`, which works on squares of `multiple` pixels, can do this."""
         width, height = self.size
         if width % multiple or height % multiple:
-            raise OptionError(f"size {width}*{height}: both must be multiples of {multiple} for {task}")
+            raise OptionError.because(f"size {width}*{height}", f"both must be multiples of {multiple} for {task}")
 
 
 def _is_finite(value: object) -> bool:
@@ -89,25 +93,33 @@ def _is_pair(values: object) -> bool:
 
 
 def checked_size(size: object) -> tuple[int, int]:
-    """Width and height in pixels; `OptionError` for what is not two whole numbers."""
+    """Return width and height in pixels; `OptionError` for what is not two whole numbers."""
     if not isinstance(size, tuple | list) or len(size) != 2:
-        raise OptionError(f"size={size!r:.60}: use width and height in pixels, such as (1280, 720)")
+        raise OptionError.because(f"size={size!r:.60}", "use width and height in pixels, such as (1280, 720)")
     return checked_count(size[0], "width", least=0), checked_count(size[1], "height", least=0)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ "1280*720" or "1280x720" as width and height."""
+    """Read "1280*720" or "1280x720" as width and height.
+
+    Raises:
+        OptionError: The text is written otherwise.
+    """
     match = re.fullmatch(r"(\d+)[*x](\d+)", text.strip())
     if match is None:
-        raise OptionError(f"size {text!r}: write it as WIDTH*HEIGHT, such as 1280*720")
+        raise OptionError.because(f"size {text!r}", "write it as WIDTH*HEIGHT, such as 1280*720")
     return int(match[1]), int(match[2])
 
 
 def parse_guide_scale(text: str) -> tuple[float, float]:
-    """ "3.5" for both experts, or "3.0,4.0" for the low-noise and the high-noise one."""
+    """Read "3.5" for both experts, or "3.0,4.0" for the low-noise and the high-noise one.
+
+    Raises:
+        OptionError: The text is written otherwise.
+    """
     try:
         values = [float(part) for part in text.split(",")]
         low, high = values * 2 if len(values) == 1 else values
     except ValueError:
-        raise OptionError(f"sample_guide_scale {text!r}: one number, or LOW,HIGH such as 3.0,4.0") from None
+        raise OptionError.because(f"sample_guide_scale {text!r}", "one number, or LOW,HIGH such as 3.0,4.0") from None
     return low, high

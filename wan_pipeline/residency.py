@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wan_loader import clock_ns, prewarm_files
+from wan_loader import CancelToken, clock_ns, prewarm_files
 from wan_pipeline import modules, parallel
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader import LoadReport, Observer, Prewarm, Span
+    from wan_loader import LoadReport, Observer, Prewarm
     from wan_pipeline.checkpoint import Component
     from wan_pipeline.presets import ResidencyStep
 
@@ -46,16 +46,14 @@ class Placement:
 class BackgroundFetch:
     """Work in a daemon thread of its own, which begins when the fetch before it has ended. Cancellable."""
 
-    def __init__(
-        self, name: str, work: Callable[[threading.Event], None], after: BackgroundFetch | None = None
-    ) -> None:
+    def __init__(self, name: str, work: Callable[[CancelToken], None], after: BackgroundFetch | None = None) -> None:
         self.name = name
         self.failure: BaseException | None = None
         self._work = work
         self._after = after
         self._lock = threading.Lock()
         self._begun = False
-        self._stop = threading.Event()
+        self._stop = CancelToken()
         self._ended = threading.Event()
         threading.Thread(target=self._run, name=f"fetch {name}", daemon=True).start()
 
@@ -72,7 +70,7 @@ class BackgroundFetch:
 
     def stop(self) -> None:
         """Ask it to end at its next block; nothing happens to one that has ended."""
-        self._stop.set()
+        self._stop.cancel(FetchCancelledError(f"fetching the {self.name} was cancelled"))
 
     def cancel(self) -> None:
         """`stop`, and wait for the end if it has begun; one that has not never will."""
@@ -88,29 +86,13 @@ class BackgroundFetch:
                 self._after._ended.wait()
                 self._after = None
             with self._lock:
-                if self._stop.is_set():
-                    raise FetchCancelledError(f"fetching the {self.name} was cancelled")
+                self._stop.check()
                 self._begun = True
             self._work(self._stop)
         except BaseException as failure:
             self.failure = failure
         finally:
             self._ended.set()
-
-
-class _Stopper:
-    """An observer through which a load can be stopped: it raises in the load's own threads, which end it cleanly."""
-
-    def __init__(self, stop: threading.Event, name: str, observer: Observer | None) -> None:
-        self._stop = stop
-        self._name = name
-        self._observer = observer
-
-    def record(self, span: Span) -> None:
-        if self._stop.is_set():
-            raise FetchCancelledError(f"fetching the {self._name} was cancelled")
-        if self._observer is not None:
-            self._observer.record(span)
 
 
 @dataclass(slots=True)
@@ -249,18 +231,17 @@ class ModuleResidency:
 
             torch.cuda.empty_cache()
 
-    def _loading(self, name: str) -> Callable[[threading.Event], None]:
+    def _loading(self, name: str) -> Callable[[CancelToken], None]:
         placement = self._placements[name]
 
-        def load(stop: threading.Event) -> None:
+        def load(cancel: CancelToken) -> None:
             if self._warming is not None:  # the load has the disk alone; what was warmed, it finds
                 self._warming.stop()
             self.note_peak()
             start_ns = clock_ns()
-            observer = _Stopper(stop, name, self._observer)
             if placement.run is not None:
                 weights, report = parallel.fetch(
-                    placement.run, placement.component, dtype=placement.dtype, observer=observer
+                    placement.run, placement.component, dtype=placement.dtype, cancel=cancel, observer=self._observer
                 )
             else:
                 weights, report = modules.fetch(
@@ -269,7 +250,8 @@ class ModuleResidency:
                     dtype=placement.dtype,
                     decoder_only=placement.decoder_only,
                     io="mapped" if placement.device.type == "cpu" else "auto",
-                    observer=observer,
+                    cancel=cancel,
+                    observer=self._observer,
                 )
             if self._on_loaded is not None:
                 self._on_loaded(name, weights)

@@ -25,7 +25,7 @@ _Dpm: Any = diffusers.DPMSolverMultistepScheduler
 
 
 def _official_sigmas(n_steps: int) -> np.ndarray:
-    """Noise levels before the shift, the highest first."""
+    """Return the noise levels before the shift, the highest first."""
     return np.linspace(0.999, 0.0, n_steps + 1)[:-1]
 
 
@@ -33,7 +33,7 @@ class OfficialUniPC(_Unipc):  # type: ignore[misc]
     """UniPC on the official grid."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """As diffusers' own, on the official grid."""
+        """Set the steps as diffusers does, on the official grid."""
         super().set_timesteps(device=device, sigmas=_official_sigmas(num_inference_steps))
 
 
@@ -41,7 +41,8 @@ class OfficialDpm(_Dpm):  # type: ignore[misc]
     """DPM++ on the official grid."""
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """As diffusers' own, on the official grid."""
+        """Set the steps as diffusers does, on the official grid."""
+        # for everything else that it sets up; its own noise levels are replaced, shifted as it shifts them
         super().set_timesteps(num_inference_steps, device=device)
         shift = self.config.flow_shift
         sigmas = _official_sigmas(num_inference_steps)
@@ -51,7 +52,11 @@ class OfficialDpm(_Dpm):  # type: ignore[misc]
 
 
 def make_scheduler(config: Mapping[str, Any], *, solver: Solver, shift: float, grid: Grid = "official") -> Any:
-    """A scheduler from a checkpoint's scheduler configuration, with another solver, shift and grid."""
+    """Make a scheduler from a checkpoint's scheduler configuration, with another solver, shift and grid.
+
+    Raises:
+        OptionError: There is no such solver or grid.
+    """
     classes = {
         ("unipc", "official"): OfficialUniPC,
         ("unipc", "diffusers"): _Unipc,
@@ -59,7 +64,7 @@ def make_scheduler(config: Mapping[str, Any], *, solver: Solver, shift: float, g
         ("dpm++", "diffusers"): _Dpm,
     }
     if (solver, grid) not in classes:
-        raise OptionError(f"solver {solver!r} with grid {grid!r}: use unipc or dpm++, official or diffusers")
+        raise OptionError.because(f"solver {solver!r} with grid {grid!r}", "use unipc or dpm++, official or diffusers")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if solver == "dpm++":
         settings = {

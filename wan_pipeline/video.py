@@ -1,4 +1,4 @@
-"""Frames to an mp4 file: written whole or not at all."""
+"""Writing frames to an mp4 file: whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ _CRF = "10"  # libx264's quality, 0 (lossless) to 51
 
 
 def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:
-    """Write frames of floats from 0 to 1 as H.264. The same frames give the same file.
+    """Write frames as H.264. The same frames give the same file.
 
     Writes beside `path` and renames what is whole: the encoder ended well, and the file is on the disk and holds every
-    frame (counted without decoding). Raises `OutputError` otherwise; then what was at `path` is still there.
+    frame (counted without decoding).
+
+    Args:
+        path: The file; what is there is replaced.
+        frames_THWC: Floats from 0 to 1.
+        fps: Frames per second.
+
+    Raises:
+        OutputError: The file is not whole; then what was at `path` is still there.
     """
     target = Path(path)
     try:
@@ -44,7 +52,7 @@ def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:
             os.close(handle)
             Path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise OutputError.because(f"cannot be written: {error.strerror or error}", path=target) from error
 
 
 def _encode(name: str, frames_THWC: np.ndarray, fps: int) -> None:
@@ -75,7 +83,7 @@ def _send(encoder: subprocess.Popen[bytes], frames_THWC: np.ndarray) -> None:
 
 
 def _count_frames(name: str) -> int:
-    """Frames that can be read from a video; reads the file once and decodes nothing."""
+    """Count the frames that can be read from a video; read the file once and decode nothing."""
     # a line for each; what `-progress` says of copies is not the same in all versions
     words = ["-i", name, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
     with tempfile.TemporaryFile() as said:
@@ -87,7 +95,7 @@ def _count_frames(name: str) -> int:
 
 
 def _ffmpeg(words: list[str], *, stdin: int, stdout: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """In a session of its own: Ctrl-C is for us, and we end it."""
+    """Start ffmpeg in a session of its own: Ctrl-C is for us, and we end it."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     command = [get_ffmpeg_exe(), "-v", "error", *words]
@@ -95,7 +103,7 @@ def _ffmpeg(words: list[str], *, stdin: int, stdout: int, stderr: IO[bytes]) -> 
 
 
 def _reason(said: IO[bytes], code: int) -> str:
-    """The last thing that ffmpeg said, without the name of the part of it that said so."""
+    """Return the last thing that ffmpeg said, without the name of the part of it that said so."""
     said.seek(0)
     lines = said.read(100_000).decode(errors="replace").split("\n")
     lines = [re.sub(r"^(\[[^\]]*\] ?)+", "", line).strip() for line in lines]

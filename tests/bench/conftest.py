@@ -1,12 +1,11 @@
 """A tiny checkpoint, documents made by hand, and the real command."""
 
 import copy
-import os
-import subprocess
-import sys
+import functools
 
 import pytest
 import torch
+from programs import wan_loader
 from safetensors.torch import save_file
 
 SUMMARY = {
@@ -107,16 +106,5 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def command():
-    """Runs `wan-loader` in a process of its own, without a GPU."""
-
-    def run(*arguments, **environment):
-        return subprocess.run(
-            [sys.executable, "-m", "wan_loader", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=110,
-            check=False,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-        )
-
-    return run
+    """Runs `wan-loader` without a GPU."""
+    return functools.partial(wan_loader, timeout=110)

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from wan_loader.bench import sample as bench_sample
 from wan_loader.bench import storage
 from wan_loader.bench.check import compare_tensors
+from wan_loader.bench.contract import LoadTask, Outcome
 from wan_loader.bench.document import to_document
-from wan_loader.bench.loader import Outcome, Task
 from wan_loader.bench.loaders import LOADERS, find_loaders
 from wan_loader.bench.markdown import to_markdown
 from wan_loader.bench.picture import to_svg
-from wan_loader.bench.runner import Case, Entry, Result, Settings, distinct_names
+from wan_loader.bench.runner import Case, LoaderSetup, Result, Settings, distinct_names
 from wan_loader.bench.statistics import case_warnings, summarize_samples
-from wan_loader.bench.storage import Place, parse_place, part_of, scratch, staged
+from wan_loader.bench.storage import Place, copied_files, parse_place, part_of, scratch
 from wan_loader.bench.table import HEADERS, case_rows, visible_columns
 from wan_loader.bench.throttle import Throttle
 from wan_loader.errors import OptionError, OutputError
@@ -65,7 +65,7 @@ def test_staged_copies_are_equal_and_removed(checkpoint, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
     source = checkpoint / "model.safetensors"
-    with staged(parse_place(f"a={place}"), [str(source)]) as copies:
+    with copied_files(parse_place(f"a={place}"), [str(source)]) as copies:
         (home,) = place.iterdir()
         assert home.name.startswith(storage.PREFIX)
         assert Path(copies[0]).read_bytes() == source.read_bytes()
@@ -77,7 +77,7 @@ def test_staged_copies_are_equal_and_removed(checkpoint, tmp_path):
 def test_cold_is_cold_and_warm_is_warm(checkpoint, evict, resident):
     path = checkpoint / "model.safetensors"
     evict(path)  # skips where the file system keeps its pages
-    storage.warm([str(path)])
+    storage.read_into_cache([str(path)])
     assert resident(path) == path.stat().st_size
     source_evict([str(path)])
     assert resident(path) == 0
@@ -87,8 +87,11 @@ def test_scratch_is_removed_after_an_error_and_refuses_what_does_not_fit(tmp_pat
     with pytest.raises(ZeroDivisionError), scratch(tmp_path, 1):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OutputError, match="no room"), scratch(tmp_path, 1 << 60):
+    with pytest.raises(OutputError) as error, scratch(tmp_path, 1 << 60):
         pass
+    assert error.value.path == str(tmp_path)
+    assert "has no room" in error.value.reason
+    assert "--part" in error.value.remedy
 
 
 def test_the_throttle_serves_one_after_the_other():
@@ -156,12 +159,12 @@ def test_a_simulated_disk_reads_from_the_page_cache(make_sample):
 
 @pytest.mark.parametrize(("gbps", "dtype", "told"), [(0.5, None, True), (0.5, "bfloat16", True), (1.0, None, False)])
 def test_faster_than_the_ceiling_cannot_be(make_sample, gbps, dtype, told):
-    entry = Entry("ours", LOADERS["ours"])
+    entry = LoaderSetup("ours", LOADERS["ours"])
     case = Case("m", "m", Place("here"), "cold", nbytes=10**9, ceilings={"disk_gbps": gbps})
     cold = {"resident_before": 0}
     case.results = [Result(entry, samples=[make_sample(1.0, **cold) for _ in range(3)])]
     case.results.append(
-        Result(Entry("packed", LOADERS["flashpack"]), samples=case.results[0].samples, conversion_s=1.0)
+        Result(LoaderSetup("packed", LOADERS["flashpack"]), samples=case.results[0].samples, conversion_s=1.0)
     )
     settings = Settings(paths=["m"], entries=[entry], places=[], caches=["cold"], device="cuda:0", dtype=dtype)
     warnings = to_document(settings, [case], argv=[], machine={}, created="")["warnings"]
@@ -176,7 +179,7 @@ def test_good_samples_need_no_warning(make_sample):
 
 def test_comparison_finds_every_kind_of_difference(checkpoint):
     file = str(checkpoint / "model.safetensors")
-    task = Task(files=(file,), format="safetensors", file_dtype="float32", device="cpu")
+    task = LoadTask(files=(file,), format="safetensors", file_dtype="float32", device="cpu")
     assert compare_tensors(task, Outcome(load_file(file))) == (12, [])
     tensors = load_file(file)
     del tensors["w0"]
@@ -191,7 +194,7 @@ def test_comparison_finds_every_kind_of_difference(checkpoint):
 
 def test_comparison_wants_the_dtype_asked_for(checkpoint):
     file = str(checkpoint / "model.safetensors")
-    task = Task(files=(file,), format="safetensors", file_dtype="float32", device="cpu", dtype="bfloat16")
+    task = LoadTask(files=(file,), format="safetensors", file_dtype="float32", device="cpu", dtype="bfloat16")
     as_in_file = load_file(file)
     converted = {n: t.bfloat16() if t.is_floating_point() else t for n, t in as_in_file.items()}
     assert compare_tensors(task, Outcome(converted)) == (12, [])

@@ -15,7 +15,7 @@ import torch
 
 from wan_loader.bench import sample
 from wan_loader.bench.child import ask
-from wan_loader.bench.loader import Loader, Outcome, Task
+from wan_loader.bench.contract import Loader, LoadTask, Outcome
 from wan_loader.bench.loaders import LOADERS
 
 LOADERS_AS_THEY_ARE = dict(LOADERS)
@@ -133,7 +133,7 @@ def test_a_peer_that_hangs_is_ended_with_all_its_children(checkpoint, fakes, mon
     monkeypatch.setenv("PYTHONPATH", str(fakes), prepend=os.pathsep)
     files = (str(checkpoint / "model.safetensors"),)
     task = asdict(
-        Task(files=files, format="safetensors", file_dtype="float32", device="cpu", packed=str(tmp_path / "pid"))
+        LoadTask(files=files, format="safetensors", file_dtype="float32", device="cpu", packed=str(tmp_path / "pid"))
     )
     answer = ask({"kind": "convert", "loader": "flashpack", "task": task}, time_limit_s=8)
     assert answer["status"] == "hung"
@@ -150,7 +150,7 @@ def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_p
     from wan_loader.bench import storage
     from wan_loader.bench.document import to_document
     from wan_loader.bench.loaders import LOADERS
-    from wan_loader.bench.runner import Entry, Settings, run_cases
+    from wan_loader.bench.runner import LoaderSetup, Settings, run_cases
     from wan_loader.bench.storage import Place
 
     here, small = tmp_path / "big", tmp_path / "small"
@@ -161,7 +161,7 @@ def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_p
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: full if path == small else usage(path))
     settings = Settings(
         paths=[str(checkpoint)],
-        entries=[Entry("ours", LOADERS["ours"])],
+        entries=[LoaderSetup("ours", LOADERS["ours"])],
         places=[Place("small", small), Place("big", here)],
         caches=["as-is"],
         device="cpu",
@@ -204,7 +204,9 @@ def test_an_interrupted_bench_cleans_up_and_keeps_what_it_has(checkpoint, tmp_pa
     assert 1 <= case["results"][0]["summary"]["n"] < 1000
 
 
-def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(checkpoint, tmp_path, monkeypatch):
+def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(
+    checkpoint, tmp_path, monkeypatch, call_main
+):
     from wan_loader.bench import runner
     from wan_loader.cli.app import main
 
@@ -212,12 +214,7 @@ def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(chec
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "ask", interrupt)
-    monkeypatch.setattr(
-        sys, "argv", ["wan-loader", "bench", str(checkpoint), "--export-json", str(tmp_path / "o.json")]
-    )
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 130
+    assert call_main(main, "bench", checkpoint, "--export-json", tmp_path / "o.json") == 130
     assert not (tmp_path / "o.json").exists()
 
 

@@ -83,8 +83,10 @@ def test_a_checkpoint_of_another_size_is_named(document, write, command):
 def test_nothing_in_common_is_an_error(document, write):
     other = json.loads(json.dumps(document))
     other["cases"][0]["name"] = "other"
-    with pytest.raises(SessionError, match="nothing in common"):
+    with pytest.raises(SessionError) as error:
         compare_runs(read_run(write("a", document)), read_run(write("b", other)), ["median"])
+    assert "nothing in common" in error.value.reason
+    assert error.value.remedy == "compare runs of the same command"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
+from entries import flip, left_over  # noqa: E402
 from loader_cases import MiB, random_tensor, same, write  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from torch import nn  # noqa: E402
@@ -89,11 +90,6 @@ def load(path, cache, state=None, **options):
 
 def entries(cache):
     return sorted((cache / "entries").iterdir())
-
-
-def left_over(cache):
-    """Everything that is neither a complete entry nor set aside."""
-    return [p for room in ("building", "trash") for p in (cache / room).iterdir()]
 
 
 @pytest.fixture
@@ -441,15 +437,6 @@ def test_training_begins_while_the_entry_is_written(tmp_path, cache):
 
 
 # the entry is damaged
-
-
-def flip(file, position):
-    file.chmod(0o600)
-    with open(file, "r+b") as f:
-        f.seek(position)
-        byte = f.read(1)[0]
-        f.seek(position)
-        f.write(bytes([byte ^ 0x10]))
 
 
 def header_of(entry):

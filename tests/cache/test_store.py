@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from entries import flip
 
 from wan_loader.cache.check import check_entry
 from wan_loader.cache.manifest import MANIFEST_NAME, parse_manifest
@@ -125,14 +126,6 @@ def test_an_entry_is_there_once_it_is_complete(store, fill):
         assert entry.file("model.bin").stat().st_mode & 0o777 == 0o400
         assert check_entry(entry.path, manifest) == []
     assert names(store, "building") == []
-
-
-def flip(file):
-    file.chmod(0o600)
-    with open(file, "r+b") as f:
-        byte = f.read(1)[0]
-        f.seek(0)
-        f.write(bytes([byte ^ 1]))
 
 
 def flip_and_put_the_times_back(file):

@@ -1,4 +1,4 @@
-"""`wan-loader cache` and `load --cache` as people use them: in processes of their own."""
+"""`wan-loader cache` and `load --cache` as people use them: as processes."""
 
 import json
 import os
@@ -11,23 +11,15 @@ import time
 
 import pytest
 import torch
+from entries import flip, left_over
+from programs import Program, check_error, check_usage, wan_loader_itself
+from programs import run as run_python
+from programs import wan_loader as run
 from safetensors.torch import load_file, save_file
 
 from wan_loader.cache.store import Store
 
 NO_CUDA = {"CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "wan_loader", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **NO_CUDA, **environment},
-    )
 
 
 def ok(*arguments, code=0):
@@ -44,15 +36,6 @@ def document(*arguments, code=0):
     return parsed
 
 
-def check_error(done, *words, code=1):
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in done.stderr
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("ckpt") / "my model.safetensors"
@@ -65,7 +48,8 @@ def model(tmp_path_factory):
 def built(model, tmp_path_factory):
     """A cache with one entry, as `cache build` made it, and its document; tests copy it."""
     cache = tmp_path_factory.mktemp("built") / "cache"
-    return cache, document("cache", "build", model, "--cache-dir", cache, "--contents")
+    done = wan_loader_itself("cache", "build", model, "--cache-dir", cache, "--contents", "--json")
+    return cache, json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -77,19 +61,6 @@ def cache(built, tmp_path):
 def entry_file(cache):
     (entry,) = (cache / "entries").iterdir()
     return entry / "model.safetensors"
-
-
-def flip(file, position):
-    file.chmod(0o600)
-    with open(file, "r+b") as f:
-        f.seek(position)
-        byte = f.read(1)[0]
-        f.seek(position)
-        f.write(bytes([byte ^ 1]))
-
-
-def left_over(cache):
-    return [p for room in ("building", "trash") for p in (cache / room).iterdir()]
 
 
 # build and load
@@ -265,13 +236,6 @@ def test_what_is_being_read_is_kept(cache):
 # mistakes
 
 
-def check_usage(done, *words):
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    for word in words:
-        assert word in done.stderr
-
-
 @pytest.mark.parametrize("size", ["banana", "0", "9" * 400])
 def test_sizes_that_do_not_parse(cache, size):
     check_usage(run("cache", "prune", "--cache-dir", cache, "--max-size", size), "--max-size", size[:40])
@@ -342,9 +306,7 @@ def test_a_build_that_fails_is_one_warning(tmp_path, model):
         "from wan_loader.cli import main; main()"
     )
     words = ["load", model, "--dtype", "bf16", "--cache", "--cache-dir", tmp_path / "c", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = run_python("-c", code, *words)
     assert done.returncode == 0
     assert json.loads(done.stdout)["n_tensors"] == 2
     assert done.stderr.count("\n") == 1, done.stderr
@@ -355,11 +317,10 @@ def test_a_build_that_fails_is_one_warning(tmp_path, model):
 def test_another_process_builds(tmp_path, model):
     from wan_loader.cache.cached_load import outline_checkpoint
     from wan_loader.formats import open_checkpoint
-    from wan_loader.loading.run import Choice
     from wan_loader.plan.dtype_policy import DtypePolicy
 
     checkpoint = open_checkpoint(model)
-    outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypePolicy("bfloat16")))
+    outline = outline_checkpoint(checkpoint, DtypePolicy("bfloat16"))
     building = Store(tmp_path / "c").begin(outline.key(outline.sources), 10)
     check_error(run("cache", "build", model, "--cache-dir", tmp_path / "c"), "another process is writing")
     building.abandon()
@@ -389,25 +350,16 @@ main()
 """
 
 
-@pytest.mark.parametrize("when", ["writing", "verifying"])
-@pytest.mark.parametrize("command", ["load", "build"])
+@pytest.mark.parametrize(("command", "when"), [("load", "writing"), ("load", "verifying"), ("build", "writing")])
 def test_ctrl_c(tmp_path, command, when):
-    if (command, when) == ("build", "verifying"):
-        pytest.skip("build does not verify")
     path, cache = tmp_path / "m.safetensors", tmp_path / "c"
     save_file({f"{i}": torch.randn(300_000) for i in range(40)}, path)
     words = ["load", "--cache", "--dtype", "bf16"] if command == "load" else ["cache", "build"]
     words += ["--verify"] if when == "verifying" else []
     environment = {**os.environ, **NO_CUDA, **({"SLOW_VERIFY": "1"} if when == "verifying" else {})}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *words, str(path), "--cache-dir", str(cache)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    while (line := process.stderr.readline().strip()) != when:
-        assert line in ("writing", "verifying"), process.communicate()
+    process = Program("-c", SLOW, *words, path, "--cache-dir", cache, env=environment)
+    while f"{when}\n" not in process.output()[1]:
+        assert process.poll(0.01) is None, process.output()
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     _, said = process.communicate(timeout=30)
@@ -434,9 +386,7 @@ main()
     )
     words = ["cache", "build", str(path), "--cache-dir", str(cache)]
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, **NO_CUDA}, check=False
-    )
+    done = run_python("-c", code, *words, env=NO_CUDA)
     assert time.monotonic() - start < 9  # to the end it would take 12 s
     assert done.returncode == 130
     assert not left_over(cache)

@@ -1,4 +1,4 @@
-"""The real command in a process of its own: output, JSON contract, exit codes, one clear line for every mistake."""
+"""The command as a process: output, JSON contract, exit codes, one clear line for every mistake."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import time
 import psutil
 import pytest
 import torch
+from programs import check_error, check_usage, wan_loader_itself
+from programs import wan_loader as run
 from safetensors.torch import save_file
 
 PHASES = {
@@ -28,35 +30,6 @@ PHASES = {
     "shard",
     "other",
 }
-NO_CUDA = {"CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "wan_loader", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **environment},
-    )
-
-
-def check_error(done, *words, code=1):
-    """Nothing on stdout, one line "error: ..." on stderr, no traceback."""
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in done.stderr
-
-
-def check_usage(done, word):
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert word in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +62,7 @@ def files(tmp_path_factory):
 
 
 def test_help_lists_the_commands():
-    done = run("--help")
+    done = wan_loader_itself("--help")
     assert done.returncode == 0
     assert done.stderr == ""
     for command in ("inspect", "load", "profile", "synth"):
@@ -113,17 +86,17 @@ def test_help_answers_quickly():
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        run("--help")
+        wan_loader_itself("--help")
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
 
 
 def test_options_of_the_contract_are_there():
     """Asked in a wide terminal, so that nothing is wrapped or cut."""
-    text = run("load", "--help", COLUMNS="200").stdout
+    text = run("load", "--help").stdout
     for option in ("--device", "--dtype", "--io", "--threads", "--verify", "--json"):
         assert option in text
-    text = run("profile", "--help", COLUMNS="200").stdout
+    text = run("profile", "--help").stdout
     for option in ("--device", "--dtype", "--io", "--threads", "--json", "-o", "--force"):
         assert option in text
 
@@ -187,7 +160,7 @@ def test_inspect_names_that_look_like_markup(tmp_path, names):
     path = tmp_path / names["directory"] / names["file"]
     path.parent.mkdir()
     save_file({names["tensor"]: torch.ones(2)}, path)
-    done = run("inspect", path, "--tensors", COLUMNS="200")
+    done = run("inspect", path, "--tensors")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert f"{names['directory']}/{names['file']}" in done.stdout.replace("\n", "")
@@ -243,7 +216,7 @@ def check_document(document, command, path):
 
 
 def test_load_prints_a_table(files):
-    done = run("load", files / "model.safetensors", **NO_CUDA)
+    done = wan_loader_itself("load", files / "model.safetensors")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for word in ("model.safetensors", "10 tensors", "phase", "import", "overlap", "cpu"):
@@ -354,13 +327,13 @@ def test_verbose_shows_the_traceback(files):
 
 
 def test_a_device_that_does_not_exist(files):
-    done = run("load", files / "model.safetensors", "--device", "cuda:7", **NO_CUDA)
+    done = run("load", files / "model.safetensors", "--device", "cuda:7")
     check_error(done, "cuda:7")
 
 
 def test_a_device_or_dtype_that_is_none(files):
     for option, value in (("--device", "banana"), ("--dtype", "int8")):
-        done = run("load", files / "model.safetensors", option, value, **NO_CUDA)
+        done = run("load", files / "model.safetensors", option, value)
         assert done.returncode in (1, 2), done.stderr
         assert value in done.stderr
         assert "Traceback" not in done.stderr
@@ -380,7 +353,7 @@ def test_a_device_or_dtype_that_is_none(files):
     ],
 )
 def test_usage_errors(arguments, word):
-    check_usage(run(*arguments, COLUMNS="200"), word)
+    check_usage(run(*arguments), word)
 
 
 # Ctrl-C

@@ -7,29 +7,9 @@ import sys
 
 import pytest
 import torch
+from programs import check_error, check_usage, wan_loader_itself
+from programs import wan_loader as run
 from safetensors.torch import save_file
-
-NO_CUDA = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-
-
-def run(*arguments, prefix=(), stdout=subprocess.PIPE, **environment):
-    return subprocess.run(
-        [*prefix, sys.executable, "-m", "wan_loader", *map(str, arguments)],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **NO_CUDA, **environment},
-    )
-
-
-def check_error(done, *words, code=1):
-    assert done.returncode == code, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert str(word) in done.stderr
 
 
 @pytest.fixture
@@ -72,7 +52,7 @@ def closed(tmp_path):
 )
 def test_a_directory_that_may_not_be_entered(closed, words):
     path, prefix = closed
-    done = run(*words, path, prefix=prefix)
+    done = wan_loader_itself(*words, path, prefix=prefix)
     check_error(done, path, "Permission denied")
     assert "does not exist" not in done.stderr
 
@@ -81,14 +61,14 @@ def test_a_directory_that_may_not_be_entered(closed, words):
 @pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"]], ids=" ".join)
 def test_stdout_on_a_full_disk(model, words, unbuffered):
     with open("/dev/full", "w") as full:
-        done = run(*words, model, stdout=full, PYTHONUNBUFFERED=unbuffered)
+        done = wan_loader_itself(*words, model, stdout=full, PYTHONUNBUFFERED=unbuffered)
     check_error(done, "standard output", "No space left")
 
 
 def test_a_reader_that_left_is_no_news(model):
     read, write = os.pipe()
     os.close(read)
-    done = run("inspect", "--json", model, stdout=write)
+    done = wan_loader_itself("inspect", "--json", model, stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -158,12 +138,7 @@ def test_help_of_cache_build_names_its_dtype(model, tmp_path):
     ids=lambda words: " ".join(words) if isinstance(words, list) else None,
 )
 def test_a_wrong_value_is_a_usage_error_that_names_the_option(words, option, hints):
-    done = run(*words)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    for word in (option, *hints):
-        assert word in done.stderr
+    check_usage(run(*words), option, *hints)
 
 
 # Words

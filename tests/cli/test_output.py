@@ -17,16 +17,12 @@ SHOWN = "\\x1b[31m\\x07\\x9b\\u202e\\u2028\\n[red]"
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(monkeypatch, call_main, capfd):
     """Exit code, stdout and stderr of a command in this process."""
 
     def run_it(*words):
-        monkeypatch.setattr(sys, "argv", ["wan-loader", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "300")
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return end.value.code, out, err
+        return call_main(main, *words), *capfd.readouterr()
 
     return run_it
 

@@ -1,11 +1,10 @@
 """profile, report, doctor and estimate as a user types them."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from programs import run
 
 from wan_loader.sizes import format_bytes
 
@@ -15,11 +14,8 @@ def cli(tmp_path):
     """Run wan-loader with a cache of its own."""
 
     def cli(*words, **options):
-        environ = {**os.environ, **options.pop("env", {}), "XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "120"}
-        command = [sys.executable, "-m", "wan_loader", *map(str, words)]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=environ, check=False, cwd=tmp_path, **options
-        )
+        environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "120", **options.pop("env", {})}
+        return run("-m", "wan_loader", *words, env=environment, cwd=tmp_path, timeout=110, **options)
 
     return cli
 
@@ -64,7 +60,9 @@ def test_a_program(cli, weights, tmp_path):
     assert done.stdout == "['--help', '--', '-o', 'x']\n"
     assert "exit 5" in done.stderr
     assert cli("profile", "--no-ceilings", "--", "p.py").returncode == 5
-    assert cli("profile", "--no-ceilings", "--", "-m", "json.tool", input="{}").stdout == "{}\n"
+    (tmp_path / "empty.json").write_text("{}")
+    with open(tmp_path / "empty.json") as stdin:
+        assert cli("profile", "--no-ceilings", "--", "-m", "json.tool", stdin=stdin).stdout == "{}\n"
 
 
 def test_a_killed_program(cli, tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from programs import wan_loader_itself
 
 _SCRIPT = """
 import atexit, os, pickle, signal, sys, time, warnings
@@ -70,12 +71,6 @@ def test_a_script_is_the_main_module_and_has_its_own_ctrl_c(tmp_path):
 def test_a_script_may_close_its_streams(tmp_path, stream, what):
     script = tmp_path / "script.py"
     script.write_text(f"import sys; print('said'); {what.format(stream)}")
-    done = subprocess.run(
-        [sys.executable, "-m", "wan_loader", "run", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = wan_loader_itself("run", script)
     assert (done.returncode, done.stdout) == (0, "said\n")
     assert "Traceback" not in done.stderr

@@ -9,22 +9,8 @@ import sys
 import time
 
 import pytest
-
-
-def run(*arguments):
-    command = [sys.executable, "-m", "wan_loader", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "COLUMNS": "200"}
-    )
-
-
-def check_error(done, *words):
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
+from programs import check_error
+from programs import wan_loader as run
 
 
 @pytest.fixture
@@ -76,14 +62,11 @@ def unknown(monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "code"), [("warm", 0), ("evict", 1)])
-def test_what_is_unknown_is_said(model, unknown, command, code, capsys, monkeypatch):
+def test_what_is_unknown_is_said(model, unknown, command, code, capsys, call_main):
     from wan_loader.cli import main
 
     for flags in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", ["wan-loader", command, str(model), *flags])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == code
+        assert call_main(main, command, model, *flags) == code
         out, err = capsys.readouterr()
         assert "unknown: the kernel tells only who owns" in err
         if not flags:

@@ -3,45 +3,32 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from programs import Program
 
 
 @dataclass(frozen=True)
 class Ended:
     code: int
     output: str
+    """What went to stdout, and then what went to stderr."""
+    stdout: str
 
 
 def _ended(running, timeout):
     """How all ended. One that does not is asked where it stands: its traceback is in its output."""
-    outputs = {}
-
-    def collect(process):
-        outputs[process] = process.communicate()[0]
-
-    readers = [threading.Thread(target=collect, args=(process,)) for process in running]
-    for reader in readers:
-        reader.start()
     end = time.monotonic() + timeout
-    while any(reader.is_alive() for reader in readers) and time.monotonic() < end:
-        if any(process.poll() for process in running):  # the others should not take much longer
+    while any(program.poll() is None for program in running) and time.monotonic() < end:
+        if any(program.poll() for program in running):  # the others should not take much longer
             end = min(end, time.monotonic() + 30)
-        time.sleep(0.05)
-    for process in running:
-        if process.poll() is None:
-            process.send_signal(signal.SIGABRT)  # faulthandler
-    for reader in readers:
-        reader.join()
-    return [Ended(process.returncode, outputs[process]) for process in running]
+        time.sleep(0.02)
+    for program in running:
+        program.send_signal(signal.SIGABRT)  # faulthandler
+    return [Ended(program.wait(), "".join(program.output()), program.output()[0]) for program in running]
 
 
 @pytest.fixture
@@ -50,24 +37,16 @@ def ranks():
     running = []
 
     def run(worker, n, *words, timeout=90):
+        script = Path(__file__).parent / worker
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        env = os.environ | {
-            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        env |= {"WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1"}
-        command = [sys.executable, str(Path(__file__).parent / worker), *map(str, words)]
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "PYTHONFAULTHANDLER": "1"}
         for rank in range(n):
-            mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)}
-            running.append(
-                subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
+            mine = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)}
+            running.append(Program(script, *words, env=mine))
         return _ended(running[-n:], timeout)
 
     yield run
-    for process in running:
-        process.kill()
-        process.wait()
+    for program in running:
+        program.kill()

@@ -5,32 +5,32 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from programs import ROOT, run  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from wan_loader.errors import SessionError  # noqa: E402
 from wan_loader.profiler.analysis.ranks import spread  # noqa: E402
 from wan_loader.profiler.analysis.session import read_session  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "150"}
 
 
-def run(*words, cwd):
-    env = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "COLUMNS": "150",
-    }
+def torchrun(*words, cwd):
+    """How two processes of a command end that torchrun starts."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **ENVIRONMENT}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
-    command = [sys.executable, "-m", *map(str, words)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *words]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=100)
+
+
+def report(*words, cwd):
+    return run("-m", "wan_loader", "report", *words, env=ENVIRONMENT, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def profiled(tmp_path_factory):
     here = tmp_path_factory.mktemp("profiled")
     save_file({f"w{i}": torch.full((1 << 18,), float(i)) for i in range(6)}, here / "model.safetensors")
     words = ["wan_loader", "profile", "model.safetensors", "--device", "cpu", "--no-ceilings", "-o", "run.json"]
-    return here, run("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", *words, cwd=here)
+    return here, torchrun(*words, cwd=here)
 
 
 def test_a_session_of_each_process(profiled):
@@ -53,15 +53,15 @@ def test_a_session_of_each_process(profiled):
 
 def test_report_of_all(profiled):
     here, _ = profiled
-    done = run("wan_loader", "report", "run.rank1.json", "run.rank0.json", cwd=here)
+    done = report("run.rank1.json", "run.rank0.json", cwd=here)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "model.safetensors: 2 of 2 processes"
     assert [line.split()[0] for line in lines[2:4]] == ["0", "1"]
     assert lines[-1].startswith("6.29 MB read in all")
-    document = json.loads(run("wan_loader", "report", "run.rank0.json", "run.rank1.json", "--json", cwd=here).stdout)
+    document = json.loads(report("run.rank0.json", "run.rank1.json", "--json", cwd=here).stdout)
     assert [p["nbytes_read"] for p in document["processes"]] == [3 << 20] * 2
-    twice = run("wan_loader", "report", "run.rank0.json", "run.rank0.json", cwd=here)
+    twice = report("run.rank0.json", "run.rank0.json", cwd=here)
     assert (twice.returncode, "not sessions of one" in twice.stderr) == (1, True)
 
 
@@ -82,29 +82,17 @@ def test_the_slow_one_is_named(profiled):
         spread([dataclasses.replace(sessions[0], report=alone)])
 
 
-def test_load_together(profiled):
+def test_load_together(profiled, ranks):
     here, _ = profiled
-    words = ["wan_loader", "load", "model.safetensors", "--device", "cpu", "--verify", "--json"]
-    done = run("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", *words, cwd=here)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    ended = ranks("worker_cli.py", 2, "load", here / "model.safetensors", "--device", "cpu", "--verify", "--json")
+    assert [process.code for process in ended] == [0, 0], ended
+    assert ended[1].stdout == ""
+    document = json.loads(ended[0].stdout)
     assert document["verified_tensors"] == 6
     assert document["settings"]["nbytes_read"] == document["settings"]["nbytes_received"] == 3 << 20
 
 
-def test_a_process_without_the_file_ends_all(profiled):
-    here, _ = profiled
-    done = run(
-        "torch.distributed.run",
-        "--nproc_per_node",
-        2,
-        "-m",
-        "wan_loader",
-        "profile",
-        "missing",
-        "--device",
-        "cpu",
-        cwd=here,
-    )
-    assert done.returncode == 1
-    assert "missing does not exist" in done.stderr
+def test_a_process_without_the_file_ends_all(ranks):
+    for process in ranks("worker_cli.py", 2, "profile", "missing", "--device", "cpu"):
+        assert process.code == 1
+        assert "missing does not exist" in process.output

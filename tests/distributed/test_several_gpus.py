@@ -1,32 +1,18 @@
 """The benchmark of several GPUs runs, tiny and on the CPU, so that it cannot rot."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from programs import PIPELINE
 
 pytest.importorskip("diffusers")
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_benchmark_runs(tmp_path):
+def test_benchmark_runs(tmp_path, benchmark_main):
     words = [tmp_path, "--size", "tiny", "--device", "cpu", "--repeat", "1", "--no-cold"]
     words += ["--only", "divided, usual", "--only", "replicated, wan-loader"]
     words += ["--dtype", "float16", "--output", tmp_path / "out.json"]
-    env = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    script = ROOT / "benchmarks" / "several_gpus.py"
-    done = subprocess.run(
-        [sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    benchmark_main("several_gpus", *words, modules=PIPELINE)
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert [case["case"] for case in cases] == ["divided, usual, warm", "replicated, wan-loader, warm"]
     for case in cases:

@@ -56,14 +56,15 @@ def block(start, end, transport=Transport.BUFFERED):
 
 
 def total(page_cache, start, end):
-    return page_cache.total([ByteRange(0, 0, start, end)])
+    wanted = [ByteRange(0, 0, start, end)]
+    return page_cache.residency(wanted, unit=MiB).total(wanted)
 
 
 def test_resident_after_writing(path, page_cache):
     size = path.stat().st_size
     assert total(page_cache, 0, size) == size
-    assert page_cache.is_resident(0, 0, size)
-    assert page_cache.is_resident(0, 5, 6)
+    assert page_cache.share(0, 0, size) == 1
+    assert page_cache.share(0, 5, 6) == 1
     assert total(page_cache, 5, 6) == 1
     assert total(page_cache, 7, 7) == 0
 
@@ -72,8 +73,8 @@ def test_residency_after_evicting(path, page_cache, evict):
     size = path.stat().st_size
     evict(path)
     assert total(page_cache, 0, size) == 0
-    assert not page_cache.is_resident(0, 0, size)
-    assert not page_cache.is_resident(0, 0, 1)
+    assert page_cache.share(0, 0, size) < 1
+    assert page_cache.share(0, 0, 1) < 1
 
 
 @pytest.fixture
@@ -99,10 +100,10 @@ def only_in_cache(path, reader, evict):
 def test_residency_of_parts(path, page_cache, only_in_cache):
     size = path.stat().st_size
     only_in_cache((0, MiB), (2 * MiB, size))
-    assert page_cache.is_resident(0, 0, MiB)
-    assert page_cache.is_resident(0, 2 * MiB, size)
-    assert not page_cache.is_resident(0, MiB, 2 * MiB)
-    assert not page_cache.is_resident(0, MiB - 1, MiB + 1)
+    assert page_cache.share(0, 0, MiB) == 1
+    assert page_cache.share(0, 2 * MiB, size) == 1
+    assert page_cache.share(0, MiB, 2 * MiB) < 1
+    assert page_cache.share(0, MiB - 1, MiB + 1) < 1
     assert total(page_cache, MiB, 2 * MiB) == 0
     assert total(page_cache, 0, 2 * MiB) == MiB
     assert total(page_cache, 0, size) == pytest.approx(size - MiB, abs=PAGE)
@@ -111,7 +112,7 @@ def test_residency_of_parts(path, page_cache, only_in_cache):
 def test_residency_after_the_reader_read_a_part(path, page_cache, reader, only_in_cache, view):
     only_in_cache()
     read(reader, block(MiB, MiB + 10 * PAGE), view)
-    assert page_cache.is_resident(0, MiB, MiB + 10 * PAGE)
+    assert page_cache.share(0, MiB, MiB + 10 * PAGE) == 1
     assert total(page_cache, 0, path.stat().st_size) == 10 * PAGE
 
 
@@ -132,9 +133,9 @@ def test_total_counts_touching_and_repeated_bytes_once(reader):
         ByteRange(2, 0, 100, 5000),
         ByteRange(3, 0, 9000, 9001),
     ]
-    assert page_cache.total(byte_ranges) == 5001
-    assert page_cache.total(reversed(byte_ranges)) == 5001
-    assert page_cache.total([]) == 0
+    residency = page_cache.residency(byte_ranges, unit=MiB)
+    assert residency.total(byte_ranges) == residency.total(reversed(byte_ranges)) == 5001
+    assert residency.total([]) == 0
 
 
 def test_what_is_uniform_is_asked_once(path, reader, only_in_cache, monkeypatch):
@@ -143,16 +144,20 @@ def test_what_is_uniform_is_asked_once(path, reader, only_in_cache, monkeypatch)
     monkeypatch.setattr("wan_loader.system.page_cache.cached_bytes", lambda *r: asked.append(r) or cached_bytes(*r))
     page_cache = PageCache(reader.fds)
     size = path.stat().st_size
-    assert page_cache.total([ByteRange(0, 0, 5, MiB - 5), ByteRange(1, 0, 2 * MiB, size)]) == MiB - 10
+    wanted = [ByteRange(0, 0, 5, MiB - 5), ByteRange(1, 0, 2 * MiB, size)]
+    residency = page_cache.residency(wanted, unit=MiB)
+    assert residency.total(wanted) == MiB - 10
+    assert residency.share(0, 100, 200) == residency.share(0, 0, MiB) == 1.0
+    assert residency.share(0, 2 * MiB, 2 * MiB + 1) == residency.share(0, 2 * MiB, size) == 0.0
+    assert residency.share(0, MiB, 2 * MiB) == 0.0, "what was not asked for counts as cold"
+    assert residency.share(0, MiB // 2, 2 * MiB) == pytest.approx(1 / 3)
     assert len(asked) == 2
-    assert page_cache.share(0, 100, 200) == page_cache.share(0, 0, MiB) == 1.0
-    assert page_cache.share(0, 2 * MiB, 2 * MiB + 1) == page_cache.share(0, 2 * MiB, size) == 0.0
-    assert len(asked) == 2
-    assert 0 < page_cache.share(0, MiB // 2, 2 * MiB) < 1
-    assert len(asked) == 3, "no range that was found uniform holds this one"
-    assert page_cache.total([ByteRange(0, 0, 0, size)]) == MiB
-    assert page_cache.share(0, 0, MiB) == 1.0
-    assert page_cache.share(0, MiB, size) == 0.0
+    whole = [ByteRange(0, 0, 0, size)]
+    residency = page_cache.residency(whole, unit=MiB)
+    assert residency.total(whole) == MiB
+    assert residency.share(0, 0, MiB) == 1.0
+    assert residency.share(0, MiB, size) == 0.0
+    assert len(asked) == 2 + 1 + 4, "once for all, and once for each part, since they differ"
 
 
 def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):
@@ -161,7 +166,7 @@ def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):
     try:
         page_cache = PageCache([read])
         assert total(page_cache, 0, PAGE) == 0
-        assert not page_cache.is_resident(0, 0, PAGE)
+        assert page_cache.share(0, 0, PAGE) < 1
     finally:
         os.close(read)
         os.close(write)

@@ -596,6 +596,20 @@ def test_short_reads_are_continued(load, path, monkeypatch, transport):
     check(load(transport), path)
 
 
+@pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
+def test_a_read_that_ends_inside_a_page_is_continued_the_same_way(load, path, monkeypatch, transport):
+    result, refused = Request.result, load(transport).stats.fallbacks
+
+    def short(request):
+        nbytes = result(request)
+        return nbytes if nbytes is None or nbytes <= PAGE else nbytes - 100
+
+    monkeypatch.setattr(Request, "result", short)
+    loaded = load(transport)
+    assert loaded.stats.fallbacks == refused
+    check(loaded, path)
+
+
 def test_o_direct_refused_in_the_middle(load, path, monkeypatch):
     result, calls = Request.result, iter(range(1, 1000))
 

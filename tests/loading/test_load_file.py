@@ -2,8 +2,6 @@
 
 import gc
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from loader_cases import (  # noqa: E402
     write_by_hand,
     zoo,
 )
+from programs import run  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.dtypes import FLOATING  # noqa: E402
@@ -312,7 +311,8 @@ print(edited - anonymous_mib())
 def test_a_freed_tensor_gives_its_memory_back(tmp_path, mode):
     """Freed alone, whatever else of the file is still in use, and also after it was edited."""
     path = write("safetensors", tmp_path, {"big": torch.ones(64 * MiB // 4), "small": torch.ones(3)})
-    done = subprocess.run([sys.executable, "-c", FREEING, path, mode], check=True, capture_output=True, text=True)
+    done = run("-c", FREEING, path, mode)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 48
 
 

@@ -32,7 +32,7 @@ def test_the_repr_of_a_result_is_one_short_line(tmp_path):
     path = write("safetensors", tmp_path, {"line\nbreak": torch.ones(3), "big": torch.ones(100_000)})
     loaded = wan_loader.load(path)
     checkpoint = wan_loader.open_checkpoint(path)
-    assert repr(loaded) == "Loaded(2 tensors, 400 kB on cpu)"
+    assert repr(loaded) == "LoadResult(2 tensors, 400 kB on cpu)"
     assert repr(checkpoint) == f"Checkpoint({str(path)!r}, 'safetensors', 1 file, 2 tensors, 400 kB)"
     assert "\n" not in repr(loaded.report)
 
@@ -85,7 +85,8 @@ def test_report_of_views(tmp_path):
 def test_host_memory_is_read_into_and_not_copied_to(tmp_path):
     """Small neighbours are read together, through staging."""
     tensors = {"a": torch.ones(1000), "b": torch.ones(3), "large": torch.randn(3 * MiB), "last": torch.ones(3)}
-    report = (loaded := wan_loader.load(write("pth", tmp_path, tensors))).report
+    loaded = wan_loader.load(write("pth", tmp_path, tensors), observer=wan_loader.Recorder())
+    report = loaded.report
     copied = sum(phase.nbytes for phase in report.phases if phase.name == "h2d")
     assert copied == tensors["a"].nbytes + tensors["b"].nbytes
     assert report.io.nbytes_buffered >= sum(t.nbytes for t in tensors.values())
@@ -263,19 +264,19 @@ def test_what_a_load_made_is_not_looked_at_by_the_next_collection(tmp_path):
 @pytest.fixture
 def portion_sizes(monkeypatch):
     """How many blocks each portion of a load has; one at a time is the rule here."""
-    sizes, plain = [], load.run_transfer
+    sizes, plain = [], load.transfer_blocks
 
-    def run_transfer(batches, *rest):
+    def transfer_blocks(batches, *rest, **options):
         def counted():
             for batch in batches:
                 sizes.append(len(batch.blocks))
                 yield batch
 
-        return plain(counted(), *rest)
+        return plain(counted(), *rest, **options)
 
-    monkeypatch.setattr(load, "run_transfer", run_transfer)
+    monkeypatch.setattr(load, "transfer_blocks", transfer_blocks)
     monkeypatch.setattr(course, "block_bytes", lambda *_: 64 << 10)
-    monkeypatch.setattr(course, "_PORTION_BLOCKS", 1)
+    monkeypatch.setattr(course, "_BATCH_BLOCKS", 1)
     return sizes
 
 
@@ -293,7 +294,7 @@ def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(
 
 def test_a_cold_load_takes_all_its_room_at_once(tmp_path, monkeypatch, portion_sizes):
     """It takes long, and others could take the room meanwhile."""
-    monkeypatch.setattr(course.PageCache, "total", lambda *_: 0)
+    monkeypatch.setattr("wan_loader.system.page_cache.Residency.total", lambda *_: 0)
     tensors = weights(7)
     same_dicts(wan_loader.load_file(write("safetensors", tmp_path, tensors), io="buffered"), tensors)
     assert portion_sizes == [11]
@@ -311,7 +312,7 @@ def test_what_a_program_froze_stays_frozen():
     """Even if it froze before it imported much."""
     code = """
 import gc; gc.freeze(); frozen = gc.get_freeze_count()
-from wan_loader.loading.run import paused_gc
+from wan_loader.system.collector import paused_gc
 with paused_gc(): made = [[] for _ in range(1000)]
 print(frozen, gc.get_freeze_count())
 """
@@ -334,7 +335,7 @@ def test_nothing_stays_open(tmp_path, open_files, mode):
 @pytest.mark.parametrize("mode", ["direct", "buffered"])
 def test_staging_is_bounded(tmp_path, mode, monkeypatch):
     path = write("safetensors", tmp_path, weights(3))
-    monkeypatch.setattr("wan_loader.plan.plan.memory_limit", lambda: 100 * MiB)
+    monkeypatch.setattr("wan_loader.loading.probe.memory_limit", lambda: 100 * MiB)
     settings = wan_loader.load(path, io=mode, threads=32).report.settings
     assert settings["slot_bytes"] * settings["n_slots"] <= 25 * MiB
     monkeypatch.undo()

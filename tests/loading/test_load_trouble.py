@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
 from loader_cases import IO, MiB, same_dicts, weights, write  # noqa: E402
+from pairwise import pairwise  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.devices.resolve import check_room_for_torch  # noqa: E402
@@ -95,13 +96,16 @@ ACTIONS = [
     overwrite_and_put_the_time_back,
     Path.unlink,
 ]
+MOMENTS = ["header", "init 1", "init 2", "init 3"]
 
 
 @pytest.mark.timeout(5)
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("moment", ["header", "init 1", "init 2", "init 3"])
-@pytest.mark.parametrize(("mode", "dtype"), [*((mode, None) for mode in IO), ("auto", "bf16"), ("direct", "bf16")])
-def test_file_changed_during_the_load(tmp_path, device, mode, dtype, moment, action):
+@pytest.mark.parametrize(
+    ("transport", "moment", "action"),
+    pairwise([*((mode, None) for mode in IO), ("auto", "bf16"), ("direct", "bf16")], MOMENTS, ACTIONS),
+)
+def test_file_changed_during_the_load(tmp_path, device, transport, moment, action):
+    mode, dtype = transport
     path = write("safetensors", tmp_path, weights(4))
     name, _, n = moment.partition(" ")
     meddler = Meddler(name, int(n or 1), lambda: action(path))
@@ -180,14 +184,16 @@ def test_weights_of_a_failed_load_go_with_its_error(tmp_path, alive, mode, span)
     """At once: the next collection does not look at what a load made."""
     path = write("safetensors", tmp_path, weights())
 
+    token = wan_loader.CancelToken()
+
     def fail():
         assert alive() == [True] * 6
-        raise OSError("broken")
+        token.cancel(OSError("broken"))
 
     gc.disable()
     try:
         with pytest.raises(OSError, match="broken"):
-            wan_loader.load_file(path, dtype="bfloat16", io=mode, observer=Meddler(span, 1, fail))
+            wan_loader.load_file(path, dtype="bfloat16", io=mode, cancel=token, observer=Meddler(span, 1, fail))
         assert alive() == [False] * 6
     finally:
         gc.enable()
@@ -242,7 +248,7 @@ def test_few_descriptors_are_enough(tmp_path, mode):
 
 def test_missing_host_memory(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
-    monkeypatch.setattr("wan_loader.loading.allocate.available_memory", lambda: 1000)
+    monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: 1000)
     for options in ({"io": "buffered"}, {"io": "direct"}, {"dtype": "fp64"}):
         with pytest.raises(wan_loader.HostMemoryError, match="1000"):
             wan_loader.load_file(path, **options)
@@ -254,7 +260,7 @@ def test_weights_that_would_fit_alone_are_refused_before_reading(tmp_path, monke
     """A load takes more than its weights: the rest would be the kernel's to find, by killing."""
     path = write(kind, tmp_path, weights(2))
     nbytes = sum(t.nbytes for t in weights(2).values())
-    monkeypatch.setattr("wan_loader.loading.allocate.available_memory", lambda: nbytes + 16 * MiB)
+    monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: nbytes + 16 * MiB)
     with pytest.raises(wan_loader.HostMemoryError, match="beside its weights"):
         wan_loader.load_file(path, io="buffered")
 
@@ -263,13 +269,13 @@ def test_weights_that_would_fit_alone_are_refused_before_reading(tmp_path, monke
 def test_what_is_unknown_refuses_nothing(tmp_path, monkeypatch, facts):
     path = write("safetensors", tmp_path, weights(2))
     for name, fact in zip(("available_memory", "process_headrooms"), facts, strict=True):
-        monkeypatch.setattr(f"wan_loader.loading.allocate.{name}", lambda fact=fact: fact)
+        monkeypatch.setattr(f"wan_loader.system.machine.{name}", lambda fact=fact: fact)
     same_dicts(wan_loader.load_file(path, io="buffered"), weights(2))
 
 
 def test_the_process_s_own_limit_counts(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
-    monkeypatch.setattr("wan_loader.loading.allocate.process_headrooms", lambda: {"ulimit -v": 1000})
+    monkeypatch.setattr("wan_loader.system.machine.process_headrooms", lambda: {"ulimit -v": 1000})
     with pytest.raises(wan_loader.HostMemoryError, match="1000"):
         wan_loader.load_file(path, io="buffered")
 
@@ -293,7 +299,7 @@ def test_staging_takes_what_the_weights_leave(tmp_path, monkeypatch):
     tensors = weights(8, nbytes=8 * MiB)
     path = write("safetensors", tmp_path, tensors)
     wide = wan_loader.load(path, io="buffered").report.settings
-    monkeypatch.setattr("wan_loader.loading.allocate.available_memory", lambda: 170 * MiB)
+    monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: 170 * MiB)
     loaded = wan_loader.load(path, io="buffered")
     assert loaded.report.settings["n_slots"] < wide["n_slots"]
     same_dicts(loaded.tensors, tensors)
@@ -302,15 +308,15 @@ def test_staging_takes_what_the_weights_leave(tmp_path, monkeypatch):
 def test_what_freed_memory_leaves_behind_is_given_back_before_a_refusal(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
     free = [1000]
-    monkeypatch.setattr("wan_loader.loading.allocate.available_memory", lambda: free[0])
-    monkeypatch.setattr("wan_loader.loading.allocate.trim_heap", lambda: free.insert(0, 1 << 40))
+    monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: free[0])
+    monkeypatch.setattr("wan_loader.loading.session.trim_heap", lambda: free.insert(0, 1 << 40))
     same_dicts(wan_loader.load_file(path, io="buffered"), weights(2))
 
 
 def test_memory_that_is_refused_all_the_same(tmp_path, monkeypatch):
     """By limits that cannot be seen beforehand."""
     path = write("safetensors", tmp_path, weights(2))
-    monkeypatch.setattr("wan_loader.loading.allocate.process_headrooms", dict)
+    monkeypatch.setattr("wan_loader.system.machine.process_headrooms", dict)
     monkeypatch.setattr("wan_loader.loading.run.Allocation._make", lambda *_: torch.empty(1 << 60))
     with pytest.raises(wan_loader.HostMemoryError, match=r"safetensors.*room"):
         wan_loader.load_file(path, io="buffered")
@@ -340,7 +346,7 @@ def test_a_load_in_a_small_cgroup_is_never_killed(tmp_path):
 
 def test_memory_limit_too_small_for_staging(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
-    monkeypatch.setattr("wan_loader.plan.plan.memory_limit", lambda: 16 * MiB)
+    monkeypatch.setattr("wan_loader.loading.probe.memory_limit", lambda: 16 * MiB)
     with pytest.raises(wan_loader.HostMemoryError):
         wan_loader.load_file(path, io="buffered")
 

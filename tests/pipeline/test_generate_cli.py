@@ -1,5 +1,6 @@
 """`wan-pipeline generate` and `load`: one whole run each as a process, everything else in this one."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("imageio_ffmpeg")
 
+from programs import PIPELINE
+
 from wan_pipeline.commands import generate as module
 from wan_pipeline.commands.app import main
 
@@ -18,12 +21,10 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3", "--base_seed", "3"]
 
 
-def run(monkeypatch, *words):
+@pytest.fixture
+def run(call_main):
     """The exit code of a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["wan-pipeline", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code or 0
+    return functools.partial(call_main, main)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def read_video(path):
         return np.stack(list(reader.iter_data()))
 
 
-def test_the_same_video_from_both_layouts_with_all_flags(tiny_wan, tmp_path, monkeypatch, capfd):
+def test_the_same_video_from_both_layouts_with_all_flags(tiny_wan, tmp_path, run, capfd):
     files = []
     for layout, flags in (
         ("native", ["--convert_model_dtype"]),
@@ -88,24 +89,24 @@ def test_the_same_video_from_both_layouts_with_all_flags(tiny_wan, tmp_path, mon
             files[-1],
             *flags,
         ]
-        assert run(monkeypatch, *words) == 0, capfd.readouterr().err
+        assert run(*words) == 0, capfd.readouterr().err
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 
 
-def test_json_and_overwriting(tiny_wan, tmp_path, monkeypatch, capfd):
+def test_json_and_overwriting(tiny_wan, tmp_path, run, capfd):
     words = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--device", "cpu", "--save_file", tmp_path / "v.mp4"]
     (tmp_path / "v.mp4").write_text("mine")
-    assert run(monkeypatch, *words) == 1
+    assert run(*words) == 1
     assert "overwrite it with --force" in capfd.readouterr().err
     assert (tmp_path / "v.mp4").read_text() == "mine"
-    assert run(monkeypatch, *words, "--force", "--json") == 0
+    assert run(*words, "--force", "--json") == 0
     assert json.loads(capfd.readouterr().out)["video"]["path"] == str(tmp_path / "v.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
 
 
-def test_load(tiny_wan, tmp_path, monkeypatch, capfd):
+def test_load(tiny_wan, tmp_path, run, capfd):
     words = ["load", "--ckpt-dir", tiny_wan(), "--device", "cpu", "--profile-out", tmp_path / "run.json"]
-    assert run(monkeypatch, *words) == 0
+    assert run(*words) == 0
     assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == [
         "text_encoder",
         "transformer",
@@ -136,44 +137,32 @@ def test_load(tiny_wan, tmp_path, monkeypatch, capfd):
         (["--ckpt_dir", "/nowhere"], "is no directory"),
     ],
 )
-def test_mistakes_are_found_before_loading(tiny_wan, tmp_path, monkeypatch, capfd, words, message):
+def test_mistakes_are_found_before_loading(tiny_wan, tmp_path, run, capfd, words, message):
     start = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4", "--device", "cpu"]
-    assert run(monkeypatch, *start, *words) == 1
+    assert run(*start, *words) == 1
     error = capfd.readouterr().err
     assert message in error
     assert "Traceback" not in error
     assert error.count("\n") == 1
 
 
-def test_usage_and_interrupt(monkeypatch, capfd, tiny_wan, tmp_path):
-    assert run(monkeypatch, "generate", "--prompt", "x") == 2
+def test_usage_and_interrupt(monkeypatch, capfd, tiny_wan, tmp_path, run):
+    assert run("generate", "--prompt", "x") == 2
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "_started", interrupt)
     words = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4"]
-    assert run(monkeypatch, *words) == 130
+    assert run(*words) == 130
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_benchmark_runs(tmp_path):
+def test_benchmark_runs(tmp_path, benchmark_main):
     """Tiny, so that it cannot rot."""
     words = [tmp_path, "--size", "tiny", "--device", "cpu", "--cache", "warm", "--video-size", "32*32", "--frames", "5"]
-    words += [
-        "--samples",
-        "ours:balanced",
-        "official",
-        "alone:fastest@warm",
-        "--runs",
-        "run:fastest",
-        "--output",
-        tmp_path / "out.json",
-    ]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    script = ROOT / "benchmarks" / "pipeline_start.py"
-    done = subprocess.run([sys.executable, script, *map(str, words)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words += ["--samples", "ours:balanced", "official", "alone:fastest@warm", "--runs", "run:fastest"]
+    benchmark_main("pipeline_start", *words, "--output", tmp_path / "out.json", modules=PIPELINE)
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]
     assert [s["name"] for s in samples] == ["ours:balanced", "official", "run:fastest", "alone:fastest"]
     assert not any("error" in s for s in samples), samples

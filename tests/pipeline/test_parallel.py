@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import PIPELINE, Program
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -40,36 +41,24 @@ def environment(n):
     return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
 
 
-def run_each(case, n, *words):
-    """(exit code, output) of n processes of a case of worker_parallel.py."""
-    env = environment(n)
-    command = [
-        sys.executable,
-        Path(__file__).parent / "worker_parallel.py",
-        case,
-        "generate",
-        *SMALL,
-        "--device",
-        "cpu",
-        *words,
-    ]
-    started = [
-        subprocess.Popen(
-            [str(word) for word in command],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(n)
-    ]
+def run_each(n, *words):
+    """(exit code, (stdout, stderr)) of n processes."""
+    env, started = environment(n), []
     try:
-        outputs = [process.communicate(timeout=80)[0] for process in started]
+        for rank in range(n):
+            mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(Program(*words, env=mine, modules=PIPELINE))
+        return [(program.wait(80), program.output()) for program in started]
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+        for program in started:
+            program.kill()
+
+
+def run_case(case, n, *words):
+    """(exit code, output) of n processes of a case of worker_parallel.py."""
+    script = Path(__file__).parent / "worker_parallel.py"
+    ended = run_each(n, script, case, "generate", *SMALL, "--device", "cpu", *words)
+    return [(code, "".join(output)) for code, output in ended]
 
 
 @pytest.fixture
@@ -92,7 +81,7 @@ def frames():
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, layout, flags, divided, device):
+def test_two_processes_make_the_video_of_one(tiny_wan, tmp_path, frames, layout, flags, divided, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("fewer than 2 GPUs")
     with WanT2V.from_checkpoint(tiny_wan(), device=device) as pipe:
@@ -108,12 +97,19 @@ def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, lay
         "--save_file",
         tmp_path / "two.mp4",
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
-    done = subprocess.run([str(w) for w in command], env=environment(2), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'two.mp4'}\n"
-    assert done.stderr.count("preset multi-gpu") == done.stderr.count("denoise: 3 done") == 1
+    words = ["-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
+    if flags[0] == "--dit_fsdp":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+        command = [str(word) for word in torchrun]
+        done = subprocess.run(command, env=environment(2), capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        out, err = done.stdout, done.stderr
+    else:
+        ended = run_each(2, *words)
+        assert [code for code, _ in ended] == [0, 0], ended
+        out, err = map("".join, zip(*(output for _, output in ended), strict=True))
+    assert out == f"{tmp_path / 'two.mp4'}\n"
+    assert err.count("preset multi-gpu") == err.count("denoise: 3 done") == 1
     assert np.abs(frames(tmp_path / "one.mp4") - frames(tmp_path / "two.mp4")).mean() < 1
     reports = [json.loads((tmp_path / f"run.rank{rank}.json").read_text()) for rank in range(2)]
     loads = [{load["name"]: load for load in report["pipeline"]["loads"]} for report in reports]
@@ -132,7 +128,7 @@ def test_torchrun_makes_the_video_of_one_process(tiny_wan, tmp_path, frames, lay
 def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
     start = time.monotonic()
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--t5_fsdp", "--save_file", tmp_path / "v.mp4"]
-    first, second = run_each("killed", 2, *words)
+    first, second = run_case("killed", 2, *words)
     assert second[0] == -signal.SIGKILL
     assert first[0] == 1
     assert "error: process 1 is gone" in first[1]
@@ -143,7 +139,7 @@ def test_a_killed_process_ends_the_others(tiny_wan, tmp_path):
 
 
 def test_a_process_without_the_checkpoint_ends_the_others(tiny_wan, tmp_path):
-    first, second = run_each("missing", 2, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4")
+    first, second = run_case("missing", 2, "--ckpt_dir", tiny_wan(), "--save_file", tmp_path / "v.mp4")
     assert (first[0], second[0]) == (1, 1)
     assert "error: /nowhere is no directory" in second[1]
     assert "error: process 1 failed: MissingFileError: /nowhere is no directory" in first[1]
@@ -151,7 +147,7 @@ def test_a_process_without_the_checkpoint_ends_the_others(tiny_wan, tmp_path):
 
 def test_a_cancelled_load_tells_the_others_the_reason(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--t5_fsdp", "--save_file", tmp_path / "v.mp4"]
-    first, second = run_each("cancels", 2, *words)
+    first, second = run_case("cancels", 2, *words)
     assert (first[0], second[0]) == (1, 1)
     assert "error: the module and the checkpoint disagree" in second[1]
     reason = "process 1 failed: KeyMismatchError: the module and the checkpoint disagree"
@@ -161,14 +157,14 @@ def test_a_cancelled_load_tells_the_others_the_reason(tiny_wan, tmp_path):
 
 def test_decoding_may_take_longer_than_collectives(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--ulysses_size", "2", "--save_file", tmp_path / "v.mp4"]
-    for code, output in run_each("slow", 2, *words):
+    for code, output in run_case("slow", 2, *words):
         assert code == 0, output
     assert (tmp_path / "v.mp4").exists()
 
 
 def test_a_process_that_hangs_in_a_collective_is_ended(tiny_wan, tmp_path):
     words = ["--ckpt_dir", tiny_wan(), "--dit_fsdp", "--save_file", tmp_path / "v.mp4"]
-    first, second = run_each("hangs", 2, *words)
+    first, second = run_case("hangs", 2, *words)
     assert (first[0], second[0]) == (1, -signal.SIGKILL)
     assert first[1].splitlines()[-1].startswith("error: process 1 is gone")
 
@@ -191,18 +187,15 @@ def test_a_process_that_hangs_in_a_collective_is_ended(tiny_wan, tmp_path):
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["--cache"], "leave out --cache"),
     ],
 )
-def test_mistakes_are_one_error(tiny_wan, tmp_path, monkeypatch, capfd, env, words, message):
+def test_mistakes_are_one_error(tiny_wan, tmp_path, monkeypatch, call_main, capfd, env, words, message):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    start = ["wan-pipeline", "generate", *SMALL, "--device", "cpu", "--ckpt_dir", tiny_wan()]
+    start = ["generate", *SMALL, "--device", "cpu", "--ckpt_dir", tiny_wan()]
     command = [*start, "--save_file", tmp_path / "v.mp4", *words]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    with pytest.raises(SystemExit) as end:
-        main()
+    assert call_main(main, *command) == 1
     error = capfd.readouterr().err
-    assert end.value.code == 1
     assert message in error
     assert error.count("\n") == 1
 

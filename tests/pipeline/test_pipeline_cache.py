@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
+from programs import PIPELINE, run
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -125,13 +124,16 @@ def test_a_directory_beside_the_tokenizer_is_left_out(tiny_wan, tmp_path):
 
 def test_command_builds_and_then_reads(tiny_wan, tmp_path):
     cache = tmp_path / "cache"
-    build = [sys.executable, "-m", "wan_loader", "cache", "build", str(tiny_wan("native")), "--cache-dir", str(cache)]
-    done = subprocess.run([*build, "--json"], capture_output=True, text=True, check=True)
+    done = run(
+        "-m", "wan_loader", "cache", "build", tiny_wan("native"), "--cache-dir", cache, "--json", modules=PIPELINE
+    )
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state"] == "built"
-    load = [sys.executable, "-m", "wan_pipeline", "load", "--ckpt_dir", str(tiny_wan("native")), "--json"]
-    done = subprocess.run([*load, "--cache", "--cache_dir", str(cache)], capture_output=True, text=True, check=True)
+    load = ["-m", "wan_pipeline", "load", "--ckpt_dir", tiny_wan("native"), "--json"]
+    done = run(*load, "--cache", "--cache_dir", cache, modules=PIPELINE)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["cache"]["state"] == "hit"
-    done = subprocess.run([*load, "--cache_dir", str(cache)], capture_output=True, text=True)
+    done = run(*load, "--cache_dir", cache, modules=PIPELINE)
     assert done.returncode == 1
     assert "needs --cache" in done.stderr
 

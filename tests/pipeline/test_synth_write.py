@@ -44,14 +44,19 @@ def test_settings_that_make_no_sense(tmp_path, options, message):
 
 def test_a_full_directory_is_refused_or_added_to(tmp_path):
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(OutputError, match=r"is not empty.*--force"):
+    with pytest.raises(OutputError) as error:
         synth(tmp_path, components=["vae"])
+    assert error.value.path == str(tmp_path)
+    assert error.value.reason == "is not empty"
+    assert "--force" in error.value.remedy
     report = synth(tmp_path, components=["vae"], force=True)
     assert (tmp_path / "mine").read_text() == "keep"
     assert {*tmp_path.rglob("*")} >= {*report.files}
     assert report.nbytes == sum(file.stat().st_size for file in report.files)
-    with pytest.raises(OutputError, match="is not a directory"):
+    with pytest.raises(OutputError) as error:
         synth(tmp_path / "mine", force=True)
+    assert error.value.path == str(tmp_path / "mine")
+    assert error.value.reason == "is not a directory"
 
 
 def test_too_little_space(tmp_path, monkeypatch):
@@ -107,28 +112,19 @@ print(report.nbytes, peak() - before)
 # --- the command line
 
 
-def run_cli(monkeypatch, *args: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["wan-pipeline", *args])
-    try:
-        main()
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
-
-
-def test_cli(tmp_path, monkeypatch, capsys):
+def test_cli(tmp_path, call_main, capsys):
     target = tmp_path / "ckpt"
     arguments = ["synth", str(target), "--layout", "diffusers", "--component", "vae", "--component", "high_noise"]
-    assert run_cli(monkeypatch, *arguments, "--blocks", "1", "--dtype", "bf16", "--seed", "3") == 0
+    assert call_main(main, *arguments, "--blocks", "1", "--dtype", "bf16", "--seed", "3") == 0
     files = [file for file in target.rglob("*") if file.is_file()]
     nbytes = sum(file.stat().st_size for file in files)
     assert capsys.readouterr() == (f"{target}: {len(files)} files, {format_bytes(nbytes)}\n", "")
-    assert run_cli(monkeypatch, *arguments) == 1
+    assert call_main(main, *arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {target} is not empty")
     assert error.count("\n") == 1
-    assert run_cli(monkeypatch, *arguments, "--force") == 0
-    assert run_cli(monkeypatch, *arguments, "--size", "huge") == 2
+    assert call_main(main, *arguments, "--force") == 0
+    assert call_main(main, *arguments, "--size", "huge") == 2
 
 
 def test_cli_starts_light():
@@ -138,8 +134,8 @@ def test_cli_starts_light():
 
 
 @pytest.mark.parametrize(("flag", "start"), [("--version", "wan-pipeline "), ("-h", "Usage: "), ("--help", "Usage: ")])
-def test_version_and_help(monkeypatch, capsys, flag, start):
-    assert run_cli(monkeypatch, flag) == 0
+def test_version_and_help(call_main, capsys, flag, start):
+    assert call_main(main, flag) == 0
     assert capsys.readouterr().out.startswith(start)
 
 
@@ -152,8 +148,8 @@ def test_wan_loader_synth_is_called_by_its_name():
         assert "Usage: wan-loader synth " in done.stdout + done.stderr
 
 
-def test_help_of_generate_is_clean(monkeypatch, capsys):
-    assert run_cli(monkeypatch, "generate", "-h") == 0
+def test_help_of_generate_is_clean(call_main, capsys):
+    assert call_main(main, "generate", "-h") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "--profile_out" in line]
     example = next(i for i, line in enumerate(lines) if "torchrun" in line)
@@ -161,11 +157,8 @@ def test_help_of_generate_is_clean(monkeypatch, capsys):
     assert lines[example + 1].split() == ["--dit_fsdp", "--t5_fsdp", "--ulysses_size", "8"]
 
 
-def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+def test_what_the_system_refuses_is_one_line(tmp_path, call_main, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    monkeypatch.setattr(sys, "argv", ["wan-pipeline", "synth", str(file / "x")])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
+    assert call_main(main, "synth", file / "x") == 1
     assert capsys.readouterr().err == f"error: {file / 'x'}: Not a directory\n"

@@ -12,20 +12,11 @@ from wan_loader.plan.limits import (
     engine_settings,
     prefers_mapping,
 )
-from wan_loader.plan.transport import choose_transport
+from wan_loader.plan.transport import TransportRule
+from wan_loader.system.page_cache import Residency
 
 MiB = 1 << 20
 GiB = 1 << 30
-
-
-class PageCache:
-    def __init__(self, share):
-        self.share = lambda file, start, end: share
-
-
-class Reader:
-    def __init__(self, direct):
-        self.open_direct = lambda file: direct
 
 
 def settings(*transports, io="auto", threads=None, memory=64 * GiB, processors=16, cuda=True, **options):
@@ -46,13 +37,14 @@ def settings(*transports, io="auto", threads=None, memory=64 * GiB, processors=1
 )
 def test_auto_goes_by_residency_and_processors(share, processors, direct, transport):
     may_map = prefers_mapping(processors)
-    rule = choose_transport("auto", may_map=may_map, reader=Reader(direct), page_cache=PageCache(share))
+    residency = Residency(((0, 0, MiB, int(share * MiB)),))
+    rule = TransportRule(io="auto", may_map=may_map, residency=residency, direct_refused=() if direct else (0,))
     assert rule(0, 0, MiB) is transport
 
 
 def test_what_is_asked_for_is_done():
     for io, transport in (("mapped", Transport.MAPPED), ("direct", Transport.DIRECT), ("buffered", Transport.BUFFERED)):
-        rule = choose_transport(io, may_map=False, reader=Reader(True), page_cache=PageCache(0.0))
+        rule = TransportRule(io=io, may_map=False, residency=Residency())
         assert rule(0, 0, MiB) is transport
 
 

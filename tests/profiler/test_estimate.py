@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
-from wan_loader.profiler.analysis.simulate import STORAGES, Hardware, Part, parts_of, simulate
+from wan_loader.profiler.analysis.simulate import STORAGES, Hardware, Part, parts_of, plan_elsewhere, simulate
 from wan_loader.profiler.probe import measure
 from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
 from wan_loader.profiler.probe.diagnosis import checkpoints_in, diagnose
@@ -80,10 +80,12 @@ def test_bounds(sizes, slots, cuda):
 
 
 def test_parts_hold_every_byte_once(checkpoint):
-    found = checkpoints_in(checkpoint)
-    assert sum(p.nbytes for p in parts_of(found, None)) == found[0].nbytes
-    assert not any(p.cast for p in parts_of(found, None))
-    assert all(p.cast for p in parts_of(found, "bf16"))
+    (found,) = checkpoints_in(checkpoint)
+    for cuda in (True, False):
+        plain, cast = (parts_of(plan_elsewhere(found, dtype, cuda=cuda)) for dtype in (None, "bfloat16"))
+        assert sum(p.nbytes for p in plain) == sum(p.nbytes for p in cast) == found.nbytes
+        assert not any(p.cast for p in plain)
+        assert all(p.cast for p in cast)
     assert STORAGES["hdd"] < STORAGES["nvme-gen4"]
 
 

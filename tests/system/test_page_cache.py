@@ -104,10 +104,11 @@ def test_trying_finds_where_a_warm_part_ends(fd, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_TRIES", 3)
     bring_in(fd, 0, 1, 2)
     pages = PageCache([fd])
-    assert pages.total([ByteRange(0, 0, 100, NBYTES)]) == 3 * WINDOW_BYTES
+    wanted = [ByteRange(0, 0, 100, NBYTES)]
+    assert pages.residency(wanted, unit=WINDOW_BYTES).total(wanted) == 3 * WINDOW_BYTES
     assert pages.share(0, WINDOW_BYTES, 2 * WINDOW_BYTES) == 1.0
     assert pages.share(0, 2 * WINDOW_BYTES, 4 * WINDOW_BYTES) == 0.5
-    assert not pages.is_resident(0, 5 * WINDOW_BYTES, NBYTES)
+    assert pages.share(0, 5 * WINDOW_BYTES, NBYTES) < 1
     assert pages.knowledge is Knowledge.ESTIMATED
 
 
@@ -118,7 +119,8 @@ def test_a_file_is_tried_once_with_few_reads(fd, monkeypatch):
     monkeypatch.setattr(module, "WINDOW_BYTES", 64 << 10)
     pages = PageCache([fd])
     for start in range(0, NBYTES - 4096, NBYTES // 50):
-        assert pages.total([ByteRange(0, 0, start, start + 4096)]) == 0
+        wanted = [ByteRange(0, 0, start, start + 4096)]
+        assert pages.residency(wanted, unit=WINDOW_BYTES).total(wanted) == 0
     assert len(tried) <= 17
 
 
@@ -143,7 +145,8 @@ def test_what_cannot_be_known_is_unknown_and_counts_as_cold(fd, weights, unknown
     assert cached(fd, 0, NBYTES) is None
     assert resident_bytes([weights]) is None
     pages = PageCache([fd])
-    assert pages.total([ByteRange(0, 0, 0, NBYTES)]) == 0
+    wanted = [ByteRange(0, 0, 0, NBYTES)]
+    assert pages.residency(wanted, unit=WINDOW_BYTES).total(wanted) == 0
     assert pages.share(0, 0, 4096) == 0.0
     assert pages.knowledge is Knowledge.UNKNOWN
     assert "unknown" in describe([weights])[0]

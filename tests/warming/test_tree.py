@@ -106,8 +106,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name):
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(CheckpointError, match="regular file"):
+    with pytest.raises(CheckpointError) as error:
         list_tree(tmp_path / "pipe.safetensors")
+    assert error.value.path == str(tmp_path / "pipe.safetensors")
+    assert error.value.reason == "is not a regular file"
     fill(tmp_path, "m.safetensors")
     assert "pipe" in list_tree(tmp_path).warnings[0]
 

@@ -1,4 +1,4 @@
-"""Compares what a loader gave with what safetensors or torch itself reads. Outside every clock."""
+"""Comparison of what a loader gave with what safetensors or torch itself reads. Outside every clock."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from wan_loader.formats import open_checkpoint
 from wan_loader.verify import reference_tensors, same_bits
 
 if TYPE_CHECKING:
-    from wan_loader.bench.loader import Outcome, Task
+    from wan_loader.bench.contract import LoadTask, Outcome
 
 __all__ = ["compare_tensors"]
 
 
-def compare_tensors(task: Task, outcome: Outcome) -> tuple[int, list[str]]:
-    """How many tensors were compared, and what is wrong with them: names, dtypes, shapes, bits.
+def compare_tensors(task: LoadTask, outcome: Outcome) -> tuple[int, list[str]]:
+    """Compare what a loader gave: names, dtypes, shapes, bits.
 
     A tensor must equal `.to(dtype)` of the reference. A module may keep tensors in their file's dtype or in float32
     and have them under more names than the file; such names are not compared. Holds one reference tensor at a time.
+
+    Returns:
+        How many tensors were compared, and what is wrong with them.
     """
     checkpoint = open_checkpoint(list(task.files))
     wanted = {t.name: t for t in checkpoint.tensors}
@@ -39,6 +42,7 @@ def compare_tensors(task: Task, outcome: Outcome) -> tuple[int, list[str]]:
             problems.setdefault(f"not {target}", []).append(name)
         elif tuple(actual.shape) != facts.shape:
             problems.setdefault("of another shape", []).append(name)
+        # converted where it is compared: GPU and CPU round alike, and it is the quicker one
         elif not same_bits(actual, reference.to(actual.device).to(actual.dtype)):
             problems.setdefault("of other bits", []).append(name)
     known = {t.name for t in checkpoint.tensors}

@@ -1,4 +1,4 @@
-"""Runs one request in a fresh process and brings back an answer, whatever becomes of the process.
+"""Fresh processes: one answers one request, and an answer comes back whatever becomes of the process.
 
 A process that crashes, hangs or is killed is an answer too. It gets a session of its own: when it is over, or out of
 time, or the bench is interrupted, everything that it started is killed with it.
@@ -28,11 +28,20 @@ _LAST_WORDS = 400
 
 
 def ask(request: Mapping[str, Any], *, time_limit_s: float) -> dict[str, Any]:
-    """The answer to a request: {"status": "ok" | "not applicable" | "failed" | "wrong" | "crashed" | "hung", ...}."""
+    """Run a request in a fresh process, and wait for it.
+
+    Args:
+        request: What `sample.answer` is to do, as JSON holds it.
+        time_limit_s: A process that takes longer is ended.
+
+    Returns:
+        The answer: {"status": "ok" | "not applicable" | "failed" | "wrong" | "crashed" | "hung", ...}.
+    """
     with tempfile.TemporaryDirectory(prefix="wan-loader-") as temporary:
         result, log = Path(temporary) / "result.json", Path(temporary) / "log"
         with log.open("wb") as output:
             child = subprocess.Popen(
+                # -P: no file of the current directory is taken for a module
                 [sys.executable, "-P", "-m", "wan_loader.bench.sample"],
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -41,6 +50,7 @@ def ask(request: Mapping[str, Any], *, time_limit_s: float) -> dict[str, Any]:
                 start_new_session=True,
             )
         try:
+            # the answer comes in a file: what a loader prints goes to the log
             child.communicate(json.dumps({**request, "result": str(result)}).encode(), timeout=time_limit_s)
         except subprocess.TimeoutExpired:
             reason = f"no end after {format_seconds(time_limit_s)}: ended; if it is only slow, raise --time-limit"
@@ -55,7 +65,7 @@ def ask(request: Mapping[str, Any], *, time_limit_s: float) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """This package is found by the child wherever it was found here; nobody asks the network for anything."""
+    """Let the child find this package wherever it was found here; nobody asks the network for anything."""
     home = str(Path(wan_loader.__file__).parent.parent)
     paths = [home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -64,6 +74,7 @@ def _environment() -> dict[str, str]:
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError, PermissionError):
+        # the child leads a session, hence a group, of that number; helpers that it left behind are in it
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 

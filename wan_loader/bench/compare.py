@@ -1,4 +1,4 @@
-"""Two runs compared: benches case by case and loader by loader, loads and profiles by their wall time. Pure.
+"""Comparison of two runs: benches case by case and loader by loader, loads and profiles by their wall time. Pure.
 
 Documents come from files and are untrusted: what is used of them is checked, anything else is ignored.
 """
@@ -23,7 +23,7 @@ __all__ = [
     "METRICS",
     "Comparison",
     "Limit",
-    "Run",
+    "MeasuredRun",
     "compare_runs",
     "newly_broken",
     "parse_limit",
@@ -55,19 +55,20 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A document: what was measured under which name, and on which machine."""
+class MeasuredRun:
+    """A run by its document: what was measured under which name, and on which machine."""
 
     path: str
     machine: Mapping[str, Any]
     values: Mapping[str, Mapping[str, float]]
-    """Name of a measurement -> metric -> value."""
+    """A name of a measurement -> metric -> value."""
     spreads: Mapping[str, float]
     broken: Mapping[str, str] = field(default_factory=dict)
-    """Name of a measurement that has no time, because the loader failed -> what became of it."""
+    """A name of a measurement that has no time, because the loader failed -> what became of it."""
     loaded: Mapping[str, str] = field(default_factory=dict)
-    """What was loaded. Of a load or a profile: "target", "device", "dtype"; of a bench: bytes and tensors of each case,
-    whose name holds the rest."""
+    """The checkpoints. Of a load or a profile: "target", "device", "dtype"; of a bench: bytes and tensors of each case,
+    whose name holds the rest.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +84,28 @@ class Comparison:
 
     @property
     def change(self) -> float:
-        """As a share of before; positive is worse."""
+        """The change as a share of before; positive is worse."""
+        # 0 and 0, too, which have no ratio
         if self.before == self.after:
             return 0.0
         return (self.after - self.before) / self.before if self.before else float("inf")
 
     @property
     def within_noise(self) -> bool:
-        """Whether samples of one run differ by as much as the two runs do."""
+        """True if samples of one run differ by as much as the two runs do."""
         return self.metric in ("median", "min", "cpu") and abs(self.change) <= self.spread
 
 
 def parse_limit(text: str) -> Limit:
-    """`median:5%`; raises `OptionError`."""
+    """Read `median:5%`; raise `OptionError` for anything else."""
     found = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)%", text.strip())
     if not found or found[1] not in METRICS:
-        raise OptionError(f"--fail-if {text!r}: write METRIC:PERCENT%, METRIC one of {', '.join(METRICS)}")
+        raise OptionError.because(f"--fail-if {text!r}", f"write METRIC:PERCENT%, METRIC one of {', '.join(METRICS)}")
     return Limit(found[1], float(found[2]) / 100)
 
 
-def read_run(path: StrPath) -> Run:
-    """Read a document of `bench`, `load` or `profile`; raises `SessionError` for anything else."""
+def read_run(path: StrPath) -> MeasuredRun:
+    """Read a document of `bench`, `load` or `profile`; raise `SessionError` for anything else."""
     name = os.fspath(path)
     whole = read_json(path, "no result of bench, load or profile")
     try:
@@ -114,10 +116,10 @@ def read_run(path: StrPath) -> Run:
         machine = document.plain("machine")
         if command == "bench":
             values, spreads, broken = _bench_values(document)
-            return Run(name, machine, values, spreads, broken, _sizes(document))
-        return Run(name, machine, *_load_values(document), loaded=_loaded(document))
+            return MeasuredRun(name, machine, values, spreads, broken, _sizes(document))
+        return MeasuredRun(name, machine, *_load_values(document), loaded=_loaded(document))
     except ValueError as error:
-        raise SessionError(f"{name} is no result of bench, load or profile: {error}") from error
+        raise SessionError.because(f"is no result of bench, load or profile: {error}", path=name) from error
 
 
 def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, str]]:
@@ -142,7 +144,7 @@ def _bench_values(document: Doc) -> tuple[dict[str, dict[str, float]], dict[str,
 
 
 def _sizes(document: Doc) -> dict[str, str]:
-    """Case -> what was loaded in it, where the document says: a checkpoint may have changed under its name."""
+    """Return what was loaded in each case, where the document says: a checkpoint may have changed under its name."""
     sizes = {}
     for case in document.docs("cases"):
         nbytes, count = case.optional_whole("nbytes"), case.optional_whole("n_tensors")
@@ -168,12 +170,16 @@ def _loaded(document: Doc) -> dict[str, str]:
     return {"target": document.text("target"), "device": document.text("device"), "dtype": dtype}
 
 
-def compare_runs(before: Run, after: Run, metrics: Sequence[str]) -> list[Comparison]:
-    """Every metric of every measurement that both have. Raises `SessionError` where they have none in common."""
+def compare_runs(before: MeasuredRun, after: MeasuredRun, metrics: Sequence[str]) -> list[Comparison]:
+    """Compare every metric of every measurement that both have.
+
+    Raises:
+        SessionError: The runs have no measurement in common.
+    """
     common = [name for name in before.values if name in after.values]
     if not common:
-        raise SessionError(
-            f"{before.path} and {after.path} measured nothing in common: compare runs of the same command"
+        raise SessionError.because(
+            f"{before.path} and {after.path} measured nothing in common", "compare runs of the same command"
         )
     return [
         Comparison(
@@ -189,13 +195,13 @@ def compare_runs(before: Run, after: Run, metrics: Sequence[str]) -> list[Compar
     ]
 
 
-def newly_broken(before: Run, after: Run) -> dict[str, str]:
-    """What had a time before and fails after -> what became of it: worse than any number."""
+def newly_broken(before: MeasuredRun, after: MeasuredRun) -> dict[str, str]:
+    """Return what had a time before and fails after -> what became of it: worse than any number."""
     return {n: status for n, status in after.broken.items() if n in before.values and n not in before.broken}
 
 
 def regressions(found: Sequence[Comparison], limits: Sequence[Limit]) -> list[Comparison]:
-    """What became worse than a limit allows."""
+    """Return what became worse than a limit allows."""
     allowed: dict[str, float] = {}
     for limit in limits:
         allowed[limit.metric] = min(limit.share, allowed.get(limit.metric, limit.share))

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.bench.loader import installed_version
+from wan_loader.bench.contract import installed_version
 from wan_loader.bench.statistics import MIN_SAMPLES, case_warnings, summarize_samples
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _SETTINGS = ("FASTSAFETENSORS_", "FLASHPACK_", "INSTANTTENSOR_", "RUNAI_STREAMER
 def to_document(
     settings: Settings, cases: Sequence[Case], *, argv: Sequence[str], machine: Mapping[str, Any], created: str
 ) -> dict[str, Any]:
-    """Everything that was measured: all samples, and what was made of them. Bytes are integers, seconds floats."""
+    """Describe all that was measured: the samples, and what was made of them. Bytes are integers, seconds floats."""
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "command": "bench",
@@ -51,7 +51,7 @@ def to_document(
 
 
 def _peer_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables by which loaders are set; nothing that may be a secret."""
+    """Return the environment variables by which loaders are set; nothing that may be a secret."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -120,7 +120,7 @@ def _case(case: Case, settings: Settings) -> dict[str, Any]:
 
 
 def _ceiling(case: Case) -> tuple[float | None, str]:
-    """The slowest of what every byte must pass, and its name; None for the CPU's page cache, which may be mapped."""
+    """Return the slowest that all bytes must pass, and its name; None for the CPU's page cache, which may be mapped."""
     names = {"h2d_pinned_gbps": "pinned copies", "disk_gbps": "the disk", "simulated_gbps": "the simulated rate"}
     known = {name: case.ceilings[name] for name in names if name in case.ceilings}
     if not known or (case.cache == "cold" and "disk_gbps" not in known):
@@ -130,7 +130,7 @@ def _ceiling(case: Case) -> tuple[float | None, str]:
 
 
 def _faster_than_ceiling(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Loaders that did what cannot be. Of those with a format of their own it is not known how much they read."""
+    """List loaders that did what cannot be. Of those with a format of their own it is not known how much they read."""
     return [
         f"{r['loader']}: {r['of_ceiling']:.2f}"
         for r in results

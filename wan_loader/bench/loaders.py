@@ -1,4 +1,4 @@
-"""How each loader is called: as its own documentation tells a user, with its own defaults.
+"""All loaders, ours and its rivals, each called as its own documentation tells a user, with its own defaults.
 
 Every function here runs in the process that takes one sample. `modules`, and what `prepare` imports, come before the
 clock; `load` is what is timed. Nothing of a loader is imported before it is wanted, and diffusers and transformers are
@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.bench.loader import Loader, NotApplicableError, Outcome, Task
+from wan_loader.bench.contract import Loader, LoadTask, NotApplicableError, Outcome
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import OptionError
 
@@ -26,17 +26,21 @@ _MAX_CONFIG_BYTES = 1_000_000
 
 
 def find_loaders(names: Sequence[str]) -> list[Loader]:
-    """Loaders by name, each once; nothing asked for means all. Raises `OptionError` for an unknown name."""
+    """Return loaders by name, each once; nothing asked for means all.
+
+    Raises:
+        OptionError: There is no loader of a name.
+    """
     words = [word.strip() for name in names for word in name.split(",") if word.strip()]
     if unknown := [word for word in words if word not in LOADERS and word != "all"]:
-        raise OptionError(f"unknown loader {unknown[0]!r}: use {', '.join(LOADERS)}, or all")
+        raise OptionError.because(f"unknown loader {unknown[0]!r}", f"use {', '.join(LOADERS)}, or all")
     if not words or "all" in words:
         return list(LOADERS.values())
     return [LOADERS[word] for word in dict.fromkeys(words)]
 
 
-def _kept(pairs: Iterable[tuple[str, Any]], task: Task) -> dict[str, Any]:
-    """All tensors, each converted on the target after its copy: the fast order, which not every user finds."""
+def _kept(pairs: Iterable[tuple[str, Any]], task: LoadTask) -> dict[str, Any]:
+    """Keep all tensors, each converted on the target after its copy: the fast order, which not every user finds."""
     if task.dtype is None:
         return dict(pairs)
     dtype = torch_dtype(task.dtype)
@@ -44,12 +48,12 @@ def _kept(pairs: Iterable[tuple[str, Any]], task: Task) -> dict[str, Any]:
 
 
 def _drained(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Items of a dict that is emptied on the way, so that what was converted can be freed."""
+    """Yield the items of a dict that is emptied on the way, so that what was converted can be freed."""
     while tensors:
         yield tensors.popitem()
 
 
-def _ours(task: Task) -> Outcome:
+def _ours(task: LoadTask) -> Outcome:
     from wan_loader.api import load
 
     files: Any = list(task.files)
@@ -57,7 +61,7 @@ def _ours(task: Task) -> Outcome:
     return Outcome(loaded.tensors, report=lambda: loaded.report.to_json(), spans=loaded.spans)
 
 
-def _safetensors(task: Task) -> Outcome:
+def _safetensors(task: LoadTask) -> Outcome:
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
@@ -67,7 +71,7 @@ def _safetensors(task: Task) -> Outcome:
     return Outcome(tensors)
 
 
-def _safetensors_cuda(task: Task) -> Outcome:
+def _safetensors_cuda(task: LoadTask) -> Outcome:
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
@@ -76,7 +80,7 @@ def _safetensors_cuda(task: Task) -> Outcome:
     return Outcome(tensors)
 
 
-def _torch(task: Task) -> Outcome:
+def _torch(task: LoadTask) -> Outcome:
     import torch
 
     tensors: dict[str, Any] = {}
@@ -89,7 +93,7 @@ def _torch(task: Task) -> Outcome:
 
 
 def _copy_into_empty(path: str, device: str) -> Iterator[tuple[str, Any]]:
-    """As a module on the target is filled by load_state_dict from a state dict on the CPU."""
+    """Copy tensors as load_state_dict fills a module on the target from a state dict on the CPU."""
     import torch
     from safetensors import safe_open
 
@@ -99,15 +103,15 @@ def _copy_into_empty(path: str, device: str) -> Iterator[tuple[str, Any]]:
             yield name, torch.empty_like(source, device=device).copy_(source)
 
 
-def _diffusers(task: Task) -> Outcome:
+def _diffusers(task: LoadTask) -> Outcome:
     cls, keyword = _component_class(task)
     dtype = torch_dtype(task.dtype or task.file_dtype)
     module = cls.from_pretrained(task.directory, local_files_only=True, **{keyword: dtype}).to(task.device)
     return Outcome(dict(module.state_dict()), is_module=True, keep=module)
 
 
-def _component_class(task: Task) -> tuple[Any, str]:
-    """The class that config.json names, among diffusers' and transformers' own models only; the first call imports."""
+def _component_class(task: LoadTask) -> tuple[Any, str]:
+    """Return the class that config.json names, a model of diffusers or transformers itself; the first call imports."""
     directory = Path(task.directory)
     config = directory / "config.json"
     if not directory.name or not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
@@ -135,7 +139,7 @@ def _component_class(task: Task) -> tuple[Any, str]:
     return cls, keyword
 
 
-def _fastsafetensors(task: Task) -> Outcome:
+def _fastsafetensors(task: LoadTask) -> Outcome:
     from fastsafetensors import fastsafe_open
 
     nogds = not os.path.exists("/proc/driver/nvidia-fs")  # without the driver GPUDirect Storage only falls back
@@ -144,14 +148,14 @@ def _fastsafetensors(task: Task) -> Outcome:
     return Outcome(tensors, keep=opened)
 
 
-def _instanttensor(task: Task) -> Outcome:
+def _instanttensor(task: LoadTask) -> Outcome:
     from instanttensor import safe_open
 
     with safe_open(list(task.files), framework="pt", device=task.device) as opened:
         return Outcome(_kept(opened.tensors(), task))
 
 
-def _runai(task: Task) -> Outcome:
+def _runai(task: LoadTask) -> Outcome:
     from runai_model_streamer import SafetensorsStreamer
 
     with SafetensorsStreamer() as streamer:
@@ -161,14 +165,14 @@ def _runai(task: Task) -> Outcome:
         return Outcome(_kept(pairs, task))
 
 
-def _flashpack(task: Task) -> Outcome:
+def _flashpack(task: LoadTask) -> Outcome:
     from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
 
     storage, metadata = read_flashpack_file(task.packed, device=task.device)
     return Outcome(dict(iterate_from_flash_tensor(storage, metadata)), keep=storage)
 
 
-def _pack(task: Task) -> None:
+def _pack(task: LoadTask) -> None:
     from flashpack import pack_to_file
     from safetensors.torch import load_file
 

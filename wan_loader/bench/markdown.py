@@ -15,7 +15,7 @@ __all__ = ["to_markdown"]
 
 
 def to_markdown(document: Mapping[str, Any]) -> str:
-    """One table a case, the machine, the command, what was called, and the warnings."""
+    """Write one table a case, the machine, the command, what was called, and the warnings."""
     lines = ["# Loading measured", "", f"{_plain(machine_line(document['machine']))}. {document['created']}.", ""]
     lines += ["```console", f"$ {printable(shlex.join(document['argv']))}", "```", ""]
     for case in document["cases"]:
@@ -45,5 +45,5 @@ _CONDITIONS = (
 
 
 def _plain(text: str) -> str:
-    """Text of a checkpoint or a loader, without anything that Markdown takes for its own."""
+    """Return text of a checkpoint or a loader without anything that Markdown takes for its own."""
     return printable(text).replace("|", "\\|").replace("<", "&lt;")

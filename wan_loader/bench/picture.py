@@ -35,7 +35,7 @@ _PHASES = {
 
 
 def to_svg(document: Mapping[str, Any]) -> str:
-    """The picture, with its own fonts and a white background."""
+    """Draw the picture, with its own fonts and a white background."""
     y = 62
     parts: list[str] = []
     for case in document["cases"]:
@@ -91,7 +91,7 @@ def _bar(result: Mapping[str, Any], y: int, scale: float) -> list[str]:
 
 
 def _label(label: str, y: int, *, weight: int) -> list[str]:
-    """The loader's name; its settings in small letters below."""
+    """Write the loader's name; its settings in small letters below."""
     name, _, settings = label.partition(" ")
     if not settings:
         return [_text(_LEFT - 10, y + 16, name, anchor="end", weight=weight)]
@@ -102,7 +102,7 @@ def _label(label: str, y: int, *, weight: int) -> list[str]:
 
 
 def _dot(x: float, y: float) -> str:
-    """A sample; an arrow at the edge where it lies beyond the picture."""
+    """Draw a sample; an arrow at the edge where it lies beyond the picture."""
     edge = _WIDTH - _RIGHT + 4
     if x > edge:
         return f'<path d="M{edge},{y - 4:.1f}l6,4l-6,4z" fill="{_INK}" fill-opacity="0.55"/>'
@@ -134,7 +134,7 @@ def _axis(longest: float, top: int, bottom: int, scale: float) -> list[str]:
 
 
 def _time_lines(case: Mapping[str, Any], top: int, scale: float) -> tuple[list[str], int]:
-    """The phases of our median sample on the scale of the bars, where anything of them is wide enough to be seen."""
+    """Draw the phases of our median sample on the scale of the bars, if anything of them is wide enough to be seen."""
     for result in ordered(case):
         sample = _median_sample(result)
         phases = {n: rows for n, rows in (sample or {}).get("phases", {}).items() if n in _PHASES}

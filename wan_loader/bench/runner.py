@@ -1,4 +1,4 @@
-"""Carries a bench out: places and cases one after the other, loaders in turn within each, one process a sample.
+"""The course of a bench: places and cases one after the other, loaders in turn within each, one process a sample.
 
 Within a case the loaders take turns, and each round begins with another one, so that what changes over time (heat,
 neighbours, the disk's own cache) hits all of them alike. A loader that fails is reported and not run again in that
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.child import ask
-from wan_loader.bench.loader import Loader, Task, installed_version
-from wan_loader.bench.storage import Place, leftovers, part_of, scratch, staged, warm
+from wan_loader.bench.contract import Loader, LoadTask, installed_version
+from wan_loader.bench.storage import Place, copied_files, leftovers, part_of, read_into_cache, scratch
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
 from wan_loader.plan.dtype_policy import DtypePolicy
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
     from wan_loader.formats import Checkpoint
 
-__all__ = ["Case", "Entry", "Result", "Settings", "distinct_names", "run_cases"]
+__all__ = ["Case", "LoaderSetup", "Result", "Settings", "distinct_names", "run_cases"]
 
 _PACKED_SHARE = 1.05
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of a table: a loader with settings."""
+class LoaderSetup:
+    """A loader with settings: one line of a table."""
 
     label: str
     loader: Loader
@@ -45,14 +45,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What to measure."""
+    """The settings of a bench."""
 
     paths: Sequence[str]
-    entries: Sequence[Entry]
+    entries: Sequence[LoaderSetup]
     places: Sequence[Place]
     caches: Sequence[str]
     device: str
-    """As it was resolved: cpu or cuda:N."""
+    """The device as it was resolved: cpu or cuda:N."""
     dtype: str | None = None
     repeat: int = 5
     time_limit_s: float = 300.0
@@ -61,9 +61,9 @@ class Settings:
 
 @dataclass(slots=True)
 class Result:
-    """What one entry did in one case."""
+    """The samples of one loader with its settings in one case."""
 
-    entry: Entry
+    entry: LoaderSetup
     status: str = "ok"
     reason: str = ""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Result:
     packed: str = ""
 
     def fail(self, answer: dict[str, Any]) -> None:
-        """Take over a status that ends this entry's part in the case."""
+        """Take over a status that ends this loader's part in the case."""
         self.status, self.reason = answer["status"], answer.get("reason", "")
 
 
@@ -96,13 +96,19 @@ class Case:
     notes: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     failure: str = ""
-    """Why nothing was measured."""
+    """The cause for which nothing was measured."""
 
 
 def run_cases(settings: Settings, tell: Callable[[str], None], cases: list[Case]) -> None:
-    """Measure everything; `tell` is given a line for each thing done. Raises `CheckpointError` before measuring.
+    """Measure everything.
 
-    cases: where the results go, each when it is begun, so that what was measured is there if an interrupt ends it.
+    Args:
+        settings: The checkpoints, places, states of the cache and loaders.
+        tell: Given a line for each thing done.
+        cases: The results go here, each when it is begun, so that what was measured is there if an interrupt ends it.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be loaded as asked for; nothing was measured.
     """
     checkpoints = [open_checkpoint(path) for path in settings.paths]
     for checkpoint in checkpoints:
@@ -113,7 +119,7 @@ def run_cases(settings: Settings, tell: Callable[[str], None], cases: list[Case]
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path, or as many as it takes to tell them apart."""
+    """Return the last part of each path, or as many as it takes to tell them apart."""
     parts = [Path(path).absolute().parts for path in paths]
     for count in range(1, max(map(len, parts), default=0)):
         names = ["/".join(p[-count:]) for p in parts]
@@ -123,7 +129,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 class _Bench:
-    """One checkpoint in one place."""
+    """The measurement of one checkpoint in one place."""
 
     def __init__(self, settings: Settings, tell: Callable[[str], None], case: Case, checkpoint: Checkpoint) -> None:
         self._settings = settings
@@ -136,6 +142,7 @@ class _Bench:
         if settings.part is not None and not is_part and facts.nbytes_file > settings.part:
             n_files, size = format_count(len(self._files), "file"), format_bytes(facts.nbytes_file)
             self._notes = [f"--part takes whole files: this is all of {case.name}, {n_files}, {size}"]
+        # by bytes, not by tensors: norms are many and small
         weights: dict[str, int] = {}
         for tensor in facts.tensors:
             weights[tensor.dtype] = weights.get(tensor.dtype, 0) + tensor.nbytes
@@ -149,6 +156,7 @@ class _Bench:
         )
 
     def run(self, cases: list[Case]) -> None:
+        """Measure in each state of the cache, and add the cases to the list as they begin."""
         caches = ["simulated"] if self._place.rate else list(self._settings.caches)
         n_before = len(cases)
         try:
@@ -156,7 +164,7 @@ class _Bench:
                 for note in self._notes:
                     self._tell(note)
                 self._warn_of_leftovers()
-                files = stack.enter_context(staged(self._place, self._files))
+                files = stack.enter_context(copied_files(self._place, self._files))
                 self._case = replace(self._case, files=files, storage=storage_facts(files[0]))
                 prepared = [self._prepare(entry, stack) for entry in self._settings.entries]
                 for cache in caches:
@@ -180,10 +188,11 @@ class _Bench:
         size = format_bytes(sum(os.path.getsize(f) for f in self._files))
         self._tell(f"{self._place.name}: copying {size} to {self._place.directory}")
 
-    def _task(self, result: Result, case: Case) -> Task:
+    def _task(self, result: Result, case: Case) -> LoadTask:
         entry = result.entry
+        # reads of mapped pages would go past the throttle
         io = "buffered" if case.place.rate and entry.io == "auto" else entry.io
-        return Task(
+        return LoadTask(
             files=tuple(case.files),
             format=case.format,
             file_dtype=case.file_dtype,
@@ -195,8 +204,8 @@ class _Bench:
             threads=entry.threads,
         )
 
-    def _prepare(self, entry: Entry, stack: ExitStack) -> Result:
-        """Find out whether an entry can take part, and convert for a loader that has its own format."""
+    def _prepare(self, entry: LoaderSetup, stack: ExitStack) -> Result:
+        """Find out whether a loader can take part, and convert for one that has its own format."""
         result = Result(entry)
         loader = entry.loader
         if installed_version(loader) is None:
@@ -215,6 +224,7 @@ class _Bench:
         self._tell(f"{self._place.name}: converting for {result.entry.label}")
         nbytes = int(sum(os.path.getsize(f) for f in self._case.files) * _PACKED_SHARE)
         try:
+            # beside the checkpoint, so that both formats come from the same storage
             home = stack.enter_context(scratch(Path(self._case.files[0]).absolute().parent, nbytes))
         except OutputError as error:
             result.fail({"status": "failed", "reason": f"no room for its own format: {error}"})
@@ -243,7 +253,8 @@ class _Bench:
         if case.cache == "cold":
             evict(watched)
         elif case.cache in ("warm", "simulated"):
-            warm(watched)
+            read_into_cache(watched)
+        # once is enough, and comparing takes longer than loading
         check = result.compared_tensors is None
         answer = self._ask("sample", result, case, check=check, rate=case.place.rate)
         result.samples.append(answer)
@@ -256,7 +267,7 @@ class _Bench:
             self._tell(f"{name}: {result.status}: {result.reason}")
 
     def _measure_ceilings(self, case: Case) -> None:
-        """What the device and the storage can do, measured in this run and in this place."""
+        """Measure what the device and the storage can do, in this run and in this place."""
         names = ["h2d_pinned_gbps"] if self._settings.device.startswith("cuda") else []
         if case.cache == "cold":
             evict(case.files)

@@ -1,4 +1,4 @@
-"""Takes one sample: the program of the fresh process that each sample is.
+"""The program of the fresh process that takes one sample.
 
 Reads a request as JSON from stdin and writes one result to the file that it names; what a loader prints goes wherever
 the parent sent it. The order is: imports, the device's context, counters and residency, the clock, the load, the
@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.bench.loader import Loader, NotApplicableError, Outcome, Task
+from wan_loader.bench.contract import Loader, LoadTask, NotApplicableError, Outcome
 from wan_loader.bench.loaders import LOADERS
 from wan_loader.bench.throttle import throttle_reads
 from wan_loader.events import clock_ns
@@ -63,13 +63,13 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
 
 
-def _task(request: Mapping[str, Any]) -> Task:
+def _task(request: Mapping[str, Any]) -> LoadTask:
     fields = dict(request["task"])
-    return Task(**{**fields, "files": tuple(fields["files"])})
+    return LoadTask(**{**fields, "files": tuple(fields["files"])})
 
 
 def convert(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the loader's own format; how long that took is stated beside its times."""
+    """Write the loader's own format; say how long that took, which is stated beside its times."""
     loader = LOADERS[request["loader"]]
     assert loader.convert is not None
     for module in loader.modules:
@@ -84,15 +84,15 @@ def convert(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """The device by its full name, and the machine's card."""
+    """Return the device by its full name, and the machine's card."""
     from wan_loader.devices.resolve import device_card, resolve_device
 
     found = resolve_device(device)
-    return {"status": "ok", "device": str(found), "machine": {**machine_card(), **device_card(found)}}
+    return {"status": "ok", "device": str(found), "machine": {**machine_card(), **device_card(str(found))}}
 
 
 def measure_ceiling(request: Mapping[str, Any]) -> dict[str, Any]:
-    """GB/s that this machine reaches at best: copies to the device, O_DIRECT reads of cold files, the page cache."""
+    """Measure the GB/s of this machine at best: copies to the device, O_DIRECT reads of cold files, the page cache."""
     from wan_loader.profiler.probe import measure
 
     files, found, notes = request["files"], {}, []
@@ -111,7 +111,7 @@ def measure_ceiling(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One load, timed, counted and, if asked for, compared."""
+    """Take one load, timed, counted and, if asked for, compared."""
     loader, task = LOADERS[request["loader"]], _task(request)
     if reason := loader.refusal(task):
         raise NotApplicableError(reason)
@@ -140,8 +140,8 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
-    """The load itself: all that is between the two readings of the clock, and of the counters."""
+def _timed(loader: Loader, task: LoadTask) -> tuple[Outcome, dict[str, Any]]:
+    """Time the load itself: all that is between the two readings of the clock, and of the counters."""
     reset_peak_resident()
     gc.collect()  # what the imports have left: the collector would come for it in the middle of some load
     read_before, busy_before = _read_bytes_of_all(), _busy_seconds()  # the slow one is outside of the other
@@ -167,7 +167,7 @@ def _timed(loader: Loader, task: Task) -> tuple[Outcome, dict[str, Any]]:
     return outcome, measured
 
 
-def _checked(task: Task, outcome: Outcome) -> dict[str, Any]:
+def _checked(task: LoadTask, outcome: Outcome) -> dict[str, Any]:
     from wan_loader.bench.check import compare_tensors
 
     compared, problems = compare_tensors(task, outcome)
@@ -181,6 +181,7 @@ def _start_device(device: str) -> None:
 
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        # makes the context, which takes up to seconds and is no part of a load
         torch.zeros(1, device=device)
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -199,19 +200,20 @@ def _touch(tensors: Iterable[Any]) -> None:
     for tensor in tensors:
         nbytes, address = tensor.untyped_storage().nbytes(), tensor.untyped_storage().data_ptr()
         if nbytes > 2 * _PAGE:
+            # of the whole storage, through one view of bytes: dtypes do not matter, and views are not read twice
             torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())[::_PAGE].sum()
         elif nbytes:
             _ = ctypes.c_ubyte.from_address(address).value, ctypes.c_ubyte.from_address(address + nbytes - 1).value
 
 
 def _busy_seconds() -> tuple[float, float]:
-    """CPU-seconds until now: of this process with children that it has waited for, and of the whole machine."""
+    """Return the CPU-seconds until now: of this process with children that it has waited for, and of the machine."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used), _machine_busy_s()
 
 
 def _read_bytes_of_all() -> int | None:
-    """Bytes fetched from storage until now, by this process and all that it started. Costs milliseconds.
+    """Return the bytes fetched from storage until now, by this process and all that it started. Costs milliseconds.
 
     None where the kernel does not tell. Of processes that have just ended nothing is known any more.
     """
@@ -226,7 +228,7 @@ def _descendants() -> list[int]:
 
 
 def _read_bytes(pid: int | str) -> int | None:
-    """Bytes fetched from storage by a process and by children that it has waited for; page faults included."""
+    """Return the bytes fetched from storage by a process and children that it has waited for; page faults included."""
     try:
         return int(Path(f"/proc/{pid}/io").read_text().partition("\nread_bytes: ")[2].split()[0])
     except (OSError, ValueError, IndexError):
@@ -234,9 +236,10 @@ def _read_bytes(pid: int | str) -> int | None:
 
 
 def _machine_busy_s() -> float:
-    """CPU-seconds that all processors spent on anything but waiting, since boot."""
+    """Return the CPU-seconds that all processors spent on anything but waiting, since boot."""
     try:
         words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        # user nice system idle iowait irq softirq steal; what guests use is in user already
         idle = int(words[3]) + int(words[4])
         return (sum(int(w) for w in words[:8]) - idle) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
@@ -248,12 +251,13 @@ def _difference(before: tuple[float, float], after: tuple[float, float], seconds
     others = max(0.0, busy - used)
     return {
         "cpu_seconds": used,
+        # the kernel counts in ticks of 10 ms: of a short load nothing can be said
         "others_share": min(1.0, others / (seconds * processors())) if seconds > 0.3 else None,
     }
 
 
 def _memory(device: str) -> dict[str, Any]:
-    """Peaks in bytes; None for what cannot be known of a loader."""
+    """Return peaks in bytes; None for what cannot be known of a loader."""
     import torch
 
     peaks: dict[str, Any] = {"host_peak_bytes": peak_resident(), "pinned_bytes": None, "device_peak_bytes": None}
@@ -264,7 +268,7 @@ def _memory(device: str) -> dict[str, Any]:
 
 
 def _pinned_by_torch() -> int | None:
-    """Peak of torch's own pinned allocator, where this torch tells it and the loader used it."""
+    """Return the peak of torch's own pinned allocator, where this torch tells it and the loader used it."""
     import torch
 
     stats: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()
@@ -272,7 +276,7 @@ def _pinned_by_torch() -> int | None:
 
 
 def _phases(spans: Iterable[Any], start_ns: int, end_ns: int) -> dict[str, list[list[float]]]:
-    """When each phase was busy, in seconds from the start; neighbours that a picture could not tell apart are one."""
+    """Return when each phase was busy, in seconds from the start; neighbours that no picture tells apart are one."""
     gap = (end_ns - start_ns) / 400
     merged: dict[str, list[list[float]]] = {}
     for span in sorted(spans, key=lambda s: s.start_ns):

@@ -1,4 +1,4 @@
-"""From samples to numbers and warnings. Pure."""
+"""Numbers and warnings from samples. Pure."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _WARM = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of the samples that went well. Seconds, bytes; None where nothing is known."""
+    """A summary of the samples that went well. Seconds, bytes; None where nothing is known."""
 
     n: int
     median_s: float
     min_s: float
     max_s: float
     spread: float
-    """(max - min) / median."""
+    """The range of the times as a share of their median: (max - min) / median."""
     cpu_s: float
     read_bytes: int | None
     host_peak_bytes: int | None
@@ -39,7 +39,7 @@ class Summary:
 
 
 def summarize_samples(samples: Sequence[Mapping[str, Any]]) -> Summary | None:
-    """None where no sample went well."""
+    """Summarize the samples that went well; None where there are none."""
     good = [s for s in samples if s["status"] == "ok"]
     if not good:
         return None
@@ -68,9 +68,13 @@ def _peak(samples: Sequence[Mapping[str, Any]], key: str) -> int | None:
 def case_warnings(
     where: str, cache: str, results: Mapping[str, Sequence[Mapping[str, Any]]], repeat: int = MIN_SAMPLES
 ) -> list[str]:
-    """What makes a case's samples doubtful: one line for each kind of doubt, with the loaders and the remedy.
+    """Say what makes a case's samples doubtful: one line for each kind of doubt, with the loaders and the remedy.
 
-    repeat: how many samples were asked for; that these are too few is for the caller to say, once.
+    Args:
+        where: The case, as a line begins with it.
+        cache: The state of the page cache that was asked for.
+        results: Samples by the loader's label.
+        repeat: How many samples were asked for; that these are too few is for the caller to say, once.
     """
     doubts: dict[str, list[str]] = {}
     for label, samples in results.items():
@@ -100,6 +104,7 @@ def _doubts(cache: str, good: Sequence[Mapping[str, Any]], repeat: int) -> Itera
         if summary.n < repeat:
             yield "few", str(summary.n)
     elif summary.spread > _SPREAD:
+        # a slow first sample is a finding of its own: caches of the disk or of a driver were cold
         rest = [s["seconds"] for s in good[1:]]
         steady = good[0]["seconds"] == summary.max_s and max(rest) - min(rest) < _SPREAD * summary.median_s
         yield "first" if steady else "spread", f"{summary.spread:.0%}"

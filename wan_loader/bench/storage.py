@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from wan_loader.formats import Checkpoint
 
-__all__ = ["PREFIX", "Place", "leftovers", "parse_place", "part_of", "scratch", "staged", "warm"]
+__all__ = ["PREFIX", "Place", "copied_files", "leftovers", "parse_place", "part_of", "read_into_cache", "scratch"]
 
 PREFIX = ".wan-loader-bench-"
 _SIMULATED = "simulated"
 _ALIASES = {"sata": "sata-ssd", "nvme": "nvme-gen3"}
-_PIECE = 16 << 20
+_COPY_BYTES = 16 << 20
 _TRIES = 3
 #: Small files beside the weights that say what the component is, and which shards it has.
 _SIDECARS = ("config.json", "*.index.json", "*.index.*.json")
@@ -43,7 +43,7 @@ class Place:
 
     name: str
     directory: Path | None = None
-    """None: the checkpoint stays where it is."""
+    """The directory for a copy; None: the checkpoint stays where it is."""
     rate: float | None = None
     """Bytes per second of a simulated device; the checkpoint is read from the page cache and held to it."""
 
@@ -54,15 +54,21 @@ class Place:
 
 
 def parse_place(text: str) -> Place:
-    """`NAME=DIR`, `NAME=simulated:RATE`, `NAME=simulated:CLASS`, or `CLASS=simulated`. Raises `OptionError`."""
+    """Read `NAME=DIR`, `NAME=simulated:RATE`, `NAME=simulated:CLASS`, or `CLASS=simulated`.
+
+    Raises:
+        OptionError: The text is none of these, or the directory is not there.
+    """
     name, equals, value = text.partition("=")
     if not name or not equals or not value:
-        raise OptionError(f"--storage {text!r}: write NAME=DIR, or NAME=simulated:180MB/s")
+        raise OptionError.because(f"--storage {text!r}", "write NAME=DIR, or NAME=simulated:180MB/s")
     kind, _, rate = value.partition(":")
     if kind != _SIMULATED:
         directory = Path(value).expanduser()
         if not directory.is_dir():
-            raise OptionError(f"--storage {name}: {directory} is no directory")
+            raise OptionError(
+                f"--storage {name}: {directory} is no directory", path=directory, reason="is no directory"
+            )
         return Place(name, directory)
     rate = rate or name
     known = STORAGES.get(_ALIASES.get(rate, rate))
@@ -75,7 +81,7 @@ def parse_place(text: str) -> Place:
 
 
 def part_of(checkpoint: Checkpoint, nbytes: int | None) -> list[str]:
-    """The first files that hold at least `nbytes` together (at least one); all of them for None."""
+    """Return the first files that hold at least `nbytes` together (at least one); all of them for None."""
     chosen: list[str] = []
     total = 0
     for file in checkpoint.files:
@@ -88,22 +94,30 @@ def part_of(checkpoint: Checkpoint, nbytes: int | None) -> list[str]:
 
 @contextmanager
 def scratch(directory: Path, nbytes: int) -> Iterator[Path]:
-    """An empty directory inside `directory` with room for `nbytes`, removed at the end. Raises `OutputError`."""
+    """Make an empty directory inside `directory` with room for `nbytes`, removed at the end.
+
+    Raises:
+        OutputError: There is no room, or nothing can be written.
+    """
     try:
         free = shutil.disk_usage(directory).free
+        # a tmpfs may promise more than the cgroup can give
         if storage_facts(directory).get("in_memory"):
             memory = available_memory()
             free = free if memory is None else min(free, memory)
         if nbytes > free:
-            raise OutputError(
-                f"{directory} has no room: {format_bytes(nbytes)} needed, {format_bytes(free)} free; "
-                "name another place, or measure less with --part"
+            raise OutputError.because(
+                f"has no room: {format_bytes(nbytes)} needed, {format_bytes(free)} free",
+                "name another place, or measure less with --part",
+                path=directory,
             )
         made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"{directory} cannot be written: {error.strerror}; name another place") from error
+        raise OutputError.because(
+            f"cannot be written: {error.strerror}", "name another place", path=directory
+        ) from error
     try:
         yield made
     finally:
@@ -111,8 +125,21 @@ def scratch(directory: Path, nbytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(place: Place, files: Sequence[str], told: Callable[[int], None] = lambda done: None) -> Iterator[list[str]]:
-    """The files as they lie in the place. Copies are synced, so that writing back does not disturb what is measured."""
+def copied_files(
+    place: Place, files: Sequence[str], told: Callable[[int], None] = lambda done: None
+) -> Iterator[list[str]]:
+    """Provide the files in the place, copied there if it is another one, and removed at the end.
+
+    Copies are synced, so that writing back does not disturb what is measured.
+
+    Args:
+        place: The place.
+        files: The files as they lie in the checkpoint; `config.json` and indices beside them are copied, too.
+        told: Told the bytes that are copied.
+
+    Raises:
+        OutputError: The place has no room, or cannot be written.
+    """
     if place.directory is None:
         yield list(files)
         return
@@ -120,7 +147,7 @@ def staged(place: Place, files: Sequence[str], told: Callable[[int], None] = lam
         try:
             copies = _copy_all(files, directory, told)
         except OSError as error:
-            raise OutputError(f"{place.directory}: copying failed: {error.strerror}") from error
+            raise OutputError.because(f"cannot be copied to: {error.strerror}", path=place.directory) from error
         yield copies
 
 
@@ -130,7 +157,8 @@ def _copy_all(files: Sequence[str], directory: Path, told: Callable[[int], None]
     for path in files:
         target = directory / Path(path).name
         with open(path, "rb") as source, open(target, "xb") as copy:
-            while count := os.sendfile(copy.fileno(), source.fileno(), None, _PIECE):
+            # inside the kernel: the bytes do not pass through this process
+            while count := os.sendfile(copy.fileno(), source.fileno(), None, _COPY_BYTES):
                 done += count
                 told(done)
             os.fsync(copy.fileno())
@@ -142,11 +170,11 @@ def _copy_all(files: Sequence[str], directory: Path, told: Callable[[int], None]
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """What killed runs left in a place."""
+    """List what killed runs left in a place."""
     return sorted(directory.glob(f"{PREFIX}*"))
 
 
-def warm(files: Sequence[str]) -> None:
+def read_into_cache(files: Sequence[str]) -> None:
     """Read files into the page cache, unless they are there.
 
     The kernel sometimes drops pages again at once, right after others were evicted: then once more, if it tells.
@@ -162,7 +190,7 @@ def warm(files: Sequence[str]) -> None:
 
 
 def _read_through(path: str) -> None:
-    buffer = bytearray(_PIECE)
+    buffer = bytearray(_COPY_BYTES)
     with open(path, "rb", buffering=0) as file:
         while file.readinto(buffer):
             pass

@@ -54,7 +54,7 @@ _IMPORTANCE = (
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """The machine in one line."""
+    """Describe the machine in one line."""
     parts = [
         str(machine.get("gpu") or "no GPU"),
         f"{machine.get('cores', '?')} cores of {machine.get('cpu', 'an unknown CPU')}",
@@ -67,7 +67,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def case_title(case: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """What was loaded from where to where."""
+    """Say what was loaded from where to where."""
     part = f"part of {case['name']} ({format_count(case['n_files'], 'file')})" if case["is_part"] else case["name"]
     dtype = f" as {document['dtype']}" if document["dtype"] else ""
     where = "" if case["storage"]["name"] == "here" else f", on {case['storage']['label']}"
@@ -78,12 +78,12 @@ def case_title(case: Mapping[str, Any], document: Mapping[str, Any]) -> str:
 
 
 def ordered(case: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Results, the fastest first, those without a time last."""
+    """Return the results, the fastest first, those without a time last."""
     return sorted(case["results"], key=lambda r: r["summary"]["median_s"] if r["summary"] else float("inf"))
 
 
 def case_rows(case: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row for each loader under `HEADERS`; one that has no time says why in the second cell, the rest empty."""
+    """Make one row for each loader under `HEADERS`; one without a time says why in the second cell, the rest empty."""
     return [_row(result) for result in ordered(case)]
 
 
@@ -111,13 +111,13 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def why_no_time(result: Mapping[str, Any]) -> str:
-    """What became of a loader that has no sample; one that was well had no turn before the bench was interrupted."""
+    """Say what became of a loader without a sample; one that was well had no turn before the bench was interrupted."""
     state = "not measured" if result["status"] == "ok" else result["status"]
     return f"{state}: {result['reason']}" if result["reason"] else str(state)
 
 
 def visible_columns(rows: Sequence[tuple[str, ...]], width: int) -> list[int]:
-    """Columns that say anything and fit into `width` characters, the most important first to be chosen; in order."""
+    """Choose the most important columns that say anything and fit into `width` characters; return them in order."""
     told = [i for i in range(len(HEADERS)) if any(row[i] not in ("", "?") for row in rows if row[2])]
     chosen: list[int] = []
     for i in sorted(told, key=lambda i: _IMPORTANCE.index(HEADERS[i])):
@@ -132,7 +132,7 @@ def _bytes(nbytes: int | None) -> str:
 
 
 def footnotes(case: Mapping[str, Any]) -> list[str]:
-    """The ceiling, conversions that were not timed, failures after good samples, and notes."""
+    """List the ceiling, conversions that were not timed, failures after good samples, and notes."""
     lines = []
     if case["ceiling_gbps"]:
         lines.append(f"ceiling: {case['ceiling']}, {case['ceiling_gbps']:.3g} GB/s, measured in this run")

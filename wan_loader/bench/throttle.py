@@ -1,7 +1,7 @@
 """A slow disk that the machine does not have: reads of our loader are held to a rate. Simulated, and labelled so.
 
 Only our own reader can be slowed down this way, so only our loader is measured on simulated storage. It must read
-through staging (`io="buffered"` or `"direct"`): pages that are mapped are not seen here. Latency is not simulated.
+into its ring (`io="buffered"` or `"direct"`): pages that are mapped are not seen here. Latency is not simulated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Throttle:
         self._free_ns = 0
 
     def reserve(self, nbytes: int) -> int:
-        """Queue a request of `nbytes`; returns when the device will have delivered it, on the clock."""
+        """Queue a request of `nbytes`; return when the device will have delivered it, on the clock."""
         with self._lock:
             self._free_ns = max(self._clock(), self._free_ns) + int(nbytes / self._rate * 1e9)
             return self._free_ns
@@ -45,6 +45,7 @@ class Throttle:
 
 def throttle_reads(rate: float) -> None:
     """Slow every read of this process's loads down, for good: for a process that takes one sample and ends."""
+    # the class is changed, not an object: readers make their requests themselves
     throttle, start, result = Throttle(rate), Request.start, Request.result
     due_ns: dict[Request, int] = {}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from wan_loader.bench.runner import Entry, Settings
+    from wan_loader.bench.runner import LoaderSetup, Settings
     from wan_loader.bench.storage import Place
 
 __all__ = ["bench"]
@@ -153,21 +153,21 @@ def bench(
         raise typer.Exit(1)
 
 
-def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: list[int] | None) -> list[Entry]:
+def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: list[int] | None) -> list[LoaderSetup]:
     """Loaders; ours once for each combination of its settings."""
     from wan_loader.bench.loaders import find_loaders
-    from wan_loader.bench.runner import Entry
+    from wan_loader.bench.runner import LoaderSetup
 
     entries = []
     for loader in find_loaders(loaders or []):
         if loader.name != "ours":
-            entries.append(Entry(loader.name, loader))
+            entries.append(LoaderSetup(loader.name, loader))
             continue
         for io in dict.fromkeys(ios or [IoChoice.AUTO]):
             for count in dict.fromkeys(threads or [None]):  # type: ignore[list-item]
                 words = [f"io={io.value}"] if ios else []
                 words += [f"threads={count}"] if count else []
-                entries.append(Entry(" ".join([loader.name, *words]), loader, io.value, count))
+                entries.append(LoaderSetup(" ".join([loader.name, *words]), loader, io.value, count))
     return entries
 
 

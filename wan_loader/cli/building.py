@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wan_loader.cache.build import Build
+    from wan_loader.loading.result import EntryBuild
 
 __all__ = ["follow_build", "report_build", "stopping"]
 
 
-def report_build(build: Build | Path | None, *, json: bool) -> None:
+def report_build(build: EntryBuild | Path | None, *, json: bool) -> None:
     """Wait for a build with a progress bar, and say what came of it; Ctrl-C ends the build."""
     from wan_loader.errors import CacheError
 
@@ -51,7 +51,7 @@ def _say_built(state: str, path: Path, nbytes: int, seconds: float, *, json: boo
 
 
 @contextmanager
-def stopping(build: Build | None) -> Iterator[None]:
+def stopping(build: EntryBuild | None) -> Iterator[None]:
     """Ctrl-C in the body ends a build, which the interpreter would wait for otherwise."""
     try:
         yield
@@ -61,7 +61,7 @@ def stopping(build: Build | None) -> Iterator[None]:
         raise
 
 
-def follow_build(build: Build) -> None:
+def follow_build(build: EntryBuild) -> None:
     """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
     with stopping(build):
         from wan_loader.cli.render import counting_progress

@@ -65,18 +65,18 @@ def build(
     """
     if part is None and _is_pipeline(path):
         _build_pipeline()
-    from wan_loader.cache.cached_load import build_entry, outline_checkpoint
+    from wan_loader.cache.cached_load import outline_checkpoint, read_parts
     from wan_loader.cache.store import Store
+    from wan_loader.cache.use import build_entry
     from wan_loader.formats import open_checkpoint
-    from wan_loader.loading.run import Choice
     from wan_loader.plan.dtype_policy import DtypePolicy
 
     size = _size(max_size)
     checkpoint = open_checkpoint(path, part=part)
     rule = DtypePolicy(dtype)
     rule.check(checkpoint, checkpoint.tensors)
-    outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, rule))
-    begun = build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents)
+    outline = outline_checkpoint(checkpoint, rule)
+    begun = build_entry(Store(cache_dir), outline, read_parts, max_size=size, digest_contents=contents)
     report_build(begun, json=json)
 
 

@@ -15,7 +15,7 @@ from wan_loader.sizes import format_count
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wan_loader.bench.compare import Comparison, Run
+    from wan_loader.bench.compare import Comparison, MeasuredRun
 
 __all__ = ["compare"]
 
@@ -67,7 +67,9 @@ def compare(
         raise typer.Exit(_FAILED)
 
 
-def _document(runs: tuple[Run, Run], found: Sequence[Comparison], worse: Sequence[Comparison]) -> dict[str, Any]:
+def _document(
+    runs: tuple[MeasuredRun, MeasuredRun], found: Sequence[Comparison], worse: Sequence[Comparison]
+) -> dict[str, Any]:
     from wan_loader.bench.compare import newly_broken
 
     rows = [
@@ -94,7 +96,7 @@ def _document(runs: tuple[Run, Run], found: Sequence[Comparison], worse: Sequenc
     }
 
 
-def _doubts(runs: tuple[Run, Run]) -> list[str]:
+def _doubts(runs: tuple[MeasuredRun, MeasuredRun]) -> list[str]:
     from wan_loader.bench.compare import newly_broken
 
     before, after = runs

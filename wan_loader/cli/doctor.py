@@ -75,7 +75,7 @@ def _document(
         "command": "doctor",
         "target": str(path) if path else None,
         "device": str(target),
-        "machine": {**machine_card(), **device_card(target)},
+        "machine": {**machine_card(), **device_card(str(target))},
         "limits": limits(),
         "storage": storage_facts(files[0]) if files else {},
         "files": {"n": len(files), "nbytes": sum(Path(f).stat().st_size for f in files)},

@@ -82,18 +82,19 @@ def _document(
     path: Path, disk: list[str] | None, pcie: str | None, device: str, dtype: str | None, part: str | None
 ) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
-    from wan_loader.profiler.analysis.simulate import Hardware, parts_of, simulate
+    from wan_loader.profiler.analysis.simulate import Hardware, parts_of, plan_elsewhere, simulate
     from wan_loader.profiler.probe.ceilings import known_ceilings
     from wan_loader.profiler.probe.diagnosis import checkpoints_in
 
     checkpoints = checkpoints_in(path, part)
-    parts = parts_of(checkpoints, dtype_name(dtype))
+    plans = [plan_elsewhere(c, dtype_name(dtype), cuda=device == "cuda") for c in checkpoints]
+    parts, slots = [part for plan in plans for part in parts_of(plan)], min(plan.settings.n_slots for plan in plans)
     known = known_ceilings([f.path for c in checkpoints for f in c.files], device=device)
     rates = _rates(pcie, device, known)
     copy, cast, fixed_s = rates["copy"]["bytes_per_s"], rates["cast"]["bytes_per_s"], rates["fixed"]["seconds"]
     rows = []
     for name, rate in _storages(disk, known):
-        hardware = Hardware(disk=rate, copy=copy, cast=cast, cuda=device == "cuda", fixed_s=fixed_s)
+        hardware = Hardware(disk=rate, copy=copy, cast=cast, cuda=device == "cuda", slots=slots, fixed_s=fixed_s)
         rows.append({"storage": name, "disk_bytes_per_s": rate, **_row(simulate(parts, hardware))})
     return {
         "schema_version": 1,

@@ -15,8 +15,8 @@ from wan_loader.distributed.processes import is_first
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from wan_loader.cache.build import Build
-    from wan_loader.loading.result import LoadResult
+    from wan_loader.formats import Checkpoint
+    from wan_loader.loading.result import EntryBuild, LoadResult
 
 __all__ = ["load"]
 
@@ -61,20 +61,23 @@ def load(
     """
     if cache_dir is not None and not cache:
         raise typer.BadParameter("it needs --cache", param_hint="--cache-dir")
-    loaded = _load(path, device, dtype, io, threads, part, cache, cache_dir, verify)
+    from wan_loader.formats import open_checkpoint
+
+    checkpoint = open_checkpoint(path, part=part)
+    loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify)
     with stopping(loaded.build):
-        _tell(path, loaded, part=part, verify=verify, json=json)
+        _tell(checkpoint, loaded, verify=verify, json=json)
         if loaded.build is not None:
             _finish(loaded.build)
 
 
-def _tell(path: Path, loaded: LoadResult, *, part: str | None, verify: bool, json: bool) -> None:
+def _tell(checkpoint: Checkpoint, loaded: LoadResult, *, verify: bool, json: bool) -> None:
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import error_console, print_load, print_warnings
     from wan_loader.sizes import format_count
 
     hit = loaded.report.cache is not None and loaded.report.cache.state == "hit"
-    checked = _verify(path, loaded, part) if verify and not hit else None
+    checked = _verify(checkpoint, loaded) if verify and not hit else None
     if not is_first():  # of a distributed run
         return
     if json:
@@ -88,7 +91,7 @@ def _tell(path: Path, loaded: LoadResult, *, part: str | None, verify: bool, jso
     print_warnings(loaded.report.warnings)
 
 
-def _finish(build: Build) -> None:
+def _finish(build: EntryBuild) -> None:
     from wan_loader.cli.render import error_console, print_warnings
     from wan_loader.printable import printable
 
@@ -100,12 +103,11 @@ def _finish(build: Build) -> None:
 
 
 def _load(
-    path: Path,
+    checkpoint: Checkpoint,
     device: str,
     dtype: str | None,
     io: IoChoice,
     threads: int | None,
-    part: str | None,
     cache: bool,
     cache_dir: Path | None,
     verify: bool,
@@ -113,16 +115,14 @@ def _load(
     import wan_loader
     from wan_loader.cli.render import reading_progress
 
-    total = wan_loader.open_checkpoint(path, part=part).nbytes
     load_weights = wan_loader.load  # is imported before there is a progress bar
-    with together(device) as (on, group), reading_progress(total) as observer:
+    with together(device) as (on, group), reading_progress(checkpoint.nbytes) as observer:
         return load_weights(
-            path,
+            checkpoint,
             device=on,
             dtype=dtype,
             io=io.value,
             threads=threads,
-            part=part,
             cache=cache,
             cache_dir=cache_dir,
             verify=verify and cache,
@@ -131,10 +131,10 @@ def _load(
         )
 
 
-def _verify(path: Path, loaded: LoadResult, part: str | None) -> int:
+def _verify(checkpoint: Checkpoint, loaded: LoadResult) -> int:
     from wan_loader.cli.output import say
     from wan_loader.verify import verify
 
     if sys.stderr.isatty() and is_first():
         say("verifying: reading everything again ...")
-    return verify(path, loaded.tensors, part=part)
+    return verify(checkpoint, loaded.tensors)

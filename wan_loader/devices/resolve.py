@@ -26,6 +26,7 @@ __all__ = [
     "current",
     "device_card",
     "device_peak_bytes",
+    "import_torch",
     "is_busy",
     "reset_device_peak",
     "resolve_device",
@@ -38,9 +39,9 @@ _TORCH_NBYTES = {"the machine or its cgroup": 128 << 20, "ulimit -v": 560 << 20,
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
     """The device meant, its CUDA context made. Raises `DeviceError` if there is no such device."""
     check_device(device)
-    with span(observer, "import"), without_forks():
-        check_room_for_torch()
-        import torch
+    with span(observer, "import"):
+        import_torch()
+    import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,6 +68,13 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
     return torch.device("cuda", index)
 
 
+def import_torch() -> None:
+    """Import torch. Raises `HostMemoryError` if that would be the end of the process."""
+    with without_forks():
+        check_room_for_torch()
+        import torch  # noqa: F401
+
+
 def check_room_for_torch() -> None:
     """Raise `HostMemoryError` if importing torch would be the end of the process: it aborts, or the kernel kills it."""
     if "torch" in sys.modules:
@@ -90,11 +98,11 @@ def check_tensors_are_real() -> None:
         raise OptionError(f"a mode of torch is active that makes a {kind.__name__} of every tensor: load outside of it")
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
+def current(device: str) -> AbstractContextManager[Any]:
     """Makes the device the current one of this thread, and its context too; what was current comes back."""
     import torch
 
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return nullcontext() if device == "cpu" else torch.cuda.device(device)
 
 
 def is_busy(device: torch.device) -> bool:
@@ -104,27 +112,27 @@ def is_busy(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.current_stream(device).query()
 
 
-def reset_device_peak(device: torch.device) -> None:
+def reset_device_peak(device: str) -> None:
     """Let `device_peak_bytes` begin anew."""
     import torch
 
-    if device.type == "cuda":
+    if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def device_peak_bytes(device: torch.device) -> int:
+def device_peak_bytes(device: str) -> int:
     """The most device memory held by tensors since the reset; 0 for the CPU."""
     import torch
 
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
-def device_card(device: torch.device) -> dict[str, object]:
+def device_card(device: str) -> dict[str, object]:
     """Facts for a report: torch, CUDA and the device."""
     import torch
 
     card: dict[str, object] = {"torch": torch.__version__}
-    if device.type == "cuda":
+    if device != "cpu":
         properties = torch.cuda.get_device_properties(device)
         card |= {"cuda": torch.version.cuda, "gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
     return card

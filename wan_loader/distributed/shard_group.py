@@ -14,14 +14,14 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from wan_loader.cancel import CancelToken
 from wan_loader.devices.resolve import check_room_for_torch
 from wan_loader.distributed.exchange import carry, check_usable
 from wan_loader.distributed.liveness import Liveness, own_connection
@@ -31,6 +31,7 @@ from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
 from wan_loader.loading.bind import is_dtensor
+from wan_loader.plan.layout import plan_storages
 from wan_loader.system.forks import without_forks
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from wan_loader.devices.writer import Destination
     from wan_loader.distributed.sharding import LocalShare
-    from wan_loader.events import Observer, Span
+    from wan_loader.events import Observer
     from wan_loader.formats.facts import Checkpoint, TensorFacts
-    from wan_loader.loading.allocate import StoragePlan
+    from wan_loader.loading.binding import Binding
+    from wan_loader.loading.run import TransferResult
     from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.plan.plan import LoadPlan
+    from wan_loader.plan.request import LoadRequest
 
 __all__ = ["ShardGroup", "joined"]
 
@@ -91,22 +94,23 @@ class ShardGroup:
             f"device {str(device)!r}: the group is bound to {str(bound)!r}: pass device='cuda', or another group"
         )
 
-    def watch(self, observer: Observer | None) -> Observer:
-        """An observer through which the failure of another process ends the load of this one."""
-        return _Watch(self.liveness, observer)
+    def token(self, cancel: CancelToken | None) -> CancelToken:
+        """A token through which the failure of another process ends the load of this one; `cancel` does, too."""
+        return _GroupToken(self.liveness, cancel)
 
-    def divide(
-        self, checkpoint: Checkpoint, tensors: Sequence[TensorFacts], slots: Mapping[str, Any], rule: DtypePolicy
-    ) -> LocalShare:
-        """Compare with the others, and say what this process keeps. slots: the module's tensor of each name, if any."""
+    def divide(self, binding: Binding, checkpoint: Checkpoint) -> LocalShare:
+        """Compare with the others, and say what this process keeps."""
+        tensors, slots, rule = binding.request.select(checkpoint), binding.targets, binding.request.policy
+        rule.check(checkpoint, tensors)
         shardings = {t.name: self._sharding(slots.get(t.name)) for t in tensors}
         self._compare(checkpoint, tensors, shardings, rule)
         self.local_share = divide(checkpoint, tensors, shardings, self.rank)
         return self.local_share
 
-    def reads(self, plans: Sequence[StoragePlan]) -> dict[int, tuple[int, int]]:
+    def reads(self, request: LoadRequest) -> dict[int, tuple[int, int]]:
         """Which bytes of each storage that others hold, too, this process reads; storages not in it are read whole."""
         assert self.local_share is not None
+        plans = plan_storages(request.select(self.local_share.checkpoint), request.policy)
         out: dict[int, tuple[int, int]] = {}
         self.parts, self.scales = {}, {}
         for holders in dict.fromkeys(h for h in self.local_share.holders if len(h) > 1):
@@ -121,16 +125,11 @@ class ShardGroup:
                 out[plan.storage] = (ends[me], ends[me + 1])
         return out
 
-    def exchange(
-        self,
-        plans: Sequence[StoragePlan],
-        destinations: Sequence[Destination],
-        nbytes_read: int,
-        observer: Observer | None,
-    ) -> dict[str, int]:
+    def exchange(self, plan: LoadPlan, transfer: TransferResult, observer: Observer | None) -> dict[str, int]:
         """Fill in what the others have read; returns facts for the report."""
         assert self.local_share is not None
-        flats = {plan.storage: to.flat for plan, to in zip(plans, destinations, strict=True)}
+        copied = plan.layout.copied
+        flats = {storage.storage: to.flat for storage, to in zip(copied, transfer.destinations, strict=True)}
         if self.parts:
             _check_backend(self.group, flats)
         for group in self.groups.values():
@@ -145,7 +144,7 @@ class ShardGroup:
             "rank": self.rank,
             "processes": len(self.liveness.ranks),
             "processes_here": self.n_local,
-            "nbytes_read": nbytes_read,
+            "nbytes_read": plan.layout.nbytes_read,
             "nbytes_received": received,
         }
 
@@ -192,44 +191,42 @@ class ShardGroup:
         self.n_local = sum(f["host"] == mine["host"] for f in facts)
 
 
-class _Watch:
-    def __init__(self, liveness: Liveness, observer: Observer | None) -> None:
-        self._liveness = liveness
-        self._observer = observer
+class _GroupToken(CancelToken):
+    """Also asks whether the other processes live, and the caller's own token."""
 
-    def record(self, span: Span) -> None:
+    def __init__(self, liveness: Liveness, own: CancelToken | None) -> None:
+        super().__init__()
+        self._liveness = liveness
+        self._own = own
+
+    def check(self) -> None:
+        super().check()
         self._liveness.check()
-        if self._observer is not None:
-            self._observer.record(span)
+        if self._own is not None:
+            self._own.check()
 
 
 @contextmanager
-def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup | None]:
-    """The team of a load; None where this process loads alone. Every process of the group must come here.
+def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup]:
+    """The group of a load. Every process of it must come here.
 
-    group: None takes the one that the module's DTensors lie on, if there are any. Loads of the same group in several
-    threads take turns.
+    group: None takes the one that the module's DTensors lie on. Loads of the same group in several threads take turns.
     """
     check_room_for_torch()
     with without_forks():
         import torch.distributed as dist
 
-    if module is not None:
-        _reshard(module)
-        group = group or _group_of(module)
     if group is None:
-        yield None
-        return
+        assert module is not None
+        group = _group_of(module)
     if not dist.is_initialized():
         raise OptionError("torch.distributed is not started: call init_process_group before a load with a group")
     ranks = tuple(dist.get_process_group_ranks(group))
     rank = dist.get_rank()
     if rank not in ranks:
         raise OptionError(f"process {rank} is not in the group that was given, which has {list(ranks)}")
-    with (
-        _turns[ranks],
-        Liveness(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_liveness()) as liveness,
-    ):
+    liveness = Liveness(_store(), rank, ranks, _name(ranks), patience_s=PATIENCE_S, outer=run_liveness())
+    with _turns[ranks], liveness:
         yield ShardGroup(liveness, group, {ranks: group})
 
 
@@ -269,16 +266,15 @@ def _check_devices(ranks: Sequence[int], identities: Sequence[str]) -> None:
             )
 
 
-def _group_of(module: torch.nn.Module) -> ProcessGroup | None:
-    """All processes that the module's DTensors lie on; None where it has none."""
+def _group_of(module: torch.nn.Module) -> ProcessGroup:
+    """All processes that the module's DTensors lie on."""
     import torch.distributed as dist
 
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
     meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}
-    if not meshes:
-        return None
     if all(mesh.size() == dist.get_world_size() for mesh in meshes):
-        return dist.group.WORLD
+        world: Any = dist.group.WORLD
+        return cast("ProcessGroup", world)
     mesh, *others = meshes
     if others or mesh.ndim != 1:
         raise OptionError(
@@ -286,16 +282,6 @@ def _group_of(module: torch.nn.Module) -> ProcessGroup | None:
         )
     found: ProcessGroup = mesh.get_group()
     return found
-
-
-def _reshard(module: torch.nn.Module) -> None:
-    """Modules that were gathered for a forward give their full parameters back first."""
-    divided = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if divided is None:  # or still being imported, by another thread
-        return
-    for owner in module.modules():
-        if isinstance(owner, divided):
-            owner.reshard()
 
 
 def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGroup) -> TensorSharding:

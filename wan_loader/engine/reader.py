@@ -75,7 +75,7 @@ class Reader:
         return fd
 
     def open_direct(self, file: int) -> bool:
-        """Open a file for O_DIRECT, once; False where the file system refuses. Call before threads start."""
+        """Open a file for O_DIRECT, once; False where the file system refuses."""
         if file not in self._direct_fds:
             try:
                 fd = self._open(self._files[file].path, os.O_RDONLY | os.O_DIRECT)
@@ -87,8 +87,8 @@ class Reader:
         return self._direct_fds[file] is not None
 
     def direct_fd(self, file: int) -> int | None:
-        """The descriptor for O_DIRECT; None if it was not opened, or is refused."""
-        return self._direct_fds.get(file)
+        """The descriptor for O_DIRECT, opened when it is first asked for; None if that is refused."""
+        return self._direct_fds[file] if self.open_direct(file) else None
 
     def refuse(self, file: int, error: OSError) -> None:
         """Read a file without O_DIRECT from here on."""

@@ -21,6 +21,7 @@ from functools import partial
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, NamedTuple
 
+from wan_loader.cancel import CancelToken
 from wan_loader.devices.writer import PinError
 from wan_loader.engine.activity import wait_until_idle
 from wan_loader.engine.pending import PendingBlocks
@@ -33,14 +34,14 @@ from wan_loader.system.posix import map_file, populate, unmap
 from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from wan_loader.devices.writer import CopyEvent, CopyStream, Destination, DeviceWriter
     from wan_loader.engine.reader import Reader
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
 
-__all__ = ["Batch", "EngineSettings", "TransferStats", "run_transfer"]
+__all__ = ["Batch", "EngineSettings", "TransferStats", "run_transfer", "transfer_blocks"]
 
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
@@ -112,31 +113,57 @@ class TransferStats:
                 sleep(pause_s)
 
 
+def transfer_blocks(
+    batches: Iterable[Batch],
+    reader: Reader,
+    writer: DeviceWriter,
+    settings: EngineSettings,
+    stats: TransferStats,
+    *,
+    cancel: CancelToken | None = None,
+    observer: Observer | None = None,
+) -> Iterator[Sequence[Block]]:
+    """Move every block into the target; yields blocks, or parts of them, whose bytes have arrived.
+
+    Batches are drawn in this thread, when there is little left to read, and the first is allocated while its first
+    reads are under way. Nothing is read ahead of whoever takes what is yielded but what fits the ring. Closing it, the
+    first failure of any thread, and a cancelled token end everything and release it. The caller must call `release` on
+    `stats`, which tells how far it is, once all has arrived.
+    """
+    yield from _Transfer(batches, reader, writer, settings, stats, cancel, observer).run()
+
+
 def run_transfer(
     batches: Iterable[Batch],
     reader: Reader,
     writer: DeviceWriter,
     settings: EngineSettings,
     observer: Observer | None = None,
+    cancel: CancelToken | None = None,
 ) -> TransferStats:
-    """Move every block into the target and wait until it has arrived.
-
-    Portions are drawn in this thread, when there is little left to read, and the first is allocated while its first
-    reads are under way. The caller must call `release` on the `TransferStats`. Raises the first failure of any thread;
-    then everything is released.
-    """
-    return _Load(batches, reader, writer, settings, observer).run()
+    """Do as `transfer_blocks` does, to the end; returns what was done."""
+    stats = TransferStats()
+    for _ in transfer_blocks(batches, reader, writer, settings, stats, cancel=cancel, observer=observer):
+        pass
+    return stats
 
 
-class _Load:
+class _Transfer:
     def __init__(
         self,
         batches: Iterable[Batch],
         reader: Reader,
         writer: DeviceWriter,
         settings: EngineSettings,
+        stats: TransferStats,
+        cancel: CancelToken | None,
         observer: Observer | None,
     ) -> None:
+        self._cancel = cancel or CancelToken()
+        self._arrived: list[Block] = []
+        """In place since they were last yielded."""
+        self._mapped: list[Block] = []
+        """Windows whose copies were submitted."""
         self._batches = iter(batches)
         self._all_drawn = False
         self._reader = reader
@@ -157,13 +184,14 @@ class _Load:
         self._reads: ReadQueue | None = None
         self._stream: CopyStream | None = None
         self._copying: deque[tuple[CopyEvent, InFlightRead]] = deque()
-        self._stats = TransferStats()
+        self._stats = stats
         self._pinning = Pinning(writer, self._stats, observer)
 
-    def run(self) -> TransferStats:
+    def run(self) -> Iterator[Sequence[Block]]:
         try:
+            self._cancel.check()
             self._draw_first()
-            self._carry_all()
+            yield from self._carry_all()
             with span(self._observer, "wait"):
                 self._writer.finish()
         except BaseException:
@@ -171,7 +199,8 @@ class _Load:
             self._abandon()
             raise
         self._stats.fallbacks += self._reader.fallbacks
-        return self._stats
+        copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
+        yield [*self._take_arrived(), *copied, *self._mapped]
 
     def _draw_first(self) -> None:
         """Begin to read before anything is allocated, unless bytes go straight to their place."""
@@ -202,10 +231,16 @@ class _Load:
             if in_background(self._map_guarded, "mapper") is None:
                 self._stats.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
 
-    def _carry_all(self) -> None:
+    def _take_arrived(self) -> Sequence[Block]:
+        """What has arrived since the last time."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _carry_all(self) -> Iterator[Sequence[Block]]:
         while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_windows:
+            self._cancel.check()
             if self._is_staging():
-                self._stage_all(self._reads or self._open_queue())
+                yield from self._stage_all(self._reads or self._open_queue())
             elif self._settings.maps_here and self._work.has_windows:
                 self._stream = self._stream or self._writer.stream()
                 self._map_all(self._stream)
@@ -265,12 +300,15 @@ class _Load:
         straight = self._settings.reads_straight and part.transport is Transport.BUFFERED and len(part.segments) == 1
         return self._writer.place(part.segments[0]) if straight else None
 
-    def _stage_all(self, reads: ReadQueue) -> None:
+    def _stage_all(self, reads: ReadQueue) -> Iterator[Sequence[Block]]:
         """Bring everything that is left for staging on its way."""
         stream = self._stream = self._stream or self._writer.stream()
         while self._is_staging():
+            self._cancel.check()
             while self._copying and self._copying[0][0].done():
-                reads.give_back(self._copying.popleft()[1])
+                self._free(self._copying.popleft()[1], reads)
+            if self._arrived:
+                yield self._take_arrived()
             self._start_reads(reads)
             patience_s = _PATIENCE_S
             if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
@@ -297,11 +335,17 @@ class _Load:
             self._stats.straight_nbytes += block.nbytes
         self._stats.nbytes[read.transport] += block.nbytes
         if copy_event is None:  # there was nothing to copy, or the copy has taken its time
-            reads.give_back(in_flight)
+            self._free(in_flight, reads)
             reads.look()
             self._start_reads(reads)
         else:
             self._copying.append((copy_event, in_flight))
+
+    def _free(self, in_flight: InFlightRead, reads: ReadQueue) -> None:
+        """Note that the bytes of a slot have arrived: it can be used again."""
+        assert in_flight.read is not None
+        self._arrived.append(in_flight.read.block)
+        reads.give_back(in_flight)
 
     # windows: the mapper thread, or the calling one
 
@@ -318,6 +362,7 @@ class _Load:
 
     def _map_all(self, stream: CopyStream) -> None:
         while (block := self._work.next_window()) is not None:
+            self._cancel.check()
             address = self._map_file(block)
             if address is None or not self._map_window(stream, block, address):
                 self._work.map_nothing(block)
@@ -326,6 +371,7 @@ class _Load:
         if not self._pin_window(block, address):
             return False
         stream.submit(address, block.page_start, block.segments)
+        self._mapped.append(block)
         self._stats.nbytes[Transport.MAPPED] += block.nbytes
         return True
 

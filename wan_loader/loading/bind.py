@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loading.holdings import Held
 
-__all__ = ["KeyMap", "Match", "bind", "is_dtensor", "left_on_meta", "match", "module_slots"]
+__all__ = ["KeyMap", "Match", "bind", "is_distributed", "is_dtensor", "left_on_meta", "match", "module_slots"]
 
 #: Checkpoint name -> module name; None leaves a tensor of the checkpoint out.
 KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
@@ -108,7 +108,7 @@ def bind(
     module: torch.nn.Module,
     held: Iterable[Held],
     filled: Collection[tuple[torch.Tensor, torch.Tensor]],
-    device: torch.device,
+    device: str | torch.device,
 ) -> None:
     """Fill a module in place, and move what else it holds to `device`, so that it runs there.
 
@@ -120,6 +120,7 @@ def bind(
 
     from wan_loader.loading.holdings import substitute
 
+    device = torch.device(device)
     new = {id(old): _renewed(old, tensor) for old, tensor in filled}
     rest = [one.tensor for one in held if id(one.tensor) not in new and not one.tensor.is_meta]
     new |= _views(rest, [(old, new[id(old)]) for old, _ in filled] if rest else ())
@@ -206,9 +207,22 @@ def is_dtensor(tensor: Any) -> bool:
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
+def is_distributed(module: torch.nn.Module) -> bool:
+    """Whether a module lies on several processes: some parameter or buffer of it is a DTensor.
+
+    Modules that were gathered for a forward give their full parameters back first.
+    """
+    divided = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if divided is not None:  # nor still being imported, by another thread
+        for owner in module.modules():
+            if isinstance(owner, divided):
+                owner.reshard()
+    return any(map(is_dtensor, itertools.chain(module.parameters(), module.buffers())))
+
+
 def _as(old: Any, local: torch.Tensor) -> Any:
     """The tensor in place of `old`: where that is a DTensor, the one whose part of this process is `local`."""
-    if not is_dtensor(old):
+    if not is_dtensor(old) or is_dtensor(local):
         return local
     return type(old).from_local(
         local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()

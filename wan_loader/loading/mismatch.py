@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import KeyMismatchError
+from wan_loader.printable import shown_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,22 +18,15 @@ if TYPE_CHECKING:
     from wan_loader.errors import Shape
     from wan_loader.loading.holdings import Held
 
-__all__ = ["mismatch", "some", "stays_on_meta"]
+__all__ = ["mismatch", "stays_on_meta"]
 
 #: Examples of each kind: with all titles and hints, a message has at most 25 lines.
 _EXAMPLES = 5
-_MAX_NAME = 120
 #: Names whose prefixes are counted: a sample, evenly spread.
 _SAMPLE = 200
 _KINDS = {"parameter": "parameter", "buffer": "buffer", "attribute": "plain attribute"}
 #: An end that more names have, such as "weight", says nothing.
 _MAX_ALIKE = 100
-
-
-def some(names: Sequence[str], most: int = 20) -> str:
-    """A few names on one line, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(_shown(name) for name in names[:most]) + more
 
 
 def mismatch(
@@ -49,9 +43,9 @@ def mismatch(
     the module. renamed: what the caller's key map made of names of the file, where it changed them.
     """
     lines = [f"{path} does not fit the module:"]
-    as_what = {name: f"{_shown(name)} (as {_shown(renamed[name])})" for name in unexpected if name in renamed}
+    as_what = {name: f"{shown_name(name)} (as {shown_name(renamed[name])})" for name in unexpected if name in renamed}
     shapes = {
-        name: f"{_shown(name)}: {list(found)} in the file, {list(wanted)} in the module"
+        name: f"{shown_name(name)}: {list(found)} in the file, {list(wanted)} in the module"
         for name, (found, wanted) in misshaped.items()
     }
     for title, names, texts in (
@@ -69,7 +63,7 @@ def mismatch(
 
 def stays_on_meta(path: str, left: Sequence[Held]) -> KeyMismatchError:
     """The error for a module of which tensors would stay on the meta device: it could not run."""
-    what = {held.name: f"{_shown(held.name)} ({_KINDS[held.kind]})" for held in left}
+    what = {held.name: f"{shown_name(held.name)} ({_KINDS[held.kind]})" for held in left}
     names = list(what)
     lines = [
         f"{path} would leave tensors of the module on the meta device, where it cannot run:",
@@ -83,12 +77,7 @@ def stays_on_meta(path: str, left: Sequence[Held]) -> KeyMismatchError:
 def _listed(title: str, names: Sequence[str], texts: Mapping[str, str]) -> Iterator[str]:
     more = ", such as (all are in the error's fields)" if len(names) > _EXAMPLES else ""
     yield f"{len(names)} {title}{more}:"
-    yield from (f"  {texts.get(name) or _shown(name)}" for name in names[:_EXAMPLES])
-
-
-def _shown(name: str) -> str:
-    name = name if name.isprintable() else ascii(name)
-    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}..."
+    yield from (f"  {texts.get(name) or shown_name(name)}" for name in names[:_EXAMPLES])
 
 
 def _hints(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape], renamed: Mapping[str, str]) -> Iterator[str]:

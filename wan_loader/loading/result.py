@@ -1,113 +1,130 @@
-"""What a load came to: the tensors, and the report about it."""
+"""The result of a load: the tensors, the plan that was carried out, what was counted, and the report about it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from wan_loader.devices.resolve import device_card
-from wan_loader.engine import TransferStats
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
 from wan_loader.plan.blocks import Transport
 from wan_loader.sizes import format_bytes, format_count
 from wan_loader.system.machine import machine_card
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
-    from wan_loader.cache.build import Build
+    from wan_loader.engine import TransferStats
     from wan_loader.events import Span
-    from wan_loader.loading.allocate import StoragePlan
-    from wan_loader.loading.run import Choice
+    from wan_loader.loading.report import CacheReport
+    from wan_loader.plan.plan import LoadPlan
 
-__all__ = ["LoadResult", "TransferResult", "make_report"]
+__all__ = ["EntryBuild", "LoadResult"]
 
 
-@dataclass(frozen=True, repr=False)
+class EntryBuild(Protocol):
+    """A cache entry that is being written in the background."""
+
+    nbytes: int
+    nbytes_written: int
+    nbytes_from_source: int
+    failure: str | None
+    path: Path | None
+    """The entry, once it is complete."""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, at most `timeout_s` seconds; returns whether it has come."""
+
+    def stop(self) -> None:
+        """Give up; returns when what was written is removed."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
 class LoadResult:
-    """Filled tensors by checkpoint name, the report, and the spans that it is made from."""
+    """What one load came to."""
 
     tensors: dict[str, torch.Tensor]
-    make_report: Callable[[], LoadReport]
+    """The loaded tensors by their names in the checkpoint, in the order in which they were asked for."""
+    plan: LoadPlan
+    stats: TransferStats
+    seconds: float
+    memory: MemoryReport
     spans: tuple[Span, ...] = ()
-    build: Build | None = None
+    """What happened when; empty where nobody observed the load."""
+    warnings: tuple[str, ...] = ()
+    """Beside those of the plan and of the transfer."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """For the report, beside those of the plan."""
+    cache: CacheReport | None = None
+    build: EntryBuild | None = None
     """The cache entry that is being written from this load."""
 
     def __repr__(self) -> str:
         devices = ", ".join(sorted({str(tensor.device) for tensor in self.tensors.values()})) or "no device"
         nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
         building = ", a cache entry is being written" if self.build is not None else ""
-        return f"Loaded({format_count(len(self.tensors), 'tensor')}, {format_bytes(nbytes)} on {devices}{building})"
+        return f"LoadResult({format_count(len(self.tensors), 'tensor')}, {format_bytes(nbytes)} on {devices}{building})"
 
     @cached_property
     def report(self) -> LoadReport:
-        """Made when it is asked for: that takes milliseconds, for which nobody waits who only wants the tensors."""
-        return self.make_report()
+        """The report, made when it is asked for: that takes milliseconds, for which nobody waits who only wants the
+        tensors. It keeps none of them."""
+        return _report(self)
 
 
-@dataclass(slots=True)
-class TransferResult:
-    """What moving the bytes came to."""
-
-    tensors: dict[str, torch.Tensor]
-    nbytes: int
-    """Bytes loaded."""
-    stats: TransferStats = field(default_factory=TransferStats)
-    resident_before: int | None = None
-    """None where that is unknown."""
-    nbytes_viewed: int = 0
-    reason: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-def make_report(
-    choice: Choice,
-    plans: Sequence[StoragePlan],
-    io: str,
-    device: torch.device,
-    moved: TransferResult,
-    spans: Sequence[Span],
-    seconds: float,
-    memory: MemoryReport,
-) -> LoadReport:
-    """The report of a load. spans, seconds and memory: as they were when it ended."""
-    phases = summarize(spans)
-    transports = [transport for transport in Transport if moved.stats.nbytes[transport]]
+def _report(result: LoadResult) -> LoadReport:
+    plan, stats = result.plan, result.stats
+    phases = summarize(result.spans)
+    transports = [transport for transport in Transport if stats.nbytes[transport]]
     return LoadReport(
         command="load",
-        target=choice.checkpoint.path,
-        device=str(device),
-        dtype=choice.rule.dtype,
-        seconds=seconds,
-        nbytes_file=sum(choice.checkpoint.storages[p.storage].nbytes for p in plans),
-        nbytes_device=moved.nbytes,
-        n_tensors=len(choice.tensors),
+        target=plan.checkpoint.path,
+        device=plan.facts.device,
+        dtype=plan.request.policy.dtype,
+        seconds=result.seconds,
+        nbytes_file=plan.nbytes_file,
+        nbytes_device=plan.nbytes_loaded if plan.through_torch else plan.layout.nbytes_loaded,
+        n_tensors=len(plan.tensors),
         io=IoReport(
             "+".join(transport.value for transport in transports) or "none",
-            moved.reason,
-            moved.resident_before,
-            nbytes_mapped=moved.stats.nbytes[Transport.MAPPED],
-            nbytes_direct=moved.stats.nbytes[Transport.DIRECT],
-            nbytes_buffered=moved.stats.nbytes[Transport.BUFFERED],
-            nbytes_viewed=moved.nbytes_viewed,
+            plan.reason,
+            plan.resident,
+            nbytes_mapped=stats.nbytes[Transport.MAPPED],
+            nbytes_direct=stats.nbytes[Transport.DIRECT],
+            nbytes_buffered=stats.nbytes[Transport.BUFFERED],
+            nbytes_viewed=0 if plan.through_torch else plan.layout.nbytes_viewed,
         ),
         phases=phases,
         bottleneck=_bottleneck(phases),
-        memory=memory,
-        machine={**machine_card(), **device_card(device)},
-        settings={"io": io, **({} if (part := choice.checkpoint.part) is None else {"part": part}), **moved.settings},
-        warnings=tuple(dict.fromkeys((*choice.checkpoint.warnings, *moved.warnings, *moved.stats.fallbacks))),
+        memory=result.memory,
+        machine={**machine_card(), **device_card(plan.facts.device)},
+        settings={**_settings(plan, stats), **result.settings},
+        warnings=tuple(dict.fromkeys((*plan.warnings, *result.warnings, *stats.fallbacks))),
+        cache=result.cache,
     )
+
+
+def _settings(plan: LoadPlan, stats: TransferStats) -> dict[str, Any]:
+    settings: dict[str, Any] = {"io": plan.request.io}
+    if plan.checkpoint.part is not None:
+        settings["part"] = plan.checkpoint.part
+    if plan.through_torch:
+        return settings
+    used = plan.settings
+    settings |= {"threads": used.threads, "slot_bytes": used.slot_bytes, "n_slots": used.n_slots}
+    if stats.straight_nbytes:
+        settings["nbytes_straight"] = stats.straight_nbytes
+    return settings
 
 
 def _bottleneck(phases: Sequence[Phase]) -> Bottleneck:
     """The busiest phase that does work (waiting is a symptom)."""
     working = [p for p in phases if p.name != "wait"]
     if not working:
-        return Bottleneck("other", "nothing was measured")
+        return Bottleneck("other", "nothing was measured: the load had no observer")
     busiest = max(working, key=lambda p: p.busy_s)
     return Bottleneck(busiest.name, f"{busiest.name} was busy for {busiest.busy_s:.3f} s, longer than any other phase")

@@ -1,293 +1,184 @@
-"""From facts to filled tensors: has it decided what to do, allocates, has the engine carry it out, and reports.
+"""Carries out a plan: allocates, has the engine move the bytes, and yields what has arrived.
 
-The order is: device, memory, files opened and checked; then plan, room and bytes, in portions. What can be known to
-fail without reading a weight fails before the first one is read, and nothing is handed out unless everything arrived.
+What can be known to fail without reading a weight has failed before, when the plan was made. What is yielded is in
+place, but only once everything has arrived it is known that no file was changed meanwhile.
 """
 
 from __future__ import annotations
 
-import gc
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from wan_loader.arguments import check_device, check_io, checked_threads
 from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.cuda import CudaWriter
-from wan_loader.devices.resolve import (
-    check_room_for_torch,
-    check_tensors_are_real,
-    current,
-    device_peak_bytes,
-    is_busy,
-    reset_device_peak,
-    resolve_device,
-)
+from wan_loader.devices.resolve import check_room_for_torch, is_busy
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import Batch, run_transfer
-from wan_loader.engine.activity import loading
+from wan_loader.engine import Batch, TransferStats, transfer_blocks
 from wan_loader.engine.reader import Reader
-from wan_loader.events import Recorder, clock_ns, span
-from wan_loader.loading.allocate import Allocation, check_host_memory, convert_storage, plan_storages
-from wan_loader.loading.report import MemoryReport
-from wan_loader.loading.result import LoadResult, TransferResult, make_report
+from wan_loader.events import span
+from wan_loader.loading.allocate import Allocation, convert_storage
+from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Transport
-from wan_loader.plan.limits import MAX_READS
-from wan_loader.plan.plan import decide
-from wan_loader.plan.transport import explain
-from wan_loader.system.machine import peak_resident, reset_peak_resident
-from wan_loader.system.page_cache import Knowledge
-from wan_loader.system.posix_aio import get_ready
-from wan_loader.system.threads import in_background
-from wan_loader.warming.evict import resident_bytes
+from wan_loader.plan.plan import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     import torch
 
+    from wan_loader.cancel import CancelToken
     from wan_loader.devices.writer import Destination, DeviceWriter
-    from wan_loader.distributed.shard_group import ShardGroup
-    from wan_loader.engine import TransferStats
     from wan_loader.engine.reader import Check
-    from wan_loader.events import Observer, Span
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
-    from wan_loader.loading.allocate import StoragePlan
+    from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
-    from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.plan.plan import LoadPlan
+    from wan_loader.plan.request import LoadRequest
 
-__all__ = ["Choice", "LoadOptions", "load_checkpoint", "paused_gc", "read_storages"]
-
-
-#: Between two unregistrations in the background: whoever uses the device meanwhile waits for one at most.
-_RELEASE_PAUSE_S = 0.001
-#: Python freezes some hundred objects of its own. Programs freeze all they have, which is never less than 4000.
-_FROZEN_BY_ITSELF = 2000
+__all__ = ["TransferResult", "collect", "convert_late", "read_tensors", "run"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """How to load."""
+@dataclass(slots=True)
+class TransferResult:
+    """What carrying out a plan came to."""
 
-    device: str | int | torch.device
-    io: str = "auto"
-    threads: int | None = None
-    observer: Observer | None = None
-    shard_group: ShardGroup | None = None
-    """The processes that load together with this one."""
-    owned: bool = False
-    """Whether no tensor may stay in the mapped file."""
-
-    def __post_init__(self) -> None:
-        check_device(self.device)
-        check_io(self.io)
-        object.__setattr__(self, "threads", checked_threads(self.threads))
+    tensors: dict[str, torch.Tensor]
+    """By name, in the order in which they were wanted."""
+    stats: TransferStats
+    destinations: Sequence[Destination] = ()
+    """The memory of each storage that was copied, in the order of the layout."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What to load, as what: tensors of a checkpoint, the most urgent first."""
+def run(
+    plan: LoadPlan, *, check: Check | None = None, cancel: CancelToken | None = None, observer: Observer | None = None
+) -> Generator[dict[str, torch.Tensor], None, TransferResult]:
+    """Carry out a plan; yields tensors by name as their bytes arrive, each once, and returns all of them.
 
-    checkpoint: Checkpoint
-    tensors: Sequence[TensorFacts]
-    rule: DtypePolicy
-    check: Check | None = None
-    """Is given every block while it is read; then nothing is mapped."""
+    check: is given every block while it is read, and raises if it is not what it was.
 
-
-class _Tee:
-    """Records spans, and passes them on to the caller's observer."""
-
-    def __init__(self, observer: Observer | None) -> None:
-        self.recorder = Recorder()
-        self._observer = observer
-
-    def record(self, span: Span) -> None:
-        self.recorder.record(span)
-        if self._observer is not None:
-            self._observer.record(span)
-
-
-def load_checkpoint(
-    choose: Callable[[], Choice],
-    options: LoadOptions,
-    bind: Callable[[dict[str, torch.Tensor], torch.device], list[str]] | None = None,
-) -> LoadResult:
-    """Load what `choose` finds in the headers.
-
-    bind: takes the tensors and the device that they are on, as part of the load, and returns warnings.
+    The caller must call `release` on the result's `stats`, once nothing is read from the transfer's memory any more.
+    Closing the generator, `cancel`, and the first failure of any thread stop everything; then nothing stays allocated.
     """
-    start_ns = clock_ns()
-    tee = _Tee(options.observer)
-    if str(options.device) != "cpu":
-        get_ready(MAX_READS)
-    with paused_gc():
-        with span(tee, "header"):
-            choice = choose()
-        reset_peak_resident()
-        device = resolve_device(options.device, tee)
-        check_tensors_are_real()
-        reset_device_peak(device)
-        with span(tee, "init"):
-            plans = plan_storages(choice.tensors, choice.rule)
-        with current(device), loading():
-            moved = _move_chosen(choice, plans, options, device, tee)
-        with _released_on_failure(moved.stats):
-            with span(tee, "assign"):
-                _convert_late(moved.tensors, plans, choice.rule)
-                ordered = {t.name: moved.tensors[t.name] for t in choice.tensors}
-                if options.shard_group is not None:
-                    ordered = options.shard_group.cut(ordered)
-                    options.shard_group.arrived()
-                moved.warnings += bind(ordered, device) if bind is not None else []
-            seconds = (clock_ns() - start_ns) / 1e9
-            memory = MemoryReport(
-                peak_resident(), moved.stats.pinned_nbytes, device_peak_bytes(device), moved.stats.registered_nbytes
-            )
-            moved.tensors = {}  # the report must not keep what its owner drops
-            spans = tuple(tee.recorder.spans)
-            report = partial(make_report, choice, plans, options.io, device, moved, spans, seconds, memory)
-            if device.type == "cuda":  # unregistering takes time that nobody has to wait for
-                in_background(partial(moved.stats.release, _RELEASE_PAUSE_S), "release")
-            else:
-                moved.stats.release()
-    return LoadResult(ordered, report, spans)
-
-
-@contextmanager
-def _released_on_failure(stats: TransferStats) -> Iterator[None]:
-    """Memory must not go while the driver still has it registered: a later load would get its old pages."""
-    try:
-        yield
-    except BaseException:
-        stats.release()
-        raise
-
-
-@contextmanager
-def paused_gc() -> Iterator[None]:
-    """Keep the cycle collector away: it walks all of torch's objects, 50 ms at a time, while every thread waits.
-
-    What was made meanwhile counts as long-lived afterwards: else the next object made would have it all looked at,
-    for 7 ms.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            if gc.get_freeze_count() < _FROZEN_BY_ITSELF:  # else what the program froze would thaw
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
-
-
-def read_storages(checkpoint: Checkpoint, plans: Sequence[StoragePlan]) -> dict[str, torch.Tensor]:
-    """Read and convert storages into host memory, as a load does, without being one: nothing is reported."""
-    check_room_for_torch()
+    if plan.through_torch:
+        return (yield from _run_through_torch(plan, cancel, observer))
     import torch
 
-    moved = _move(checkpoint, plans, LoadOptions(device="cpu", owned=True), torch.device("cpu"), None)
-    moved.stats.release()
-    return moved.tensors
-
-
-def _move_chosen(
-    choice: Choice, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
-) -> TransferResult:
-    if choice.checkpoint.format == "torch-pickle":
-        return _move_through_torch(choice.checkpoint, plans, options, device, observer)
-    return _move(choice.checkpoint, plans, options, device, observer, choice.check)
-
-
-def _move(
-    checkpoint: Checkpoint,
-    plans: Sequence[StoragePlan],
-    options: LoadOptions,
-    device: torch.device,
-    observer: Observer | None,
-    check: Check | None = None,
-) -> TransferResult:
-    """Have the engine fill the tensors, which are planned and allocated while earlier bytes are on their way."""
-    with Reader(checkpoint.files, check) as reader:
-        with span(observer, "init"):
-            course = decide(checkpoint, plans, options, device, reader, check)
-        layout, settings = course.layout, course.settings
-        target: DeviceWriter = CudaWriter(device.index, observer) if device.type == "cuda" else CpuWriter(observer)
-        allocation = Allocation(checkpoint, layout, device)
-        batches = _batches(course.blocks, allocation, course.batch, observer)
-        stats = run_transfer(batches, reader, target, settings, observer)
-        used = {"threads": settings.threads, "slot_bytes": settings.slot_bytes, "n_slots": settings.n_slots}
-        if stats.straight_nbytes:
-            used["nbytes_straight"] = stats.straight_nbytes
-        with _released_on_failure(stats):
+    device, stats = torch.device(plan.facts.device), TransferStats()
+    with Reader(plan.checkpoint.files, check) as reader:
+        writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
+        allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
+        batches = _batches(plan, allocation, observer)
+        for blocks in transfer_blocks(batches, reader, writer, plan.settings, stats, cancel=cancel, observer=observer):
+            if names := arrivals.complete(blocks):
+                yield {name: allocation.tensors[name] for name in names}
+        try:
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here
                 allocation.viewed(reader.fds)
-            for file in checkpoint.files:
+            for file in plan.checkpoint.files:
                 file.check_unchanged()
-            if options.shard_group is not None:
-                used |= options.shard_group.exchange(
-                    layout.copied, allocation.destinations, layout.nbytes_read, observer
-                )
-    viewed = sum(e.end - e.start for e in layout.viewed_ranges)
-    stats.nbytes[Transport.MAPPED] += viewed
-    reason = explain(options.io, course.io, course.resident, layout.nbytes_read, viewed, course.knowledge)
-    resident = None if course.knowledge is Knowledge.UNKNOWN else course.resident
-    return TransferResult(
-        allocation.tensors, layout.nbytes_loaded, stats, resident, viewed, reason, used, list(layout.warnings)
-    )
+            if not plan.shared:
+                with span(observer, "assign"):
+                    convert_late(allocation.tensors, plan)
+            tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors}
+            yield {name: tensor for name, tensor in tensors.items() if name not in arrivals.told}
+        except BaseException:
+            stats.release()
+            raise
+    stats.nbytes[Transport.MAPPED] += plan.layout.nbytes_viewed
+    return TransferResult(tensors, stats, allocation.destinations)
 
 
-def _batches(
-    blocks: Iterator[Block], allocation: Allocation, size: int | None, observer: Observer | None
-) -> Iterator[Batch]:
+class _Arrivals:
+    """Tells which tensors have all of their bytes."""
+
+    def __init__(self, plan: LoadPlan) -> None:
+        self._storages = plan.layout.copied
+        self._missing = [r.end - r.start for r in plan.layout.byte_ranges]
+        """Bytes that have yet to arrive, of each copied storage."""
+        self.told: set[str] = set()
+
+    def complete(self, blocks: Sequence[Block]) -> list[str]:
+        """Take note of blocks that are in place; returns the names of tensors that are complete with them."""
+        names: list[str] = []
+        for block in blocks:
+            for segment in block.segments:
+                self._missing[segment.storage] -= segment.nbytes
+                if self._missing[segment.storage] == 0 and not (storage := self._storages[segment.storage]).late:
+                    names += [facts.name for facts in storage.tensors]
+        self.told.update(names)
+        return names
+
+
+def collect(arrivals: Generator[dict[str, torch.Tensor], None, TransferResult]) -> TransferResult:
+    """Have all of a run arrive; returns its result."""
+    with closing(arrivals):
+        while True:
+            try:
+                next(arrivals)
+            except StopIteration as end:
+                result: TransferResult = end.value
+                return result
+
+
+def _batches(plan: LoadPlan, allocation: Allocation, observer: Observer | None) -> Iterator[Batch]:
     """Some blocks at a time, with the storages that they are the first to need.
 
-    size: how many blocks; None: all. All that are left, too, where work is queued on the caller's stream: memory may be
-    handed out that it still uses, so copies would wait for it anew with each portion.
+    All that are left, where work is queued on the caller's stream: memory may be handed out that it still uses, so
+    copies would wait for it anew with each batch.
     """
 
     def allocate(count: int) -> list[Destination]:
         with span(observer, "init"):
             return allocation.copied(count)
 
+    blocks = iter(plan.blocks)
     while True:
         with span(observer, "init"):
-            batch = list(islice(blocks, None if is_busy(allocation.device) else size))
+            batch = list(islice(blocks, None if is_busy(allocation.device) else plan.batch))
         if not batch:
             return
         yield Batch(batch, partial(allocate, batch[-1].segments[-1].storage + 1))
 
 
-def _move_through_torch(
-    checkpoint: Checkpoint, plans: Sequence[StoragePlan], options: LoadOptions, device: torch.device, observer: Observer
-) -> TransferResult:
-    """The way for pickles that cannot be planned."""
+def _run_through_torch(
+    plan: LoadPlan, cancel: CancelToken | None, observer: Observer | None
+) -> Generator[dict[str, torch.Tensor], None, TransferResult]:
+    """Load pickles that cannot be planned, file by file."""
     from wan_loader.formats.torchpickle import load_torch_pickle
 
-    nbytes = sum(checkpoint.storages[p.storage].nbytes for p in plans)
-    check_host_memory(nbytes if device.type == "cpu" else 0, checkpoint.path)
-    resident = resident_bytes(file.path for file in checkpoint.files)
-    state: dict[str, torch.Tensor] = {}
-    with span(observer, "read", nbytes):
+    checkpoint, state = plan.checkpoint, dict[str, Any]()
+    with span(observer, "read", plan.nbytes_file):
         for number, file in enumerate(checkpoint.files):
-            held = load_torch_pickle(file.path, str(device), checkpoint.part)
+            if cancel is not None:
+                cancel.check()
+            held = load_torch_pickle(file.path, plan.facts.device, checkpoint.part)
             file.check_unchanged()
             state |= {name: held[name] for name in checkpoint.names_in(number)}
     with span(observer, "cast"):
-        for plan in plans:
-            if plan.converts:
-                convert_storage(state, plan)
-    loaded = sum(plan.nbytes_loaded(checkpoint.storages[plan.storage].nbytes) for plan in plans)
-    reason = "the file cannot be planned: torch.load read it"
-    return TransferResult(state, loaded, resident_before=resident, reason=reason)
+        for storage in plan.storages:
+            if storage.converts:
+                convert_storage(state, storage)
+    if not plan.shared:
+        convert_late(state, plan)
+    tensors = {t.name: state[t.name] for t in plan.tensors}
+    yield tensors
+    return TransferResult(tensors, TransferStats())
 
 
-def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypePolicy) -> None:
-    """Tensors that share a storage but need different dtypes part here."""
-    for facts in (t for plan in plans if plan.late for t in plan.tensors):
-        tensors[facts.name] = tensors[facts.name].to(torch_dtype(rule.target(facts.name, facts.dtype)))
+def convert_late(tensors: dict[str, torch.Tensor], plan: LoadPlan) -> None:
+    """Have tensors part that share a storage but need different dtypes; once all of their bytes are there."""
+    for facts in (t for storage in plan.storages if storage.late for t in storage.tensors):
+        dtype = plan.request.policy.target(facts.name, facts.dtype)
+        tensors[facts.name] = tensors[facts.name].to(torch_dtype(dtype))
+
+
+def read_tensors(request: LoadRequest) -> dict[str, torch.Tensor]:
+    """Read and convert tensors into host memory, as a load does, without being one: nothing is measured or reported."""
+    check_room_for_torch()
+    checkpoint = request.open()
+    transfer = collect(run(make_plan(request, checkpoint, probe(checkpoint, request))))
+    transfer.stats.release()
+    return transfer.tensors

@@ -43,8 +43,13 @@ class DtypePolicy:
     module_names: Mapping[str, str] = field(default_factory=dict)
     """What a tensor is called in the module, where that differs from the checkpoint."""
 
+    exact: Mapping[str, str] = field(default_factory=dict)
+    """Dtypes of single tensors by their names, which count more than all else."""
+
     def target(self, name: str, source: str) -> str:
         """The dtype that a tensor of dtype `source` gets."""
+        if name in self.exact:
+            return self.exact[name]
         if self.dtype is None or source not in FLOATING:
             return source
         if self.keep_fp32 and has_part(self.module_names.get(name, name), self.keep_fp32):

@@ -1,123 +1,234 @@
-"""What a load is going to do: what is read, on which ways, with how much memory. Decided before a weight is read."""
+"""The plan of a load: what is read, how, in which order, with how much memory. Made before a weight is read. Pure.
+
+A plan is a value: it can be printed, compared, and played through for other hardware (`profiler.analysis.simulate`).
+Its blocks are made anew each time they are asked for, one by one, so that the first read does not wait for the last.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from wan_loader.loading.allocate import check_memory, lay_out
-from wan_loader.plan.blocks import MAX_GAP, plan_blocks
+from wan_loader.plan.blocks import MAX_GAP, Transport, plan_blocks
+from wan_loader.plan.layout import Layout, lay_out, plan_storages
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
-from wan_loader.plan.transport import choose_transport, is_uniform
-from wan_loader.system.machine import memory_limit, processors
-from wan_loader.system.page_cache import PageCache
+from wan_loader.plan.memory import check_host_memory, check_memory
+from wan_loader.plan.transport import TransportRule, explain, is_uniform
+from wan_loader.sizes import format_bytes, format_count
+from wan_loader.system.page_cache import Knowledge
 from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
-
-    import torch
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from wan_loader.engine import EngineSettings
-    from wan_loader.engine.reader import Check, Reader
-    from wan_loader.formats.facts import Checkpoint
-    from wan_loader.loading.allocate import Layout, StoragePlan
-    from wan_loader.loading.run import LoadOptions
+    from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.plan.blocks import Block, ByteRange
-    from wan_loader.system.page_cache import Knowledge
+    from wan_loader.plan.facts import Facts
+    from wan_loader.plan.layout import StoragePlan
+    from wan_loader.plan.request import LoadRequest
 
-__all__ = ["LoadPlan", "decide"]
+__all__ = ["Blocks", "LoadPlan", "make_plan"]
 
 #: Planned and allocated at once, while what was planned before is on its way: a tenth of a millisecond's work.
-_PORTION_BLOCKS = 4
+_BATCH_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
-    """What a load is going to do."""
+class Blocks:
+    """The blocks of a plan, in the order in which they are read: made when they are iterated over, as often as that."""
 
+    byte_ranges: tuple[ByteRange, ...]
+    nbytes: int
+    """The most that one block holds."""
+    rule: TransportRule
+    max_gap: int
+    """Gaps up to this many bytes are read through."""
+
+    def __iter__(self) -> Iterator[Block]:
+        """Make the blocks, one by one."""
+        return plan_blocks(self.byte_ranges, block_bytes=self.nbytes, transport=self.rule, max_gap=self.max_gap)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """What one load is going to do. `print(plan)` says it in words."""
+
+    request: LoadRequest
+    checkpoint: Checkpoint
+    facts: Facts
+    tensors: Sequence[TensorFacts]
+    """What is loaded, the most urgent first."""
+    storages: Sequence[StoragePlan]
+    """The storages of those tensors, in the order in which they are first named."""
     io: str
     """The mode that was asked for, or that must do in its place."""
     layout: Layout
-    blocks: Iterator[Block]
-    """Planned when they are asked for."""
+    blocks: Blocks
     settings: EngineSettings
-    resident: int
-    """Bytes that are in the page cache; what is unknown counts as cold."""
-    knowledge: Knowledge
-    """How well that is known."""
+    resident: int | None
+    """Bytes of what is wanted that are in the page cache; None: unknown."""
     batch: int | None
     """How many blocks are planned and allocated at once; None: all."""
+    reason: str
+    """Why the bytes travel as they do, in one sentence."""
+    shared: bool = False
+    """Whether other processes read the rest of some storages: what is read is not complete without an exchange."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def through_torch(self) -> bool:
+        """Return whether nothing can be planned: `torch.load` reads the files."""
+        return self.checkpoint.format == "torch-pickle"
+
+    @property
+    def nbytes_file(self) -> int:
+        """Return the bytes of the wanted storages in the files."""
+        return sum(self.checkpoint.storages[s.storage].nbytes for s in self.storages)
+
+    @property
+    def nbytes_loaded(self) -> int:
+        """Return the bytes that the tensors have once loaded."""
+        return sum(s.nbytes_loaded(self.checkpoint.storages[s.storage].nbytes) for s in self.storages)
+
+    def __str__(self) -> str:
+        """Say what will be read, how, why, and with how much memory."""
+        files = format_count(len({self.checkpoint.storages[s.storage].file for s in self.storages}), "file")
+        tensors = format_count(len(self.tensors), "tensor")
+        dtype = "as in the file" if self.request.policy.dtype is None else f"as {self.request.policy.dtype}"
+        lines = [
+            f"load {tensors}, {format_bytes(self.nbytes_file)} in {files} of {self.checkpoint.path}",
+            f"  to      {self.facts.device}, {dtype}: {format_bytes(self.nbytes_loaded)}",
+            f"  why     {self.reason}",
+        ]
+        if self.through_torch:
+            return "\n".join([*lines, *(f"  note    {warning}" for warning in self.warnings)])
+        for transport, nbytes, count in self._transports():
+            lines.append(f"  read    {format_bytes(nbytes)} {transport}, {format_count(count, 'block')}")
+        if viewed := self.layout.nbytes_viewed:
+            lines.append(f"  view    {format_bytes(viewed)} where it lies in the file")
+        if any(True for _ in self.blocks):
+            settings = self.settings
+            ring = f"{settings.n_slots} slots of {format_bytes(settings.slot_bytes)}"
+            reads = format_count(settings.threads, "read")
+            lines.append(f"  through {ring} at most ({format_bytes(settings.n_slots * settings.slot_bytes)}), {reads}")
+        return "\n".join([*lines, *(f"  note    {warning}" for warning in self.warnings)])
+
+    def _transports(self) -> list[tuple[str, int, int]]:
+        """How much travels in which way, in how many blocks."""
+        found: dict[str, tuple[int, int]] = {}
+        for block in self.blocks:
+            nbytes, count = found.get(block.transport.value, (0, 0))
+            found[block.transport.value] = nbytes + sum(s.nbytes for s in block.segments), count + 1
+        return [(name, nbytes, count) for name, (nbytes, count) in found.items()]
 
 
-def decide(
+def make_plan(
+    request: LoadRequest,
     checkpoint: Checkpoint,
-    plans: Sequence[StoragePlan],
-    options: LoadOptions,
-    device: torch.device,
-    reader: Reader,
-    check: Check | None,
+    facts: Facts,
+    *,
+    reads: Mapping[int, tuple[int, int]] | None = None,
+    read_unit: int | None = None,
 ) -> LoadPlan:
-    """Sizes, ways and settings, before anything is read or allocated."""
-    cuda, shard_group = device.type == "cuda", options.shard_group
-    io = _mode(options, cuda, check)
-    sharers = shard_group.n_local if shard_group is not None else 1
-    views = not cuda and check is None and _may_view(checkpoint, options)
-    layout = lay_out(checkpoint, plans, views=views, reads=shard_group.reads(plans) if shard_group is not None else {})
-    room = check_memory(layout, device, checkpoint.path, sharers)
-    nbytes = layout.nbytes_read
-    page_cache = PageCache(reader.fds)
-    resident = page_cache.total((*layout.byte_ranges, *layout.viewed_ranges))
-    may_map = cuda and check is None and prefers_mapping(processors() // sharers)
-    transport = choose_transport(io, may_map=may_map, reader=reader, page_cache=page_cache)
-    gap = MAX_GAP if shard_group is None else PAGE  # what lies between a process's own bytes, others read
-    unit = check.block_bytes if check is not None else None
-    size = block_bytes(nbytes, unit or MIN_BLOCK_BYTES)
-    blocks = plan_blocks(layout.byte_ranges, block_bytes=size, transport=transport, max_gap=gap)
-    if is_uniform(io, resident, nbytes):
-        transports = {transport(e.file, e.start, e.end) for e in _firsts(layout.byte_ranges)}
+    """Decide everything about a load before anything is read or allocated. Costs about 5 microseconds a tensor.
+
+    checkpoint: what `request.open` gave, or what takes its place: a share of it, or a converted copy.
+    reads: where several processes load together, the storages of which this one reads only some bytes, from and to.
+    read_unit: where each block is checked while it is read: the bytes that must be read together.
+
+    Raises `KeyMismatchError` for names that are not there, `CheckpointError` for what cannot be converted,
+    `DeviceMemoryError` and `HostMemoryError` for what does not fit.
+    """
+    tensors = request.select(checkpoint)
+    notes = tuple(request.policy.check(checkpoint, tensors))
+    storages = plan_storages(tensors, request.policy)
+    alone, checked = reads is None, read_unit is not None
+    io = _mode(request.io, cuda=facts.cuda, checked=checked)
+    views = alone and not facts.cuda and not checked and _may_view(request, checkpoint)
+    layout = lay_out(checkpoint, storages, views=views, reads=reads or MappingProxyType({}))
+    nbytes, viewed = layout.nbytes_read, layout.nbytes_viewed
+    if checkpoint.format == "torch-pickle":
+        read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
+        room = check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
     else:
-        planned = list(blocks)
-        blocks, transports = iter(planned), {block.transport for block in planned}
+        room = check_memory(layout, facts, checkpoint.path)
+    resident = facts.residency.total((*layout.byte_ranges, *layout.viewed_ranges))
+    rule = TransportRule(
+        io=io,
+        may_map=facts.cuda and not checked and prefers_mapping(facts.processors // facts.n_sharers),
+        residency=facts.residency,
+        direct_refused=facts.direct_refused.keys(),
+    )
+    # what lies between a process's own bytes, others read
+    blocks = Blocks(
+        layout.byte_ranges, block_bytes(nbytes, read_unit or MIN_BLOCK_BYTES), rule, MAX_GAP if alone else PAGE
+    )
+    if is_uniform(io, resident, nbytes):
+        transports = {rule(r.file, r.start, r.end) for r in _firsts(layout.byte_ranges)}
+    else:
+        transports = {block.transport for block in blocks}
     cold = resident * 2 < nbytes
     settings = engine_settings(
         transports,
         io=io,
-        threads=options.threads,
-        memory_limit=memory_limit(),
+        threads=request.threads,
+        memory_limit=facts.memory_limit,
         room=room,
-        processors=processors(),
-        cuda=cuda,
-        sharers=sharers,
-        block_bytes=size,
-        slot_bytes=unit,
+        processors=facts.processors,
+        cuda=facts.cuda,
+        sharers=facts.n_sharers,
+        block_bytes=blocks.nbytes,
+        slot_bytes=read_unit,
         converts=any(plan.converts for plan in layout.copied),
         cold=cold,
         resident=resident >= nbytes,
-        reads_straight=not cuda and check is None,
+        reads_straight=not facts.cuda and not checked,
     )
-    # a cold load takes long, and others could take the room meanwhile
-    batch = None if cold else _PORTION_BLOCKS
-    return LoadPlan(io, layout, blocks, settings, resident, page_cache.knowledge, batch)
+    return LoadPlan(
+        request=request,
+        checkpoint=checkpoint,
+        facts=facts,
+        tensors=tensors,
+        storages=storages,
+        io=io,
+        layout=layout,
+        blocks=blocks,
+        settings=settings,
+        resident=None if facts.residency.knowledge is Knowledge.UNKNOWN else resident,
+        # a cold load takes long, and others could take the room meanwhile: all is allocated at once
+        batch=None if cold else _BATCH_BLOCKS,
+        shared=not alone,
+        reason=explain(request.io, io, resident, nbytes, viewed, facts.residency.knowledge),
+        warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_refused(blocks, facts)),
+    )
 
 
-def _may_view(checkpoint: Checkpoint, options: LoadOptions) -> bool:
+def _refused(blocks: Blocks, facts: Facts) -> list[str]:
+    """Why files are not read with O_DIRECT that would be."""
+    if not facts.direct_refused:
+        return []
+    wanted = replace(blocks, rule=replace(blocks.rule, direct_refused=()))
+    files = {block.file for block in wanted if block.transport is Transport.DIRECT}
+    return [why for file, why in facts.direct_refused.items() if file in files]
+
+
+def _may_view(request: LoadRequest, checkpoint: Checkpoint) -> bool:
     """Whether host tensors may stay in the mapped file: as safetensors' own do, and torch's own only where asked."""
-    if options.shard_group is not None or options.owned:
+    if request.owned:
         return False
-    return options.io == "mapped" or (options.io == "auto" and checkpoint.format == "safetensors")
+    return request.io == "mapped" or (request.io == "auto" and checkpoint.format == "safetensors")
 
 
 def _firsts(byte_ranges: Sequence[ByteRange]) -> Collection[ByteRange]:
-    """One extent of each file."""
-    return {
-        byte_range.file: byte_range for byte_range in reversed(byte_ranges) if byte_range.end > byte_range.start
-    }.values()
+    """One byte range of each file."""
+    return {r.file: r for r in reversed(byte_ranges) if r.end > r.start}.values()
 
 
-def _mode(options: LoadOptions, cuda: bool, check: Check | None) -> str:
+def _mode(io: str, *, cuda: bool, checked: bool) -> str:
     """Of a mapped file, nothing passes through this process: neither to be checked, nor to be copied by the processor.
 
     It would be killed if the file shrank meanwhile. (Views are the caller's to read.)
     """
-    return "auto" if options.io == "mapped" and (check is not None or not cuda) else options.io
+    return "auto" if io == "mapped" and (checked or not cuda) else io

@@ -1,65 +1,63 @@
-"""Which way each range travels, from what is measured: residency in the page cache, and what the system allows."""
+"""The transport of each range, by its residency in the page cache and by what the system allows. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan_loader.plan.blocks import Transport
 from wan_loader.system.page_cache import Knowledge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Collection
 
-    from wan_loader.engine.reader import Reader
-    from wan_loader.system.page_cache import PageCache
+    from wan_loader.system.page_cache import Residency
 
-__all__ = ["choose_transport", "explain", "is_uniform"]
+__all__ = ["TransportRule", "explain", "is_uniform"]
 
 #: From this share of resident pages on, fetching only the missing ones saves more than O_DIRECT gains.
 _WORTH = 0.25
 
 
-def choose_transport(
-    io: str, *, may_map: bool, reader: Reader, page_cache: PageCache
-) -> Callable[[int, int, int], Transport]:
-    """The rule for `plan_blocks`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportRule:
+    """How a range of a file travels.
 
     Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
     CPU, where a mapped file that shrinks would kill the process. Cold ranges are read with O_DIRECT, which leaves the
     page cache as it was. Of a range that is partly there, an ordinary read fetches only the rest; O_DIRECT would fetch
     all of it.
-    may_map: whether the target can fetch mapped pages, is best served so, and the bytes need not pass through this
-    process.
     """
 
-    def direct(file: int) -> Transport:
-        return Transport.DIRECT if reader.open_direct(file) else Transport.BUFFERED
+    io: str
+    may_map: bool
+    """Whether the target can fetch mapped pages, is best served so, and the bytes need not pass through this
+    process."""
+    residency: Residency
+    direct_refused: Collection[int] = ()
+    """Files that cannot be read with O_DIRECT."""
 
-    def auto(file: int, start: int, end: int) -> Transport:
-        share = page_cache.share(file, start, end)
-        if share == 1.0 and may_map:
+    def __call__(self, file: int, start: int, end: int) -> Transport:
+        """Return the transport of bytes `start` to `end` of file number `file`."""
+        if self.io == "mapped":
             return Transport.MAPPED
-        return Transport.BUFFERED if share >= _WORTH else direct(file)
-
-    match io:
-        case "mapped":
-            return lambda file, start, end: Transport.MAPPED
-        case "direct":
-            return lambda file, start, end: direct(file)
-        case "buffered":
-            return lambda file, start, end: Transport.BUFFERED
-    return auto
+        if self.io == "buffered":
+            return Transport.BUFFERED
+        share = 0.0 if self.io == "direct" else self.residency.share(file, start, end)
+        if share == 1.0 and self.may_map:
+            return Transport.MAPPED
+        return Transport.BUFFERED if share >= _WORTH or file in self.direct_refused else Transport.DIRECT
 
 
 def is_uniform(io: str, resident: int, nbytes: int) -> bool:
-    """Whether all blocks of a file travel alike: one way was asked for, or all of the bytes are resident, or none."""
+    """Return whether all blocks of a file travel alike: one way was asked for, or all or nothing is resident."""
     return io != "auto" or resident == 0 or resident >= nbytes
 
 
 def explain(
     asked: str, io: str, resident: int, nbytes: int, nbytes_viewed: int, knowledge: Knowledge = Knowledge.EXACT
 ) -> str:
-    """One sentence on why the bytes travel as they do.
+    """Say in one sentence why the bytes travel as they do.
 
     io: the mode that is used, which may be another than the one that was asked for.
     """

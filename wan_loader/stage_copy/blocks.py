@@ -34,14 +34,17 @@ BLOCK_BYTES = 16 << 20
 
 
 def n_blocks(file: Planned) -> int:
+    """Return the number of blocks of a file."""
     return -(-file.nbytes // BLOCK_BYTES)
 
 
 def block_nbytes(file: Planned, block: int) -> int:
+    """Return the length of a block: the last one of a file may be shorter."""
     return min(BLOCK_BYTES, file.nbytes - block * BLOCK_BYTES)
 
 
 def checksum(view: memoryview) -> str:
+    """Return the checksum of a block in hex: fast, against damage, not against malice."""
     import xxhash
 
     return str(xxhash.xxh3_64_hexdigest(view))
@@ -49,6 +52,8 @@ def checksum(view: memoryview) -> str:
 
 @contextlib.contextmanager
 def opened(path: Path | str, flags: int) -> Iterator[int]:
+    """Hold a file open, without following a link."""
+    # the directory may be writable for others: a link in the place of a part would lead the writing elsewhere
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         yield fd
@@ -57,7 +62,7 @@ def opened(path: Path | str, flags: int) -> Iterator[int]:
 
 
 def cold_blocks(source: SourceFile) -> set[int]:
-    """Blocks of a file of which nothing is in the page cache, as far as that is known."""
+    """Return the blocks of a file of which nothing is in the page cache, as far as that is known."""
     starts = range(0, source.nbytes, BLOCK_BYTES)
     try:
         with opened(source.path, os.O_RDONLY) as fd:
@@ -69,7 +74,11 @@ def cold_blocks(source: SourceFile) -> set[int]:
 
 
 def read_source(source: SourceFile, start: int, view: memoryview, *, keep_pages: bool) -> None:
-    """Read a block whole, of a file that has not changed."""
+    """Read a block whole, of a file that has not changed.
+
+    Raises:
+        CheckpointError: The file cannot be read, was truncated, or is not the one that was listed.
+    """
     try:
         check_unchanged(source)
         with opened(source.path, os.O_RDONLY) as fd:
@@ -79,27 +88,36 @@ def read_source(source: SourceFile, start: int, view: memoryview, *, keep_pages:
     except OSError as error:
         if isinstance(error, WanLoaderError):
             raise
-        raise CheckpointError(f"{source.path} cannot be read: {error.strerror}: check the disk") from error
+        raise CheckpointError.because(
+            f"cannot be read: {error.strerror}", "check the disk", path=source.path
+        ) from error
     if count < len(view):
-        raise CheckpointError(f"{source.path} was truncated while it was being staged: stage it again")
+        raise CheckpointError.because("was truncated while it was being staged", "stage it again", path=source.path)
 
 
 def check_unchanged(source: SourceFile) -> None:
+    """Raise `CheckpointError` unless a file has the size and the times that it had when it was listed."""
     try:
         facts = os.stat(source.path, follow_symlinks=False)
     except OSError as error:
-        raise CheckpointError(f"{source.path} vanished while it was being staged: {error.strerror}") from error
+        raise CheckpointError.because(
+            f"vanished while it was being staged: {error.strerror}", path=source.path
+        ) from error
     now = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
     if now != (source.nbytes, source.mtime_ns, source.ctime_ns):
-        raise CheckpointError(f"{source.path} changed while it was being staged: stage it again")
+        raise CheckpointError.because("changed while it was being staged", "stage it again", path=source.path)
 
 
 def write(fd: int, start: int, view: memoryview) -> None:
+    """Write all of a view."""
     count = 0
     while count < len(view):
+        # a call may write less than it was given
         count += os.pwrite(fd, view[count:], start + count)
 
 
 def sync_directory(path: Path) -> None:
+    """Bring the names in a directory onto the storage."""
+    # a rename is in the directory, which is not written with the file
     with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""Blocks on their way to a staged copy: read, written, settled on the storage, read back and compared.
+"""The journey of blocks to a staged copy: read, written, settled on the storage, read back and compared.
 
 Each step runs over the blocks of all files, so that the threads stay busy whatever the files' sizes are.
 """
@@ -31,7 +31,7 @@ __all__ = ["Copying"]
 
 
 class Copying:
-    """Copies files of `sources` to the parts of a locked entry."""
+    """A run that copies files of `sources` to the parts of a locked entry."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Copying:
         self._done = 0
         self._bad: list[tuple[Planned, int]] = []
         self.nbytes_copied = 0
-        """Read from the sources."""
+        """Bytes read from the sources."""
         self.nbytes_verified = 0
-        """Read back and compared."""
+        """Bytes read back and compared."""
 
     def blocks_left(self, file: Planned) -> list[int]:
-        """Blocks that no earlier run has written."""
+        """List the blocks that no earlier run has written."""
         with contextlib.suppress(OSError):
             if os.stat(self._entry.part(file)).st_size == file.nbytes:
                 return [b for b in range(blocks.n_blocks(file)) if self._noted(file, b) is None]
@@ -67,11 +67,13 @@ class Copying:
         return list(range(blocks.n_blocks(file)))
 
     def copy(self, work: Sequence[tuple[Planned, int]]) -> None:
-        """Read blocks, and write them to their parts; makes the parts of all empty files, too."""
+        """Read blocks, and write them to their parts; make the parts of all empty files, too."""
         for file in {file for file, _ in work} | {f for f in self._sources if not f.nbytes}:
             with blocks.opened(self._entry.part(file), os.O_RDWR | os.O_CREAT) as fd:
+                # at full length from the start: threads write blocks in any order
                 os.ftruncate(fd, file.nbytes)
         for file in {file for file, _ in work} - set(self._cold):
+            # asked before anything is read: afterwards all of it is there
             self._cold[file] = blocks.cold_blocks(self._sources[file])
         total = sum(blocks.block_nbytes(file, block) for file, block in work)
         self._each("copying", (partial(self._copy_block, file, block) for file, block in work), total)
@@ -85,16 +87,19 @@ class Copying:
             blocks.write(fd, start, view)
             if not self._in_memory:
                 start_writeback(fd, start, nbytes)
+        # noted after it was written; a machine that goes down may lose the bytes and keep the note,
+        # so that blocks of an earlier run are always read back
         self._entry.note_block(file, start, nbytes, blocks.checksum(view))
         with self._lock:
             self._done += nbytes
             self.nbytes_copied += nbytes
 
     def settle(self, files: Sequence[Planned]) -> None:
-        """Everything onto the storage, and out of the page cache, so that it is the storage that is read back."""
+        """Bring everything onto the storage, and out of the page cache, so that it is the storage that is read back."""
         self._each("writing", (partial(self._settle_file, file) for file in files), 0)
 
     def _settle_file(self, file: Planned) -> None:
+        # once more at the end, or a change during the last block would go unseen
         blocks.check_unchanged(self._sources[file])
         if cold := self._cold.get(file):  # what reading ahead has brought back
             with blocks.opened(self._sources[file].path, os.O_RDONLY) as fd:
@@ -106,21 +111,29 @@ class Copying:
                 drop_pages(fd)
 
     def verify(self, work: Sequence[tuple[Planned, int]]) -> list[str]:
-        """Compare; what differs is copied once more, which is a warning, and a second difference is an error."""
+        """Compare blocks, and copy once more what differs.
+
+        Returns:
+            A warning, if something was copied again.
+
+        Raises:
+            OutputError: Something differs a second time.
+        """
         if not (bad := self.compare(work)):
             return []
         self.copy(bad)
         self.settle(list({file for file, _ in bad}))
         if still := self.compare(bad):
-            raise OutputError(
-                f"{self._entry.directory} gives back other bytes than were written ({still[0][0].path}): "
-                "its memory or disk is damaged; do not use it"
+            raise OutputError.because(
+                f"gives back other bytes than were written ({still[0][0].path})",
+                "its memory or disk is damaged; do not use it",
+                path=self._entry.directory,
             )
         names = ", ".join(sorted({file.path for file, _ in bad}))
         return [f"{len(bad)} blocks were not what had been copied, and were copied again: {names}"]
 
     def compare(self, work: Sequence[tuple[Planned, int]], *, in_place: bool = False) -> list[tuple[Planned, int]]:
-        """Read blocks back, of the parts or of what is in place; returns those that are not what was written."""
+        """Read blocks back, of the parts or of what is in place; return those that are not what was written."""
         self._bad = []
         total = sum(blocks.block_nbytes(file, block) for file, block in work)
         self._each("verifying", (partial(self._compare_block, f, b, in_place) for f, b in work), total)
@@ -146,7 +159,7 @@ class Copying:
         run_all(tasks, threads=self._threads, stop=self._stop, tick=tick)
 
     def _noted(self, file: Planned, block: int) -> str | None:
-        """The checksum of a block as it was written, by this run or an earlier one."""
+        """Return the checksum of a block as it was written, by this run or an earlier one."""
         place = (block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block))
         return self._entry.blocks.get(file.key, {}).get(place)
 

@@ -1,4 +1,4 @@
-"""Copying a checkpoint to a RAM disk or a faster disk: checked first, parallel, resumable, verified.
+"""Copies of a checkpoint on a RAM disk or a faster disk: checked first, parallel, resumable, verified.
 
 Each file is copied block by block under a temporary name, written to the storage, read back and compared with the
 checksums of what was read, and only then renamed into place: a file that is there is whole. What a killed run has
@@ -44,9 +44,9 @@ class Staged:
 
     source: str
     path: str
-    """Where it is now."""
+    """The place where it is now."""
     filesystem: str
-    """Such as tmpfs; empty where the system does not say."""
+    """The type of the file system, such as tmpfs; empty where the system does not say."""
     n_files: int
     nbytes: int
     nbytes_copied: int
@@ -68,19 +68,28 @@ def stage(
 ) -> Staged:
     """Copy a checkpoint (file, index, directory with everything in it) to `directory`/NAME and return where it is.
 
-    verify: None reads back what this run copied; True also what was in place; False only what a killed run left.
-    force: replace files of the same names that were not staged. progress: told (step, done, total) bytes.
+    After an error or an interruption, the same call goes on.
 
-    Raises `CheckpointError` for a source that cannot be read, changes, or links out of itself, `OutputError` for a
-    target that cannot be written, is too small, foreign, or gives back other bytes than were written, `HostMemoryError`
-    where a RAM disk would take more memory than there is. After an error or an interruption, the same call goes on.
+    Args:
+        source: The checkpoint.
+        directory: The place for it; it is made if only its last part is missing.
+        verify: None reads back what this run copied; True also what was in place; False only what a killed run left.
+        force: Replace files of the same names that were not staged.
+        threads: The number of blocks at a time, as far as memory allows; None chooses.
+        progress: Told (step, done, total) bytes.
+
+    Raises:
+        CheckpointError: The source cannot be read, changes, or links out of itself.
+        OutputError: The target cannot be written, is too small, foreign, or gives back other bytes than were written.
+        HostMemoryError: A RAM disk would take more memory than there is.
     """
     start_ns = clock_ns()
     tree = list_tree(source)
     if tree.outside:
-        raise CheckpointError(
-            f"{source} has links that lead out of it: {', '.join(tree.outside[:5])}: "
-            "stage what they point to by its own name"
+        raise CheckpointError.because(
+            f"has links that lead out of it: {', '.join(tree.outside[:5])}",
+            "stage what they point to by its own name",
+            path=source,
         )
     place = Path(directory)
     try:
@@ -109,32 +118,33 @@ def stage(
 
 def _failed(directory: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        what = f"{directory} is full ({error.strerror}): free space and run it again, which goes on where it stopped"
-        return OutputError(f"{what}, or give the space back with --remove")
+        remedy = "free space and run it again, which goes on where it stopped, or give the space back with --remove"
+        return OutputError.because(f"is full ({error.strerror})", remedy, path=directory)
     where = f"{error.filename}: " if error.filename else ""
-    return OutputError(f"cannot stage to {directory}: {where}{error.strerror or error}")
+    reason = f"{where}{error.strerror or error}"
+    return OutputError(f"cannot stage to {directory}: {reason}", path=directory, reason=reason)
 
 
 def _make_directory(directory: Path, tree: Tree) -> Path:
-    """The target, made if only its last part is missing; not the source, and not inside it."""
+    """Return the target, made if only its last part is missing; not the source, and not inside it."""
     if not directory.is_dir():
         if os.path.lexists(directory):
-            raise OutputError(f"{directory} is not a directory: name another place")
+            raise OutputError.because("is not a directory", "name another place", path=directory)
         if not directory.absolute().parent.is_dir():
-            raise OutputError(f"{directory.absolute().parent} does not exist: is the disk mounted?")
+            raise OutputError.because("does not exist", "is the disk mounted?", path=directory.absolute().parent)
         directory.mkdir()
     place = directory.resolve()
     real = os.path.realpath(tree.path)
     inside = tree.is_directory and os.path.commonpath([place, real]) == real
     if inside or any(os.path.realpath(place / f.relative) == f.path for f in tree.files if not tree.is_directory):
-        raise OutputError(f"{directory} is where {tree.path} already lies: name another place")
+        raise OutputError.because(f"is where {tree.path} already lies", "name another place", path=directory)
     if os.path.realpath(place / tree.name) == real:
-        raise OutputError(f"{directory} is where {tree.path} already lies: name another place")
+        raise OutputError.because(f"is where {tree.path} already lies", "name another place", path=directory)
     return place
 
 
 class _Job:
-    """One run of `stage` over a locked entry."""
+    """A run of `stage` over a locked entry."""
 
     def __init__(self, tree: Tree, entry: Entry, threads: int, progress: Progress | None) -> None:
         self._entry = entry
@@ -147,6 +157,7 @@ class _Job:
         self.warnings: list[str] = []
 
     def run(self, verify: bool | None, force: bool) -> None:
+        """Go through all steps; the last one declares the copy complete."""
         entry, files = self._entry, self._manifest.files
         before = entry.manifest
         self._check_target(before, force)
@@ -155,6 +166,7 @@ class _Job:
         entry.discard_parts({file.key for file in todo})
         self._check_space(todo)
         entry.write_manifest(self._manifest)
+        # from here on the manifest is there: whatever happens can be gone on with, or taken away
         left = {file: self.copying.blocks_left(file) for file in todo}
         resumed = [(f, b) for f in todo for b in set(range(blocks.n_blocks(f))) - set(left[f])]
         self.copying.copy([(file, block) for file in todo for block in left[file]])
@@ -165,6 +177,7 @@ class _Job:
             self._place(file, force)
         self._remove_outdated({file.path for file in files})
         for directory in {entry.target(file).parent for file in todo}:
+            # only now do the renames last
             blocks.sync_directory(directory)
         entry.write_manifest(replace(self._manifest, complete=True))
         entry.discard_parts(set())
@@ -174,43 +187,51 @@ class _Job:
     def _check_target(self, before: Manifest | None, force: bool) -> None:
         entry, name = self._entry, self._manifest.name
         if before is not None and before.source != self._manifest.source and not force:
-            raise OutputError(
-                f"{entry.directory / name} was staged from {before.source}: "
-                "remove it first (--remove), or replace it with --force"
+            raise OutputError.because(
+                f"was staged from {before.source}",
+                "remove it first (--remove), or replace it with --force",
+                path=entry.directory / name,
             )
         if (entry.directory / name).is_symlink():
-            raise OutputError(f"{entry.directory / name} is a link: staging does not write through links; remove it")
+            raise OutputError.because(
+                "is a link", "staging does not write through links; remove it", path=entry.directory / name
+            )
         if before is None and not force and self._manifest.is_directory and _holds_anything(entry.directory / name):
-            raise OutputError(
-                f"{entry.directory / name} exists and was not staged: choose another --to, or use --force, which "
-                "replaces files of the same names; --remove then takes these away, too"
+            raise OutputError.because(
+                "exists and was not staged",
+                "choose another --to, or use --force, which replaces files of the same names; --remove then takes "
+                "these away, too",
+                path=entry.directory / name,
             )
         foreign = [f.path for f in self._manifest.files if os.path.lexists(entry.target(f)) and not entry.owns(f.path)]
         for path in foreign:
             if not force or (entry.directory / path).is_dir():
                 more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-                raise OutputError(
-                    f"{entry.directory / path}{more} exists and was not staged, or has changed since: "
-                    "choose another --to, or replace it with --force; --remove then takes the copy away"
-                )
+                reason = "exists and was not staged, or has changed since"
+                remedy = "choose another --to, or replace it with --force; --remove then takes the copy away"
+                where = entry.directory / path
+                raise OutputError(f"{where}{more} {reason}: {remedy}", path=where, reason=reason, remedy=remedy)
 
     def _check_space(self, todo: Sequence[Planned]) -> None:
         needed = sum(file.nbytes for file in todo)
         for file in todo:
             with contextlib.suppress(OSError):
+                # parts are sparse: what is written of them takes up blocks of 512 bytes
                 needed -= min(file.nbytes, os.stat(self._entry.part(file)).st_blocks * 512)
         free = shutil.disk_usage(self._entry.directory).free
         if needed > free:
-            raise OutputError(
-                f"{self._entry.directory} has {format_bytes(free)} free, {format_bytes(needed)} are to be staged: "
-                "free space, or choose another --to"
+            raise OutputError.because(
+                f"has {format_bytes(free)} free, {format_bytes(needed)} are to be staged",
+                "free space, or choose another --to",
+                path=self._entry.directory,
             )
         available = available_memory() if self._in_memory else None
         if available is not None and needed > (memory := int(available * MEMORY_SHARE)):
-            raise HostMemoryError(
-                f"{self._entry.directory} is in memory, and {format_bytes(needed)} are more than the "
-                f"{format_bytes(memory)} that it may take ({MEMORY_SHARE:.0%} of what this machine and its cgroup have "
-                "free): stage a part, such as one expert, or choose a disk"
+            raise HostMemoryError.because(
+                f"is in memory, and {format_bytes(needed)} are more than the {format_bytes(memory)} that it may take "
+                f"({MEMORY_SHARE:.0%} of what this machine and its cgroup have free)",
+                "stage a part, such as one expert, or choose a disk",
+                path=self._entry.directory,
             )
 
     def _damaged_in_place(self) -> set[Planned]:
@@ -224,11 +245,15 @@ class _Job:
         entry, part, source = self._entry, self._entry.part(file), self._sources[file]
         os.utime(part, ns=(source.mtime_ns, source.mtime_ns))
         with contextlib.suppress(OSError):  # file systems without modes
+            # as the source, but writable for nobody else, and always for us
             os.chmod(part, os.stat(source.path).st_mode & 0o755 | 0o600)
         target = entry.target(file)
         if not force and os.path.lexists(target) and not entry.owns(file.path):
-            raise OutputError(f"{target} appeared while it was being staged: remove it, or replace it with --force")
+            raise OutputError.because(
+                "appeared while it was being staged", "remove it, or replace it with --force", path=target
+            )
         self._make_parents(target)
+        # the journal first: a file in place that it does not know would be foreign for ever
         entry.note_placed(file, os.stat(part).st_mtime_ns)
         os.replace(part, target)
 
@@ -240,7 +265,7 @@ class _Job:
                 (root / parent).mkdir()
 
     def _remove_outdated(self, wanted: set[str]) -> None:
-        """Files that an earlier version of the source had."""
+        """Remove files that an earlier version of the source had."""
         for path in set(self._entry.placed) - wanted:
             if self._entry.owns(path):
                 os.unlink(self._entry.directory / path)

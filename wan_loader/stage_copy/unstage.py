@@ -1,4 +1,4 @@
-"""Taking staged checkpoints away again: exactly what `stage` put there, by its journal, and nothing else."""
+"""Removal of staged checkpoints: exactly what `stage` put there, by its journal, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Unstaged", "unstage"]
 
 @dataclass(frozen=True, slots=True)
 class Unstaged:
-    """What was removed."""
+    """The result of a removal."""
 
     names: tuple[str, ...]
     nbytes: int
@@ -31,12 +31,17 @@ class Unstaged:
 def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
     """Remove what was staged to `directory`, or only the copy of `source`; also what a killed run left.
 
-    `source` need not exist any more: the record of the copy says what it was made from. Raises `MissingFileError` where
-    nothing (of it) is staged, `OutputError` for what cannot be removed and where its name stands for something else.
+    Args:
+        directory: The directory that was staged to.
+        source: It need not exist any more: the record of the copy says what it was made from.
+
+    Raises:
+        MissingFileError: Nothing (of it) is staged.
+        OutputError: Something cannot be removed, or the name stands for something else.
     """
     place = Path(directory)
     if not place.is_dir():
-        raise MissingFileError(f"{directory} is not a directory: nothing is staged there")
+        raise MissingFileError.because("is not a directory: nothing is staged there", path=directory)
     names: list[str] = []
     kept: list[str] = []
     n_files = nbytes = 0
@@ -51,33 +56,41 @@ def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
     except WanLoaderError:
         raise
     except OSError as error:
-        raise OutputError(f"{error.filename or directory} cannot be removed: {error.strerror}") from error
+        raise OutputError.because(f"cannot be removed: {error.strerror}", path=error.filename or directory) from error
     if not names:
         raise _nothing(place, source)
     return Unstaged(tuple(names), nbytes, n_files, tuple(kept))
 
 
 def _is_copy(entry: Entry, source: StrPath) -> bool:
-    """Whether the entry was made from `source`. Raises `OutputError` for another source of the same name."""
+    """Return whether the entry was made from `source`.
+
+    Raises:
+        OutputError: The entry has the same name and another source.
+    """
     given = os.path.abspath(source)
     if entry.manifest is None or entry.manifest.name != os.path.basename(given):
         return False
     made_from = entry.manifest.source
     if made_from != given and os.path.realpath(made_from) != os.path.realpath(given):
-        raise OutputError(
-            f"{entry.directory / entry.manifest.name} is no copy of {given}: it was staged from {made_from}; "
-            "name that to remove it"
+        raise OutputError.because(
+            f"is no copy of {given}: it was staged from {made_from}",
+            "name that to remove it",
+            path=entry.directory / entry.manifest.name,
         )
     return True
 
 
 def _nothing(directory: Path, source: StrPath | None) -> WanLoaderError:
     if source is None:
-        return MissingFileError(f"nothing is staged in {directory}")
+        return MissingFileError(f"nothing is staged in {directory}", path=directory, reason="nothing is staged")
     copy = directory / os.path.basename(os.path.abspath(source))
     if os.path.lexists(copy):
-        return OutputError(f"{copy} was not made by `stage`, and stays: delete it by hand if it is not needed")
-    return MissingFileError(f"no copy of {source} is staged in {directory}")
+        return OutputError.because(
+            "was not made by `stage`, and stays", "delete it by hand if it is not needed", path=copy
+        )
+    reason = f"no copy of {source} is staged"
+    return MissingFileError(f"{reason} in {directory}", path=directory, reason=reason)
 
 
 def _remove(entry: Entry) -> tuple[int, int, list[str]]:
@@ -92,6 +105,7 @@ def _remove(entry: Entry) -> tuple[int, int, list[str]]:
             kept.append(str(target))
     for part in entry.home.glob("*.part"):
         size += os.stat(part).st_blocks * 512
+    # the deepest first, so that those above it become empty
     for made in sorted(set(entry.made), key=len, reverse=True):
         with contextlib.suppress(OSError):  # not empty: something else is there, too
             (entry.directory / made).rmdir()

@@ -23,14 +23,14 @@ _PATIENCE_S = 60.0
 
 _importing = threading.RLock()
 _held: dict[int, bool] = {}
-"""Thread that forks -> whether it got the lock."""
+"""A thread that forks -> whether it got the lock."""
 _is_forked = threading.Event()
 
 os.register_at_fork(after_in_child=_is_forked.set)
 
 
 def is_forked() -> bool:
-    """Whether this process was forked from one that had imported this."""
+    """Return whether this process was forked from one that had imported this."""
     return _is_forked.is_set()
 
 
@@ -52,6 +52,7 @@ def _register() -> None:
 
 
 def _before() -> None:
+    # not for ever: a fork that never comes is worse than a child with a half imported module
     _held[threading.get_ident()] = _importing.acquire(timeout=_PATIENCE_S)
 
 

@@ -1,4 +1,4 @@
-"""What this machine allows: memory limits, processors, and a card of facts for reports.
+"""The limits of this machine: memory, processors, and a card of facts for reports.
 
 Memory and processors are what the cgroup allows, not what the machine has. What the system does not tell (no /proc,
 files that may not be read) is unknown: None, never 0. Nothing here imports torch; device facts are added by whoever has
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "affordable_buffers",
     "available_memory",
+    "free_memory",
     "machine_card",
     "memory_limit",
     "peak_resident",
@@ -39,19 +40,20 @@ _MOUNT_WORDS = 8
 
 
 def processors() -> int:
-    """CPUs that this process may keep busy: those it may run on, or fewer where its cgroup has a quota."""
+    """Return how many CPUs this process may keep busy: those it may run on, or fewer where its cgroup has a quota."""
     return max(1, min(len(os.sched_getaffinity(0)), _cpu_quota()))
 
 
 @cache
 def _cpu_quota() -> int:
-    """Processors' worth of time that the cgroup allows, rounded up."""
+    """Return the processors' worth of time that the cgroup allows, rounded up."""
     quotas = [quota for d in _cgroup_directories("cpu") if (quota := _quota(d)) is not None]
+    # without a quota: more than any machine has
     return ceil(min(quotas, default=1 << 16))
 
 
 def _quota(directory: Path) -> float | None:
-    """Of cpu.max (v2), or of cpu.cfs_quota_us and cpu.cfs_period_us (v1), where -1 and "max" are no limit."""
+    """Read cpu.max (v2), or cpu.cfs_quota_us and cpu.cfs_period_us (v1), where -1 and "max" are no limit."""
     try:
         words = (directory / "cpu.max").read_text().split()
     except OSError:
@@ -64,9 +66,9 @@ def _quota(directory: Path) -> float | None:
 
 
 def _cgroup_directories(controller: str) -> list[Path]:
-    """This process's cgroup for "memory" or "cpu", and its ancestors, v1 or v2; each may set a limit.
+    """List this process's cgroup for "memory" or "cpu", and its ancestors, v1 or v2; each may set a limit.
 
-    As far as they can be seen: in a container often only its own, at the root of the mount.
+    Only those that can be seen: in a container often its own alone, at the root of the mount.
     """
     version, path = _cgroup_path(controller)
     root, within = _cgroup_mount(_PROC, _CGROUP, controller if version == 1 else "")
@@ -79,7 +81,7 @@ def _cgroup_directories(controller: str) -> list[Path]:
 
 
 def _cgroup_path(controller: str) -> tuple[int, str]:
-    """Which version manages what "memory" or "cpu" stands for, and this process's path in it."""
+    """Return which version manages what "memory" or "cpu" stands for, and this process's path in it."""
     try:
         lines = (_PROC / "self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:  # no /proc
@@ -93,7 +95,7 @@ def _cgroup_path(controller: str) -> tuple[int, str]:
 
 @cache
 def _cgroup_mount(proc: Path, default: Path, controller: str) -> tuple[Path, str]:
-    """Where the hierarchy of a controller of v1, or that of v2 (""), is mounted, and which part of it."""
+    """Find where the hierarchy of a controller of v1, or that of v2 (""), is mounted, and which part of it."""
     kind = ["-", "cgroup"] if controller else ["-", "cgroup2"]
     with suppress(OSError):
         for words in map(str.split, (proc / "self/mountinfo").read_text(errors="surrogateescape").splitlines()):
@@ -104,7 +106,7 @@ def _cgroup_mount(proc: Path, default: Path, controller: str) -> tuple[Path, str
 
 
 def _number(directory: Path, name: str) -> int | None:
-    """What a file holds; None where it is absent, unreadable, or holds no number: "max" is no limit."""
+    """Return the number in a file; None where it is absent, unreadable, or holds none: "max" is no limit."""
     try:
         return int((directory / name).read_text())
     except (OSError, ValueError):
@@ -112,7 +114,7 @@ def _number(directory: Path, name: str) -> int | None:
 
 
 def _statistics(directory: Path) -> dict[str, int]:
-    """Of memory.stat; of v1, those that count what is below, too, without their prefix."""
+    """Read memory.stat; of v1, the numbers that count what is below, too, without their prefix."""
     try:
         text = (directory / "memory.stat").read_text()
     except OSError:
@@ -122,9 +124,10 @@ def _statistics(directory: Path) -> dict[str, int]:
 
 
 def _memory_limits() -> Iterator[tuple[Path, int, dict[str, int]]]:
-    """Cgroups with the bytes that they allow, where that is less than the machine has, and with their statistics."""
+    """Yield cgroups that allow less than the machine has, with the bytes that they allow and with their statistics."""
     total = _total_memory()
     for level, directory in enumerate(_cgroup_directories("memory")):
+        # v2: above "max" processes are killed, above "high" slowed down to a crawl; v1 has one limit only
         numbers = [_number(directory, f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
         limit = min([total, *(n for n in numbers if n is not None)])
         v1_leaf = level == 0 and numbers[-1] is not None  # its statistics tell of ancestors that are hidden, too
@@ -144,23 +147,24 @@ def _meminfo(field: str) -> int | None:
 
 
 def _total_memory() -> int:
-    """Bytes that the machine has, whatever may be used of it here."""
+    """Return the bytes that the machine has, whatever may be used of it here."""
     return _meminfo("MemTotal") or os.sysconf("SC_PHYS_PAGES") * PAGESIZE
 
 
 def memory_limit() -> int:
-    """Bytes of memory this process may use at most: the machine's, or what its cgroup allows."""
+    """Return the bytes of memory this process may use at most: the machine's, or what its cgroup allows."""
     return min([_total_memory(), *(limit for _, limit, _ in _memory_limits())])
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken now without pushing anything but clean page cache out; None where that is unknown.
+    """Return the bytes that can be taken now without pushing anything but clean page cache out; None where unknown.
 
-    Of the machine, or of the cgroup, or of one of its ancestors: whichever has least.
+    Of the machine, of the cgroup, or of one of its ancestors: whichever has least.
     """
     free = _meminfo("MemAvailable")
     headrooms = [] if free is None else [free]
     for directory, limit, statistics in _memory_limits():
+        # page cache is charged to the cgroup and counts as used, but gives way to allocations
         used = _number(directory, "memory.current")
         used = _number(directory, "memory.usage_in_bytes") if used is None else used
         if used is not None:
@@ -169,17 +173,18 @@ def available_memory() -> int | None:
 
 
 def _reclaimable(statistics: Mapping[str, int]) -> int:
-    """Page cache charged to a cgroup, which gives way; not the pages that programs are running from."""
+    """Return the page cache charged to a cgroup that gives way; not the pages that programs are running from."""
     mapped = statistics.get("file_mapped", statistics.get("mapped_file", 0))
     in_use = max(0, statistics.get("active_file", 0) - mapped) // PAGESIZE * PAGESIZE
     return statistics.get("inactive_file", 0) + in_use
 
 
 def process_headrooms() -> dict[str, int]:
-    """Bytes that limits of the process itself leave it, by what sets them; without those that are unknown, or not set.
+    """Return the bytes that limits of the process itself leave it, by what sets them; those that are known and set.
 
     `ulimit -v` counts all that is mapped, `ulimit -d` what may be written.
     """
+    # the numbers are fields of statm, in pages: 0 is all that is mapped, 5 is data and stack
     kinds = {"ulimit -v": (resource.RLIMIT_AS, 0), "ulimit -d": (resource.RLIMIT_DATA, 5)}
     limits = {name: (resource.getrlimit(kind)[0], word) for name, (kind, word) in kinds.items()}
     if all(limit == resource.RLIM_INFINITY for limit, _ in limits.values()):
@@ -195,8 +200,14 @@ def process_headrooms() -> dict[str, int]:
     }
 
 
+def free_memory() -> int | None:
+    """Bytes that this process may still allocate, by the machine, its cgroup and its limits; None: unknown."""
+    available = available_memory()
+    return min([*process_headrooms().values(), *([] if available is None else [available])], default=None)
+
+
 def affordable_buffers(count: int, nbytes: int) -> int:
-    """How many buffers of `nbytes` to use where `count` are wanted: a quarter of the available memory, at least one."""
+    """Return how many of `count` wanted buffers fit into a quarter of the available memory: at least one."""
     free = available_memory()
     return count if free is None else max(1, min(count, free // 4 // nbytes))
 
@@ -204,25 +215,27 @@ def affordable_buffers(count: int, nbytes: int) -> int:
 def reset_peak_resident() -> None:
     """Let `peak_resident` begin anew, where the kernel allows it."""
     try:
+        # 5 sets VmHWM back, see proc(5)
         (_PROC / "self/clear_refs").write_text("5")
     except OSError:
         return
 
 
 def peak_resident() -> int:
-    """The largest resident size of this process in bytes, pages of mapped files included.
+    """Return the largest resident size of this process in bytes, pages of mapped files included.
 
-    Without /proc, since its start.
+    Counted from `reset_peak_resident` on; without /proc, from the start of the process.
     """
     with suppress(OSError):
         if match := re.search(r"^VmHWM:\s+(\d+) kB", (_PROC / "self/status").read_text(), re.M):
             return int(match[1]) * 1024
+    # Linux counts it in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @cache
 def machine_card() -> dict[str, object]:
-    """Facts for a report: processor, cores, memory, kernel, Python."""
+    """Return facts for a report: processor, cores, memory, kernel, Python."""
     return {
         "cpu": _cpu_model(),
         "cores": processors(),

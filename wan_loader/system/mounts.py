@@ -1,4 +1,4 @@
-"""Which file system a path lies on, from /proc/self/mountinfo."""
+"""The file system that a path lies on, from /proc/self/mountinfo."""
 
 from __future__ import annotations
 
@@ -23,28 +23,32 @@ class Mount:
     """A mounted file system."""
 
     kind: str
-    """Such as ext4, tmpfs, nfs4."""
+    """The file system's type, such as ext4, tmpfs, nfs4."""
     source: str
-    """Device or server."""
+    """The device or the server."""
     point: str
-    """Where it is mounted."""
+    """The directory on which it is mounted."""
 
     @property
     def in_memory(self) -> bool:
+        """True for file systems that keep their files in memory."""
         return self.kind in IN_MEMORY
 
     @property
     def network(self) -> bool:
+        """True for file systems whose bytes come over a network."""
         return self.kind in NETWORK
 
 
 def mount_of(path: StrPath | int) -> Mount | None:
-    """The file system under an existing path, or an open file; None where the system does not say."""
+    """Return the file system under an existing path, or an open file; None where the system does not say."""
     try:
         device = os.stat(path).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
         lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        # what was mounted last hides what lies below it
         mount = next(line for line in reversed(lines) if line[2] == number)
+        # optional fields come before a single hyphen, a varying number of them
         kind, source = mount[mount.index("-") + 1 : mount.index("-") + 3]
     except (OSError, StopIteration, ValueError, IndexError):
         return None

@@ -34,6 +34,7 @@ _SYS_FACCESSAT2 = 439  # likewise, since 5.8
 _AT_EACCESS = 0x200  # linux/fcntl.h
 _AT_EMPTY_PATH = 0x1000
 
+# a CDLL lets other threads run during a call; use_errno gives each thread a copy that they cannot overwrite
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -67,9 +68,14 @@ def _check(result: int, what: str) -> None:
 
 
 def map_file(fd: int, start: int, nbytes: int, noted: list[int] | None = None) -> int:
-    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; returns the address.
+    """Map `nbytes` of a file from page-aligned `start`, shared and read-only; return the address.
 
-    Ctrl-C may come right after the call, before anything else: `noted` has the address even then.
+    Args:
+        fd: The open file.
+        start: A whole number of pages, in bytes.
+        nbytes: The length of the mapping.
+        noted: Gets the address appended. Ctrl-C may come right after the call, before anything else: it is there even
+            then.
     """
     noted = [] if noted is None else noted
     # one call, in C: a signal handler runs before it or after it
@@ -83,7 +89,7 @@ def map_file(fd: int, start: int, nbytes: int, noted: list[int] | None = None) -
 
 
 def unmap(address: int, nbytes: int) -> bool:
-    """Undo `map_file`; True."""
+    """Undo `map_file`, and return True."""
     _libc.munmap(address, nbytes)
     return True
 
@@ -104,16 +110,19 @@ def populate(address: int, nbytes: int, *, write: bool = False) -> None:
 
 def prefer_huge_pages(address: int, nbytes: int) -> None:
     """Ask for huge pages in fresh anonymous memory: hundreds of times fewer page faults. May do nothing."""
+    # whole pages inside of the range: the call refuses other addresses, and neighbours are not ours
     start, end = -(-address // _PAGE) * _PAGE, (address + nbytes) // _PAGE * _PAGE
     if start < end:
         _libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
 
 
 def cached_bytes(fd: int, start: int, nbytes: int) -> int:
-    """How many bytes of a file range lie in the page cache, in whole pages, at most `nbytes`.
+    """Return how many bytes of a file range lie in the page cache, in whole pages, at most `nbytes`.
 
     Costs microseconds for a resident range of 16 MiB with cachestat(2), some more with mincore(2) on older kernels.
-    Raises OSError where the kernel does not tell: PermissionError for a file that one neither owns nor may write.
+
+    Raises:
+        OSError: The kernel does not tell; a PermissionError for a file that one neither owns nor may write.
     """
     if nbytes == 0:
         return 0
@@ -128,7 +137,7 @@ def cached_bytes(fd: int, start: int, nbytes: int) -> int:
 
 
 def _cachestat(fd: int, start: int, nbytes: int) -> int | None:
-    """Pages in the page cache; None where the call is refused, or not known."""
+    """Return the number of pages in the page cache; None where the call is refused, or not known."""
     window, stat = _CachestatRange(start, nbytes), _Cachestat()
     if _libc.syscall(_SYS_CACHESTAT, fd, ctypes.byref(window), ctypes.byref(stat), 0) != 0:
         return None
@@ -136,18 +145,20 @@ def _cachestat(fd: int, start: int, nbytes: int) -> int | None:
 
 
 def _is_told_of(fd: int) -> bool:
-    """Whether mincore(2) tells this user the truth about a file: of others' it says that every page is there."""
+    """Return whether mincore(2) tells this user the truth about a file: of others' it says that every page is there."""
     if os.fstat(fd).st_uid == os.geteuid():
         return True
+    # AT_EACCESS asks for the effective user, as the kernel does before it answers mincore
     return bool(_libc.syscall(_SYS_FACCESSAT2, fd, b"", os.W_OK, _AT_EACCESS | _AT_EMPTY_PATH) == 0)
 
 
 @cache
 def _mincore_is_honest() -> bool:
-    """Whether mincore(2) knows a page that cannot be there: some sandboxes say of every page that it is."""
+    """Return whether mincore(2) knows a page that cannot be there: some sandboxes say of every page that it is."""
     try:
         fd = os.memfd_create("wan-loader", os.MFD_CLOEXEC)
         try:
+            # a file in memory that was only made longer has no page yet
             os.ftruncate(fd, _PAGE)
             return _mincore(fd, 0, _PAGE) == 0
         finally:
@@ -158,6 +169,7 @@ def _mincore_is_honest() -> bool:
 
 def _mincore(fd: int, start: int, nbytes: int) -> int:
     vector = (ctypes.c_ubyte * (nbytes // _PAGE))()
+    # a mapping brings no page in: mincore looks, and nothing is touched
     address = map_file(fd, start, nbytes)
     try:
         _check(_libc.mincore(address, nbytes, vector), "mincore")

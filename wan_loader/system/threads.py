@@ -24,11 +24,11 @@ _GRACE_S = 0.3
 
 
 class StoppedError(Exception):
-    """Raised by a task that saw `stop` and gave up; not a failure of its own."""
+    """A task saw `stop` and gave up; not a failure of its own."""
 
 
 def default_threads() -> int:
-    """Enough to keep a disk or the memory busy, and no more."""
+    """Return as many threads as keep a disk or the memory busy, and no more."""
     return max(4, min(8, processors()))
 
 
@@ -52,6 +52,7 @@ class _Crew:
 
     def _take(self) -> Callable[[], None] | None:
         with self._lock:
+            # under the lock: a generator must not be entered by two threads at once
             return None if self._stop.is_set() else next(self._tasks, None)
 
     def work(self) -> None:
@@ -73,10 +74,16 @@ def run_all(
     stop: threading.Event,
     tick: Callable[[], None] | None = None,
 ) -> None:
-    """Carry out `tasks`, each once, by `threads` threads; returns when all are done.
+    """Carry out `tasks`, each once, by `threads` threads; return when all are done.
 
-    The first exception of a task or of `tick` (called about ten times a second in the caller's thread) sets `stop` and
-    is raised; long tasks look at `stop` and raise `StoppedError`.
+    Args:
+        tasks: Calls that do not depend on each other; long ones look at `stop` and raise `StoppedError`.
+        threads: The number of daemon threads, at least one.
+        stop: Set at the first failure, and by whoever wants to end the tasks.
+        tick: Called about ten times a second in the caller's thread.
+
+    Raises:
+        BaseException: The first exception of a task or of `tick`, or Ctrl-C, after `stop` was set.
     """
     crew = _Crew(iter(tasks), stop)
     workers = [threading.Thread(target=crew.work, name=f"worker {i}", daemon=True) for i in range(max(1, threads))]
@@ -84,6 +91,7 @@ def run_all(
         for worker in workers:
             worker.start()
         for worker in workers:
+            # never a join without a limit: signals are handled by this thread, between its own instructions
             while worker.is_alive():
                 worker.join(_TICK_S)
                 if tick is not None:
@@ -91,6 +99,7 @@ def run_all(
     except BaseException:
         stop.set()
         for worker in workers:
+            # one that hangs in a system call is left behind; it is a daemon, so the program can end
             if worker.ident is not None:
                 worker.join(_GRACE_S / len(workers))
         raise

@@ -32,27 +32,31 @@ _PAUSE_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """What became of one file's pages."""
+    """One file's pages after an eviction."""
 
     path: str
     nbytes: int
     resident_before: int | None
+    """Bytes that were in the page cache; None where that is unknown."""
     resident_after: int | None
     """Bytes that are still in the page cache; None where that is unknown."""
     reason: str
-    """Why some are, or why it is not known; empty where none is left."""
+    """The cause for which some are, or for which it is not known; empty where none is left."""
 
 
 def evict(paths: Iterable[StrPath], *, threads: int | None = None) -> tuple[Evicted, ...]:
-    """Push files out of the page cache; returns one result for each, in the order given.
+    """Push files out of the page cache.
 
-    Files that cannot be opened are results with a reason, not errors. Costs the writing back of dirty pages, then about
-    a second for 10 GB.
+    Costs the writing back of dirty pages, then about a second for 10 GB.
+
+    Returns:
+        One result for each file, in the order given; files that cannot be opened are results with a reason, not errors.
     """
     names = [os.fspath(path) for path in paths]
     results: dict[int, Evicted] = {}
 
     def one(index: int, path: str) -> None:
+        # by number: threads finish in any order, and a file may be named twice
         results[index] = _evict(path)
 
     tasks = [partial(one, index, path) for index, path in enumerate(names)]
@@ -62,15 +66,17 @@ def evict(paths: Iterable[StrPath], *, threads: int | None = None) -> tuple[Evic
 
 def drop_pages(fd: int, start: int = 0, nbytes: int = 0) -> None:
     """Write back and let go of a range of an open file (0: to its end). The kernel may keep pages."""
+    # the kernel drops clean pages only
     os.fdatasync(fd)
     os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def resident_bytes(paths: Iterable[StrPath], *, first_nbytes: int | None = None) -> int | None:
-    """Bytes of the files that lie in the page cache, or an estimate (see `cached`); None where that is unknown.
+    """Return the bytes of the files that lie in the page cache, or an estimate (see `cached`); None where unknown.
 
-    Missing files hold none.
-    first_nbytes: look only at so many bytes, counted through the files in their order.
+    Args:
+        paths: The files; missing ones hold no bytes.
+        first_nbytes: Look only at so many bytes, counted through the files in their order.
     """
     total, left = 0, first_nbytes
     for path in paths:
@@ -126,7 +132,7 @@ def _reason(path: str, left: int | None) -> str:
 
 
 def _mapped_by(path: str) -> list[str]:
-    """Processes, as `name (pid)`, that have the file mapped; only those that this user may look into."""
+    """List processes, as `name (pid)`, that have the file mapped; only those that this user may look into."""
     real = os.path.realpath(path).encode(errors="surrogateescape")
     found = []
     for process in Path("/proc").glob("[0-9]*"):

@@ -32,7 +32,14 @@ _NO_LIMIT_BYTES = 1 << 62
 
 
 class Prewarm:
-    """A running warm-up. Ends by itself; `stop` ends it early. A context manager that stops."""
+    """A running warm-up. It ends by itself; `stop` ends it early. A context manager that stops.
+
+    Args:
+        files: The files, in the order of reading.
+        threads: The number of threads, of which each needs a block of memory; fewer where that is short.
+        budget_nbytes: Read at most so many bytes from storage.
+        first_nbytes: Look only at so many bytes, counted through the files in their order.
+    """
 
     def __init__(
         self, files: Sequence[str], *, threads: int, budget_nbytes: int, first_nbytes: int | None = None
@@ -45,7 +52,7 @@ class Prewarm:
         self.nbytes_resident = 0
         """Bytes that were there already."""
         self.failures: list[str] = []
-        """Why blocks could not be read, with the file's name."""
+        """The causes why blocks could not be read, with the file's name."""
         self._blocks = _blocks(files, first_nbytes)
         self._threads = [
             threading.Thread(target=self._run, name=f"prewarm {i}", daemon=True)
@@ -62,11 +69,11 @@ class Prewarm:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is read any more."""
+        """True when nothing is read any more."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything is read; False if that took longer."""
+        """Wait until everything is read; return False if that took longer."""
         for thread in self._threads:
             thread.join(timeout_s)
             if thread.is_alive():
@@ -80,21 +87,24 @@ class Prewarm:
         self.wait(timeout_s)
 
     def _run(self) -> None:
+        # not from the heap, which would keep the memory after the warm-up has ended
         with mmap.mmap(-1, BLOCK_BYTES) as memory, memoryview(memory) as buffer:
             while (block := self._take()) is not None:
                 self._read(*block, buffer)
 
     def _take(self) -> tuple[str, int, int] | None:
         with self._lock:
+            # under the lock: a generator must not be entered by two threads at once
             if self._stopped or self.nbytes_read >= self._budget_nbytes:
                 return None
             return next(self._blocks, None)
 
     def _read(self, path: str, start: int, nbytes: int, buffer: memoryview) -> None:
-        """Best effort: a file that vanished or cannot be read is for the load to report."""
+        """Read a block, with best effort: a file that vanished or cannot be read is for the load to report."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
+                # one system call instead of a copy of 8 MiB, which would slow the program down that is starting
                 resident = _resident(fd, start, nbytes)
                 count = nbytes if resident == nbytes else fill(fd, start, buffer[:nbytes])
             finally:
@@ -113,10 +123,13 @@ def prewarm(
 ) -> Prewarm:
     """Start reading a checkpoint's files into the page cache and return at once.
 
-    path, part, errors: as for `open_checkpoint`; of a file that nests dicts, all is read, whatever part is named.
-    threads, limit_nbytes: as for `prewarm_files`.
+    Call it first thing in a program, before torch is imported. A later load finds its pages there.
 
-    Call it first thing in a program, before torch is imported. What is loaded later finds its pages there.
+    Args:
+        path: As for `open_checkpoint`, whose errors are raised.
+        part: As for `open_checkpoint`; of a file that nests dicts, all is read, whatever part is named.
+        threads: As for `prewarm_files`.
+        limit_nbytes: As for `prewarm_files`.
     """
     files = [file.path for file in open_checkpoint(path, part=part).files]
     return prewarm_files(files, threads=threads, limit_nbytes=limit_nbytes)
@@ -125,8 +138,10 @@ def prewarm(
 def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: int | None = None) -> Prewarm:
     """Start reading files into the page cache, in the order given, and return at once.
 
-    limit_nbytes: read at most so much; never more than 80 % of the available memory, where that is known. Files that
-    cannot be read are left out. The threads are daemons: they do not keep a program from ending.
+    Args:
+        files: Paths; those that cannot be read are left out.
+        threads: The number of reads side by side. The threads are daemons: they do not keep a program from ending.
+        limit_nbytes: Read at most so much; never more than 80 % of the available memory, where that is known.
     """
     threads = checked_count(threads, "threads", most=MAX_THREADS)
     free = available_memory()
@@ -138,7 +153,7 @@ def prewarm_files(files: Iterable[StrPath], *, threads: int = 4, limit_nbytes: i
 
 
 def fill(fd: int, start: int, buffer: memoryview) -> int:
-    """Read a block whole, or to the end of its file; returns how many bytes that were."""
+    """Read a block whole, or to the end of its file; return how many bytes that were."""
     count = 0
     while count < len(buffer) and (got := os.preadv(fd, [buffer[count:]], start + count)):
         count += got

@@ -49,25 +49,25 @@ class SourceFile:
     """A regular file."""
 
     relative: str
-    """Its name below the root, with slashes."""
+    """The name below the root, with slashes."""
     path: str
-    """What to open: absolute, links resolved."""
+    """The name to open: absolute, links resolved."""
     nbytes: int
     mtime_ns: int
     ctime_ns: int
 
     @property
     def is_weights(self) -> bool:
-        """Whether it holds tensors, by its name."""
+        """True if it holds tensors, by its name."""
         return is_weight_name(self.relative)
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What a path stands for."""
+    """The files that a path stands for."""
 
     path: str
-    """As given, made absolute."""
+    """The path as given, made absolute."""
     is_directory: bool
     files: tuple[SourceFile, ...]
     outside: tuple[str, ...]
@@ -76,6 +76,7 @@ class Tree:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all files."""
         return sum(file.nbytes for file in self.files)
 
     @property
@@ -85,12 +86,15 @@ class Tree:
 
 
 def list_tree(path: StrPath, *, follow: bool = False) -> Tree:
-    """List the files of a checkpoint or of a directory with several; `path` as for `open_checkpoint`, but no list.
+    """List the files of a checkpoint or of a directory with several.
 
-    follow: take links that lead out as well.
+    Args:
+        path: As for `open_checkpoint`, but no list.
+        follow: Take links that lead out as well.
 
-    Raises `MissingFileError` where nothing is, `CheckpointError` for a directory without weights and for what cannot
-    be listed.
+    Raises:
+        MissingFileError: Nothing is there.
+        CheckpointError: A directory holds no weights, or something cannot be listed.
     """
     given = os.path.abspath(locate(os.fspath(path)))
     try:
@@ -104,20 +108,22 @@ def list_tree(path: StrPath, *, follow: bool = False) -> Tree:
         if isinstance(error, MissingFileError):
             raise
         if isinstance(error, FileNotFoundError | NotADirectoryError) and error.filename == given:
-            raise MissingFileError(f"{path} does not exist: check the path") from error
-        raise CheckpointError(f"{path} cannot be listed: {error.filename or path}: {error.strerror}") from error
+            raise MissingFileError.because("does not exist", "check the path", path=path) from error
+        raise CheckpointError.because(
+            f"cannot be listed: {error.filename or path}: {error.strerror}", path=path
+        ) from error
 
 
 def _alone(given: str) -> Tree:
-    """A file. It may itself be a link."""
+    """Make the tree of a file, which may itself be a link."""
     found = _file(os.path.basename(given), os.path.realpath(given))
     if found is None:
-        raise CheckpointError(f"{given} is not a regular file: name a file or a directory")
+        raise CheckpointError.because("is not a regular file", "name a file or a directory", path=given)
     return Tree(given, False, (found,), (), ())
 
 
 def _shards(given: str, beside: list[str], follow: bool) -> Tree:
-    """What an index or a pattern names, and what goes with it."""
+    """Make the tree of an index or a pattern: the shards that it names, and what goes with them."""
     walk = _Walk(os.path.dirname(given), follow)
     for path in [*beside, *(file.path for file in open_checkpoint(given).files)]:
         walk.add(os.path.basename(path), path)
@@ -125,7 +131,7 @@ def _shards(given: str, beside: list[str], follow: bool) -> Tree:
 
 
 class _Walk:
-    """Goes through one directory."""
+    """A walk through one directory."""
 
     def __init__(self, root: str, follow: bool) -> None:
         self._root = root
@@ -137,6 +143,7 @@ class _Walk:
         self.warnings: list[str] = []
 
     def tree(self) -> Tree:
+        """Walk, and return what was found."""
         self._directory("", self._root, 0)
         named = any(file.is_weights for file in self.files)
         if not named and not self.outside and not any(map(_holds_weights, self.files[:_MAX_SNIFFED])):
@@ -146,6 +153,7 @@ class _Walk:
 
     def _directory(self, relative: str, path: str, depth: int) -> None:
         real = os.path.realpath(path)
+        # links can make a circle
         if depth > _MAX_DEPTH or real in self._seen:
             self.warnings.append(f"{path} is left out: {'too deep' if depth > _MAX_DEPTH else 'listed already'}")
             return
@@ -163,10 +171,11 @@ class _Walk:
 
     def _inside(self, path: str) -> bool:
         real = os.path.realpath(path)
+        # by parts of the path: /a/bc is not inside of /a/b
         return self._follow or os.path.commonpath([real, self._boundary]) == self._boundary
 
     def add(self, relative: str, path: str) -> None:
-        """Take a file, or say why not."""
+        """Take a file, or note why not."""
         if not self._inside(path):
             self.outside.append(relative)
             return
@@ -175,14 +184,17 @@ class _Walk:
             self.warnings.append(f"{path} is left out: not a regular file, or a link to nothing")
             return
         if len(self.files) == _MAX_FILES:
-            raise CheckpointError(f"{self._root} holds more than {_MAX_FILES} files: name a checkpoint's directory")
+            raise CheckpointError.because(
+                f"holds more than {_MAX_FILES} files", "name a checkpoint's directory", path=self._root
+            )
         self.files.append(file)
 
 
 def _boundary(root: str) -> str:
-    """The directory that links may not leave."""
+    """Return the directory that links may not leave."""
     parts = PurePath(root).parts
     for i in range(1, len(parts) - 1):
+        # snapshots/COMMIT/FILE is a link to blobs/HASH, two levels up
         if parts[i] == "snapshots" and parts[i - 1].startswith(("models--", "datasets--")):
             return os.path.join(*parts[:i])
     return root

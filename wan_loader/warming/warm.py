@@ -42,6 +42,7 @@ class Warmed:
     resident_before: int | None
     """Bytes that were in the page cache; None where that is unknown."""
     resident_after: int | None
+    """Bytes that are in the page cache now; None where that is unknown."""
     nbytes_read: int
     """Bytes brought in from storage; where it is unknown what was there, all bytes that were read."""
     seconds: float
@@ -49,7 +50,7 @@ class Warmed:
 
     @property
     def complete(self) -> bool | None:
-        """Whether all that was asked for is resident now; None where that is unknown."""
+        """True if all that was asked for is resident now; None where that is unknown."""
         return None if self.resident_after is None else self.resident_after >= self.nbytes
 
 
@@ -62,9 +63,16 @@ def warm(
 ) -> Warmed:
     """Bring files into the page cache, in the order given, and wait for it.
 
-    limit_nbytes: only the first so many bytes. progress: told (done, total) bytes. Raises `HostMemoryError` before
-    anything is read if what is missing is more than the machine or the cgroup can hold beside what is in use, and
-    `CheckpointError` for a file that cannot be read.
+    Args:
+        files: The files, as `list_tree` found them.
+        threads: The number of reads side by side; None chooses.
+        limit_nbytes: Only the first so many bytes.
+        progress: Told (done, total) bytes.
+
+    Raises:
+        HostMemoryError: What is missing is more than the machine or the cgroup can hold beside what is in use. Nothing
+            was read.
+        CheckpointError: A file cannot be read.
     """
     paths = [file.path for file in files]
     wanted = sum(file.nbytes for file in files)
@@ -82,11 +90,12 @@ def warm(
         finally:
             running.stop(_GRACE_S)
         if running.failures:
-            raise CheckpointError(f"{running.failures[0]}: check the file and the disk")
+            raise CheckpointError.because(running.failures[0], "check the file and the disk")
         read += running.nbytes_read
         after = resident_bytes(paths, first_nbytes=wanted)
         if after is None or after >= wanted or warnings:
             break
+    # measured, where that is possible: what a second pass brings back would be counted twice
     if before is not None and after is not None:
         read = max(0, after - before)
     seconds = (clock_ns() - start_ns) / 1e9
@@ -95,14 +104,18 @@ def warm(
 
 def _check_fits(nbytes: int, resident: int) -> None:
     limit, free = memory_limit(), available_memory()
+    # pages that are there take nothing from the free memory, of which clean page cache is a part
     missing = max(0, nbytes - resident)
     advice = "warm a part (--limit, or one component), or stage it on a faster disk"
     if nbytes > limit:
-        raise HostMemoryError(f"{format_bytes(nbytes)} never fit into the {format_bytes(limit)} of memory: {advice}")
+        raise HostMemoryError.because(
+            f"{format_bytes(nbytes)} never fit into the {format_bytes(limit)} of memory", advice
+        )
     if free is not None and missing > free * MEMORY_SHARE:
-        raise HostMemoryError(
+        raise HostMemoryError.because(
             f"{format_bytes(missing)} are to be read and {format_bytes(free)} of memory are free "
-            f"({MEMORY_SHARE:.0%} of that may be filled): {advice}, or end other programs"
+            f"({MEMORY_SHARE:.0%} of that may be filled)",
+            f"{advice}, or end other programs",
         )
 
 

@@ -103,8 +103,9 @@ def cache_build(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """What `wan-loader cache build` does with the directory of a whole pipeline."""
-    from wan_loader.cache.cached_load import build_entry
+    from wan_loader.cache.cached_load import read_parts
     from wan_loader.cache.store import Store
+    from wan_loader.cache.use import build_entry
     from wan_loader.cli.building import report_build
     from wan_loader.dtypes import parse_dtype
     from wan_loader.sizes import parse_size
@@ -113,7 +114,8 @@ def cache_build(
 
     size = None if max_size is None else parse_size(max_size)
     outline = outline_wan(open_wan(directory), parse_dtype(dtype))
-    report_build(build_entry(Store(cache_dir), outline, max_size=size, digest_contents=contents), json=json)
+    begun = build_entry(Store(cache_dir), outline, read_parts, max_size=size, digest_contents=contents)
+    report_build(begun, json=json)
 
 
 def main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""Downloading what text-to-video needs of WAN2.2: resumable at the byte, checked against the hub's lengths and hashes.
+"""Downloads of what text-to-video needs of WAN2.2: resumable at the byte, checked against the hub's lengths and hashes.
 
 A file comes under a temporary name, is hashed while it comes, and is renamed into place only if its hash is the hub's:
 a file that is there is right. What is there already is hashed once, whoever downloaded it.
@@ -43,21 +43,21 @@ Status = Literal["checked", "unchecked", "partial", "missing", "wrong"]
 
 @dataclass(frozen=True, slots=True)
 class Downloaded:
-    """What there was to do, and what was done (nothing, if it was only asked for)."""
+    """A download that has ended: what there was to do, and what was done (nothing, if it was only asked for)."""
 
     directory: str
     repository: str
     revision: str
     layout: Layout
     files: tuple[tuple[RemoteFile, Status], ...]
-    """With the state in which they were found."""
+    """All files, with the state in which they were found."""
     nbytes: int
-    """Of all files."""
+    """The bytes of all files."""
     nbytes_missing: int
-    """What had to be downloaded when it began."""
+    """The bytes that had to be downloaded when it began."""
     nbytes_received: int
     nbytes_hashed: int
-    """Of files that were there and had not been checked."""
+    """The bytes of files that were there and had not been checked."""
     seconds: float
 
 
@@ -74,12 +74,22 @@ def download(
 ) -> Downloaded:
     """Download a WAN2.2 checkpoint from the hub, or what is missing of it.
 
-    repository: T2V-A14B in `layout` (native) if None. dry_run: ask the hub, write nothing. force: replace files that
-    are there and are others than the hub's. threads: files at a time (8). progress: told (step, done, total) bytes.
+    After an error or an interruption, the same call goes on where it stopped.
 
-    Raises `HubError` (no network, no such repository or revision, gated, other bytes than promised), `OptionError` for
-    a repository that is not WAN2.2 in that layout, `OutputError` for a target that cannot be written, is too small or
-    holds other files. After an error or an interruption, the same call goes on where it stopped.
+    Args:
+        directory: The place for it; it is made if only its last part is missing.
+        repository: OWNER/NAME; T2V-A14B in `layout` if None.
+        layout: The layout to take; None takes what the repository holds, and native where no repository is named.
+        revision: A branch, a tag or a commit; None is the default branch.
+        dry_run: Ask the hub, write nothing.
+        force: Replace files that are there and are others than the hub's.
+        threads: The number of files at a time (8).
+        progress: Told (step, done, total) bytes.
+
+    Raises:
+        HubError: No network, no such repository or revision, gated, other bytes than promised.
+        OptionError: The repository is not WAN2.2 in that layout.
+        OutputError: The target cannot be written, is too small or holds other files.
     """
     start_ns = clock_ns()
     place = Path(directory)
@@ -100,7 +110,8 @@ def download(
     except WanLoaderError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot download to {place}: {error.filename or ''}: {error.strerror or error}") from error
+        reason = f"{error.filename or ''}: {error.strerror or error}"
+        raise OutputError(f"cannot download to {place}: {reason}", path=place, reason=reason) from error
     return Downloaded(
         directory=str(place),
         repository=listing.repository,
@@ -122,13 +133,15 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
         raise OptionError(f"{listing.repository} is no WAN2.2 repository in the native or the diffusers layout")
     chosen = layout or held[0]
     if chosen not in held:
-        raise OptionError(f"{listing.repository} holds the {held[0]} layout: use --layout {held[0]}, or another name")
+        raise OptionError.because(
+            f"{listing.repository} holds the {held[0]} layout", f"use --layout {held[0]}, or another name"
+        )
     wanted = set(wanted_files(names, chosen))
     return chosen, tuple(file for file in listing.files if file.path in wanted)
 
 
 def _with_history(state: State, before: State | None) -> State:
-    """What was found right of this repository; another one's files are replaced like anybody's, only by force."""
+    """Add what was found right of this repository; another one's files are replaced like anybody's, only by force."""
     if before is not None and before.repository == state.repository:
         state.checked.update(before.checked)
     return state
@@ -138,14 +151,14 @@ def _make_directory(place: Path) -> None:
     if place.is_dir():
         return
     if os.path.lexists(place):
-        raise OutputError(f"{place} is not a directory: name another place")
+        raise OutputError.because("is not a directory", "name another place", path=place)
     if not place.absolute().parent.is_dir():
-        raise OutputError(f"{place.absolute().parent} does not exist: is the disk mounted?")
+        raise OutputError.because("does not exist", "is the disk mounted?", path=place.absolute().parent)
     place.mkdir()
 
 
 class _Job:
-    """One run of `download`."""
+    """A run of `download`."""
 
     def __init__(self, listing: Listing, state: State, threads: int | None, progress: Progress | None) -> None:
         self._listing = listing
@@ -162,7 +175,7 @@ class _Job:
         self.nbytes_hashed = 0
 
     def look(self) -> None:
-        """What is there; reads no file."""
+        """Find out what is there; read no file."""
         for file in self._state.files:
             self.found[file] = self._status(file)
         fetched = [f for f, status in self.found.items() if status in ("missing", "partial", "wrong")]
@@ -184,6 +197,7 @@ class _Job:
             return 0
 
     def run(self, force: bool) -> None:
+        """Check what nobody has checked, then download what is missing or wrong."""
         state = self._state
         self._refuse_foreign([f for f, status in self.found.items() if status == "wrong"], force)
         unchecked = [f for f, status in self.found.items() if status == "unchecked"]
@@ -198,24 +212,26 @@ class _Job:
         self._each("downloading", (partial(self._fetch, file) for file in todo), total)
         state.discard_parts(set())
         if missing := missing_files(state.directory, state.layout):
-            raise HubError(f"{self._listing.repository} itself lacks {', '.join(missing)}: it is not complete")
+            raise HubError.because(f"{self._listing.repository} itself lacks {', '.join(missing)}: it is not complete")
 
     def _refuse_foreign(self, files: Sequence[RemoteFile], force: bool) -> None:
         directories = [file for file in files if self._state.target(file).is_dir()]
         if files and (directories or not force):
             names = ", ".join(str(self._state.target(file)) for file in (directories or files)[:3])
-            raise OutputError(
-                f"{names} {'is a directory' if directories else 'is there and differs from what the hub has'} "
-                f"({len(files)} in all): choose another --to, or replace it with --force"
-            )
+            reason = "is a directory" if directories else "is there and differs from what the hub has"
+            remedy = "choose another --to, or replace it with --force"
+            first = self._state.target((directories or files)[0])
+            message = f"{names} {reason} ({len(files)} in all): {remedy}"
+            raise OutputError(message, path=first, reason=reason, remedy=remedy)
 
     def _check_space(self, todo: Iterable[RemoteFile]) -> None:
         needed = sum(file.nbytes - self._nbytes_of_part(file) for file in todo)
         free = shutil.disk_usage(self._state.directory).free
         if needed > free:
-            raise OutputError(
-                f"{self._state.directory} has {format_bytes(free)} free, {format_bytes(needed)} are to be downloaded: "
-                "free space, or choose another --to"
+            raise OutputError.because(
+                f"has {format_bytes(free)} free, {format_bytes(needed)} are to be downloaded",
+                "free space, or choose another --to",
+                path=self._state.directory,
             )
 
     def _each(self, step: str, tasks: Iterable[Callable[[], None]], total: int) -> None:
@@ -235,7 +251,7 @@ class _Job:
         self._state.note_checked(file)
 
     def _hash(self, fd: int, file: RemoteFile) -> Digest:
-        """The digest of what is there; its bytes count as done."""
+        """Return the digest of what is there; its bytes count as done."""
         digest, position, buffer = Digest(file), 0, memoryview(bytearray(_BLOCK_BYTES))
         while count := os.preadv(fd, [buffer], position):
             if self._stop.is_set():
@@ -255,13 +271,14 @@ class _Job:
             self.nbytes_received += max(0, nbytes)
 
     def _fetch(self, file: RemoteFile) -> None:
-        """Until it is whole and right; a broken connection is taken up again, other bytes than promised once."""
+        """Download until the file is right; a broken connection is taken up again, other bytes than promised once."""
         failures = mismatches = 0
         while True:
             before = self._nbytes_of_part(file)
             try:
                 right = self._transfer(file)
             except HubError as error:
+                # a connection that brings something before it breaks may break as often as it likes
                 failures = 0 if self._nbytes_of_part(file) > before else failures + 1
                 if failures == _ATTEMPTS or error.status in (401, 403, 404):
                     raise
@@ -272,19 +289,22 @@ class _Job:
                 break
             self._advance(-self._nbytes_of_part(file))
             self._state.part(file).unlink()
+            # once may be a proxy that took up the wrong byte; twice, the hub and its hash disagree
             mismatches += 1
             if mismatches == 2:
-                raise HubError(
-                    f"{file.path} came twice with another content than the hub's hash ({file.digest}) stands for: "
-                    "check proxies and mirrors, or try again later"
+                raise HubError.because(
+                    f"came twice with another content than the hub's hash ({file.digest}) stands for",
+                    "check proxies and mirrors, or try again later",
+                    path=file.path,
                 )
         self._place(file)
 
     def _transfer(self, file: RemoteFile) -> bool:
-        """Get the rest of a file; whether the whole is right. Bytes count as done while they are in the part."""
+        """Get the rest of a file; return whether the whole is right. Bytes count as done while they are in the part."""
         part = self._state.part(file)
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with open(fd, "r+b", buffering=0) as opened:
+            # of an older revision, or of another program
             if os.fstat(fd).st_size > file.nbytes:
                 opened.truncate(0)
             digest = self._hash(fd, file)

@@ -1,4 +1,4 @@
-"""The hub: what a repository holds, and the bytes of one file. All through huggingface_hub, imported late.
+"""The hub: the files of a repository, and the bytes of one. All through huggingface_hub, imported late.
 
 Endpoint and token are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN, or what `hf auth login` has stored. Files come by
 plain HTTP with ranges, so that a download goes on at the byte where it stopped. Nothing that is sent is trusted:
@@ -47,7 +47,7 @@ class Listing:
 
 
 class Digest:
-    """Computes the kind of digest that the hub gives for a file."""
+    """A digest of the kind that the hub gives for a file."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._wanted = file.digest
@@ -55,19 +55,26 @@ class Digest:
         self._hash = hashlib.sha1(b"blob %d\0" % file.nbytes, usedforsecurity=False) if git else hashlib.sha256()
 
     def update(self, data: bytes | memoryview) -> None:
+        """Add bytes, in their order."""
         self._hash.update(data)
 
     @property
     def found(self) -> str:
+        """The digest of all bytes so far, in hex."""
         return self._hash.hexdigest()
 
     @property
     def is_right(self) -> bool:
+        """True if it is the hub's."""
         return self._wanted.partition(":")[2] == self.found
 
 
 def list_repository(repository: str, revision: str | None) -> Listing:
-    """What a repository holds. Raises `HubError` that says why not."""
+    """List what a repository holds.
+
+    Raises:
+        HubError: The hub does not tell, or tells what cannot be trusted; says why.
+    """
     from huggingface_hub import HfApi
 
     try:
@@ -76,7 +83,7 @@ def list_repository(repository: str, revision: str | None) -> Listing:
         raise _explain(error, repository, revision) from error
     siblings = info.siblings or []
     if not isinstance(info.sha, str) or not info.sha.isalnum() or len(siblings) > _MAX_FILES:
-        raise HubError(f"the hub's answer about {repository} is not one about a model: check HF_ENDPOINT")
+        raise HubError.because(f"the hub's answer about {repository} is not one about a model", "check HF_ENDPOINT")
     return Listing(repository, info.sha, tuple(_remote_file(repository, sibling) for sibling in siblings))
 
 
@@ -84,18 +91,19 @@ def _remote_file(repository: str, sibling: Any) -> RemoteFile:
     path, nbytes, lfs = sibling.rfilename, sibling.size, sibling.lfs
     digest = f"sha256:{lfs['sha256']}" if lfs else f"git:{sibling.blob_id}"
     if not isinstance(path, str) or any(part in ("", ".", "..") for part in path.split("/")) or not path.isprintable():
-        raise HubError(f"{repository} holds a file named {path!r}: not a name to be trusted")
+        raise HubError.because(f"{repository} holds a file named {path!r}: not a name to be trusted")
     if type(nbytes) is not int or nbytes < 0 or not digest.partition(":")[2].isalnum():
-        raise HubError(f"the hub does not say how long {path} of {repository} is, or its hash: it cannot be checked")
+        reason = f"the hub does not say how long {path} of {repository} is, or its hash: it cannot be checked"
+        raise HubError(reason, path=path, reason=reason)
     return RemoteFile(path, nbytes, digest)
 
 
 class _TooMuchError(Exception):
-    """More bytes come than were promised; older versions of huggingface_hub do so where all is sent again."""
+    """More bytes came than were promised; older versions of huggingface_hub do so where all is sent again."""
 
 
 class _Sink:
-    """The file that is written to: counts, hashes, and looks whether to stop."""
+    """The file as huggingface_hub writes it: counts, hashes, and looks whether to stop."""
 
     def __init__(
         self, file: FileIO, remote: RemoteFile, digest: Digest, stop: threading.Event, told: Callable[[int], None]
@@ -107,6 +115,7 @@ class _Sink:
         self.digest = digest
 
     def write(self, data: bytes) -> int:
+        """Write all of `data`, and count it."""
         if self._stop.is_set():
             raise StoppedError
         if self._file.tell() + len(data) > self._remote.nbytes:
@@ -118,16 +127,19 @@ class _Sink:
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 advice = "free space and run it again, which goes on where it stopped" if full else "check the disk"
-                raise OutputError(f"{self._remote.path} cannot be written: {error.strerror}: {advice}") from error
+                raise OutputError.because(
+                    f"cannot be written: {error.strerror}", f"{advice}", path=self._remote.path
+                ) from error
         self.digest.update(data)
         self._told(len(data))
         return len(data)
 
     def tell(self) -> int:
+        """Return the position in the file."""
         return self._file.tell()
 
     def seek(self, offset: int) -> int:
-        """Called where the hub sends all again instead of the rest."""
+        """Begin anew, where the hub sends all again instead of the rest."""
         if offset != 0:
             raise HubError(f"a download of {self._remote.path} cannot go on at byte {offset}")
         self._told(-self._file.tell())
@@ -135,10 +147,11 @@ class _Sink:
         return self._file.seek(0)
 
     def truncate(self) -> int:
+        """Cut the file off here."""
         return self._file.truncate()
 
     def flush(self) -> None:
-        return None
+        """Do nothing: the file has no buffer."""
 
 
 def transfer(
@@ -150,16 +163,30 @@ def transfer(
     stop: threading.Event,
     told: Callable[[int], None],
 ) -> Digest:
-    """Append what is missing of a file, at whose end `file` stands; returns the digest, wrong if too much comes.
+    """Append what is missing of a file, at whose end `file` stands.
 
-    digest: of what is there already. told: how many bytes have come. Raises `HubError` where the hub cannot be reached
-    or sends other than promised, `OutputError` where the bytes cannot be written, `StoppedError`.
+    Args:
+        listing: The repository.
+        remote: The file as the hub describes it.
+        file: The file here, unbuffered.
+        digest: Of what is there already.
+        stop: Set by whoever wants to end it.
+        told: Told how many bytes have come; less than none where the hub begins anew.
+
+    Returns:
+        The digest of the whole; a wrong one if too much comes.
+
+    Raises:
+        HubError: The hub cannot be reached, or sends other than promised.
+        OutputError: The bytes cannot be written.
+        StoppedError: `stop` was set.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     sink = _Sink(file, remote, digest, stop, told)
+    # compressed bytes would have other lengths and other offsets
     headers = build_hf_headers(library_name="wan-loader", headers={"Accept-Encoding": "identity"})
     url = hf_hub_url(listing.repository, remote.path, revision=listing.revision)
     try:
@@ -176,16 +203,19 @@ def transfer(
     except _TooMuchError:
         return sink.digest
     except Exception as error:
+        # http_get compares lengths, too; below it is said better
         if "Consistency check failed" not in str(error):
             raise _explain(error, listing.repository, listing.revision, remote.path) from error
     if file.tell() != remote.nbytes:
-        raise HubError(f"the hub sent {file.tell()} of the {remote.nbytes} bytes of {remote.path}: try again later")
+        raise HubError.because(
+            f"the hub sent {file.tell()} of the {remote.nbytes} bytes of {remote.path}", "try again later"
+        )
     return sink.digest
 
 
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Without huggingface_hub's own bars and warnings, which are undone afterwards."""
+    """Silence huggingface_hub's own bars and warnings, which is undone afterwards."""
     from huggingface_hub import utils
 
     hub: Any = utils
@@ -201,7 +231,7 @@ def quiet_hub() -> Iterator[None]:
 
 
 def _explain(error: Exception, repository: str, revision: str | None, path: str | None = None) -> HubError:
-    """What went wrong, in one line. By the names of classes, as they moved between versions and HTTP libraries."""
+    """Say what went wrong, in one line. By the names of classes, as they moved between versions and HTTP libraries."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     what = f"{path} of {repository}" if path else repository
@@ -226,4 +256,4 @@ def _explain(error: Exception, repository: str, revision: str | None, path: str 
     else:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
         reason = f"cannot be reached: {detail}: check the network, HF_ENDPOINT and proxies"
-    return HubError(f"{what} {reason}", status=status)
+    return HubError(f"{what} {reason}", status=status, path=path, reason=reason)

@@ -32,7 +32,7 @@ __all__ = ["Component", "DType", "Layout", "Size", "SynthReport", "Task", "plan_
 
 @dataclass(frozen=True, slots=True)
 class SynthReport:
-    """What was written."""
+    """A report of what was written."""
 
     directory: Path
     files: tuple[Path, ...]
@@ -48,7 +48,7 @@ def plan_synth(
     components: Sequence[Component] | None = None,
     dtype: DType | None = None,
 ) -> Plan:
-    """The files that `synth` would write, with their tensors and exact sizes. Takes seconds: it imports diffusers."""
+    """Plan the files that `synth` would write, with tensors and exact sizes. Takes seconds: it imports diffusers."""
     arch = _arch(layout, size, task, blocks, dtype)
     return _plan(arch, layout, components, dtype)
 
@@ -68,21 +68,31 @@ def synth(
 ) -> SynthReport:
     """Write a checkpoint of random weights.
 
-    `blocks` keeps the first blocks of each expert only; `components` writes some parts only; `dtype` is that of the
-    experts' files, published as fp32 (the text encoder is always bf16, the VAE fp32). `force` allows a directory that
-    is not empty: files of the same names are replaced, others stay. `progress(done, total)` is called in this thread
-    with bytes. Memory: about 100 MB on top of the imports, whatever the size. Files appear under their names only
-    when all are complete.
+    Memory: about 100 MB on top of the imports, whatever the size. Files appear under their names only when all are
+    complete.
 
-    Raises `OptionError` for settings that make no sense, `OutputError` for a directory that is not empty, is too
-    small, or cannot be written.
+    Args:
+        directory: The directory to fill; it is made if it is missing.
+        layout: The arrangement of the files, one of the two published ones.
+        size: "full" as published, or "tiny".
+        task: The model.
+        blocks: Keep the first blocks of each expert only.
+        components: Write some parts only.
+        dtype: The dtype of the experts' files, published as fp32; the text encoder is always bf16, the VAE fp32.
+        seed: The same seed gives the same weights.
+        force: Allow a directory that is not empty: files of the same names are replaced, others stay.
+        progress: Called with (done, total) bytes in this thread.
+
+    Raises:
+        OptionError: The settings make no sense.
+        OutputError: The directory is not empty, is too small, or cannot be written.
     """
     from wan_pipeline.synth.fill import Pool
     from wan_pipeline.synth.write import check_target, write_plan
 
     arch = _arch(layout, size, task, blocks, dtype)
     if not 0 <= seed < 1 << 63:
-        raise OptionError(f"--seed {seed}: it must be from 0 to 2**63 - 1")
+        raise OptionError.because(f"--seed {seed}", "it must be from 0 to 2**63 - 1")
     target = Path(directory)
     plan = _plan(arch, layout, components, dtype)
     check_target(target, plan.nbytes, force=force)
@@ -95,7 +105,7 @@ def _arch(layout: Layout, size: Size, task: Task, blocks: int | None, dtype: DTy
     choices = (("layout", layout, Layout), ("size", size, Size), ("task", task, Task))
     for option, value, choice in (*choices, ("dtype", dtype or "fp32", DType)):
         if value not in get_args(choice):
-            raise OptionError(f"--{option} {value}: it must be one of {', '.join(get_args(choice))}")
+            raise OptionError.because(f"--{option} {value}", f"it must be one of {', '.join(get_args(choice))}")
     return ARCHS[task, size].with_blocks(blocks)
 
 
@@ -104,9 +114,9 @@ def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dt
 
     wanted = arch.components if components is None else tuple(components)
     if unknown := sorted({*wanted} - {*arch.components}):
-        raise OptionError(f"{arch.task} has no {', '.join(unknown)}; its components: {', '.join(arch.components)}")
+        raise OptionError.because(f"{arch.task} has no {', '.join(unknown)}", f"use {', '.join(arch.components)}")
     if not wanted:
-        raise OptionError(f"no component is wanted; {arch.task} has {', '.join(arch.components)}")
+        raise OptionError.because("no component is wanted", f"{arch.task} has {', '.join(arch.components)}")
     dtypes: dict[Component, DType] = {"text_encoder": "bf16", "vae": "fp32"}
     dtypes |= dict.fromkeys(arch.experts, dtype or "fp32")
     return plan_files(arch, layout, [c for c in arch.components if c in wanted], dtypes)

@@ -30,11 +30,12 @@ class Dit:
     ffn_dim: int
     layers: int
     channels: int
-    """Latent channels, in and out."""
+    """The number of latent channels, in and out."""
     text_dim: int = 4096
     freq_dim: int = 256
 
     def diffusers_config(self) -> dict[str, Any]:
+        """Return the configuration as diffusers keeps it."""
         return {
             "added_kv_proj_dim": None,
             "attention_head_dim": self.head_dim,
@@ -55,7 +56,7 @@ class Dit:
         }
 
     def native_config(self, model_type: str) -> dict[str, Any]:
-        """The published keys and no others: `text_dim` is not among them."""
+        """Return the published keys and no others: `text_dim` is not among them."""
         return {
             "_class_name": "WanModel",
             "dim": self.heads * self.head_dim,
@@ -83,6 +84,7 @@ class Text:
     layers: int
 
     def transformers_config(self) -> dict[str, Any]:
+        """Return the configuration as transformers keeps it."""
         return {
             "d_ff": self.d_ff,
             "d_kv": self.d_kv,
@@ -106,6 +108,7 @@ class Vae:
     decoder_base: int | None = None
 
     def diffusers_config(self) -> dict[str, Any]:
+        """Return the configuration as diffusers keeps it."""
         config: dict[str, Any] = {
             "attn_scales": [],
             "base_dim": self.base,
@@ -132,7 +135,7 @@ class Vae:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
-    """One model at one size."""
+    """The architecture of one model at one size."""
 
     family: ModelFamily
     size: Size
@@ -140,9 +143,9 @@ class Arch:
     text: Text
     vae: Vae
     std: float
-    """Standard deviation of the weights: small against 1/sqrt(fan-in) overflows nothing, large against it saturates."""
+    """The standard deviation of the weights: small against 1/sqrt(fan-in), nothing overflows; large, all saturates."""
     pool_elements: int
-    """Random values made; every tensor is a window of them. Odd, so that no repeat falls on a page border."""
+    """The number of random values; every tensor is a window of them. Odd, so that no repeat falls on a page border."""
 
     @property
     def task(self) -> str:
@@ -160,15 +163,21 @@ class Arch:
         return tuple(network.synth_name for network in self.family.experts)
 
     def network(self, component: Component) -> Network:
-        """What the family says of a network."""
+        """Return what the family says of a network."""
         return next(network for network in self.family.networks if network.synth_name == component)
 
     def with_blocks(self, blocks: int | None) -> Arch:
-        """The same with only the first `blocks` blocks of each diffusion transformer."""
+        """Return the same with only the first `blocks` blocks of each diffusion transformer.
+
+        Raises:
+            OptionError: There are not so many.
+        """
         if blocks is None:
             return self
         if not 1 <= blocks <= self.dit.layers:
-            raise OptionError(f"--blocks {blocks}: {self.task} in size {self.size} has 1 to {self.dit.layers}")
+            raise OptionError.because(
+                f"--blocks {blocks}", f"{self.task} in size {self.size} has 1 to {self.dit.layers}"
+            )
         return replace(self, dit=replace(self.dit, layers=blocks))
 
 
@@ -197,7 +206,7 @@ def _full(family: ModelFamily) -> Arch:
 
 
 def _tiny(family: ModelFamily) -> Arch:
-    """The same parts with as few numbers as the classes allow; channels stay, by which models are told apart."""
+    """Make the same with as few numbers as the classes allow; channels stay, by which models are told apart."""
     channels = family.sizes.channels
     return Arch(
         family=family,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pool"]
 
-_PIECE_NBYTES = 8 << 20
+_BUFFER_NBYTES = 8 << 20
 
 
 class Pool:
@@ -41,7 +41,7 @@ class Pool:
         self._views = {dtype: _bytes_in(self._values, dtype) for dtype in dtypes}
 
     def data(self, tensor: Tensor) -> Iterator[memoryview]:
-        """The bytes of a tensor in pieces of a few MB; views of the pool, nothing is copied."""
+        """Yield the bytes of a tensor in buffers of a few MB; views of the pool, nothing is copied."""
         start = self._start(tensor)
         if tensor.is_scale:
             yield self._scale(tensor, start)
@@ -49,7 +49,8 @@ class Pool:
         pool, itemsize, left = self._views[tensor.dtype], ITEMSIZE[tensor.dtype], tensor.nbytes
         start *= itemsize
         while left:
-            length = min(left, _PIECE_NBYTES, pool.nbytes - start)
+            # up to the end of the pool; the next buffer begins at its front
+            length = min(left, _BUFFER_NBYTES, pool.nbytes - start)
             yield pool[start : start + length]
             left -= length
             start = (start + length) % pool.nbytes

@@ -1,7 +1,7 @@
-"""The two file formats as streams: a safetensors file and a torch zip checkpoint, piece by piece, in order.
+"""The two file formats as streams: a safetensors file and a torch zip checkpoint, buffer by buffer, in order.
 
 Both functions yield buffers whose concatenation is the file, so a file of any size is written with the memory of one
-piece. The values come from a function `data(tensor) -> buffers`; with one that yields nothing, what is left is the
+buffer. The values come from a function `data(tensor) -> buffers`; with one that yields nothing, what is left is the
 overhead, from which the size of a file is known before it is written.
 
 The zip follows what `torch.save` writes: stored entries, data on 64-byte borders, data descriptors, ZIP64 where a
@@ -41,17 +41,17 @@ _CHECKSUM_THREADS = 1
 
 
 def no_data(tensor: Tensor) -> Iterator[Buffer]:
-    """A source of no values at all."""
+    """Return no values at all: the source for the length of all that is not data."""
     return iter(())
 
 
 def stream_nbytes(stream: Iterable[Buffer]) -> int:
-    """Length of all buffers of a stream."""
-    return sum(memoryview(piece).nbytes for piece in stream)
+    """Return the length of all buffers of a stream."""
+    return sum(memoryview(buffer).nbytes for buffer in stream)
 
 
 def safetensors_stream(tensors: Sequence[Tensor], data: Data) -> Iterator[Buffer]:
-    """A safetensors file as the safetensors library writes it: tensors of one dtype sorted by name."""
+    """Yield a safetensors file as the safetensors library writes it: tensors of one dtype sorted by name."""
     tensors = sorted(tensors, key=lambda t: (-ITEMSIZE[t.dtype], t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -67,7 +67,7 @@ def safetensors_stream(tensors: Sequence[Tensor], data: Data) -> Iterator[Buffer
 
 
 def pth_stream(tensors: Sequence[Tensor], archive: str, data: Data) -> Iterator[Buffer]:
-    """A checkpoint as `torch.save` writes it: an ordered dictionary of tensors, each with a storage of its own."""
+    """Yield a checkpoint as `torch.save` writes it: an ordered dictionary of tensors, each with its own storage."""
     zip_ = _Zip(archive)
     yield from zip_.entry("data.pkl", _pickled(tensors))
     yield from zip_.entry(".format_version", b"1")
@@ -87,7 +87,7 @@ def pth_stream(tensors: Sequence[Tensor], archive: str, data: Data) -> Iterator[
 
 
 class _Zip:
-    """Where a zip file is while it is streamed; each method returns the bytes that come next."""
+    """A zip file while it is streamed; each method returns the bytes that come next."""
 
     def __init__(self, archive: str) -> None:
         self._archive = archive
@@ -102,6 +102,7 @@ class _Zip:
         path = f"{self._archive}/{name}".encode()
         start = self._offset
         extra = _padding(start + 30 + len(path))
+        # flags: bit 3, lengths and checksum come in the descriptor; bit 11, the name is UTF-8
         local = struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0x808, 0, 0, 0, 0, 0, 0, len(path), len(extra)) + path + extra
         descriptor = struct.pack("<4s3I", b"PK\7\10", crc, nbytes, nbytes)
         self._directory.append(_directory_entry(path, start, nbytes, crc))
@@ -113,6 +114,7 @@ class _Zip:
     def end(self) -> bytes:
         directory, count = b"".join(self._directory), len(self._directory)
         start, length = self._offset, len(directory)
+        # always a ZIP64 end, as torch writes one whatever the length
         end64 = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
         locator = struct.pack("<4sIQI", b"PK\6\7", 0, start + length, 1)
         short = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, min(start, _ZIP64_FROM), 0)
@@ -120,13 +122,14 @@ class _Zip:
 
 
 def _padding(header_end: int) -> bytes:
-    """An extra field after which the data begins on a border of 64 bytes."""
+    """Return an extra field after which the data begins on a border of 64 bytes."""
     fill = -(header_end + 4) % _DATA_ALIGN
     return struct.pack("<2sH", b"FB", fill) + b"Z" * fill
 
 
 def _directory_entry(path: bytes, start: int, nbytes: int, crc: int) -> bytes:
     far = start >= _ZIP64_FROM
+    # only the offset can be too large for its field: no entry is longer than 4 GiB
     extra = struct.pack("<2HQ", 1, 8, start) if far else b""
     version, short_start = (45, _ZIP64_FROM) if far else (0, start)
     sizes = (crc, nbytes, nbytes, len(path), len(extra))
@@ -134,10 +137,10 @@ def _directory_entry(path: bytes, start: int, nbytes: int, crc: int) -> bytes:
     return fixed + path + extra
 
 
-def _crc32(pieces: Iterable[Buffer]) -> int:
+def _crc32(buffers: Iterable[Buffer]) -> int:
     crc = 0
-    for piece in pieces:
-        crc = zlib.crc32(piece, crc)
+    for buffer in buffers:
+        crc = zlib.crc32(buffer, crc)
     return crc
 
 
@@ -150,7 +153,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Stub:
-    """Stands for a tensor while it is pickled: what `torch.Tensor` would reduce to, without the tensor."""
+    """A stand-in for a tensor while it is pickled: what `torch.Tensor` would reduce to, without the tensor."""
 
     storage: _Storage
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Which files a checkpoint consists of: pure facts about both layouts, nothing is written.
+"""The files that a checkpoint consists of: pure facts about both layouts, nothing is written.
 
 The layouts are those of the published repositories; shards are filled in the order of the module up to a limit, as
 the Hugging Face libraries do. In size "tiny" each sharded component has two shards.
@@ -35,18 +35,18 @@ class WeightFile:
     """A file of tensors: a zip checkpoint if it ends in .pth, safetensors otherwise."""
 
     path: str
-    """Relative to the checkpoint's directory."""
+    """The path relative to the checkpoint's directory."""
     tensors: tuple[Tensor, ...]
 
     def stream(self, data: Data) -> Iterator[Buffer]:
-        """The file's bytes in order."""
+        """Yield the file's bytes in order."""
         if self.path.endswith(".pth"):
             return pth_stream(self.tensors, PurePosixPath(self.path).stem, data)
         return safetensors_stream(self.tensors, data)
 
     @property
     def nbytes(self) -> int:
-        """Exact length of the file."""
+        """The exact length of the file."""
         return stream_nbytes(self.stream(no_data)) + sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -59,28 +59,30 @@ class TextFile:
 
     @property
     def nbytes(self) -> int:
+        """The length of the file."""
         return len(self.content)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All files of a checkpoint."""
+    """The plan of a checkpoint: all its files."""
 
     weights: tuple[WeightFile, ...]
     texts: tuple[TextFile, ...]
 
     @property
     def files(self) -> tuple[WeightFile | TextFile, ...]:
+        """All files, the large ones first."""
         return *self.weights, *self.texts
 
     @property
     def nbytes(self) -> int:
-        """Exact length of all files together."""
+        """The exact length of all files together."""
         return sum(file.nbytes for file in self.files)
 
 
 def plan_files(arch: Arch, layout: Layout, components: Sequence[Component], dtypes: dict[Component, DType]) -> Plan:
-    """The files of the given components, and the small files that every checkpoint has."""
+    """Plan the files of the given components, and the small files that every checkpoint has."""
     files = _native(arch, components, dtypes) if layout == "native" else _diffusers(arch, components, dtypes)
     found = tuple(files)
     return Plan(
@@ -125,7 +127,7 @@ def _diffusers(
 
 
 def _sharded(stem: str, tensors: Sequence[Tensor], limit_nbytes: int) -> Iterator[WeightFile | TextFile]:
-    """Shards and their index; a single file needs no index."""
+    """Yield shards and their index; a single file needs no index."""
     shards = _split(tensors, limit_nbytes)
     if len(shards) == 1:
         yield WeightFile(f"{stem}.safetensors", shards[0])
@@ -177,7 +179,7 @@ def _scheduler_config() -> str:
 
 
 def _model_index(arch: Arch, components: Sequence[Component]) -> dict[str, Any]:
-    """Parts that are not written are null, which diffusers takes for the experts as "given later"."""
+    """Return the index of the parts; those that are not written are null, which diffusers takes as "given later"."""
     import diffusers
 
     written = {arch.network(component).name: list(arch.network(component).module) for component in components}

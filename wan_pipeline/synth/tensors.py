@@ -28,30 +28,32 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: DType
     seed_name: str
-    """What its values depend on: the component and the diffusers name, so that the layouts hold the same values."""
+    """The name that the values depend on: component and diffusers name, so that the layouts hold the same values."""
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """The length of the data."""
         return self.numel * ITEMSIZE[self.dtype]
 
     @property
     def is_scale(self) -> bool:
-        """Multiplies what a norm has normalised, so belongs near 1."""
+        """True if it multiplies what a norm has normalised, so belongs near 1."""
         *_, owner, leaf = ("", *self.seed_name.split("."))
         return leaf == "gamma" or (leaf == "weight" and "norm" in owner)
 
 
 def map_name(arch: Arch, component: Component) -> MapName:
-    """The key map of a component."""
+    """Return the name of a component's key map."""
     return arch.network(component).map_name
 
 
 def component_tensors(arch: Arch, component: Component, dtype: DType) -> tuple[Tensor, ...]:
-    """The tensors of one component under their diffusers names, in the order of the module; aliases left out."""
+    """List the tensors of one component under their diffusers names, in the order of the module; aliases left out."""
     name = map_name(arch, component)
     aliases = keymap(name).aliases
     state = meta_module(arch, name).state_dict()
@@ -63,14 +65,14 @@ def component_tensors(arch: Arch, component: Component, dtype: DType) -> tuple[T
 
 
 def native_tensors(arch: Arch, component: Component, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same tensors under their native names."""
+    """Return the same tensors under their native names."""
     names = keymap(map_name(arch, component))
     return tuple(Tensor(names.to_native(t.name), t.shape, t.dtype, t.seed_name) for t in tensors)
 
 
 @functools.lru_cache(maxsize=8)
 def meta_module(arch: Arch, name: MapName) -> Any:
-    """The module of one component on the meta device: `.config` and names, no weights."""
+    """Build the module of one component on the meta device: `.config` and names, no weights."""
     import torch
 
     with torch.device("meta"):

@@ -29,7 +29,7 @@ _WORDS = """
 
 
 def _pieces() -> list[tuple[str, float]]:
-    """Every piece with its log probability; the place in the list is the token id."""
+    """List every piece with its log probability; the place in the list is the token id."""
     characters = [c for c in string.printable if not c.isspace()]
     return [
         *((piece, 0.0) for piece in _SPECIAL),
@@ -43,7 +43,7 @@ VOCAB_SIZE = len(_pieces())
 
 
 def tokenizer_files() -> dict[str, bytes]:
-    """File name -> content of a tokenizer directory."""
+    """Make the files of a tokenizer directory: name -> content."""
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     config = {
         **special,

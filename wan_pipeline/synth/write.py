@@ -1,4 +1,4 @@
-"""Carries a plan out: a few threads, one file each, into a temporary directory, then into place.
+"""The writing of a plan: a few threads, one file each, into a temporary directory, then into place.
 
 The temporary directory lies inside the target, so that it is on the same file system even where the target is a mount
 point. What fails half way leaves nothing behind; a process that is killed leaves a directory `.synth-*`.
@@ -33,19 +33,32 @@ _TEMPORARY = ".synth-"
 
 
 def check_target(directory: Path, nbytes: int, *, force: bool) -> None:
-    """Refuse a target that is not ours to fill or too small; changes nothing."""
+    """Refuse a target that is not ours to fill or too small; change nothing.
+
+    Raises:
+        OutputError: The target is refused.
+    """
     if directory.exists() and not directory.is_dir():
-        raise OutputError(f"{directory} is not a directory; name another place")
+        raise OutputError.because("is not a directory", "name another place", path=directory)
     if not force and directory.is_dir() and any(directory.iterdir()):
-        raise OutputError(f"{directory} is not empty; name another place, or overwrite files in it with --force")
+        raise OutputError.because(
+            "is not empty", "name another place, or overwrite files in it with --force", path=directory
+        )
+    # the directory may not be there yet: its nearest ancestor says how much is free
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if nbytes > free:
-        raise OutputError(f"{directory} needs {format_bytes(nbytes)}, and {existing} has {format_bytes(free)} free")
+        raise OutputError.because(
+            f"needs {format_bytes(nbytes)}, and {existing} has {format_bytes(free)} free", path=directory
+        )
 
 
 def write_plan(plan: Plan, directory: Path, data: Data, progress: Progress | None) -> tuple[Path, ...]:
-    """Write all files of a plan; returns their paths. Files of the same names are replaced, others stay."""
+    """Write all files of a plan; return their paths. Files of the same names are replaced, others stay.
+
+    Raises:
+        OutputError: Something cannot be written; nothing is left behind.
+    """
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(directory)
@@ -54,7 +67,8 @@ def write_plan(plan: Plan, directory: Path, data: Data, progress: Progress | Non
         _write_all(plan, temporary, data, progress)
         return tuple(_install(temporary, directory, file.path) for file in plan.files)
     except OSError as error:
-        raise OutputError(f"cannot write to {directory}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        raise OutputError(f"cannot write to {directory}: {reason}", path=directory, reason=reason) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if created and not any(directory.iterdir()):
@@ -74,7 +88,7 @@ def _install(temporary: Path, directory: Path, path: str) -> Path:
 
 
 class _Counter:
-    """Bytes written so far, by all threads; raising `stop` ends them at their next piece."""
+    """The bytes written so far, by all threads; setting `stop` ends them at their next buffer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,6 +96,7 @@ class _Counter:
         self.stop = threading.Event()
 
     def add(self, nbytes: int) -> None:
+        """Count bytes of one thread."""
         with self._lock:
             self.nbytes += nbytes
 
@@ -123,11 +138,12 @@ def _write_weights(weights: WeightFile, temporary: Path, data: Data, counter: _C
     target = temporary / weights.path
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("xb") as file:
-        for piece in weights.stream(data):
+        for buffer in weights.stream(data):
+            # left half written: the whole temporary directory is removed
             if counter.stop.is_set():
                 return
-            file.write(piece)
-            counter.add(len(piece))
+            file.write(buffer)
+            counter.add(len(buffer))
         file.flush()
         # also keeps the writing back of dirty pages out of whatever is measured next
         os.fsync(file.fileno())

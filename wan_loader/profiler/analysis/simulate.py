@@ -1,6 +1,6 @@
 """Predicts a load on other hardware: the pipeline of reader, ring, copy and cast, played through piece by piece. Pure.
 
-The plan is the real one, made from headers alone, and cut as the engine cuts it. A resource works on one piece at a
+The plan is the one that a load would carry out, and it is cut as the engine cuts it. A resource works on one piece at a
 time at its rate; a piece is read once a slot of the ring is free, copied once it was read, converted once it was
 copied, and its slot is free again after the copy (on a GPU) or after the conversion (on the CPU).
 """
@@ -8,16 +8,23 @@ copied, and its slot is free again after the copy (on a GPU) or after the conver
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
-from wan_loader.plan.limits import MIN_BLOCK_BYTES
+from wan_loader.plan.blocks import split
+from wan_loader.plan.dtype_policy import DtypePolicy
+from wan_loader.plan.facts import Facts
+from wan_loader.plan.plan import make_plan
+from wan_loader.plan.request import LoadRequest
+from wan_loader.system.machine import memory_limit, processors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from wan_loader.formats.facts import Checkpoint
+    from wan_loader.plan.plan import LoadPlan
 
-__all__ = ["STORAGES", "Hardware", "Part", "Prediction", "parts_of", "simulate"]
+__all__ = ["STORAGES", "Hardware", "Part", "Prediction", "parts_of", "plan_elsewhere", "simulate"]
 
 #: Sequential reads of large pieces, in bytes per second, as such storage is sold and measured.
 STORAGES: Mapping[str, float] = {
@@ -71,31 +78,23 @@ class Prediction:
         return max(times, key=lambda name: times[name])
 
 
-def parts_of(checkpoints: Iterable[Checkpoint], dtype: str | None) -> list[Part]:
-    """What would be read, in order, in pieces of a slot; `dtype` as in `DtypePolicy`, errors as of its `check`."""
-    from wan_loader.plan.dtype_policy import DtypePolicy
+def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> LoadPlan:
+    """Plan a load of a whole checkpoint from a cold disk, on a machine that need not be there.
 
-    rule = DtypePolicy(dtype)
+    dtype, errors: as of `DtypePolicy`.
+    """
+    facts = Facts(device="cuda:0" if cuda else "cpu", processors=processors(), memory_limit=memory_limit())
+    request = LoadRequest(source=checkpoint, device=facts.device, policy=DtypePolicy(dtype), owned=True)
+    return make_plan(request, checkpoint, facts)
+
+
+def parts_of(plan: LoadPlan) -> list[Part]:
+    """Return what is read, in the order of the plan, in pieces of a slot."""
+    converts = [storage.converts for storage in plan.layout.copied]
     parts: list[Part] = []
-    for checkpoint in checkpoints:
-        rule.check(checkpoint, checkpoint.tensors)
-        converted = {t.storage for t in checkpoint.tensors if rule.target(t.name, t.dtype) != t.dtype}
-        wanted = sorted({t.storage for t in checkpoint.tensors})
-        current, cast = 0, False
-        for number in wanted:
-            here, left = number in converted, checkpoint.storages[number].nbytes
-            if here != cast and current:
-                parts.append(Part(current, cast))
-                current = 0
-            cast = here
-            while left:
-                step = min(left, MIN_BLOCK_BYTES - current)
-                current, left = current + step, left - step
-                if current == MIN_BLOCK_BYTES:
-                    parts.append(Part(current, cast))
-                    current = 0
-        if current:
-            parts.append(Part(current, cast))
+    for block in chain.from_iterable(split(block, plan.settings.slot_bytes) for block in plan.blocks):
+        for cast, segments in groupby(block.segments, key=lambda segment: converts[segment.storage]):
+            parts.append(Part(sum(segment.nbytes for segment in segments), cast))
     return parts
 
 

@@ -1,4 +1,4 @@
-"""What a loader is to a bench: its name, what it needs, one load asked of it, and what it gave."""
+"""The contract between a bench and a loader: its name, what it needs, one load asked of it, and what it gave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wan_loader._version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Loader", "NotApplicableError", "Outcome", "Task", "installed_version"]
+__all__ = ["LoadTask", "Loader", "NotApplicableError", "Outcome", "installed_version"]
 
 
 class NotApplicableError(Exception):
@@ -19,12 +19,12 @@ class NotApplicableError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One load."""
+class LoadTask:
+    """A load that is asked of a loader."""
 
     files: tuple[str, ...]
     format: str
-    """As `Checkpoint.format`: safetensors, torch-zip or torch-pickle."""
+    """The format as `Checkpoint.format` has it: safetensors, torch-zip or torch-pickle."""
     file_dtype: str
     """The dtype that most bytes of the checkpoint have."""
     device: str
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a loader gave: tensors by name, and what only it knows. `keep` is held until the tensors were compared."""
+    """The tensors that a loader gave, by name, and what only it knows. `keep` is held until they were compared."""
 
     tensors: dict[str, Any]
     report: Callable[[], dict[str, Any]] | None = None
@@ -52,25 +52,25 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """One way to load."""
+    """A way to load, ours or a rival's."""
 
     name: str
     packages: tuple[str, ...]
     """Distributions that must be installed; none for this package itself."""
     modules: tuple[str, ...]
-    """Imported before the clock starts."""
+    """Modules that are imported before the clock starts."""
     how: str
     """The calls that are timed, for the report."""
-    load: Callable[[Task], Outcome]
+    load: Callable[[LoadTask], Outcome]
     formats: tuple[str, ...] = ("safetensors",)
     cuda_only: bool = False
-    prepare: Callable[[Task], object] | None = None
-    """Imports what only the task tells, before the clock starts."""
-    convert: Callable[[Task], None] | None = None
-    """Writes `task.packed`, once, outside the clock."""
+    prepare: Callable[[LoadTask], object] | None = None
+    """A call before the clock starts that imports what only the task tells."""
+    convert: Callable[[LoadTask], None] | None = None
+    """A call that writes `task.packed`, once, outside the clock."""
 
-    def refusal(self, task: Task) -> str | None:
-        """Why this loader cannot do a task, as far as that is known without trying; pure."""
+    def refusal(self, task: LoadTask) -> str | None:
+        """Return why this loader cannot do a task, as far as that is known without trying; pure."""
         if task.format not in self.formats:
             return f"does not read {task.format} files"
         if self.cuda_only and not task.device.startswith("cuda"):
@@ -79,7 +79,7 @@ class Loader:
 
 
 def installed_version(loader: Loader) -> str | None:
-    """Version of the loader's (first) package, or None where one of them is not installed."""
+    """Return the version of the loader's (first) package, or None where one of them is not installed."""
     try:
         versions = [version(package) for package in loader.packages]
         return versions[0] if versions else __version__

@@ -1,0 +1,78 @@
+"""The questions that a load asks of the system before it is planned: devices, memory, the page cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wan_loader.devices.resolve import check_tensors_are_real, resolve_device
+from wan_loader.engine.reader import Reader
+from wan_loader.plan.blocks import MAX_GAP, ByteRange
+from wan_loader.plan.facts import Facts
+from wan_loader.plan.layout import storage_ranges
+from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
+from wan_loader.system.machine import free_memory, memory_limit, processors
+from wan_loader.system.page_cache import PageCache, Residency
+
+if TYPE_CHECKING:
+    import torch
+
+    from wan_loader.events import Observer
+    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.plan.request import LoadRequest
+
+__all__ = ["probe"]
+
+
+def probe(
+    checkpoint: Checkpoint, request: LoadRequest, *, n_sharers: int = 1, observer: Observer | None = None
+) -> Facts:
+    """Ask for all that a plan depends on, beside the checkpoint. Imports torch, and makes the device's CUDA context.
+
+    n_sharers: processes of this machine that load at the same time.
+
+    Raises `DeviceError` for a device that is not there, `MissingFileError` and `CheckpointError` for files that are
+    gone or were changed since their headers were read. Costs some microseconds a file.
+    """
+    device = resolve_device(request.device, observer)
+    check_tensors_are_real()
+    free, total = _device_memory(device)
+    residency, refused = _files(checkpoint, request)
+    return Facts(
+        device=str(device),
+        processors=processors(),
+        residency=residency,
+        direct_refused=refused,
+        memory_limit=memory_limit(),
+        host_free=free_memory(),
+        device_free=free,
+        device_total=total,
+        n_sharers=n_sharers,
+    )
+
+
+def _device_memory(device: torch.device) -> tuple[int | None, int | None]:
+    """Free and total bytes of a CUDA device; what torch's allocator keeps and does not use is free."""
+    if device.type != "cuda":
+        return None, None
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def _files(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency, dict[int, str]]:
+    """What of the wanted bytes is in the page cache, and which files that are not cannot be opened with O_DIRECT."""
+    if checkpoint.format == "torch-pickle":
+        ranges = [ByteRange(0, number, 0, file.nbytes) for number, file in enumerate(checkpoint.files)]
+    else:
+        ranges = storage_ranges(checkpoint, request.select(checkpoint))
+    nbytes = sum(r.end - r.start for r in ranges)
+    with Reader(checkpoint.files) as files:
+        unit = block_bytes(nbytes, MIN_BLOCK_BYTES)
+        residency = PageCache(files.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)
+        cold = {file for file, start, end, there in residency.windows if request.io == "direct" or there < end - start}
+        if request.io in ("auto", "direct"):
+            refused = {number: files.fallbacks[-1] for number in sorted(cold) if not files.open_direct(number)}
+        else:
+            refused = {}
+    return residency, refused

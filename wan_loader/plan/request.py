@@ -1,0 +1,72 @@
+"""The request of a load: what is wanted, in one frozen value, whose every field was checked when it was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wan_loader.arguments import check_device, check_io, check_part, checked_paths, checked_strings, checked_threads
+from wan_loader.errors import KeyMismatchError, OptionError
+from wan_loader.formats import Checkpoint, open_checkpoint
+from wan_loader.plan.dtype_policy import DtypePolicy
+from wan_loader.printable import some
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from wan_loader.formats.facts import TensorFacts
+    from wan_loader.types import StrPath
+
+__all__ = ["LoadRequest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """What one load is asked for. Making one checks every value; no file is touched."""
+
+    source: StrPath | Sequence[StrPath] | Checkpoint
+    """Where the weights are, as for `open_checkpoint`; or a checkpoint that was opened, whose headers are not read
+    again."""
+    device: str | int | torch.device = "cpu"
+    policy: DtypePolicy = field(default_factory=DtypePolicy)
+    """The dtype that each tensor gets."""
+    part: str | None = None
+    """Of a file that nests dicts, the dict to load."""
+    names: tuple[str, ...] | None = None
+    """The tensors to load, the most urgent first; None: all, in file order."""
+    io: str = "auto"
+    threads: int | None = None
+    """Reads side by side; None: the plan chooses."""
+    owned: bool = False
+    """Whether no tensor may stay in the mapped file."""
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        check_io(self.io)
+        object.__setattr__(self, "threads", checked_threads(self.threads))
+        check_part(self.part)
+        if isinstance(self.source, Checkpoint):
+            if self.part not in (None, self.source.part):
+                raise OptionError(
+                    f"part={self.part!r:.60}: the checkpoint was opened for part {self.source.part!r:.60}"
+                )
+        else:
+            object.__setattr__(self, "source", checked_paths(self.source))
+        if self.names is not None:
+            object.__setattr__(self, "names", checked_strings(self.names, "names"))
+
+    def open(self) -> Checkpoint:
+        """Read the headers, unless that was done; no weight is read. Raises as `open_checkpoint`."""
+        return self.source if isinstance(self.source, Checkpoint) else open_checkpoint(self.source, part=self.part)
+
+    def select(self, checkpoint: Checkpoint) -> Sequence[TensorFacts]:
+        """Return the wanted tensors, the most urgent first; `KeyMismatchError` for names that are not there."""
+        if self.names is None:
+            return checkpoint.tensors
+        by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
+        if missing := [name for name in self.names if name not in by_name]:
+            message = f"{checkpoint.path} lacks {len(missing)} of the names asked for: {some(missing)}"
+            raise KeyMismatchError(message, missing=missing)
+        return [by_name[name] for name in dict.fromkeys(self.names)]
