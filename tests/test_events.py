@@ -4,8 +4,9 @@ import threading
 
 import pytest
 
-from wan_loader.events import PHASES, Recorder, Span, busy_ns, clock_ns, span
-from wan_loader.loading.report import summarize
+from wan_loader.events import Recorder, Span, busy_ns, clock_ns, span
+from wan_loader.phases import ALL_PHASES, LOAD_PHASES, PHASE_TABLE, known_phase
+from wan_loader.spans import summarize
 
 
 def ticks(*values):
@@ -103,7 +104,16 @@ def test_phases_are_summed_in_their_order():
 
 def test_phase_names_are_the_contract_s():
     names = ("import", "cuda_init", "header", "init", "register", "read", "wait", "h2d", "cast", "assign", "shard")
-    assert set(PHASES) == {*names, "other"}
+    assert set(LOAD_PHASES) == {*names, "other"}
+
+
+def test_one_table_says_all_of_each_phase():
+    assert len(set(ALL_PHASES)) == len(PHASE_TABLE)
+    assert set(ALL_PHASES) - set(LOAD_PHASES) == {"construct", "random_init"}
+    assert len({kind.colour for kind in PHASE_TABLE}) == len(PHASE_TABLE)
+    assert all(kind.meaning and not (kind.has_rate and kind.allowance_s) for kind in PHASE_TABLE)
+    assert known_phase("read") == "read"
+    assert known_phase("decrypt") == "other"
 
 
 def test_the_clock_goes_forward():

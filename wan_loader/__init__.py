@@ -7,6 +7,7 @@ Public are the names in `__all__` here, and those in the `__all__` of these subm
     arguments      checks of what callers pass
     cli            how our programs speak, show progress and end
     distributed    the processes that torchrun starts: who they are, how they meet, how they notice that one is gone
+    documents      JSON documents of ours, read strictly
     dtypes         names of dtypes
     formats        what a checkpoint consists of, from its headers
     sizes          bytes, rates and counts as people read and write them
@@ -48,11 +49,12 @@ if TYPE_CHECKING:
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.loading.bind import match, module_slots
     from wan_loader.loading.empty_weights import empty_weights
-    from wan_loader.loading.report import LoadReport, summarize
+    from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
     from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
+    from wan_loader.spans import summarize
     from wan_loader.system.collector import paused_gc
     from wan_loader.types import IoMode, StrPath
     from wan_loader.warming.evict import resident_bytes
@@ -101,7 +103,7 @@ _LAZY = {
     "resolve_device": "wan_loader.devices.resolve",
     "span": "wan_loader.events",
     "start_device": "wan_loader.devices.driver",
-    "summarize": "wan_loader.loading.report",
+    "summarize": "wan_loader.spans",
 }
 
 __all__ = [

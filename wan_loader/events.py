@@ -16,23 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["PHASES", "Observer", "Recorder", "Span", "busy_ns", "clock_ns", "span"]
-
-#: Every span is named after one of these phases of a start-up.
-PHASES = (
-    "import",  # importing torch and friends
-    "cuda_init",  # making the CUDA context
-    "header",  # reading and checking headers and indexes
-    "init",  # planning, allocating device memory and staging
-    "register",  # pinning page-cache pages for the GPU
-    "read",  # bytes coming off storage or out of the page cache
-    "wait",  # a reader waiting for its staging slot to be free
-    "h2d",  # copies to the target
-    "cast",  # dtype conversion
-    "assign",  # binding tensors to names and modules
-    "shard",  # collectives
-    "other",
-)
+__all__ = ["Observer", "Recorder", "Span", "busy_ns", "clock_ns", "span"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +24,7 @@ class Span:
     """One interval of work on one track (a thread or a device stream)."""
 
     name: str
-    """One of `PHASES`."""
+    """One of `phases.ALL_PHASES`."""
     start_ns: int
     end_ns: int
     nbytes: int = 0

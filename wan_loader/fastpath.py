@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
-from wan_loader.formats.content import content_of, read_head
+from wan_loader.formats.content import read_head
+from wan_loader.formats.known import recognise
+from wan_loader.formats.safetensors import SafetensorsFormat
+from wan_loader.formats.torch_formats import TorchZipFormat
 from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
 from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
@@ -99,7 +102,7 @@ class FastPath:
         path, target = _path(filename), _device(device)
         if target.partition(":")[0] not in self.safetensors_devices:
             raise _LeftAloneError("load_file to the CPU only maps the file")
-        if content_of(read_head(path)) != "safetensors":
+        if not isinstance(recognise(read_head(path)), SafetensorsFormat):
             raise _LeftAloneError("load_file of a file that is not safetensors")
         loaded = load([path], device=target)
         return loaded.tensors, loaded.report.nbytes_file
@@ -135,7 +138,7 @@ def _check_modes() -> None:
 
 def _check_planned(path: str) -> None:
     """Only what is read from headers: anything else, our loader would leave to torch.load, too."""
-    if content_of(read_head(path)) != "zip":
+    if not isinstance(recognise(read_head(path)), TorchZipFormat):
         raise _LeftAloneError("torch.load of a legacy pickle")
     try:
         read_torch_zip(path)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import Checkpoint, open_checkpoint
-from wan_loader.formats.names import SAFETENSORS
-from wan_loader.formats.parts import choose_part
+from wan_loader.formats.known import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,15 +75,7 @@ def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     for number, file in enumerate(checkpoint.files):
         names = checkpoint.names_in(number)
         with _encodable(file.path) as path:
-            if checkpoint.format == "safetensors":
-                from safetensors import safe_open
-
-                with safe_open(path, framework="pt", device="cpu") as opened:
-                    yield from ((name, opened.get_tensor(name)) for name in names)
-            else:
-                state = _torch_load(path, mmap=checkpoint.format == "torch-zip")
-                held = choose_part(state, checkpoint.part, path=file.path, is_tensor=_is_tensor)
-                yield from ((name, held[name]) for name in names)
+            yield from format_of(checkpoint).reference_tensors(path, names, checkpoint.part)
 
 
 @contextmanager
@@ -101,26 +90,3 @@ def _encodable(path: str) -> Iterator[str]:
             yield link
     else:
         yield path
-
-
-def _torch_load(path: str, *, mmap: bool) -> Any:
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if mmap and not path.endswith(SAFETENSORS):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            with open(path, "rb") as file:  # torch reads a path by its suffix, and maps nothing else than a path
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch does not know all opcodes that are read as facts
-        raise CheckpointError(
-            f"{path} can be loaded, but not verified: torch.load(weights_only=True), to compare with, refuses it; "
-            "save it again with torch.save and its own pickle_protocol"
-        ) from error
-
-
-def _is_tensor(value: object) -> bool:
-    import torch
-
-    return torch.is_tensor(value)

@@ -106,7 +106,7 @@ class WanCheckpoint:
     """diffusers' scheduler configuration."""
     boundary_ratio: float | None
     """From which share of the noise schedule on the high-noise expert runs; None where there is one expert."""
-    family: ModelFamily = FAMILIES[0]
+    family: ModelFamily = field(default=FAMILIES[0], kw_only=True, repr=False)
     """Which model it is."""
 
     @property
@@ -176,7 +176,7 @@ def _open_native(root: Path) -> WanCheckpoint:
             root / family.tokenizer["native"],
             family.scheduler,
             family.boundary_ratio,
-            family,
+            family=family,
         )
     )
 
@@ -196,7 +196,7 @@ def _open_diffusers(root: Path) -> WanCheckpoint:
             root / family.tokenizer["diffusers"],
             _read_json(root / "scheduler" / "scheduler_config.json"),
             index.get("boundary_ratio"),
-            family,
+            family=family,
         )
     )
 

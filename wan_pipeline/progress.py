@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from typing import TYPE_CHECKING
 
-from wan_loader.cli.output import say
-from wan_loader.events import clock_ns
+from wan_loader import clock_ns
+from wan_loader.cli import progress_bars, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,27 +16,12 @@ __all__ = ["phase_progress"]
 
 @contextlib.contextmanager
 def phase_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function that is told of a phase, the steps done and the steps in all."""
+    """Give a function that is told of a phase, the steps done and the steps in all."""
     if quiet:
         yield lambda phase, done, total: None
         return
-    if not sys.stderr.isatty():
-        yield _lines()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from wan_loader.console import PlainConsole
-
-    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=PlainConsole(stderr=True)) as bar:
-        tasks = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done, total=total)
-
-        yield show
+    with progress_bars(steps=True) as tell:
+        yield tell or _lines()
 
 
 def _lines() -> Callable[[str, int, int], None]:

@@ -1,5 +1,6 @@
 """The pure parts: places, statistics, documents, pictures, the throttle, the comparison of tensors."""
 
+import ctypes
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -20,9 +21,11 @@ from wan_loader.bench.runner import Case, LoaderSetup, Result, Settings, distinc
 from wan_loader.bench.statistics import case_warnings, summarize_samples
 from wan_loader.bench.storage import Place, copied_files, parse_place, part_of, scratch
 from wan_loader.bench.table import HEADERS, case_rows, visible_columns
-from wan_loader.bench.throttle import Throttle
+from wan_loader.bench.throttle import Throttle, throttle_reads
 from wan_loader.errors import OptionError, OutputError
 from wan_loader.formats import open_checkpoint
+from wan_loader.system.posix_aio import PosixAio, Request
+from wan_loader.system.read_threads import ReadThreads, ThreadRequest
 from wan_loader.warming.evict import evict as source_evict
 
 
@@ -104,6 +107,23 @@ def test_the_throttle_serves_one_after_the_other():
     assert slept == [600 / 1e9]
     now[0] = 5000
     assert throttle.reserve(100) == 5100, "an idle device does not catch up"
+
+
+@pytest.mark.parametrize(("backend", "kind"), [(PosixAio(), Request), (ReadThreads(), ThreadRequest)])
+def test_the_throttle_holds_reads_however_they_are_carried_out(tmp_path, monkeypatch, backend, kind):
+    for name in ("start", "result"):
+        for each in (Request, ThreadRequest):
+            monkeypatch.setattr(each, name, getattr(each, name))  # comes back afterwards
+    throttle_reads(1e6)
+    (tmp_path / "f").write_bytes(bytes(50_000))
+    memory = ctypes.create_string_buffer(50_000)
+    request, start = backend.request(), time.monotonic()
+    assert isinstance(request, kind)
+    with open(tmp_path / "f", "rb") as file:
+        request.start(file.fileno(), ctypes.addressof(memory), 50_000, 0)
+        backend.wait_any([request], 5)
+        assert request.result() == 50_000
+    assert time.monotonic() - start >= 0.05
 
 
 def test_looking_for_children_is_not_the_loaders_cpu_time(checkpoint, monkeypatch):

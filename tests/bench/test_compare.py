@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from wan_loader import documents
 from wan_loader.bench.compare import compare_runs, parse_limit, read_run, regressions
 from wan_loader.errors import OptionError, SessionError
-from wan_loader.profiler.analysis import checked
 from wan_loader.profiler.analysis.session import read_session
 
 
@@ -122,7 +122,7 @@ def test_numbers_that_nobody_measured_are_refused(document, write, value):
 
 @pytest.mark.parametrize("read", [read_run, read_session])
 def test_a_file_without_an_end_is_refused(monkeypatch, read):
-    monkeypatch.setattr(checked, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(documents, "_MAX_BYTES", 1000)
     with pytest.raises(SessionError, match="larger than 1000 bytes"):
         read("/dev/zero")
 

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from wan_loader.engine import Batch, EngineSettings, run_transfer
+from wan_loader.engine import Batch, run_transfer
 from wan_loader.engine.reader import Reader
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
+from wan_loader.plan.limits import EngineSettings, TransferMode
+from wan_loader.system import posix_aio
 from wan_loader.system.posix import PAGE
 
 MiB = 1 << 20
@@ -149,9 +151,12 @@ def mappings_of(path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # signals in Python's own clean-up
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # and in its Event.wait
-@pytest.mark.parametrize("transport", [Transport.MAPPED, Transport.BUFFERED])
-def test_nothing_stays_mapped_or_open(path, transport):
+@pytest.mark.parametrize(
+    ("transport", "by_threads"), [(Transport.MAPPED, False), (Transport.BUFFERED, False), (Transport.BUFFERED, True)]
+)
+def test_nothing_stays_mapped_or_open(path, monkeypatch, transport, by_threads):
     """Whenever a signal comes, also between the system call and the note of its result."""
+    monkeypatch.setattr(posix_aio, "_orphaned", by_threads)
 
     class ComeError(BaseException):  # as KeyboardInterrupt is
         pass
@@ -160,11 +165,13 @@ def test_nothing_stays_mapped_or_open(path, transport):
         raise ComeError
 
     class QuietAfterwards(DeviceWriter):
+        can_pin = not by_threads
+
         def finish(self):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     blocks = tuple(plan_blocks([ByteRange(0, 0, 0, 8 * MiB)], block_bytes=4 * PAGE, transport=lambda *_: transport))
-    settings = EngineSettings(threads=8, slot_bytes=4 * PAGE, n_slots=8, maps_here=True, faults_in=False)
+    settings = EngineSettings(threads=8, slot_bytes=4 * PAGE, n_slots=8, mode=TransferMode.MAPPED_HERE, faults_in=False)
     before = signal.signal(signal.SIGALRM, come)
     n_came, fds = 0, len(os.listdir("/proc/self/fd"))
     try:

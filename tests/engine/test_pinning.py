@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.devices.writer import PinError
-from wan_loader.engine import Batch, EngineSettings, run_transfer
+from wan_loader.engine import Batch, run_transfer
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.reader import Reader
@@ -18,6 +18,7 @@ from wan_loader.engine.transfer import TransferStats
 from wan_loader.errors import DeviceError
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
+from wan_loader.plan.limits import EngineSettings
 
 pytestmark = pytest.mark.timeout(10)
 

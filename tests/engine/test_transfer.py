@@ -1,10 +1,8 @@
 """The engine, real files, a fake device: each byte arrives once, slots are not reused early, a failure ends all."""
 
-import ctypes
 import errno
 import itertools
 import os
-import queue
 import random
 import signal
 import threading
@@ -13,10 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_device import FakeDevice
 
-from wan_loader.devices.writer import PinError
-from wan_loader.engine import Batch, EngineSettings, run_transfer
-from wan_loader.engine import read_queue as reads
+from wan_loader.engine import Batch, run_transfer
 from wan_loader.engine import transfer as carry
 from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
@@ -24,106 +21,17 @@ from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
+from wan_loader.plan.limits import EngineSettings, TransferMode
+from wan_loader.system import posix_aio
 from wan_loader.system.posix import PAGE
-from wan_loader.system.posix_aio import Request
+from wan_loader.system.posix_aio import PosixAio, Request
 
 pytestmark = pytest.mark.timeout(10)
 
 KiB = 1 << 10
 SLOT = 64 * KiB
+SHARED, HERE = {"mode": TransferMode.SHARED}, {"mode": TransferMode.MAPPED_HERE}
 WAYS = [Transport.MAPPED, Transport.DIRECT, Transport.BUFFERED]
-
-
-class FakeTicket:
-    def __init__(self, copies):
-        self.copies = copies
-        self.event = threading.Event()
-
-    def done(self):
-        return self.event.is_set()
-
-    def wait(self):
-        self.event.wait()
-
-
-class FakeLine:
-    def __init__(self, device):
-        self.device = device
-        self.thread = threading.get_ident()
-
-    def submit(self, address, file_start, segments):
-        assert threading.get_ident() == self.thread, "a line is for the thread that made it"
-        return self.device.submit(address, file_start, segments)
-
-
-class FakeDevice:
-    """Copies late, from a thread of its own, out of the source as it is by then: early reuse shows as wrong bytes."""
-
-    def __init__(self, sizes, *, delay_s=0.0, pin_s=0.0, can_pin=True, refuse=lambda n, read_only: False, fail_at=None):
-        self.memory = [bytearray(n) for n in sizes]
-        self.arrived = [bytearray(n) for n in sizes]  # how often each byte was copied
-        self.can_pin = can_pin
-        self.threads = set()
-        self.pinned, self.max_pinned, self.n_pins = {}, 0, 0
-        self.n_submits, self.addresses = 0, set()
-        self._delay_s, self._pin_s, self._refuse, self._fail_at = delay_s, pin_s, refuse, fail_at
-        self._queue = queue.SimpleQueue()
-        self._pending = []
-        self.n_bound = 0
-        self._thread = threading.Thread(target=self._run, name="fake device", daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        while (copy_event := self._queue.get()) is not None:
-            time.sleep(self._delay_s)
-            for storage, at, source, nbytes in copy_event.copies:
-                self.memory[storage][at : at + nbytes] = ctypes.string_at(source, nbytes)
-                self.arrived[storage][at : at + nbytes] = bytes(
-                    min(n + 1, 9) for n in self.arrived[storage][at : at + nbytes]
-                )
-            copy_event.event.set()
-
-    def bind(self, destinations):
-        self.n_bound += len(destinations)
-
-    def stream(self):
-        assert self.n_bound
-        return FakeLine(self)
-
-    def pin(self, address, nbytes, *, read_only):
-        self.threads.add(threading.get_ident())
-        self.n_pins += 1
-        if self._refuse(self.n_pins, read_only):
-            raise PinError("refused by the fake")
-        time.sleep(self._pin_s)
-        self.pinned[address] = nbytes
-        self.max_pinned = max(self.max_pinned, sum(self.pinned.values()))
-
-    def unpin(self, address):
-        self.pinned.pop(address, None)  # what was refused may be given back too
-        return True
-
-    def submit(self, address, file_start, segments):
-        assert all(segment.storage < self.n_bound for segment in segments), "copied to what is not allocated yet"
-        self.threads.add(threading.get_ident())
-        self.n_submits += 1
-        self.addresses.add(address // PAGE)
-        if self._fail_at is not None and self.n_submits >= self._fail_at[0]:
-            raise self._fail_at[1]
-        copy_event = FakeTicket(
-            [(p.storage, p.storage_start, address + p.file_start - file_start, p.nbytes) for p in segments]
-        )
-        self._pending.append(copy_event)
-        self._queue.put(copy_event)
-        return copy_event
-
-    def finish(self):
-        for copy_event in self._pending:
-            copy_event.event.wait()
-
-    def close(self):
-        self._queue.put(None)
-        self._thread.join()
 
 
 @pytest.fixture
@@ -155,8 +63,7 @@ def load(path):
         *,
         threads=4,
         n_slots=6,
-        may_steal=False,
-        maps_here=False,
+        mode=TransferMode.STAGED,
         faults_in=True,
         block_bytes=4 * SLOT,
         each=100,
@@ -171,8 +78,7 @@ def load(path):
             threads=threads,
             slot_bytes=SLOT,
             n_slots=n_slots,
-            may_steal=may_steal,
-            maps_here=maps_here,
+            mode=mode,
             faults_in=faults_in,
         )
         choose = transport if callable(transport) and not isinstance(transport, Transport) else lambda *_: transport
@@ -277,12 +183,23 @@ def test_every_byte_arrives_once(load, path, transport, threads, can_pin):
     check(result, path)
 
 
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
+def test_reads_by_python_threads(load, path, monkeypatch, transport):
+    monkeypatch.setattr(posix_aio, "_orphaned", True)
+    result = load(transport, block_bytes=SLOT, each=3, delay_s=0.001)
+    assert "read by Python threads" in result.stats.fallbacks[0]
+    check(result, path)
+    error = DeviceError("boom")
+    assert fails_within_a_second(error, lambda: load(transport, block_bytes=SLOT, fail_at=(2, error))) is error
+
+
 @pytest.mark.parametrize("each", [1, 3, 100])
-@pytest.mark.parametrize("may_steal", [True, False])
+@pytest.mark.parametrize("mode", [TransferMode.SHARED, TransferMode.STAGED])
 @pytest.mark.parametrize("transport", WAYS)
-def test_portions(load, path, transport, may_steal, each):
+def test_portions(load, path, transport, mode, each):
     """Nothing is copied before its storage is there, whatever comes first."""
-    check(load(transport, block_bytes=SLOT, each=each, may_steal=may_steal, pin_s=0.001), path)
+    check(load(transport, block_bytes=SLOT, each=each, mode=mode, pin_s=0.001), path)
 
 
 def test_a_portion_is_made_when_little_is_left(load, path):
@@ -312,8 +229,8 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
         return plain(request) if load.devices[-1].n_pins else None
 
     monkeypatch.setattr(Request, "result", late)
-    monkeypatch.setattr(reads, "wait_any", wait_any)
-    check(load(Transport.MAPPED, block_bytes=SLOT, each=2, n_slots=2, may_steal=True), path)
+    monkeypatch.setattr(PosixAio, "wait_any", staticmethod(wait_any))
+    check(load(Transport.MAPPED, block_bytes=SLOT, each=2, n_slots=2, mode=TransferMode.SHARED), path)
     assert waited_s, "staging was at work, too"
     assert sum(waited_s) < 0.5
 
@@ -343,7 +260,7 @@ def test_more_readers_than_slots_do_not_deadlock(load, path, n_slots):
 
 
 def test_stealing(load, path):
-    result = load(Transport.MAPPED, may_steal=True, pin_s=0.02, block_bytes=SLOT)
+    result = load(Transport.MAPPED, mode=TransferMode.SHARED, pin_s=0.02, block_bytes=SLOT)
     assert result.stats.nbytes[Transport.BUFFERED] > 0
     assert result.stats.nbytes[Transport.MAPPED] > 0
     assert result.stats.fallbacks == []
@@ -354,7 +271,9 @@ def test_stealing(load, path):
 @pytest.mark.parametrize("faults_in", [True, False])
 def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
     seen = Recorder()
-    result = load(Transport.MAPPED, block_bytes=SLOT, each=each, maps_here=True, faults_in=faults_in, observer=seen)
+    result = load(
+        Transport.MAPPED, block_bytes=SLOT, each=each, mode=TransferMode.MAPPED_HERE, faults_in=faults_in, observer=seen
+    )
     assert result.writer.threads == {threading.get_ident()}
     assert result.stats.nbytes[Transport.BUFFERED] == result.stats.staging_nbytes == 0
     assert ("read" in {span.name for span in seen.spans}) == faults_in
@@ -375,7 +294,7 @@ def test_mapping_here_stays_here_when_some_is_staged(load, path, each):
         lambda file, start, end: transports[start // SLOT % 2],
         block_bytes=SLOT,
         each=each,
-        maps_here=True,
+        mode=TransferMode.MAPPED_HERE,
         refuse=refuse,
     )
     assert mapping == {threading.get_ident()}
@@ -390,7 +309,7 @@ def test_mapping_alone_begins_before_the_last_portion_is_made(load, path):
         pins.append(load.devices[-1].n_pins)
         return range(count)
 
-    check(load(Transport.MAPPED, block_bytes=SLOT, each=4, maps_here=True, allocate=allocate), path)
+    check(load(Transport.MAPPED, block_bytes=SLOT, each=4, mode=TransferMode.MAPPED_HERE, allocate=allocate), path)
     assert pins == [0, 4, 8, 12, 16, 20][: len(pins)]
 
 
@@ -401,7 +320,15 @@ def test_without_stealing_everything_stays_mapped(load, path):
     check(result, path)
 
 
-@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True}, {"maps_here": True, "each": 2}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"mode": TransferMode.SHARED},
+        {},
+        {"mode": TransferMode.MAPPED_HERE},
+        {"mode": TransferMode.MAPPED_HERE, "each": 2},
+    ],
+)
 @pytest.mark.parametrize("refused_from", [1, 2, 5])
 def test_refused_windows_go_through_staging(load, path, refused_from, how):
     windows = iter(range(1, 1000))
@@ -416,11 +343,11 @@ def test_refused_windows_go_through_staging(load, path, refused_from, how):
     assert "refused by the fake" in refusal
     assert "regist" in refusal
     assert next(windows) == refused_from + 1, "asked for once more after the refusal"
-    assert (result.writer.threads == {threading.get_ident()}) == ("maps_here" in how)
+    assert (result.writer.threads == {threading.get_ident()}) == (how.get("mode") is TransferMode.MAPPED_HERE)
     check(result, path)
 
 
-@pytest.mark.parametrize("how", [{"may_steal": True}, {}, {"maps_here": True, "each": 2}])
+@pytest.mark.parametrize("how", [SHARED, {}, {**HERE, "each": 2}])
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
 @pytest.mark.parametrize("nth", [1, 4])
 def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch, nth, code, how):
@@ -655,8 +582,8 @@ def test_truncated_file(load, path, transport, left):
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("may_steal", [False, True])
-def test_a_window_that_fails(load, may_steal):
+@pytest.mark.parametrize("mode", [TransferMode.STAGED, TransferMode.SHARED])
+def test_a_window_that_fails(load, mode):
     error = DeviceError("memory overlaps")
 
     def fail(n, read_only):
@@ -664,7 +591,7 @@ def test_a_window_that_fails(load, may_steal):
             raise error
 
     raised = fails_within_a_second(
-        DeviceError, lambda: load(Transport.MAPPED, block_bytes=SLOT, refuse=fail, delay_s=0.02, may_steal=may_steal)
+        DeviceError, lambda: load(Transport.MAPPED, block_bytes=SLOT, refuse=fail, delay_s=0.02, mode=mode)
     )
     assert raised is error
 

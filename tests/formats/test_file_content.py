@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
-from wan_loader.formats.content import content_of, holds_weights
+from wan_loader.formats.known import recognise
 from wan_loader.verify import verify
 
 NAMES = [
@@ -55,13 +55,12 @@ def test_content_decides_and_not_the_suffix(tmp_path, format_, name):
     assert loaded["w"].tolist() == [0, 1, 2]
     assert verify(path, loaded) == 1
     assert open_checkpoint([path]).format == format_
-    assert holds_weights(OURS[format_][:512])
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x04034B50])
 def test_a_length_that_looks_like_another_format_is_a_length(length):
     """0x280 is how a pickle begins, 0x04034b50 how a zip archive does."""
-    assert content_of(length.to_bytes(8, "little") + b'{"w":') == "safetensors"
+    assert recognise(length.to_bytes(8, "little") + b'{"w":').name == "safetensors"
 
 
 def test_an_index_by_its_content(tmp_path):

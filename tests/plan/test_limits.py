@@ -8,6 +8,7 @@ from wan_loader.plan.limits import (
     MAX_READS,
     MAX_STAGING_BYTES,
     MIN_BLOCK_BYTES,
+    TransferMode,
     block_bytes,
     engine_settings,
     prefers_mapping,
@@ -84,20 +85,24 @@ def test_no_load_reads_more_at_once_than_is_got_ready():
 
 
 def test_only_mapped_windows_are_stolen_and_only_for_the_gpu():
-    assert settings(Transport.MAPPED).may_steal
-    assert not settings(Transport.MAPPED, cuda=False).may_steal
-    assert not settings(Transport.MAPPED, Transport.DIRECT).may_steal
+    assert settings(Transport.MAPPED).mode is TransferMode.SHARED
+    assert settings(Transport.MAPPED, cuda=False).mode is not TransferMode.SHARED
+    assert settings(Transport.MAPPED, Transport.DIRECT).mode is TransferMode.STAGED
 
 
 def test_mapping_that_was_asked_for_is_alone():
-    assert settings(Transport.MAPPED, io="mapped", resident=True).maps_here
-    assert not settings(Transport.MAPPED, io="mapped").may_steal
-    assert not settings(Transport.MAPPED, io="mapped").maps_here, "Ctrl-C must not wait for a disk"
-    assert not settings(Transport.MAPPED, resident=True).maps_here
-    assert not settings(Transport.MAPPED, Transport.DIRECT, io="mapped", resident=True).maps_here, (
+    assert settings(Transport.MAPPED, io="mapped", resident=True).mode is TransferMode.MAPPED_HERE
+    assert settings(Transport.MAPPED, io="mapped").mode is TransferMode.STAGED, "Ctrl-C must not wait for a disk"
+    assert settings(Transport.MAPPED, resident=True).mode is TransferMode.SHARED
+    assert settings(Transport.MAPPED, Transport.DIRECT, io="mapped", resident=True).mode is TransferMode.STAGED, (
         "staging must not wait for it"
     )
     assert settings(Transport.MAPPED, io="mapped").threads == 8, "for what cannot be mapped"
+
+
+def test_bytes_are_read_to_their_place_where_that_is_allowed():
+    assert settings(Transport.BUFFERED, cuda=False, reads_straight=True).mode is TransferMode.IN_PLACE
+    assert settings(Transport.BUFFERED, cuda=False).mode is TransferMode.STAGED
 
 
 def test_the_driver_faults_in_what_is_there():

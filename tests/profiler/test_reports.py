@@ -11,11 +11,11 @@ from rich.console import Console
 from test_session import make_program, make_session
 
 from wan_loader.events import Span
-from wan_loader.profiler.analysis.timeline import Mark
 from wan_loader.profiler.render.charts import axis_step
 from wan_loader.profiler.render.page import to_page
 from wan_loader.profiler.render.terminal import print_session
 from wan_loader.profiler.render.trace import to_trace, without_overlap
+from wan_loader.spans import Mark
 
 SESSIONS = {"load": make_session, "program": make_program}
 

@@ -12,11 +12,12 @@ from rich.console import Console
 from wan_loader.errors import SessionError
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.profiler.analysis.assemble import Environment, load_session
-from wan_loader.profiler.analysis.session import Process, Sample, Session, Verdict, read_session
-from wan_loader.profiler.analysis.timeline import Mark, phases
+from wan_loader.profiler.analysis.session import Process, Sample, Session, read_session
 from wan_loader.profiler.render.page import to_page
 from wan_loader.profiler.render.terminal import print_session
 from wan_loader.profiler.render.trace import to_trace
+from wan_loader.spans import Mark, summarize
+from wan_loader.verdict import Verdict
 
 S = 1_000_000_000
 
@@ -58,11 +59,25 @@ def test_round_trip(tmp_path):
     assert again.verdict == session.verdict
 
 
+def test_load_and_profile_name_the_same_bottleneck(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    import wan_loader
+    from wan_loader.events import Recorder
+
+    save_file({f"{i}": torch.zeros(1 << 18) for i in range(8)}, tmp_path / "model.safetensors")
+    loaded = wan_loader.load(tmp_path / "model.safetensors", io="buffered", observer=Recorder())
+    session = load_session(loaded.report, loaded.spans, Environment())
+    assert loaded.report.bottleneck == session.report.bottleneck
+    assert loaded.report.bottleneck.phase == session.verdict.phase
+
+
 def test_phases_that_are_not_known_are_other(tmp_path):
     """Of a later version, in the saved document and in spans of a program's own."""
     session = make_session()
     spans = (*session.spans, Mark("decrypt", S, 3 * S, 5, "MainThread"), Mark("other", 2 * S, 4 * S, 2, "MainThread"))
-    assert [(p.name, p.busy_s, p.nbytes) for p in phases(spans)][-1] == ("other", 3.0, 7)
+    assert [(p.name, p.busy_s, p.nbytes) for p in summarize(spans)][-1] == ("other", 3.0, 7)
     session = replace(session, processes=(replace(session.processes[0], spans=spans),))
     document = json.loads(json.dumps(session.to_json()))
     assert len(document["processes"][0]["spans"]) == 5
@@ -250,7 +265,7 @@ def make_program():
     ]
     return Session(
         kind="program",
-        report=make_report(4.0, target="torchrun <x>", phases=phases(spans)),
+        report=make_report(4.0, target="torchrun <x>", phases=summarize(spans)),
         processes=(launcher, *ranks),
         subject=1,
         verdict=Verdict("slow", "random_init", "because <i>", 1.0, 0.25),

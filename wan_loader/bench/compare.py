@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.documents import Doc, read_json
 from wan_loader.errors import OptionError, SessionError
-from wan_loader.profiler.analysis.checked import Doc, read_json
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.table import case_title, machine_line, ordered, why_no_time
+from wan_loader.phases import PHASE_TABLE
 from wan_loader.printable import markup_text
 from wan_loader.profiler.render.charts import axis_step
 from wan_loader.sizes import format_seconds
@@ -21,17 +22,11 @@ _BAR = 24
 _TRACK = 13
 _INK, _SOFT, _LINE = "#1c2430", "#5c6675", "#dfe4ea"
 _OURS, _OTHER, _LIMIT = "#2fa36b", "#8fa9c8", "#b3261e"
-#: Phase -> colour; on the CPU, "touch" is the first use of pages that were only mapped.
-_PHASES = {
-    "read": "#3b82d6",
-    "register": "#3d9bb3",
-    "h2d": "#2fa36b",
-    "cast": "#d46a9c",
-    "touch": "#e0b050",
-    "wait": "#c9ced6",
-    "init": "#5f83b5",
-    "header": "#7c8799",
-}
+#: On the CPU: the first use of pages that were only mapped.
+_TOUCH = "touch"
+_COLOURS = {kind.name: kind.colour for kind in PHASE_TABLE} | {_TOUCH: "#e0b050"}
+#: What is drawn of a load, from top to bottom.
+_DRAWN = ("read", "register", "h2d", "cast", _TOUCH, "wait", "init", "header")
 
 
 def to_svg(document: Mapping[str, Any]) -> str:
@@ -137,7 +132,7 @@ def _time_lines(case: Mapping[str, Any], top: int, scale: float) -> tuple[list[s
     """Draw the phases of our median sample on the scale of the bars, if anything of them is wide enough to be seen."""
     for result in ordered(case):
         sample = _median_sample(result)
-        phases = {n: rows for n, rows in (sample or {}).get("phases", {}).items() if n in _PHASES}
+        phases = {n: rows for n, rows in (sample or {}).get("phases", {}).items() if n in _DRAWN}
         width = sample["seconds"] * scale if sample else 0.0
         if not sample or not phases or width <= 0:
             continue
@@ -145,13 +140,13 @@ def _time_lines(case: Mapping[str, Any], top: int, scale: float) -> tuple[list[s
         note = "" if stretch < 1.05 else f", drawn {stretch:.2g} times wider"
         parts = [_text(20, top + 10, f"inside {result['loader']}{note}", colour=_SOFT, size=11)]
         y = top + 18
-        for name in (n for n in _PHASES if n in phases):
-            label = "first use" if name == "touch" else name
+        for name in (n for n in _DRAWN if n in phases):
+            label = "first use" if name == _TOUCH else name
             parts.append(_text(_LEFT - 10, y + 10, label, colour=_SOFT, size=11, anchor="end"))
             for start, end in phases[name]:
                 x, length = _LEFT + start * scale * stretch, max(0.6, (end - start) * scale * stretch)
                 parts.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{_TRACK - 3}" fill="{_PHASES[name]}"/>'
+                    f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{_TRACK - 3}" fill="{_COLOURS[name]}"/>'
                 )
             y += _TRACK
         return parts, y + 16 - top

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import clock_ns
 from wan_loader.system.posix_aio import Request
+from wan_loader.system.read_threads import ThreadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,19 +46,25 @@ class Throttle:
 
 def throttle_reads(rate: float) -> None:
     """Slow every read of this process's loads down, for good: for a process that takes one sample and ends."""
-    # the class is changed, not an object: readers make their requests themselves
-    throttle, start, result = Throttle(rate), Request.start, Request.result
-    due_ns: dict[Request, int] = {}
+    # the classes are changed, not objects: readers make their requests themselves
+    throttle = Throttle(rate)
+    for kind in (Request, ThreadRequest):
+        _slow_down(kind, throttle)
 
-    def slow_start(request: Request, fd: int, address: int, nbytes: int, offset: int) -> None:
+
+def _slow_down(kind: Any, throttle: Throttle) -> None:
+    """Let requests of one kind end when the device would have delivered them."""
+    start, result = kind.start, kind.result
+    due_ns: dict[Any, int] = {}
+
+    def slow_start(request: Any, fd: int, address: int, nbytes: int, offset: int) -> None:
         due_ns[request] = throttle.reserve(nbytes)
         start(request, fd, address, nbytes, offset)
 
-    def slow_result(request: Request) -> int | None:
-        nbytes = result(request)
+    def slow_result(request: Any) -> int | None:
+        nbytes: int | None = result(request)
         if nbytes is not None:
             throttle.wait(due_ns.pop(request))
         return nbytes
 
-    Request.start = slow_start  # type: ignore[method-assign, assignment]
-    Request.result = slow_result  # type: ignore[method-assign, assignment]
+    kind.start, kind.result = slow_start, slow_result

@@ -8,9 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wan_loader.cache.locks import Locked, is_foreign, lock, remove_tree, sync_directory
+from wan_loader.cache.locks import lock
 from wan_loader.cache.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, EntryFile, Manifest, parse_manifest
 from wan_loader.errors import CacheError, NewerFormatError
+from wan_loader.system.files import LockedDirectory, is_foreign, remove_tree, sync_directory
 
 __all__ = ["NEWER", "Building", "Entry", "Listed", "look_at", "read_manifest"]
 
@@ -22,7 +23,7 @@ _PLANNED_NAME = "planned"
 _SEALED = 0o400
 
 
-class Entry(Locked):
+class Entry(LockedDirectory):
     """A complete entry, locked for reading: nobody removes it before `close`."""
 
     manifest: Manifest
@@ -48,7 +49,7 @@ class Entry(Locked):
         return as_left
 
 
-class Building(Locked):
+class Building(LockedDirectory):
     """An entry that only this process writes. `publish` or `abandon` it."""
 
     def plan(self, nbytes: int) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from wan_loader.cache.outline import FORMAT_VERSION, SourceFile
+from wan_loader.documents import Doc, DocumentError
 from wan_loader.errors import CacheError, CheckpointError, NewerFormatError
 from wan_loader.formats.strict_json import parse_object
 
@@ -129,8 +130,8 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     if said != _body_digest({"format_version": FORMAT_VERSION, **body}):
         raise CacheError(f"{path} does not match its own checksum: damaged")
     try:
-        manifest = _typed(body)
-    except (TypeError, KeyError, ValueError) as error:
+        manifest = _typed(Doc(body))
+    except DocumentError as error:
         raise CacheError(f"{path} is no manifest ({error}): damaged or foreign") from None
     if manifest.to_bytes() != text:
         raise CacheError(f"{path} is not as it was written: damaged")
@@ -142,28 +143,32 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     return manifest
 
 
-def _typed(body: dict[str, Any]) -> Manifest:
-    sources = tuple(_strict(SourceFile, s, {"path": str}, int) for s in body.pop("sources"))
-    files = tuple(
-        _strict(EntryFile, {**f, "blocks": tuple(f["blocks"])}, {"path": str, "blocks": tuple}, int)
-        for f in body.pop("files")
+def _typed(doc: Doc) -> Manifest:
+    return Manifest(
+        key=doc.text("key"),
+        label=doc.text("label"),
+        dtype=doc.optional_text("dtype"),
+        created=doc.number("created"),
+        sources=tuple(_source_file(file) for file in doc.docs("sources")),
+        files=tuple(_entry_file(file) for file in doc.docs("files")),
+        contents=doc.texts("contents"),
     )
-    contents = tuple(body.pop("contents"))
-    strings = [body["key"], body["label"], *contents, *(b for f in files for b in f.blocks)]
-    if not all(isinstance(s, str) for s in strings) or not isinstance(body["created"], int | float):
-        raise TypeError("a field has another type")
-    if body["dtype"] is not None and not isinstance(body["dtype"], str):
-        raise TypeError("dtype is no name")
-    return Manifest(**body, sources=sources, files=files, contents=contents)
 
 
-def _strict(kind: Any, values: dict[str, Any], types: dict[str, type], other: type) -> Any:
-    """A dataclass from JSON: exactly its fields, each of its type, sizes not negative."""
-    made = kind(**values)
-    for name, value in values.items():
-        if type(value) is not types.get(name, other) or (type(value) is int and not 0 <= value < 2**63):
-            raise ValueError(f"{name} is {value!r}")
-    return made
+def _source_file(doc: Doc) -> SourceFile:
+    facts = (doc.whole(name) for name in ("nbytes", "mtime_ns", "ctime_ns", "inode"))
+    return SourceFile(doc.text("path"), *facts)
+
+
+def _entry_file(doc: Doc) -> EntryFile:
+    return EntryFile(
+        doc.text("path"),
+        doc.whole("nbytes"),
+        doc.whole("header_nbytes"),
+        doc.texts("blocks"),
+        doc.optional_whole("mtime_ns"),
+        doc.optional_whole("ctime_ns"),
+    )
 
 
 def is_plain(path: str) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CacheError
 from wan_loader.formats.facts import contiguous_strides, stat_file
+from wan_loader.formats.known import is_planned
 from wan_loader.formats.safetensors import SAFETENSORS_NAMES
 from wan_loader.system.posix import PAGE
 
@@ -165,7 +166,7 @@ def outline_file(
 def why_not(file: CachedFile) -> str | None:
     """Why a checkpoint cannot be kept in the cache with what its tensors share and are; None if it can."""
     checkpoint = file.checkpoint
-    if checkpoint.format == "torch-pickle":
+    if not is_planned(checkpoint):
         return "only torch.load can read the file"
     users = Counter(t.storage for t in checkpoint.tensors)
     for cached in file.tensors:

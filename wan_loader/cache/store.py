@@ -21,10 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from wan_loader.cache.entry import Building, Entry, Listed, look_at, read_manifest
-from wan_loader.cache.locks import is_foreign, lock, removable, remove_tree
+from wan_loader.cache.locks import lock, removable
 from wan_loader.cache.manifest import MANIFEST_NAME
 from wan_loader.errors import CacheError
 from wan_loader.sizes import format_bytes
+from wan_loader.system.files import is_foreign, remove_tree
 
 __all__ = ["Store", "default_directory"]
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from wan_loader.cli.options import JsonOut, Verbose
     from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
     from wan_loader.cli.program import run_program
-    from wan_loader.cli.render import byte_progress, output_console, print_warnings, step_progress
+    from wan_loader.cli.progress import byte_progress, progress_bars
+    from wan_loader.cli.render import output_console, print_warnings
     from wan_loader.console import Columns, PlainConsole, marked
     from wan_loader.printable import printable
 
@@ -38,11 +39,11 @@ __all__ = [
     "print_json",
     "print_warnings",
     "printable",
+    "progress_bars",
     "report_build",
     "run_program",
     "say",
     "show",
-    "step_progress",
     "write_json",
 ]
 
@@ -53,7 +54,7 @@ __getattr__ = lazy_names(
         "JsonOut": "wan_loader.cli.options",
         "PlainConsole": "wan_loader.console",
         "Verbose": "wan_loader.cli.options",
-        "byte_progress": "wan_loader.cli.render",
+        "byte_progress": "wan_loader.cli.progress",
         "check_outputs": "wan_loader.cli.output",
         "follow_build": "wan_loader.cli.building",
         "marked": "wan_loader.console",
@@ -62,11 +63,11 @@ __getattr__ = lazy_names(
         "print_json": "wan_loader.cli.output",
         "print_warnings": "wan_loader.cli.render",
         "printable": "wan_loader.printable",
+        "progress_bars": "wan_loader.cli.progress",
         "report_build": "wan_loader.cli.building",
         "run_program": "wan_loader.cli.program",
         "say": "wan_loader.cli.output",
         "show": "wan_loader.cli.output",
-        "step_progress": "wan_loader.cli.render",
         "write_json": "wan_loader.cli.output",
     },
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import Device, Dtype, Force, IoChoice, JsonOut, Verbose, checked
+from wan_loader.cli.options import Device, Dtype, Force, IoChoice, JsonOut, Verbose, checked, usage_errors
 from wan_loader.distributed.processes import world_size
 from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_size
@@ -125,10 +125,8 @@ def bench(
     check_outputs(export_json, export_markdown, export_picture, force=force)
     if export_picture is not None and export_picture.suffix != ".svg":
         raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
-    try:
+    with usage_errors():
         entries, places = _entries(loader, io, threads), _places(storage)
-    except OptionError as error:
-        raise typer.BadParameter(str(error)) from error
     caches = [c.value for c in dict.fromkeys(cache or [CacheChoice.WARM])]
     device, machine = _machine(device)
     from wan_loader.bench.runner import Settings

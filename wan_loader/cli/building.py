@@ -64,10 +64,10 @@ def stopping(build: EntryBuild | None) -> Iterator[None]:
 def follow_build(build: EntryBuild) -> None:
     """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
     with stopping(build):
-        from wan_loader.cli.render import counting_progress
+        from wan_loader.cli.progress import progress_bars
 
-        with counting_progress("writing the cache", build.nbytes) as advance:
-            shown = 0
+        title = "writing the cache"
+        with progress_bars(title, build.nbytes) as tell:
             while not build.wait(0.1):
-                advance(build.nbytes_written - shown)
-                shown = build.nbytes_written
+                if tell is not None:
+                    tell(title, build.nbytes_written, build.nbytes)

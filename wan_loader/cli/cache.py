@@ -213,7 +213,7 @@ def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
 def _check(store: Store, key: str, *, sources: bool) -> list[str]:
     """What is wrong with an entry, which stays meanwhile; nothing if it was removed."""
     from wan_loader.cache.check import check_entry, check_sources
-    from wan_loader.cli.render import counting_progress
+    from wan_loader.cli.progress import counting_progress
     from wan_loader.errors import CacheError
 
     try:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import JsonOut, Verbose
-from wan_loader.errors import OptionError
+from wan_loader.cli.options import JsonOut, Verbose, usage_errors
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
@@ -50,10 +49,8 @@ def compare(
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings
 
-    try:
+    with usage_errors():
         limits = [parse_limit(text) for text in fail_if or []]
-    except OptionError as error:
-        raise typer.BadParameter(str(error)) from error
     runs = read_run(before), read_run(after)
     metrics = list(dict.fromkeys(["median", *(limit.metric for limit in limits)]))
     found = compare_runs(*runs, metrics)

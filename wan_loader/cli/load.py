@@ -113,7 +113,7 @@ def _load(
     verify: bool,
 ) -> LoadResult:
     import wan_loader
-    from wan_loader.cli.render import reading_progress
+    from wan_loader.cli.progress import reading_progress
 
     load_weights = wan_loader.load  # is imported before there is a progress bar
     with together(device) as (on, group), reading_progress(checkpoint.nbytes) as observer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ __all__ = [
     "Verbose",
     "check_dtype",
     "checked",
+    "usage_errors",
     "verbose",
 ]
 
@@ -47,12 +49,19 @@ def verbose() -> bool:
     return any(word in ("-v", "--verbose") for word in sys.argv[1:])
 
 
-def check_dtype(value: str | None) -> str | None:
-    """A dtype by its full name; a usage error for what is none."""
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Tell of a setting that the body refuses as of a mistake on the command line: exit code 2, not 1."""
     try:
-        return None if value is None else parse_dtype(value)
+        yield
     except OptionError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def check_dtype(value: str | None) -> str | None:
+    """A dtype by its full name; a usage error for what is none."""
+    with usage_errors():
+        return None if value is None else parse_dtype(value)
 
 
 def checked(parse: Callable[[str], object]) -> Callable[[str | list[str] | None], str | list[str] | None]:
@@ -60,10 +69,8 @@ def checked(parse: Callable[[str], object]) -> Callable[[str | list[str] | None]
 
     def check(value: str | list[str] | None) -> str | list[str] | None:
         for text in [value] if isinstance(value, str) else value or ():
-            try:
+            with usage_errors():
                 parse(text)
-            except OptionError as error:
-                raise typer.BadParameter(str(error)) from error
         return value
 
     return check

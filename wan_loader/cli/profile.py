@@ -134,7 +134,7 @@ def _profile_load(
     path: Path, device: str, dtype: str | None, io: IoChoice, threads: int | None, part: str | None, *, measure: bool
 ) -> Session:
     import wan_loader
-    from wan_loader.cli.render import reading_progress
+    from wan_loader.cli.progress import reading_progress
     from wan_loader.profiler.analysis.assemble import load_session
     from wan_loader.profiler.probe.storage import limits
 

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.text import Text
 
 from wan_loader.console import Columns, PlainConsole, marked
-from wan_loader.distributed.processes import is_first, world_size
 from wan_loader.printable import printable
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
-    from wan_loader.events import Observer, Span
     from wan_loader.loading.report import CacheReport, LoadReport
     from wan_loader.profiler.analysis.ranks import Spread
 
 __all__ = [
-    "byte_progress",
-    "counting_progress",
     "error_console",
     "output_console",
     "print_load",
     "print_spread",
     "print_warnings",
-    "reading_progress",
-    "step_progress",
 ]
 
 
@@ -48,77 +33,6 @@ def output_console() -> PlainConsole:
 def error_console() -> PlainConsole:
     """For progress and warnings."""
     return PlainConsole(stderr=True)
-
-
-class _ReadProgress:
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("reading", total=total)
-
-    def record(self, span: Span) -> None:
-        if span.name == "read":
-            self._progress.advance(self._task, span.nbytes)
-
-
-@contextmanager
-def reading_progress(total: int) -> Iterator[Observer | None]:
-    """An observer that shows a progress bar, where stderr is a terminal; in a distributed run the first process's."""
-    console = error_console()
-    total //= world_size()
-    if not console.is_terminal or not is_first():
-        yield None
-        return
-    with _bar(console) as progress:
-        yield _ReadProgress(progress, total)
-
-
-@contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar that is told (done, total) bytes, where stderr is a terminal."""
-    console = error_console()
-    if not console.is_terminal:
-        yield None
-        return
-    with _bar(console) as progress:
-        task = progress.add_task(printable(title), total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def step_progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """As `byte_progress`, for work in several steps: told (step, done, total)."""
-    console = error_console()
-    if not console.is_terminal:
-        yield None
-        return
-    with _bar(console) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda step, done, total: progress.update(
-            task, description=printable(step), completed=done, total=total or None
-        )
-
-
-def _bar(console: PlainConsole) -> Progress:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
-
-
-@contextmanager
-def counting_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that is told how many bytes more are done, where stderr is a terminal."""
-    console = error_console()
-    if not console.is_terminal:
-        yield lambda nbytes: None
-        return
-    with _bar(console) as progress:
-        task = progress.add_task(printable(title), total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
 
 
 def print_load(report: LoadReport) -> None:
@@ -139,7 +53,7 @@ def print_load(report: LoadReport) -> None:
     if memory.device_peak_bytes:
         parts.append(f"device peak {format_bytes(memory.device_peak_bytes)}")
     console.print(f"memory: {', '.join(parts)}")
-    console.print(printable(f"slowest: {report.bottleneck.why}"))
+    console.print(printable(f"verdict: {report.bottleneck.why}"))
 
 
 def _sizes_and_time(report: LoadReport) -> Text:

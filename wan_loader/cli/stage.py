@@ -60,7 +60,8 @@ def stage(
         wan-loader stage --remove --to /dev/shm
     """
     from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import print_warnings, step_progress
+    from wan_loader.cli.progress import progress_bars
+    from wan_loader.cli.render import print_warnings
     from wan_loader.stage_copy import stage as staging
 
     if remove:
@@ -69,7 +70,7 @@ def stage(
     if path is None:
         raise typer.BadParameter("name the PATH to stage, or --remove", param_hint="PATH")
     is_new = not os.path.lexists(to)
-    with step_progress() as progress:
+    with progress_bars() as progress:
         result = staging.stage(path, to, verify=verify, force=force, threads=threads, progress=progress)
     if json:
         print_json(_document(result))

@@ -39,7 +39,8 @@ def warm(
         wan-loader warm Wan2.2-T2V-A14B/high_noise_model --limit 20GB
     """
     from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import byte_progress, print_warnings
+    from wan_loader.cli.progress import byte_progress
+    from wan_loader.cli.render import print_warnings
     from wan_loader.system.page_cache import describe
     from wan_loader.warming import warm as warming
     from wan_loader.warming.tree import list_tree

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.formats.facts import StorageFacts, contiguous_strides
+from wan_loader.formats.known import is_planned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -127,7 +128,7 @@ def divide(
     for tensor in tensors:
         sharding = shardings[tensor.name]
         cut = sharding.n_blocks > 1
-        if cut and _row_by_row(tensor) and checkpoint.format != "torch-pickle":
+        if cut and _row_by_row(tensor) and is_planned(checkpoint):
             block, storage = _block(tensor, checkpoint.storages[tensor.storage], sharding)
             facts.append(block._replace(storage=len(storages)))
             storages.append(storage)

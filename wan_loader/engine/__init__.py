@@ -1,5 +1,5 @@
 """Carries out plans: reads, registers, submits copies, and cleans up behind them."""
 
-from wan_loader.engine.transfer import Batch, EngineSettings, TransferStats, run_transfer, transfer_blocks
+from wan_loader.engine.transfer import Batch, TransferStats, run_transfer, transfer_blocks
 
-__all__ = ["Batch", "EngineSettings", "TransferStats", "run_transfer", "transfer_blocks"]
+__all__ = ["Batch", "TransferStats", "run_transfer", "transfer_blocks"]

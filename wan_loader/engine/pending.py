@@ -7,6 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from wan_loader.plan.blocks import Transport, apart, split
+from wan_loader.plan.limits import TransferMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,15 +27,19 @@ class PendingBlocks:
     when everything is done.
     """
 
-    def __init__(self, slot_bytes: int, *, may_steal: bool, may_map: bool, apart: bool) -> None:
-        """may_map: whether mapped blocks stay mapped. apart: whether large pieces that are read through the page cache
-        stand alone, each in parts of its own."""
+    def __init__(self, slot_bytes: int, *, mode: TransferMode, may_map: bool) -> None:
+        """Begin with nothing to do.
+
+        mode: staging takes mapped blocks too if it is `SHARED`; large pieces that are read through the page cache stand
+        alone, each in parts of its own, if it is `IN_PLACE`.
+        may_map: whether mapped blocks stay mapped.
+        """
         self._windows: deque[Block] = deque()
         self._blocks: deque[Block] = deque()
         self._parts: deque[Block] = deque()
         self._slot_bytes = slot_bytes
-        self._may_steal = may_steal
-        self._apart = apart
+        self._may_steal = mode is TransferMode.SHARED
+        self._apart = mode is TransferMode.IN_PLACE
         self._may_map = may_map
 
     def add(self, blocks: Iterable[Block]) -> None:

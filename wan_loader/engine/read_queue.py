@@ -1,4 +1,4 @@
-"""Reads into staging slots, several side by side: the C library's threads read, one thread starts and collects.
+"""Reads into staging slots, several side by side: a `ReadBackend` reads, one thread starts and collects.
 
 A lane is a row of reads that run one after the other, so that a thread that has ended one finds the next without
 waiting for anybody. Lanes run side by side; slots are dealt out to them in turn.
@@ -9,17 +9,17 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan_loader.engine.reader import BlockRead
 from wan_loader.events import Span, clock_ns
-from wan_loader.system.posix_aio import Request, wait_all, wait_any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from wan_loader.engine.pinned_ring import PinnedRing, Slot
+    from wan_loader.engine.read_backend import ReadBackend, ReadRequest
     from wan_loader.engine.reader import Reader
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
@@ -34,7 +34,7 @@ class _Descriptor:
 
 
 class _Lane:
-    """Descriptors of its own for the files it reads: the C library queues reads by descriptor."""
+    """Descriptors of its own for the files it reads: reads are queued by descriptor."""
 
     def __init__(self, name: str, fallbacks: list[str]) -> None:
         self.name = name
@@ -86,9 +86,9 @@ class InFlightRead:
 
     slot: Slot
     lane: _Lane
+    request: ReadRequest
     place: int | None = None
     """Where they go; None: into the slot."""
-    request: Request = field(default_factory=Request)
     read: BlockRead | None = None
     started_ns: int = 0
     fd: int = -1
@@ -97,11 +97,16 @@ class InFlightRead:
 class ReadQueue:
     """Reads under way, and the slots that are free. For one thread."""
 
-    def __init__(self, n_rows: int, reader: Reader, staging: PinnedRing, observer: Observer | None) -> None:
+    def __init__(
+        self, n_rows: int, reader: Reader, staging: PinnedRing, backend: ReadBackend, observer: Observer | None
+    ) -> None:
         self._reader = reader
+        self._backend = backend
         self._observer = observer
         self._reads = [_Lane(f"reader {i}", reader.fallbacks) for i in range(n_rows)]
-        self._in_flights = [InFlightRead(slot, self._reads[i % n_rows]) for i, slot in enumerate(staging.slots)]
+        self._in_flights = [
+            InFlightRead(slot, self._reads[i % n_rows], backend.request()) for i, slot in enumerate(staging.slots)
+        ]
         self._free = deque(self._in_flights)
         self._n_reading = 0
         self._done: deque[InFlightRead] = deque()
@@ -139,7 +144,7 @@ class ReadQueue:
         """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
         self.look()
         if not self._done and self._n_reading:
-            wait_any([lane.reading[0].request for lane in self._reads if lane.reading], timeout_s)
+            self._backend.wait_any([lane.reading[0].request for lane in self._reads if lane.reading], timeout_s)
             self.look()
         while self._done:
             yield self._done.popleft()
@@ -195,6 +200,6 @@ class ReadQueue:
         for in_flight in self._in_flights:
             if in_flight.request.running:
                 in_flight.request.cancel()
-        wait_all([in_flight.request for in_flight in self._in_flights])
+        self._backend.wait_all([in_flight.request for in_flight in self._in_flights])
         for lane in self._reads:
             lane.close()

@@ -1,6 +1,6 @@
 """Carries out a plan, in two threads at most.
 
-The calling thread looks after staging: it starts reads into slots (`reads`; the C library's threads carry them out),
+The calling thread looks after staging: it starts reads into slots (`read_queue`; a `ReadBackend` carries them out),
 and submits the copy of each slot as it fills. The plan comes in portions, whose destinations are allocated one after
 the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
 it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
@@ -27,9 +27,11 @@ from wan_loader.engine.activity import wait_until_idle
 from wan_loader.engine.pending import PendingBlocks
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
+from wan_loader.engine.read_backend import choose_backend
 from wan_loader.engine.read_queue import InFlightRead, ReadQueue
 from wan_loader.events import span
 from wan_loader.plan.blocks import Transport
+from wan_loader.plan.limits import TransferMode
 from wan_loader.system.posix import map_file, populate, unmap
 from wan_loader.system.threads import in_background
 
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
     from wan_loader.engine.reader import Reader
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
+    from wan_loader.plan.limits import EngineSettings
 
-__all__ = ["Batch", "EngineSettings", "TransferStats", "run_transfer", "transfer_blocks"]
+__all__ = ["Batch", "TransferStats", "run_transfer", "transfer_blocks"]
 
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
@@ -59,27 +62,6 @@ class Batch(NamedTuple):
     blocks: Sequence[Block]
     allocate: Callable[[], Sequence[Destination]]
     """Makes the storages that no earlier portion needed, and says where they are, in their order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """How many threads and how much memory a load may use."""
-
-    threads: int
-    """Reads side by side."""
-    slot_bytes: int
-    """Size of a staging slot: larger blocks pass through it in parts."""
-    n_slots: int
-    may_steal: bool = False
-    """Whether staging takes mapped windows too."""
-    maps_here: bool = False
-    """Whether the calling thread maps windows itself, portion by portion: where there is nothing else to do, and no
-    page that a disk must bring: Ctrl-C would wait for it."""
-    faults_in: bool = True
-    """Whether pages of windows are faulted in before they are registered. The driver does so itself, at less expense,
-    but under a lock: not for pages that a disk must bring."""
-    reads_straight: bool = False
-    """Whether bytes that need no conversion are read to where they belong, where the target has room for that."""
 
 
 @dataclass(slots=True)
@@ -169,13 +151,14 @@ class _Transfer:
         self._reader = reader
         self._writer = writer
         self._settings = settings
+        self._in_place = settings.mode is TransferMode.IN_PLACE
+        self._maps_here = settings.mode is TransferMode.MAPPED_HERE
         self._observer = observer
         # the processor copies out of no mapping: if the file shrank, that would end the process
         self._work = PendingBlocks(
             settings.slot_bytes,
-            may_steal=settings.may_steal,
+            mode=settings.mode,
             may_map=writer.can_pin,
-            apart=settings.reads_straight,
         )
         self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self._mapper_ended.set()
@@ -205,14 +188,14 @@ class _Transfer:
     def _draw_first(self) -> None:
         """Begin to read before anything is allocated, unless bytes go straight to their place."""
         if batch := next(self._batches, None):
-            if self._settings.reads_straight:
+            if self._in_place:
                 self._writer.bind(batch.allocate())
             self._work.add(batch.blocks)
             if self._work.is_left:
                 reads = self._open_queue()
                 self._start_reads(reads)
                 self._pinning.begin(reads.used)
-            if not self._settings.reads_straight:
+            if not self._in_place:
                 self._writer.bind(batch.allocate())
 
     def _draw(self) -> None:
@@ -226,7 +209,7 @@ class _Transfer:
             self._work.add(batch.blocks)
             return
         self._all_drawn = True
-        if self._work.has_windows and not self._settings.maps_here:
+        if self._work.has_windows and not self._maps_here:
             self._mapper_ended.clear()
             if in_background(self._map_guarded, "mapper") is None:
                 self._stats.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
@@ -241,7 +224,7 @@ class _Transfer:
             self._cancel.check()
             if self._is_staging():
                 yield from self._stage_all(self._reads or self._open_queue())
-            elif self._settings.maps_here and self._work.has_windows:
+            elif self._maps_here and self._work.has_windows:
                 self._stream = self._stream or self._writer.stream()
                 self._map_all(self._stream)
             elif not self._all_drawn:
@@ -285,7 +268,8 @@ class _Transfer:
         staging = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
         self._stats.cleanups.append(staging.close)
         self._stats.staging_nbytes = staging.nbytes
-        self._reads = ReadQueue(self._settings.threads, self._reader, staging, self._observer)
+        backend = choose_backend(self._reader.fallbacks)
+        self._reads = ReadQueue(self._settings.threads, self._reader, staging, backend, self._observer)
         return self._reads
 
     def _is_staging(self) -> bool:
@@ -297,7 +281,7 @@ class _Transfer:
 
     def _place(self, part: Block) -> int | None:
         """Where a part is read to without staging; None if there is no such place."""
-        straight = self._settings.reads_straight and part.transport is Transport.BUFFERED and len(part.segments) == 1
+        straight = self._in_place and part.transport is Transport.BUFFERED and len(part.segments) == 1
         return self._writer.place(part.segments[0]) if straight else None
 
     def _stage_all(self, reads: ReadQueue) -> Iterator[Sequence[Block]]:

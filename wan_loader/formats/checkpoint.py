@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 from wan_loader.arguments import check_part, checked_paths
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.choosing import choose
-from wan_loader.formats.content import content_of, other_archive, other_file, read_head, text_of
+from wan_loader.formats.content import is_json, other_file, read_head, text_of
 from wan_loader.formats.directory import missing_error
 from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
+from wan_loader.formats.known import format_of, recognise
 from wan_loader.formats.names import SAFETENSORS, is_dcp_name, is_unfinished, is_weight_name
-from wan_loader.formats.safetensors import read_safetensors
+from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.sizes import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from wan_loader.formats.content import Content
     from wan_loader.types import StrPath
 
 __all__ = ["open_checkpoint"]
@@ -89,10 +89,10 @@ def _open_single(path: str, part: str | None) -> Checkpoint:
     """A file, or an index: JSON that is not called like weights, or what is called so and is nothing that we know."""
     _check_there([path])
     head = read_head(path)
-    content = content_of(head)
-    is_json = content == "json" and not is_weight_name(path)
-    if is_json or (content is None and path.lower().endswith(".json") and not other_file(path, head)):
-        return _open_index(path, read_index(path), part)
+    if recognise(head) is None:
+        is_called_so = path.lower().endswith(".json") and not other_file(path, head)
+        if not is_weight_name(path) if is_json(head) else is_called_so:
+            return _open_index(path, read_index(path), part)
     return _open_file(path, head, part)
 
 
@@ -126,8 +126,7 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
         storages += shard.storages
         tensors += shard.tensors if weight_map is None else _listed(shard, weight_map)
     formats = {shard.format for shard in shards}
-    if "torch-pickle" in formats:
-        formats.discard("torch-zip")  # what torch.load has to read of some, it reads of all
+    formats = formats.difference(*(format_of(shard).reads_too for shard in shards))
     if len(formats) > 1:
         raise CheckpointError(f"{path}: its files are of different formats: {', '.join(sorted(formats))}")
     warnings = [w for shard in shards for w in shard.warnings]
@@ -188,55 +187,30 @@ def _is_missing(path: str) -> bool:
 
 def _open_file(path: str, head: bytes, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
     """A file that begins with `head`, as number `number` of its checkpoint, after files with `n_storages` storages."""
-    content = content_of(head)
-    _check_ours(path, head, content)
-    if content not in ("zip", "pickle"):
-        if part is not None:
-            raise CheckpointError(f"{path} is a safetensors file, which has no parts: load it without part")
-        file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
-        return Checkpoint(path, "safetensors", (file,), tuple(storages), tuple(tensors), metadata)
-    shard = _open_torch(path, part, is_archive=content == "zip")
-    if number == n_storages == 0:
-        return shard
-    return replace(  # constructors: `replace` of each costs five times as much
-        shard,
-        storages=tuple(StorageFacts(number, s.start, s.nbytes) for s in shard.storages),
-        tensors=tuple(
-            TensorFacts(t.name, t.dtype, t.shape, t.storage + n_storages, t.stride, t.offset) for t in shard.tensors
-        ),
-    )
+    _check_ours(path, head)
+    by_content = recognise(head) or SafetensorsFormat()  # called so: what is wrong with it, its reader says
+    return by_content.read(path, part, number, n_storages)
 
 
-def _check_ours(path: str, head: bytes, content: Content | None) -> None:
+def _check_ours(path: str, head: bytes) -> None:
     """Raise `CheckpointError` for what is none of our formats, and for what is still being downloaded."""
-    what = None
+    is_ours, what = recognise(head) is not None, None
     if os.path.exists(f"{path}.aria2"):  # the file has its full length from the start
         what = f"is still being downloaded, as {path}.aria2 says: let aria2c end; if it has, remove that file"
-    elif is_unfinished(path) or is_dcp_name(path) or content in (None, "json"):
+    elif not is_ours or is_unfinished(path) or is_dcp_name(path):
         what = other_file(path, head)
-    if what is None and content == "json":
-        what = "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"
-    elif what is None and content is None and (text := text_of(head)) is not None:
-        what = f"is a text, and neither safetensors nor a torch checkpoint; it begins with {text!r}: download it again"
-    elif what is None and content is None and not path.lower().endswith(SAFETENSORS):
-        what = "is neither safetensors nor a torch checkpoint, or it is damaged"
+    if what is None and not is_ours:
+        what = _unknown(path, head)
     if what is not None:
         raise CheckpointError(f"{path} {what}")
 
 
-def _open_torch(path: str, part: str | None, *, is_archive: bool) -> Checkpoint:
-    # Most loads are of safetensors, and every import is part of a start.
-    from wan_loader.formats.torchpickle import read_torch_pickle
-    from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
-
-    if not is_archive:
-        return read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)
-    try:
-        file, storages, tensors = read_torch_zip(path, part)
-        return Checkpoint(path, "torch-zip", (file,), tuple(storages), tuple(tensors), part=part)
-    except UnplannedError as reason:
-        return read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
-    except CheckpointError as error:
-        if what := other_archive(path):
-            raise CheckpointError(f"{path} {what}") from error
-        raise
+def _unknown(path: str, head: bytes) -> str | None:
+    """What a file is that is none of our formats, and nothing that is known; None if its name says safetensors."""
+    if is_json(head):
+        return "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"
+    if (text := text_of(head)) is not None:
+        return f"is a text, and neither safetensors nor a torch checkpoint; it begins with {text!r}: download it again"
+    if path.lower().endswith(SAFETENSORS):
+        return None
+    return "is neither safetensors nor a torch checkpoint, or it is damaged"

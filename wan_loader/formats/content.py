@@ -1,4 +1,4 @@
-"""What a file is, from its first bytes: one of our formats, or something else that people hand over.
+"""What a file is, from its first bytes, that is none of our formats (`known`), but that people hand over.
 
 Files come without a suffix (the blobs of the hub's cache) and with a wrong one, so the content decides. What is none of
 ours is named for what it is, with the way out. Reads half a kilobyte of a file; of an archive that was refused, also
@@ -10,16 +10,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from typing import Literal
 
 from wan_loader.formats.facts import stat_file
 from wan_loader.formats.names import is_unfinished, slices_in
-from wan_loader.formats.safetensors import MAX_HEADER_BYTES
 
 __all__ = [
-    "Content",
-    "content_of",
-    "holds_weights",
+    "is_json",
     "other_archive",
     "other_directory",
     "other_file",
@@ -29,15 +25,10 @@ __all__ = [
     "text_of",
 ]
 
-Content = Literal["safetensors", "zip", "pickle", "json"]
-
 _HEAD_BYTES = 512
 #: Of a safetensors header: the beginning of one, cut off there, may read like text.
 _LENGTH_BYTES = 8
 _TAIL_BYTES = 8 << 20
-_ZIP = b"PK\x03\x04"
-#: How a pickle of torch.save begins that is no zip: protocol 2 and torch's magic number.
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LFS = b"version https://git-lfs.github.com/spec/"
 _MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 
@@ -95,23 +86,9 @@ def read_head(path: str) -> bytes:
         os.close(fd)
 
 
-def content_of(head: bytes) -> Content | None:
-    """Which of our formats a file is by its first bytes; None for none of them."""
-    if int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:].lstrip()[:1] == b"{":
-        return "safetensors"
-    if head.startswith(_ZIP):
-        return "zip"
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "pickle"
-    return "json" if _text(head)[:1] == b"{" else None
-
-
-def holds_weights(head: bytes) -> bool:
-    """Whether a file is surely a checkpoint by its first bytes, whatever it is called."""
-    if head.startswith(_ZIP):
-        length = int.from_bytes(head[26:28], "little")
-        return head[30 : 30 + length].endswith(b"/data.pkl")
-    return head.startswith(_LEGACY_TORCH) or content_of(head) == "safetensors"
+def is_json(head: bytes) -> bool:
+    """Whether a file that is none of our formats is JSON, such as an index, by its first bytes."""
+    return _text(head)[:1] == b"{"
 
 
 def other_file(path: str, head: bytes) -> str | None:

@@ -19,8 +19,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.content import content_of, holds_weights, other_format, read_head, stand_in
+from wan_loader.formats.content import other_format, read_head, stand_in
 from wan_loader.formats.index import read_index, shards_of
+from wan_loader.formats.known import holds_weights, recognise
 from wan_loader.formats.names import (
     SAFETENSORS,
     is_index_name,
@@ -248,7 +249,7 @@ def _is_other(directory: str, candidate: Candidate) -> bool:
     """Whether it is a single file that is called like a torch checkpoint and is something else."""
     if candidate.files != (candidate.name,) or candidate.is_safetensors:
         return False
-    return content_of(read_head(os.path.join(directory, candidate.name))) in (None, "json")
+    return recognise(read_head(os.path.join(directory, candidate.name))) is None
 
 
 def _weights_by_content(directory: str, names: Sequence[str]) -> list[str]:

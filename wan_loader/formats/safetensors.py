@@ -10,15 +10,27 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, contiguous_strides, stat_file
+from wan_loader.formats.checkpoint_format import Likeness
+from wan_loader.formats.facts import (
+    Checkpoint,
+    FileFacts,
+    StorageFacts,
+    TensorFacts,
+    check_shape,
+    contiguous_strides,
+    stat_file,
+)
 from wan_loader.formats.parts import shown
 from wan_loader.formats.strict_json import parse_object
 
-__all__ = ["MAX_HEADER_BYTES", "SAFETENSORS_NAMES", "parse_header", "read_safetensors"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["MAX_HEADER_BYTES", "SAFETENSORS_NAMES", "SafetensorsFormat", "parse_header", "read_safetensors"]
 
 #: The reference implementation refuses longer headers, too.
 MAX_HEADER_BYTES = 100_000_000
@@ -174,3 +186,31 @@ def _form(code: str, shape: tuple[int, ...]) -> _Form:
         shape = (*shape[:-1], shape[-1] // 2)
     dtype = _DTYPES[code]
     return dtype, shape, contiguous_strides(shape), math.prod(shape) * ITEMSIZE[dtype]
+
+
+class SafetensorsFormat:
+    """The `CheckpointFormat` of this module."""
+
+    name = "safetensors"
+    stays_mapped = True
+    reads_too: frozenset[str] = frozenset()
+    load_whole = None
+
+    def likeness(self, head: bytes) -> Likeness:
+        """Tell it by a length that is allowed and a brace."""
+        has_length = int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES
+        return Likeness.CERTAIN if has_length and head[8:].lstrip()[:1] == b"{" else Likeness.NONE
+
+    def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
+        """Read the header of a file, which has no parts."""
+        if part is not None:
+            raise CheckpointError(f"{path} is a safetensors file, which has no parts: load it without part")
+        file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
+        return Checkpoint(path, self.name, (file,), tuple(storages), tuple(tensors), metadata)
+
+    def reference_tensors(self, path: str, names: Sequence[str], part: str | None) -> Iterator[tuple[str, Any]]:
+        """Read tensors with `safetensors.safe_open`."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            yield from ((name, opened.get_tensor(name)) for name in names)

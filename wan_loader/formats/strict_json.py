@@ -34,13 +34,14 @@ def parse_object(
     what: str,
     compact: Callable[[dict[str, Any]], Any] | None = None,
     holds_paths: bool = False,
+    takes_nan: bool = False,
 ) -> dict[str, Any]:
     """Parse a JSON object in which no key stands twice.
 
     path, what: say in errors which file it is and what the text is.
-    holds_paths: whether strings may name files, of which Python shows bytes that are not UTF-8 as lone surrogates.
     compact: makes something smaller of each object in it, and of the whole, as soon as it is parsed.
     holds_paths: lone surrogates are taken, which stand for bytes of names of files that are no UTF-8.
+    takes_nan: NaN and infinities are taken, for a reader who refuses them by the name of their field.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Any:
@@ -53,7 +54,8 @@ def parse_object(
     if len(text) > _ALWAYS_BYTES and _cost(text) > _BASE_COST + _COST_PER_BYTE * len(text):
         raise CheckpointError(f"{path}: {what} is mostly brackets and commas: damaged or foreign file")
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse)
+        constant = float if takes_nan else _refuse
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
         if not holds_paths and b"\\u" in text and _SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode()
     except CheckpointError:

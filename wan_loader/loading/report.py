@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.events import PHASES, Span, busy_ns
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from wan_loader.spans import Phase
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -21,25 +20,9 @@ __all__ = [
     "IoReport",
     "LoadReport",
     "MemoryReport",
-    "Phase",
-    "summarize",
 ]
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """One phase of a load. `busy_s` is the union of its intervals over all threads and streams."""
-
-    name: str
-    busy_s: float
-    nbytes: int
-
-    @property
-    def gbps(self) -> float:
-        """GB/s while busy; 0 where bytes make no sense."""
-        return self.nbytes / self.busy_s / 1e9 if self.busy_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +143,3 @@ class LoadReport:
 
 def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
-
-
-def summarize(spans: Iterable[Span], order: Sequence[str] = PHASES) -> tuple[Phase, ...]:
-    """Busy time and bytes of each phase that occurred, in `order`; spans of other names count as "other"."""
-    by_name: dict[str, list[Span]] = {}
-    for span in spans:
-        by_name.setdefault(span.name if span.name in order else "other", []).append(span)
-    return tuple(
-        Phase(name, busy_ns(by_name[name]) / 1e9, sum(s.nbytes for s in by_name[name]))
-        for name in order
-        if name in by_name
-    )

@@ -7,13 +7,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wan_loader.devices.resolve import device_card
-from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport, Phase, summarize
+from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.plan.blocks import Transport
 from wan_loader.sizes import format_bytes, format_count
+from wan_loader.spans import summarize
 from wan_loader.system.machine import machine_card
+from wan_loader.verdict import judge_load
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -78,7 +80,6 @@ class LoadResult:
 
 def _report(result: LoadResult) -> LoadReport:
     plan, stats = result.plan, result.stats
-    phases = summarize(result.spans)
     transports = [transport for transport in Transport if stats.nbytes[transport]]
     return LoadReport(
         command="load",
@@ -98,8 +99,8 @@ def _report(result: LoadResult) -> LoadReport:
             nbytes_buffered=stats.nbytes[Transport.BUFFERED],
             nbytes_viewed=0 if plan.through_torch else plan.layout.nbytes_viewed,
         ),
-        phases=phases,
-        bottleneck=_bottleneck(phases),
+        phases=summarize(result.spans),
+        bottleneck=_bottleneck(result),
         memory=result.memory,
         machine={**machine_card(), **device_card(plan.facts.device)},
         settings={**_settings(plan, stats), **result.settings},
@@ -121,10 +122,8 @@ def _settings(plan: LoadPlan, stats: TransferStats) -> dict[str, Any]:
     return settings
 
 
-def _bottleneck(phases: Sequence[Phase]) -> Bottleneck:
-    """The busiest phase that does work (waiting is a symptom)."""
-    working = [p for p in phases if p.name != "wait"]
-    if not working:
+def _bottleneck(result: LoadResult) -> Bottleneck:
+    if not result.spans:
         return Bottleneck("other", "nothing was measured: the load had no observer")
-    busiest = max(working, key=lambda p: p.busy_s)
-    return Bottleneck(busiest.name, f"{busiest.name} was busy for {busiest.busy_s:.3f} s, longer than any other phase")
+    verdict = judge_load(result.spans, result.seconds, result.plan.facts.device)
+    return Bottleneck(verdict.phase, verdict.why)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.engine import EngineSettings
 from wan_loader.errors import HostMemoryError
 from wan_loader.plan.blocks import Transport
 from wan_loader.system.posix import PAGE
@@ -16,6 +17,8 @@ __all__ = [
     "MAX_READS",
     "MAX_STAGING_BYTES",
     "MIN_BLOCK_BYTES",
+    "EngineSettings",
+    "TransferMode",
     "block_bytes",
     "engine_settings",
     "prefers_mapping",
@@ -28,6 +31,36 @@ MAX_STAGING_BYTES = 512 * MiB
 MIN_BLOCK_BYTES = 8 * MiB
 #: ... and these at most. Larger ones register no faster.
 MAX_BLOCK_BYTES = 32 * MiB
+
+
+class TransferMode(Enum):
+    """Who moves which bytes of a load."""
+
+    STAGED = auto()
+    """Everything passes through staging, except for what is mapped: a thread of its own takes that."""
+    SHARED = auto()
+    """What is mapped is taken by both, that thread from the front and staging from the far end, until they meet."""
+    MAPPED_HERE = auto()
+    """The calling thread maps too, batch by batch: where there is nothing else to do, and no page that a disk must
+    bring: Ctrl-C would wait for it."""
+    IN_PLACE = auto()
+    """Nothing is mapped, and bytes that need no conversion are read to where they belong, where the writer has room for
+    that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How many threads and how much memory a load may use."""
+
+    threads: int
+    """Reads side by side."""
+    slot_bytes: int
+    """Size of a staging slot: larger blocks pass through it in parts."""
+    n_slots: int
+    mode: TransferMode = TransferMode.STAGED
+    faults_in: bool = True
+    """Whether pages of windows are faulted in before they are registered. The driver does so itself, at less expense,
+    but under a lock: not for pages that a disk must bring."""
 
 
 class _Ring(NamedTuple):
@@ -99,7 +132,7 @@ def engine_settings(
     converts: whether bytes are converted on the way.
     cold: whether most of the bytes must come from storage, whatever the way.
     resident: whether none of them must.
-    reads_straight: as in `EngineSettings`.
+    reads_straight: whether bytes that need no conversion may be read to their place in the target.
     """
     mapped_only = transports <= {Transport.MAPPED}
     staging = _staging(transports, cuda=cuda, converts=converts, cold=cold)
@@ -119,11 +152,18 @@ def engine_settings(
         threads=min(reads, n_slots),
         slot_bytes=slot_bytes,
         n_slots=n_slots,
-        may_steal=steals,
-        maps_here=mapped_only and not steals and resident,
+        mode=_mode(reads_straight=reads_straight, steals=steals, maps_here=mapped_only and resident),
         faults_in=not (cuda and resident),
-        reads_straight=reads_straight,
     )
+
+
+def _mode(*, reads_straight: bool, steals: bool, maps_here: bool) -> TransferMode:
+    """The first that is possible."""
+    if reads_straight:
+        return TransferMode.IN_PLACE
+    if steals:
+        return TransferMode.SHARED
+    return TransferMode.MAPPED_HERE if maps_here else TransferMode.STAGED
 
 
 def _staging(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:

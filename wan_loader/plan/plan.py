@@ -22,11 +22,11 @@ from wan_loader.system.posix import PAGE
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from wan_loader.engine import EngineSettings
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.plan.blocks import Block, ByteRange
     from wan_loader.plan.facts import Facts
     from wan_loader.plan.layout import StoragePlan
+    from wan_loader.plan.limits import EngineSettings
     from wan_loader.plan.request import LoadRequest
 
 __all__ = ["Blocks", "LoadPlan", "make_plan"]

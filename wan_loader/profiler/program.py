@@ -32,8 +32,8 @@ __all__ = ["Recording", "command_line", "run_program"]
 
 _SAMPLE_S = 0.1
 _KILL_S = 10.0
-_INSIDE = Path(__file__).parent / "inside"
-_PACKAGE = "_wan_loader_inside"
+_AGENT = Path(__file__).parent / "agent"
+_PACKAGE = "_wan_loader_agent"
 _FORWARDED: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _SITECUSTOMIZE = """\
@@ -127,9 +127,9 @@ def run_program(
 
 
 def _furnish(home: Path) -> None:
-    """The directory for PYTHONPATH: sitecustomize, a compiled copy of `inside`, and room for the spans."""
+    """The directory for PYTHONPATH: sitecustomize, a compiled copy of `agent`, and room for the spans."""
     (home / "spans").mkdir()
-    shutil.copytree(_INSIDE, home / _PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(_AGENT, home / _PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     (home / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(package=_PACKAGE))
     for source in (*home.glob("*.py"), *home.glob("*/*.py")):
         with suppress(py_compile.PyCompileError, OSError):

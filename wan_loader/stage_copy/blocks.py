@@ -26,7 +26,6 @@ __all__ = [
     "n_blocks",
     "opened",
     "read_source",
-    "sync_directory",
     "write",
 ]
 
@@ -114,10 +113,3 @@ def write(fd: int, start: int, view: memoryview) -> None:
     while count < len(view):
         # a call may write less than it was given
         count += os.pwrite(fd, view[count:], start + count)
-
-
-def sync_directory(path: Path) -> None:
-    """Bring the names in a directory onto the storage."""
-    # a rename is in the directory, which is not written with the file
-    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
-        os.fsync(fd)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -21,16 +20,18 @@ import shutil
 import stat
 import threading
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from wan_loader.documents import Doc, DocumentError
 from wan_loader.errors import OutputError
 from wan_loader.formats.strict_json import parse_object
-from wan_loader.system.files import write_text
+from wan_loader.system.files import check_private, is_below, lock_or_refuse, plain_path, read_capped, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from wan_loader.system.files import LockedDirectory
     from wan_loader.warming.tree import SourceFile
 
 __all__ = [
@@ -38,12 +39,8 @@ __all__ = [
     "Entry",
     "Manifest",
     "Planned",
-    "check_private",
     "entries",
-    "is_below",
-    "lock",
     "open_entry",
-    "plain_path",
 ]
 
 HIDDEN = ".wan-loader-stage"
@@ -110,16 +107,16 @@ class Entry:
         self.made: list[str] = []
         """Directories below DIR that were made for it, outermost first."""
         self._lock = threading.Lock()
-        self._home_fd = -1
+        self._locked: LockedDirectory | None = None
         self._journal_fd = -1
 
     def __enter__(self) -> Entry:
-        self._home_fd = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        refusal = f"{self.directory}: another process is staging the same: wait for it"
+        self._locked = lock_or_refuse(self.home, refusal)
         try:
-            lock(self._home_fd, f"{self.directory}: another process is staging the same: wait for it")
             self._read()
         except BaseException:
-            os.close(self._home_fd)
+            self._locked.close()
             raise
         return self
 
@@ -130,7 +127,8 @@ class Entry:
             self._journal_fd = -1
         if self.manifest is None and not (self.blocks or self.placed or self.made):
             self.remove()  # nothing has begun: leave no trace
-        os.close(self._home_fd)
+        if self._locked is not None:
+            self._locked.close()
 
     def part(self, file: Planned) -> Path:
         """The file that is being copied."""
@@ -245,37 +243,9 @@ def entries(directory: Path) -> Iterator[Entry]:
         yield Entry(directory, home)
 
 
-def plain_path(directory: Path, relative: str) -> Path:
-    """A path below a directory, none of whose parts is a link. Raises `OutputError`."""
-    path = directory
-    for part in relative.split("/")[:-1]:
-        path = path / part
-        if path.is_symlink():
-            raise OutputError(f"{path} is a link: staging does not write or remove through links; remove it first")
-    return directory / relative
-
-
-def check_private(path: Path) -> None:
-    """Refuse a directory for our state that is a link or that others may write to. Raises `OutputError`."""
-    facts = os.lstat(path)
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-        raise OutputError(f"{path} is not a directory that only you may write to: remove it, or choose another --to")
-
-
-def lock(fd: int, refusal: str) -> None:
-    """Keep others from an open directory until it is closed; `OutputError` with the given text if one is there."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(refusal) from None
-    except OSError:  # a file system without locks
-        return
-
-
 def _capped(path: Path) -> bytes:
-    with path.open("rb") as file:
-        text = file.read(_MAX_BYTES + 1)
-    if len(text) > _MAX_BYTES:
+    text = read_capped(path, _MAX_BYTES)
+    if text is None:
         raise OutputError(f"{path} is larger than {_MAX_BYTES} bytes: damaged; delete {path.parent}")
     return text
 
@@ -289,33 +259,34 @@ def _quoted(text: str) -> str | None:
     return path if is_below(path) else None
 
 
-def is_below(path: Any) -> bool:
-    """Whether this is text that names something below a directory."""
-    if not isinstance(path, str) or "\0" in path or len(path) > 4096:
-        return False
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:  # half of a surrogate pair is no file's name
-        return False
-    return all(part not in ("", ".", "..") for part in path.split("/"))
-
-
 def _parse_manifest(text: bytes, where: str) -> Manifest:
-    damaged = OutputError(f"{where} is damaged: delete {os.path.dirname(where)}, and what is staged, by hand")
     document = parse_object(text, path=where, what="the manifest", holds_paths=True)
     if document.get("schema_version") != 1:
         raise OutputError(f"{where} was written by another version of wan-loader: use that one, or delete it")
-    files = document.get("files")
-    source, name, is_directory, complete = (document.get(k) for k in ("source", "name", "is_directory", "complete"))
-    if not isinstance(source, str) or not is_below(name) or not isinstance(files, list):
-        raise damaged
-    if not isinstance(is_directory, bool) or not isinstance(complete, bool):
-        raise damaged
-    planned = []
-    for file in files:
-        if not isinstance(file, dict) or set(file) != {"path", "nbytes", "mtime_ns"} or not is_below(file["path"]):
-            raise damaged
-        if not all(type(file[k]) is int and abs(file[k]) < 1 << 63 for k in ("nbytes", "mtime_ns")):
-            raise damaged
-        planned.append(Planned(**file))
-    return Manifest(source, str(name), is_directory, tuple(planned), complete)
+    try:
+        return _manifest(Doc(document))
+    except DocumentError as error:
+        home = os.path.dirname(where)
+        raise OutputError(f"{where} is damaged ({error}): delete {home}, and what is staged, by hand") from None
+
+
+def _manifest(doc: Doc) -> Manifest:
+    return Manifest(
+        doc.text("source"),
+        _below(doc, "name"),
+        doc.boolean("is_directory"),
+        tuple(_planned(file) for file in doc.docs("files")),
+        doc.boolean("complete"),
+    )
+
+
+def _planned(doc: Doc) -> Planned:
+    doc.only("path", "nbytes", "mtime_ns")
+    return Planned(_below(doc, "path"), doc.whole("nbytes"), doc.moment("mtime_ns"))
+
+
+def _below(doc: Doc, key: str) -> str:
+    path = doc.text(key)
+    if not is_below(path):
+        raise DocumentError(f"{key} names nothing below a directory")
+    return path

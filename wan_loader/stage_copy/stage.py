@@ -22,6 +22,7 @@ from wan_loader.sizes import format_bytes
 from wan_loader.stage_copy import blocks
 from wan_loader.stage_copy.copying import Copying
 from wan_loader.stage_copy.entry import Entry, Manifest, Planned, open_entry
+from wan_loader.system.files import sync_directory
 from wan_loader.system.machine import affordable_buffers, available_memory
 from wan_loader.system.mounts import mount_of
 from wan_loader.system.threads import default_threads
@@ -178,7 +179,7 @@ class _Job:
         self._remove_outdated({file.path for file in files})
         for directory in {entry.target(file).parent for file in todo}:
             # only now do the renames last
-            blocks.sync_directory(directory)
+            sync_directory(directory)
         entry.write_manifest(replace(self._manifest, complete=True))
         entry.discard_parts(set())
 

@@ -18,6 +18,7 @@ __all__ = [
     "map_file",
     "populate",
     "prefer_huge_pages",
+    "read_at",
     "start_writeback",
     "trim_heap",
     "unmap",
@@ -106,6 +107,11 @@ def populate(address: int, nbytes: int, *, write: bool = False) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+
+
+def read_at(fd: int, address: int, nbytes: int, offset: int) -> int:
+    """Read a file at `offset` into memory at `address`; returns how many bytes were read."""
+    return os.preadv(fd, [(ctypes.c_char * nbytes).from_address(address)], offset)
 
 
 def prefer_huge_pages(address: int, nbytes: int) -> None:

@@ -5,7 +5,8 @@ on some machines takes longer than the reads. glibc runs the reads of one descri
 different descriptors side by side, in up to 20 threads, which end when they have been idle for a second.
 
 A process that was forked has none of its parent's threads, which the library does not notice: reads would wait for
-ever. There, after any read of the parent, and where no thread may be made, a read is carried out when it is started.
+ever. There, after any read of the parent, other ways are better (`why_not` says so); a read that is started all the
+same is carried out at once, as it is where no thread may be made.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.system.posix import read_at
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["Request", "get_ready", "wait_all", "wait_any"]
+__all__ = ["PosixAio", "Request", "get_ready", "wait_all", "wait_any", "why_not"]
 
 _SIGEV_NONE = 1  # bits/sigevent-consts.h
 
@@ -84,6 +87,22 @@ def _library(kind: type[ctypes.CDLL]) -> Any:
     return lib
 
 
+def why_not() -> str | None:
+    """Why reads had better go another way in this process; None if this one is fine."""
+    if _orphaned:
+        return "this process was forked from one that had read, whose threads it lacks"
+    return _what_is_missing()
+
+
+@cache
+def _what_is_missing() -> str | None:
+    try:
+        is_glibc = hasattr(_library(ctypes.PyDLL), "gnu_get_libc_version")
+    except (OSError, AttributeError):
+        return "the C library has no POSIX AIO"
+    return None if is_glibc else "the C library is not glibc, whose POSIX AIO this is made for"
+
+
 class Request:
     """One read at a time. The memory that it fills, and the request itself, must stay until it is no longer running."""
 
@@ -141,7 +160,7 @@ class Request:
 
 def _read(fd: int, address: int, nbytes: int, offset: int) -> int | OSError:
     try:
-        return os.preadv(fd, [(ctypes.c_char * nbytes).from_address(address)], offset)
+        return read_at(fd, address, nbytes, offset)
     except OSError as error:
         return error
 
@@ -174,7 +193,7 @@ def get_ready(n_reads: int) -> None:
     """
     global _ready_at
     now = monotonic()
-    if not _orphaned and now - _ready_at >= _READY_S:
+    if not why_not() and now - _ready_at >= _READY_S:
         _ready_at = now
         with suppress(RuntimeError):  # no further thread is allowed here: reads then take what they take
             threading.Thread(target=_get_ready, args=(n_reads,), name="get ready", daemon=True).start()
@@ -197,3 +216,15 @@ def _get_ready(n_reads: int) -> None:
         stack.callback(wait_all, requests)  # before any of them is closed: its number may be another file's by then
         for request, fd in zip(requests, own, strict=True):
             request.start(fd, address, len(memory), 0)
+
+
+class PosixAio:
+    """The `ReadBackend` of this module."""
+
+    wait_any = staticmethod(wait_any)
+    wait_all = staticmethod(wait_all)
+    get_ready = staticmethod(get_ready)
+
+    def request(self) -> Request:
+        """A request, which may be started again and again."""
+        return Request()

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.choosing import no_checkpoint
-from wan_loader.formats.content import holds_weights, read_head
+from wan_loader.formats.content import read_head
 from wan_loader.formats.hub_cache import locate
+from wan_loader.formats.known import holds_weights
 from wan_loader.formats.names import is_index_name, is_weight_name
 
 if TYPE_CHECKING:

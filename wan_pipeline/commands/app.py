@@ -72,7 +72,7 @@ def synth(
     wan-pipeline synth /data/part --size full --blocks 4 --component high_noise --dtype bf16
     """
     from wan_loader.cli.output import show
-    from wan_loader.cli.render import byte_progress
+    from wan_loader.cli.progress import byte_progress
     from wan_loader.sizes import format_bytes, format_count
     from wan_pipeline.synth import synth as write
 

@@ -51,10 +51,10 @@ def download(
         wan-loader download --layout diffusers --to Wan2.2-T2V-A14B-Diffusers --dry-run
     """
     from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import step_progress
+    from wan_loader.cli.progress import progress_bars
     from wan_pipeline.hub import download as downloading
 
-    with step_progress() as progress:
+    with progress_bars() as progress:
         result = downloading.download(
             to,
             repository,

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_loader.errors import CheckpointError
-from wan_loader.formats import open_checkpoint
-from wan_loader.formats.hub_cache import locate
+from wan_loader import CheckpointError, open_checkpoint
+from wan_loader.formats import locate
 from wan_pipeline.hub.layouts import layout_of, missing_files, parts_of
 from wan_pipeline.hub.state import read_state
 
 if TYPE_CHECKING:
-    from wan_loader.formats import Checkpoint
+    from wan_loader import Checkpoint
     from wan_pipeline.hub.layouts import Layout
     from wan_pipeline.hub.state import State
 

@@ -13,12 +13,12 @@ import os
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
-from wan_loader.errors import OutputError
-from wan_loader.formats.strict_json import parse_object
-from wan_loader.stage_copy.entry import check_private, is_below, lock, plain_path
-from wan_loader.system.files import write_text
+from wan_loader import OutputError
+from wan_loader.documents import Doc, DocumentError
+from wan_loader.formats import parse_object
+from wan_loader.system import check_private, is_below, lock_or_refuse, plain_path, read_capped, write_text
 from wan_pipeline.hub.remote import RemoteFile
 
 if TYPE_CHECKING:
@@ -108,55 +108,60 @@ def locked_state(directory: Path) -> Iterator[State | None]:
     with contextlib.suppress(FileExistsError):
         hidden.mkdir(mode=0o700)
     check_private(hidden)
-    fd = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    locked = lock_or_refuse(hidden, f"{directory}: another download is going on there: wait for it")
     try:
-        lock(fd, f"{directory}: another download is going on there: wait for it")
         yield read_state(directory)
     finally:
         with contextlib.suppress(OSError):  # not empty: the state is kept
             hidden.rmdir()
-        os.close(fd)
+        locked.close()
 
 
 def read_state(directory: Path) -> State | None:
     """What a download has left in a directory; None where there was none. Raises for a damaged manifest."""
     path = directory / HIDDEN / "manifest.json"
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
+        text = read_capped(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}") from error
-    if len(text) > _MAX_BYTES:
-        raise _damaged(path)
+    if text is None:
+        raise _damaged(path, f"larger than {_MAX_BYTES} bytes")
     document = parse_object(text, path=str(path), what="the manifest")
     if document.get("schema_version") != 1:
         raise OutputError(f"{path} was written by another version of wan-loader: use that one, or delete it")
-    repository, revision, layout, files = (document.get(k) for k in ("repository", "revision", "layout", "files"))
-    if not isinstance(repository, str) or not isinstance(revision, str) or not isinstance(files, list):
-        raise _damaged(path)
-    if layout not in ("native", "diffusers"):
-        raise _damaged(path)
-    remote = tuple(_remote_file(item, path) for item in files)
-    checked = {item["path"]: _checked(item.get("checked"), path) for item in files if item.get("checked") is not None}
-    return State(directory, repository, revision, layout, remote, checked)
+    try:
+        return _state(Doc(document), directory)
+    except DocumentError as error:
+        raise _damaged(path, str(error)) from None
 
 
-def _damaged(path: Path) -> OutputError:
-    return OutputError(f"{path} is damaged: delete it and run the download again, which checks what is there")
+def _damaged(path: Path, why: str) -> OutputError:
+    return OutputError(f"{path} is damaged ({why}): delete it and run the download again, which checks what is there")
 
 
-def _remote_file(item: Any, path: Path) -> RemoteFile:
-    if not isinstance(item, dict) or not is_below(item.get("path")) or type(item.get("nbytes")) is not int:
-        raise _damaged(path)
-    nbytes, digest = item["nbytes"], item.get("digest")
-    if not 0 <= nbytes < 1 << 63 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise _damaged(path)
-    return RemoteFile(item["path"], nbytes, digest)
+def _state(doc: Doc, directory: Path) -> State:
+    layout = cast("Layout", doc.choice("layout", ("native", "diffusers")))
+    files = [(_remote_file(item), _checked(item)) for item in doc.docs("files")]
+    checked = {file.path: facts for file, facts in files if facts is not None}
+    return State(
+        directory, doc.text("repository"), doc.text("revision"), layout, tuple(file for file, _ in files), checked
+    )
 
 
-def _checked(value: Any, path: Path) -> tuple[str, int, int]:
-    if not isinstance(value, list) or [type(v) for v in value] != [str, int, int]:
-        raise _damaged(path)
+def _remote_file(doc: Doc) -> RemoteFile:
+    path, digest = doc.text("path"), doc.text("digest")
+    if not is_below(path) or not _DIGEST.fullmatch(digest):
+        raise DocumentError("a file has no path below a directory, or no digest")
+    return RemoteFile(path, doc.whole("nbytes"), digest)
+
+
+def _checked(doc: Doc) -> tuple[str, int, int] | None:
+    """The digest, length and mtime of a file that was found to be right."""
+    value = doc.optional_list("checked")
+    if value is None:
+        return None
+    if [type(v) for v in value] != [str, int, int]:
+        raise DocumentError("checked is not a digest, a length and a time")
     return value[0], value[1], value[2]

@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.profiler.analysis.session import Advice
-from wan_loader.profiler.analysis.timeline import by_label
-from wan_loader.profiler.analysis.verdict import ideal_seconds, slot_wait_seconds
+from wan_loader.verdict import ideal_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from wan_loader.profiler.analysis.verdict import Evidence
+    from wan_loader.verdict import Evidence
 
 __all__ = ["advise"]
 
@@ -48,7 +47,7 @@ def _fp32_file(e: Evidence) -> Iterator[Advice]:
             evidence,
             gain,
         )
-    rows = [r for r in by_label(e.spans, "cast") if "float32 to" in r[0] and r[0].split()[2] in ("bfloat16", "float16")]
+    rows = [r for r in e.labels("cast") if "float32 to" in r[0] and r[0].split()[2] in ("bfloat16", "float16")]
     nbytes, seconds = sum(r[2] for r in rows), sum(r[1] for r in rows)
     if e.kind == "program" and nbytes:
         evidence = f"{_gb(nbytes)} of fp32 were converted in {seconds:.2f} s, after being read in full"
@@ -69,7 +68,7 @@ def _random_init(e: Evidence) -> Iterator[Advice]:
 
 def _construction(e: Evidence) -> Iterator[Advice]:
     seconds = e.blame.get("construct", 0.0)
-    if rows := by_label(e.spans, "construct"):
+    if rows := e.labels("construct"):
         evidence = f"building {rows[0][0]} took {rows[0][1]:.2f} s without the random numbers"
         text = f"{_EMPTY}: memory is not allocated twice"
         yield Advice("construction", text, evidence, max(0.0, seconds - 0.2))
@@ -77,7 +76,7 @@ def _construction(e: Evidence) -> Iterator[Advice]:
 
 def _cpu_cast(e: Evidence) -> Iterator[Advice]:
     """Converted on the CPU on the way to a GPU."""
-    rows = [r for r in by_label(e.spans, "cast") if "on the CPU" in r[0] or "converting copy" in r[0]]
+    rows = [r for r in e.labels("cast") if "on the CPU" in r[0] or "converting copy" in r[0]]
     seconds, nbytes = sum(r[1] for r in rows), sum(r[2] for r in rows)
     if rows and e.cuda:
         ideal = nbytes / e.ceilings.get("cast_gpu_gbps", 500.0) / 1e9
@@ -87,7 +86,7 @@ def _cpu_cast(e: Evidence) -> Iterator[Advice]:
 
 
 def _pageable(e: Evidence) -> Iterator[Advice]:
-    rows = [r for r in by_label(e.spans, "h2d") if "pageable" in r[0]]
+    rows = [r for r in e.labels("h2d") if "pageable" in r[0]]
     seconds, nbytes = sum(r[1] for r in rows), sum(r[2] for r in rows)
     rate = e.ceilings.get("h2d_pinned_gbps")
     if rows and rate:
@@ -98,7 +97,7 @@ def _pageable(e: Evidence) -> Iterator[Advice]:
 
 
 def _one_reader(e: Evidence) -> Iterator[Advice]:
-    tracks = {s.track for s in e.spans if s.name == "read" and s.nbytes}
+    tracks = {s.track for s in e.of_phase("read") if s.nbytes}
     ideal, seconds = ideal_seconds(e, "read"), e.blame.get("read", 0.0)
     if len(tracks) == 1 and ideal is not None and ideal < 0.7 * seconds:
         evidence = f"one thread read everything: {seconds:.2f} s where several would need {ideal:.2f} s"
@@ -141,7 +140,7 @@ def _taking_turns(e: Evidence) -> Iterator[Advice]:
 
 
 def _imports(e: Evidence) -> Iterator[Advice]:
-    for package, seconds, _ in by_label(e.spans, "import"):
+    for package, seconds, _ in e.labels("import"):
         if package not in ("torch", "python") and seconds > 0.3:
             text = f"import {package} only where it is used, or while the weights are being read"
             yield Advice("import", text, f"importing {package} itself took {seconds:.2f} s", seconds)
@@ -157,7 +156,7 @@ def _pressure(e: Evidence) -> Iterator[Advice]:
 
 
 def _slots(e: Evidence) -> Iterator[Advice]:
-    seconds = slot_wait_seconds(e)
+    seconds = e.slot_wait_s
     if seconds:
         evidence = f"readers waited {seconds:.2f} s for a staging slot while nothing else was at its limit"
         yield Advice("slots", "allow more memory for staging, or fewer threads", evidence, seconds)

@@ -9,10 +9,10 @@ from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryRe
 from wan_loader.profiler.analysis.advice import advise
 from wan_loader.profiler.analysis.merge import describe_exit, main_process
 from wan_loader.profiler.analysis.session import Process, Session
-from wan_loader.profiler.analysis.timeline import Mark, by_label, phases
-from wan_loader.profiler.analysis.verdict import Evidence, judge
 from wan_loader.sizes import format_count, format_share
+from wan_loader.spans import Mark, by_label, summarize
 from wan_loader.system.machine import machine_card
+from wan_loader.verdict import Evidence, judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +67,8 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Environment,
     if viewed := getattr(report.io, "nbytes_viewed", 0):
         note = f"{viewed / 1e9:.2f} GB are views of the file: they are read when they are first used"
         around = replace(around, notes=(*around.notes, note))
-    return _session("load", replace(report, command="profile", phases=phases(marks)), (process,), 0, evidence, around)
+    report = replace(report, command="profile", phases=summarize(marks))
+    return _session("load", report, (process,), 0, evidence, around)
 
 
 def weight_files(processes: Sequence[Process]) -> list[str]:
@@ -147,7 +148,7 @@ def _program_report(
         nbytes_device=sum(s.nbytes for s in process.spans if s.name == "h2d" and "host to" in s.label),
         n_tensors=0,
         io=IoReport("as the program does", reason or "no weight file was seen", resident),
-        phases=phases(process.spans),
+        phases=summarize(process.spans),
         bottleneck=Bottleneck("other", ""),
         memory=MemoryReport(peak, 0, int(process.facts.get("device_peak_bytes") or 0)),
         machine={**machine_card(), **card},

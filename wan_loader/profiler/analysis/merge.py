@@ -8,8 +8,9 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.phases import PHASE_TABLE, known_phase
 from wan_loader.profiler.analysis.session import Process, Sample
-from wan_loader.profiler.analysis.timeline import ALL_PHASES, Mark, known_phase
+from wan_loader.spans import Mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_exit", "main_process", "merge"]
 
-_WORK = frozenset(ALL_PHASES) - {"import", "wait", "other"}
+_WORK = frozenset(kind.name for kind in PHASE_TABLE if kind.is_work)
 
 
 def merge(recording: Recording) -> tuple[Process, ...]:

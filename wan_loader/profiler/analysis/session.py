@@ -9,17 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import SessionError, WanLoaderError
-from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport, Phase
-from wan_loader.profiler.analysis.checked import MOST, Doc, read_json
-from wan_loader.profiler.analysis.timeline import ALL_PHASES, Mark, known_phase
+from wan_loader.documents import MOST, Doc, DocumentError, read_json
+from wan_loader.errors import SessionError
+from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport
+from wan_loader.phases import ALL_PHASES, known_phase
+from wan_loader.spans import Mark, Phase
+from wan_loader.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wan_loader.types import StrPath
 
-__all__ = ["Advice", "Process", "Sample", "Session", "Verdict", "read_session"]
+__all__ = ["Advice", "Process", "Sample", "Session", "read_session"]
 
 _MAX_SPANS = 5_000_000
 _COMPARE = "`wan-loader compare` shows two of them side by side"
@@ -60,22 +62,6 @@ class Process:
     def seconds(self) -> float:
         """From its start to its end."""
         return (self.end_ns - self.start_ns) / 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What set the pace. `kind`: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: the
-    load is healthy), "unknown" (nothing to compare with)."""
-
-    kind: str
-    phase: str
-    why: str
-    lost_s: float = 0.0
-    """Seconds that would be won at the ceiling."""
-    share: float = 0.0
-    """Of the wall time that this phase set the pace for."""
-    reached_gbps: float | None = None
-    ceiling_gbps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +150,13 @@ def read_session(path: StrPath) -> Session:
     _refuse_others(path, document)
     try:
         return _session(Doc(document))
-    except WanLoaderError as error:
+    except DocumentError as error:
         raise SessionError(f"{path} is not a session saved by `wan-loader profile -o`: {error}") from None
 
 
-def _refuse_others(path: StrPath, document: Any) -> None:
+def _refuse_others(path: StrPath, document: dict[str, Any]) -> None:
     """Raise `SessionError` for the document of another command, and say what shows it."""
-    if not isinstance(document, dict) or "processes" in document or document.get("command") not in list(_OTHERS):
+    if "processes" in document or document.get("command") not in list(_OTHERS):
         return
     command = document["command"]
     saved = "not a session saved by `wan-loader profile -o`"
@@ -179,11 +165,11 @@ def _refuse_others(path: StrPath, document: Any) -> None:
 
 def _session(doc: Doc) -> Session:
     if doc.whole("schema_version") != SCHEMA_VERSION:
-        raise SessionError(f"schema_version is {doc.whole('schema_version')}, this version reads {SCHEMA_VERSION}")
+        raise DocumentError(f"schema_version is {doc.whole('schema_version')}, this version reads {SCHEMA_VERSION}")
     processes = tuple(_process(p) for p in doc.docs("processes"))
     subject = doc.whole("subject")
     if not 0 <= subject < len(processes):
-        raise SessionError("subject names no process")
+        raise DocumentError("subject names no process")
     v = doc.doc("verdict")
     return Session(
         kind=doc.choice("kind", ("load", "program")),
@@ -255,7 +241,7 @@ def _process(doc: Doc) -> Process:
     names = tuple(known_phase(name) for name in names)
     start_ns, end_ns = doc.moment("start_ns"), doc.moment("end_ns")
     if end_ns < start_ns:
-        raise SessionError("a process ends before it begins")
+        raise DocumentError("a process ends before it begins")
     return Process(
         title=doc.text("title"),
         pid=doc.whole("pid"),
@@ -272,7 +258,7 @@ def _process(doc: Doc) -> Process:
 def _mark(row: Sequence[int], names: Sequence[str], tracks: Sequence[str], labels: Sequence[str]) -> Mark:
     name, start_ns, end_ns, nbytes, track, label = row
     if not (0 <= name < len(names) and 0 <= track < len(tracks) and 0 <= label < len(labels)):
-        raise SessionError("a span points outside names, tracks or labels")
+        raise DocumentError("a span points outside names, tracks or labels")
     if end_ns < start_ns or nbytes < 0:
-        raise SessionError("a span ends before it begins")
+        raise DocumentError("a span ends before it begins")
     return Mark(names[name], start_ns, end_ns, nbytes, tracks[track], labels[label])

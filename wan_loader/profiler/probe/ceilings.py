@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,8 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.profiler.analysis.checked import is_measured
+from wan_loader.documents import is_measured
+from wan_loader.errors import CheckpointError
+from wan_loader.formats.strict_json import parse_object
 from wan_loader.profiler.probe import measure
+from wan_loader.system.files import write_text
 from wan_loader.system.machine import machine_card
 
 if TYPE_CHECKING:
@@ -156,10 +158,8 @@ def _disk_key(paths: Sequence[str]) -> str:
 def _read(file: Path) -> dict[str, dict[str, float]]:
     """What is cached and has the right form."""
     try:
-        document = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(document, dict):
+        document = parse_object(file.read_bytes(), path=str(file), what="the document")
+    except (OSError, CheckpointError):
         return {}
     return {
         str(key): {k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and is_measured(v) and v >= _LEAST}
@@ -171,6 +171,4 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 def _write(file: Path, store: dict[str, dict[str, float]]) -> None:
     with suppress(OSError):  # a home that cannot be written: measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".ceilings.", delete=False) as f:
-            json.dump(store, f, indent=1)
-        Path(f.name).replace(file)
+        write_text(file, json.dumps(store, indent=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from wan_loader.profiler.analysis.timeline import union
+from wan_loader.spans import union
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.printable import markup_text
-from wan_loader.profiler.analysis.timeline import Mark, throughput
 from wan_loader.sizes import format_bytes, format_rate, format_seconds
+from wan_loader.spans import Mark, throughput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

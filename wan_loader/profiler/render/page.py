@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from wan_loader.phases import ALL_PHASES, PHASE_TABLE
 from wan_loader.printable import markup_text
-from wan_loader.profiler.analysis.timeline import ALL_PHASES, attribute, by_label
 from wan_loader.profiler.render.charts import throughput_svg, timeline_svg
 from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line
 from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.spans import attribute, by_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,23 +17,6 @@ if TYPE_CHECKING:
     from wan_loader.profiler.analysis.session import Process, Session
 
 __all__ = ["to_page"]
-
-_COLOURS = {
-    "import": "#8d6fd1",
-    "cuda_init": "#b05fb0",
-    "header": "#7c8799",
-    "init": "#5f83b5",
-    "construct": "#c98a2b",
-    "random_init": "#d9534f",
-    "register": "#3d9bb3",
-    "read": "#3b82d6",
-    "wait": "#9aa3af",
-    "h2d": "#2fa36b",
-    "cast": "#d46a9c",
-    "assign": "#8aa63a",
-    "shard": "#7a6a55",
-    "other": "#b9bfc8",
-}
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6675; --line: #dfe4ea; --back: #f7f8fa; --card: #ffffff;
@@ -78,7 +62,9 @@ def to_page(session: Session) -> str:
     """The document of `--html`."""
     process = session.processes[session.subject]
     colours = "".join(
-        f".p-{name} {{ fill: {c}; background: {c}; }} .l-{name} {{ stroke: {c}; }}" for name, c in _COLOURS.items()
+        f".p-{kind.name} {{ fill: {colour}; background: {colour}; }} .l-{kind.name} {{ stroke: {colour}; }}"
+        for kind in PHASE_TABLE
+        if (colour := kind.colour)
     )
     body = [
         f"<h1>{markup_text(session.report.target)}</h1><p>{markup_text(headline(session))}</p>",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.console import Columns, marked
-from wan_loader.profiler.analysis.timeline import attribute, by_label
 from wan_loader.profiler.render.bars import timeline_bar
 from wan_loader.sizes import format_bytes, format_count, format_seconds
+from wan_loader.spans import attribute, by_label
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,13 +10,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.profiler.analysis.timeline import in_flight
+from wan_loader.spans import in_flight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from wan_loader.profiler.analysis.session import Process, Session
-    from wan_loader.profiler.analysis.timeline import Mark
+    from wan_loader.spans import Mark
 
 __all__ = ["to_trace", "without_overlap"]
 

@@ -1,6 +1,6 @@
 """Names what set the pace, and how far it is from what the machine can do. Pure: a function of what was recorded.
 
-Every moment of the wall time is given to one phase (`timeline.attribute`). A phase's *loss* is the time it got, less
+Every moment of the wall time is given to one phase (`spans.attribute`). A phase's *loss* is the time it got, less
 the time it would need at its ceiling. A loss of more than 15 % of the whole (of a program: of its start) is the
 culprit; without one, the load is at its limit, and the phase with most of the time names the limit.
 
@@ -12,42 +12,64 @@ idle meanwhile: then the stages took turns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.profiler.analysis.session import Verdict
-from wan_loader.profiler.analysis.timeline import attribute, by_label, overlap_ns, phases, union
+from wan_loader.phases import PHASE_TABLE
+from wan_loader.spans import attribute, by_label, by_phase, overlap_ns, summarize, union
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from wan_loader.loading.report import Phase
-    from wan_loader.profiler.analysis.timeline import Mark
+    from wan_loader.events import Span
+    from wan_loader.spans import Phase
 
-__all__ = ["Evidence", "ideal_seconds", "judge", "slot_wait_seconds"]
+__all__ = ["Evidence", "Verdict", "ideal_seconds", "judge", "judge_load"]
 
 _CULPRIT = 0.15
 #: Below this share of its ceiling a phase is slow, above it is at it: measurements scatter by that much.
 _REACHED = 0.5
-#: Seconds that bookkeeping may take without being called slow.
-_ALLOWANCE = {"header": 0.1, "init": 0.3, "construct": 0.2, "assign": 0.1, "random_init": 0.05, "shard": 1.0}
 _IMPORTS_S = 0.5
-_PIPELINE = ("read", "h2d", "cast", "register")
+_KINDS = {kind.name: kind for kind in PHASE_TABLE}
+_PIPELINE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What verdict and advice work on: one process's spans, and the facts around them."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What set the pace. `kind`: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: the
+    load is healthy), "unknown" (nothing to compare with).
+    """
 
     kind: str
+    phase: str
+    why: str
+    lost_s: float = 0.0
+    """Seconds that would be won at the ceiling."""
+    share: float = 0.0
+    """Of the wall time that this phase set the pace for."""
+    reached_gbps: float | None = None
+    ceiling_gbps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What verdict and advice work on: one process's spans, and the facts around them.
+
+    What follows from the spans alone is computed once: there are many, and every rule asks.
+    """
+
+    kind: str
+    """"load" of ours, or "program" of other people."""
     seconds: float
-    spans: Sequence[Mark]
+    spans: Sequence[Span]
     start_ns: int
     end_ns: int
     device: str
-    ceilings: Mapping[str, float]
-    cold_bytes: int
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    """What the machine can do; what is absent was not measured."""
+    cold_bytes: int = 0
     """Of the bytes read: not in the page cache before."""
-    nbytes_file: int
+    nbytes_file: int = 0
     fresh_bytes: int = 0
     """How much at most was read into memory that was new."""
     dtype: str | None = None
@@ -57,15 +79,43 @@ class Evidence:
     facts: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def phases(self) -> dict[str, Phase]:
         """By name."""
-        return {p.name: p for p in phases(self.spans)}
+        return {p.name: p for p in summarize(self.spans)}
 
-    @property
+    @cached_property
     def blame(self) -> dict[str, float]:
         """Seconds of the wall time by the phase that set the pace."""
         return attribute(self.spans, self.start_ns, self.end_ns)
+
+    @cached_property
+    def _by_phase(self) -> dict[str, list[Span]]:
+        return by_phase(self.spans)
+
+    def of_phase(self, name: str) -> Sequence[Span]:
+        """Return the spans of one phase."""
+        return self._by_phase.get(name, ())
+
+    def labels(self, name: str) -> list[tuple[str, float, int]]:
+        """Return (label, busy seconds, bytes) of one phase, the longest first."""
+        return by_label(self.of_phase(name), name)
+
+    @cached_property
+    def slot_wait_s(self) -> float:
+        """Seconds in which readers waited for a slot while the phase that set the pace was idle as well."""
+        if self.kind != "load":
+            return 0.0
+        waits = union(s for s in self.of_phase("wait") if s.track.startswith("reader"))
+        moving = [p for p in self.phases.values() if p.name in _PIPELINE]
+        if not waits or not moving:
+            return 0.0
+        busy = union(self.of_phase(max(moving, key=lambda p: p.busy_s).name))
+        # Beyond the last read, readers that wait are only on their way out.
+        last_read_ns = max((s.end_ns for s in self.of_phase("read")), default=0)
+        waits = [(a, min(b, last_read_ns)) for a, b in waits if a < last_read_ns]
+        total = sum(b - a for a, b in waits)
+        return (total - overlap_ns(waits, busy)) / 1e9
 
     @property
     def cuda(self) -> bool:
@@ -97,7 +147,7 @@ def ideal_seconds(e: Evidence, name: str) -> float | None:
             return None if bare is None else bare * 1.25 + _IMPORTS_S
         case "cuda_init":
             return e.ceilings.get("cuda_init_s", 1.0) * 1.5
-    return _ALLOWANCE.get(name)
+    return _KINDS[name].allowance_s if name in _KINDS else None
 
 
 def _at(e: Evidence, nbytes: int, ceiling: str) -> float | None:
@@ -111,7 +161,7 @@ def judge(e: Evidence) -> Verdict:
     """The verdict on one load or program."""
     blame = e.blame
     losses = {name: loss for name in blame if (loss := _loss(e, name, blame[name])) is not None}
-    losses["wait"] = slot_wait_seconds(e)
+    losses["wait"] = e.slot_wait_s
     worst = max(losses, key=lambda name: losses[name], default="other")
     pace = _pace_setter(blame)
     # A program goes on after its start: what it does then is no measure for its start.
@@ -120,6 +170,21 @@ def judge(e: Evidence) -> Verdict:
         return _verdict("slow", e, worst, losses[worst], blame)
     kind = "limit" if pace in losses or pace in ("other", "wait") else "unknown"
     return _verdict(kind, e, pace, losses.get(pace, 0.0), blame)
+
+
+def judge_load(spans: Sequence[Span], seconds: float, device: str) -> Verdict:
+    """Judge a load of ours by its spans alone: as `judge` does where nothing was measured of the machine.
+
+    Args:
+        spans: What an observer of the load was told.
+        seconds: How long the load took, counted from its first span.
+        device: Where the tensors lie now.
+    """
+    if not spans:
+        return Verdict("unknown", "other", "nothing was recorded: only a load with an observer is")
+    start_ns = min(span.start_ns for span in spans)
+    end_ns = start_ns + int(seconds * 1e9)
+    return judge(Evidence(kind="load", seconds=seconds, spans=spans, start_ns=start_ns, end_ns=end_ns, device=device))
 
 
 def _pace_setter(blame: Mapping[str, float]) -> str:
@@ -145,23 +210,6 @@ def _loss(e: Evidence, name: str, seconds: float) -> float | None:
     return max(0.0, seconds - ideal)
 
 
-def slot_wait_seconds(e: Evidence) -> float:
-    """Seconds in which readers waited for a slot while the phase that set the pace was idle as well."""
-    if e.kind != "load":
-        return 0.0
-    waits = union(s for s in e.spans if s.name == "wait" and s.track.startswith("reader"))
-    moving = [p for p in e.phases.values() if p.name in _PIPELINE]
-    if not waits or not moving:
-        return 0.0
-    busiest = max(moving, key=lambda p: p.busy_s).name
-    busy = union(s for s in e.spans if s.name == busiest)
-    # Beyond the last read, readers that wait are only on their way out.
-    last_read_ns = max((s.end_ns for s in e.spans if s.name == "read"), default=0)
-    waits = [(a, min(b, last_read_ns)) for a, b in waits if a < last_read_ns]
-    total = sum(b - a for a, b in waits)
-    return (total - overlap_ns(waits, busy)) / 1e9
-
-
 def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[str, float]) -> Verdict:
     phase = e.phases.get(name)
     seconds = blame.get(name, 0.0)
@@ -176,32 +224,14 @@ def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[st
     return Verdict(kind, name, why, lost_s, share, reached, ceiling)
 
 
-_MEANING = {
-    "import": "importing packages",
-    "cuda_init": "making the CUDA context",
-    "header": "reading headers",
-    "construct": "building the modules",
-    "random_init": "filling weights with random numbers that are then overwritten",
-    "init": "planning and allocating",
-    "register": "pinning page-cache pages",
-    "read": "reading the files",
-    "wait": "waiting",
-    "h2d": "copying to the target",
-    "cast": "converting the dtype",
-    "assign": "binding tensors to modules",
-    "shard": "sharding and collectives",
-    "other": "the program's own work",
-}
-
-
 def _why(kind: str, e: Evidence, name: str, seconds: float, reached: float | None, ceiling: float | None) -> str:
     share = f"{seconds / e.seconds:.0%}" if e.seconds else "0%"
-    text = f"{_MEANING[name]} set the pace for {seconds:.2f} s of {e.seconds:.2f} s ({share})"
+    text = f"{_KINDS[name].meaning} set the pace for {seconds:.2f} s of {e.seconds:.2f} s ({share})"
     if name == "wait" and kind == "slow":
         text = f"readers waited for a free staging slot for {seconds:.2f} s of {e.seconds:.2f} s, nothing was limiting"
     if reached and ceiling:
         text += f", at {reached:.2f} GB/s where {ceiling:.2f} GB/s can be had"
-    if name in ("import", "construct", "other") and (rows := by_label(e.spans, name)):
+    if name in ("import", "construct", "other") and (rows := e.labels(name)):
         text += f": {rows[0][0]} took {rows[0][1]:.2f} s"
     if kind == "limit":
         return "healthy: " + text

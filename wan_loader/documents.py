@@ -1,4 +1,7 @@
-"""Strict access to untrusted JSON: a field of the right type, or a `SessionError` that names it.
+"""Strict access to the JSON documents of our own: a field of the right type, or an error that names it.
+
+Sessions, results of benches, manifests of the cache, of staged copies and of downloads are untrusted once they lie in
+files. `Doc` raises `DocumentError` for what is wrong in one; whoever reads it makes of that the error of his domain.
 
 Numbers are what can be measured: integers of 64 bits, finite floats below `MOST`. Whoever computes with them need not
 fear that they overflow, or are none.
@@ -6,17 +9,18 @@ fear that they overflow, or are none.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import SessionError
+from wan_loader.errors import CheckpointError, SessionError
+from wan_loader.formats.strict_json import parse_object
+from wan_loader.system.files import read_capped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wan_loader.types import StrPath
 
-__all__ = ["MOST", "Doc", "is_measured", "read_json"]
+__all__ = ["MOST", "Doc", "DocumentError", "is_measured", "read_json"]
 
 _MAX_BYTES = 512_000_000
 #: Seconds or bytes: nothing that was measured is more.
@@ -26,24 +30,27 @@ _LEAST_WHOLE, _MOST_WHOLE = -(1 << 63), (1 << 63) - 1
 _MAX_DEPTH = 16
 
 
+class DocumentError(ValueError):
+    """A field of a document is missing or wrong; the message names it, not the file. It does not leave the package."""
+
+
 def is_measured(value: Any) -> bool:
     """Whether this is a number, and one that may have been measured."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
 
 
-def read_json(path: StrPath, what: str) -> Any:
-    """What a JSON file holds. Raises `SessionError`; `what` says there what the file should be."""
+def read_json(path: StrPath, what: str) -> dict[str, Any]:
+    """Read the object that a JSON file holds. Raises `SessionError`; `what` says there what the file should be."""
     try:
-        with open(path, "rb") as file:  # a device or a pipe has no size beforehand
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) <= _MAX_BYTES:
-            return json.loads(text.decode())
+        text = read_capped(path, _MAX_BYTES)
+        if text is not None:
+            return parse_object(text, path=str(path), what="the document", holds_paths=True, takes_nan=True)
+    except CheckpointError as error:
+        raise SessionError(f"{error}, or {what}") from error
     except FileNotFoundError as error:
         raise SessionError(f"{path} does not exist") from error
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise SessionError(f"{path} is not JSON: damaged, or {what}") from error
     raise SessionError(f"{path} is larger than {_MAX_BYTES} bytes: {what}")
 
 
@@ -52,14 +59,14 @@ class Doc:
 
     def __init__(self, value: Any, where: str = "") -> None:
         if not isinstance(value, dict):
-            raise SessionError(f"{where.rstrip('.') or 'the document'} is not an object")
+            raise DocumentError(f"{where.rstrip('.') or 'the document'} is not an object")
         self._value: dict[str, Any] = value
         self._where = where
 
     def _get(self, key: str, kinds: type | tuple[type, ...], what: str) -> Any:
         value = self._value.get(key)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise SessionError(f"{self._where}{key} is missing or not {what}")
+            raise DocumentError(f"{self._where}{key} is missing or not {what}")
         return value
 
     def text(self, key: str) -> str:
@@ -70,8 +77,17 @@ class Doc:
         """An integer of 64 bits, `least` or more."""
         value = int(self._get(key, int, "an integer"))
         if not least <= value <= _MOST_WHOLE:
-            raise SessionError(f"{self._where}{key} is no number that was counted: {_short(value)}")
+            raise DocumentError(f"{self._where}{key} is no number that was counted: {_short(value)}")
         return value
+
+    def boolean(self, key: str) -> bool:
+        """True or false."""
+        return bool(self._get(key, bool, "true or false"))
+
+    def only(self, *keys: str) -> None:
+        """Raise unless these are all fields."""
+        if set(self._value) != set(keys):
+            raise DocumentError(f"{self._where.rstrip('.') or 'the document'} has not exactly {', '.join(keys)}")
 
     def moment(self, key: str) -> int:
         """Nanoseconds before or after some moment."""
@@ -81,7 +97,7 @@ class Doc:
         """A number that may have been measured, `least` or more."""
         value = self._get(key, (int, float), "a number")
         if not (is_measured(value) and value >= least):
-            raise SessionError(f"{self._where}{key} is {_short(value)}: nobody measured that")
+            raise DocumentError(f"{self._where}{key} is {_short(value)}: nobody measured that")
         return float(value)
 
     def optional_text(self, key: str) -> str | None:
@@ -99,7 +115,7 @@ class Doc:
     def choice(self, key: str, allowed: Sequence[str]) -> str:
         """One of the allowed strings."""
         if (value := self.text(key)) not in allowed:
-            raise SessionError(f"{self._where}{key} is {_short(value)}, not one of {', '.join(allowed)}")
+            raise DocumentError(f"{self._where}{key} is {_short(value)}, not one of {', '.join(allowed)}")
         return value
 
     def doc(self, key: str) -> Doc:
@@ -116,13 +132,13 @@ class Doc:
         """Raise for what cannot be shown: nonsense of numbers, and what lies too deep."""
         if isinstance(value, (dict, list)):
             if not depth:
-                raise SessionError(f"{self._where}{key} holds objects more than {_MAX_DEPTH} deep")
+                raise DocumentError(f"{self._where}{key} holds objects more than {_MAX_DEPTH} deep")
             for item in value.values() if isinstance(value, dict) else value:
                 self._check_plain(key, item, depth - 1)
         elif (isinstance(value, int) and not _LEAST_WHOLE <= value <= _MOST_WHOLE) or (
             isinstance(value, float) and not is_measured(value)
         ):
-            raise SessionError(f"{self._where}{key} holds {_short(value)}: nobody measured that")
+            raise DocumentError(f"{self._where}{key} holds {_short(value)}: nobody measured that")
 
     def numbers(self, key: str) -> dict[str, float]:
         """An object of numbers."""
@@ -137,23 +153,27 @@ class Doc:
         """A list of objects."""
         return [Doc(v, f"{self._where}{key}[{i}].") for i, v in enumerate(self._get(key, list, "a list"))]
 
+    def optional_list(self, key: str) -> list[Any] | None:
+        """A list or null, whose items nobody has looked at."""
+        return None if self._value.get(key) is None else list(self._get(key, list, "a list"))
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of strings."""
         values = self._get(key, list, "a list")
         if not all(isinstance(v, str) for v in values):
-            raise SessionError(f"{self._where}{key} is not a list of strings")
+            raise DocumentError(f"{self._where}{key} is not a list of strings")
         return tuple(values)
 
     def rows(self, key: str, width: int, most: int) -> list[list[int]]:
         """A list of rows of `width` integers each."""
         values = self._get(key, list, "a list")
         if len(values) > most:
-            raise SessionError(f"{self._where}{key} has more than {most} rows")
+            raise DocumentError(f"{self._where}{key} has more than {most} rows")
         for row in values:
             if not isinstance(row, list) or len(row) != width or not all(type(v) is int for v in row):
-                raise SessionError(f"{self._where}{key} has a row that is not {width} integers")
+                raise DocumentError(f"{self._where}{key} has a row that is not {width} integers")
             if min(row) < _LEAST_WHOLE or max(row) > _MOST_WHOLE:
-                raise SessionError(f"{self._where}{key} has a row with a number of more than 64 bits")
+                raise DocumentError(f"{self._where}{key} has a row with a number of more than 64 bits")
         return list(values)
 
 

@@ -1,20 +1,22 @@
 """Arithmetic over spans, with times that were made up: exact and instant."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from wan_loader.events import Span
-from wan_loader.profiler.analysis.timeline import (
+from wan_loader.profiler.render.bars import timeline_bar
+from wan_loader.sizes import format_bytes, format_seconds
+from wan_loader.spans import (
     Mark,
     attribute,
     by_label,
     in_flight,
     overlap_ns,
-    phases,
+    summarize,
     throughput,
     union,
 )
-from wan_loader.profiler.render.bars import timeline_bar
-from wan_loader.sizes import format_bytes, format_seconds
 
 S = 1_000_000_000
 
@@ -31,7 +33,7 @@ def test_union_and_overlap():
 
 
 def test_phases_keep_the_order_and_know_foreign_ones():
-    found = phases([mark("h2d", 0, 1, 5), mark("random_init", 0, 2), mark("import", 0, 1), mark("h2d", 0.5, 2, 5)])
+    found = summarize([mark("h2d", 0, 1, 5), mark("random_init", 0, 2), mark("import", 0, 1), mark("h2d", 0.5, 2, 5)])
     assert [(p.name, p.busy_s, p.nbytes) for p in found] == [
         ("import", 1.0, 0),
         ("random_init", 2.0, 0),
@@ -50,6 +52,24 @@ def test_attribution_clips():
     assert attribute([mark("read", 0, 10)], 2 * S, 3 * S) == {"read": 1.0}
     assert attribute([], 0, S) == {"other": 1.0}
     assert attribute([Span("read", 5, 5)], 0, 10) == {"other": 1e-8}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["read", "h2d", "cast", "wait", "other"]), st.integers(0, 30), st.integers(0, 9))
+    ),
+    st.integers(0, 10),
+    st.integers(10, 40),
+)
+def test_attribution_moment_by_moment(rows, start_ns, end_ns):
+    spans = [Span(name, at, at + length) for name, at, length in rows]
+    busy = {p.name: p.busy_s for p in summarize(spans)}
+    order = sorted(busy, key=lambda name: (name in ("wait", "other"), -busy[name]))
+    paced = dict.fromkeys([*order, "other"], 0)
+    for moment in range(start_ns, end_ns):
+        at_work = {s.name for s in spans if s.start_ns <= moment < s.end_ns}
+        paced[next((name for name in order if name in at_work), "other")] += 1
+    assert attribute(spans, start_ns, end_ns) == {name: ns / 1e9 for name, ns in paced.items() if ns}
 
 
 def test_by_label():

@@ -6,31 +6,43 @@ pace then, which is the busiest overall among those at work; waiting counts only
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from wan_loader.events import PHASES, Span, busy_ns
-from wan_loader.loading.report import Phase, summarize
+from wan_loader.events import Span, busy_ns
+from wan_loader.phases import ALL_PHASES, known_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "ALL_PHASES",
     "Mark",
+    "Phase",
     "attribute",
     "by_label",
+    "by_phase",
     "in_flight",
-    "known_phase",
     "overlap_ns",
-    "phases",
+    "summarize",
     "throughput",
     "union",
 ]
 
-#: The phases of a load, and those that only other people's programs have.
-ALL_PHASES = (*PHASES[:4], "construct", "random_init", *PHASES[4:])
+SpanT = TypeVar("SpanT", bound=Span)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a load. `busy_s` is the union of its intervals over all threads and streams."""
+
+    name: str
+    busy_s: float
+    nbytes: int
+
+    @property
+    def gbps(self) -> float:
+        """GB/s while busy; 0 where bytes make no sense."""
+        return self.nbytes / self.busy_s / 1e9 if self.busy_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +50,6 @@ class Mark(Span):
     """A span with a word on what it was: a package, a file, the kind of copy."""
 
     label: str = ""
-
-
-def known_phase(name: str) -> str:
-    """The phase of that name; "other" for one that is not known here, such as one of a later version."""
-    return name if name in ALL_PHASES else "other"
-
-
-def phases(spans: Iterable[Span]) -> tuple[Phase, ...]:
-    """Busy time and bytes of each phase that occurred, in the order of `ALL_PHASES`."""
-    return summarize(spans, ALL_PHASES)
 
 
 def union(spans: Iterable[Span]) -> list[tuple[int, int]]:
@@ -73,29 +75,55 @@ def overlap_ns(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> in
     return total
 
 
-def attribute(spans: Sequence[Span], start_ns: int, end_ns: int) -> dict[str, float]:
-    """Seconds of [start, end) by the phase that set the pace; the rest is "other". Adds up to the whole."""
-    busy = {p.name: p.busy_s for p in phases(spans)}
+def by_phase(spans: Iterable[SpanT]) -> dict[str, list[SpanT]]:
+    """Sort the spans by their phase, in the order of `ALL_PHASES`; those of phases that are not known are "other"."""
+    groups: dict[str, list[SpanT]] = {name: [] for name in ALL_PHASES}
+    for span in spans:
+        groups[known_phase(span.name)].append(span)
+    return {name: group for name, group in groups.items() if group}
+
+
+def summarize(spans: Iterable[Span]) -> tuple[Phase, ...]:
+    """Add up busy time and bytes of each phase that occurred; spans of phases that are not known count as "other"."""
+    groups = by_phase(spans).items()
+    return tuple(Phase(name, busy_ns(group) / 1e9, sum(s.nbytes for s in group)) for name, group in groups)
+
+
+def attribute(spans: Iterable[Span], start_ns: int, end_ns: int) -> dict[str, float]:
+    """Give each moment of [start, end) to the phase that set the pace then; the rest is "other".
+
+    Args:
+        spans: What was recorded, in any order.
+        start_ns: Where the time begins that is shared out.
+        end_ns: Where it ends.
+
+    Returns:
+        Seconds by phase, which add up to the whole.
+    """
+    merged = {name: union(group) for name, group in by_phase(spans).items()}
+    busy = {name: sum(e - s for s, e in intervals) for name, intervals in merged.items()}
     rank = sorted(busy, key=lambda name: (name in ("wait", "other"), -busy[name]))
-    edges: list[tuple[int, int, str]] = []
-    for name in rank:
-        for s, e in union(x for x in spans if x.name == name):
-            edges += [(max(s, start_ns), 1, name), (min(e, end_ns), -1, name)]
-    active: Counter[str] = Counter()
-    out: Counter[str] = Counter()
-    last = start_ns
-    for at, step, name in sorted(edges):
+    # A bit stands for each phase, the lowest for the first in rank: the lowest bit that is set sets the pace.
+    owners = {1 << i: name for i, name in enumerate(rank)}
+    edges = []
+    for bit, name in owners.items():
+        for s, e in merged[name]:
+            if max(s, start_ns) < min(e, end_ns):
+                edges += [(max(s, start_ns), bit), (min(e, end_ns), bit)]
+    edges.sort()
+    out: dict[str, int] = {}
+    active, last = 0, start_ns
+    for at, bit in [*edges, (end_ns, 0)]:
         if at > last:
-            owner = next((n for n in rank if active[n] > 0), "other")
-            out[owner] += at - last
+            owner = owners.get(active & -active, "other")
+            out[owner] = out.get(owner, 0) + at - last
             last = at
-        active[name] += step
-    out["other"] += max(0, end_ns - last)
-    return {name: ns / 1e9 for name, ns in out.items() if ns}
+        active ^= bit
+    return {name: ns / 1e9 for name, ns in out.items()}
 
 
 def by_label(spans: Iterable[Span], name: str) -> list[tuple[str, float, int]]:
-    """(label, busy seconds, bytes) of one phase, the longest first."""
+    """Add up (label, busy seconds, bytes) of one phase, the longest first."""
     grouped: dict[str, list[Mark]] = {}
     for span in spans:
         if span.name == name and isinstance(span, Mark) and span.label:
