@@ -127,7 +127,7 @@ def _load(
             cache_dir=cache_dir,
             verify=verify and cache,
             group=group,
-            observer=observer,
+            observer=observer or wan_loader.Recorder(),
         )
 
 

@@ -144,7 +144,13 @@ def _profile_load(
     before = limits()
     with together(device) as (device, group), reading_progress(checkpoint.nbytes) as observer:
         loaded = wan_loader.load(
-            checkpoint, device=device, dtype=dtype, io=io.value, threads=threads, group=group, observer=observer
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            io=io.value,
+            threads=threads,
+            group=group,
+            observer=observer or wan_loader.Recorder(),
         )
     measure = measure and is_first()
     report, spans = loaded.report, loaded.spans

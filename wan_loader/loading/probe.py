@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.devices.resolve import check_tensors_are_real, resolve_device
 from wan_loader.engine.reader import Reader
+from wan_loader.formats.known import is_planned
 from wan_loader.plan.blocks import MAX_GAP, ByteRange
 from wan_loader.plan.facts import Facts
 from wan_loader.plan.layout import storage_ranges
@@ -62,7 +63,7 @@ def _device_memory(device: torch.device) -> tuple[int | None, int | None]:
 
 def _files(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency, dict[int, str]]:
     """What of the wanted bytes is in the page cache, and which files that are not cannot be opened with O_DIRECT."""
-    if checkpoint.format == "torch-pickle":
+    if not is_planned(checkpoint):
         ranges = [ByteRange(0, number, 0, file.nbytes) for number, file in enumerate(checkpoint.files)]
     else:
         ranges = storage_ranges(checkpoint, request.select(checkpoint))

@@ -19,6 +19,7 @@ from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Batch, TransferStats, transfer_blocks
 from wan_loader.engine.reader import Reader
 from wan_loader.events import span
+from wan_loader.formats.known import format_of
 from wan_loader.loading.allocate import Allocation, convert_storage
 from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Transport
@@ -147,14 +148,14 @@ def _run_through_torch(
     plan: LoadPlan, cancel: CancelToken | None, observer: Observer | None
 ) -> Generator[dict[str, torch.Tensor], None, TransferResult]:
     """Load pickles that cannot be planned, file by file."""
-    from wan_loader.formats.torchpickle import load_torch_pickle
-
     checkpoint, state = plan.checkpoint, dict[str, Any]()
+    load_whole = format_of(checkpoint).load_whole
+    assert load_whole is not None, "a plan goes through torch where its format says how"
     with span(observer, "read", plan.nbytes_file):
         for number, file in enumerate(checkpoint.files):
             if cancel is not None:
                 cancel.check()
-            held = load_torch_pickle(file.path, plan.facts.device, checkpoint.part)
+            held = load_whole(file.path, plan.facts.device, checkpoint.part)
             file.check_unchanged()
             state |= {name: held[name] for name in checkpoint.names_in(number)}
     with span(observer, "cast"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from wan_loader.formats.known import format_of, is_planned
 from wan_loader.plan.blocks import MAX_GAP, Transport, plan_blocks
 from wan_loader.plan.layout import Layout, lay_out, plan_storages
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
@@ -80,7 +81,7 @@ class LoadPlan:
     @property
     def through_torch(self) -> bool:
         """Return whether nothing can be planned: `torch.load` reads the files."""
-        return self.checkpoint.format == "torch-pickle"
+        return not is_planned(self.checkpoint)
 
     @property
     def nbytes_file(self) -> int:
@@ -149,7 +150,7 @@ def make_plan(
     views = alone and not facts.cuda and not checked and _may_view(request, checkpoint)
     layout = lay_out(checkpoint, storages, views=views, reads=reads or MappingProxyType({}))
     nbytes, viewed = layout.nbytes_read, layout.nbytes_viewed
-    if checkpoint.format == "torch-pickle":
+    if not is_planned(checkpoint):
         read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
         room = check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
     else:
@@ -218,7 +219,7 @@ def _may_view(request: LoadRequest, checkpoint: Checkpoint) -> bool:
     """Whether host tensors may stay in the mapped file: as safetensors' own do, and torch's own only where asked."""
     if request.owned:
         return False
-    return request.io == "mapped" or (request.io == "auto" and checkpoint.format == "safetensors")
+    return request.io == "mapped" or (request.io == "auto" and format_of(checkpoint).stays_mapped)
 
 
 def _firsts(byte_ranges: Sequence[ByteRange]) -> Collection[ByteRange]:
