@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from installed import install_entry_points
+
+install_entry_points()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
