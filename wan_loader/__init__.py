@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from wan_loader.events import Observer, Recorder, Span
     from wan_loader.formats import Checkpoint, open_checkpoint
+    from wan_loader.formats.several import MissingFile, ModelDirectory, ModelPart
     from wan_loader.loading.empty_weights import empty_weights
     from wan_loader.warming.prewarm import prewarm
 
@@ -43,7 +44,10 @@ _LAZY = {
     "DistributedError": "wan_loader.errors",
     "HostMemoryError": "wan_loader.errors",
     "KeyMismatchError": "wan_loader.errors",
+    "MissingFile": "wan_loader.formats.several",
     "MissingFileError": "wan_loader.errors",
+    "ModelDirectory": "wan_loader.formats.several",
+    "ModelPart": "wan_loader.formats.several",
     "Observer": "wan_loader.events",
     "OptionError": "wan_loader.errors",
     "OutputError": "wan_loader.errors",
@@ -67,7 +71,10 @@ __all__ = [
     "DistributedError",
     "HostMemoryError",
     "KeyMismatchError",
+    "MissingFile",
     "MissingFileError",
+    "ModelDirectory",
+    "ModelPart",
     "Observer",
     "OptionError",
     "OutputError",

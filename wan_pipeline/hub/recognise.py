@@ -1,0 +1,88 @@
+"""What a directory of WAN2.2 holds and what is missing of it, by name: the answer that `wan_loader` asks for.
+
+Reads indexes, configurations and the state of a download only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_loader import CheckpointError, MissingFile, ModelDirectory, ModelPart
+from wan_pipeline.hub.layouts import REPOSITORIES, layout_of, missing_files, parts_of
+from wan_pipeline.hub.state import read_state
+
+if TYPE_CHECKING:
+    from wan_pipeline.hub.layouts import Layout
+    from wan_pipeline.hub.state import State
+
+__all__ = ["recognise"]
+
+_TITLES = {
+    "text_encoder": "text encoder",
+    "transformer": "high-noise expert",
+    "transformer_2": "low-noise expert",
+    "vae": "VAE",
+}
+
+
+def recognise(directory: str) -> ModelDirectory | None:
+    """Say what a directory is and what is missing of it; None for one that is no model's (one part's, for instance)."""
+    root = Path(directory)
+    state = read_state(root)
+    layout = state.layout if state else layout_of(root)
+    if layout is None:
+        return None
+    missing, problems = (_missing(state), ()) if state else _missing_by_layout(root, layout)
+    parts = _parts(root, layout)
+    has_two_experts = "transformer_2" in parts
+    usual = REPOSITORIES[layout] if has_two_experts else None
+    return ModelDirectory(
+        family="WAN2.2",
+        layout=layout,
+        parts=tuple(ModelPart(name, path, _title(name, has_two_experts)) for name, path in parts.items()),
+        missing=missing,
+        problems=problems,
+        repository=state.repository if state else None,
+        revision=state.revision if state else None,
+        download_from=state.repository if state else usual,
+    )
+
+
+def _title(name: str, has_two_experts: bool) -> str:
+    return name if name == "transformer" and not has_two_experts else _TITLES[name]
+
+
+def _parts(root: Path, layout: Layout) -> dict[str, str]:
+    try:
+        return parts_of(root, layout)
+    except CheckpointError:  # reported as missing or damaged
+        return {}
+
+
+def _missing(state: State) -> tuple[MissingFile, ...]:
+    found = []
+    for file in state.files:
+        try:
+            here = os.stat(state.target(file)).st_size
+        except OSError:
+            try:
+                here = os.stat(state.part(file)).st_size
+            except OSError:
+                here = 0
+            found.append(MissingFile(file.path, file.nbytes, here))
+            continue
+        if here != file.nbytes:
+            found.append(MissingFile(file.path, file.nbytes, min(here, file.nbytes)))
+    return tuple(found)
+
+
+def _missing_by_layout(root: Path, layout: Layout) -> tuple[tuple[MissingFile, ...], tuple[tuple[str, str], ...]]:
+    """What is missing, or what keeps us from knowing it."""
+    try:
+        return tuple(MissingFile(path) for path in missing_files(root, layout)), ()
+    except CheckpointError as error:
+        return (), (("configuration", str(error)),)
+    except OSError as error:  # nothing can be said about what is missing
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
