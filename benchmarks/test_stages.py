@@ -20,7 +20,7 @@ from wan_loader.formats import open_checkpoint
 from wan_loader.loading.allocate import lay_out, plan_storages
 from wan_loader.loading.filling import Filling
 from wan_loader.plan.blocks import Segment, plan_blocks
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
 from wan_loader.plan.transport import choose_transport
 from wan_loader.system.page_cache import ModuleResidency
@@ -39,7 +39,7 @@ def plan_all(checkpoints):
     n_blocks = 0
     for checkpoint in checkpoints:
         with Reader(checkpoint.files) as reader:
-            storages = plan_storages(checkpoint.tensors, DtypeRule("bfloat16", ("norm2",)))
+            storages = plan_storages(checkpoint.tensors, DtypePolicy("bfloat16", ("norm2",)))
             layout = lay_out(checkpoint, storages, views=False)
             residency = ModuleResidency(reader.fds)
             residency.total(layout.extents)

@@ -1,6 +1,16 @@
 """wan-loader: huge generative models, started as fast as the hardware allows.
 
 Importing this package does not import torch; the first call that needs it does.
+
+Public are the names in `__all__` here, and those in the `__all__` of these submodules; all others may change:
+
+    arguments      checks of what callers pass
+    cli            how our programs speak, show progress and end
+    distributed    the processes that torchrun starts: who they are, how they meet, how they notice that one is gone
+    dtypes         names of dtypes
+    formats        what a checkpoint consists of, from its headers
+    sizes          bytes, rates and counts as people read and write them
+    system         this machine: its memory, threads, files
 """
 
 from __future__ import annotations
@@ -16,6 +26,8 @@ from wan_loader.system.forks import without_forks
 
 if TYPE_CHECKING:
     from wan_loader.api import load, load_file, load_into
+    from wan_loader.devices.driver import start_device
+    from wan_loader.devices.resolve import resolve_device
     from wan_loader.errors import (
         CacheError,
         CheckpointError,
@@ -23,17 +35,24 @@ if TYPE_CHECKING:
         DeviceMemoryError,
         DistributedError,
         HostMemoryError,
+        HubError,
         KeyMismatchError,
         MissingFileError,
         OptionError,
         OutputError,
         WanLoaderError,
     )
-    from wan_loader.events import Observer, Recorder, Span
+    from wan_loader.events import Observer, Recorder, Span, clock_ns, span
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.formats.several import MissingFile, ModelDirectory, ModelPart
+    from wan_loader.loading.bind import match, module_slots
     from wan_loader.loading.empty_weights import empty_weights
-    from wan_loader.warming.prewarm import prewarm
+    from wan_loader.loading.report import LoadReport, summarize
+    from wan_loader.loading.run import paused_gc
+    from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.types import IoMode, StrPath
+    from wan_loader.warming.evict import resident_bytes
+    from wan_loader.warming.prewarm import Prewarm, prewarm, prewarm_files
 
 _LAZY = {
     "CacheError": "wan_loader.errors",
@@ -42,8 +61,12 @@ _LAZY = {
     "DeviceError": "wan_loader.errors",
     "DeviceMemoryError": "wan_loader.errors",
     "DistributedError": "wan_loader.errors",
+    "DtypePolicy": "wan_loader.plan.dtype_policy",
     "HostMemoryError": "wan_loader.errors",
+    "HubError": "wan_loader.errors",
+    "IoMode": "wan_loader.types",
     "KeyMismatchError": "wan_loader.errors",
+    "LoadReport": "wan_loader.loading.report",
     "MissingFile": "wan_loader.formats.several",
     "MissingFileError": "wan_loader.errors",
     "ModelDirectory": "wan_loader.formats.several",
@@ -51,15 +74,27 @@ _LAZY = {
     "Observer": "wan_loader.events",
     "OptionError": "wan_loader.errors",
     "OutputError": "wan_loader.errors",
+    "Prewarm": "wan_loader.warming.prewarm",
     "Recorder": "wan_loader.events",
     "Span": "wan_loader.events",
+    "StrPath": "wan_loader.types",
     "WanLoaderError": "wan_loader.errors",
+    "clock_ns": "wan_loader.events",
     "empty_weights": "wan_loader.loading.empty_weights",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
     "load_into": "wan_loader.api",
+    "match": "wan_loader.loading.bind",
+    "module_slots": "wan_loader.loading.bind",
     "open_checkpoint": "wan_loader.formats",
+    "paused_gc": "wan_loader.loading.run",
     "prewarm": "wan_loader.warming.prewarm",
+    "prewarm_files": "wan_loader.warming.prewarm",
+    "resident_bytes": "wan_loader.warming.evict",
+    "resolve_device": "wan_loader.devices.resolve",
+    "span": "wan_loader.events",
+    "start_device": "wan_loader.devices.driver",
+    "summarize": "wan_loader.loading.report",
 }
 
 __all__ = [
@@ -69,8 +104,12 @@ __all__ = [
     "DeviceError",
     "DeviceMemoryError",
     "DistributedError",
+    "DtypePolicy",
     "HostMemoryError",
+    "HubError",
+    "IoMode",
     "KeyMismatchError",
+    "LoadReport",
     "MissingFile",
     "MissingFileError",
     "ModelDirectory",
@@ -78,16 +117,28 @@ __all__ = [
     "Observer",
     "OptionError",
     "OutputError",
+    "Prewarm",
     "Recorder",
     "Span",
+    "StrPath",
     "WanLoaderError",
     "__version__",
+    "clock_ns",
     "empty_weights",
     "load",
     "load_file",
     "load_into",
+    "match",
+    "module_slots",
     "open_checkpoint",
+    "paused_gc",
     "prewarm",
+    "prewarm_files",
+    "resident_bytes",
+    "resolve_device",
+    "span",
+    "start_device",
+    "summarize",
 ]
 
 

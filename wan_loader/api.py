@@ -23,7 +23,7 @@ from wan_loader.formats import open_checkpoint
 from wan_loader.loading.filling import Filling
 from wan_loader.loading.mismatch import some
 from wan_loader.loading.run import Choice, LoadOptions, load_checkpoint
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -134,7 +134,7 @@ def load(
     with joined(group) as shard_group:
         options = _options(device, io, threads, observer, shard_group)
         caching = _caching(cache, cache_dir, verify, shard_group)
-        rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+        rule = DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         paths = checked_paths(path)
         wanted = None if names is None else checked_strings(names, "names")
 
@@ -178,7 +178,7 @@ def _caching(
 def _choice(
     checkpoint: Checkpoint,
     tensors: Sequence[TensorFacts],
-    rule: DtypeRule,
+    rule: DtypePolicy,
     shard_group: ShardGroup | None,
     targets: Mapping[str, torch.Tensor],
 ) -> Choice:
@@ -279,7 +279,7 @@ def load_into(
     with joined(group, module) as shard_group:
         options = _options(device, io, threads, observer, shard_group)
         caching = _caching(cache, cache_dir, verify, shard_group)
-        rule = DtypeRule(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+        rule = DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
         check_key_map(key_map)
         check_flag(strict, "strict")
         paths, allowed = checked_paths(path), checked_strings(allow_meta, "allow_meta")

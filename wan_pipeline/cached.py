@@ -19,7 +19,7 @@ from wan_loader.cache.outline import Outline, outline_file, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError
 from wan_loader.loading.report import CacheReport
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_pipeline.checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _outline_component(component: Component, dtype: str | None) -> CachedFile:
     return outline_file(
         f"{component.name}/{stem}.safetensors",
         component.facts,
-        DtypeRule(dtype, component.keep_fp32).target,
+        DtypePolicy(dtype, component.keep_fp32).target,
         rename=rename,
         order={name: rank for rank, name in enumerate(names)},
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wan_loader.distributed.processes import world_size
-from wan_loader.system.machine import available_memory, memory_limit
+from wan_loader.distributed import world_size
+from wan_loader.system import available_memory, memory_limit
 from wan_pipeline import presets
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ def network_dtype(component: Component, preset: Preset, options: StartOptions) -
     from wan_loader.dtypes import dtype_name, torch_dtype
 
     if options.like_diffusers:
-        wanted = options.dtype or (None if component.name == "text_encoder" else "fp32")
+        wanted = options.dtype or (None if component.network.kind == "text_encoder" else "fp32")
     else:
-        wanted = {"vae": preset.vae_dtype, "text_encoder": None}.get(component.name, preset.dtype)
+        wanted = {"vae": preset.vae_dtype, "text_encoder": None, "dit": preset.dtype}[component.network.kind]
     name = dtype_name(wanted)
     return None if name is None else torch_dtype(name)
 
@@ -51,7 +51,7 @@ def choose_preset(
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         nbytes = component.nbytes(name, decoder_only=not options.like_diffusers)
         sizes[component.name] = nbytes // (world_size() if options.degrees.shards(component.name) else 1)
-        gathered[component.name] = int(nbytes * _GATHERED[component.name == "text_encoder"])
+        gathered[component.name] = int(nbytes * _GATHERED[component.network.kind == "text_encoder"])
     workspace = _workspace(checkpoint, options)
     for name, extra in gathered.items():
         workspace[name] += extra if options.degrees.shards(name) else 0
@@ -85,11 +85,9 @@ def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, in
     frames_per, pixels_per = checkpoint.vae_scale
     tokens = ((options.frame_num - 1) // frames_per + 1) * (width // pixels_per // 2) * (height // pixels_per // 2)
     out = {"text_encoder": 500_000_000}
-    for name in ("transformer", "transformer_2"):
-        if name in checkpoint.names:
-            config = checkpoint[name].config
-            dim = config["num_attention_heads"] * config["attention_head_dim"]
-            out[name] = tokens * (10 * dim + config["ffn_dim"]) * 2
+    for expert in checkpoint.experts:
+        dim = expert.config["num_attention_heads"] * expert.config["attention_head_dim"]
+        out[expert.name] = tokens * (10 * dim + expert.config["ffn_dim"]) * 2
     vae = checkpoint["vae"].config
     base = (vae.get("decoder_base_dim") or vae.get("base_dim", 96)) // (vae.get("patch_size") or 1)
     out["vae"] = width * height * (base * frames_per * 60 + options.frame_num * 3 * 4 * 3)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from wan_loader.errors import DeviceMemoryError, HostMemoryError, OptionError
-from wan_pipeline.checkpoint import TITLES
+from wan_loader import DeviceMemoryError, HostMemoryError, OptionError
+from wan_pipeline.families import TITLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

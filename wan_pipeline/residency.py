@@ -12,8 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wan_loader.events import clock_ns
-from wan_loader.warming.prewarm import prewarm_files
+from wan_loader import clock_ns, prewarm_files
 from wan_pipeline import modules, parallel
 
 if TYPE_CHECKING:
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.events import Observer, Span
-    from wan_loader.loading.report import LoadReport
-    from wan_loader.warming.prewarm import Prewarm
+    from wan_loader import LoadReport, Observer, Prewarm, Span
     from wan_pipeline.checkpoint import Component
     from wan_pipeline.presets import Phase
 

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import torch
 
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

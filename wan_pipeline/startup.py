@@ -17,12 +17,9 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from wan_loader import OptionError, Recorder, prewarm_files, span, start_device
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
-from wan_loader.devices.driver import make_context
-from wan_loader.distributed.processes import local_rank, use_device, warms, world_size
-from wan_loader.errors import OptionError
-from wan_loader.events import Recorder, span
-from wan_loader.warming.prewarm import prewarm_files
+from wan_loader.distributed import local_rank, use_device, warms, world_size
 from wan_pipeline import modules, parallel, presets
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.fitting import choose_preset, network_dtype
@@ -37,8 +34,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.types import StrPath
-    from wan_loader.warming.prewarm import Prewarm
+    from wan_loader import Prewarm, StrPath
     from wan_pipeline.cached import PipelineCache
     from wan_pipeline.checkpoint import WanCheckpoint
     from wan_pipeline.presets import Preset
@@ -163,7 +159,7 @@ def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCac
 
 def _begin(plan: _Plan) -> Started:
     recorder = plan.recorder
-    _make_context(plan.options.device, recorder)
+    _start_device(plan.options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
@@ -194,17 +190,17 @@ def _begin(plan: _Plan) -> Started:
     return started
 
 
-def _make_context(device: str | torch.device, recorder: Recorder) -> None:
+def _start_device(device: str | torch.device, recorder: Recorder) -> None:
     """Have the driver start this process's device in the background while torch is imported."""
     kind, _, index = str(device).partition(":")
     index = index or str(local_rank())
 
     def work() -> None:
         with span(recorder, "cuda_init"):
-            make_context(int(index))
+            start_device(int(index))
 
     if "torch" not in sys.modules and kind in ("auto", "cuda") and index.isdecimal():
-        threading.Thread(target=work, name="make context", daemon=True).start()
+        threading.Thread(target=work, name="start device", daemon=True).start()
 
 
 def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartOptions:
@@ -234,7 +230,7 @@ def _start_fetching(plan: _Plan) -> Started:
 def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
     import torch
 
-    from wan_loader.devices.resolve import resolve_device
+    from wan_loader import resolve_device
 
     checkpoint, options, cache = plan.checkpoint, plan.options, plan.cache
     device = resolve_device(options.device, plan.recorder) if run is None else run.device
@@ -249,7 +245,9 @@ def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
     parts = [
         Part(
             component,
-            torch.device("cpu") if component.name == "text_encoder" and preset.text_encoder == "cpu" else device,
+            torch.device("cpu")
+            if component.network.kind == "text_encoder" and preset.text_encoder == "cpu"
+            else device,
             network_dtype(component, preset, options),
             decoder_only=not options.like_diffusers,
             run=run if run is not None and run.loads_together(component.name, preset.text_encoder) else None,
@@ -294,6 +292,6 @@ def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
         tokenizer=tokenizer,
         scheduler=scheduler.from_config(dict(checkpoint.scheduler)),
         boundary_ratio=checkpoint.boundary_ratio,
-        expand_timesteps=checkpoint.task == "ti2v-5B",
+        expand_timesteps=checkpoint.family.expand_timesteps,
         **built,
     )

@@ -27,7 +27,7 @@ from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402
 from wan_loader.formats import open_checkpoint  # noqa: E402
 from wan_loader.loading.run import Choice  # noqa: E402
-from wan_loader.plan.dtype_rule import DtypeRule  # noqa: E402
+from wan_loader.plan.dtype_policy import DtypePolicy  # noqa: E402
 
 MiB = 1 << 20
 
@@ -47,7 +47,7 @@ def path(tmp_path):
 
 def outline(path, dtype="bfloat16"):
     checkpoint = open_checkpoint(path)
-    return outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypeRule(dtype)))
+    return outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypePolicy(dtype)))
 
 
 def rooms(cache):

@@ -14,12 +14,12 @@ from wan_loader.cache.outline import Outline, outline_file, safetensors_header, 
 from wan_loader.dtypes import ITEMSIZE  # noqa: E402
 from wan_loader.errors import CacheError, CheckpointError  # noqa: E402
 from wan_loader.formats import open_checkpoint  # noqa: E402
-from wan_loader.plan.dtype_rule import DtypeRule  # noqa: E402
+from wan_loader.plan.dtype_policy import DtypePolicy  # noqa: E402
 
 
 def outline(path, dtype="bfloat16", keep=(), small=None, **options):
     checkpoint = open_checkpoint(path)
-    file = outline_file("model.safetensors", checkpoint, DtypeRule(dtype, keep).target, **options)
+    file = outline_file("model.safetensors", checkpoint, DtypePolicy(dtype, keep).target, **options)
     return Outline(str(path), dtype, (file,), small or {})
 
 
@@ -124,7 +124,7 @@ def test_each_source_is_named_once(tmp_path):
     for name in "ab":
         safetensors.torch.save_file({name: torch.randn(3)}, tmp_path / f"{name}.safetensors")
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    file = outline_file("m.safetensors", open_checkpoint(paths), DtypeRule("bfloat16").target)
+    file = outline_file("m.safetensors", open_checkpoint(paths), DtypePolicy("bfloat16").target)
     assert [s.path for s in Outline("x", None, (file, file)).sources] == [str(p) for p in paths]
 
 

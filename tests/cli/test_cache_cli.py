@@ -356,10 +356,10 @@ def test_another_process_builds(tmp_path, model):
     from wan_loader.cache.cached_load import outline_checkpoint
     from wan_loader.formats import open_checkpoint
     from wan_loader.loading.run import Choice
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
     checkpoint = open_checkpoint(model)
-    outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypeRule("bfloat16")))
+    outline = outline_checkpoint(Choice(checkpoint, checkpoint.tensors, DtypePolicy("bfloat16")))
     building = Store(tmp_path / "c").begin(outline.key(outline.sources), 10)
     check_error(run("cache", "build", model, "--cache-dir", tmp_path / "c"), "another process is writing")
     building.abandon()

@@ -18,7 +18,7 @@ from wan_loader.bench.loader import Loader, Task, installed_version
 from wan_loader.bench.storage import Place, leftovers, part_of, scratch, staged, warm
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
-from wan_loader.plan.dtype_rule import DtypeRule
+from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.profiler.probe.storage import storage_facts
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 from wan_loader.warming.evict import evict
@@ -106,7 +106,7 @@ def run_cases(settings: Settings, tell: Callable[[str], None], cases: list[Case]
     """
     checkpoints = [open_checkpoint(path) for path in settings.paths]
     for checkpoint in checkpoints:
-        DtypeRule(settings.dtype).check(checkpoint, checkpoint.tensors)
+        DtypePolicy(settings.dtype).check(checkpoint, checkpoint.tensors)
     for path, name, checkpoint in zip(settings.paths, distinct_names(settings.paths), checkpoints, strict=True):
         for place in settings.places:
             _Bench(settings, tell, Case(path, name, place, ""), checkpoint).run(cases)

@@ -80,14 +80,14 @@ def _outline(path: Path, part: str | None, dtype: str) -> Outline:
     from wan_loader.formats import open_checkpoint
     from wan_loader.formats.hub_cache import locate
     from wan_loader.loading.run import Choice
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
     if part is None and os.path.isdir(directory := locate(os.fspath(path))):
         whole: Outline | None = first_answer("wan_loader.outlines", directory, parse_dtype(dtype))
         if whole is not None:
             return whole
     checkpoint = open_checkpoint(path, part=part)
-    rule = DtypeRule(dtype)
+    rule = DtypePolicy(dtype)
     rule.check(checkpoint, checkpoint.tensors)
     return outline_checkpoint(Choice(checkpoint, checkpoint.tensors, rule))
 

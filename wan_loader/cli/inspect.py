@@ -52,7 +52,7 @@ def inspect(
 
 
 def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.system.page_cache import describe
     from wan_loader.warming.evict import resident_bytes
 
@@ -72,7 +72,7 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
         "files": [{"path": f.path, "nbytes": f.nbytes, "resident": resident_bytes([f.path])} for f in checkpoint.files],
         "warnings": [
             *checkpoint.warnings,
-            *DtypeRule().check(checkpoint, checkpoint.tensors),
+            *DtypePolicy().check(checkpoint, checkpoint.tensors),
             *describe(f.path for f in checkpoint.files),
         ],
     }

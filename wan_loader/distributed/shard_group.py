@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer, Span
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loading.allocate import StoragePlan
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = ["ShardGroup", "joined"]
 
@@ -96,7 +96,7 @@ class ShardGroup:
         return _Watch(self.liveness, observer)
 
     def divide(
-        self, checkpoint: Checkpoint, tensors: Sequence[TensorFacts], slots: Mapping[str, Any], rule: DtypeRule
+        self, checkpoint: Checkpoint, tensors: Sequence[TensorFacts], slots: Mapping[str, Any], rule: DtypePolicy
     ) -> LocalShare:
         """Compare with the others, and say what this process keeps. slots: the module's tensor of each name, if any."""
         shardings = {t.name: self._sharding(slots.get(t.name)) for t in tensors}
@@ -172,7 +172,7 @@ class ShardGroup:
         checkpoint: Checkpoint,
         tensors: Sequence[TensorFacts],
         shardings: Mapping[str, TensorSharding],
-        rule: DtypeRule,
+        rule: DtypePolicy,
     ) -> None:
         wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_blocks) for t in tensors]
         mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.formats.facts import Checkpoint, FileFacts, TensorFacts
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = [
     "Allocation",
@@ -83,7 +83,7 @@ class StoragePlan(NamedTuple):
         return nbytes_file // ITEMSIZE[self.source] * ITEMSIZE[self.target]
 
 
-def plan_storages(tensors: Iterable[TensorFacts], rule: DtypeRule) -> list[StoragePlan]:
+def plan_storages(tensors: Iterable[TensorFacts], rule: DtypePolicy) -> list[StoragePlan]:
     """Group tensors by the storage they share and decide its dtype, in the order in which storages are first named."""
     groups: dict[int, list[TensorFacts]] = defaultdict(list)
     for tensor in tensors:

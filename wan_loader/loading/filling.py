@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.loading.bind import Match, bind, left_on_meta, match
 from wan_loader.loading.mismatch import some, stays_on_meta
-from wan_loader.plan.dtype_rule import has_part
+from wan_loader.plan.dtype_policy import has_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.facts import Checkpoint
     from wan_loader.loading.bind import KeyMap
     from wan_loader.loading.holdings import Held
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = ["Filling"]
 
@@ -56,7 +56,7 @@ class Filling:
         """Put in what was loaded, and move the rest of the module to the device."""
         bind(self.module, self._held, [(old, tensors[name]) for name, old in self.targets.items()], device)
 
-    def notes(self, rule: DtypeRule) -> list[str]:
+    def notes(self, rule: DtypePolicy) -> list[str]:
         """What the caller should know about names, one line each."""
         notes = {
             "not in the checkpoint": self.found.missing,

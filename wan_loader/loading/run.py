@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.facts import Checkpoint, TensorFacts
     from wan_loader.loading.allocate import StoragePlan
     from wan_loader.plan.blocks import Block
-    from wan_loader.plan.dtype_rule import DtypeRule
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = ["Choice", "LoadOptions", "load_checkpoint", "paused_gc", "read_storages"]
 
@@ -92,7 +92,7 @@ class Choice:
 
     checkpoint: Checkpoint
     tensors: Sequence[TensorFacts]
-    rule: DtypeRule
+    rule: DtypePolicy
     check: Check | None = None
     """Is given every block while it is read; then nothing is mapped."""
 
@@ -287,7 +287,7 @@ def _move_through_torch(
     return TransferResult(state, loaded, resident_before=resident, reason=reason)
 
 
-def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypeRule) -> None:
+def _convert_late(tensors: dict[str, torch.Tensor], plans: Sequence[StoragePlan], rule: DtypePolicy) -> None:
     """Tensors that share a storage but need different dtypes part here."""
     for facts in (t for plan in plans if plan.late for t in plan.tensors):
         tensors[facts.name] = tensors[facts.name].to(torch_dtype(rule.target(facts.name, facts.dtype)))

@@ -1,4 +1,4 @@
-"""What a directory of WAN2.2 holds and what is missing of it, by name: the answer that `wan_loader` asks for.
+"""What the directory of a model holds and what is missing of it, by name: the answer that `wan_loader` asks for.
 
 Reads indexes, configurations and the state of a download only.
 """
@@ -10,21 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader import CheckpointError, MissingFile, ModelDirectory, ModelPart
-from wan_pipeline.hub.layouts import REPOSITORIES, layout_of, missing_files, parts_of
+from wan_pipeline.families import FAMILIES
+from wan_pipeline.hub.layouts import family_of, layout_of, missing_files, parts_of
 from wan_pipeline.hub.state import read_state
 
 if TYPE_CHECKING:
-    from wan_pipeline.hub.layouts import Layout
+    from wan_pipeline.family import Layout, ModelFamily
     from wan_pipeline.hub.state import State
 
 __all__ = ["recognise"]
-
-_TITLES = {
-    "text_encoder": "text encoder",
-    "transformer": "high-noise expert",
-    "transformer_2": "low-noise expert",
-    "vae": "VAE",
-}
 
 
 def recognise(directory: str) -> ModelDirectory | None:
@@ -35,30 +29,26 @@ def recognise(directory: str) -> ModelDirectory | None:
     if layout is None:
         return None
     missing, problems = (_missing(state), ()) if state else _missing_by_layout(root, layout)
-    parts = _parts(root, layout)
-    has_two_experts = "transformer_2" in parts
-    usual = REPOSITORIES[layout] if has_two_experts else None
+    family, paths = _family_and_paths(root, layout)
+    titles: dict[str, str] = {network.name: network.title for network in family.networks}
     return ModelDirectory(
-        family="WAN2.2",
+        family=family.title,
         layout=layout,
-        parts=tuple(ModelPart(name, path, _title(name, has_two_experts)) for name, path in parts.items()),
+        parts=tuple(ModelPart(name, path, titles[name]) for name, path in paths.items()),
         missing=missing,
         problems=problems,
         repository=state.repository if state else None,
         revision=state.revision if state else None,
-        download_from=state.repository if state else usual,
+        download_from=state.repository if state else family.repositories.get(layout),
     )
 
 
-def _title(name: str, has_two_experts: bool) -> str:
-    return name if name == "transformer" and not has_two_experts else _TITLES[name]
-
-
-def _parts(root: Path, layout: Layout) -> dict[str, str]:
+def _family_and_paths(root: Path, layout: Layout) -> tuple[ModelFamily, dict[str, str]]:
+    """The model, and where its parts are; no parts, where what is damaged keeps them from being known."""
     try:
-        return parts_of(root, layout)
+        return family_of(root, layout), parts_of(root, layout)
     except CheckpointError:  # reported as missing or damaged
-        return {}
+        return FAMILIES[0], {}
 
 
 def _missing(state: State) -> tuple[MissingFile, ...]:

@@ -72,10 +72,10 @@ class Prediction:
 
 
 def parts_of(checkpoints: Iterable[Checkpoint], dtype: str | None) -> list[Part]:
-    """What would be read, in order, in pieces of a slot; `dtype` as in `DtypeRule`, errors as of `DtypeRule.check`."""
-    from wan_loader.plan.dtype_rule import DtypeRule
+    """What would be read, in order, in pieces of a slot; `dtype` as in `DtypePolicy`, errors as of its `check`."""
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
-    rule = DtypeRule(dtype)
+    rule = DtypePolicy(dtype)
     parts: list[Part] = []
     for checkpoint in checkpoints:
         rule.check(checkpoint, checkpoint.tensors)

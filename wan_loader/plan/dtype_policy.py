@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from wan_loader.formats.facts import Checkpoint, TensorFacts
 
-__all__ = ["DtypeRule", "has_part"]
+__all__ = ["DtypePolicy", "has_part"]
 
 
 def has_part(name: str, parts: Iterable[str]) -> bool:
@@ -32,7 +32,7 @@ def _scaled(names: Sequence[str], scales: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class DtypeRule:
+class DtypePolicy:
     """`dtype` applies to floating tensors; None leaves every tensor as it is in the file."""
 
     dtype: str | None = None
