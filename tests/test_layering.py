@@ -84,12 +84,7 @@ PUBLIC = ("arguments", "cli", "distributed", "dtypes", "formats", "sizes", "syst
 #: What still reaches into the insides of wan_loader, until it is rewritten.
 REACHES_INSIDE = {
     "cached.py",
-    "commands/app.py",
-    "commands/download.py",
-    "commands/generate.py",
-    "commands/outline.py",
-    "commands/synth.py",
-    "hints.py",
+    "commands/outline.py",  # the type of an outline
     "hub/state.py",
     "pipeline.py",  # the type of an entry of the converted cache that is being written
     "progress.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_args
 
-from wan_loader.errors import KeyMismatchError
+from wan_loader import KeyMismatchError
 from wan_pipeline.keymap import MapName, keymap
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from wan_loader import __version__
-from wan_loader.cli import begin_program
-from wan_loader.cli.program import run_program
+from wan_loader.cli import begin_program, run_program
 from wan_pipeline.commands.generate import generate, load
 from wan_pipeline.commands.synth import synth
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
 from wan_pipeline.hub.layouts import layout_of
 
 if TYPE_CHECKING:

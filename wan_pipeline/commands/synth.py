@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
 from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
 
 __all__ = ["synth"]
@@ -43,8 +43,7 @@ def synth(
     """
     if find_spec("diffusers") is None:
         raise OptionError("synth needs the pipeline extra: pip install 'wan-loader[pipeline]'")
-    from wan_loader.cli.output import show
-    from wan_loader.cli.render import byte_progress
+    from wan_loader.cli import byte_progress, show
     from wan_loader.sizes import format_bytes, format_count
     from wan_pipeline.synth import synth as write
 
