@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from wan_loader.events import Observer, Recorder, Span, clock_ns, span
     from wan_loader.formats import Checkpoint, open_checkpoint
+    from wan_loader.formats.several import MissingFile, ModelDirectory, ModelPart
     from wan_loader.loading.bind import match, module_slots
     from wan_loader.loading.empty_weights import empty_weights
     from wan_loader.loading.report import LoadReport
@@ -78,7 +79,10 @@ _LAZY = {
     "LoadPlan": "wan_loader.plan.plan",
     "LoadRequest": "wan_loader.plan.request",
     "LoadResult": "wan_loader.loading.result",
+    "MissingFile": "wan_loader.formats.several",
     "MissingFileError": "wan_loader.errors",
+    "ModelDirectory": "wan_loader.formats.several",
+    "ModelPart": "wan_loader.formats.several",
     "Observer": "wan_loader.events",
     "OptionError": "wan_loader.errors",
     "OutputError": "wan_loader.errors",
@@ -124,7 +128,10 @@ __all__ = [
     "LoadReport",
     "LoadRequest",
     "LoadResult",
+    "MissingFile",
     "MissingFileError",
+    "ModelDirectory",
+    "ModelPart",
     "Observer",
     "OptionError",
     "OutputError",

@@ -114,8 +114,13 @@ def family_of(root: Path, layout: Layout) -> ModelFamily:
     if layout == "diffusers":
         index, config = _read_json(root / "model_index.json"), _some_config(root / "transformer")
         return max(FAMILIES, key=lambda family: _likeness(family, index, config))  # the first of equal ones
-    loose, configs = [c.name for c in _loose(root)], {n.native: _some_config(root / n.native) for n in _EXPERTS}
-    return max(FAMILIES, key=lambda family: _likeness_native(root, family, loose, configs))
+    loose = [c.name for c in _loose(root)]
+    speaks = {family: _named_here(root, family, loose) for family in FAMILIES}
+    likely = [family for family in FAMILIES if speaks[family] == max(speaks.values())]
+    if len(likely) > 1:  # only then: what is read lies in the page cache, which `warm` measures
+        configs = {n.native: _some_config(root / n.native) for n in _EXPERTS}
+        likely.sort(key=lambda family: _likeness_native(family, configs), reverse=True)
+    return likely[0]
 
 
 def _likeness(family: ModelFamily, index: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[bool, ...]:
@@ -128,18 +133,17 @@ def _likeness(family: ModelFamily, index: Mapping[str, Any], config: Mapping[str
     )
 
 
-def _likeness_native(
-    root: Path, family: ModelFamily, loose: Sequence[str], configs: Mapping[str, Mapping[str, Any]]
-) -> tuple[int, ...]:
-    """As `_likeness`; here the names of files tell most, that of the VAE above all."""
+def _named_here(root: Path, family: ModelFamily, loose: Sequence[str]) -> int:
+    """How much the names of files speak for a model, that of the VAE above all."""
     has_vae = any(_is_there(root, network, loose) for network in family.networks if network.kind == "vae")
     has_expert = any(_is_there(root, network, loose) for network in family.experts)
+    return 2 * has_vae + has_expert
+
+
+def _likeness_native(family: ModelFamily, configs: Mapping[str, Mapping[str, Any]]) -> tuple[bool, ...]:
+    """As `_likeness`, for models whose files are called alike."""
     config = configs[family.experts[0].native]
-    return (
-        2 * has_vae + has_expert,
-        config.get("in_dim") == family.sizes.channels,
-        config.get("num_layers") == family.sizes.layers,
-    )
+    return config.get("in_dim") == family.sizes.channels, config.get("num_layers") == family.sizes.layers
 
 
 def _is_there(root: Path, network: Network, loose: Sequence[str]) -> bool:
