@@ -102,10 +102,6 @@ def test_wan_pipeline_imports_the_public_face_alone(path):
     assert bool(inside) == (path.relative_to(ROOT / "wan_pipeline").as_posix() in REACHES_INSIDE), inside
 
 
-#: What still compares names of models, until it is rewritten.
-COMPARES_NAMES = {"cached.py"}
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "wan_pipeline").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_depends_on_the_name_of_a_model(path):
     """What is particular to one, its family says."""
@@ -118,8 +114,7 @@ def test_nothing_depends_on_the_name_of_a_model(path):
         if isinstance(node, ast.Compare | ast.Subscript | ast.Dict)
         and any(isinstance(part, ast.Constant) and part.value in tasks for part in ast.walk(node))
     ]
-    if path.name != "families.py":
-        assert bool(found) == (path.relative_to(ROOT / "wan_pipeline").as_posix() in COMPARES_NAMES), found
+    assert not found or path.name == "families.py", found
 
 
 def test_import_does_not_import_torch():
