@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from installed import install_entry_points
+
+install_entry_points()
 
 # Asked of the driver's files: torch takes long to ask, and CUDA that has begun in here does not work in forks.
 HAS_CUDA = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""

@@ -1,6 +1,17 @@
 """wan-loader: huge generative models, started as fast as the hardware allows.
 
 Importing this package does not import torch; the first call that needs it does.
+
+Public are the names in `__all__` here, and those in the `__all__` of these submodules; all others may change:
+
+    arguments      checks of what callers pass
+    cli            how our programs speak, show progress and end
+    distributed    the processes that torchrun starts: who they are, how they meet, how they notice that one is gone
+    documents      JSON documents of ours, read strictly
+    dtypes         names of dtypes
+    formats        what a checkpoint consists of, from its headers
+    sizes          bytes, rates and counts as people read and write them
+    system         this machine: its memory, threads, files
 """
 
 from __future__ import annotations
@@ -17,6 +28,8 @@ from wan_loader.system.forks import without_forks
 if TYPE_CHECKING:
     from wan_loader.api import bind, load, load_file, load_into
     from wan_loader.cancel import CancelToken
+    from wan_loader.devices.driver import start_device
+    from wan_loader.devices.resolve import resolve_device
     from wan_loader.errors import (
         CacheError,
         CheckpointError,
@@ -24,6 +37,7 @@ if TYPE_CHECKING:
         DeviceMemoryError,
         DistributedError,
         HostMemoryError,
+        HubError,
         KeyMismatchError,
         LoadCancelledError,
         MissingFileError,
@@ -31,13 +45,21 @@ if TYPE_CHECKING:
         OutputError,
         WanLoaderError,
     )
-    from wan_loader.events import Observer, Recorder, Span
+    from wan_loader.events import Observer, Recorder, Span, clock_ns, span
     from wan_loader.formats import Checkpoint, open_checkpoint
+    from wan_loader.formats.several import MissingFile, ModelDirectory, ModelPart
+    from wan_loader.loading.bind import match, module_slots
     from wan_loader.loading.empty_weights import empty_weights
+    from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
+    from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
-    from wan_loader.warming.prewarm import prewarm
+    from wan_loader.spans import summarize
+    from wan_loader.system.collector import paused_gc
+    from wan_loader.types import IoMode, StrPath
+    from wan_loader.warming.evict import resident_bytes
+    from wan_loader.warming.prewarm import Prewarm, prewarm, prewarm_files
 
 _LAZY = {
     "CacheError": "wan_loader.errors",
@@ -47,26 +69,45 @@ _LAZY = {
     "DeviceError": "wan_loader.errors",
     "DeviceMemoryError": "wan_loader.errors",
     "DistributedError": "wan_loader.errors",
+    "DtypePolicy": "wan_loader.plan.dtype_policy",
     "HostMemoryError": "wan_loader.errors",
+    "HubError": "wan_loader.errors",
+    "IoMode": "wan_loader.types",
     "KeyMismatchError": "wan_loader.errors",
+    "LoadReport": "wan_loader.loading.report",
     "LoadCancelledError": "wan_loader.errors",
     "LoadPlan": "wan_loader.plan.plan",
     "LoadRequest": "wan_loader.plan.request",
     "LoadResult": "wan_loader.loading.result",
+    "MissingFile": "wan_loader.formats.several",
     "MissingFileError": "wan_loader.errors",
+    "ModelDirectory": "wan_loader.formats.several",
+    "ModelPart": "wan_loader.formats.several",
     "Observer": "wan_loader.events",
     "OptionError": "wan_loader.errors",
     "OutputError": "wan_loader.errors",
+    "Prewarm": "wan_loader.warming.prewarm",
     "Recorder": "wan_loader.events",
     "Span": "wan_loader.events",
+    "StrPath": "wan_loader.types",
     "WanLoaderError": "wan_loader.errors",
+    "clock_ns": "wan_loader.events",
     "bind": "wan_loader.api",
     "empty_weights": "wan_loader.loading.empty_weights",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
     "load_into": "wan_loader.api",
+    "match": "wan_loader.loading.bind",
+    "module_slots": "wan_loader.loading.bind",
     "open_checkpoint": "wan_loader.formats",
+    "paused_gc": "wan_loader.system.collector",
     "prewarm": "wan_loader.warming.prewarm",
+    "prewarm_files": "wan_loader.warming.prewarm",
+    "resident_bytes": "wan_loader.warming.evict",
+    "resolve_device": "wan_loader.devices.resolve",
+    "span": "wan_loader.events",
+    "start_device": "wan_loader.devices.driver",
+    "summarize": "wan_loader.spans",
 }
 
 __all__ = [
@@ -77,27 +118,46 @@ __all__ = [
     "DeviceError",
     "DeviceMemoryError",
     "DistributedError",
+    "DtypePolicy",
     "HostMemoryError",
+    "HubError",
+    "IoMode",
     "KeyMismatchError",
     "LoadCancelledError",
     "LoadPlan",
+    "LoadReport",
     "LoadRequest",
     "LoadResult",
+    "MissingFile",
     "MissingFileError",
+    "ModelDirectory",
+    "ModelPart",
     "Observer",
     "OptionError",
     "OutputError",
+    "Prewarm",
     "Recorder",
     "Span",
+    "StrPath",
     "WanLoaderError",
     "__version__",
     "bind",
+    "clock_ns",
     "empty_weights",
     "load",
     "load_file",
     "load_into",
+    "match",
+    "module_slots",
     "open_checkpoint",
+    "paused_gc",
     "prewarm",
+    "prewarm_files",
+    "resident_bytes",
+    "resolve_device",
+    "span",
+    "start_device",
+    "summarize",
 ]
 
 

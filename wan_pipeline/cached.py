@@ -83,7 +83,7 @@ def _small_files(checkpoint: WanCheckpoint) -> dict[str, bytes]:
         {
             "_class_name": "WanPipeline",
             "boundary_ratio": checkpoint.boundary_ratio,
-            "expand_timesteps": checkpoint.task == "ti2v-5B",
+            "expand_timesteps": checkpoint.family.expand_timesteps,
             "scheduler": ["diffusers", str(checkpoint.scheduler.get("_class_name", "UniPCMultistepScheduler"))],
             "tokenizer": ["transformers", "T5TokenizerFast"],
             **{name: list(found) if name in checkpoint.names else [None, None] for name, found in _CLASSES.items()},

@@ -3,9 +3,11 @@
 Both published layouts lead to the same facts, under the names that diffusers' pipeline has for its parts:
 
     text_encoder      umT5 encoder
-    transformer       the high-noise expert (of TI2V-5B: the only transformer)
+    transformer       the high-noise expert, or the only transformer
     transformer_2     the low-noise expert
     vae               the VAE
+
+Which model it is, and what is particular to that, is a `ModelFamily`.
 
 Reads headers and small JSON files only, so that whatever is wrong with a checkpoint is found in milliseconds, before
 any weight is read and before torch is imported. It builds no module and loads nothing.
@@ -17,63 +19,35 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from wan_loader import open_checkpoint
+from wan_loader import CheckpointError, DtypePolicy, MissingFileError, open_checkpoint
 from wan_loader.arguments import checked_path
-from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.scales import find_scales
-from wan_loader.plan.dtype_policy import has_part
+from wan_loader.formats import find_scales, locate
 from wan_pipeline import configs
-from wan_pipeline.hub.layouts import missing_files, parts_of
+from wan_pipeline.families import FAMILIES
+from wan_pipeline.family import EXPERTS, ComponentName
+from wan_pipeline.hub.layouts import family_of, is_native, missing_files, parts_of
 from wan_pipeline.keymap import keymap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from wan_loader.formats.facts import Checkpoint
-    from wan_loader.types import StrPath
-    from wan_pipeline.hub.layouts import Layout
-    from wan_pipeline.keymap import MapName
+    from wan_loader import Checkpoint, StrPath
+    from wan_pipeline.family import Layout, ModelFamily, Network
 
-__all__ = ["EXPERTS", "TITLES", "Component", "ComponentName", "WanCheckpoint", "open_wan"]
+__all__ = ["EXPERTS", "Component", "ComponentName", "WanCheckpoint", "open_wan"]
 
-ComponentName = Literal["text_encoder", "transformer", "transformer_2", "vae"]
-
-#: What messages call the parts.
-TITLES: dict[str, str] = {
-    "text_encoder": "text encoder",
-    "transformer": "high-noise expert",
-    "transformer_2": "low-noise expert",
-    "vae": "VAE",
-}
-#: Parts of names that stay fp32 when an expert is converted, in either layout's words: as diffusers keeps them.
-_KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm2", "time_embedding", "modulation", "norm3")
-#: The networks that denoise.
-EXPERTS = ("transformer", "transformer_2")
-_EXPERT_DIRS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
-_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-_TOKENIZER_DIR = "google/umt5-xxl"
-_VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_BOUNDARY = 0.875
 _MAX_JSON_BYTES = 10_000_000
-#: The scheduler as both repositories publish it for diffusers.
-_SCHEDULER = {
-    "_class_name": "UniPCMultistepScheduler",
-    "flow_shift": 3.0,
-    "num_train_timesteps": 1000,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
     """One network of a checkpoint."""
 
-    name: ComponentName
+    network: Network
+    """What its family says of it."""
     source: str
     """What `wan_loader` opens: a file, an index, or a directory."""
     facts: Checkpoint = field(repr=False)
@@ -81,28 +55,38 @@ class Component:
     """Arguments of diffusers' or transformers' class."""
     key_map: Callable[[str], str | None] | None = field(default=None, repr=False)
     """Name in the file -> name in the module; None where they are the same."""
-    keep_fp32: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> ComponentName:
+        """What diffusers' pipelines call it."""
+        return self.network.name
+
+    @property
+    def keep_fp32(self) -> tuple[str, ...]:
+        """Parts of names of tensors that stay fp32 when it is converted."""
+        return self.network.keep_fp32
 
     def nbytes(self, dtype: str | None, *, decoder_only: bool = False) -> int:
         """Bytes once loaded as `dtype` ("bfloat16", "float32"; None: as in the file)."""
         sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+        policy = DtypePolicy(dtype, self.keep_fp32)
         total = 0
         for tensor in self.facts.tensors:
             if decoder_only and self.is_encoder_only(tensor.name):
                 continue
-            kept = dtype is not None and has_part(tensor.name, self.keep_fp32)
-            target = "float32" if kept else dtype or tensor.dtype
+            target = policy.target(tensor.name, tensor.dtype)
             total += tensor.nbytes // sizes.get(tensor.dtype, 1) * sizes.get(target, 1)
         return total
 
     def is_encoder_only(self, name: str) -> bool:
         """Whether a tensor, by its name in the file, belongs to the half of a VAE that only encodes."""
-        return self.name == "vae" and name.startswith(("encoder.", "conv1.", "quant_conv."))
+        return name.startswith(self.network.encodes_only)
 
     @property
     def kept_parts(self) -> list[str]:
         """Those of `keep_fp32` that names in the file have: the others are the other layout's."""
-        return [part for part in self.keep_fp32 if any(has_part(t.name, (part,)) for t in self.facts.tensors)]
+        unused = DtypePolicy(keep_fp32=self.keep_fp32).unused_parts(self.facts.names)
+        return [part for part in self.keep_fp32 if part not in unused]
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -115,18 +99,25 @@ class WanCheckpoint:
     """A complete WAN checkpoint: its parts in the order of first use, and the small things around them."""
 
     directory: Path
-    layout: Literal["native", "diffusers"]
+    layout: Layout
     components: tuple[Component, ...]
     tokenizer: Path
     scheduler: Mapping[str, Any]
     """diffusers' scheduler configuration."""
     boundary_ratio: float | None
     """From which share of the noise schedule on the high-noise expert runs; None where there is one expert."""
+    family: ModelFamily = field(default=FAMILIES[0], kw_only=True, repr=False)
+    """Which model it is."""
 
     @property
-    def task(self) -> Literal["t2v-A14B", "ti2v-5B"]:
-        """Which model this is."""
-        return "ti2v-5B" if self.boundary_ratio is None else "t2v-A14B"
+    def task(self) -> str:
+        """Which model this is, as `--task` has it."""
+        return self.family.task
+
+    @property
+    def experts(self) -> tuple[Component, ...]:
+        """The networks that denoise, in the order in which they run."""
+        return tuple(c for c in self.components if c.network.kind == "dit")
 
     @property
     def vae_scale(self) -> tuple[int, int]:
@@ -145,7 +136,7 @@ class WanCheckpoint:
 
 
 def open_wan(directory: StrPath) -> WanCheckpoint:
-    """The facts of a WAN2.2 checkpoint in either layout. Reads headers only and imports no torch.
+    """The facts of a WAN checkpoint in either layout. Reads headers only and imports no torch.
 
     Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files,
     `OptionError` for what is no path.
@@ -164,39 +155,49 @@ def _open(root: Path) -> WanCheckpoint:
         raise MissingFileError(f"{root} is no directory: name the directory of a WAN2.2 checkpoint")
     if (root / "model_index.json").exists():
         return _open_diffusers(root)
-    if any((root / name).exists() for name in (*_EXPERT_DIRS.values(), _TEXT_FILE, *_VAE_FILES)):
+    if is_native(root):
         return _open_native(root)
+    usual = FAMILIES[0]
     held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
     raise CheckpointError(
-        f"{root} is no WAN2.2 checkpoint: neither model_index.json (diffusers layout) nor high_noise_model/ and "
-        f"{_TEXT_FILE} (native layout) is there; it holds {held}"
+        f"{root} is no WAN2.2 checkpoint: neither model_index.json (diffusers layout) nor "
+        f"{usual['transformer'].native}/ and {usual['text_encoder'].native} (native layout) is there; it holds {held}"
     )
 
 
 def _open_native(root: Path) -> WanCheckpoint:
     _require(root, "native")
-    parts = {name: root / below for name, below in parts_of(root, "native").items()}
-    components = [_text_encoder(parts["text_encoder"], None, str(parts["text_encoder"]))]
-    components += [_expert(name, parts[name]) for name in EXPERTS if name in parts]
-    components.append(_vae(parts["vae"], None))
-    boundary = _BOUNDARY if "transformer_2" in parts else None
-    return _checked(WanCheckpoint(root, "native", tuple(components), root / _TOKENIZER_DIR, _SCHEDULER, boundary))
+    family, parts = family_of(root, "native"), parts_of(root, "native")
+    return _checked(
+        WanCheckpoint(
+            root,
+            "native",
+            tuple(_component(network, root / parts[network.name], None) for network in family.networks),
+            root / family.tokenizer["native"],
+            family.scheduler,
+            family.boundary_ratio,
+            family=family,
+        )
+    )
 
 
 def _open_diffusers(root: Path) -> WanCheckpoint:
     index = _read_json(root / "model_index.json")
     if (kind := index.get("_class_name")) != "WanPipeline":
         raise CheckpointError(f"{root}/model_index.json describes a {kind!r}, not a WanPipeline: it is another model")
-    boundary = index.get("boundary_ratio")
-    experts = ["transformer"] if boundary is None else list(_EXPERT_DIRS)
     _require(root, "diffusers")
-    scheduler = root / "scheduler" / "scheduler_config.json"
-    text = root / "text_encoder"
-    components = [_text_encoder(text, _read_json(text / "config.json"), str(text))]
-    components += [_expert(name, root / name) for name in experts]
-    components.append(_vae(root / "vae", _read_json(root / "vae" / "config.json")))
+    family = family_of(root, "diffusers")
+    configs = {n.name: _read_json(root / n.name / "config.json") for n in family.networks if n.kind != "dit"}
     return _checked(
-        WanCheckpoint(root, "diffusers", tuple(components), root / "tokenizer", _read_json(scheduler), boundary)
+        WanCheckpoint(
+            root,
+            "diffusers",
+            tuple(_component(n, root / n.name, configs.get(n.name)) for n in family.networks),
+            root / family.tokenizer["diffusers"],
+            _read_json(root / "scheduler" / "scheduler_config.json"),
+            index.get("boundary_ratio"),
+            family=family,
+        )
     )
 
 
@@ -218,36 +219,23 @@ def _facts(path: Path) -> Checkpoint:
     return facts
 
 
-def _expert(name: str, path: Path) -> Component:
-    facts = _facts(path / _INDEX if (path / _INDEX).exists() else path)
-    directory = path if path.is_dir() else path.parent
-    shapes = configs.native_shapes("dit", _shapes(facts), str(directory))
-    config = configs.dit_config(_read_json(directory / "config.json"), shapes, str(directory))
-    configs.check_dit(config, shapes, str(directory))
-    return _component(name, facts, config, "dit", keep_fp32=_KEEP_FP32)
-
-
-def _text_encoder(path: Path, config: Mapping[str, Any] | None, where: str) -> Component:
+def _component(network: Network, path: Path, config: Mapping[str, Any] | None) -> Component:
+    """One network. path: its file or directory; config: of that directory, where the layout keeps one."""
+    if network.kind == "dit" and (path / _INDEX).exists():
+        path /= _INDEX
     facts = _facts(path)
-    shapes = configs.native_shapes("text_encoder", _shapes(facts), where)
-    return _component("text_encoder", facts, configs.text_encoder_config(config, shapes, where), "text_encoder")
-
-
-def _vae(path: Path, config: Mapping[str, Any] | None) -> Component:
-    facts = _facts(path)
-    new = bool(config.get("is_residual")) if config is not None else configs.is_vae22(_shapes(facts))
-    map_name: MapName = "vae2.2" if new else "vae2.1"
-    shapes = configs.native_shapes(map_name, _shapes(facts), str(path))
-    return _component("vae", facts, configs.vae_config(config, shapes, str(path)), map_name)
-
-
-def _component(
-    name: str, facts: Checkpoint, config: Mapping[str, Any], map_name: MapName, keep_fp32: tuple[str, ...] = ()
-) -> Component:
-    mapped = keymap(map_name)
-    native = all(mapped.native.rename(tensor.name) is not None for tensor in facts.tensors)
-    key_map = partial(_rename, mapped.native.rename) if native else None
-    return Component(name, facts.path, facts, config, key_map, keep_fp32)  # type: ignore[arg-type]
+    directory = path.parent if network.kind == "dit" and not path.is_dir() else path
+    shapes, where = configs.native_shapes(network, _shapes(facts), str(directory)), str(directory)
+    if network.kind == "dit":
+        config = configs.dit_config(network, _read_json(directory / "config.json"), shapes, where)
+        configs.check_dit(config, shapes, where)
+    elif network.kind == "text_encoder":
+        config = configs.text_encoder_config(network, config, shapes, where)
+    else:
+        config = configs.vae_config(network, config, shapes, where)
+    native = keymap(network.map_name).native
+    is_native = all(native.rename(tensor.name) is not None for tensor in facts.tensors)
+    return Component(network, facts.path, facts, config, partial(_rename, native.rename) if is_native else None)
 
 
 def _rename(table: Callable[[str], str | None], name: str) -> str:
@@ -265,8 +253,8 @@ def _checked(checkpoint: WanCheckpoint) -> WanCheckpoint:
         raise CheckpointError(
             f"{expert.source} takes {wants} latent channels, the VAE has {gives}: parts of different models"
         )
-    if checkpoint.boundary_ratio is not None:
-        _check_pair(expert, checkpoint["transformer_2"])
+    for other in checkpoint.experts[1:]:
+        _check_pair(expert, other)
     return checkpoint
 
 

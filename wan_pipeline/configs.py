@@ -11,36 +11,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import CheckpointError, KeyMismatchError
+from wan_loader import CheckpointError, KeyMismatchError
 from wan_pipeline.keymap import keymap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from wan_pipeline.keymap import MapName
+    from wan_pipeline.family import Network
 
 __all__ = ["check_dit", "dit_config", "native_shapes", "text_encoder_config", "vae_config"]
 
 Shapes = dict[str, tuple[int, ...]]
 
-_PATCH = (1, 2, 2)
 
-# Mean and deviation of each latent channel of VAE 2.2, as published with it; those of VAE 2.1 are diffusers' defaults.
-_VAE22_MEAN = (
-    "-.2289 -.0052 -.1323 -.2339 -.2799 .0174 .1838 .1557 -.1382 .0542 .2813 .0891 .1570 -.0098 .0375 -.1825 "
-    "-.2246 -.1207 -.0698 .5109 .2665 -.2108 -.2158 .2502 -.2055 -.0322 .1109 .1567 -.0729 .0899 -.2799 -.1230 "
-    "-.0313 -.1649 .0117 .0723 -.2839 -.2083 -.0520 .3748 .0152 .1957 .1433 -.2944 .3573 -.0548 -.1681 -.0667"
-)
-_VAE22_STD = (
-    ".4765 1.0364 .4514 1.1677 .5313 .4990 .4818 .5013 .8158 1.0344 .5894 1.0901 .6885 .6165 .8454 .4978 "
-    ".5759 .3523 .7135 .6804 .5833 1.4146 .8986 .5659 .7069 .5338 .4889 .4917 .4069 .4999 .6866 .4093 "
-    ".5709 .6065 .6415 .4944 .5726 1.2042 .5458 1.6887 .3971 1.0600 .3943 .5537 .5444 .4089 .7468 .7744"
-)
-
-
-def native_shapes(name: MapName, shapes: Mapping[str, tuple[int, ...]], where: str) -> Shapes:
+def native_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]], where: str) -> Shapes:
     """The shapes under native names, whichever layout's names they have. `CheckpointError` for a foreign name."""
-    table = keymap(name)
+    table = keymap(network.map_name)
     out: Shapes = {}
     for key, shape in shapes.items():
         try:
@@ -50,11 +36,13 @@ def native_shapes(name: MapName, shapes: Mapping[str, tuple[int, ...]], where: s
             try:
                 out[table.to_native(key)] = shape
             except KeyMismatchError:
-                raise CheckpointError(f"{where} holds {key!r}, which no WAN {name} has: it is another model") from None
+                raise CheckpointError(
+                    f"{where} holds {key!r}, which no WAN {network.map_name} has: it is another model"
+                ) from None
     return out
 
 
-def dit_config(config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[str, Any]:
+def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[str, Any]:
     """diffusers' configuration of an expert, from the config file of either layout."""
     _of_class(config, ("WanModel", "WanTransformer3DModel"), where)
     if "dim" not in config:
@@ -64,8 +52,8 @@ def dit_config(config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[st
     try:
         head_dim, rest = divmod(config["dim"], config["num_heads"])
         found = {
+            **network.config,
             "attention_head_dim": head_dim,
-            "cross_attn_norm": True,
             "eps": config["eps"],
             "ffn_dim": config["ffn_dim"],
             "freq_dim": config["freq_dim"],
@@ -73,8 +61,6 @@ def dit_config(config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[st
             "num_attention_heads": config["num_heads"],
             "num_layers": config["num_layers"],
             "out_channels": config["out_dim"],
-            "patch_size": list(_PATCH),
-            "qk_norm": "rms_norm_across_heads",
             "text_dim": _shape(shapes, "text_embedding.0.weight", where)[1],
         }
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -136,7 +122,9 @@ def _dit_shapes(config: Mapping[str, Any]) -> Shapes:
     }
 
 
-def text_encoder_config(config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> dict[str, Any]:
+def text_encoder_config(
+    network: Network, config: Mapping[str, Any] | None, shapes: Shapes, where: str
+) -> dict[str, Any]:
     """transformers' configuration of the text encoder; from the shapes alone if there is no file."""
     vocab, d_model = _shape(shapes, "token_embedding.weight", where)
     buckets, heads = _shape(shapes, "blocks.0.pos_embedding.embedding.weight", where)
@@ -150,7 +138,7 @@ def text_encoder_config(config: Mapping[str, Any] | None, shapes: Shapes, where:
         "vocab_size": vocab,
     }
     if config is None:
-        return {**found, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128}
+        return {**network.config, **found}
     if config.get("model_type", "umt5") != "umt5":
         raise CheckpointError(f"{where}/config.json describes a {config.get('model_type')!r}, not a umT5 encoder")
     for key, value in found.items():
@@ -161,7 +149,7 @@ def text_encoder_config(config: Mapping[str, Any] | None, shapes: Shapes, where:
     return dict(config)
 
 
-def vae_config(config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> dict[str, Any]:
+def vae_config(network: Network, config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> dict[str, Any]:
     """diffusers' configuration of the VAE; from the shapes alone if there is no file."""
     base, z = _shape(shapes, "encoder.conv1.weight", where)[0], _shape(shapes, "conv2.weight", where)[0]
     if config is not None:
@@ -173,24 +161,10 @@ def vae_config(config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> 
                     f"{value} by the shapes"
                 )
         return {key: value for key, value in config.items() if not key.startswith("_")}
-    found: dict[str, Any] = {"base_dim": base, "z_dim": z}
-    if not is_vae22(shapes):
-        return found
-    return found | {
-        "decoder_base_dim": _shape(shapes, "decoder.conv1.weight", where)[0] // 4,
-        "in_channels": 12,
-        "is_residual": True,
-        "latents_mean": [float(x) for x in _VAE22_MEAN.split()],
-        "latents_std": [float(x) for x in _VAE22_STD.split()],
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-    }
-
-
-def is_vae22(shapes: Shapes) -> bool:
-    """Whether native names are those of VAE 2.2, which nests its levels."""
-    return any(".downsamples." in name and name.count("samples.") > 1 for name in shapes)
+    found = {**network.config, "base_dim": base, "z_dim": z}
+    if network.config.get("is_residual"):
+        found["decoder_base_dim"] = _shape(shapes, "decoder.conv1.weight", where)[0] // 4
+    return found
 
 
 def _of_class(config: Mapping[str, Any], classes: tuple[str, ...], where: str) -> None:

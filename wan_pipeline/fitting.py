@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wan_loader.distributed.processes import world_size
-from wan_loader.system.machine import available_memory, memory_limit
+from wan_loader.distributed import world_size
+from wan_loader.system import available_memory, memory_limit
 from wan_pipeline import presets
 
 if TYPE_CHECKING:
     import torch
 
     from wan_pipeline.checkpoint import Component, WanCheckpoint
-    from wan_pipeline.presets import Limits, Phase, Preset
+    from wan_pipeline.presets import Limits, Preset, ResidencyStep
     from wan_pipeline.startup import StartOptions
 
 __all__ = ["choose_preset", "network_dtype"]
@@ -28,19 +28,19 @@ def network_dtype(component: Component, preset: Preset, options: StartOptions) -
     from wan_loader.dtypes import dtype_name, torch_dtype
 
     if options.like_diffusers:
-        wanted = options.dtype or (None if component.name == "text_encoder" else "fp32")
+        wanted = options.dtype or (None if component.network.kind == "text_encoder" else "fp32")
     else:
-        wanted = {"vae": preset.vae_dtype, "text_encoder": None}.get(component.name, preset.dtype)
+        wanted = {"vae": preset.vae_dtype, "text_encoder": None, "dit": preset.dtype}[component.network.kind]
     name = dtype_name(wanted)
     return None if name is None else torch_dtype(name)
 
 
 def choose_preset(
     checkpoint: WanCheckpoint, options: StartOptions, device: torch.device
-) -> tuple[Preset, str, tuple[Phase, ...]]:
-    """The preset that is asked for, or the fastest that fits; why, with the numbers; and the phases it then has."""
+) -> tuple[Preset, str, tuple[ResidencyStep, ...]]:
+    """The preset that is asked for, or the fastest that fits; why, with the numbers; and the steps it then has."""
     # several processes load together: no network gives way on one of them
-    limits = _limits(device, may_drop=not options.like_diffusers and world_size() == 1)
+    limits = _limits(checkpoint, device, may_drop=not options.like_diffusers and world_size() == 1)
     wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
     adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
     some = presets.load_preset("fastest" if wanted == "auto" else wanted).adapted(**adapt)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def choose_preset(
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         nbytes = component.nbytes(name, decoder_only=not options.like_diffusers)
         sizes[component.name] = nbytes // (world_size() if options.degrees.shards(component.name) else 1)
-        gathered[component.name] = int(nbytes * _GATHERED[component.name == "text_encoder"])
+        gathered[component.name] = int(nbytes * _GATHERED[component.network.kind == "text_encoder"])
     workspace = _workspace(checkpoint, options)
     for name, extra in gathered.items():
         workspace[name] += extra if options.degrees.shards(name) else 0
@@ -60,10 +60,10 @@ def choose_preset(
         preset, reason = presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
     else:
         preset, reason = some, presets.check_fit(some, sizes, workspace, host_nbytes, limits)
-    return preset, reason, presets.fitted_phases(preset, sizes, workspace, limits)
+    return preset, reason, presets.fitted_steps(preset, sizes, workspace, limits)
 
 
-def _limits(device: torch.device, *, may_drop: bool) -> Limits:
+def _limits(checkpoint: WanCheckpoint, device: torch.device, *, may_drop: bool) -> Limits:
     import torch
 
     free = None
@@ -72,7 +72,8 @@ def _limits(device: torch.device, *, may_drop: bool) -> Limits:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     host = available_memory()
     host = memory_limit() if host is None else host
-    return presets.Limits(device=str(device), device_nbytes=free, host_nbytes=host, may_drop=may_drop)
+    titles: dict[str, str] = {c.name: c.network.title for c in checkpoint.components}
+    return presets.Limits(device=str(device), titles=titles, device_nbytes=free, host_nbytes=host, may_drop=may_drop)
 
 
 def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, int]:
@@ -85,11 +86,9 @@ def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, in
     frames_per, pixels_per = checkpoint.vae_scale
     tokens = ((options.frame_num - 1) // frames_per + 1) * (width // pixels_per // 2) * (height // pixels_per // 2)
     out = {"text_encoder": 500_000_000}
-    for name in ("transformer", "transformer_2"):
-        if name in checkpoint.names:
-            config = checkpoint[name].config
-            dim = config["num_attention_heads"] * config["attention_head_dim"]
-            out[name] = tokens * (10 * dim + config["ffn_dim"]) * 2
+    for expert in checkpoint.experts:
+        dim = expert.config["num_attention_heads"] * expert.config["attention_head_dim"]
+        out[expert.name] = tokens * (10 * dim + expert.config["ffn_dim"]) * 2
     vae = checkpoint["vae"].config
     base = (vae.get("decoder_base_dim") or vae.get("base_dim", 96)) // (vae.get("patch_size") or 1)
     out["vae"] = width * height * (base * frames_per * 60 + options.frame_num * 3 * 4 * 3)

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from wan_loader.system.collector import paused_gc
+from wan_loader import paused_gc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

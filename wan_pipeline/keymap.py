@@ -21,7 +21,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from wan_loader.errors import KeyMismatchError, OptionError
+from wan_loader import KeyMismatchError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -8,21 +8,18 @@ as `build` made it. Weights never change, so nothing is ever copied back to the 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import bind, load
-from wan_loader.loading.bind import match, module_slots
-from wan_loader.plan.dtype_policy import has_part
+from wan_loader import DtypePolicy, bind, load, match, module_slots
+from wan_loader.dtypes import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from wan_loader.cancel import CancelToken
-    from wan_loader.events import Observer
-    from wan_loader.loading.report import LoadReport
-    from wan_loader.types import IoMode
+    from wan_loader import CancelToken, IoMode, LoadReport, Observer
     from wan_pipeline.checkpoint import Component
 
 __all__ = ["adopt", "build", "check", "empty", "fetch"]
@@ -33,11 +30,11 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
 
     dtype: None leaves what is in the file. decoder_only: a VAE without its encoder, which text-to-video never uses.
     """
-    from wan_loader.loading.empty_weights import empty_weights
+    from wan_loader import empty_weights
 
     with empty_weights():  # the rotary tables are in no checkpoint
         module: torch.nn.Module = _construct(component)
-    if decoder_only and component.name == "vae":
+    if decoder_only and component.network.kind == "vae":
         module.register_module("encoder", None)
         module.register_module("quant_conv", None)
     _set_dtypes(module, component, dtype)
@@ -47,13 +44,9 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
 
 def _construct(component: Component) -> Any:
     config = dict(component.config)
-    if component.name == "text_encoder":
-        from transformers import UMT5Config, UMT5EncoderModel
-
-        return UMT5EncoderModel(UMT5Config(**config))
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-
-    return (AutoencoderKLWan if component.name == "vae" else WanTransformer3DModel)(**config)
+    library, name = component.network.module
+    made: Any = getattr(import_module(library), name)
+    return made(made.config_class(**config)) if library == "transformers" else made(**config)
 
 
 def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtype | None) -> None:
@@ -63,10 +56,10 @@ def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtyp
     stored = {t.name: getattr(torch, t.dtype) for t in component.facts.tensors} if dtype is None else {}
     if component.key_map is not None:
         stored = {component.key_map(name) or name: found for name, found in stored.items()}
+    policy = DtypePolicy(dtype_name(dtype), component.keep_fp32)
     for name, parameter in module.named_parameters():
-        kept = has_part(name, component.keep_fp32)
-        wanted = stored.get(name, parameter.dtype) if dtype is None else torch.float32 if kept else dtype
-        parameter.data = parameter.data.to(wanted)
+        found = stored.get(name, parameter.dtype)
+        parameter.data = parameter.data.to(torch_dtype(policy.target(name, str(found).removeprefix("torch."))))
 
 
 def check(module: torch.nn.Module, component: Component) -> None:
@@ -120,7 +113,7 @@ def empty(module: torch.nn.Module) -> None:
 
 def _key_map(module: torch.nn.Module, component: Component) -> Any:
     """The component's names, without those of the VAE's encoder where the module has none."""
-    if component.name != "vae" or getattr(module, "encoder", None) is not None:
+    if component.network.kind != "vae" or getattr(module, "encoder", None) is not None:
         return component.key_map
     rename = component.key_map or (lambda name: name)
 

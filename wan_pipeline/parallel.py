@@ -18,12 +18,11 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import load_into
+from wan_loader import OptionError, WanLoaderError, load_into
 from wan_loader.arguments import check_flag
-from wan_loader.distributed.processes import end_now, join, use_device, world_size
-from wan_loader.distributed.sharding import rows
-from wan_loader.errors import OptionError, WanLoaderError
-from wan_loader.printable import printable
+from wan_loader.cli import printable
+from wan_loader.distributed import end_now, join, rows, use_device, world_size
+from wan_pipeline.family import EXPERTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,16 +30,11 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from wan_loader.cancel import CancelToken
-    from wan_loader.distributed.liveness import Liveness
-    from wan_loader.distributed.processes import Joined
-    from wan_loader.events import Observer
-    from wan_loader.loading.report import LoadReport
+    from wan_loader import CancelToken, LoadReport, Observer
+    from wan_loader.distributed import Joined, Liveness
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 
 __all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
-
-_EXPERTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +63,7 @@ class Degrees:
         """`OptionError` unless attention of this model and a video of this size can be divided."""
         if (n := self.ulysses_size) == 1:
             return
-        heads = checkpoint["transformer"].config["num_attention_heads"]
+        heads = checkpoint.experts[0].config["num_attention_heads"]
         if heads % n:
             raise OptionError(f"--ulysses_size {n}: it must divide the {heads} attention heads")
         frames_per, pixels_per = checkpoint.vae_scale
@@ -93,7 +87,7 @@ class Degrees:
 
     def shards(self, name: str) -> bool:
         """Whether the weights of a network are divided."""
-        return self.dit_fsdp if name in _EXPERTS else self.t5_fsdp and name == "text_encoder"
+        return self.dit_fsdp if name in EXPERTS else self.t5_fsdp and name == "text_encoder"
 
 
 @dataclass(slots=True)
@@ -159,7 +153,7 @@ def _is_connection(error: RuntimeError) -> bool:
 
 
 def _end_now(problem: str) -> None:
-    from wan_loader.cli.output import say
+    from wan_loader.cli import say
 
     say(f"error: {printable(problem)}")
     end_now(1)
@@ -233,7 +227,7 @@ def _empty_shard(run: Run, shape: tuple[int, ...]) -> torch.Tensor:
 
 def divide(run: Run, name: str, module: Any) -> None:
     """Give a network on meta the hooks of Ulysses and of FSDP2, block by block."""
-    if name in _EXPERTS and run.degrees.ulysses_size > 1:
+    if name in EXPERTS and run.degrees.ulysses_size > 1:
         import diffusers
 
         config: Any = diffusers.ContextParallelConfig
@@ -243,7 +237,7 @@ def divide(run: Run, name: str, module: Any) -> None:
         from torch.distributed.fsdp import fully_shard
 
         module.requires_grad_(False)
-        for block in module.blocks if name in _EXPERTS else module.encoder.block:
+        for block in module.blocks if name in EXPERTS else module.encoder.block:
             fully_shard(block, mesh=run.mesh)
         fully_shard(module, mesh=run.mesh)
 

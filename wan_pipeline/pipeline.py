@@ -13,11 +13,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from wan_loader import clock_ns
 from wan_loader.arguments import checked_path
-from wan_loader.events import clock_ns
 from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.request import FPS, Request
+from wan_pipeline.request import Request
 from wan_pipeline.startup import StartOptions, begin
 from wan_pipeline.timeline import Timeline
 from wan_pipeline.video import write_mp4
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from wan_loader import StrPath
     from wan_loader.cache.build import Build
-    from wan_loader.types import StrPath
     from wan_pipeline.parallel import Run
     from wan_pipeline.startup import Started
 
@@ -143,7 +143,7 @@ class WanT2V:
 
     @property
     def task(self) -> str:
-        """Which model this is: t2v-A14B or ti2v-5B."""
+        """Which model this is, as `--task` has it: t2v-A14B, for instance."""
         return self._started.checkpoint.task
 
     @property
@@ -185,7 +185,7 @@ class WanT2V:
             else:
                 frames = self._decode(latents, tell) if self.run.rank == 0 else _no_frames(request)
                 self.run.together("decoded")
-        return Video(frames, FPS[self.task], request)
+        return Video(frames, self._started.checkpoint.family.fps, request)
 
     def report(self) -> dict[str, Any]:
         """Everything about the start and the generations so far, as one JSON document."""

@@ -1,8 +1,8 @@
 """Start-up presets: `profiles/*.toml` as frozen values, and what they mean for memory.
 
-A preset says which networks may lie on the device together in each phase of a generation. From that, the sizes of the
-networks and the working memory of a phase follow the peak, before anything is loaded: a preset that cannot fit is an
-error with the numbers, and `choose` takes the fastest that fits and says why. The same phases drive `residency`, so
+A preset says which networks may lie on the device together in each step of a generation. From that, the sizes of the
+networks and the working memory of a step follow the peak, before anything is loaded: a preset that cannot fit is an
+error with the numbers, and `choose` takes the fastest that fits and says why. The same steps drive `residency`, so
 what is checked is what happens.
 
 Pure, but for reading the TOML files: no torch, no device is touched.
@@ -11,12 +11,12 @@ Pure, but for reading the TOML files: no torch, no device is touched.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from wan_loader.errors import DeviceMemoryError, HostMemoryError, OptionError
-from wan_pipeline.checkpoint import TITLES
+from wan_loader import DeviceMemoryError, HostMemoryError, OptionError
+from wan_pipeline.families import TITLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "Limits",
-    "Phase",
     "Preset",
+    "ResidencyStep",
     "check_fit",
     "choose",
-    "fitted_phases",
+    "fitted_steps",
     "load_preset",
     "peak",
-    "phases",
+    "residency_steps",
 ]
 
 #: Fastest first: the order in which `choose` tries them.
 PRESETS = ("fastest", "balanced", "min-memory", "multi-gpu")
 
-ModuleResidency = Literal["everything", "next", "one"]
+ResidencyMode = Literal["everything", "next", "one"]
 _DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 
 
@@ -49,7 +49,7 @@ class Preset:
     description: str
     device_memory_gb: float
     """The contract: the device never holds more than this, working memory included."""
-    residency: ModuleResidency
+    residency: ResidencyMode
     """"everything": all networks stay. "next": text encoder and first expert together, later one at a time. "one":
     one at a time from the beginning."""
     text_encoder: Literal["device", "cpu"] = "device"
@@ -62,7 +62,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("residency", self.residency, get_args(ModuleResidency)),
+            ("residency", self.residency, get_args(ResidencyMode)),
             ("text_encoder", self.text_encoder, ("device", "cpu")),
             ("dtype", self.dtype, _DTYPES),
             ("vae_dtype", self.vae_dtype, _DTYPES),
@@ -74,7 +74,7 @@ class Preset:
 
     def adapted(self, *, t5_cpu: bool = False, offload_model: bool | None = None, dtype: str | None = None) -> Preset:
         """The preset with what was asked for on top of it."""
-        residency: ModuleResidency = self.residency
+        residency: ResidencyMode = self.residency
         if offload_model is not None:
             residency = "everything" if not offload_model else "one" if residency == "one" else "next"
         where: Literal["device", "cpu"] = "cpu" if t5_cpu else self.text_encoder
@@ -82,7 +82,7 @@ class Preset:
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class ResidencyStep:
     """A part of a generation: the network it runs, and all that may be in memory meanwhile, in order of first use."""
 
     uses: str
@@ -95,6 +95,8 @@ class Limits:
 
     device: str
     """Its name, for messages."""
+    titles: Mapping[str, str] = field(default_factory=lambda: TITLES)
+    """What messages call the networks."""
     device_nbytes: int | None
     """Free on the device; None if it is the CPU, which has no memory of its own."""
     host_nbytes: int
@@ -130,31 +132,31 @@ def _profiles() -> Path:
     return installed if installed.is_dir() else package.parent / "profiles"
 
 
-def phases(preset: Preset, names: Sequence[str]) -> tuple[Phase, ...]:
-    """The phases of a generation with the networks `names`, given in the order of first use."""
+def residency_steps(preset: Preset, names: Sequence[str]) -> tuple[ResidencyStep, ...]:
+    """The steps of a generation with the networks `names`, given in the order of first use."""
     if preset.residency == "everything":
-        return tuple(Phase(name, tuple(names)) for name in names)
+        return tuple(ResidencyStep(name, tuple(names)) for name in names)
     if preset.residency == "one":
-        return tuple(Phase(name, (name,)) for name in names)
+        return tuple(ResidencyStep(name, (name,)) for name in names)
     text, first, *_, last = names
     return (
-        Phase(text, (text, first)),
-        *(Phase(name, (name, last)) for name in names[1:-1]),
-        Phase(last, (last,)),
+        ResidencyStep(text, (text, first)),
+        *(ResidencyStep(name, (name, last)) for name in names[1:-1]),
+        ResidencyStep(last, (last,)),
     )
 
 
-def fitted_phases(
+def fitted_steps(
     preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits
-) -> tuple[Phase, ...]:
-    """The phases on a device: where all networks stay, and the VAE's work finds no room beside them, one gives way.
+) -> tuple[ResidencyStep, ...]:
+    """The steps on a device: where all networks stay, and the VAE's work finds no room beside them, one gives way.
 
     It is the one that another generation would need last, the low-noise expert: it is fetched again behind the others.
     """
-    *others, decode = phases(preset, list(sizes))
+    *others, decode = residency_steps(preset, list(sizes))
     allowed = _allowed(preset, limits)
     if preset.residency == "everything" and limits.may_drop and allowed is not None:
-        needed = _needed(preset, decode, sizes, workspace, limits.world_size)[0]
+        needed = _needed(preset, decode, sizes, workspace, limits)[0]
         if needed > allowed:
             decode = replace(decode, resident=tuple(n for n in decode.resident if n != list(sizes)[-2]))
     return (*others, decode)
@@ -166,28 +168,28 @@ def _allowed(preset: Preset, limits: Limits) -> int | None:
 
 
 def _needed(
-    preset: Preset, phase: Phase, sizes: Mapping[str, int], workspace: Mapping[str, int], world_size: int
+    preset: Preset, step: ResidencyStep, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits
 ) -> tuple[int, str]:
-    """Bytes on the device in a phase, and a sentence that adds them up."""
-    share = world_size if preset.sharded else 1
+    """Bytes on the device in a step, and a sentence that adds them up."""
+    share = limits.world_size if preset.sharded else 1
     held = {
         name: sizes[name] if name == "vae" else sizes[name] // share
-        for name in phase.resident
+        for name in step.resident
         if not (name == "text_encoder" and preset.text_encoder == "cpu")
     }
-    work = workspace.get(phase.uses, 0)
+    work = workspace.get(step.uses, 0)
     total = sum(held.values()) + work
-    parts = [*(f"{TITLES[name]} {_gb(n)}" for name, n in held.items()), f"{_gb(work)} to work in"]
-    return total, f"{_gb(total)} while the {TITLES[phase.uses]} runs ({' + '.join(parts)})"
+    parts = [*(f"{limits.titles[name]} {_gb(n)}" for name, n in held.items()), f"{_gb(work)} to work in"]
+    return total, f"{_gb(total)} while the {limits.titles[step.uses]} runs ({' + '.join(parts)})"
 
 
 def peak(preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits) -> tuple[int, str]:
-    """Bytes on the device in the phase that needs most, and a sentence that adds them up.
+    """Bytes on the device in the step that needs most, and a sentence that adds them up.
 
     sizes: bytes of each network, in the order of first use. workspace: bytes for running each.
     """
-    found = fitted_phases(preset, sizes, workspace, limits)
-    return max(_needed(preset, phase, sizes, workspace, limits.world_size) for phase in found)
+    found = fitted_steps(preset, sizes, workspace, limits)
+    return max(_needed(preset, step, sizes, workspace, limits) for step in found)
 
 
 def check_fit(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from wan_loader.cli.output import say
-from wan_loader.cli.progress import progress_bars
-from wan_loader.events import clock_ns
+from wan_loader import clock_ns
+from wan_loader.cli import progress_bars, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+from wan_loader import OptionError
 from wan_loader.arguments import checked_count
-from wan_loader.errors import OptionError
+from wan_pipeline.families import family_called
 
-__all__ = ["FPS", "Grid", "Request", "Solver", "checked_size", "parse_guide_scale", "parse_size"]
+__all__ = ["Grid", "Request", "Solver", "checked_size", "parse_guide_scale", "parse_size"]
 
 Solver = Literal["unipc", "dpm++"]
 Grid = Literal["official", "diffusers"]
 
-#: Frames per second of each task's videos.
-FPS = {"t2v-A14B": 16, "ti2v-5B": 24}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "t2v-A14B": {
-        "size": (1280, 720),
-        "frame_num": 81,
-        "steps": 40,
-        "shift": 12.0,
-        "guide_scale": (3.0, 4.0),
-    },
-    "ti2v-5B": {"size": (1280, 704), "frame_num": 121, "steps": 50, "shift": 5.0, "guide_scale": (5.0, 5.0)},
-}
 #: What the published configuration steers away from when nothing else is asked for.
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
@@ -86,7 +75,7 @@ class Request:
     def make(cls, task: str, prompt: str, **settings: Any) -> Request:
         """Make a request with the defaults of a task; settings that are None count as not given."""
         given = {key: value for key, value in settings.items() if value is not None}
-        return cls(**{**_DEFAULTS[task], "prompt": prompt, **given})
+        return cls(**{**asdict(family_called(task).defaults), "prompt": prompt, **given})
 
     def check_task(self, task: str, multiple: int) -> None:
         """Raise `OptionError` unless the model of `task`, which works on squares of `multiple` pixels, can do this."""

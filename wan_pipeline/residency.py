@@ -1,6 +1,6 @@
-"""What lies on which device when: carries out the phases of a preset.
+"""What lies on which device when: carries out the steps of a preset.
 
-Entering a phase drops what it does not allow, starts fetching what it does, in order of first use, in the background,
+Entering a step drops what it does not allow, starts fetching what it does, in order of first use, in the background,
 and waits only for the network that is about to run. So the next network loads behind the running one, and a switch
 to a fetched one costs nothing. Dropped weights are not copied anywhere: they are fetched again, out of the page cache
 if it still holds them. Only the thread of the pipeline may call `use` and `close`.
@@ -12,9 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wan_loader.cancel import CancelToken
-from wan_loader.events import clock_ns
-from wan_loader.warming.prewarm import prewarm_files
+from wan_loader import CancelToken, clock_ns, prewarm_files
 from wan_pipeline import modules, parallel
 
 if TYPE_CHECKING:
@@ -22,13 +20,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.events import Observer
-    from wan_loader.loading.report import LoadReport
-    from wan_loader.warming.prewarm import Prewarm
+    from wan_loader import LoadReport, Observer, Prewarm
     from wan_pipeline.checkpoint import Component
-    from wan_pipeline.presets import Phase
+    from wan_pipeline.presets import ResidencyStep
 
-__all__ = ["Fetch", "FetchCancelledError", "ModuleResidency", "Part"]
+__all__ = ["BackgroundFetch", "FetchCancelledError", "ModuleResidency", "Placement"]
 
 
 class FetchCancelledError(Exception):
@@ -36,7 +32,7 @@ class FetchCancelledError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Placement:
     """A network, and where and as what it is to be loaded."""
 
     component: Component
@@ -47,10 +43,10 @@ class Part:
     """The processes that load it together."""
 
 
-class Fetch:
+class BackgroundFetch:
     """Work in a daemon thread of its own, which begins when the fetch before it has ended. Cancellable."""
 
-    def __init__(self, name: str, work: Callable[[CancelToken], None], after: Fetch | None = None) -> None:
+    def __init__(self, name: str, work: Callable[[CancelToken], None], after: BackgroundFetch | None = None) -> None:
         self.name = name
         self.failure: BaseException | None = None
         self._work = work
@@ -106,7 +102,7 @@ class Log:
     loads: list[tuple[str, int, int, LoadReport]] = field(default_factory=list)
     """Each load: network, start_ns, end_ns, report."""
     waits: list[tuple[str, int, int]] = field(default_factory=list)
-    """Each first use of a phase: network, start_ns and end_ns of waiting for it."""
+    """Each first use of a step: network, start_ns and end_ns of waiting for it."""
     device_peak_nbytes: int = 0
     """What tensors held at most."""
     device_reserved_nbytes: int = 0
@@ -114,47 +110,46 @@ class Log:
 
 
 class ModuleResidency:
-    """Keeps networks on their devices as the phases allow."""
+    """Keeps networks on their devices as the steps allow."""
 
     def __init__(
         self,
-        parts: Sequence[Part],
-        phases: Sequence[Phase],
+        placements: Sequence[Placement],
+        steps: Sequence[ResidencyStep],
         *,
         observer: Observer | None = None,
         warm_ahead: bool = False,
         warming: Prewarm | None = None,
         on_loaded: Callable[[str, Mapping[str, torch.Tensor]], None] | None = None,
     ) -> None:
-        """parts: in the order of first use. warming: a warm-up of their files that is under way.
+        """placements: in the order of first use. warming: a warm-up of their files that is under way.
 
         on_loaded: told of every load, with the tensors by their names in the file, before anybody else has them.
         """
         self._on_loaded = on_loaded
-        self._parts: dict[str, Part] = {part.component.name: part for part in parts}
-        self._phases = {phase.uses: phase for phase in phases}
+        self._placements: dict[str, Placement] = {p.component.name: p for p in placements}
+        self._steps = {step.uses: step for step in steps}
         self._observer = observer
         self._warm_ahead = warm_ahead
         self._warming = warming
         self._modules: dict[str, torch.nn.Module] = {}
         self._current: str | None = None
-        self._fetches: dict[str, Fetch] = {}
+        self._fetches: dict[str, BackgroundFetch] = {}
         self._weights: dict[str, dict[str, torch.Tensor]] = {}
-        self._last: Fetch | None = None
+        self._last: BackgroundFetch | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self.log = Log()
 
     def start(self) -> None:
-        """Begin fetching what the first phase allows; returns at once. Needs no module yet."""
-        self._prepare(next(iter(self._phases)))
+        """Begin fetching what the first step allows; returns at once. Needs no module yet."""
+        self._prepare(next(iter(self._steps)))
 
     def provide(self, name: str, module: torch.nn.Module) -> None:
         """Say which module, built and empty, is a network; needed before it is used."""
         with self._lock:
             self._modules[name] = module
-            if (weights := self._weights.pop(name, None)) is not None:
-                modules.adopt(module, self._parts[name].component, weights)
+            self._bind(name)
 
     def use(self, name: str) -> None:
         """Make a network ready to run: returns at once if it is, else when it has been fetched."""
@@ -194,7 +189,7 @@ class ModuleResidency:
 
     def note_peak(self) -> None:
         """Add the device's peak so far to the log: each load lets the allocator's own begin anew."""
-        device = next((part.device for part in self._parts.values() if part.device.type == "cuda"), None)
+        device = next((p.device for p in self._placements.values() if p.device.type == "cuda"), None)
         if device is not None:
             import torch
 
@@ -203,19 +198,19 @@ class ModuleResidency:
             log.device_reserved_nbytes = max(log.device_reserved_nbytes, cuda.max_memory_reserved(device))
 
     def _prepare(self, name: str) -> None:
-        """Drop what the phase of `name` does not allow, and start fetching what it does."""
-        allowed = self._phases[name].resident
+        """Drop what the step of `name` does not allow, and start fetching what it does."""
+        allowed = self._steps[name].resident
         for other in [n for n in self._fetches if n not in allowed]:
             self._drop(other)
         self._current = None
         # what runs first, then the others in the order of first use
         for wanted in sorted(allowed, key=lambda n: n != name):
             if wanted not in self._fetches:
-                self._last = self._fetches[wanted] = Fetch(wanted, self._loading(wanted), self._last)
+                self._last = self._fetches[wanted] = BackgroundFetch(wanted, self._loading(wanted), self._last)
         if self._warm_ahead:
-            order = [*self._parts]
+            order = [*self._placements]
             ahead = [n for n in order[order.index(name) + 1 :] if n not in allowed]
-            Fetch("files", lambda stop: self._warm(ahead), self._last)
+            BackgroundFetch("files", lambda stop: self._warm(ahead), self._last)
 
     def _finish(self, name: str) -> None:
         """Wait for a fetch; one that failed may be tried again."""
@@ -231,30 +226,30 @@ class ModuleResidency:
         self._weights.pop(name, None)
         if name in self._modules:
             modules.empty(self._modules[name])
-        if self._parts[name].device.type == "cuda":  # what the allocator kept would count against the contract
+        if self._placements[name].device.type == "cuda":  # what the allocator kept would count against the contract
             import torch
 
             torch.cuda.empty_cache()
 
     def _loading(self, name: str) -> Callable[[CancelToken], None]:
-        part = self._parts[name]
+        placement = self._placements[name]
 
         def load(cancel: CancelToken) -> None:
             if self._warming is not None:  # the load has the disk alone; what was warmed, it finds
                 self._warming.stop()
             self.note_peak()
             start_ns = clock_ns()
-            if part.run is not None:
+            if placement.run is not None:
                 weights, report = parallel.fetch(
-                    part.run, part.component, dtype=part.dtype, cancel=cancel, observer=self._observer
+                    placement.run, placement.component, dtype=placement.dtype, cancel=cancel, observer=self._observer
                 )
             else:
                 weights, report = modules.fetch(
-                    part.component,
-                    device=part.device,
-                    dtype=part.dtype,
-                    decoder_only=part.decoder_only,
-                    io="mapped" if part.device.type == "cpu" else "auto",
+                    placement.component,
+                    device=placement.device,
+                    dtype=placement.dtype,
+                    decoder_only=placement.decoder_only,
+                    io="mapped" if placement.device.type == "cpu" else "auto",
                     cancel=cancel,
                     observer=self._observer,
                 )
@@ -269,13 +264,16 @@ class ModuleResidency:
     def _hand_over(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """To the module, if it is built already; else it is kept until `provide`."""
         with self._lock:
-            if name in self._modules:
-                modules.adopt(self._modules[name], self._parts[name].component, weights)
-            else:
-                self._weights[name] = weights
+            self._weights[name] = weights
+            self._bind(name)
+
+    def _bind(self, name: str) -> None:
+        """Give a network its weights, once both are there. The one place where weights and modules meet."""
+        if name in self._modules and name in self._weights:
+            modules.adopt(self._modules[name], self._placements[name].component, self._weights.pop(name))
 
     def _warm(self, names: Sequence[str]) -> None:
         if self._warming is not None:
             self._warming.stop()
         if not self._closed.is_set():
-            self._warming = prewarm_files([file for n in names for file in self._parts[n].component.files])
+            self._warming = prewarm_files([file for n in names for file in self._placements[n].component.files])

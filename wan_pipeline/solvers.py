@@ -5,21 +5,20 @@ The official grid begins at 0.999, diffusers' at 1; with otherwise equal setting
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 import torch
 
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Grid", "Solver", "make_scheduler"]
+    from wan_pipeline.request import Grid, Solver
 
-Solver = Literal["unipc", "dpm++"]
-Grid = Literal["official", "diffusers"]
+__all__ = ["make_scheduler"]
 
 _Unipc: Any = diffusers.UniPCMultistepScheduler
 _Dpm: Any = diffusers.DPMSolverMultistepScheduler

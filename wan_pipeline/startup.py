@@ -17,12 +17,9 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from wan_loader import OptionError, Recorder, prewarm_files, span, start_device
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
-from wan_loader.devices.driver import make_context
-from wan_loader.distributed.processes import local_rank, use_device, warms, world_size
-from wan_loader.errors import OptionError
-from wan_loader.events import Recorder, span
-from wan_loader.warming.prewarm import prewarm_files
+from wan_loader.distributed import local_rank, use_device, warms, world_size
 from wan_pipeline import modules, parallel, presets
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.fitting import choose_preset, network_dtype
@@ -30,15 +27,14 @@ from wan_pipeline.hooks import attach
 from wan_pipeline.imports import short_imports
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.request import checked_size
-from wan_pipeline.residency import Fetch, ModuleResidency, Part
+from wan_pipeline.residency import BackgroundFetch, ModuleResidency, Placement
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-    from wan_loader.types import StrPath
-    from wan_loader.warming.prewarm import Prewarm
+    from wan_loader import Prewarm, StrPath
     from wan_pipeline.cached import PipelineCache
     from wan_pipeline.checkpoint import WanCheckpoint
     from wan_pipeline.presets import Preset
@@ -113,7 +109,7 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _StartContext:
     """What each step of a start works with."""
 
     checkpoint: WanCheckpoint
@@ -139,7 +135,7 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
     warming = prewarm_files(files, threads=_WARMERS)
     try:
         with short_imports():
-            return _begin(_Plan(checkpoint, options, recorder, warming, cache))
+            return _begin(_StartContext(checkpoint, options, recorder, warming, cache))
     except BaseException:
         warming.stop()
         if cache is not None:
@@ -161,14 +157,14 @@ def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCac
     return PipelineCache(checkpoint, dtype, options.cache_dir)
 
 
-def _begin(plan: _Plan) -> Started:
-    recorder = plan.recorder
-    _make_context(plan.options.device, recorder)
+def _begin(context: _StartContext) -> Started:
+    recorder = context.recorder
+    _start_device(context.options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
     # the CUDA context, and then the weights, take their time while the libraries are imported
-    first = Fetch("start", lambda stop: found.append(_start_fetching(plan)))
+    first = BackgroundFetch("start", lambda stop: found.append(_start_fetching(context)))
     try:
         with span(recorder, "import"):
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
@@ -178,7 +174,7 @@ def _begin(plan: _Plan) -> Started:
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
-            started.pipe = _pipeline(plan.checkpoint, _build_all(started, plan.options))
+            started.pipe = _pipeline(context.checkpoint, _build_all(started, context.options))
             attach(started.pipe, started.residency, started.device)
         if started.run is not None:
             started.residency.wait_all()
@@ -194,17 +190,17 @@ def _begin(plan: _Plan) -> Started:
     return started
 
 
-def _make_context(device: str | torch.device, recorder: Recorder) -> None:
+def _start_device(device: str | torch.device, recorder: Recorder) -> None:
     """Have the driver start this process's device in the background while torch is imported."""
     kind, _, index = str(device).partition(":")
     index = index or str(local_rank())
 
     def work() -> None:
         with span(recorder, "cuda_init"):
-            make_context(int(index))
+            start_device(int(index))
 
     if "torch" not in sys.modules and kind in ("auto", "cuda") and index.isdecimal():
-        threading.Thread(target=work, name="make context", daemon=True).start()
+        threading.Thread(target=work, name="start device", daemon=True).start()
 
 
 def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartOptions:
@@ -220,36 +216,38 @@ def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartO
     return replace(options, degrees=degrees)
 
 
-def _start_fetching(plan: _Plan) -> Started:
+def _start_fetching(context: _StartContext) -> Started:
     """Choose the preset and begin to load; needs torch and the device, no other library."""
-    run = parallel.connect(plan.options.degrees, plan.options.device) if world_size() > 1 else None
+    run = parallel.connect(context.options.degrees, context.options.device) if world_size() > 1 else None
     try:
-        return _fetching(plan, run)
+        return _fetching(context, run)
     except BaseException as error:
         if run is not None:
             run.close(error)
         raise
 
 
-def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
+def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
     import torch
 
-    from wan_loader.devices.resolve import resolve_device
+    from wan_loader import resolve_device
 
-    checkpoint, options, cache = plan.checkpoint, plan.options, plan.cache
-    device = resolve_device(options.device, plan.recorder) if run is None else run.device
-    preset, reason, phases = choose_preset(checkpoint, options, device)
+    checkpoint, options, cache = context.checkpoint, context.options, context.cache
+    device = resolve_device(options.device, context.recorder) if run is None else run.device
+    preset, reason, steps = choose_preset(checkpoint, options, device)
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
         if preset.residency != "everything":
             raise OptionError(
                 f"preset {preset.name} swaps networks, several processes keep them: use --preset multi-gpu"
             )
-        phases = presets.phases(preset, names)
-    parts = [
-        Part(
+        steps = presets.residency_steps(preset, names)
+    placements = [
+        Placement(
             component,
-            torch.device("cpu") if component.name == "text_encoder" and preset.text_encoder == "cpu" else device,
+            torch.device("cpu")
+            if component.network.kind == "text_encoder" and preset.text_encoder == "cpu"
+            else device,
             network_dtype(component, preset, options),
             decoder_only=not options.like_diffusers,
             run=run if run is not None and run.loads_together(component.name, preset.text_encoder) else None,
@@ -258,15 +256,15 @@ def _fetching(plan: _Plan, run: parallel.Run | None) -> Started:
         if component.name in names
     ]
     residency = ModuleResidency(
-        parts,
-        phases,
-        observer=plan.recorder,
+        placements,
+        steps,
+        observer=context.recorder,
         warm_ahead=preset.warm_ahead,
-        warming=plan.warming,
+        warming=context.warming,
         on_loaded=None if cache is None else cache.note,
     )
     residency.start()
-    return Started(None, checkpoint, residency, preset, reason, device, plan.recorder, cache, run)
+    return Started(None, checkpoint, residency, preset, reason, device, context.recorder, cache, run)
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
@@ -294,6 +292,6 @@ def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
         tokenizer=tokenizer,
         scheduler=scheduler.from_config(dict(checkpoint.scheduler)),
         boundary_ratio=checkpoint.boundary_ratio,
-        expand_timesteps=checkpoint.task == "ti2v-5B",
+        expand_timesteps=checkpoint.family.expand_timesteps,
         **built,
     )

@@ -13,20 +13,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan_loader import clock_ns, summarize
 from wan_loader.dtypes import dtype_name
-from wan_loader.events import clock_ns
-from wan_loader.loading.report import SCHEMA_VERSION
-from wan_loader.spans import summarize
-from wan_loader.system.machine import machine_card, peak_resident
+from wan_loader.system import machine_card, peak_resident
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wan_loader.loading.report import LoadReport
+    from wan_loader import LoadReport
     from wan_pipeline.startup import Started
 
 __all__ = ["Timeline", "process_start_ns"]
 
+_SCHEMA_VERSION = 1
 _START_TICKS = 19  # field 22 of /proc/self/stat, counted after the command's name
 
 
@@ -61,7 +60,8 @@ class Timeline:
 
     def first_step_s(self, started: Started) -> float | None:
         """Seconds from the start of the process until the first denoising step could run; None if none did yet."""
-        ready = [end for name, _, end in started.residency.log.waits if name == "transformer"]
+        first = started.checkpoint.experts[0].name
+        ready = [end for name, _, end in started.residency.log.waits if name == first]
         return (ready[0] - self.start_ns) / 1e9 if ready else None
 
     def document(self, started: Started) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _totals(reports: list[LoadReport]) -> dict[str, Any]:
     resident = [r.io.resident_before for r in reports]
     modes = {mode for r in reports for mode in r.io.mode.split("+")}
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": _SCHEMA_VERSION,
         "command": "generate",
         "nbytes_file": nbytes,
         "nbytes_device": sum(r.nbytes_device for r in reports),

@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_loader.errors import OutputError
+from wan_loader import OutputError
 
 if TYPE_CHECKING:
     from typing import IO
 
     import numpy as np
 
-    from wan_loader.types import StrPath
+    from wan_loader import StrPath
 
 __all__ = ["write_mp4"]
 

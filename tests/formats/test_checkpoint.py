@@ -384,7 +384,7 @@ def test_a_model_directory_names_its_parts(tmp_path):
         open_checkpoint(tmp_path)
     names = ("high_noise_model", "low_noise_model", "Wan2.1_VAE.pth", "models_t5.pth")
     parts = ", ".join(str(tmp_path / name) for name in names)
-    assert str(caught.value) == f"{tmp_path} is a WAN2.2 model's directory: name one of its parts: {parts}"
+    assert str(caught.value) == f"{tmp_path} is a Wan2.2-T2V-A14B model's directory: name one of its parts: {parts}"
 
 
 def test_a_diffusers_directory_names_its_parts(tmp_path):

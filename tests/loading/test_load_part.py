@@ -12,7 +12,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.cli.app import app  # noqa: E402
-from wan_loader.profiler.probe.diagnosis import weight_paths  # noqa: E402
+from wan_loader.formats.inventory import checkpoints_in  # noqa: E402
 from wan_loader.verify import verify  # noqa: E402
 
 MODEL = {"weight": torch.randn(3, 3), "bias": torch.randn(3)}
@@ -41,7 +41,8 @@ def test_a_part_is_loaded_as_a_checkpoint(nested, device, part):
     same_dicts(module.state_dict(), PARTS[part])
     with wan_loader.prewarm(nested, part=part) as warming:
         assert warming.wait(10)
-    assert weight_paths(nested, part) == [str(nested)]
+    (found,) = checkpoints_in(nested, part)
+    assert [file.path for file in found.files] == [str(nested)]
 
 
 def test_a_part_of_several_files(tmp_path):

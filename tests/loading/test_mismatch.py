@@ -83,6 +83,7 @@ def test_shapes_of_all_are_in_the_fields(tmp_path):
     assert error.misshaped["1.weight"] == ((3, 3), (3, 2))
     assert (error.missing, error.unexpected) == ((), ())
     assert "30 of another shape" in text
+    assert "these are another" not in text
     assert "0.weight: [2, 3] in the file, [2, 2] in the module" in text
 
 

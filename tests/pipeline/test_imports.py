@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from wan_loader.devices.driver import make_context
+from wan_loader.devices.driver import start_device
 from wan_pipeline.imports import short_imports
 
 
@@ -64,8 +64,8 @@ def test_a_start_puts_everything_back(tiny_wan):
 
 def test_making_a_context_needs_neither_torch_nor_a_device():
     code = (
-        "import sys; from wan_loader.devices.driver import make_context; "
-        "make_context(99); assert 'torch' not in sys.modules"
+        "import sys; from wan_loader.devices.driver import start_device; "
+        "start_device(99); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert make_context(99) is None
+    assert start_device(99) is None

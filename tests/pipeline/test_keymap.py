@@ -10,11 +10,13 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wan_loader
 from wan_loader.errors import KeyMismatchError, OptionError
-from wan_pipeline.keymap import KEYMAP_VERSION, keymap, to_diffusers, to_native
+from wan_pipeline.keymap import KEYMAP_VERSION, key_map, keymap, to_diffusers, to_native
 from wan_pipeline.synth.arch import ARCHS
 from wan_pipeline.synth.tensors import component_tensors, map_name
 
@@ -152,3 +154,23 @@ def test_needs_nothing_heavy():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "transformers", "numpy", "safetensors"} & set(modules)
     assert KEYMAP_VERSION == 1
+
+
+def refused(tmp_path, module, names):
+    """What is said where a file has other names for the tensors of a module."""
+    torch.save({names(name): tensor for name, tensor in module.state_dict().items()}, tmp_path / "x.pth")
+    with pytest.raises(KeyMismatchError) as caught:
+        wan_loader.load_into(module, tmp_path / "x.pth", device="cpu")
+    return str(caught.value)
+
+
+def test_an_error_about_names_says_which_key_map_fits(tmp_path):
+    module = torch.nn.Module()
+    module.proj_out = torch.nn.Linear(2, 3)
+    module.scale_shift_table = torch.nn.Parameter(torch.ones(4))
+    text = refused(tmp_path, module, lambda name: to_native("dit", name))
+    assert 'key_map=wan_pipeline.key_map("dit")' in text
+    wan_loader.load_into(module, tmp_path / "x.pth", device="cpu", key_map=key_map("dit"))
+    text = refused(tmp_path, module, str.upper)
+    assert "another library's names" in text
+    assert "wan_pipeline" not in text

@@ -3,7 +3,7 @@
 import pytest
 
 from wan_loader.errors import DeviceMemoryError, HostMemoryError, OptionError
-from wan_pipeline.presets import PRESETS, Limits, check_fit, choose, fitted_phases, load_preset, peak, phases
+from wan_pipeline.presets import PRESETS, Limits, check_fit, choose, fitted_steps, load_preset, peak, residency_steps
 
 GB = 10**9
 # WAN2.2-T2V-A14B in bf16, the VAE's decoder in fp32
@@ -74,34 +74,34 @@ def test_several_processes_share_the_weights():
 
 def test_phases():
     text, high, low, vae = NAMES
-    assert [p.resident for p in phases(load_preset("fastest"), NAMES)] == [tuple(NAMES)] * 4
-    assert [p.resident for p in phases(load_preset("min-memory"), NAMES)] == [(n,) for n in NAMES]
-    assert [p.resident for p in phases(load_preset("balanced"), NAMES)] == [
+    assert [p.resident for p in residency_steps(load_preset("fastest"), NAMES)] == [tuple(NAMES)] * 4
+    assert [p.resident for p in residency_steps(load_preset("min-memory"), NAMES)] == [(n,) for n in NAMES]
+    assert [p.resident for p in residency_steps(load_preset("balanced"), NAMES)] == [
         (text, high),
         (high, vae),
         (low, vae),
         (vae,),
     ]
-    assert [p.resident for p in phases(load_preset("balanced"), [text, high, vae])] == [
+    assert [p.resident for p in residency_steps(load_preset("balanced"), [text, high, vae])] == [
         (text, high),
         (high, vae),
         (vae,),
     ]
     for name in PRESETS:
-        assert [p.uses for p in phases(load_preset(name), NAMES)] == NAMES
-        assert all(p.uses in p.resident for p in phases(load_preset(name), NAMES))
+        assert [p.uses for p in residency_steps(load_preset(name), NAMES)] == NAMES
+        assert all(p.uses in p.resident for p in residency_steps(load_preset(name), NAMES))
 
 
 def test_the_low_noise_expert_gives_way_to_the_vae_where_both_find_no_room():
     fastest, (text, high, _, vae) = load_preset("fastest"), NAMES
-    plain = phases(fastest, NAMES)
-    *others, decode = fitted_phases(fastest, SIZES, WORK, limits(84))
+    plain = residency_steps(fastest, NAMES)
+    *others, decode = fitted_steps(fastest, SIZES, WORK, limits(84))
     assert others == list(plain[:-1])
     assert (decode.uses, decode.resident) == (vae, (text, high, vae))
-    assert fitted_phases(fastest, SIZES, {**WORK, "vae": 10 * GB}, limits(84)) == plain
-    assert fitted_phases(fastest, SIZES, WORK, limits(None)) == plain
+    assert fitted_steps(fastest, SIZES, {**WORK, "vae": 10 * GB}, limits(84)) == plain
+    assert fitted_steps(fastest, SIZES, WORK, limits(None)) == plain
     for name in ("balanced", "min-memory"):
-        assert fitted_phases(load_preset(name), SIZES, WORK, limits(20)) == phases(load_preset(name), NAMES)
+        assert fitted_steps(load_preset(name), SIZES, WORK, limits(20)) == residency_steps(load_preset(name), NAMES)
 
 
 def test_what_is_handed_out_cannot_give_way():

@@ -10,8 +10,8 @@ import torch
 
 from wan_pipeline import modules, residency
 from wan_pipeline.checkpoint import open_wan
-from wan_pipeline.presets import Phase, load_preset, phases
-from wan_pipeline.residency import Fetch, FetchCancelledError, ModuleResidency, Part
+from wan_pipeline.presets import ResidencyStep, load_preset, residency_steps
+from wan_pipeline.residency import BackgroundFetch, FetchCancelledError, ModuleResidency, Placement
 
 NAMES = ["text_encoder", "transformer", "transformer_2", "vae"]
 
@@ -23,8 +23,10 @@ def make(tiny_wan):
 
     def build(preset, *, provide=True):
         checkpoint = open_wan(tiny_wan())
-        parts = [Part(c, torch.device("cpu"), None) for c in checkpoint.components]
-        keeper = ModuleResidency(parts, phases(load_preset(preset), NAMES), warm_ahead=load_preset(preset).warm_ahead)
+        parts = [Placement(c, torch.device("cpu"), None) for c in checkpoint.components]
+        keeper = ModuleResidency(
+            parts, residency_steps(load_preset(preset), NAMES), warm_ahead=load_preset(preset).warm_ahead
+        )
         made.append(keeper)
         keeper.built = {c.name: modules.build(c, None) for c in checkpoint.components}
         if provide:
@@ -81,7 +83,7 @@ def test_each_phase_holds_what_its_preset_allows(make, preset, expected):
 def test_an_expert_that_gave_way_to_the_vae_comes_back_behind_the_others(make):
     keeper = make("fastest")
     kept = [n for n in NAMES if n != "transformer_2"]
-    keeper._phases["vae"] = Phase("vae", tuple(kept))
+    keeper._steps["vae"] = ResidencyStep("vae", tuple(kept))
     keeper.start()
     for name in NAMES:
         keeper.use(name)
@@ -155,9 +157,9 @@ def test_a_failed_load_is_raised_to_whoever_needs_it_and_may_be_tried_again(make
 
 def test_fetches_run_one_after_the_other():
     order, go = [], threading.Event()
-    first = Fetch("a", lambda stop: (go.wait(10), order.append("a")))
-    second = Fetch("b", lambda stop: order.append("b"), first)
-    third = Fetch("c", lambda stop: order.append("c"), second)
+    first = BackgroundFetch("a", lambda stop: (go.wait(10), order.append("a")))
+    second = BackgroundFetch("b", lambda stop: order.append("b"), first)
+    third = BackgroundFetch("c", lambda stop: order.append("c"), second)
     third.stop()
     go.set()
     second.wait()

@@ -140,9 +140,10 @@ def test_version_and_help(call_main, capsys, flag, start):
 
 
 def test_wan_loader_synth_is_called_by_its_name():
+    program = "import sys; sys.argv[0] = 'wan-loader'; from wan_loader.cli import main; main()"
     for words, code in (("-h", 0), ("--bogus", 2)):
         done = subprocess.run(
-            [sys.executable, "-m", "wan_loader", "synth", "dir", words], capture_output=True, text=True, check=False
+            [sys.executable, "-c", program, "synth", "dir", words], capture_output=True, text=True, check=False
         )
         assert done.returncode == code
         assert "Usage: wan-loader synth " in done.stdout + done.stderr

@@ -8,9 +8,9 @@ import time
 from datetime import timedelta
 
 from wan_loader.distributed import liveness as liveness
-from wan_loader.distributed import processes
+from wan_loader.distributed import processes, shard_group
 from wan_loader.errors import KeyMismatchError
-from wan_pipeline import pipeline, residency, startup
+from wan_pipeline import pipeline, startup
 from wan_pipeline.commands.app import main
 
 CASE = sys.argv.pop(1)
@@ -30,19 +30,19 @@ if CASE == "missing" and RANK == 1:
 
 if CASE == "cancels":  # loading is under way when something else fails
     loading = threading.Event()
-    record = residency._Stopper.record
+    check = shard_group._GroupToken.check
 
-    def slowly(self, span):
+    def slowly(self):
         loading.set()
         time.sleep(0.3)
-        record(self, span)
+        check(self)
 
     def failing(*parts):
         assert loading.wait(30)
         raise KeyMismatchError("the module and the checkpoint disagree")
 
     if RANK == 1:
-        residency._Stopper.record = slowly
+        shard_group._GroupToken.check = slowly
         startup._build_all = failing
 
 main()

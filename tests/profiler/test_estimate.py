@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
+from wan_loader.formats.inventory import checkpoints_in
 from wan_loader.profiler.analysis.simulate import STORAGES, Hardware, Part, parts_of, plan_elsewhere, simulate
 from wan_loader.profiler.probe import measure
 from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
-from wan_loader.profiler.probe.diagnosis import checkpoints_in, diagnose
+from wan_loader.profiler.probe.diagnosis import diagnose
 from wan_loader.sizes import parse_rate, parse_size
 
 
@@ -87,16 +88,6 @@ def test_parts_hold_every_byte_once(checkpoint):
         assert not any(p.cast for p in plain)
         assert all(p.cast for p in cast)
     assert STORAGES["hdd"] < STORAGES["nvme-gen4"]
-
-
-def test_a_models_directory(tmp_path, checkpoint):
-    for name in ("high", "low"):
-        (tmp_path / name).mkdir()
-        os.link(checkpoint, tmp_path / name / "model.safetensors")
-    (tmp_path / "notes").mkdir()
-    assert len(checkpoints_in(tmp_path)) == 2
-    with pytest.raises(FileNotFoundError):
-        checkpoints_in(tmp_path / "notes")
 
 
 def test_ceilings_are_cached_and_measured_again(tmp_path, checkpoint, monkeypatch):

@@ -1,12 +1,80 @@
-"""The command line: parse, call the public API, render. Imports torch only in commands that need it."""
+"""The command line: parse, call the public API, render. Imports torch only in commands that need it.
+
+Public are the names below, with which other programs of ours speak and end like this one; but for `begin_program` and
+`main` they are imported when they are first asked for.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-__all__ = ["begin_program", "main"]
+from wan_loader.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from wan_loader.cli.building import follow_build, report_build
+    from wan_loader.cli.distributed import own_file
+    from wan_loader.cli.options import JsonOut, Verbose
+    from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
+    from wan_loader.cli.program import run_program
+    from wan_loader.cli.progress import byte_progress, progress_bars
+    from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.console import Columns, PlainConsole, marked
+    from wan_loader.printable import printable
+
+__all__ = [
+    "Columns",
+    "JsonOut",
+    "PlainConsole",
+    "Verbose",
+    "begin_program",
+    "byte_progress",
+    "check_outputs",
+    "follow_build",
+    "main",
+    "marked",
+    "output_console",
+    "own_file",
+    "print_json",
+    "print_warnings",
+    "printable",
+    "progress_bars",
+    "report_build",
+    "run_program",
+    "say",
+    "show",
+    "write_json",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Columns": "wan_loader.console",
+        "JsonOut": "wan_loader.cli.options",
+        "PlainConsole": "wan_loader.console",
+        "Verbose": "wan_loader.cli.options",
+        "byte_progress": "wan_loader.cli.progress",
+        "check_outputs": "wan_loader.cli.output",
+        "follow_build": "wan_loader.cli.building",
+        "marked": "wan_loader.console",
+        "output_console": "wan_loader.cli.render",
+        "own_file": "wan_loader.cli.distributed",
+        "print_json": "wan_loader.cli.output",
+        "print_warnings": "wan_loader.cli.render",
+        "printable": "wan_loader.printable",
+        "progress_bars": "wan_loader.cli.progress",
+        "report_build": "wan_loader.cli.building",
+        "run_program": "wan_loader.cli.program",
+        "say": "wan_loader.cli.output",
+        "show": "wan_loader.cli.output",
+        "write_json": "wan_loader.cli.output",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def begin_program() -> None:

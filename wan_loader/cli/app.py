@@ -1,10 +1,11 @@
-"""The `wan-loader` command and its subcommands."""
+"""The `wan-loader` command and its subcommands; others join as entry points of the group `wan_loader.commands`."""
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from wan_loader import __version__
 from wan_loader.cli import cache
@@ -20,29 +21,62 @@ from wan_loader.cli.program import run_program
 from wan_loader.cli.report import report
 from wan_loader.cli.run import run
 from wan_loader.cli.stage import stage
-from wan_loader.cli.synth import synth
 from wan_loader.cli.warm import warm
-from wan_pipeline.commands.download import download
+from wan_loader.entry_points import entry_points
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["app", "main"]
 
+_GROUP = "wan_loader.commands"
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class _Joined(TyperGroup):
+    """Our commands and those that join, which are looked for only where a name is none of ours, or all are listed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Name all commands: ours, then those that have joined."""
+        self._join()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Find a command; None if there is none of that name."""
+        if cmd_name not in self.commands:
+            self._join()
+        return super().get_command(ctx, cmd_name)
+
+    def _join(self) -> None:
+        for entry in entry_points(_GROUP):
+            if entry.name not in self.commands:
+                self.commands[entry.name] = _command(entry.name, entry.load())
+
+
+def _command(name: str, function: Callable[..., None]) -> Any:
+    """What typer makes of a function with annotated parameters."""
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=_SETTINGS)
+    alone.command(name)(function)
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="wan-loader",
+    cls=_Joined,
     help="Start huge generative models as fast as the hardware allows, and see where the start-up time goes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_SETTINGS,
 )
 
-for command in (inspect, load, bench, compare, doctor, estimate, report, warm, evict, stage, download):
+for command in (inspect, load, bench, compare, doctor, estimate, report, warm, evict, stage):
     app.command()(command)
 app.add_typer(cache.app)
 app.command(context_settings={"allow_extra_args": True})(profile)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )(run)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(synth)
 
 
 def _show_version(value: bool) -> None:

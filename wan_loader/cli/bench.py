@@ -110,9 +110,9 @@ def bench(
 
         wan-loader bench model.safetensors
 
-        wan-loader bench high_noise_model --loader ours,safetensors --cache warm --cache cold --export-markdown b.md
+        wan-loader bench model/transformer --loader ours,safetensors --cache warm --cache cold --export-markdown b.md
 
-        wan-loader bench high_noise_model --storage nvme=/mnt/a --storage ram=/dev/shm --storage hdd=simulated:180MB/s
+        wan-loader bench model/transformer --storage nvme=/mnt/a --storage ram=/dev/shm --storage hdd=simulated:180MB/s
 
         wan-loader bench model.safetensors --loader ours --threads 1 --threads 4 --threads 16 --io buffered
     """

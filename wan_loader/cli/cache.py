@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,11 +12,13 @@ import typer
 
 from wan_loader.cli.building import report_build
 from wan_loader.cli.options import CacheDir, JsonOut, Part, PathArgument, Verbose, check_dtype, checked
+from wan_loader.entry_points import first_answer
 from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_age, parse_size
 
 if TYPE_CHECKING:
     from wan_loader.cache.entry import Listed
+    from wan_loader.cache.outline import Outline
     from wan_loader.cache.store import Store
 
 __all__ = ["app"]
@@ -53,46 +54,42 @@ def build(
     json: JsonOut = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the entry of a checkpoint now, from its files. Of a WAN directory: of the whole pipeline.
+    """Write the entry of a checkpoint now, from its files. Of a whole model's directory: of all that it holds.
 
-    The entry holds ordinary safetensors files; that of a WAN directory is a checkpoint for diffusers.
+    The entry holds ordinary safetensors files; that of a whole model is a checkpoint for diffusers.
 
     Examples:
 
         wan-loader cache build model.safetensors --dtype bf16
 
-        wan-loader cache build Wan2.2-T2V-A14B --cache-dir /mnt/nvme/cache
+        wan-loader cache build model --cache-dir /mnt/nvme/cache
     """
-    if part is None and _is_pipeline(path):
-        _build_pipeline()
-    from wan_loader.cache.cached_load import outline_checkpoint, read_parts
+    from wan_loader.cache.cached_load import read_parts
     from wan_loader.cache.store import Store
     from wan_loader.cache.use import build_entry
-    from wan_loader.formats import open_checkpoint
-    from wan_loader.plan.dtype_policy import DtypePolicy
 
     size = _size(max_size)
-    checkpoint = open_checkpoint(path, part=part)
-    rule = DtypePolicy(dtype)
-    rule.check(checkpoint, checkpoint.tensors)
-    outline = outline_checkpoint(checkpoint, rule)
+    outline = _outline(path, part, dtype)
     begun = build_entry(Store(cache_dir), outline, read_parts, max_size=size, digest_contents=contents)
     report_build(begun, json=json)
 
 
-def _is_pipeline(path: Path) -> bool:
+def _outline(path: Path, part: str | None, dtype: str) -> Outline:
+    """What the entry will hold: all of a model whose family has joined, or of one checkpoint."""
+    from wan_loader.cache.cached_load import outline_checkpoint
+    from wan_loader.dtypes import parse_dtype
+    from wan_loader.formats import open_checkpoint
     from wan_loader.formats.hub_cache import locate
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
-    directory = locate(os.fspath(path))
-    return any(os.path.exists(os.path.join(directory, name)) for name in ("model_index.json", "high_noise_model"))
-
-
-def _build_pipeline() -> None:
-    """Hand over to `wan-pipeline`, which knows the parts; a separate process, as this package never imports it."""
-    if find_spec("wan_pipeline") is None or find_spec("diffusers") is None:
-        raise OptionError("the entry of a whole pipeline needs the pipeline extra: pip install 'wan-loader[pipeline]'")
-    words = sys.argv[sys.argv.index("build") + 1 :]
-    os.execv(sys.executable, [sys.executable, "-m", "wan_pipeline", "cache-build", *words])
+    if part is None and os.path.isdir(directory := locate(os.fspath(path))):
+        whole: Outline | None = first_answer("wan_loader.outlines", directory, parse_dtype(dtype))
+        if whole is not None:
+            return whole
+    checkpoint = open_checkpoint(path, part=part)
+    rule = DtypePolicy(dtype)
+    rule.check(checkpoint, checkpoint.tensors)
+    return outline_checkpoint(checkpoint, rule)
 
 
 @app.command(name="list")

@@ -43,7 +43,7 @@ def doctor(
 
     Example:
 
-        wan-loader doctor Wan2.2-T2V-A14B
+        wan-loader doctor model
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console
@@ -60,15 +60,17 @@ def _document(
 ) -> tuple[dict[str, Any], float | None]:
     """What was found, and when the oldest of the rates in it was measured."""
     from wan_loader.devices.resolve import device_card, resolve_device
+    from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.profiler.probe.ceilings import find_ceilings
-    from wan_loader.profiler.probe.diagnosis import diagnose, weight_paths
+    from wan_loader.profiler.probe.diagnosis import diagnose
     from wan_loader.profiler.probe.storage import limits, storage_facts
     from wan_loader.system.machine import machine_card
     from wan_loader.system.page_cache import describe
     from wan_loader.warming.evict import resident_bytes
 
     target = resolve_device(device)
-    files = weight_paths(path, part) if path else []
+    checkpoints = checkpoints_in(path, part) if path else []
+    files = [file.path for checkpoint in checkpoints for file in checkpoint.files]
     found = find_ceilings(files, device=str(target), refresh=refresh)
     document: dict[str, Any] = {
         "schema_version": 1,

@@ -63,7 +63,7 @@ def estimate(
 
     Examples:
 
-        wan-loader estimate Wan2.2-T2V-A14B --dtype bf16
+        wan-loader estimate model --dtype bf16
 
         wan-loader estimate model.safetensors --disk 150MB/s --disk nvme-gen4 --pcie 12GB/s
     """
@@ -82,9 +82,9 @@ def _document(
     path: Path, disk: list[str] | None, pcie: str | None, device: str, dtype: str | None, part: str | None
 ) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
+    from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.profiler.analysis.simulate import Hardware, parts_of, plan_elsewhere, simulate
     from wan_loader.profiler.probe.ceilings import known_ceilings
-    from wan_loader.profiler.probe.diagnosis import checkpoints_in
 
     checkpoints = checkpoints_in(path, part)
     plans = [plan_elsewhere(c, dtype_name(dtype), cuda=device == "cuda") for c in checkpoints]
@@ -113,13 +113,13 @@ def _document(
 
 def _missing(path: Path) -> list[str]:
     """A warning, if parts of a model's directory are not here."""
+    from wan_loader.formats.inventory import take_inventory
     from wan_loader.sizes import format_count
-    from wan_pipeline.hub.inventory import take_inventory
 
     inventory = take_inventory(path)
     if inventory is None or inventory.complete:
         return []
-    absent = [file.path for file in inventory.absent]
+    absent = [file.path for file in inventory.model.missing]
     names = ", ".join([*absent[:1], *(["..."] if absent[1:] else [])])
     what = [f"{format_count(len(absent), 'file')} missing ({names})"] if absent else []
     what += [f"{part} is damaged" for part, _ in inventory.damaged]

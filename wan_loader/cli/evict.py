@@ -30,7 +30,7 @@ def evict(
 
     Example:
 
-        wan-loader evict Wan2.2-T2V-A14B
+        wan-loader evict model
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import print_warnings

@@ -25,21 +25,20 @@ def inspect(
 ) -> None:
     """Show tensors, bytes, dtypes, files, and how much lies in the page cache. Reads headers only.
 
-    Of a whole model's directory (both experts, text encoder, VAE) it shows the parts and what is missing, by name; the
-    exit code is 1 if something is.
+    Of a whole model's directory it shows the parts and what is missing, by name; the exit code is 1 if something is.
 
     Examples:
 
-        wan-loader inspect Wan2.2-T2V-A14B
+        wan-loader inspect model
 
-        wan-loader inspect Wan2.2-T2V-A14B/high_noise_model
+        wan-loader inspect model/transformer
 
         wan-loader inspect model.safetensors --tensors
     """
+    from wan_loader.cli.inspect_model import inspect_model
     from wan_loader.cli.output import print_json
     from wan_loader.formats import open_checkpoint
-    from wan_pipeline.commands.inspect_model import inspect_model
-    from wan_pipeline.hub.inventory import take_inventory
+    from wan_loader.formats.inventory import take_inventory
 
     if part is None and (inventory := take_inventory(path)) is not None:
         inspect_model(path, inventory, json=json)

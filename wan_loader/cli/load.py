@@ -51,9 +51,9 @@ def load(
 
         wan-loader load model.safetensors
 
-        wan-loader load Wan2.2-T2V-A14B/high_noise_model --device cuda --dtype bf16 --verify
+        wan-loader load model/transformer --device cuda --dtype bf16 --verify
 
-        wan-loader load Wan2.2-T2V-A14B/high_noise_model --dtype bf16 --cache
+        wan-loader load model/transformer --dtype bf16 --cache
 
         wan-loader load checkpoint.pth --part state_dict
 

@@ -56,9 +56,9 @@ def profile(
 
     Examples:
 
-        wan-loader profile Wan2.2-T2V-A14B/high_noise_model --dtype bf16 --html run.html
+        wan-loader profile model/transformer --dtype bf16 --html run.html
 
-        wan-loader profile -o run.json --until "Generating" -- python generate.py --task t2v-A14B
+        wan-loader profile -o run.json --until "Generating" -- python generate.py --ckpt_dir model
 
         wan-loader profile -- torchrun --nproc_per_node 2 generate.py
 

@@ -36,7 +36,7 @@ def run(
 
     Examples:
 
-        wan-loader run generate.py --task t2v-A14B --ckpt_dir Wan2.2-T2V-A14B
+        wan-loader run generate.py --ckpt_dir model
 
         wan-loader run --quiet serve.py
     """

@@ -53,9 +53,9 @@ def stage(
 
     Examples:
 
-        wan-loader stage Wan2.2-T2V-A14B/high_noise_model --to /dev/shm
+        wan-loader stage model/transformer --to /dev/shm
 
-        wan-loader stage /nfs/Wan2.2-T2V-A14B --to /mnt/nvme
+        wan-loader stage /nfs/model --to /mnt/nvme
 
         wan-loader stage --remove --to /dev/shm
     """

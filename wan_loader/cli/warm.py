@@ -34,9 +34,9 @@ def warm(
 
     Examples:
 
-        wan-loader warm Wan2.2-T2V-A14B
+        wan-loader warm model
 
-        wan-loader warm Wan2.2-T2V-A14B/high_noise_model --limit 20GB
+        wan-loader warm model/transformer --limit 20GB
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.progress import byte_progress

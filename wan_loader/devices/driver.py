@@ -28,9 +28,9 @@ __all__ = [
     "current_context",
     "destroy_stream",
     "device_address",
-    "make_context",
     "make_stream",
     "register",
+    "start_device",
     "unregister",
 ]
 
@@ -68,7 +68,7 @@ def _name(result: int) -> str:
     return text.value.decode() if text.value else f"CUDA error {result}"
 
 
-def make_context(index: int) -> None:
+def start_device(index: int) -> None:
     """Make the context that torch will use on a device, for the rest of the process; needs no torch.
 
     Takes as long as torch's own start-up of the device, which then finds it made. Nothing happens where there is no

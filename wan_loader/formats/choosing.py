@@ -7,31 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.content import other_directory, other_format, read_head
-from wan_loader.formats.directory import examined, look_into
+from wan_loader.formats.directory import look_into
 from wan_loader.formats.names import WEIGHT_SUFFIXES
+from wan_loader.formats.several import candidates_below, known
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wan_loader.formats.directory import Candidate, Holding
 
-__all__ = ["choose", "no_checkpoint", "parts_in"]
+__all__ = ["choose", "no_checkpoint"]
 
-#: What a directory is that holds one of these.
-_MODELS = {
-    "high_noise_model": "is a WAN2.2 model's directory",
-    "low_noise_model": "is a WAN2.2 model's directory",
-    "model_index.json": "is a diffusers model's directory",
-}
+#: What a directory is that holds this.
+_DIFFUSERS = "model_index.json"
 _MAX_NAMED = 8
 _MAX_SEEN = 1000
-_MAX_DEPTH = 3
 
 
 def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple[str, ...]]:
@@ -49,12 +43,6 @@ def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple
     if pattern is not None and not holding.candidates:
         raise MissingFileError(f"{os.path.join(directory, pattern)} does not exist: check the path")
     raise _not_one(directory, holding, with_subdirectories=pattern is None)
-
-
-def parts_in(directory: str) -> list[str]:
-    """The checkpoints in a directory and in its subdirectories: paths, each of which is one."""
-    own = look_into(directory, by_content=False).candidates
-    return [os.path.join(directory, choice.name) for choice in [*_in_subdirectories(directory), *own]]
 
 
 def no_checkpoint(directory: str) -> CheckpointError:
@@ -84,12 +72,12 @@ def _instead(directory: str, names: Sequence[str]) -> str:
 def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> CheckpointError:
     """The error that names the checkpoints in a directory, and in its subdirectories, when it holds not just one."""
     found = holding.candidates
-    below = _in_subdirectories(directory) if with_subdirectories else []
+    below = candidates_below(directory) if with_subdirectories else []
     choices = [*below, *found]
     if not choices:
         return no_checkpoint(directory)
     what = f"holds {len(found)} checkpoints" if found else "holds checkpoints in subdirectories only"
-    model = next((said for mark, said in _MODELS.items() if os.path.lexists(os.path.join(directory, mark))), None)
+    model = _model(directory)
     sound = [choice.name for choice in choices if choice.problem is None]
     broken = [choice.problem for choice in choices if choice.problem is not None]
     if not (sound or below or model):
@@ -103,24 +91,8 @@ def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> 
     )
 
 
-def _in_subdirectories(directory: str) -> list[Candidate]:
-    """The checkpoints in the subdirectories, three levels down: one that holds just one stands for it."""
-    choices: list[Candidate] = []
-    seen: set[str] = set()
-    for path, names, _ in islice(os.walk(directory, followlinks=True), _MAX_SEEN):
-        below = os.path.relpath(path, directory)
-        names[:] = sorted(n for n in names if not n.startswith(".")) if below.count(os.sep) < _MAX_DEPTH - 1 else []
-        if (real := os.path.realpath(path)) in seen:  # a link to what holds it, or to what was listed
-            names[:] = []
-            continue
-        seen.add(real)
-        if path == directory:
-            continue
-        with contextlib.suppress(OSError):  # not for us to read
-            found = look_into(path, by_content=False).candidates
-            choices += [
-                replace(examined(path, candidate), name=below if len(found) == 1 else f"{below}/{candidate.name}")
-                for candidate in found
-            ]
-            names[:] = [] if found else names
-    return choices
+def _model(directory: str) -> str | None:
+    """What to say of the directory of a whole model, if it is one."""
+    if os.path.lexists(os.path.join(directory, _DIFFUSERS)):
+        return "is a diffusers model's directory"
+    return f"is a {model.family} model's directory" if (model := known(directory)) is not None else None

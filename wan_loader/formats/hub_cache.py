@@ -34,8 +34,8 @@ def locate(path: str) -> str:
         return _snapshot(folder)
     raise MissingFileError(
         f"{path} does not exist: check the path. If it is a repository of the Hugging Face Hub, it is not in the local "
-        f"cache ({_cache()}): hf download {path} gets it (of WAN2.2 what is needed: "
-        f"wan-loader download {path} --to DIRECTORY)"
+        f"cache ({_cache()}): hf download {path} gets it (of models that wan-loader download knows, "
+        f"wan-loader download {path} --to DIRECTORY gets what is needed)"
     )
 
 

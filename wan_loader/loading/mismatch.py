@@ -1,7 +1,8 @@
 """Errors about names, short enough to be read: counts, a few examples, and what the names themselves suggest.
 
 What is suggested follows from structure alone (a prefix, the same shapes under other names); nothing here knows the
-names of a model.
+names of a model. A family of models that has joined may say which key map fits (entry points of the group
+`wan_loader.key_maps`, functions `hint(missing, unexpected) -> str | None`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from wan_loader.entry_points import first_answer
 from wan_loader.errors import KeyMismatchError
 from wan_loader.printable import shown_name
 
@@ -81,12 +83,15 @@ def _listed(title: str, names: Sequence[str], texts: Mapping[str, str]) -> Itera
 
 
 def _hints(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape], renamed: Mapping[str, str]) -> Iterator[str]:
-    if not renamed and (found := _prefixes(missing, unexpected)) is not None:
+    known = first_answer("wan_loader.key_maps", tuple(missing), tuple(unexpected)) if missing and not renamed else None
+    if known is not None:
+        yield "these are another library's names for the same model:"
+        yield f"pass {known}"
+    elif not renamed and (found := _prefixes(missing, unexpected)) is not None:
         yield from _prefix_hint(*found, unexpected)
     elif missing and Counter(missing.values()) == Counter(unexpected.values()):
         yield "the missing have the shapes of the unexpected: these are another library's names for the same model;"
         yield "pass key_map=, a function or mapping from the file's names to the module's"
-        yield '(an expert of WAN2.2 in diffusers\' class: key_map=wan_pipeline.key_map("dit"))'
     else:
         yield "check that it is the right checkpoint; if it has another library's names for the same model, pass"
         yield "key_map=, a function or mapping from the file's names; strict=False leaves out what does not match"

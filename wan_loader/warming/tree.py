@@ -1,8 +1,8 @@
 """The files under a path: a file, an index or a pattern with its shards, or a directory with everything in it.
 
-Files come in the order in which a text-to-video pipeline first needs them. Names that begin with a dot (`.git`,
-`.cache`) are left out. Links are followed while they stay inside: inside the directory that was named or, for a
-snapshot in a hub cache, inside its repository's folder, where the blobs are.
+Files come in the order of first use where the model's family is known, and else in that of their names. Names that
+begin with a dot (`.git`, `.cache`) are left out. Links are followed while they stay inside: inside the directory that
+was named or, for a snapshot in a hub cache, inside its repository's folder, where the blobs are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from wan_loader.formats.content import read_head
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.known import holds_weights
 from wan_loader.formats.names import is_index_name, is_weight_name
+from wan_loader.formats.several import known
 
 if TYPE_CHECKING:
     from wan_loader.types import StrPath
@@ -31,18 +32,6 @@ _MAX_FILES = 100_000
 _MAX_DEPTH = 16
 #: So many files are opened where no name speaks of weights.
 _MAX_SNIFFED = 64
-#: First part of a name below the root -> when it is needed; whatever is small and unknown comes first.
-_FIRST_USE = (
-    ("text_encoder", 1),
-    ("models_t5", 1),
-    ("umt5", 1),
-    ("high_noise_model", 2),
-    ("transformer_2", 3),
-    ("transformer", 2),
-    ("low_noise_model", 3),
-    ("vae", 4),
-    ("Wan2", 4),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +138,8 @@ class _Walk:
         named = any(file.is_weights for file in self.files)
         if not named and not self.outside and not any(map(_holds_weights, self.files[:_MAX_SNIFFED])):
             raise no_checkpoint(self._root)
-        files = sorted(self.files, key=lambda file: (_first_use(file.relative), file.relative))
+        model = known(self._root)
+        files = sorted(self.files, key=lambda file: (model.rank(file.relative) if model else 0, file.relative))
         return Tree(self._root, True, tuple(files), tuple(self.outside), tuple(self.warnings))
 
     def _directory(self, relative: str, path: str, depth: int) -> None:
@@ -215,7 +205,3 @@ def _holds_weights(file: SourceFile) -> bool:
     with contextlib.suppress(OSError, CheckpointError):
         return holds_weights(read_head(file.path))
     return False
-
-
-def _first_use(relative: str) -> int:
-    return next((order for prefix, order in _FIRST_USE if relative.startswith(prefix)), 0)

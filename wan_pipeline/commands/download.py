@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import JsonOut, Verbose
+from wan_loader.cli import JsonOut, Verbose
 
 if TYPE_CHECKING:
     from wan_pipeline.hub.download import Downloaded
@@ -50,8 +50,7 @@ def download(
 
         wan-loader download --layout diffusers --to Wan2.2-T2V-A14B-Diffusers --dry-run
     """
-    from wan_loader.cli.output import print_json
-    from wan_loader.cli.progress import progress_bars
+    from wan_loader.cli import print_json, progress_bars
     from wan_pipeline.hub import download as downloading
 
     with progress_bars() as progress:
@@ -93,9 +92,7 @@ def _document(result: Downloaded, *, dry_run: bool) -> dict[str, Any]:
 
 
 def _print(result: Downloaded, *, dry_run: bool) -> None:
-    from wan_loader.cli.render import output_console
-    from wan_loader.console import marked
-    from wan_loader.printable import printable
+    from wan_loader.cli import marked, output_console, printable
     from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
     console = output_console()

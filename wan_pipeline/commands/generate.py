@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.distributed import own_file
-from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
-from wan_loader.distributed.processes import is_first, world_size
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
+from wan_loader.cli import check_outputs, own_file, print_json, say, show, write_json
+from wan_loader.distributed import is_first, world_size
 from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.progress import phase_progress
@@ -211,7 +210,7 @@ def _cache_settings(cache: bool, cache_dir: Path | None) -> dict[str, Any]:
 
 def _finish_cache(report: dict[str, Any], pipe: WanT2V) -> None:
     """Say what the cache had to do with it, and wait for the entry that is being written."""
-    from wan_loader.cli.building import follow_build
+    from wan_loader.cli import follow_build
 
     if report["cache"] is None:
         return

@@ -14,11 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from wan_loader.errors import HubError, OptionError, OutputError, WanLoaderError
-from wan_loader.events import clock_ns
+from wan_loader import HubError, OptionError, OutputError, WanLoaderError, clock_ns
 from wan_loader.sizes import format_bytes
-from wan_loader.system.threads import StoppedError, run_all
-from wan_loader.warming.prewarm import fill
+from wan_loader.system import StoppedError, run_all
 from wan_pipeline.hub.layouts import REPOSITORIES, layouts_in, missing_files, wanted_files
 from wan_pipeline.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
 from wan_pipeline.hub.state import State, locked_state, read_state
@@ -26,7 +24,7 @@ from wan_pipeline.hub.state import State, locked_state, read_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from wan_loader.types import StrPath
+    from wan_loader import StrPath
     from wan_pipeline.hub.layouts import Layout
     from wan_pipeline.hub.remote import Listing
 
@@ -255,7 +253,7 @@ class _Job:
     def _hash(self, fd: int, file: RemoteFile) -> Digest:
         """Return the digest of what is there; its bytes count as done."""
         digest, position, buffer = Digest(file), 0, memoryview(bytearray(_BLOCK_BYTES))
-        while count := fill(fd, position, buffer):
+        while count := os.preadv(fd, [buffer], position):
             if self._stop.is_set():
                 raise StoppedError
             digest.update(buffer[:count])

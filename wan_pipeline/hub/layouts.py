@@ -1,67 +1,82 @@
-"""The two layouts in which WAN2.2 is published: which files text-to-video needs, and which of them are missing.
+"""The two layouts in which models are published: which files text-to-video needs, and which of them are missing.
 
-    native      high_noise_model/, low_noise_model/ (TI2V-5B: shards at the root), text encoder and VAE as .pth,
-                google/umt5-xxl/
+    native      a directory of shards for each expert (one transformer: shards at the root), text encoder and VAE as
+                .pth, google/umt5-xxl/
     diffusers   model_index.json and a directory for each component
 
-Works on names, and reads small JSON files only.
+What the files of each model are called, `families` says. Works on names, and reads small JSON files only.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import CheckpointError
-from wan_loader.formats.directory import look_into
-from wan_loader.formats.strict_json import parse_object
+from wan_loader import CheckpointError
+from wan_loader.formats import look_into, parse_object
+from wan_pipeline.families import FAMILIES
+from wan_pipeline.family import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from wan_loader.formats.directory import Candidate
+    from wan_loader.formats import Candidate
+    from wan_pipeline.family import ModelFamily, Network
 
-__all__ = ["REPOSITORIES", "Layout", "layout_of", "layouts_in", "missing_files", "parts_of", "wanted_files"]
-
-Layout = Literal["native", "diffusers"]
+__all__ = [
+    "REPOSITORIES",
+    "Layout",
+    "family_of",
+    "is_native",
+    "layout_of",
+    "layouts_in",
+    "missing_files",
+    "parts_of",
+    "wanted_files",
+]
 
 #: Where each layout of T2V-A14B is published.
-REPOSITORIES: dict[Layout, str] = {
-    "native": "Wan-AI/Wan2.2-T2V-A14B",
-    "diffusers": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-}
-_EXPERTS = ("high_noise_model", "low_noise_model")
-_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-_VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-#: Words in the names of both, whoever has saved them again.
-_TEXT_WORD, _VAE_WORD = "t5", "vae"
-_VAE_22 = re.compile(r"wan-?2[._]2", re.IGNORECASE)
-_TOKENIZER = "google/umt5-xxl"
+REPOSITORIES = FAMILIES[0].repositories
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _MAX_JSON_BYTES = 10_000_000
 
+
+def _each(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+_NETWORKS = [network for family in FAMILIES for network in family.networks]
+_EXPERTS = [network for network in _NETWORKS if network.kind == "dit"]
+_EXPERT_DIRS = _each(network.native for network in _EXPERTS if network.native)
+_TEXT_FILES = _each(n.native for n in _NETWORKS if n.kind == "text_encoder")
+_VAE_FILES = _each(n.native for n in _NETWORKS if n.kind == "vae")
+_WORDS = _each(n.native_word for n in _NETWORKS if n.native_word)
+_TOKENIZERS = _each(family.tokenizer["native"] for family in FAMILIES)
+
+
+def _any(words: Iterable[str]) -> str:
+    return "|".join(map(re.escape, words))
+
+
 _TRANSFORMER_FILE = r"(config\.json|diffusion_pytorch_model[^/]*\.safetensors(\.index\.json)?)"
 _NATIVE = re.compile(
-    rf"(({'|'.join(_EXPERTS)})/{_TRANSFORMER_FILE}|{re.escape(_TEXT_FILE)}"
-    rf"|{'|'.join(map(re.escape, _VAE_FILES))}|{_TOKENIZER}/[^/]+)"
+    rf"(({_any(_EXPERT_DIRS)})/{_TRANSFORMER_FILE}|{_any((*_TEXT_FILES, *_VAE_FILES))}|({_any(_TOKENIZERS)})/[^/]+)"
 )
-_NATIVE_5B = re.compile(rf"({_TRANSFORMER_FILE}|{_NATIVE.pattern})")
-_DIFFUSERS = re.compile(
-    r"(model_index\.json"
-    r"|(transformer|transformer_2|text_encoder|vae|scheduler|tokenizer)/[^/]+\.(json|safetensors|model|txt))"
-)
+_NATIVE_AT_ROOT = re.compile(rf"({_TRANSFORMER_FILE}|{_NATIVE.pattern})")
+_COMPONENTS = (*_each(n.name for n in _NETWORKS), "scheduler", *_each(f.tokenizer["diffusers"] for f in FAMILIES))
+_DIFFUSERS = re.compile(rf"(model_index\.json|({_any(_COMPONENTS)})/[^/]+\.(json|safetensors|model|txt))")
 
 
 def layouts_in(names: Iterable[str]) -> tuple[Layout, ...]:
     """The layouts that a listing of files holds."""
     held = set(names)
     found: list[Layout] = []
-    if any(n.split("/")[0] in _EXPERTS or n in _VAE_FILES for n in held) and "model_index.json" not in held:
+    if any(n.split("/")[0] in _EXPERT_DIRS or n in _VAE_FILES for n in held) and "model_index.json" not in held:
         found.append("native")
     if "model_index.json" in held:
         found.append("diffusers")
-        if any(name.split("/")[0] in _EXPERTS for name in held):
+        if any(name.split("/")[0] in _EXPERT_DIRS for name in held):
             found.append("native")
     return tuple(found)
 
@@ -72,7 +87,7 @@ def wanted_files(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
     if layout == "diffusers":
         pattern = _DIFFUSERS
     else:
-        pattern = _NATIVE if any(name.startswith(_EXPERTS) for name in held) else _NATIVE_5B
+        pattern = _NATIVE if any(name.startswith(_EXPERT_DIRS) for name in held) else _NATIVE_AT_ROOT
     return tuple(name for name in held if pattern.fullmatch(name))
 
 
@@ -80,23 +95,90 @@ def layout_of(root: Path) -> Layout | None:
     """The layout of a model's directory, complete or not; None for any other directory, such as one component's."""
     if (root / "model_index.json").exists():
         return "diffusers" if _is_wan(root) else None
-    loose = sum((root / name).exists() for name in (_TEXT_FILE, *_VAE_FILES))
-    if loose > 1 or any((root / name).is_dir() for name in (*_EXPERTS, _TOKENIZER)):
+    loose = sum((root / name).exists() for name in (*_TEXT_FILES, *_VAE_FILES))
+    if loose > 1 or any((root / name).is_dir() for name in (*_EXPERT_DIRS, *_TOKENIZERS)):
         return "native"
     return None
 
 
+def is_native(root: Path) -> bool:
+    """Whether a directory holds anything of a model in the native layout."""
+    return any((root / name).exists() for name in (*_EXPERT_DIRS, *_TEXT_FILES, *_VAE_FILES))
+
+
+def family_of(root: Path, layout: Layout) -> ModelFamily:
+    """The model that a directory holds, complete or not: the one for which most of what is there speaks.
+
+    Raises `CheckpointError` for a model_index.json that is damaged.
+    """
+    if layout == "diffusers":
+        index, config = _read_json(root / "model_index.json"), _some_config(root / "transformer")
+        return max(FAMILIES, key=lambda family: _likeness(family, index, config))  # the first of equal ones
+    loose = [c.name for c in _loose(root)]
+    speaks = {family: _named_here(root, family, loose) for family in FAMILIES}
+    likely = [family for family in FAMILIES if speaks[family] == max(speaks.values())]
+    if len(likely) > 1:  # only then: what is read lies in the page cache, which `warm` measures
+        configs = {n.native: _some_config(root / n.native) for n in _EXPERTS}
+        likely.sort(key=lambda family: _likeness_native(family, configs), reverse=True)
+    return likely[0]
+
+
+def _likeness(family: ModelFamily, index: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """What speaks for a model, the weightiest first: how many experts, on what they work, how large they are."""
+    return (
+        (index.get("boundary_ratio") is None) == (family.boundary_ratio is None),
+        config.get("in_channels") == family.sizes.channels,
+        index.get("expand_timesteps") is family.expand_timesteps,
+        config.get("num_layers") == family.sizes.layers,
+    )
+
+
+def _named_here(root: Path, family: ModelFamily, loose: Sequence[str]) -> int:
+    """How much the names of files speak for a model, that of the VAE above all."""
+    has_vae = any(_is_there(root, network, loose) for network in family.networks if network.kind == "vae")
+    has_expert = any(_is_there(root, network, loose) for network in family.experts)
+    return 2 * has_vae + has_expert
+
+
+def _likeness_native(family: ModelFamily, configs: Mapping[str, Mapping[str, Any]]) -> tuple[bool, ...]:
+    """As `_likeness`, for models whose files are called alike."""
+    config = configs[family.experts[0].native]
+    return config.get("in_dim") == family.sizes.channels, config.get("num_layers") == family.sizes.layers
+
+
+def _is_there(root: Path, network: Network, loose: Sequence[str]) -> bool:
+    """Whether something of a network is there, under a name that tells whose it is. loose: files in the directory."""
+    if not network.native:
+        return (root / _INDEX).exists() or any(map(_is_transformer, loose))
+    if (root / network.native).exists():
+        return True
+    mark = re.compile(network.native_mark, re.IGNORECASE)
+    return bool(network.native_mark) and any(mark.search(n) and network.native_word in n.lower() for n in loose)
+
+
+def _some_config(path: Path) -> dict[str, Any]:
+    """A network's configuration; empty where there is none that can be read, which is reported elsewhere."""
+    try:
+        return _read_json(path / "config.json")
+    except CheckpointError:
+        return {}
+
+
 def parts_of(root: Path, layout: Layout) -> dict[str, str]:
     """Name of each part that holds weights -> its file or directory below the root, in the order of first use."""
+    return _parts(root, layout, family_of(root, layout))
+
+
+def _parts(root: Path, layout: Layout, family: ModelFamily) -> dict[str, str]:
     if layout == "diffusers":
-        experts = ["transformer"] if _boundary(root) is None else ["transformer", "transformer_2"]
-        return {name: name for name in ("text_encoder", *experts, "vae")}
-    if _is_5b(root):
-        transformers = {"transformer": _transformer_file(root)}
-    else:
-        transformers = {"transformer": _EXPERTS[0], "transformer_2": _EXPERTS[1]}
-    text = _called(root, _TEXT_FILE, _TEXT_WORD)
-    return {"text_encoder": text, **transformers, "vae": _called(root, _VAE_FILES[_is_5b(root)], _VAE_WORD)}
+        return {network.name: network.name for network in family.networks}
+    return {network.name: _native_part(root, network) for network in family.networks}
+
+
+def _native_part(root: Path, network: Network) -> str:
+    if network.kind != "dit":
+        return _called(root, network.native, network.native_word)
+    return network.native or _transformer_file(root)
 
 
 def missing_files(root: Path, layout: Layout) -> list[str]:
@@ -104,19 +186,17 @@ def missing_files(root: Path, layout: Layout) -> list[str]:
 
     Raises `CheckpointError` for an index or a configuration that is damaged.
     """
+    family = family_of(root, layout)
+    parts = _parts(root, layout, family)
+    missing: list[str] = []
     if layout == "native":
-        parts = parts_of(root, layout)
-        missing = [parts[name] for name in ("text_encoder", "vae") if not (root / parts[name]).exists()]
-        if "transformer_2" in parts:
-            for name in _EXPERTS:
-                missing += _missing_parts(root, root / name, _INDEX)
-        else:
-            missing += _missing_parts(root, root, parts["transformer"])
-        return missing + _missing_tokenizer(root, root / _TOKENIZER)
-    missing = []
-    for name in parts_of(root, "diffusers"):
+        missing += [parts[n.name] for n in family.networks if n.kind != "dit" and not (root / parts[n.name]).exists()]
+        for network in family.experts:
+            missing += _missing_parts(root, root / network.native, _INDEX if network.native else parts[network.name])
+        return missing + _missing_tokenizer(root, root / family.tokenizer[layout])
+    for name in parts:
         missing += _missing_parts(root, root / name, "model.safetensors.index.json" if "text" in name else _INDEX)
-    missing += _missing_tokenizer(root, root / "tokenizer")
+    missing += _missing_tokenizer(root, root / family.tokenizer[layout])
     scheduler = "scheduler/scheduler_config.json"
     return missing if (root / scheduler).exists() else [*missing, scheduler]
 
@@ -130,12 +210,6 @@ def _is_wan(root: Path) -> bool:
     return not isinstance(kind, str) or kind.startswith("Wan")
 
 
-def _is_5b(root: Path) -> bool:
-    if (root / _VAE_FILES[1]).exists() or (root / _INDEX).exists():
-        return True
-    return any(_VAE_22.search(c.name) and _VAE_WORD in c.name.lower() for c in _loose(root))
-
-
 def _called(root: Path, usual: str, word: str) -> str:
     """The name of a file: the usual one or, where that is not there, the only one with the word in it."""
     if not (root / usual).exists():
@@ -145,11 +219,16 @@ def _called(root: Path, usual: str, word: str) -> str:
 
 
 def _transformer_file(root: Path) -> str:
-    """The index of TI2V-5B's transformer or, where that is not there, the only checkpoint that is no other part."""
+    """The index of a transformer at the root or, where that is not there, the only checkpoint that is no other part."""
     if not (root / _INDEX).exists():
-        named = [c.name for c in _loose(root) if not any(word in c.name.lower() for word in (_TEXT_WORD, _VAE_WORD))]
+        named = [c.name for c in _loose(root) if _is_transformer(c.name)]
         return named[0] if len(named) == 1 else _INDEX
     return _INDEX
+
+
+def _is_transformer(name: str) -> bool:
+    """Whether a file is no other part, by its name."""
+    return not any(word in name.lower() for word in _WORDS)
 
 
 def _loose(root: Path) -> tuple[Candidate, ...]:
@@ -158,10 +237,6 @@ def _loose(root: Path) -> tuple[Candidate, ...]:
         return look_into(str(root), by_content=False).candidates
     except FileNotFoundError:
         return ()
-
-
-def _boundary(root: Path) -> Any:
-    return _read_json(root / "model_index.json").get("boundary_ratio")
 
 
 def _missing_parts(root: Path, path: Path, index: str) -> list[str]:

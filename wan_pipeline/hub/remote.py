@@ -13,8 +13,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import HubError, OutputError
-from wan_loader.system.threads import StoppedError
+from wan_loader import HubError, OutputError
+from wan_loader.system import StoppedError
 
 if TYPE_CHECKING:
     import threading

@@ -15,10 +15,10 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
+from wan_loader import OutputError
 from wan_loader.documents import Doc, DocumentError
-from wan_loader.errors import OutputError
-from wan_loader.formats.strict_json import parse_object
-from wan_loader.system.files import check_private, is_below, lock_or_refuse, plain_path, read_capped, write_text
+from wan_loader.formats import parse_object
+from wan_loader.system import check_private, is_below, lock_or_refuse, plain_path, read_capped, write_text
 from wan_pipeline.hub.remote import RemoteFile
 
 if TYPE_CHECKING:

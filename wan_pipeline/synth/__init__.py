@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
 from wan_pipeline.synth.arch import ARCHS, Component, DType, Layout, Size, Task
 
 if TYPE_CHECKING:

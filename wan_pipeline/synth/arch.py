@@ -1,6 +1,6 @@
 """The architectures: every number that the synthetic checkpoints are made from, in one place.
 
-`ARCHS` holds one `Arch` for each task and size; the functions below turn it into the configurations that the layouts
+`ARCHS` holds one `Arch` for each model and size; the functions below turn it into the configurations that the layouts
 keep in files. "full" is what is published, "tiny" has the same parts, names and depth of nesting, and runs on a CPU
 within a second. No torch, no diffusers: shapes come from `tensors.py`.
 """
@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from wan_loader.errors import OptionError
+from wan_loader import OptionError
+from wan_pipeline.families import FAMILIES, Task
+from wan_pipeline.family import Layout, ModelFamily, Network
+from wan_pipeline.family import SynthName as Component
 
 __all__ = ["ARCHS", "Arch", "Component", "DType", "Dit", "Layout", "Size", "Task", "Text", "Vae"]
 
-Layout = Literal["native", "diffusers"]
 Size = Literal["tiny", "full"]
-Task = Literal["t2v-A14B", "ti2v-5B"]
 DType = Literal["fp32", "bf16", "fp16"]
-Component = Literal["text_encoder", "high_noise", "low_noise", "transformer", "vae"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +107,6 @@ class Vae:
     z: int
     decoder_base: int | None = None
 
-    @property
-    def version(self) -> Literal["vae2.1", "vae2.2"]:
-        """The name of its architecture, which is also that of its key map."""
-        return "vae2.1" if self.decoder_base is None else "vae2.2"
-
     def diffusers_config(self) -> dict[str, Any]:
         """Return the configuration as diffusers keeps it."""
         config: dict[str, Any] = {
@@ -140,26 +135,36 @@ class Vae:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
-    """The architecture of one task at one size."""
+    """The architecture of one model at one size."""
 
-    task: Task
+    family: ModelFamily
     size: Size
     dit: Dit
     text: Text
     vae: Vae
-    experts: tuple[Component, ...]
-    """The diffusion transformers, in the order in which they run."""
-    boundary_ratio: float | None
-    """The share of the noise schedule from which on the high-noise expert runs."""
     std: float
     """The standard deviation of the weights: small against 1/sqrt(fan-in), nothing overflows; large, all saturates."""
     pool_elements: int
     """The number of random values; every tensor is a window of them. Odd, so that no repeat falls on a page border."""
 
     @property
+    def task(self) -> str:
+        """The model's name in `--task`."""
+        return self.family.task
+
+    @property
     def components(self) -> tuple[Component, ...]:
-        """All parts with weights, in the order in which they run."""
-        return ("text_encoder", *self.experts, "vae")
+        """The networks, in the order of first use."""
+        return tuple(network.synth_name for network in self.family.networks)
+
+    @property
+    def experts(self) -> tuple[Component, ...]:
+        """The diffusion transformers, in the order in which they run."""
+        return tuple(network.synth_name for network in self.family.experts)
+
+    def network(self, component: Component) -> Network:
+        """Return what the family says of a network."""
+        return next(network for network in self.family.networks if network.synth_name == component)
 
     def with_blocks(self, blocks: int | None) -> Arch:
         """Return the same with only the first `blocks` blocks of each diffusion transformer.
@@ -176,57 +181,44 @@ class Arch:
         return replace(self, dit=replace(self.dit, layers=blocks))
 
 
-_EXPERTS: tuple[Component, ...] = ("high_noise", "low_noise")
 _TEXT = Text(vocab=256384, d_model=4096, d_kv=64, heads=64, d_ff=10240, layers=24)
 _TINY_TEXT = Text(vocab=512, d_model=32, d_kv=8, heads=4, d_ff=64, layers=2)
 _FULL_POOL, _TINY_POOL = (1 << 24) - 3, (1 << 18) - 5
 
-ARCHS: dict[tuple[Task, Size], Arch] = {
-    (arch.task, arch.size): arch
-    for arch in (
-        Arch(
-            task="t2v-A14B",
-            size="full",
-            dit=Dit(heads=40, head_dim=128, ffn_dim=13824, layers=40, channels=16),
-            text=_TEXT,
-            vae=Vae(base=96, z=16),
-            experts=_EXPERTS,
-            boundary_ratio=0.875,
-            std=0.02,
-            pool_elements=_FULL_POOL,
+
+def _full(family: ModelFamily) -> Arch:
+    sizes = family.sizes
+    return Arch(
+        family=family,
+        size="full",
+        dit=Dit(
+            heads=sizes.heads,
+            head_dim=sizes.head_dim,
+            ffn_dim=sizes.ffn_dim,
+            layers=sizes.layers,
+            channels=sizes.channels,
         ),
-        Arch(
-            task="t2v-A14B",
-            size="tiny",
-            dit=Dit(heads=8, head_dim=12, ffn_dim=192, layers=4, channels=16, text_dim=32, freq_dim=64),
-            text=_TINY_TEXT,
-            vae=Vae(base=4, z=16),
-            experts=_EXPERTS,
-            boundary_ratio=0.875,
-            std=0.05,
-            pool_elements=_TINY_POOL,
-        ),
-        Arch(
-            task="ti2v-5B",
-            size="full",
-            dit=Dit(heads=24, head_dim=128, ffn_dim=14336, layers=30, channels=48),
-            text=_TEXT,
-            vae=Vae(base=160, decoder_base=256, z=48),
-            experts=("transformer",),
-            boundary_ratio=None,
-            std=0.02,
-            pool_elements=_FULL_POOL,
-        ),
-        Arch(
-            task="ti2v-5B",
-            size="tiny",
-            dit=Dit(heads=8, head_dim=12, ffn_dim=192, layers=4, channels=48, text_dim=32, freq_dim=64),
-            text=_TINY_TEXT,
-            vae=Vae(base=4, decoder_base=4, z=48),
-            experts=("transformer",),
-            boundary_ratio=None,
-            std=0.05,
-            pool_elements=_TINY_POOL,
-        ),
+        text=_TEXT,
+        vae=Vae(base=sizes.vae_base, decoder_base=sizes.vae_decoder_base, z=sizes.channels),
+        std=0.02,
+        pool_elements=_FULL_POOL,
     )
+
+
+def _tiny(family: ModelFamily) -> Arch:
+    """Make the same with as few numbers as the classes allow; channels stay, by which models are told apart."""
+    channels = family.sizes.channels
+    return Arch(
+        family=family,
+        size="tiny",
+        dit=Dit(heads=8, head_dim=12, ffn_dim=192, layers=4, channels=channels, text_dim=32, freq_dim=64),
+        text=_TINY_TEXT,
+        vae=Vae(base=4, decoder_base=None if family.sizes.vae_decoder_base is None else 4, z=channels),
+        std=0.05,
+        pool_elements=_TINY_POOL,
+    )
+
+
+ARCHS: dict[tuple[str, Size], Arch] = {
+    (arch.task, arch.size): arch for family in FAMILIES for arch in (_full(family), _tiny(family))
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from wan_pipeline.family import ComponentName
 from wan_pipeline.synth.formats import no_data, pth_stream, safetensors_stream, stream_nbytes
 from wan_pipeline.synth.tensors import component_tensors, meta_module, native_tensors
 from wan_pipeline.synth.tokenizer import tokenizer_files
@@ -27,14 +28,6 @@ __all__ = ["Plan", "TextFile", "WeightFile", "plan_files"]
 _SHARD_NBYTES: dict[Layout, int] = {"native": 10_000_000_000, "diffusers": 5_000_000_000}
 _TINY_SHARDS = 2
 _FLOW_SHIFT = 3.0
-_NATIVE_EXPERTS = {"high_noise": "high_noise_model/", "low_noise": "low_noise_model/", "transformer": ""}
-_DIFFUSERS_DIRS = {"high_noise": "transformer", "low_noise": "transformer_2"}
-_CLASSES = {
-    "text_encoder": ["transformers", "UMT5EncoderModel"],
-    "transformer": ["diffusers", "WanTransformer3DModel"],
-    "transformer_2": ["diffusers", "WanTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLWan"],
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +96,23 @@ def _native(
 ) -> Iterator[WeightFile | TextFile]:
     for component in components:
         tensors = native_tensors(arch, component, component_tensors(arch, component, dtypes[component]))
-        if component == "text_encoder":
-            yield WeightFile("models_t5_umt5-xxl-enc-bf16.pth", tensors)
-        elif component == "vae":
-            yield WeightFile(f"Wan{arch.vae.version.removeprefix('vae')}_VAE.pth", tensors)
+        network = arch.network(component)
+        if network.kind != "dit":
+            yield WeightFile(network.native, tensors)
         else:
-            prefix = _NATIVE_EXPERTS[component]
+            prefix = f"{network.native}/" if network.native else ""
             model_type = arch.task.partition("-")[0]
             yield TextFile(f"{prefix}config.json", _json(arch.dit.native_config(model_type)))
             yield from _sharded(f"{prefix}diffusion_pytorch_model", tensors, _shard_limit(arch, "native", tensors))
     for name, content in tokenizer_files().items():
-        yield TextFile(f"google/umt5-xxl/{name}", content)
+        yield TextFile(f"{arch.family.tokenizer['native']}/{name}", content)
 
 
 def _diffusers(
     arch: Arch, components: Sequence[Component], dtypes: dict[Component, DType]
 ) -> Iterator[WeightFile | TextFile]:
     for component in components:
-        folder = _DIFFUSERS_DIRS.get(component, component)
+        folder = arch.network(component).name
         tensors = component_tensors(arch, component, dtypes[component])
         yield TextFile(f"{folder}/config.json", _module_config(arch, component).encode())
         if component == "vae":
@@ -129,7 +121,7 @@ def _diffusers(
             stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
             yield from _sharded(f"{folder}/{stem}", tensors, _shard_limit(arch, "diffusers", tensors))
     for name, content in tokenizer_files().items():
-        yield TextFile(f"tokenizer/{name}", content)
+        yield TextFile(f"{arch.family.tokenizer['diffusers']}/{name}", content)
     yield TextFile("scheduler/scheduler_config.json", _scheduler_config().encode())
     yield TextFile("model_index.json", _json(_model_index(arch, components)))
 
@@ -175,7 +167,7 @@ def _module_config(arch: Arch, component: Component) -> str:
         config = meta_module(arch, "text_encoder").config
         config.architectures, config.dtype = ["UMT5EncoderModel"], "bfloat16"
         return str(config.to_json_string())
-    return str(meta_module(arch, arch.vae.version if component == "vae" else "dit").to_json_string())
+    return str(meta_module(arch, arch.network(component).map_name).to_json_string())
 
 
 def _scheduler_config() -> str:
@@ -190,15 +182,15 @@ def _model_index(arch: Arch, components: Sequence[Component]) -> dict[str, Any]:
     """Return the index of the parts; those that are not written are null, which diffusers takes as "given later"."""
     import diffusers
 
-    folders = {_DIFFUSERS_DIRS.get(component, component) for component in components}
+    written = {arch.network(component).name: list(arch.network(component).module) for component in components}
     return {
         "_class_name": "WanPipeline",
         "_diffusers_version": diffusers.__version__,
-        "boundary_ratio": arch.boundary_ratio,
-        "expand_timesteps": arch.task == "ti2v-5B",
+        "boundary_ratio": arch.family.boundary_ratio,
+        "expand_timesteps": arch.family.expand_timesteps,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
-        **{folder: cls if folder in folders else [None, None] for folder, cls in _CLASSES.items()},
+        **{name: written.get(name, [None, None]) for name in get_args(ComponentName)},
     }
 
 

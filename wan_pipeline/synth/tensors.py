@@ -49,9 +49,7 @@ class Tensor:
 
 def map_name(arch: Arch, component: Component) -> MapName:
     """Return the name of a component's key map."""
-    if component == "vae":
-        return arch.vae.version
-    return "text_encoder" if component == "text_encoder" else "dit"
+    return arch.network(component).map_name
 
 
 def component_tensors(arch: Arch, component: Component, dtype: DType) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_loader.errors import OutputError
+from wan_loader import OutputError
 from wan_loader.sizes import format_bytes
 
 if TYPE_CHECKING:

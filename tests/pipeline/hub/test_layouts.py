@@ -7,7 +7,7 @@ import pytest
 from hub_standin import native_files, needed
 
 from wan_loader.errors import CheckpointError
-from wan_pipeline.hub.inventory import take_inventory
+from wan_loader.formats.inventory import take_inventory
 from wan_pipeline.hub.layouts import layout_of, layouts_in, missing_files, parts_of, wanted_files
 
 HIGH = "high_noise_model/diffusion_pytorch_model"
@@ -143,14 +143,15 @@ def test_inventory_of_a_complete_checkpoint(real):
     inventory = take_inventory(real)
     assert inventory.complete
     assert list(inventory.parts) == ["text_encoder", "transformer", "transformer_2", "vae"]
-    assert inventory.has_two_experts
+    titles = [part.title for part in inventory.model.parts]
+    assert titles == ["text encoder", "high-noise expert", "low-noise expert", "VAE"]
 
 
 def test_inventory_names_what_is_missing_and_shows_the_rest(real):
     (real / f"{HIGH}-00002-of-00002.safetensors").unlink()
     (real / "google/umt5-xxl/tokenizer.json").unlink()
     inventory = take_inventory(real)
-    assert {absent.path for absent in inventory.absent} == {
+    assert {absent.path for absent in inventory.model.missing} == {
         f"{HIGH}-00002-of-00002.safetensors",
         "google/umt5-xxl/tokenizer.json",
     }
@@ -161,7 +162,7 @@ def test_inventory_names_what_is_missing_and_shows_the_rest(real):
 def test_inventory_says_which_part_is_damaged(real, content):
     (real / f"{HIGH}-00002-of-00002.safetensors").write_bytes(content)
     inventory = take_inventory(real)
-    assert not inventory.absent
+    assert not inventory.model.missing
     ((name, error),) = inventory.damaged
     assert name == "transformer"
     assert "00002-of-00002" in error

@@ -1,45 +1,17 @@
-"""What is wrong with a machine, from its facts and ceilings; and which weight files a path holds."""
+"""What is wrong with a machine, from its facts and ceilings."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import CheckpointError
-from wan_loader.formats import open_checkpoint
-from wan_loader.formats.choosing import parts_in
-from wan_loader.formats.hub_cache import locate
 from wan_loader.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
-    from wan_loader.formats import Checkpoint
-
-__all__ = ["checkpoints_in", "diagnose", "weight_paths"]
+__all__ = ["diagnose"]
 
 MiB = 1 << 20
-
-
-def checkpoints_in(path: Path, part: str | None = None) -> list[Checkpoint]:
-    """The checkpoint at a path, or those of a model's directory: one for each file or subdirectory that holds one.
-
-    part: of the one at the path, as for `open_checkpoint`.
-    """
-    try:
-        return [open_checkpoint(path, part=part)]
-    except CheckpointError:
-        if part is not None or not os.path.isdir(directory := locate(os.fspath(path))):
-            raise
-        if not (found := parts_in(directory)):
-            raise
-    return [open_checkpoint(one) for one in found]
-
-
-def weight_paths(path: Path, part: str | None = None) -> list[str]:
-    """All files of the checkpoints at a path."""
-    return [file.path for checkpoint in checkpoints_in(path, part) for file in checkpoint.files]
 
 
 def diagnose(document: Mapping[str, Any]) -> list[dict[str, str]]:

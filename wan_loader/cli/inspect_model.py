@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,12 +13,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.formats import Checkpoint
-    from wan_pipeline.hub.inventory import Inventory
+    from wan_loader.formats.inventory import Inventory
 
 __all__ = ["inspect_model"]
 
 _MAX_NAMED = 8
-_TITLES = {"text_encoder": "text encoder", "transformer": "high-noise expert", "transformer_2": "low-noise expert"}
 
 
 def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
@@ -34,26 +34,21 @@ def inspect_model(path: Path, inventory: Inventory, *, json: bool) -> None:
     print_warnings(document["warnings"])
     if inventory.complete:
         return
-    what = [f"{_names(inventory)} missing"] if inventory.absent else []
+    what = [f"{_names(inventory)} missing"] if inventory.model.missing else []
     what += [f"{format_count(len(inventory.damaged), 'part')} damaged"] if inventory.damaged else []
     say(printable(f"error: {path} is not complete: {'; '.join(what)}: {_advice(path, inventory)}"))
     raise typer.Exit(1)
 
 
 def _names(inventory: Inventory) -> str:
-    names = [missing.path for missing in inventory.absent]
+    names = [missing.path for missing in inventory.model.missing]
     names[_MAX_NAMED:] = [f"{len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
     return f"{', '.join(names[:-1])} and {names[-1]} are" if len(names) > 1 else f"{names[0]} is"
 
 
 def _advice(path: Path, inventory: Inventory) -> str:
-    import shlex
-
-    from wan_pipeline.hub.layouts import REPOSITORIES
-
-    repository = inventory.repository or REPOSITORIES[inventory.layout]
     first = "delete what is damaged; " if inventory.damaged else ""
-    if inventory.repository is None and not inventory.has_two_experts:
+    if (repository := inventory.model.download_from) is None:
         return f"{first}finish the download"
     return f"{first}wan-loader download {repository} --to {shlex.quote(str(path))} gets what is missing"
 
@@ -61,22 +56,22 @@ def _advice(path: Path, inventory: Inventory) -> str:
 def _document(path: Path, inventory: Inventory) -> dict[str, Any]:
     from wan_loader.system.page_cache import describe
 
-    parts = inventory.parts
+    model, parts = inventory.model, inventory.parts
     files = [file.path for part in parts.values() for file in part.files]
     return {
         "schema_version": 1,
         "command": "inspect",
         "target": str(path),
         "format": "model",
-        "layout": inventory.layout,
-        "repository": inventory.repository,
-        "revision": inventory.revision,
+        "layout": model.layout,
+        "repository": model.repository,
+        "revision": model.revision,
         "complete": inventory.complete,
         "n_tensors": sum(len(part.tensors) for part in parts.values()),
         "nbytes": sum(part.nbytes for part in parts.values()),
         "nbytes_file": sum(part.nbytes_file for part in parts.values()),
         "parts": [_part(name, part) for name, part in parts.items()],
-        "missing": [{"path": a.path, "nbytes": a.nbytes, "nbytes_here": a.nbytes_here} for a in inventory.absent],
+        "missing": [{"path": a.path, "nbytes": a.nbytes, "nbytes_here": a.nbytes_here} for a in model.missing],
         "damaged": [{"part": name, "error": error} for name, error in inventory.damaged],
         "warnings": [*(w for part in parts.values() for w in part.warnings), *describe(files)],
     }
@@ -103,29 +98,24 @@ def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
     from wan_loader.console import Columns, marked
     from wan_loader.sizes import format_bytes, format_share
 
-    console = output_console()
+    console, model = output_console(), inventory.model
+    titles = {part.name: part.title for part in model.parts}
     console.print(marked("[bold]{}[/]", path))
-    origin = f", from {inventory.repository} at {str(inventory.revision)[:12]}" if inventory.repository else ""
-    console.print(f"WAN2.2, {inventory.layout} layout{printable(origin)}\n")
+    origin = f", from {model.repository} at {str(model.revision)[:12]}" if model.repository else ""
+    console.print(printable(f"{model.family}, {model.layout} layout{origin}") + "\n")
     parts = Columns("part", "files", "tensors", "bytes", "dtypes", "page cache")
     for row in document["parts"]:
         share = format_share(row["resident"], row["nbytes_file"])
-        title, dtypes = _title(row["name"], inventory), ", ".join(row["dtypes"])
+        title, dtypes = titles[row["name"]], ", ".join(row["dtypes"])
         sizes = (str(row["n_files"]), str(row["n_tensors"]), format_bytes(row["nbytes"]))
         parts.add_row(title, *sizes, dtypes, share)
     if document["parts"]:
         console.print(parts)
     for name, error in inventory.damaged:
-        console.print(marked("\n[bold red]damaged[/]: {}: {}", _title(name, inventory), error))
-    if inventory.absent:
+        console.print(marked("\n[bold red]damaged[/]: {}: {}", titles.get(name, name), error))
+    if model.missing:
         console.print("\nmissing", style="bold")
-    for file in inventory.absent:
+    for file in model.missing:
         size = "" if file.nbytes is None else f", {format_bytes(file.nbytes)}"
         here = f", {format_bytes(file.nbytes_here)} of that are here" if file.nbytes_here else ""
         console.print(f"{printable(file.path)}{size}{here}")
-
-
-def _title(name: str, inventory: Inventory) -> str:
-    if name == "transformer" and not inventory.has_two_experts:
-        return "transformer"
-    return {"vae": "VAE"}.get(name, _TITLES.get(name, name))

@@ -1,0 +1,80 @@
+"""The checkpoints of a directory, opened: those that are there by structure, or all parts that a known model has.
+
+Reads headers, indexes and what a model's family reads to recognise it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wan_loader.errors import CheckpointError
+from wan_loader.formats.checkpoint import open_checkpoint
+from wan_loader.formats.hub_cache import locate
+from wan_loader.formats.several import parts_in, recognise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.formats.several import MissingFile, ModelDirectory
+    from wan_loader.types import StrPath
+
+__all__ = ["Inventory", "checkpoints_in", "take_inventory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What there is of a known model."""
+
+    model: ModelDirectory
+    parts: Mapping[str, Checkpoint]
+    """Parts that can be opened, by name, in the order of first use."""
+    damaged: tuple[tuple[str, str], ...]
+    """Part and what is wrong with it, where no file is missing."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all parts are there and can be opened."""
+        return not self.model.missing and not self.damaged
+
+
+def checkpoints_in(path: StrPath, part: str | None = None) -> list[Checkpoint]:
+    """Open the checkpoint at a path, or those of a directory with several, in the order of their names.
+
+    part: of the one at the path, as for `open_checkpoint`.
+    """
+    try:
+        return [open_checkpoint(path, part=part)]
+    except CheckpointError:
+        if part is not None or not os.path.isdir(directory := locate(os.fspath(path))):
+            raise
+        if not (found := parts_in(directory)):
+            raise
+    return [open_checkpoint(one) for one in found]
+
+
+def take_inventory(path: StrPath) -> Inventory | None:
+    """Look through a model's directory; None for what no family knows (one part's directory, for instance).
+
+    path: as for `open_checkpoint`. Raises `CheckpointError` for a repository that the hub's cache does not hold.
+    """
+    directory = locate(os.fspath(path))
+    if not os.path.isdir(directory) or (model := recognise(directory)) is None:
+        return None
+    parts: dict[str, Checkpoint] = {}
+    damaged = list(model.problems)
+    for part in model.parts:
+        if _lacks_files(part.path, model.missing):
+            continue
+        try:
+            parts[part.name] = open_checkpoint(os.path.join(directory, part.path))
+        except CheckpointError as error:
+            damaged.append((part.name, str(error)))
+    return Inventory(model, parts, tuple(damaged))
+
+
+def _lacks_files(path: str, missing: Iterable[MissingFile]) -> bool:
+    folder = path.rpartition("/")[0] if path.endswith(".json") else path
+    return any(file.path == path or file.path.startswith(f"{folder}/") for file in missing)

@@ -1,0 +1,32 @@
+"""Names of a package that are imported when first asked for, so that importing the package costs nothing."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wan_loader.system.forks import without_forks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["lazy_names"]
+
+
+def lazy_names(package: str, origins: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make the `__getattr__` of a package whose names come from other modules.
+
+    package: its name. origins: name -> the module that defines it. A name that was asked for once is an attribute of
+    the package from then on.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name not in origins:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with without_forks():
+            value = getattr(import_module(origins[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return getattr_

@@ -1,0 +1,30 @@
+"""What `wan-loader cache build` asks about the directory of a whole model."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_loader import OptionError
+from wan_pipeline.hub.layouts import layout_of
+
+if TYPE_CHECKING:
+    from wan_loader.cache.outline import Outline
+
+__all__ = ["outline_model"]
+
+
+def outline_model(directory: str, dtype: str) -> Outline | None:
+    """Describe the cache entry of a whole pipeline, with its experts as `dtype`; None for any other directory.
+
+    Raises `OptionError` without the pipeline extra, `CheckpointError` for a model that is not complete.
+    """
+    if layout_of(Path(directory)) is None:
+        return None
+    if find_spec("diffusers") is None:
+        raise OptionError("the entry of a whole pipeline needs the pipeline extra: pip install 'wan-loader[pipeline]'")
+    from wan_pipeline.cached import outline_wan
+    from wan_pipeline.checkpoint import open_wan
+
+    return outline_wan(open_wan(directory), dtype)

@@ -1,0 +1,78 @@
+"""What the directory of a model holds and what is missing of it, by name: the answer that `wan_loader` asks for.
+
+Reads indexes, configurations and the state of a download only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_loader import CheckpointError, MissingFile, ModelDirectory, ModelPart
+from wan_pipeline.families import FAMILIES
+from wan_pipeline.hub.layouts import family_of, layout_of, missing_files, parts_of
+from wan_pipeline.hub.state import read_state
+
+if TYPE_CHECKING:
+    from wan_pipeline.family import Layout, ModelFamily
+    from wan_pipeline.hub.state import State
+
+__all__ = ["recognise"]
+
+
+def recognise(directory: str) -> ModelDirectory | None:
+    """Say what a directory is and what is missing of it; None for one that is no model's (one part's, for instance)."""
+    root = Path(directory)
+    state = read_state(root)
+    layout = state.layout if state else layout_of(root)
+    if layout is None:
+        return None
+    missing, problems = (_missing(state), ()) if state else _missing_by_layout(root, layout)
+    family, paths = _family_and_paths(root, layout)
+    titles: dict[str, str] = {network.name: network.title for network in family.networks}
+    return ModelDirectory(
+        family=family.title,
+        layout=layout,
+        parts=tuple(ModelPart(name, path, titles[name]) for name, path in paths.items()),
+        missing=missing,
+        problems=problems,
+        repository=state.repository if state else None,
+        revision=state.revision if state else None,
+        download_from=state.repository if state else family.repositories.get(layout),
+    )
+
+
+def _family_and_paths(root: Path, layout: Layout) -> tuple[ModelFamily, dict[str, str]]:
+    """Return the model, and where its parts are; no parts, where what is damaged keeps them from being known."""
+    try:
+        return family_of(root, layout), parts_of(root, layout)
+    except CheckpointError:  # reported as missing or damaged
+        return FAMILIES[0], {}
+
+
+def _missing(state: State) -> tuple[MissingFile, ...]:
+    found = []
+    for file in state.files:
+        try:
+            here = os.stat(state.target(file)).st_size
+        except OSError:
+            try:
+                here = os.stat(state.part(file)).st_size
+            except OSError:
+                here = 0
+            found.append(MissingFile(file.path, file.nbytes, here))
+            continue
+        if here != file.nbytes:
+            found.append(MissingFile(file.path, file.nbytes, min(here, file.nbytes)))
+    return tuple(found)
+
+
+def _missing_by_layout(root: Path, layout: Layout) -> tuple[tuple[MissingFile, ...], tuple[tuple[str, str], ...]]:
+    """Return what is missing, or what keeps us from knowing it."""
+    try:
+        return tuple(MissingFile(path) for path in missing_files(root, layout)), ()
+    except CheckpointError as error:
+        return (), (("configuration", str(error)),)
+    except OSError as error:  # nothing can be said about what is missing
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
