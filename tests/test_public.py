@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 #: Public beside `wan_loader` itself; its docstring lists them.
-SUBMODULES = ("arguments", "cli", "distributed", "documents", "dtypes", "formats", "sizes", "system")
+SUBMODULES = ("arguments", "cache", "cli", "distributed", "documents", "dtypes", "formats", "sizes", "system")
 MODULES = ("wan_loader", *(f"wan_loader.{name}" for name in SUBMODULES))
 #: Values, and names for types, which have no docstring of their own.
 PLAIN = {"MOST", "FLOATING", "ITEMSIZE", "IoMode", "JsonOut", "MAX_THREADS", "StrPath", "Verbose", "__version__"}

@@ -5,6 +5,7 @@ Importing this package does not import torch; the first call that needs it does.
 Public are the names in `__all__` here, and those in the `__all__` of these submodules; all others may change:
 
     arguments      checks of what callers pass
+    cache          the converted cache: what an entry holds, and what one source has to do with it
     cli            how our programs speak, show progress and end
     distributed    the processes that torchrun starts: who they are, how they meet, how they notice that one is gone
     documents      JSON documents of ours, read strictly

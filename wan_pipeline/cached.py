@@ -11,12 +11,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.cache.cached_load import read_parts
-from wan_loader.cache.check import check_entry
-from wan_loader.cache.outline import Outline, outline_file
-from wan_loader.cache.use import CacheUse
-from wan_loader.errors import CacheError, CheckpointError
-from wan_loader.plan.dtype_policy import DtypePolicy
+from wan_loader import CacheError, CheckpointError, DtypePolicy
+from wan_loader.cache import CacheUse, Outline, check_entry, outline_file, read_parts
 from wan_pipeline.checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:
@@ -25,11 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.cache.build import Build
-    from wan_loader.cache.entry import Entry
-    from wan_loader.cache.outline import CachedFile
-    from wan_loader.loading.report import CacheReport
-    from wan_loader.types import StrPath
+    from wan_loader import StrPath
+    from wan_loader.cache import CachedFile, CacheReport, Entry, EntryBuild
     from wan_pipeline.checkpoint import Component, WanCheckpoint
 
 __all__ = ["PipelineCache", "outline_wan"]
@@ -141,7 +134,7 @@ class PipelineCache:
         return self._use.report
 
     @property
-    def build(self) -> Build | None:
+    def build(self) -> EntryBuild | None:
         """The entry that is being written from what was loaded."""
         return self._use.build
 

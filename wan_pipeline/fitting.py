@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from wan_pipeline.checkpoint import Component, WanCheckpoint
     from wan_pipeline.presets import Limits, Preset, ResidencyStep
-    from wan_pipeline.startup import StartOptions
+    from wan_pipeline.start_options import StartOptions
 
 __all__ = ["choose_preset", "network_dtype"]
 

@@ -18,7 +18,8 @@ from wan_loader.arguments import checked_path
 from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.request import Request
-from wan_pipeline.startup import StartOptions, begin
+from wan_pipeline.start_options import StartOptions
+from wan_pipeline.startup import begin
 from wan_pipeline.timeline import Timeline
 from wan_pipeline.video import write_mp4
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import StrPath
-    from wan_loader.cache.build import Build
+    from wan_loader.cache import EntryBuild
     from wan_pipeline.parallel import Run
     from wan_pipeline.startup import Started
 
@@ -157,7 +158,7 @@ class WanT2V:
         return self._started.reason
 
     @property
-    def build(self) -> Build | None:
+    def build(self) -> EntryBuild | None:
         """The cache entry that is being written from this start; None if there is none (yet)."""
         return self._started.cache.build if self._started.cache is not None else None
 

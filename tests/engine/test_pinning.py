@@ -8,9 +8,10 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+from engine_runs import run_transfer
 
 from wan_loader.devices.writer import PinError
-from wan_loader.engine import Batch, run_transfer
+from wan_loader.engine import Batch
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.reader import Reader

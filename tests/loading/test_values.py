@@ -92,7 +92,7 @@ def test_a_plan_can_be_carried_out_as_often_as_wanted(tmp_path):
     plan = planned(write("safetensors", tmp_path, tensors), policy=DtypePolicy("bfloat16"))
     for _ in range(2):
         result = collect(run(plan))
-        result.stats.release()
+        result.state.release()
         for name, tensor in tensors.items():
             same(result.tensors[name], tensor.bfloat16())
 
@@ -149,7 +149,7 @@ def test_a_run_yields_each_tensor_once_as_it_arrives(tmp_path, options):
         for name, tensor in arrived.items():
             same(tensor, tensors[name].bfloat16() if dtype else tensors[name])
         seen |= arrived
-    result.stats.release()
+    result.state.release()
     assert seen.keys() == result.tensors.keys() == tensors.keys()
     assert list(result.tensors) == [facts.name for facts in plan.tensors]
 

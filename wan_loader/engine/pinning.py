@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.writer import DeviceWriter
     from wan_loader.engine.pinned_ring import Slot
-    from wan_loader.engine.transfer import TransferStats
+    from wan_loader.engine.state import TransferState
     from wan_loader.events import Observer
 
 __all__ = ["Pinning"]
 
 
 class Pinning:
-    """Slots are pinned until the target refuses one. What was pinned, and why not all, is noted in `stats`."""
+    """Slots are pinned until the target refuses one. What was pinned, and why not all, is noted in `state`."""
 
-    def __init__(self, writer: DeviceWriter, stats: TransferStats, observer: Observer | None) -> None:
+    def __init__(self, writer: DeviceWriter, state: TransferState, observer: Observer | None) -> None:
         self._writer = writer
-        self._stats = stats
+        self._state = state
         self._observer = observer
         self._coming: dict[int, Event] = {}
         """Is set once the slot at an address has been dealt with in the background."""
@@ -90,7 +90,7 @@ class Pinning:
     def _pin(self, slots: Sequence[Slot]) -> None:
         address, nbytes = slots[0].address, sum(len(slot.view) for slot in slots)
         # First: after the call, Ctrl-C may come before anything else. Unregistering what is not registered is harmless.
-        self._stats.cleanups.append(partial(self._writer.unpin, address))
+        self._state.cleanups.append(partial(self._writer.unpin, address))
         try:
             with span(self._observer, "init", track="pinning"):
                 with suppress(OSError):  # then registering has more to do
@@ -99,8 +99,8 @@ class Pinning:
         except PinError as refusal:
             was_over, self._is_over = self._is_over, True
             if not was_over:  # else the other thread was refused, too
-                self._stats.fallbacks.append(f"staging is not pinned, copies are slower: {refusal}")
+                self._state.fallbacks.append(f"staging is not pinned, copies are slower: {refusal}")
         else:
-            self._stats.pinned_nbytes += nbytes
+            self._state.pinned_nbytes += nbytes
             for slot in slots:
                 slot.pinned = True

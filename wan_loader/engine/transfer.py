@@ -16,14 +16,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic, sleep
 from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.writer import PinError
-from wan_loader.engine.activity import wait_until_idle
 from wan_loader.engine.pending import PendingBlocks
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
@@ -40,18 +37,17 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.writer import CopyEvent, CopyStream, Destination, DeviceWriter
     from wan_loader.engine.reader import Reader
+    from wan_loader.engine.state import TransferState
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
     from wan_loader.plan.limits import EngineSettings
 
-__all__ = ["Batch", "TransferStats", "run_transfer", "transfer_blocks"]
+__all__ = ["Batch", "transfer_blocks"]
 
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
 #: How soon one thread notices that the other has failed.
 _PATIENCE_S = 0.1
-#: How long windows may stay registered after a load because of others.
-_IDLE_SECONDS = 3.0
 #: With fewer blocks than this left to read, the next portion is planned and allocated.
 _FEW_BLOCKS = 8
 
@@ -64,43 +60,12 @@ class Batch(NamedTuple):
     """Makes the storages that no earlier portion needed, and says where they are, in their order."""
 
 
-@dataclass(slots=True)
-class TransferStats:
-    """What was done: bytes by way, memory used, the reasons for every way not taken."""
-
-    nbytes: dict[Transport, int] = field(default_factory=lambda: dict.fromkeys(Transport, 0))
-    straight_nbytes: int = 0
-    """Bytes that were read to their place, into memory that was new."""
-    staging_nbytes: int = 0
-    pinned_nbytes: int = 0
-    registered_nbytes: int = 0
-    fallbacks: list[str] = field(default_factory=list)
-    cleanups: list[Callable[[], bool]] = field(default_factory=list)
-    """What unregisters and unmaps the places that the copies came from, to be called last first."""
-
-    def release(self, pause_s: float = 0.0) -> None:
-        """Unregister and unmap. In any thread, after the target has finished.
-
-        Unregistering windows holds the driver's lock for long. With `pause_s`, that gives way to other loads, and there
-        are pauses between the steps for whoever else uses the device.
-        """
-        deadline = monotonic() + _IDLE_SECONDS
-        while self.cleanups:
-            if pause_s and self.registered_nbytes:
-                wait_until_idle(max(0.0, deadline - monotonic()))
-            if not self.cleanups[-1]():
-                return  # still registered: what lies below must stay mapped
-            self.cleanups.pop()
-            if pause_s:
-                sleep(pause_s)
-
-
 def transfer_blocks(
     batches: Iterable[Batch],
     reader: Reader,
     writer: DeviceWriter,
     settings: EngineSettings,
-    stats: TransferStats,
+    state: TransferState,
     *,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
@@ -110,24 +75,9 @@ def transfer_blocks(
     Batches are drawn in this thread, when there is little left to read, and the first is allocated while its first
     reads are under way. Nothing is read ahead of whoever takes what is yielded but what fits the ring. Closing it, the
     first failure of any thread, and a cancelled token end everything and release it. The caller must call `release` on
-    `stats`, which tells how far it is, once all has arrived.
+    `state`, which tells how far it is, once all has arrived.
     """
-    yield from _Transfer(batches, reader, writer, settings, stats, cancel, observer).run()
-
-
-def run_transfer(
-    batches: Iterable[Batch],
-    reader: Reader,
-    writer: DeviceWriter,
-    settings: EngineSettings,
-    observer: Observer | None = None,
-    cancel: CancelToken | None = None,
-) -> TransferStats:
-    """Do as `transfer_blocks` does, to the end; returns what was done."""
-    stats = TransferStats()
-    for _ in transfer_blocks(batches, reader, writer, settings, stats, cancel=cancel, observer=observer):
-        pass
-    return stats
+    yield from _Transfer(batches, reader, writer, settings, state, cancel, observer).run()
 
 
 class _Transfer:
@@ -137,7 +87,7 @@ class _Transfer:
         reader: Reader,
         writer: DeviceWriter,
         settings: EngineSettings,
-        stats: TransferStats,
+        state: TransferState,
         cancel: CancelToken | None,
         observer: Observer | None,
     ) -> None:
@@ -167,8 +117,8 @@ class _Transfer:
         self._reads: ReadQueue | None = None
         self._stream: CopyStream | None = None
         self._copying: deque[tuple[CopyEvent, InFlightRead]] = deque()
-        self._stats = stats
-        self._pinning = Pinning(writer, self._stats, observer)
+        self._state = state
+        self._pinning = Pinning(writer, self._state, observer)
 
     def run(self) -> Iterator[Sequence[Block]]:
         try:
@@ -181,7 +131,7 @@ class _Transfer:
             self._work.cancel()
             self._abandon()
             raise
-        self._stats.fallbacks += self._reader.fallbacks
+        self._state.fallbacks += self._reader.fallbacks
         copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
         yield [*self._take_arrived(), *copied, *self._mapped]
 
@@ -212,7 +162,7 @@ class _Transfer:
         if self._work.has_windows and not self._maps_here:
             self._mapper_ended.clear()
             if in_background(self._map_guarded, "mapper") is None:
-                self._stats.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
+                self._state.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
 
     def _take_arrived(self) -> Sequence[Block]:
         """What has arrived since the last time."""
@@ -260,14 +210,14 @@ class _Transfer:
             self._reads.end()
         with suppress(BaseException):  # the failure that brought us here is the one to raise
             self._writer.finish()
-        self._stats.release()
+        self._state.release()
 
     # staging: the calling thread
 
     def _open_queue(self) -> ReadQueue:
         staging = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
-        self._stats.cleanups.append(staging.close)
-        self._stats.staging_nbytes = staging.nbytes
+        self._state.cleanups.append(staging.close)
+        self._state.staging_nbytes = staging.nbytes
         backend = choose_backend(self._reader.fallbacks)
         self._reads = ReadQueue(self._settings.threads, self._reader, staging, backend, self._observer)
         return self._reads
@@ -316,8 +266,8 @@ class _Transfer:
             self._pinning.need(slot)
             copy_event = stream.submit(slot.address, block.start - start, block.segments)
         else:
-            self._stats.straight_nbytes += block.nbytes
-        self._stats.nbytes[read.transport] += block.nbytes
+            self._state.straight_nbytes += block.nbytes
+        self._state.nbytes[read.transport] += block.nbytes
         if copy_event is None:  # there was nothing to copy, or the copy has taken its time
             self._free(in_flight, reads)
             reads.look()
@@ -356,18 +306,18 @@ class _Transfer:
             return False
         stream.submit(address, block.page_start, block.segments)
         self._mapped.append(block)
-        self._stats.nbytes[Transport.MAPPED] += block.nbytes
+        self._state.nbytes[Transport.MAPPED] += block.nbytes
         return True
 
     def _map_file(self, block: Block) -> int | None:
         """Map a block's pages; returns the address of the first. None if the file system or the kernel refuses."""
         start, nbytes = block.page_start, block.page_end - block.page_start
         mapped: list[int] = []
-        self._stats.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
+        self._state.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
         try:
             address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
         except OSError as refusal:
-            self._stats.fallbacks.append(f"pages are not mapped, read through staging: {refusal.strerror}")
+            self._state.fallbacks.append(f"pages are not mapped, read through staging: {refusal.strerror}")
             return None
         if self._settings.faults_in:
             with span(self._observer, "read", block.nbytes):
@@ -380,14 +330,14 @@ class _Transfer:
     def _pin_window(self, block: Block, address: int) -> bool:
         """False if the driver refuses."""
         nbytes = block.page_end - block.page_start
-        self._stats.cleanups.append(partial(self._writer.unpin, address))
+        self._state.cleanups.append(partial(self._writer.unpin, address))
         try:
             with span(self._observer, "register", block.nbytes):
                 self._writer.pin(address, nbytes, read_only=True)
         except PinError as refusal:
-            self._stats.fallbacks.append(f"page-cache pages are not registered, read through staging: {refusal}")
+            self._state.fallbacks.append(f"page-cache pages are not registered, read through staging: {refusal}")
             return False
-        self._stats.registered_nbytes += nbytes
+        self._state.registered_nbytes += nbytes
         return True
 
 

@@ -16,7 +16,7 @@ from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.cuda import CudaWriter
 from wan_loader.devices.resolve import check_room_for_torch, is_busy
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import Batch, TransferStats, transfer_blocks
+from wan_loader.engine import Batch, TransferState, transfer_blocks
 from wan_loader.engine.reader import Reader
 from wan_loader.events import span
 from wan_loader.formats.known import format_of
@@ -47,7 +47,8 @@ class TransferResult:
 
     tensors: dict[str, torch.Tensor]
     """By name, in the order in which they were wanted."""
-    stats: TransferStats
+    state: TransferState
+    """The counters, and what must be released once nothing is read from the transfer's memory any more."""
     destinations: Sequence[Destination] = ()
     """The memory of each storage that was copied, in the order of the layout."""
 
@@ -59,19 +60,19 @@ def run(
 
     check: is given every block while it is read, and raises if it is not what it was.
 
-    The caller must call `release` on the result's `stats`, once nothing is read from the transfer's memory any more.
+    The caller must call `release` on the result's `state`, once nothing is read from the transfer's memory any more.
     Closing the generator, `cancel`, and the first failure of any thread stop everything; then nothing stays allocated.
     """
     if plan.through_torch:
         return (yield from _run_through_torch(plan, cancel, observer))
     import torch
 
-    device, stats = torch.device(plan.facts.device), TransferStats()
+    device, state = torch.device(plan.facts.device), TransferState()
     with Reader(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
         batches = _batches(plan, allocation, observer)
-        for blocks in transfer_blocks(batches, reader, writer, plan.settings, stats, cancel=cancel, observer=observer):
+        for blocks in transfer_blocks(batches, reader, writer, plan.settings, state, cancel=cancel, observer=observer):
             if names := arrivals.complete(blocks):
                 yield {name: allocation.tensors[name] for name in names}
         try:
@@ -86,10 +87,10 @@ def run(
             tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors}
             yield {name: tensor for name, tensor in tensors.items() if name not in arrivals.told}
         except BaseException:
-            stats.release()
+            state.release()
             raise
-    stats.nbytes[Transport.MAPPED] += plan.layout.nbytes_viewed
-    return TransferResult(tensors, stats, allocation.destinations)
+    state.nbytes[Transport.MAPPED] += plan.layout.nbytes_viewed
+    return TransferResult(tensors, state, allocation.destinations)
 
 
 class _Arrivals:
@@ -166,7 +167,7 @@ def _run_through_torch(
         convert_late(state, plan)
     tensors = {t.name: state[t.name] for t in plan.tensors}
     yield tensors
-    return TransferResult(tensors, TransferStats())
+    return TransferResult(tensors, TransferState())
 
 
 def convert_late(tensors: dict[str, torch.Tensor], plan: LoadPlan) -> None:
@@ -181,5 +182,5 @@ def read_tensors(request: LoadRequest) -> dict[str, torch.Tensor]:
     check_room_for_torch()
     checkpoint = request.open()
     transfer = collect(run(make_plan(request, checkpoint, probe(checkpoint, request))))
-    transfer.stats.release()
+    transfer.state.release()
     return transfer.tensors

@@ -103,7 +103,7 @@ class LoadSession:
         """
         transfer, self._transfer = self._transfer, None
         if transfer is not None:
-            transfer.stats.release()
+            transfer.state.release()
 
     def open(self, request: LoadRequest) -> Checkpoint:
         """Read the headers, if nobody has. Meanwhile the system gets ready for many reads."""
@@ -155,13 +155,14 @@ class LoadSession:
 
         warnings, settings: for the report, beside those of the plan.
         """
-        seconds, stats, device = (clock_ns() - self._start_ns) / 1e9, transfer.stats, plan.facts.device
+        seconds, state, device = (clock_ns() - self._start_ns) / 1e9, transfer.state, plan.facts.device
+        stats = state.stats()
         memory = MemoryReport(peak_resident(), stats.pinned_nbytes, device_peak_bytes(device), stats.registered_nbytes)
         self._transfer = None
         if plan.facts.cuda:  # unregistering takes time that nobody has to wait for
-            in_background(partial(stats.release, _RELEASE_PAUSE_S), "release")
+            in_background(partial(state.release, _RELEASE_PAUSE_S), "release")
         else:
-            stats.release()
+            state.release()
         watched = self._watched
         if watched is not None and watched.failure is not None:
             failure = watched.failure

@@ -10,7 +10,7 @@ from wan_loader import OptionError
 from wan_pipeline.hub.layouts import layout_of
 
 if TYPE_CHECKING:
-    from wan_loader.cache.outline import Outline
+    from wan_loader.cache import Outline
 
 __all__ = ["outline_model"]
 

@@ -1,0 +1,76 @@
+"""The state of a transfer: what it has done, what it has taken, and how that is given back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import monotonic, sleep
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from wan_loader.engine.activity import wait_until_idle
+from wan_loader.plan.blocks import Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["TransferState", "TransferStats"]
+
+#: How long windows may stay registered after a load because of others.
+_IDLE_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferStats:
+    """The counters of a transfer that is over, in bytes."""
+
+    nbytes: Mapping[Transport, int]
+    """Bytes read, by how they travelled."""
+    straight_nbytes: int = 0
+    """Bytes that were read to their place, into memory that was new."""
+    staging_nbytes: int = 0
+    pinned_nbytes: int = 0
+    registered_nbytes: int = 0
+    fallbacks: tuple[str, ...] = ()
+    """Reasons for every transport that was not taken."""
+
+
+@dataclass(slots=True)
+class TransferState:
+    """A transfer under way: its counters, and the clean-ups that it owes."""
+
+    nbytes: dict[Transport, int] = field(default_factory=lambda: dict.fromkeys(Transport, 0))
+    straight_nbytes: int = 0
+    """Bytes that were read to their place, into memory that was new."""
+    staging_nbytes: int = 0
+    pinned_nbytes: int = 0
+    registered_nbytes: int = 0
+    fallbacks: list[str] = field(default_factory=list)
+    cleanups: list[Callable[[], bool]] = field(default_factory=list)
+    """What unregisters and unmaps the places that the copies came from, to be called last first."""
+
+    def stats(self) -> TransferStats:
+        """Return the counters as they are now."""
+        return TransferStats(
+            nbytes=MappingProxyType(dict(self.nbytes)),
+            straight_nbytes=self.straight_nbytes,
+            staging_nbytes=self.staging_nbytes,
+            pinned_nbytes=self.pinned_nbytes,
+            registered_nbytes=self.registered_nbytes,
+            fallbacks=tuple(self.fallbacks),
+        )
+
+    def release(self, pause_s: float = 0.0) -> None:
+        """Unregister and unmap. In any thread, after the target has finished.
+
+        Unregistering windows holds the driver's lock for long. With `pause_s`, that gives way to other loads, and there
+        are pauses between the steps for whoever else uses the device.
+        """
+        deadline = monotonic() + _IDLE_SECONDS
+        while self.cleanups:
+            if pause_s and self.registered_nbytes:
+                wait_until_idle(max(0.0, deadline - monotonic()))
+            if not self.cleanups[-1]():
+                return  # still registered: what lies below must stay mapped
+            self.cleanups.pop()
+            if pause_s:
+                sleep(pause_s)

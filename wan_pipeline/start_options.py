@@ -1,0 +1,53 @@
+"""How to start: every option of a start, checked when it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
+from wan_pipeline.parallel import Degrees
+from wan_pipeline.request import checked_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from wan_loader import StrPath
+
+__all__ = ["StartOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """How to start."""
+
+    preset: str = "auto"
+    device: str | torch.device = "auto"
+    dtype: str | None = None
+    """bf16, fp16 or fp32; None: what the preset says."""
+    t5_cpu: bool = False
+    offload_model: bool | None = None
+    """None: what the preset says."""
+    like_diffusers: bool = False
+    """Load all of the VAE, and all networks in the dtypes that `WanPipeline.from_pretrained(dtype=...)` gives them."""
+    size: tuple[int, int] = (1280, 720)
+    frame_num: int = 81
+    """Size and frames decide the working memory that a preset must leave."""
+    cache: bool = False
+    """Read converted experts from the converted cache, and leave them there; not with several processes."""
+    cache_dir: StrPath | None = None
+    """None: the user's cache directory."""
+    degrees: Degrees = field(default_factory=Degrees)
+    """What several processes divide."""
+
+    def __post_init__(self) -> None:
+        preset = checked_path(self.preset, "preset", "pass a name, or the path of a TOML file")
+        object.__setattr__(self, "preset", preset)
+        check_device(self.device)
+        for name in ("t5_cpu", "like_diffusers"):
+            check_flag(getattr(self, name), name)
+        if self.offload_model is not None:
+            check_flag(self.offload_model, "offload_model")
+        checked_size(self.size)
+        checked_count(self.frame_num, "frame_num")
+        check_cache(cache=self.cache, cache_dir=self.cache_dir)
