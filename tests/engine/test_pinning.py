@@ -11,11 +11,10 @@ import pytest
 from engine_runs import run_transfer
 
 from wan_loader.devices.writer import PinError
-from wan_loader.engine import Batch
+from wan_loader.engine import Batch, TransferState
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.reader import Reader
-from wan_loader.engine.transfer import TransferStats
 from wan_loader.errors import DeviceError
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
@@ -119,7 +118,7 @@ def test_one_refusal_is_reported_once(staging):
             both.wait(0.3)
         raise PinError("refused")
 
-    stats = TransferStats()
+    stats = TransferState()
     pinning = Pinning(DeviceWriter(before), stats, None)
     pinning.begin(staging.slots[:2])
     pinning.need(staging.slots[5])
@@ -133,7 +132,7 @@ def test_a_thread_that_never_began_is_not_waited_for(staging, monkeypatch):
     def start(thread):
         raise KeyboardInterrupt
 
-    stats = TransferStats()
+    stats = TransferState()
     pinning = Pinning(DeviceWriter(), stats, None)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
@@ -153,7 +152,7 @@ def test_what_is_not_pinned_yet_at_the_end_never_is(staging):
         time.sleep(0.05)
 
     writer = DeviceWriter(before)
-    pinning = Pinning(writer, TransferStats(), None)
+    pinning = Pinning(writer, TransferState(), None)
     pinning.begin(staging.slots)
     began.wait()
     pinning.end()
