@@ -11,10 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engine_runs import run_transfer
+from engine_runs import Batch, run_transfer
 from fake_device import FakeDevice
 
-from wan_loader.engine import Batch
 from wan_loader.engine import transfer as carry
 from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
