@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,6 +149,7 @@ def _environment(checkout: Path) -> dict[str, str]:
     others = os.environ.get("PYTHONPATH", "")
     path = f"{checkout.resolve()}{os.pathsep}{others}"
     keeps = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    keeps["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir(), "turns-pycache"))  # wherever the checkouts lie
     started = str(time.monotonic_ns())
     return keeps | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TURNS_START_NS": started}
 
