@@ -22,7 +22,7 @@ class CancelToken:
 
     @property
     def cancelled(self) -> bool:
-        """Return whether `cancel` was called."""
+        """True once `cancel` was called."""
         return self._error is not None
 
     def cancel(self, error: BaseException | None = None) -> None:

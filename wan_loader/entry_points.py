@@ -1,4 +1,4 @@
-"""What joins this package from above: functions that our own distribution names as entry points.
+"""The functions that join this package from above, which our own distribution names as entry points.
 
 So a package that is installed with this one may bring further commands and what it knows of models, and nothing here
 imports it. Entry points of other distributions are not looked at: they would be others' code in every start. Where

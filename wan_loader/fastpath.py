@@ -1,4 +1,4 @@
-"""Puts our loader in the place of `safetensors.torch.load_file` and `torch.load`, for programs that know nothing of it.
+"""Our loader in the place of `safetensors.torch.load_file` and `torch.load`, for programs that know nothing of it.
 
 Only calls whose result is the same bit for bit take the fast path; everything else, and every call that fails there,
 goes to the original, with its reason kept for the report:
@@ -36,12 +36,12 @@ __all__ = ["FastPath"]
 
 
 class _LeftAloneError(Exception):
-    """This call is for the original; the message says why. Never leaves this module."""
+    """A call is for the original; the message says why. Never leaves this module."""
 
 
 @dataclass(slots=True)
 class FastPath:
-    """What took the fast path so far, and what did not. `install` once."""
+    """The replacement of both functions, and the counts of calls that took the fast path or did not. `install` once."""
 
     safetensors_devices: Sequence[str] = ("cuda",)
     """Kinds of devices for which `load_file` is replaced."""
@@ -61,7 +61,7 @@ class FastPath:
         torch.load = torch.serialization.load = self._instead_of(torch.load, self._torch_load)
 
     def summary(self) -> str:
-        """One line for the user."""
+        """Sum up in one line for the user."""
         took = f"{format_count(self.n_loads, 'load')} took the fast path"
         if self.n_loads:
             rate = format_rate(self.nbytes / self.seconds) if self.seconds else "?"
@@ -137,7 +137,7 @@ def _check_modes() -> None:
 
 
 def _check_planned(path: str) -> None:
-    """Only what is read from headers: anything else, our loader would leave to torch.load, too."""
+    """Leave alone all that is not read from headers: our loader would leave it to torch.load, too."""
     if not isinstance(recognise(read_head(path)), TorchZipFormat):
         raise _LeftAloneError("torch.load of a legacy pickle")
     try:
@@ -153,7 +153,7 @@ def _path(value: Any) -> str:
 
 
 def _device(value: Any) -> str:
-    """cpu, cuda or cuda:N."""
+    """Return cpu, cuda or cuda:N."""
     import torch
 
     if type(value) is int:
@@ -170,7 +170,7 @@ def _device(value: Any) -> str:
 
 
 def _skeleton(original: Any, path: str) -> Any:
-    """What torch.load gives, without the weights: the container's own type and all it carries."""
+    """Return the result of torch.load without the weights: the container's own type and all it carries."""
     import torch
 
     try:
@@ -187,7 +187,7 @@ def _skeleton(original: Any, path: str) -> Any:
 
 
 def _carries_only_versions(state: Any) -> bool:
-    """Whether a dict's only attribute is what `state_dict` notes: others may hold tensors, here without weights."""
+    """Say whether a dict's only attribute is what `state_dict` notes: others may hold tensors, here without weights."""
     attributes = getattr(state, "__dict__", {})
     notes = attributes.get("_metadata", {})
     return attributes.keys() <= {"_metadata"} and all(

@@ -16,15 +16,15 @@ class PhaseKind:
 
     name: str
     meaning: str
-    """What goes on in it, as a report says it."""
+    """The work that goes on in it, as a report says it."""
     colour: str
-    """In pictures; readable on white and on dark."""
+    """The colour in pictures; readable on white and on dark."""
     allowance_s: float | None = None
     """Seconds that it may take without being called slow; None where it is measured against something else."""
     has_rate: bool = False
-    """Whether the bytes of the checkpoint pass through it, at a rate that hardware limits."""
+    """True if the bytes of the checkpoint pass through it, at a rate that hardware limits."""
     is_work: bool = True
-    """Whether a process that spends its time here does the work of a start-up."""
+    """True if a process that spends its time here does the work of a start-up."""
     in_loads: bool = True
     """False for what only programs of other people do."""
 

@@ -1,12 +1,13 @@
-"""Names what set the pace, and how far it is from what the machine can do. Pure: a function of what was recorded.
+"""The verdict on a load or a start: what set the pace, and how far it is from what the machine can do.
 
-Every moment of the wall time is given to one phase (`spans.attribute`). A phase's *loss* is the time it got, less
-the time it would need at its ceiling. A loss of more than 15 % of the whole (of a program: of its start) is the
-culprit; without one, the load is at its limit, and the phase with most of the time names the limit.
+Pure: a function of what was recorded. Every moment of the wall time is given to one phase (`spans.attribute`). A
+phase's *loss* is the time it got, less the time it would need at its ceiling. A loss of more than 15 % of the whole (of
+a program: of its start) is the culprit; without one, the load is at its limit, and the phase with most of the time
+names the limit.
 
 Some phases have no rate: random initialisation is avoidable, so all of it is loss; imports are compared with a bare
-`import torch`, bookkeeping with a small allowance. Waiting for a staging slot is lost where the pace-setter itself was
-idle meanwhile: then the stages took turns.
+`import torch`, bookkeeping with a small allowance. Waiting for a slot of the pinned ring is lost where the pace-setter
+itself was idle meanwhile: then the stages took turns.
 """
 
 from __future__ import annotations
@@ -36,24 +37,25 @@ _PIPELINE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What set the pace. `kind`: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: the
-    load is healthy), "unknown" (nothing to compare with).
-    """
+    """A judgement of what set the pace."""
 
     kind: str
+    """The outcome: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: it is healthy), or
+    "unknown" (nothing to compare with).
+    """
     phase: str
     why: str
     lost_s: float = 0.0
     """Seconds that would be won at the ceiling."""
     share: float = 0.0
-    """Of the wall time that this phase set the pace for."""
+    """Share of the wall time that this phase set the pace for."""
     reached_gbps: float | None = None
     ceiling_gbps: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What verdict and advice work on: one process's spans, and the facts around them.
+    """The facts that verdict and advice work on: one process's spans, and what is known around them.
 
     What follows from the spans alone is computed once: there are many, and every rule asks.
     """
@@ -66,12 +68,12 @@ class Evidence:
     end_ns: int
     device: str
     ceilings: Mapping[str, float] = field(default_factory=dict)
-    """What the machine can do; what is absent was not measured."""
+    """Rates and times of the machine at its best; what is absent was not measured."""
     cold_bytes: int = 0
-    """Of the bytes read: not in the page cache before."""
+    """Bytes that were read and not in the page cache before."""
     nbytes_file: int = 0
     fresh_bytes: int = 0
-    """How much at most was read into memory that was new."""
+    """Bytes at most that were read into memory that was new."""
     dtype: str | None = None
     fp32_bytes: int = 0
     """Bytes of the files in fp32."""
@@ -81,7 +83,7 @@ class Evidence:
 
     @cached_property
     def phases(self) -> dict[str, Phase]:
-        """By name."""
+        """Busy time and bytes of each phase that occurred, by its name."""
         return {p.name: p for p in summarize(self.spans)}
 
     @cached_property
@@ -119,12 +121,12 @@ class Evidence:
 
     @property
     def cuda(self) -> bool:
-        """Whether the weights go to a GPU."""
+        """True if the weights go to a GPU."""
         return self.device.startswith("cuda")
 
 
 def ideal_seconds(e: Evidence, name: str) -> float | None:
-    """What a phase would need at its ceiling; None where that is not known."""
+    """Return the seconds that a phase would need at its ceiling; None where that is not known."""
     nbytes = e.phases[name].nbytes if name in e.phases else 0
     match name:
         case "read":
@@ -158,7 +160,7 @@ def _at(e: Evidence, nbytes: int, ceiling: str) -> float | None:
 
 
 def judge(e: Evidence) -> Verdict:
-    """The verdict on one load or program."""
+    """Judge one load or program."""
     blame = e.blame
     losses = {name: loss for name in blame if (loss := _loss(e, name, blame[name])) is not None}
     losses["wait"] = e.slot_wait_s
@@ -192,7 +194,7 @@ def _pace_setter(blame: Mapping[str, float]) -> str:
 
 
 def _unknown(e: Evidence, blame: Mapping[str, float]) -> float:
-    """A phase without a ceiling that took most of the time outweighs smaller losses that are known."""
+    """Return the loss that a phase without a ceiling outweighs, as it took most of the time: half of what it took."""
     rates = [s for name, s in blame.items() if name in _PIPELINE and ideal_seconds(e, name) is None]
     return max(rates, default=0.0) / 2
 

@@ -1,6 +1,6 @@
-"""From a path to one checkpoint: a file, an index, a directory that holds one, or a list of files.
+"""Opening of one checkpoint: a file, an index, a directory that holds one, or a list of files.
 
-Decides what the path means and joins the facts of its files. The content of a file says what it is, its name only what
+Decides what a path means and joins the facts of its files. The content of a file says what it is, its name only what
 it is called; which of a directory's files are one checkpoint is for `directory` and `choosing`.
 """
 
@@ -34,18 +34,24 @@ __all__ = ["open_checkpoint"]
 def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint and return its facts; no weight is read.
 
-    path: a file of safetensors or of torch.save, whatever it is called; a *.index.json; a directory holding exactly one
-    checkpoint, or a repository of the Hugging Face Hub as OWNER/NAME, if it lies in the local cache; or a list of files
-    that together are one. A file is that file, also where it is one of a set of shards: the set is meant by its index,
-    its directory or, where that holds other checkpoints too, by `*` in the place of the number
-    (`model-*-of-00002.safetensors`).
-    part: of a torch file that nests dicts, the one to read, by its keys joined by dots: "state_dict", "model.ema".
-
     Costs a few small reads per file (about 1 ms for 1000 tensors). Does not import torch, except for pickles that only
     torch can read (legacy ones, tensor subclasses).
 
-    Raises `CheckpointError` for anything damaged, foreign or unsafe, `MissingFileError` (also a `FileNotFoundError`)
-    for what is not there, `OptionError` for what is no path, such as an open file.
+    Args:
+        path: A file of safetensors or of torch.save, whatever it is called; a *.index.json; a directory holding exactly
+            one checkpoint, or a repository of the Hugging Face Hub as OWNER/NAME, if it lies in the local cache; or a
+            list of files that together are one. A file is that file, also where it is one of a set of shards: the set
+            is meant by its index, its directory or, where that holds other checkpoints too, by `*` in the place of the
+            number (`model-*-of-00002.safetensors`).
+        part: The part to read of a torch file that nests dicts, by its keys joined by dots: "state_dict", "model.ema".
+
+    Returns:
+        The facts of all files, joined.
+
+    Raises:
+        CheckpointError: Anything is damaged, foreign or unsafe.
+        MissingFileError: Something is not there (also a `FileNotFoundError`).
+        OptionError: `path` is no path, such as an open file.
     """
     path = checked_paths(path)
     check_part(part)
@@ -75,7 +81,7 @@ def _open(path: StrPath | Sequence[StrPath], part: str | None) -> Checkpoint:
 
 
 def _open_directory(path: str, directory: str, pattern: str | None, part: str | None) -> Checkpoint:
-    """The checkpoint in a directory, or among the names in it that match a pattern; `path` is what was named."""
+    """Open the checkpoint in a directory, or among the names in it that match a pattern; `path` is what was named."""
     chosen, notes = choose(directory, pattern)
     if chosen.weight_map is not None:
         checkpoint = _open_index(os.path.join(directory, chosen.name), chosen.weight_map, part)
@@ -86,7 +92,7 @@ def _open_directory(path: str, directory: str, pattern: str | None, part: str | 
 
 
 def _open_single(path: str, part: str | None) -> Checkpoint:
-    """A file, or an index: JSON that is not called like weights, or what is called so and is nothing that we know."""
+    """Open a file, or an index: JSON that is not called like weights, or what is called so and is nothing we know."""
     _check_there([path])
     head = read_head(path)
     if recognise(head) is None:
@@ -97,9 +103,10 @@ def _open_single(path: str, part: str | None) -> Checkpoint:
 
 
 def _open_index(path: str, weight_map: dict[str, str], part: str | None) -> Checkpoint:
-    """The files that an index lists. The index is the list of contents, as it is for transformers and diffusers:
+    """Open the files that an index lists.
 
-    a tensor that stands in two files belongs where the index says, and one that it does not list is left out.
+    The index is the list of contents, as it is for transformers and diffusers: a tensor that stands in two files
+    belongs where the index says, and one that it does not list is left out.
     """
     shards = shards_of(path, weight_map)
     paths = [os.path.join(os.path.dirname(path) or ".", shard) for shard in shards]
@@ -111,7 +118,7 @@ def _open_index(path: str, weight_map: dict[str, str], part: str | None) -> Chec
 
 
 def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, str] | None = None) -> Checkpoint:
-    """One checkpoint of several files. Every tensor name may stand in one file only, unless a `weight_map` decides."""
+    """Join files to one checkpoint. Every tensor name may stand in one file only, unless a `weight_map` decides."""
     _check_there(paths)
     if len(paths) == 1 and weight_map is None:
         return replace(_open_file(paths[0], read_head(paths[0]), part), path=path)
@@ -139,13 +146,13 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
 
 
 def _listed(shard: Checkpoint, weight_map: dict[str, str]) -> list[TensorFacts]:
-    """Those of a file's tensors that the index puts into it."""
+    """Return the tensors of a file that the index puts into it."""
     name = os.path.basename(shard.path)
     return [tensor for tensor in shard.tensors if weight_map.get(tensor.name) == name]
 
 
 def _unlisted(shards: list[Checkpoint], weight_map: dict[str, str]) -> Iterator[str]:
-    """What to say of tensors that were left out, because the index does not list them, or lists them elsewhere."""
+    """Warn of tensors that were left out, because the index does not list them, or lists them elsewhere."""
     names = [tensor.name for shard in shards for tensor in shard.tensors]
     if extra := sorted({name for name in names if name not in weight_map}):
         count = format_count(len(extra), "tensor")
@@ -162,7 +169,7 @@ def _check_unique(shards: list[Checkpoint]) -> None:
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time."""
+    """Return the first name that comes a second time."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -177,7 +184,7 @@ def _check_there(paths: list[str]) -> None:
 
 
 def _is_missing(path: str) -> bool:
-    """As `not os.path.exists`, but what may not be looked at is an error."""
+    """Say whether a path leads nowhere, as `not os.path.exists`, but what may not be looked at is an error."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -186,7 +193,7 @@ def _is_missing(path: str) -> bool:
 
 
 def _open_file(path: str, head: bytes, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
-    """A file that begins with `head`, as number `number` of its checkpoint, after files with `n_storages` storages."""
+    """Open a file that begins with `head`, as file `number` of a checkpoint, after files with `n_storages` storages."""
     _check_ours(path, head)
     by_content = recognise(head) or SafetensorsFormat()  # called so: what is wrong with it, its reader says
     return by_content.read(path, part, number, n_storages)
@@ -206,7 +213,7 @@ def _check_ours(path: str, head: bytes) -> None:
 
 
 def _unknown(path: str, head: bytes) -> str | None:
-    """What a file is that is none of our formats, and nothing that is known; None if its name says safetensors."""
+    """Say what a file is that is none of our formats, and nothing that is known; None if its name says safetensors."""
     if is_json(head):
         return "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"
     if (text := text_of(head)) is not None:

@@ -29,10 +29,11 @@ _MAX_SEEN = 1000
 
 
 def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple[str, ...]]:
-    """The one checkpoint in a directory, or among the names in it that match a pattern, and what was left out.
+    """Return the one checkpoint in a directory, or among the names in it that match a pattern, and what was left out.
 
-    Raises `CheckpointError` naming the choices where there are several, and what is wrong with the one where it cannot
-    be opened; `MissingFileError` where there is none, or where there are some in subdirectories only.
+    Raises:
+        CheckpointError: There are several, which it names, or the one cannot be opened.
+        MissingFileError: There is none, or there are some in subdirectories only.
     """
     holding = look_into(directory, pattern)
     if len(holding.candidates) == 1:
@@ -46,7 +47,7 @@ def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple
 
 
 def no_checkpoint(directory: str) -> CheckpointError:
-    """The error for a directory without any checkpoint: it tells what is there instead."""
+    """Return the error for a directory without any checkpoint: it tells what is there instead."""
     names = sorted(os.listdir(directory))
     if what := other_directory(set(names)):
         return CheckpointError(f"{directory} {what}")
@@ -56,7 +57,7 @@ def no_checkpoint(directory: str) -> CheckpointError:
 
 
 def _instead(directory: str, names: Sequence[str]) -> str:
-    """The first thing in a directory that somebody may take for a checkpoint, and what it is."""
+    """Name the first thing in a directory that somebody may take for a checkpoint, and say what it is."""
     if training := look_into(directory, by_content=False).training_state:
         return f"; {training[0]} is what a training keeps beside the weights: name it, if it is what you want"
     for name in names[:_MAX_SEEN]:
@@ -70,7 +71,7 @@ def _instead(directory: str, names: Sequence[str]) -> str:
 
 
 def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> CheckpointError:
-    """The error that names the checkpoints in a directory, and in its subdirectories, when it holds not just one."""
+    """Return the error that names the checkpoints in a directory and its subdirectories, when it holds not just one."""
     found = holding.candidates
     below = candidates_below(directory) if with_subdirectories else []
     choices = [*below, *found]
@@ -92,7 +93,7 @@ def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> 
 
 
 def _model(directory: str) -> str | None:
-    """What to say of the directory of a whole model, if it is one."""
+    """Say that a directory is a whole model's, if it is one."""
     if os.path.lexists(os.path.join(directory, _DIFFUSERS)):
         return "is a diffusers model's directory"
     return f"is a {model.family} model's directory" if (model := known(directory)) is not None else None

@@ -1,8 +1,7 @@
-"""What a file is, from its first bytes, that is none of our formats (`known`), but that people hand over.
+"""Files that are none of our formats, but that people hand over: named by their first bytes, with the way out.
 
-Files come without a suffix (the blobs of the hub's cache) and with a wrong one, so the content decides. What is none of
-ours is named for what it is, with the way out. Reads half a kilobyte of a file; of an archive that was refused, also
-the list of its records.
+Files come without a suffix (the blobs of the hub's cache) and with a wrong one, so the content decides. Reads half a
+kilobyte of a file; of an archive that was refused, also the list of its records.
 """
 
 from __future__ import annotations
@@ -73,9 +72,11 @@ _SLICES = (
 
 
 def read_head(path: str) -> bytes:
-    """The first bytes of a regular file; `CheckpointError` for anything else than one, `OSError` if it cannot be read.
+    """Return the first bytes of a regular file. Does not wait for a pipe's other end.
 
-    Does not wait for a pipe's other end.
+    Raises:
+        CheckpointError: It is anything else than a regular file.
+        OSError: It cannot be read.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -87,17 +88,17 @@ def read_head(path: str) -> bytes:
 
 
 def is_json(head: bytes) -> bool:
-    """Whether a file that is none of our formats is JSON, such as an index, by its first bytes."""
+    """Say whether a file that is none of our formats is JSON, such as an index, by its first bytes."""
     return _text(head)[:1] == b"{"
 
 
 def other_file(path: str, head: bytes) -> str | None:
-    """What a file is that is none of ours by its first bytes, and what to do; None where nothing is known of it."""
+    """Say what a file is that is none of ours by its first bytes, and what to do; None where nothing is known of it."""
     return stand_in(head) or other_format(path, head)
 
 
 def stand_in(head: bytes) -> str | None:
-    """What stands where weights should be, and what to do: nothing, a pointer, a page, zeros to be overwritten yet."""
+    """Say what stands in the place of weights, and what to do: nothing, a pointer, a page, zeros to be overwritten."""
     if not head:
         return "is empty, truncated to nothing: download it again"
     if not head.strip(b"\x00"):
@@ -112,7 +113,7 @@ def stand_in(head: bytes) -> str | None:
 
 
 def other_format(path: str, head: bytes) -> str | None:
-    """What a file is that another program reads, and what to do; None where nothing is known of it."""
+    """Say what a file is that another program reads, and what to do; None where nothing is known of it."""
     name = os.path.basename(path).lower()
     if is_unfinished(name):
         return "is a download that has not ended: let it end, or give it its own name if it is complete"
@@ -130,18 +131,18 @@ def other_format(path: str, head: bytes) -> str | None:
 
 
 def text_of(head: bytes) -> str | None:
-    """The beginning of a file that is plain text, such as a server's message; None for anything else."""
+    """Return the beginning of a file that is plain text, such as a server's message; None for anything else."""
     is_text = len(head) > _LENGTH_BYTES and all(32 <= c < 127 or c in b"\t\r\n" for c in head)
     return _text(head)[:60].decode() if is_text else None
 
 
 def _text(head: bytes) -> bytes:
-    """Without a mark of the byte order and white space before it."""
+    """Return the bytes without a mark of the byte order and white space before them."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def other_archive(path: str) -> str | None:
-    """What a zip archive is that torch did not write, from the names of its records; None: do not know.
+    """Say what a zip archive is that torch did not write, from the names of its records; None where that is not known.
 
     Reads the last 8 MiB at most, where an archive lists its records.
     """
@@ -162,7 +163,7 @@ def other_archive(path: str) -> str | None:
 
 
 def other_directory(names: set[str]) -> str | None:
-    """What a directory is, by the names in it, that holds one model in a layout of another kind; None: not known."""
+    """Say what a directory is, by the names in it, that holds one model in another kind of layout; None: not known."""
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return _DCP
     if slices_in(names):

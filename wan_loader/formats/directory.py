@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds: by its indexes first, then by the numbers of shards, then file by file.
+"""The checkpoints that a directory holds: by its indexes first, then by the numbers of shards, then file by file.
 
     an index            owns the files that it lists, whatever they are called
     a set of shards     NAME-00001-of-00003.safetensors and its like, where no index owns them
@@ -48,53 +48,55 @@ class Candidate:
     """One checkpoint in a directory."""
 
     name: str
-    """What to name for it, below the directory: an index, a file, or a pattern for a set of shards."""
+    """The name to give for it, below the directory: an index, a file, or a pattern for a set of shards."""
     files: tuple[str, ...]
     """Names of its files, of a set of shards those that are there; none for an index that cannot be read."""
     weight_map: dict[str, str] | None = field(default=None, repr=False)
-    """Of an index."""
+    """The file of each tensor, as an index says; None for anything else."""
     missing: tuple[str, ...] = ()
     """Names of its files that are not there, ten thousand at most."""
     problem: CheckpointError | None = None
-    """Why it cannot be opened, as far as that is known."""
+    """The reason why it cannot be opened, as far as that is known."""
 
     @property
     def stem(self) -> str:
-        """What it is called without its format."""
+        """The name without its format."""
         return stem_of(self.name if "*" not in self.name or not self.files else self.files[0])
 
     @property
     def is_safetensors(self) -> bool:
-        """Whether it is safetensors, by name."""
+        """True if it is safetensors, by name."""
         return any(SAFETENSORS in name.lower() for name in self.files or (self.name,))
 
     @property
     def is_damaged_index(self) -> bool:
-        """Whether it is an index that cannot be read."""
+        """True if it is an index that cannot be read."""
         return not self.files
 
     @property
     def is_absent(self) -> bool:
-        """Whether it is an index of which no file is there."""
+        """True if it is an index of which no file is there."""
         return self.weight_map is not None and len(self.missing) == len(self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a directory holds."""
+    """The checkpoints in a directory, and what lies beside them."""
 
     candidates: tuple[Candidate, ...]
     training_state: tuple[str, ...]
     """Names of files with what a training keeps beside the weights."""
     notes: tuple[str, ...]
-    """What does not count, and why: for the user."""
+    """The names that do not count, and why: for the user."""
 
 
 def look_into(directory: str, pattern: str | None = None, *, by_content: bool = True) -> Holding:
     """Find the checkpoints that lie directly in a directory.
 
-    pattern: look at the names that it matches only; `*` is the number of a shard or, if nothing matches, any text.
-    by_content: where no name speaks of weights, read the first bytes of some files.
+    Args:
+        directory: The directory; its subdirectories are not looked at.
+        pattern: Look at the names that it matches only; `*` is the number of a shard or, if nothing matches, any text.
+        by_content: Where no name speaks of weights, read the first bytes of some files.
     """
     names = _matching(_files(directory), pattern)
     indexes = _indexes(directory, names)
@@ -116,14 +118,14 @@ def look_into(directory: str, pattern: str | None = None, *, by_content: bool = 
 
 
 def missing_error(directory: str, name: str, n_missing: int, n_files: int) -> MissingFileError:
-    """The error for a checkpoint of which files are not there, `name` the first of them."""
+    """Return the error for a checkpoint of which files are not there, `name` the first of them."""
     more = f" (and {n_missing - 1} more of {n_files} files)" if n_missing > 1 else ""
     path = os.path.join(directory, name)
     return MissingFileError(f"{path} does not exist{more}: check the path, or finish the download")
 
 
 def _files(directory: str) -> list[str]:
-    """Names of what may be files: no directories, and nothing hidden."""
+    """Return names of what may be files: no directories, and nothing hidden."""
     with os.scandir(directory) as entries:
         return [entry.name for entry in entries if not entry.name.startswith(".") and not _is_directory(entry)]
 
@@ -145,7 +147,7 @@ def _matching(names: Iterable[str], pattern: str | None) -> list[str]:
 
 
 def _indexes(directory: str, names: Sequence[str]) -> list[Candidate]:
-    """The indexes; of those that say the same, one."""
+    """Return the indexes; of those that say the same, one."""
     held = set(names)
     found: dict[object, Candidate] = {}
     for name in sorted(filter(is_index_name, names), key=lambda name: (len(name), name)):
@@ -164,7 +166,7 @@ def _indexes(directory: str, names: Sequence[str]) -> list[Candidate]:
 
 
 def _sets_and_files(directory: str, names: Sequence[str]) -> Iterator[Candidate]:
-    """What no index owns: sets of shards by their numbers, and single files."""
+    """Sort what no index owns: sets of shards by their numbers, and single files."""
     sets: dict[str, dict[int, str]] = defaultdict(dict)
     for name in names:
         shard = parse_shard(name)
@@ -177,7 +179,7 @@ def _sets_and_files(directory: str, names: Sequence[str]) -> Iterator[Candidate]
 
 
 def _shard_set(directory: str, pattern: str, numbers: dict[int, str]) -> Candidate:
-    """A set of shards, which count from 0 or from 1."""
+    """Make a candidate of a set of shards, which count from 0 or from 1."""
     first = min(numbers)
     shard = parse_shard(numbers[first])
     assert shard is not None
@@ -198,7 +200,7 @@ def _shard_set(directory: str, pattern: str, numbers: dict[int, str]) -> Candida
 
 
 def _preferred(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """What counts of what is called alike, and notes about the rest."""
+    """Return what counts of what is called alike, and notes about the rest."""
     alike: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         alike[candidate.stem].append(candidate)
@@ -215,7 +217,7 @@ def _preferred(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[s
 
 
 def _without_others(directory: str, candidates: list[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """Where there are several: without single files that are none of ours by content, and the names of these.
+    """Drop single files that are none of ours by content, where there are several; return the names of these as well.
 
     What stands in the place of weights (a pointer, an empty file) still counts, but has a problem.
     """
@@ -228,7 +230,7 @@ def _without_others(directory: str, candidates: list[Candidate]) -> tuple[list[C
 
 
 def examined(directory: str, candidate: Candidate) -> Candidate:
-    """The same, with what keeps its files from being opened, as far as their first bytes tell."""
+    """Return a candidate with what keeps its files from being opened, as far as their first bytes tell."""
     if candidate.problem is not None:
         return candidate
     problem = next(filter(None, (_problem(os.path.join(directory, name)) for name in candidate.files)), None)
@@ -246,14 +248,14 @@ def _problem(path: str) -> CheckpointError | None:
 
 
 def _is_other(directory: str, candidate: Candidate) -> bool:
-    """Whether it is a single file that is called like a torch checkpoint and is something else."""
+    """Say whether it is a single file that is called like a torch checkpoint and is something else."""
     if candidate.files != (candidate.name,) or candidate.is_safetensors:
         return False
     return recognise(read_head(os.path.join(directory, candidate.name))) is None
 
 
 def _weights_by_content(directory: str, names: Sequence[str]) -> list[str]:
-    """Names of files that are checkpoints by their first bytes, though no name says so."""
+    """Return names of files that are checkpoints by their first bytes, though no name says so."""
     unknown = [n for n in names if not (is_weight_name(n) or is_unfinished(n) or is_training_state(n))]
     return [n for n in unknown[:_MAX_SNIFFED] if _holds_weights(os.path.join(directory, n))]
 

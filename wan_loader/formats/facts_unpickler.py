@@ -1,4 +1,4 @@
-"""Reads a torch checkpoint's pickle as inert facts: nothing that it names is imported, called or changed.
+"""Reading of a torch checkpoint's pickle as inert facts: nothing that it names is imported, called or changed.
 
 A pickle is a program for a small stack machine. This one knows the opcodes that picklers write for tensors and plain
 containers; its values are Python's None, bool, int, float, complex, str, bytes, tuple, list and dict, and those of
@@ -37,13 +37,14 @@ _INT4, _UINT4, _FLOAT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct(
 
 
 class Reading(NamedTuple):
-    """What a pickle holds."""
+    """The content of a pickle."""
 
     value: Any
+    """The object that the pickle builds."""
     end: int
-    """Where in the bytes the pickle ended."""
+    """Position in the bytes at which the pickle ended."""
     foreign: str | None
-    """What torch has to judge, if anything."""
+    """The thing that torch has to judge, if there is one."""
     tensors: list[Tensor]
     """All tensors that were built, wherever they are."""
 
@@ -51,7 +52,8 @@ class Reading(NamedTuple):
 def read_pickle(data: bytes, persistent_load: Callable[[Any], Any], start: int = 0) -> Reading:
     """Read the pickle that begins at `start`; `persistent_load` turns a persistent id into a value.
 
-    Raises `PickleError`, and what else `persistent_load` raises.
+    Raises:
+        PickleError: It is damaged, or none of a checkpoint. What else `persistent_load` raises comes through.
     """
     machine = _Machine(data, persistent_load)
     try:

@@ -20,10 +20,13 @@ _MAX_NAMED = 8
 
 
 def locate(path: str) -> str:
-    """The local path that is meant: a snapshot, for `OWNER/NAME` and for a repository's folder in the hub's cache.
+    """Return the local path that is meant: a snapshot for `OWNER/NAME`, and for a repository's folder in the cache.
 
-    A path that exists is itself. Raises `MissingFileError` where the cache does not hold the repository, and
-    `CheckpointError` where it holds several snapshots and does not say which one is the current.
+    A path that exists is itself.
+
+    Raises:
+        MissingFileError: The cache does not hold the repository.
+        CheckpointError: It holds several snapshots and does not say which one is the current.
     """
     if os.path.basename(os.path.abspath(path)).startswith(_FOLDER) and os.path.isdir(path):
         return _snapshot(path) if _is_cached_repository(path) else path
@@ -40,7 +43,7 @@ def locate(path: str) -> str:
 
 
 def _cache() -> str:
-    """Where huggingface_hub keeps its cache; asking itself would take longer than reading a checkpoint's headers."""
+    """Return the directory of huggingface_hub's cache; asking itself would take longer than reading headers does."""
     if said := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         return os.path.expanduser(os.path.expandvars(said))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
@@ -53,7 +56,7 @@ def _is_cached_repository(folder: str) -> bool:
 
 
 def _snapshot(folder: str) -> str:
-    """The snapshot that `refs/main` names; without it, the only one."""
+    """Return the snapshot that `refs/main` names; without it, the only one."""
     snapshots = os.path.join(folder, "snapshots")
     commits = sorted(c for c in _listed(snapshots) if not c.startswith("."))
     main = _main(folder)

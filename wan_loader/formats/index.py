@@ -18,7 +18,11 @@ _MAX_SHARDS = 10_000
 
 
 def read_index(path: str) -> dict[str, str]:
-    """Tensor name -> file name, as the index says. Raises `CheckpointError` for anything else than an index."""
+    """Return tensor name -> file name, as the index says.
+
+    Raises:
+        CheckpointError: It is anything else than an index.
+    """
     file = stat_file(path)
     if file.nbytes > _MAX_INDEX_BYTES:
         raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index")
@@ -34,7 +38,11 @@ def read_index(path: str) -> dict[str, str]:
 
 
 def shards_of(path: str, weight_map: dict[str, str]) -> list[str]:
-    """The names of an index's files, sorted. Raises `CheckpointError` for a name that leads out of its directory."""
+    """Return the names of an index's files, sorted.
+
+    Raises:
+        CheckpointError: A name leads out of the index's directory, or there are too many.
+    """
     shards = sorted(set(weight_map.values()))
     if len(shards) > _MAX_SHARDS:
         raise CheckpointError(f"{path} names {len(shards)} files, more than any checkpoint has: damaged or hostile")

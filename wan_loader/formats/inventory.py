@@ -26,7 +26,7 @@ __all__ = ["Inventory", "checkpoints_in", "take_inventory"]
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What there is of a known model."""
+    """The parts of a known model that are there, and those that are damaged."""
 
     model: ModelDirectory
     parts: Mapping[str, Checkpoint]
@@ -36,14 +36,16 @@ class Inventory:
 
     @property
     def complete(self) -> bool:
-        """Whether all parts are there and can be opened."""
+        """True if all parts are there and can be opened."""
         return not self.model.missing and not self.damaged
 
 
 def checkpoints_in(path: StrPath, part: str | None = None) -> list[Checkpoint]:
     """Open the checkpoint at a path, or those of a directory with several, in the order of their names.
 
-    part: of the one at the path, as for `open_checkpoint`.
+    Args:
+        path: The checkpoint or directory, as for `open_checkpoint`.
+        part: The part of the one checkpoint at the path, as for `open_checkpoint`.
     """
     try:
         return [open_checkpoint(path, part=part)]
@@ -58,7 +60,11 @@ def checkpoints_in(path: StrPath, part: str | None = None) -> list[Checkpoint]:
 def take_inventory(path: StrPath) -> Inventory | None:
     """Look through a model's directory; None for what no family knows (one part's directory, for instance).
 
-    path: as for `open_checkpoint`. Raises `CheckpointError` for a repository that the hub's cache does not hold.
+    Args:
+        path: The directory, as for `open_checkpoint`.
+
+    Raises:
+        CheckpointError: The hub's cache does not hold the repository.
     """
     directory = locate(os.fspath(path))
     if not os.path.isdir(directory) or (model := recognise(directory)) is None:

@@ -24,7 +24,7 @@ def recognise(head: bytes) -> CheckpointFormat | None:
 
 
 def holds_weights(head: bytes) -> bool:
-    """Whether a file is surely a checkpoint by its first bytes, whatever it is called."""
+    """Say whether a file is surely a checkpoint by its first bytes, whatever it is called."""
     found = recognise(head)
     return found is not None and found.likeness(head) is Likeness.CERTAIN
 
@@ -35,5 +35,5 @@ def format_of(checkpoint: Checkpoint) -> CheckpointFormat:
 
 
 def is_planned(checkpoint: Checkpoint) -> bool:
-    """Whether the headers say where every tensor lies, so that a load is planned."""
+    """Say whether the headers tell where every tensor lies, so that a load is planned."""
     return format_of(checkpoint).load_whole is None

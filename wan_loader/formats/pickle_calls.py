@@ -41,7 +41,11 @@ _MAX_KEY_PARTS = 64
 
 
 def check_key(ledger: Ledger, key: Any) -> None:
-    """Refuse what takes long to hash: a nested tuple of a few hundred bytes can take for ever."""
+    """Refuse what takes long to hash: a nested tuple of a few hundred bytes can take for ever.
+
+    Raises:
+        PickleError: The key is too large, or of a type that no key has.
+    """
     if type(key) in _PLAIN_KEYS:
         return
     room, parts = _MAX_KEY_PARTS, [key]
@@ -136,7 +140,7 @@ def _rebuild_parameter(ledger: Ledger, tensor: Any, requires_grad: Any, hooks: A
 
 
 def _ordered_dict(ledger: Ledger, pairs: Any = ()) -> Ordered:
-    """An empty one, or one of a list of pairs, as Python 2 writes them."""
+    """Make an empty one, or one of a list of pairs, as Python 2 writes them."""
     if type(pairs) not in _SEQUENCES:
         raise PickleError("an OrderedDict of no pairs")
     ledger.charge(100 * len(pairs))
@@ -174,7 +178,7 @@ def _device(ledger: Ledger, kind: Any, index: Any = 0) -> Other:
 
 
 def _encode(ledger: Ledger, text: Any, encoding: Any) -> bytes:
-    """Bytes, as pickle protocol 2 writes them."""
+    """Make bytes, as pickle protocol 2 writes them."""
     if type(text) is not str or encoding != "latin1":
         raise PickleError("bytes in an encoding that no pickler writes")
     ledger.charge(len(text))

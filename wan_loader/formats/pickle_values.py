@@ -1,4 +1,4 @@
-"""What a torch checkpoint's pickle is made of when it is read as facts: plain Python values and the inert ones below.
+"""The values that a torch checkpoint's pickle, read as facts, is made of: plain Python values and the inert ones below.
 
 None of them has an attribute that could be set, and all are forgotten with the reading.
 """
@@ -58,7 +58,7 @@ def kind_of(value: Any) -> str:
 
 
 class Ledger:
-    """What a reading has cost, which tensors it built, and what torch has to judge."""
+    """An account of a reading: what it has cost, which tensors it built, and what torch has to judge."""
 
     __slots__ = ("cost", "foreign", "most_cost", "tensors")
 
@@ -69,12 +69,20 @@ class Ledger:
         self.tensors: list[Tensor] = []
 
     def charge(self, nbytes: int) -> None:
-        """Pay for memory that a value of any length takes, before it is made."""
+        """Pay for memory that a value of any length takes, before it is made.
+
+        Raises:
+            PickleError: It is too much.
+        """
         self.cost += nbytes
         self.check(0)
 
     def check(self, more: int) -> None:
-        """Refuse to go on if what was paid and `more` are too much."""
+        """Refuse to go on if what was paid and `more` are too much.
+
+        Raises:
+            PickleError: They are.
+        """
         if self.cost + more > self.most_cost:
             raise PickleError(f"it takes more than {self.most_cost} bytes of memory")
 

@@ -65,9 +65,18 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 def read_safetensors(
     path: str, number: int = 0, n_storages: int = 0
 ) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts], dict[str, str]]:
-    """Facts of one file, tensors in order of position.
+    """Read the facts of one file, tensors in order of position.
 
-    number, n_storages: of its checkpoint, which file this is and how many storages the files before it have.
+    Args:
+        path: The file.
+        number: The position of this file among those of its checkpoint.
+        n_storages: The number of storages that the files before it have.
+
+    Returns:
+        The file, its storages, its tensors, and the metadata that its writer left.
+
+    Raises:
+        CheckpointError: The header is damaged, or does not agree with the file.
     """
     file = stat_file(path)
     try:
@@ -97,9 +106,20 @@ def read_safetensors(
 def parse_header(
     header: bytes, *, path: str, nbytes_data: int, number: int = 0, n_storages: int = 0
 ) -> tuple[list[StorageFacts], list[TensorFacts], dict[str, str]]:
-    """Check header JSON against the size of the data section and return facts; `path` only names it in errors.
+    """Check header JSON against the size of the data section and return facts.
 
-    number, n_storages: as for `read_safetensors`.
+    Args:
+        header: The JSON text.
+        path: The file's name for errors; nothing is read.
+        nbytes_data: Length of all that follows the header.
+        number: As for `read_safetensors`.
+        n_storages: As for `read_safetensors`.
+
+    Returns:
+        Storages, tensors and metadata.
+
+    Raises:
+        CheckpointError: The header is damaged, or its ranges do not cover the data exactly.
     """
     entries = parse_object(header, path=path, what="the header", compact=_compact)
     metadata = entries.pop("__metadata__", None)
@@ -136,7 +156,7 @@ _Form = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
 
 def _compact(fields: dict[str, Any]) -> Any:
-    """The entry of a tensor as a tuple, which takes a third of the memory; anything else as it is."""
+    """Make a tuple of a tensor's entry, which takes a third of the memory; anything else stays as it is."""
     if "dtype" in fields:
         try:
             return _parse_entry(fields)
@@ -146,7 +166,7 @@ def _compact(fields: dict[str, Any]) -> Any:
 
 
 def _bad_entry(entry: Any, name: str, path: str) -> CheckpointError:
-    """The error that says what is wrong with an entry."""
+    """Return the error that says what is wrong with an entry."""
     try:
         _parse_entry(entry)
     except CheckpointError as error:
@@ -155,7 +175,7 @@ def _bad_entry(entry: Any, name: str, path: str) -> CheckpointError:
 
 
 def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
-    """Start and end in the data section, and the form. The caller says of which tensor an error speaks.
+    """Return start and end in the data section, and the form. The caller says of which tensor an error speaks.
 
     Fields of other names are left alone, as the reference does.
     """
@@ -178,7 +198,7 @@ def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
 
 @lru_cache(maxsize=4096)
 def _form(code: str, shape: tuple[int, ...]) -> _Form:
-    """Of a known dtype and checked sizes, which many tensors of a model share."""
+    """Return the form of a known dtype and checked sizes, which many tensors of a model share."""
     check_shape(shape, code)
     if code == "F4":
         if not shape or shape[-1] % 2:
@@ -197,7 +217,7 @@ class SafetensorsFormat:
     load_whole = None
 
     def likeness(self, head: bytes) -> Likeness:
-        """Tell it by a length that is allowed and a brace."""
+        """Judge by a length that is allowed and a brace."""
         has_length = int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES
         return Likeness.CERTAIN if has_length and head[8:].lstrip()[:1] == b"{" else Likeness.NONE
 

@@ -1,4 +1,4 @@
-"""JSON from untrusted files: every way to be wrong is one `CheckpointError` that names the file.
+"""Strict parsing of JSON from untrusted files: whatever is wrong is one `CheckpointError` that names the file.
 
 What Python's parser takes beyond JSON (NaN, lone surrogates, keys that stand twice) is refused. Memory is bounded
 before anything is parsed, from the numbers of brackets and commas: three bytes of `[],` become ninety.
@@ -38,10 +38,16 @@ def parse_object(
 ) -> dict[str, Any]:
     """Parse a JSON object in which no key stands twice.
 
-    path, what: say in errors which file it is and what the text is.
-    compact: makes something smaller of each object in it, and of the whole, as soon as it is parsed.
-    holds_paths: lone surrogates are taken, which stand for bytes of names of files that are no UTF-8.
-    takes_nan: NaN and infinities are taken, for a reader who refuses them by the name of their field.
+    Args:
+        text: The file's content.
+        path: The file's name for errors.
+        what: The name of the text for errors, such as "the header".
+        compact: Makes something smaller of each object in it, and of the whole, as soon as it is parsed.
+        holds_paths: Take lone surrogates, which stand for bytes of names of files that are no UTF-8.
+        takes_nan: Take NaN and infinities, for a reader who refuses them by the name of their field.
+
+    Raises:
+        CheckpointError: It is not JSON, not an object, or too costly to parse.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Any:
@@ -68,7 +74,7 @@ def parse_object(
 
 
 def _cost(text: bytes) -> int:
-    """Bytes of memory that the parsed text takes; what stands in strings counts too."""
+    """Return the bytes of memory that the parsed text takes; what stands in strings counts too."""
     return _OBJECT * text.count(b"{") + _LIST * text.count(b"[") + _VALUE * text.count(b",")
 
 

@@ -28,7 +28,7 @@ _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TorchZipFormat:
-    """What torch.save has written since torch 1.6."""
+    """The archives that torch.save has written since torch 1.6."""
 
     name = "torch-zip"
     stays_mapped = False
@@ -36,7 +36,7 @@ class TorchZipFormat:
     load_whole = None
 
     def likeness(self, head: bytes) -> Likeness:
-        """Tell an archive by its signature, and torch's by the name of its first record."""
+        """Judge an archive by its signature, and torch's by the name of its first record."""
         if not head.startswith(_ZIP):
             return Likeness.NONE
         length = int.from_bytes(head[26:28], "little")
@@ -65,14 +65,17 @@ class TorchZipFormat:
 
 
 class TorchPickleFormat:
-    """What torch.save wrote before, and archives that cannot be planned: torch.load(weights_only=True) reads both."""
+    """The pickles that torch.save wrote before, and archives that cannot be planned.
+
+    torch.load(weights_only=True) reads both.
+    """
 
     name = "torch-pickle"
     stays_mapped = False
     reads_too = frozenset({"torch-zip"})
 
     def likeness(self, head: bytes) -> Likeness:
-        """Tell a pickle by its protocol, and torch's by its magic number."""
+        """Judge a pickle by its protocol, and torch's by its magic number."""
         if head.startswith(_LEGACY_TORCH):
             return Likeness.CERTAIN
         is_pickle = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
@@ -97,7 +100,7 @@ class TorchPickleFormat:
 
 
 def _numbered(shard: Checkpoint, number: int, n_storages: int) -> Checkpoint:
-    """The facts of a file among others. By constructors: `replace` of each costs five times as much."""
+    """Return the facts of a file among others. By constructors: `replace` of each costs five times as much."""
     if number == n_storages == 0:
         return shard
     return replace(

@@ -1,9 +1,9 @@
 """Pickles that cannot be planned: legacy (pre-1.6) files, and zips with more than dense tensors in them.
 
 They are left to `torch.load(weights_only=True)`, which refuses everything but tensors and plain containers. This is
-the slow, certain way; the warning says so and names the remedy. Before torch sees a pickle, `facts_unpickler` has run
-it, so that its memory and time are bounded here too. What comes back is checked to be dense tensors: torch also has
-sparse, quantised, nested and meta tensors and subclasses, whose values are not the bytes of one storage.
+slow and certain; the warning says so and names the remedy. Before torch sees a pickle, `facts_unpickler` has run it, so
+that its memory and time are bounded here too. What comes back is checked to be dense tensors: torch also has sparse,
+quantised, nested and meta tensors and subclasses, whose values are not the bytes of one storage.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ _N_PICKLES = 5
 
 
 def read_torch_pickle(path: str, reason: str, part: str | None = None) -> Checkpoint:
-    """Facts by loading the file into host memory once: on the meta device torch forgets what shares a storage.
+    """Read facts by loading the file into host memory once: on the meta device torch forgets what shares a storage.
 
-    reason: why the file cannot be planned, for the warning.
-    part: names a nested dict by its keys, joined by dots.
+    Args:
+        path: The file.
+        reason: The cause why the file cannot be planned, for the warning.
+        part: The nested dict that is meant, by its keys joined by dots.
 
-    Storages carry sizes, but no positions.
+    Returns:
+        Facts whose storages carry sizes, but no positions.
+
+    Raises:
+        CheckpointError: The file is damaged, or torch refuses it.
     """
     file = stat_file(path)
     with open(path, "rb") as f:
@@ -64,7 +70,13 @@ def read_torch_pickle(path: str, reason: str, part: str | None = None) -> Checkp
 
 
 def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of the file, or of one part of it, on `device`, as torch.load(weights_only=True) gives them."""
+    """Return the tensors of the file, or of one part of it, on `device`, as torch.load(weights_only=True) gives them.
+
+    Raises:
+        CheckpointError: The file is damaged, torch refuses it, or a tensor is not dense.
+        DeviceMemoryError: The device has no room.
+        HostMemoryError: This machine has no room.
+    """
     import torch
 
     try:
@@ -106,7 +118,7 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
 
 
 def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor alone: no parameter, no gradient, and no view that is conjugated or negated when it is read.
+    """Return the tensor alone: no parameter, no gradient, and no view that is conjugated or negated when it is read.
 
     A conversion works on the bytes of a storage, and would leave that out.
     """
@@ -114,7 +126,7 @@ def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _odd_kind(tensor: torch.Tensor) -> str | None:
-    """What a tensor is that is not dense, or None."""
+    """Say what a tensor is that is not dense, or return None."""
     import torch
 
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -156,7 +168,7 @@ def _check_legacy_pickles(path: str) -> None:
 
 
 def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Global | Other:
-    """The storage, or the class, of a legacy persistent id; `storages` collects the sizes of all."""
+    """Return the storage, or the class, of a legacy persistent id; `storages` collects the sizes of all."""
     if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
         return pid[1]  # a class, with its source: torch refuses to call it
     if type(pid) is not tuple or len(pid) != 6 or pid[0] != "storage":

@@ -42,9 +42,11 @@ class UnplannedError(Exception):
 
 
 def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts]]:
-    """Facts of one file, tensors by position; `part` names a nested dict by its keys, joined by dots.
+    """Read the facts of one file, tensors by position; `part` names a nested dict by its keys, joined by dots.
 
-    Raises `CheckpointError`, or `UnplannedError` for exotic pickles.
+    Raises:
+        CheckpointError: The file is damaged, or torch would refuse it.
+        UnplannedError: Its pickle is exotic.
     """
     file = stat_file(path)
     try:
@@ -64,7 +66,7 @@ def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[
 
 
 def _read_pickle(archive: ZipArchive) -> bytes:
-    """The pickle of an archive of torch.save, which is checked to be one."""
+    """Return the pickle of an archive of torch.save, which is checked to be one."""
     for name, program in _PROGRAMS.items():
         if name in archive:
             raise CheckpointError(f"{archive.path} is {program}, {_SAVE_WEIGHTS}")
@@ -82,7 +84,7 @@ def _read_pickle(archive: ZipArchive) -> bytes:
 
 
 def _check_marks(archive: ZipArchive) -> None:
-    """Small records that say nothing to us, but that torch refuses a file for if they are damaged."""
+    """Check small records that say nothing to us, but that torch refuses a file for if they are damaged."""
     archive.read(".format_version", _MAX_MARK_BYTES)
     identity = archive.read(".data/serialization_id", _MAX_MARK_BYTES)
     alignment = archive.read(".storage_alignment", _MAX_MARK_BYTES)
@@ -115,7 +117,7 @@ class _Storages:
         self._records: dict[str, Record] = {}
 
     def load(self, pid: Any) -> Storage | Other:
-        """The storage of a persistent id. The first id of a key says its dtype and its size, as it does for torch."""
+        """Return the storage of a persistent id. The first id of a key says its dtype and size, as for torch."""
         if type(pid) is not tuple or len(pid) != 5:
             raise PickleError("a persistent id makes no sense")
         kind, storage_type, key, _location, numel = pid
@@ -143,13 +145,13 @@ class _Storages:
         return storage
 
     def start_of(self, key: str) -> int:
-        """Where the bytes of a storage begin in the file; of an empty one, torch does not look where that is."""
+        """Return where the bytes of a storage begin in the file; of an empty one, torch does not look where that is."""
         record = self._records[key]
         return self._archive.start_of(f"data/{key}", record) if record.nbytes else record.header
 
 
 def _collect(path: str, found: dict[str, Tensor], storages: _Storages) -> tuple[list[StorageFacts], list[TensorFacts]]:
-    """Facts of the tensors and of the storages that they need, both by position."""
+    """Return facts of the tensors and of the storages that they need, both by position."""
     for name, tensor in found.items():
         _check_name(name, path)
         _check_view(tensor, name, path)
@@ -175,7 +177,7 @@ def _check_others(tensors: list[Tensor], found: dict[str, Tensor], path: str) ->
 
 
 def _check_name(name: str, path: str) -> None:
-    """A name may be any text, but it has to be text: surrogates cannot be written to any file or terminal."""
+    """Refuse a name that is not text: surrogates cannot be written to any file or terminal."""
     if not name.isascii():
         try:
             name.encode()
@@ -186,7 +188,7 @@ def _check_name(name: str, path: str) -> None:
 
 
 def _check_view(tensor: Tensor, name: str | None, path: str) -> None:
-    """A view may not reach outside its storage."""
+    """Refuse a view that reaches outside its storage."""
     storage, dtype, offset, shape, stride = tensor
     try:
         nbytes = _extent(offset, shape, stride) * ITEMSIZE[dtype]
@@ -205,7 +207,7 @@ def _words(name: str | None) -> str:
 
 
 def _extent(offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
-    """Elements from the start of the storage to the end of a view."""
+    """Return the number of elements from the start of the storage to the end of a view."""
     if type(offset) is not int or not {*map(type, shape), *map(type, stride)} <= {int}:
         raise CheckpointError("has a shape, stride or offset that is no number")
     if not 0 <= offset < 2**63:
@@ -216,7 +218,10 @@ def _extent(offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int
 
 @lru_cache(maxsize=4096)
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a view, 0 if it is empty; many tensors of a model share it."""
+    """Return the number of elements from the first to the last of a view, 0 if it is empty.
+
+    Many tensors of a model share a shape and its strides.
+    """
     numbers = (*shape, *stride, 0)
     if len(shape) != len(stride) or min(numbers) < 0 or max(numbers) >= 2**63:
         raise CheckpointError("has a shape or stride that makes no sense")

@@ -34,7 +34,7 @@ _MASKED, _ENCRYPTED, _IS_DIRECTORY = 1 << 13, 1 | 1 << 5 | 1 << 6, 0x10
 
 
 class Record(NamedTuple):
-    """What the directory says of a record. `header` is where its header begins; `refusal` is why it cannot be read."""
+    """A record as the directory has it. `header` is where its header begins; `refusal` is why it cannot be read."""
 
     header: int
     nbytes: int
@@ -57,14 +57,22 @@ class ZipArchive:
         return self._folder + name.encode().lower() in self._records
 
     def find(self, name: str) -> Record | None:
-        """Return a record that can be read, or None if there is none of that name."""
+        """Return a record that can be read, or None if there is none of that name.
+
+        Raises:
+            CheckpointError: It is there, and cannot be read.
+        """
         record = self._records.get(self._folder + name.encode().lower())
         if record is not None and record.refusal:
             raise CheckpointError(f"{self.path}: record {shown(name)} {record.refusal}")
         return record
 
     def start_of(self, name: str, record: Record) -> int:
-        """Return where a record's bytes begin in the file."""
+        """Return where a record's bytes begin in the file.
+
+        Raises:
+            CheckpointError: The record is not there, or not all of it.
+        """
         header = os.pread(self._fd, _HEADER_BYTES, record.header)
         if len(header) < _HEADER_BYTES or header[:4] != b"PK\x03\x04":
             raise CheckpointError(f"{self.path}: record {shown(name)} is not where the directory says: damaged file")
@@ -74,7 +82,11 @@ class ZipArchive:
         return start
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """Return a record's bytes, or None if there is no such record; more than `limit` bytes are an error."""
+        """Return a record's bytes, or None if there is no such record.
+
+        Raises:
+            CheckpointError: It has more than `limit` bytes, or cannot be read.
+        """
         record = self.find(name)
         if record is None:
             return None
@@ -87,7 +99,11 @@ class ZipArchive:
 
 
 def read_archive(path: str, fd: int, nbytes: int) -> ZipArchive:
-    """Read the directory of the archive in an open file of `nbytes` bytes; raises `CheckpointError`."""
+    """Read the directory of the archive in an open file of `nbytes` bytes.
+
+    Raises:
+        CheckpointError: It is damaged, or an archive that torch did not write.
+    """
     try:
         directory, count, disk = _read_directory(fd, nbytes)
         folder, records = _parse(directory, count, disk, nbytes)
@@ -109,7 +125,7 @@ class _ForeignError(Exception):
 
 
 def _read_directory(fd: int, nbytes: int) -> tuple[bytes, int, int]:
-    """The central directory, the number of its entries and the number of its disk."""
+    """Return the central directory, the number of its entries and the number of its disk."""
     last = max(nbytes - _BLOCK_BYTES, 0)
     tail_start = last - _STEP_BYTES * min(last // _STEP_BYTES, _MAX_STEPS)
     tail = os.pread(fd, nbytes - tail_start, tail_start)
@@ -129,7 +145,7 @@ def _read_directory(fd: int, nbytes: int) -> tuple[bytes, int, int]:
 
 
 def _read_end64(fd: int, nbytes: int, end: int) -> tuple[int, ...] | None:
-    """What a zip64 end says in place of the plain one, if there is one before it."""
+    """Return what a zip64 end says in place of the plain one, if there is one before it."""
     if end < _LOCATOR64_BYTES + _END64_BYTES:
         return None
     locator = os.pread(fd, _LOCATOR64_BYTES, end - _LOCATOR64_BYTES)
@@ -148,7 +164,7 @@ def _read_end64(fd: int, nbytes: int, end: int) -> tuple[int, ...] | None:
 
 
 def _parse(directory: bytes, count: int, disk: int, nbytes: int) -> tuple[bytes, dict[bytes, Record]]:
-    """The folder that all records lie in, with its slash, and the records by their names in lower case."""
+    """Return the folder that all records lie in, with its slash, and the records by their names in lower case."""
     if not count:
         raise _ForeignError("it is empty")
     folder = _first_folder(directory)
@@ -191,7 +207,7 @@ def _is_text(name: bytes) -> bool:
 
 
 def _first_folder(directory: bytes) -> bytes:
-    """The folder of the first record, which torch looks for all others in."""
+    """Return the folder of the first record, which torch looks for all others in."""
     n_name = int.from_bytes(directory[28:30], "little")
     name = directory[_ENTRY_BYTES : _ENTRY_BYTES + n_name]
     end = name.find(b"/")
@@ -201,7 +217,7 @@ def _first_folder(directory: bytes) -> bytes:
 
 
 def _wide(extra: bytes, packed: int, size: int, header: int) -> tuple[int, int, int]:
-    """The numbers that did not fit into 32 bits, from the first zip64 field among the extra ones."""
+    """Return the numbers that did not fit into 32 bits, from the first zip64 field among the extra ones."""
     position = 0
     while position < len(extra):
         if position + 4 > len(extra):

@@ -36,7 +36,11 @@ __all__ = [
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the place, then rename: nobody sees half a file. Raises `OutputError`."""
+    """Write beside the place, then rename: nobody sees half a file.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -51,7 +55,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_capped(path: str | os.PathLike[str], most: int) -> bytes | None:
-    """Read a file, or return None if it has more than `most` bytes; a device or a pipe has no size beforehand."""
+    """Read a file, or return None if it has more than `most` bytes; a device or a pipe has no size beforehand.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     with open(path, "rb") as file:
         text = file.read(most + 1)
     return text if len(text) <= most else None
@@ -126,9 +134,14 @@ def lock_directory(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locke
 
 
 def lock_or_refuse(path: Path, refusal: str) -> LockedDirectory:
-    """Keep others from a directory; `OutputError` with the given text if somebody is there.
+    """Keep others from a directory. On a file system without locks nobody is kept out.
 
-    On a file system without locks nobody is kept out.
+    Args:
+        path: The directory.
+        refusal: The text of the error.
+
+    Raises:
+        OutputError: Somebody is there.
     """
     try:
         locked = lock_directory(path, alone=True)
@@ -140,7 +153,7 @@ def lock_or_refuse(path: Path, refusal: str) -> LockedDirectory:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a link or a file lies where only directories do. One look: others make and remove them meanwhile."""
+    """Say whether a link or a file lies where only directories do. One look: others make and remove them meanwhile."""
     try:
         return not stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
@@ -157,14 +170,18 @@ def remove_tree(path: Path) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Refuse a directory for our state that is a link or that others may write to. Raises `OutputError`."""
+    """Refuse a directory for our state that is a link or that others may write to.
+
+    Raises:
+        OutputError: It is one.
+    """
     facts = os.lstat(path)
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise OutputError(f"{path} is not a directory that only you may write to: remove it, or choose another --to")
 
 
 def is_below(path: Any) -> bool:
-    """Whether this is text that names something below a directory."""
+    """Say whether this is text that names something below a directory."""
     if not isinstance(path, str) or "\0" in path or len(path) > 4096:
         return False
     try:
@@ -175,7 +192,11 @@ def is_below(path: Any) -> bool:
 
 
 def plain_path(directory: Path, relative: str) -> Path:
-    """A path below a directory, none of whose parts is a link. Raises `OutputError`."""
+    """Return a path below a directory, none of whose parts is a link.
+
+    Raises:
+        OutputError: One of them is.
+    """
     path = directory
     for part in relative.split("/")[:-1]:
         path = path / part

@@ -17,8 +17,11 @@ __all__ = ["lazy_names"]
 def lazy_names(package: str, origins: Mapping[str, str]) -> Callable[[str], Any]:
     """Make the `__getattr__` of a package whose names come from other modules.
 
-    package: its name. origins: name -> the module that defines it. A name that was asked for once is an attribute of
-    the package from then on.
+    A name that was asked for once is an attribute of the package from then on.
+
+    Args:
+        package: The name of the package.
+        origins: Name -> the module that defines it.
     """
 
     def getattr_(name: str) -> Any:

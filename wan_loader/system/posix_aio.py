@@ -5,7 +5,7 @@ on some machines takes longer than the reads. glibc runs the reads of one descri
 different descriptors side by side, in up to 20 threads, which end when they have been idle for a second.
 
 A process that was forked has none of its parent's threads, which the library does not notice: reads would wait for
-ever. There, after any read of the parent, other ways are better (`why_not` says so); a read that is started all the
+ever. There, after any read of the parent, another backend is better (`why_not` says so); a read that is started all the
 same is carried out at once, as it is where no thread may be made.
 """
 
@@ -53,7 +53,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class _ControlBlock(ctypes.Structure):
-    """struct aiocb of glibc's aio.h, as it is on every 64-bit Linux; what has no name here is the library's own."""
+    """The struct aiocb of glibc's aio.h, as it is on every 64-bit Linux; what has no name here is the library's own."""
 
     _fields_ = [
         ("aio_fildes", ctypes.c_int),
@@ -88,7 +88,7 @@ def _library(kind: type[ctypes.CDLL]) -> Any:
 
 
 def why_not() -> str | None:
-    """Why reads had better go another way in this process; None if this one is fine."""
+    """Say why another backend should read in this process; None if this one is fine."""
     if _orphaned:
         return "this process was forked from one that had read, whose threads it lacks"
     return _what_is_missing()
@@ -115,9 +115,12 @@ class Request:
         self.running = False
 
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
-        """Begin to read `nbytes` of a file at `offset` into memory at `address`. OSError if it cannot be queued.
+        """Begin to read `nbytes` of a file at `offset` into memory at `address`.
 
         Where the library has no threads and may not make any, the read is carried out now.
+
+        Raises:
+            OSError: The read cannot be queued.
         """
         global _used
         if _orphaned:
@@ -136,7 +139,11 @@ class Request:
             raise OSError(code, os.strerror(code))
 
     def result(self) -> int | None:
-        """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
+        """Return how many bytes were read, once after each start; None while the read is under way.
+
+        Raises:
+            OSError: The read failed.
+        """
         if self._outcome is not None:
             outcome, self._outcome, self.running = self._outcome, None, False
             if isinstance(outcome, OSError):
@@ -226,5 +233,5 @@ class PosixAio:
     get_ready = staticmethod(get_ready)
 
     def request(self) -> Request:
-        """A request, which may be started again and again."""
+        """Return a request, which may be started again and again."""
         return Request()

@@ -61,7 +61,7 @@ class _Pool:
         self._lock = threading.Lock()
         self._asked: SimpleQueue[_Read] = SimpleQueue()
         self._rows: dict[int, deque[_Read]] = {}
-        """By descriptor that a thread is reading: what it reads after that."""
+        """The reads that wait for a thread to end its read of the same descriptor, by that descriptor."""
         self._threads: list[int] = []
         self._n_idle = 0
 
@@ -102,7 +102,7 @@ class _Pool:
             self._carry_out_row(read.fd)
 
     def _next(self) -> _Read | None:
-        """What was asked for first; None if this thread has been idle for long, and is to end."""
+        """Return what was asked for first; None if this thread has been idle for long, and is to end."""
         while True:
             with self._lock:
                 self._n_idle += 1
@@ -160,7 +160,11 @@ class ThreadRequest:
         _pool.put(self._read)
 
     def result(self) -> int | None:
-        """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
+        """Return how many bytes were read, once after each start; None while the read is under way.
+
+        Raises:
+            OSError: The read failed.
+        """
         if self._read is None or (outcome := self._read.outcome) is None:
             return None
         self._read, self.running = None, False
@@ -175,7 +179,7 @@ class ThreadRequest:
 
     @property
     def is_over(self) -> bool:
-        """Whether `result` has something to say."""
+        """True if `result` has something to say."""
         return self._read is not None and self._read.outcome is not None
 
 
@@ -186,7 +190,7 @@ class ReadThreads:
         self._done: SimpleQueue[None] = SimpleQueue()
 
     def request(self) -> ThreadRequest:
-        """A request, which may be started again and again."""
+        """Return a request, which may be started again and again."""
         return ThreadRequest(self._done)
 
     def wait_any(self, requests: Collection[ThreadRequest], timeout_s: float) -> None:
