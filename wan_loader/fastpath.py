@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
-from wan_loader.formats.content import read_head
-from wan_loader.formats.known import recognise
+from wan_loader.formats.foreign_files import read_head
+from wan_loader.formats.known_formats import recognise
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.formats.torch_formats import TorchZipFormat
-from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
+from wan_loader.formats.torch_zip import UnplannedError, read_torch_zip
 from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import Checkpoint, open_checkpoint
-from wan_loader.formats.known import format_of
+from wan_loader.formats.known_formats import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

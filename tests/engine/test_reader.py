@@ -11,7 +11,7 @@ import pytest
 
 from wan_loader.engine.reader import BlockRead, Reader
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import Block, ByteRange, Segment, Transport, plan_blocks
 from wan_loader.system import posix as linux
 from wan_loader.system import posix_aio as aio

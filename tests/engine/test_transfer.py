@@ -20,7 +20,7 @@ from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
 from wan_loader.plan.limits import EngineSettings, TransferMode
 from wan_loader.system import posix_aio

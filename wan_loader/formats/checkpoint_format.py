@@ -1,7 +1,7 @@
 """The contract of a checkpoint format: recognise a file of it, read its header, read it with its own library.
 
-Another format is one new file with a class that does this, and a line in `known.FORMATS`; the contract that it must
-keep is in `tests/contracts`. What the header says does not depend on the format any more: loads are planned from
+Another format is one new file with a class that does this, and a line in `known_formats.FORMATS`; the contract that it
+must keep is in `tests/contracts`. What the header says does not depend on the format any more: loads are planned from
 `Checkpoint` alone, unless a format must read its tensors itself (`load_whole`).
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.formats.checkpoint_facts import Checkpoint
 
 __all__ = ["CheckpointFormat", "Likeness"]
 

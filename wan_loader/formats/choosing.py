@@ -10,10 +10,10 @@ import os
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.content import other_directory, other_format, read_head
 from wan_loader.formats.directory import look_into
-from wan_loader.formats.names import WEIGHT_SUFFIXES
-from wan_loader.formats.several import candidates_below, known
+from wan_loader.formats.file_names import WEIGHT_SUFFIXES
+from wan_loader.formats.foreign_files import other_directory, other_format, read_head
+from wan_loader.formats.model_directory import candidates_below, known
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

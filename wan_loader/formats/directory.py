@@ -19,10 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.content import other_format, read_head, stand_in
-from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.known import holds_weights, recognise
-from wan_loader.formats.names import (
+from wan_loader.formats.file_names import (
     SAFETENSORS,
     is_index_name,
     is_training_state,
@@ -32,6 +29,9 @@ from wan_loader.formats.names import (
     slices_in,
     stem_of,
 )
+from wan_loader.formats.foreign_files import other_format, read_head, stand_in
+from wan_loader.formats.index import read_index, shards_of
+from wan_loader.formats.known_formats import holds_weights, recognise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -9,7 +9,7 @@ import os
 import re
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.names import is_weight_name
+from wan_loader.formats.file_names import is_weight_name
 
 __all__ = ["locate"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.content import stand_in
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
+from wan_loader.formats.foreign_files import stand_in
 from wan_loader.formats.strict_json import parse_object
 
 __all__ = ["read_index", "shards_of"]

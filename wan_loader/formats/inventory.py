@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.checkpoint import open_checkpoint
 from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.several import parts_in, recognise
+from wan_loader.formats.model_directory import parts_in, recognise
+from wan_loader.formats.opening import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from wan_loader.formats.facts import Checkpoint
-    from wan_loader.formats.several import MissingFile, ModelDirectory
+    from wan_loader.formats.checkpoint_facts import Checkpoint
+    from wan_loader.formats.model_directory import MissingFile, ModelDirectory
     from wan_loader.types import StrPath
 
 __all__ = ["Inventory", "checkpoints_in", "take_inventory"]

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.checkpoint_format import Likeness
-from wan_loader.formats.facts import (
+from wan_loader.formats.checkpoint_facts import (
     Checkpoint,
     FileFacts,
     StorageFacts,
@@ -24,7 +23,8 @@ from wan_loader.formats.facts import (
     contiguous_strides,
     stat_file,
 )
-from wan_loader.formats.parts import shown
+from wan_loader.formats.checkpoint_format import Likeness
+from wan_loader.formats.nested_parts import shown
 from wan_loader.formats.strict_json import parse_object
 
 if TYPE_CHECKING:

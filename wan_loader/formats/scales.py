@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from wan_loader.formats.facts import TensorFacts
+    from wan_loader.formats.checkpoint_facts import TensorFacts
 
 __all__ = ["FLOAT8", "find_scales"]
 

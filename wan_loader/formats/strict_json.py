@@ -12,7 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.parts import shown
+from wan_loader.formats.nested_parts import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable

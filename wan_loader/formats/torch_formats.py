@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
+from wan_loader.formats.checkpoint_facts import Checkpoint, StorageFacts, TensorFacts
 from wan_loader.formats.checkpoint_format import Likeness
-from wan_loader.formats.content import other_archive
-from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts
-from wan_loader.formats.names import SAFETENSORS
+from wan_loader.formats.file_names import SAFETENSORS
+from wan_loader.formats.foreign_files import other_archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,8 +44,8 @@ class TorchZipFormat:
 
     def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
         """Read the facts of an archive; through torch if they cannot be read from its records."""
-        from wan_loader.formats.torchpickle import read_torch_pickle
-        from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
+        from wan_loader.formats.torch_pickle import read_torch_pickle
+        from wan_loader.formats.torch_zip import UnplannedError, read_torch_zip
 
         try:
             file, storages, tensors = read_torch_zip(path, part)
@@ -83,14 +83,14 @@ class TorchPickleFormat:
 
     def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
         """Read the facts by loading the file once."""
-        from wan_loader.formats.torchpickle import read_torch_pickle
+        from wan_loader.formats.torch_pickle import read_torch_pickle
 
         shard = read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)
         return _numbered(shard, number, n_storages)
 
     def load_whole(self, path: str, device: str, part: str | None) -> dict[str, Any]:
         """Read the tensors of a file, as torch.load(weights_only=True) gives them."""
-        from wan_loader.formats.torchpickle import load_torch_pickle
+        from wan_loader.formats.torch_pickle import load_torch_pickle
 
         return load_torch_pickle(path, device, part)
 
@@ -115,7 +115,7 @@ def _numbered(shard: Checkpoint, number: int, n_storages: int) -> Checkpoint:
 def _by_torch(path: str, names: Sequence[str], part: str | None, *, mmap: bool) -> Iterator[tuple[str, Any]]:
     import torch
 
-    from wan_loader.formats.parts import choose_part
+    from wan_loader.formats.nested_parts import choose_part
 
     held = choose_part(_torch_load(path, mmap=mmap), part, path=path, is_tensor=torch.is_tensor)
     yield from ((name, held[name]) for name in names)

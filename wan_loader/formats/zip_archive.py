@@ -15,7 +15,7 @@ import struct
 from typing import NamedTuple
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.parts import shown
+from wan_loader.formats.nested_parts import shown
 
 __all__ = ["MAX_DIRECTORY_BYTES", "Record", "ZipArchive", "read_archive"]
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.choosing import no_checkpoint
-from wan_loader.formats.content import read_head
+from wan_loader.formats.file_names import is_index_name, is_weight_name
+from wan_loader.formats.foreign_files import read_head
 from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.known import holds_weights
-from wan_loader.formats.names import is_index_name, is_weight_name
-from wan_loader.formats.several import known
+from wan_loader.formats.known_formats import holds_weights
+from wan_loader.formats.model_directory import known
 
 if TYPE_CHECKING:
     from wan_loader.types import StrPath

@@ -1,7 +1,7 @@
 """The names of files, read in one place: weights, indexes, shards, training state, unfinished downloads.
 
-A name only decides which files of a directory are looked at. What a file is, its content says (`content`), and which
-files belong together, an index, where there is one.
+A name only decides which files of a directory are looked at. What a file is, its content says (`known_formats`,
+`foreign_files`), and which files belong together, an index, where there is one.
 """
 
 from __future__ import annotations

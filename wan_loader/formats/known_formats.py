@@ -9,8 +9,8 @@ from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.formats.torch_formats import TorchPickleFormat, TorchZipFormat
 
 if TYPE_CHECKING:
+    from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.formats.checkpoint_format import CheckpointFormat
-    from wan_loader.formats.facts import Checkpoint
 
 __all__ = ["FORMATS", "format_of", "holds_weights", "is_planned", "recognise"]
 

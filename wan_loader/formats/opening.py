@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_part, checked_paths
 from wan_loader.errors import CheckpointError, MissingFileError
+from wan_loader.formats.checkpoint_facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
 from wan_loader.formats.choosing import choose
-from wan_loader.formats.content import is_json, other_file, read_head, text_of
 from wan_loader.formats.directory import missing_error
-from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
+from wan_loader.formats.file_names import SAFETENSORS, is_dcp_name, is_unfinished, is_weight_name
+from wan_loader.formats.foreign_files import is_json, other_file, read_head, text_of
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.known import format_of, recognise
-from wan_loader.formats.names import SAFETENSORS, is_dcp_name, is_unfinished, is_weight_name
+from wan_loader.formats.known_formats import format_of, recognise
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.sizes import format_count
 

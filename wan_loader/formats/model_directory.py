@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 from wan_loader.entry_points import first_answer
 from wan_loader.errors import WanLoaderError
 from wan_loader.formats.directory import examined, look_into
-from wan_loader.formats.names import is_index_name, stem_of
+from wan_loader.formats.file_names import is_index_name, stem_of
 
 if TYPE_CHECKING:
     from wan_loader.formats.directory import Candidate

@@ -5,9 +5,9 @@ import os
 import pytest
 
 from wan_loader.errors import CheckpointError, OutputError
-from wan_loader.formats import open_checkpoint, several
+from wan_loader.formats import model_directory, open_checkpoint
 from wan_loader.formats.inventory import checkpoints_in, take_inventory
-from wan_loader.formats.several import MissingFile, ModelDirectory, ModelPart, known, parts_in
+from wan_loader.formats.model_directory import MissingFile, ModelDirectory, ModelPart, known, parts_in
 from wan_loader.warming.tree import list_tree
 
 HEADER = b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
@@ -37,7 +37,7 @@ def family(monkeypatch):
                 raise answer
             return answer
 
-        monkeypatch.setattr(several, "first_answer", recognise)
+        monkeypatch.setattr(model_directory, "first_answer", recognise)
 
     return family
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
-from wan_loader.formats.known import recognise
+from wan_loader.formats.known_formats import recognise
 from wan_loader.verify import verify
 
 NAMES = [

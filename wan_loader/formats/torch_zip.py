@@ -15,9 +15,9 @@ from typing import Any
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.facts import FileFacts, StorageFacts, TensorFacts, check_shape, stat_file
+from wan_loader.formats.checkpoint_facts import FileFacts, StorageFacts, TensorFacts, check_shape, stat_file
 from wan_loader.formats.facts_unpickler import Reading, read_pickle
-from wan_loader.formats.parts import choose_part, shown
+from wan_loader.formats.nested_parts import choose_part, shown
 from wan_loader.formats.pickle_calls import KNOWN, STORAGE_TYPES
 from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage, Tensor
 from wan_loader.formats.zip_archive import Record, ZipArchive, read_archive

@@ -578,7 +578,7 @@ def test_missing_file(path):
 GREEDY = """
 import pickle, resource, struct, sys, time
 sys.path[:0] = {paths!r}
-from test_torchzip import Storage, View, pickled, write
+from test_torch_zip import Storage, View, pickled, write
 from wan_loader import CheckpointError, open_checkpoint
 
 def tower(levels):

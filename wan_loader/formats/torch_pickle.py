@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError, MissingFileError
-from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts, stat_file
+from wan_loader.formats.checkpoint_facts import Checkpoint, StorageFacts, TensorFacts, stat_file
 from wan_loader.formats.facts_unpickler import read_pickle
-from wan_loader.formats.parts import choose_part, shown
+from wan_loader.formats.nested_parts import choose_part, shown
 from wan_loader.formats.pickle_calls import STORAGE_TYPES
 from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage
 

@@ -10,8 +10,8 @@ import os
 import re
 import stat
 
-from wan_loader.formats.facts import stat_file
-from wan_loader.formats.names import is_unfinished, slices_in
+from wan_loader.formats.checkpoint_facts import stat_file
+from wan_loader.formats.file_names import is_unfinished, slices_in
 
 __all__ = [
     "is_json",
