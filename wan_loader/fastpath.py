@@ -23,7 +23,7 @@ from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.formats.foreign_files import read_head
-from wan_loader.formats.known_formats import recognise
+from wan_loader.formats.known_formats import recognise_format
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.formats.torch_formats import TorchZipFormat
 from wan_loader.formats.torch_zip import UnplannedError, read_torch_zip
@@ -102,7 +102,7 @@ class FastPath:
         path, target = _path(filename), _device(device)
         if target.partition(":")[0] not in self.safetensors_devices:
             raise _LeftAloneError("load_file to the CPU only maps the file")
-        if not isinstance(recognise(read_head(path)), SafetensorsFormat):
+        if not isinstance(recognise_format(read_head(path)), SafetensorsFormat):
             raise _LeftAloneError("load_file of a file that is not safetensors")
         loaded = load([path], device=target)
         return loaded.tensors, loaded.report.nbytes_file
@@ -138,7 +138,7 @@ def _check_modes() -> None:
 
 def _check_planned(path: str) -> None:
     """Leave alone all that is not read from headers: our loader would leave it to torch.load, too."""
-    if not isinstance(recognise(read_head(path)), TorchZipFormat):
+    if not isinstance(recognise_format(read_head(path)), TorchZipFormat):
         raise _LeftAloneError("torch.load of a legacy pickle")
     try:
         read_torch_zip(path)

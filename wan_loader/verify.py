@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["reference_tensors", "same_bits", "verify"]
 
 #: Elements that are converted at once for a comparison.
-_PIECE = 4 << 20
+_BATCH = 4 << 20
 
 
 def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *, part: str | None = None) -> int:
@@ -58,10 +58,10 @@ def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *,
 
 def _is_converted(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     """Say whether a tensor is another one, converted; in batches, since the conversion takes memory beside both."""
-    if actual.shape != expected.shape or actual.dtype == expected.dtype or actual.numel() <= _PIECE:
+    if actual.shape != expected.shape or actual.dtype == expected.dtype or actual.numel() <= _BATCH:
         return same_bits(actual, expected.to(actual.device).to(actual.dtype))
-    pieces = zip(actual.reshape(-1).split(_PIECE), expected.reshape(-1).split(_PIECE), strict=True)
-    return all(same_bits(a, e.to(a.device).to(a.dtype)) for a, e in pieces)
+    batches = zip(actual.reshape(-1).split(_BATCH), expected.reshape(-1).split(_BATCH), strict=True)
+    return all(same_bits(a, e.to(a.device).to(a.dtype)) for a, e in batches)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from wan_loader.devices.resolve import is_busy  # noqa: E402
 from wan_loader.devices.writer import PinError  # noqa: E402
 from wan_loader.loading import run as load  # noqa: E402
 from wan_loader.plan import plan as course  # noqa: E402
-from wan_loader.system.posix_aio import Request  # noqa: E402
+from wan_loader.system.posix_aio import AioRequest  # noqa: E402
 
 # the report
 
@@ -184,14 +184,14 @@ def test_o_direct_refused_is_reported(tmp_path, device, monkeypatch):
 def test_o_direct_refused_at_the_first_read_is_reported(tmp_path, device, monkeypatch):
     tensors = weights(3)
     path = write("safetensors", tmp_path, tensors)
-    start = Request.start
+    start = AioRequest.start
 
     def refusing(request, fd, *args):
         if os.readlink(f"/proc/self/fd/{fd}") == str(path) and _flags(fd) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         start(request, fd, *args)
 
-    monkeypatch.setattr(Request, "start", refusing)
+    monkeypatch.setattr(AioRequest, "start", refusing)
     loaded = wan_loader.load(path, device=device, io="direct")
     same_dicts(loaded.tensors, tensors)
     assert loaded.report.io.nbytes_direct == 0

@@ -13,7 +13,7 @@ from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.directory import look_into
 from wan_loader.formats.file_names import WEIGHT_SUFFIXES
 from wan_loader.formats.foreign_files import other_directory, other_format, read_head
-from wan_loader.formats.model_directory import candidates_below, known
+from wan_loader.formats.model_directory import candidates_below, known_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,4 +96,4 @@ def _model(directory: str) -> str | None:
     """Say that a directory is a whole model's, if it is one."""
     if os.path.lexists(os.path.join(directory, _DIFFUSERS)):
         return "is a diffusers model's directory"
-    return f"is a {model.family} model's directory" if (model := known(directory)) is not None else None
+    return f"is a {model.family} model's directory" if (model := known_model(directory)) is not None else None

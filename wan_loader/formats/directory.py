@@ -31,7 +31,7 @@ from wan_loader.formats.file_names import (
 )
 from wan_loader.formats.foreign_files import other_format, read_head, stand_in
 from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.known_formats import holds_weights, recognise
+from wan_loader.formats.known_formats import holds_weights, recognise_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -251,7 +251,7 @@ def _is_other(directory: str, candidate: Candidate) -> bool:
     """Say whether it is a single file that is called like a torch checkpoint and is something else."""
     if candidate.files != (candidate.name,) or candidate.is_safetensors:
         return False
-    return recognise(read_head(os.path.join(directory, candidate.name))) is None
+    return recognise_format(read_head(os.path.join(directory, candidate.name))) is None
 
 
 def _weights_by_content(directory: str, names: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.pickle_calls import CALLS, KNOWN, check_key
-from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, Tensor, kind_of
+from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickledTensor, PickleError, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ class Reading(NamedTuple):
     """Position in the bytes at which the pickle ended."""
     foreign: str | None
     """The thing that torch has to judge, if there is one."""
-    tensors: list[Tensor]
+    tensors: list[PickledTensor]
     """All tensors that were built, wherever they are."""
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAFETENSORS",
     "WEIGHT_SUFFIXES",
-    "Shard",
+    "ShardName",
     "is_dcp_name",
     "is_index_name",
     "is_training_state",
@@ -101,7 +101,7 @@ def is_training_state(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardName:
     """A name like `model-00001-of-00002.safetensors`, taken apart."""
 
     head: str
@@ -121,12 +121,12 @@ class Shard:
         return f"{self.head}{number:0{width}d}{self.tail}"
 
 
-def parse_shard(name: str) -> Shard | None:
+def parse_shard(name: str) -> ShardName | None:
     """Take the name of a shard apart; None for any other name, and for sets of no files."""
     found = _SHARD.fullmatch(name)
     if found is None or not int(found["count"]):
         return None
-    return Shard(found["head"], int(found["number"]), found["of"], int(found["count"]))
+    return ShardName(found["head"], int(found["number"]), found["of"], int(found["count"]))
 
 
 def stem_of(name: str) -> str:

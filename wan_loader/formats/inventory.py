@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.model_directory import parts_in, recognise
+from wan_loader.formats.model_directory import parts_in, recognise_model
 from wan_loader.formats.opening import open_checkpoint
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def take_inventory(path: StrPath) -> Inventory | None:
         CheckpointError: The hub's cache does not hold the repository.
     """
     directory = locate(os.fspath(path))
-    if not os.path.isdir(directory) or (model := recognise(directory)) is None:
+    if not os.path.isdir(directory) or (model := recognise_model(directory)) is None:
         return None
     parts: dict[str, Checkpoint] = {}
     damaged = list(model.problems)

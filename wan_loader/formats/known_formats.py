@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.formats.checkpoint_format import CheckpointFormat
 
-__all__ = ["FORMATS", "format_of", "holds_weights", "is_planned", "recognise"]
+__all__ = ["FORMATS", "format_of", "holds_weights", "is_planned", "recognise_format"]
 
 #: The first that a file is like is taken. Safetensors comes first: its length may look like another's signature.
 FORMATS: tuple[CheckpointFormat, ...] = (SafetensorsFormat(), TorchZipFormat(), TorchPickleFormat())
 
 
-def recognise(head: bytes) -> CheckpointFormat | None:
+def recognise_format(head: bytes) -> CheckpointFormat | None:
     """Return the format of a file that begins with `head`; None for none of ours."""
     return next((known for known in FORMATS if known.likeness(head)), None)
 
 
 def holds_weights(head: bytes) -> bool:
     """Say whether a file is surely a checkpoint by its first bytes, whatever it is called."""
-    found = recognise(head)
+    found = recognise_format(head)
     return found is not None and found.likeness(head) is Likeness.CERTAIN
 
 

@@ -22,7 +22,15 @@ from wan_loader.formats.file_names import is_index_name, stem_of
 if TYPE_CHECKING:
     from wan_loader.formats.directory import Candidate
 
-__all__ = ["MissingFile", "ModelDirectory", "ModelPart", "candidates_below", "known", "parts_in", "recognise"]
+__all__ = [
+    "MissingFile",
+    "ModelDirectory",
+    "ModelPart",
+    "candidates_below",
+    "known_model",
+    "parts_in",
+    "recognise_model",
+]
 
 _MAX_SEEN = 1000
 _MAX_DEPTH = 3
@@ -89,7 +97,7 @@ class ModelDirectory:
         return next((rank for rank, part in enumerate(self.parts, 1) if part.holds(relative)), 0)
 
 
-def recognise(directory: str) -> ModelDirectory | None:
+def recognise_model(directory: str) -> ModelDirectory | None:
     """Ask the families of models what a directory is; None where none knows it.
 
     Raises:
@@ -98,10 +106,10 @@ def recognise(directory: str) -> ModelDirectory | None:
     return cast("ModelDirectory | None", first_answer("wan_loader.models", directory))
 
 
-def known(directory: str) -> ModelDirectory | None:
-    """Ask as `recognise` does, where an answer helps and none is no error."""
+def known_model(directory: str) -> ModelDirectory | None:
+    """Ask as `recognise_model` does, where an answer helps and none is no error."""
     with contextlib.suppress(WanLoaderError, OSError):
-        return recognise(directory)
+        return recognise_model(directory)
     return None
 
 

@@ -19,7 +19,7 @@ from wan_loader.formats.file_names import SAFETENSORS, is_dcp_name, is_unfinishe
 from wan_loader.formats.foreign_files import is_json, other_file, read_head, text_of
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.known_formats import format_of, recognise
+from wan_loader.formats.known_formats import format_of, recognise_format
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.sizes import format_count
 
@@ -95,7 +95,7 @@ def _open_single(path: str, part: str | None) -> Checkpoint:
     """Open a file, or an index: JSON that is not called like weights, or what is called so and is nothing we know."""
     _check_there([path])
     head = read_head(path)
-    if recognise(head) is None:
+    if recognise_format(head) is None:
         is_called_so = path.lower().endswith(".json") and not other_file(path, head)
         if not is_weight_name(path) if is_json(head) else is_called_so:
             return _open_index(path, read_index(path), part)
@@ -195,13 +195,13 @@ def _is_missing(path: str) -> bool:
 def _open_file(path: str, head: bytes, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
     """Open a file that begins with `head`, as file `number` of a checkpoint, after files with `n_storages` storages."""
     _check_ours(path, head)
-    by_content = recognise(head) or SafetensorsFormat()  # called so: what is wrong with it, its reader says
+    by_content = recognise_format(head) or SafetensorsFormat()  # called so: what is wrong with it, its reader says
     return by_content.read(path, part, number, n_storages)
 
 
 def _check_ours(path: str, head: bytes) -> None:
     """Raise `CheckpointError` for what is none of our formats, and for what is still being downloaded."""
-    is_ours, what = recognise(head) is not None, None
+    is_ours, what = recognise_format(head) is not None, None
     if os.path.exists(f"{path}.aria2"):  # the file has its full length from the start
         what = f"is still being downloaded, as {path}.aria2 says: let aria2c end; if it has, remove that file"
     elif not is_ours or is_unfinished(path) or is_dcp_name(path):

@@ -10,7 +10,16 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import ITEMSIZE
-from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, Storage, Tensor
+from wan_loader.formats.pickle_values import (
+    Global,
+    Ledger,
+    Ordered,
+    Other,
+    PickledStorage,
+    PickledTensor,
+    PickleError,
+    kind_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +66,7 @@ def check_key(ledger: Ledger, key: Any) -> None:
         elif type(part) is Other:
             ledger.judge(f"a key of a dict is a {part.what}")
         elif type(part) not in _PLAIN_KEYS:
-            raise PickleError(f"a key of a dict is, or has in it, a {type(part).__name__}")
+            raise PickleError(f"a key of a dict is, or has in it, a {kind_of(part)}")
 
 
 def _rebuild_tensor(
@@ -69,8 +78,8 @@ def _rebuild_tensor(
     requires_grad: Any,
     hooks: Any,
     metadata: Any = None,
-) -> Tensor | Other:
-    dtype = storage.dtype if type(storage) is Storage else ""
+) -> PickledTensor | Other:
+    dtype = storage.dtype if type(storage) is PickledStorage else ""
     return _tensor(ledger, storage, dtype, offset, shape, stride, requires_grad, hooks, metadata)
 
 
@@ -84,7 +93,7 @@ def _rebuild_tensor_v3(
     hooks: Any,
     dtype: Any,
     metadata: Any = None,
-) -> Tensor | Other:
+) -> PickledTensor | Other:
     name = dtype.name.removeprefix("torch.") if type(dtype) is Global else ""
     if name not in ITEMSIZE:
         raise PickleError("a tensor has no dtype")
@@ -103,10 +112,10 @@ def _tensor(
     requires_grad: Any,
     hooks: Any,
     metadata: Any,
-) -> Tensor | Other:
+) -> PickledTensor | Other:
     if type(storage) is Other:
         return Other("torch.Tensor")
-    if type(storage) is not Storage:
+    if type(storage) is not PickledStorage:
         raise PickleError("a tensor is not built from a storage")
     if type(shape) not in _SEQUENCES or type(stride) not in _SEQUENCES:
         raise PickleError("a shape is no tuple")
@@ -116,7 +125,7 @@ def _tensor(
         if type(metadata) is not dict:
             raise PickleError("a tensor's metadata is no dict")
         ledger.judge("a tensor carries metadata, such as a conjugate bit")
-    tensor = Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
+    tensor = PickledTensor(storage, dtype, offset, tuple(shape), tuple(stride))
     ledger.tensors.append(tensor)
     return tensor
 
@@ -130,10 +139,10 @@ def _check_gradient(requires_grad: Any, hooks: Any, dtype: str) -> None:
         raise PickleError("a tensor has hooks")
 
 
-def _rebuild_parameter(ledger: Ledger, tensor: Any, requires_grad: Any, hooks: Any) -> Tensor | Other:
+def _rebuild_parameter(ledger: Ledger, tensor: Any, requires_grad: Any, hooks: Any) -> PickledTensor | Other:
     if type(tensor) is Other:
         return tensor
-    if type(tensor) is not Tensor:
+    if type(tensor) is not PickledTensor:
         raise PickleError("a parameter is no tensor")
     _check_gradient(requires_grad, hooks, tensor.dtype)
     return tensor

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Global", "Ledger", "Ordered", "Other", "PickleError", "Storage", "Tensor", "kind_of"]
+__all__ = ["Global", "Ledger", "Ordered", "Other", "PickleError", "PickledStorage", "PickledTensor", "kind_of"]
 
 
 class PickleError(Exception):
     """The pickle is damaged, or none of a checkpoint; the message says how."""
 
 
-class Storage(NamedTuple):
+class PickledStorage(NamedTuple):
     """A storage that a persistent id names."""
 
     key: str
@@ -22,10 +22,10 @@ class Storage(NamedTuple):
     dtype: str
 
 
-class Tensor(NamedTuple):
+class PickledTensor(NamedTuple):
     """A view of a storage; its numbers are still as the file has them."""
 
-    storage: Storage
+    storage: PickledStorage
     dtype: str
     offset: Any
     shape: tuple[Any, ...]
@@ -54,7 +54,7 @@ def kind_of(value: Any) -> str:
     """Return what a value is, in a word for messages."""
     if type(value) is Other:
         return value.what
-    return "OrderedDict" if type(value) is Ordered else type(value).__name__
+    return "OrderedDict" if type(value) is Ordered else type(value).__name__.removeprefix("Pickled")
 
 
 class Ledger:
@@ -66,7 +66,7 @@ class Ledger:
         self.cost = 0
         self.most_cost = most_cost
         self.foreign: str | None = None
-        self.tensors: list[Tensor] = []
+        self.tensors: list[PickledTensor] = []
 
     def charge(self, nbytes: int) -> None:
         """Pay for memory that a value of any length takes, before it is made.

@@ -19,7 +19,7 @@ from wan_loader.formats.checkpoint_facts import Checkpoint, StorageFacts, Tensor
 from wan_loader.formats.facts_unpickler import read_pickle
 from wan_loader.formats.nested_parts import choose_part, shown
 from wan_loader.formats.pickle_calls import STORAGE_TYPES
-from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage
+from wan_loader.formats.pickle_values import Global, Other, PickledStorage, PickleError
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +167,7 @@ def _check_legacy_pickles(path: str) -> None:
         raise CheckpointError(f"{path} is truncated: its storages need more bytes than it has; download it again")
 
 
-def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Global | Other:
+def _legacy_storage(pid: Any, storages: dict[str, int]) -> PickledStorage | Global | Other:
     """Return the storage, or the class, of a legacy persistent id; `storages` collects the sizes of all."""
     if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and type(pid[1]) is Global:
         return pid[1]  # a class, with its source: torch refuses to call it
@@ -179,4 +179,4 @@ def _legacy_storage(pid: Any, storages: dict[str, int]) -> Storage | Global | Ot
     dtype = STORAGE_TYPES.get(storage_type.name)
     nbytes = numel * ITEMSIZE[dtype] if dtype else numel
     storages.setdefault(key, nbytes)
-    return Storage(key, nbytes, dtype) if dtype else Other(storage_type.name)
+    return PickledStorage(key, nbytes, dtype) if dtype else Other(storage_type.name)

@@ -19,7 +19,7 @@ from wan_loader.formats.checkpoint_facts import FileFacts, StorageFacts, TensorF
 from wan_loader.formats.facts_unpickler import Reading, read_pickle
 from wan_loader.formats.nested_parts import choose_part, shown
 from wan_loader.formats.pickle_calls import KNOWN, STORAGE_TYPES
-from wan_loader.formats.pickle_values import Global, Other, PickleError, Storage, Tensor
+from wan_loader.formats.pickle_values import Global, Other, PickledStorage, PickledTensor, PickleError
 from wan_loader.formats.zip_archive import Record, ZipArchive, read_archive
 
 __all__ = ["MAX_PICKLE_BYTES", "UnplannedError", "read_torch_zip"]
@@ -57,12 +57,16 @@ def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[
             pickled = _read_pickle(archive)
             storages = _Storages(archive)
             reading = _unpickle(pickled, storages, path)
-            tensors = choose_part(reading.value, part, path=path, is_tensor=lambda value: type(value) is Tensor)
+            tensors = choose_part(reading.value, part, path=path, is_tensor=_is_tensor)
             facts = _collect(path, tensors, storages)
             _check_others(reading.tensors, tensors, path)
             return file, *facts
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value) is PickledTensor
 
 
 def _read_pickle(archive: ZipArchive) -> bytes:
@@ -113,10 +117,10 @@ class _Storages:
         if self.byteorder not in (b"little", b"big"):
             raise CheckpointError(f"{archive.path}: its byte order is none: damaged file")
         self._archive = archive
-        self._storages: dict[str, Storage] = {}
+        self._storages: dict[str, PickledStorage] = {}
         self._records: dict[str, Record] = {}
 
-    def load(self, pid: Any) -> Storage | Other:
+    def load(self, pid: Any) -> PickledStorage | Other:
         """Return the storage of a persistent id. The first id of a key says its dtype and size, as for torch."""
         if type(pid) is not tuple or len(pid) != 5:
             raise PickleError("a persistent id makes no sense")
@@ -138,7 +142,7 @@ class _Storages:
             raise CheckpointError(
                 f"{self._archive.path}: storage {shown(key)} should have {nbytes} bytes, its record has {record.nbytes}"
             )
-        storage = Storage(key, nbytes, dtype)
+        storage = PickledStorage(key, nbytes, dtype)
         self._records[key] = record
         if nbytes:  # torch does not remember empty ones
             self._storages[key] = storage
@@ -150,7 +154,9 @@ class _Storages:
         return self._archive.start_of(f"data/{key}", record) if record.nbytes else record.header
 
 
-def _collect(path: str, found: dict[str, Tensor], storages: _Storages) -> tuple[list[StorageFacts], list[TensorFacts]]:
+def _collect(
+    path: str, found: dict[str, PickledTensor], storages: _Storages
+) -> tuple[list[StorageFacts], list[TensorFacts]]:
     """Return facts of the tensors and of the storages that they need, both by position."""
     for name, tensor in found.items():
         _check_name(name, path)
@@ -168,7 +174,7 @@ def _collect(path: str, found: dict[str, Tensor], storages: _Storages) -> tuple[
     return [StorageFacts(0, start, nbytes) for start, nbytes, _ in placed], tensors
 
 
-def _check_others(tensors: list[Tensor], found: dict[str, Tensor], path: str) -> None:
+def _check_others(tensors: list[PickledTensor], found: dict[str, PickledTensor], path: str) -> None:
     """Check the tensors that were not asked for: torch refuses a file for any."""
     checked = {id(tensor) for tensor in found.values()}
     for tensor in tensors:
@@ -187,11 +193,11 @@ def _check_name(name: str, path: str) -> None:
             ) from None
 
 
-def _check_view(tensor: Tensor, name: str | None, path: str) -> None:
+def _check_view(tensor: PickledTensor, name: str | None, path: str) -> None:
     """Refuse a view that reaches outside its storage."""
     storage, dtype, offset, shape, stride = tensor
     try:
-        nbytes = _extent(offset, shape, stride) * ITEMSIZE[dtype]
+        nbytes = _end_of_view(offset, shape, stride) * ITEMSIZE[dtype]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {_words(name)} {error}: damaged file") from None
     if storage.nbytes % ITEMSIZE[dtype]:
@@ -206,7 +212,7 @@ def _words(name: str | None) -> str:
     return "a tensor beside those asked for" if name is None else f"tensor {shown(name)}"
 
 
-def _extent(offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
+def _end_of_view(offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
     """Return the number of elements from the start of the storage to the end of a view."""
     if type(offset) is not int or not {*map(type, shape), *map(type, stride)} <= {int}:
         raise CheckpointError("has a shape, stride or offset that is no number")

@@ -27,7 +27,7 @@ from wan_loader.system.posix import read_at
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["PosixAio", "Request", "get_ready", "wait_all", "wait_any", "why_not"]
+__all__ = ["AioRequest", "PosixAio", "get_ready", "wait_all", "wait_any", "why_not"]
 
 _SIGEV_NONE = 1  # bits/sigevent-consts.h
 
@@ -103,7 +103,7 @@ def _what_is_missing() -> str | None:
     return None if is_glibc else "the C library is not glibc, whose POSIX AIO this is made for"
 
 
-class Request:
+class AioRequest:
     """One read at a time. The memory that it fills, and the request itself, must stay until it is no longer running."""
 
     __slots__ = ("_address", "_block", "_outcome", "running")
@@ -172,7 +172,7 @@ def _read(fd: int, address: int, nbytes: int, offset: int) -> int | OSError:
         return error
 
 
-def wait_any(requests: Collection[Request], timeout_s: float) -> None:
+def wait_any(requests: Collection[AioRequest], timeout_s: float) -> None:
     """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""
     if any(request._outcome is not None for request in requests):
         return
@@ -181,7 +181,7 @@ def wait_any(requests: Collection[Request], timeout_s: float) -> None:
     _library(ctypes.CDLL).aio_suspend(addresses, len(requests), ctypes.byref(timeout))
 
 
-def wait_all(requests: Collection[Request]) -> None:
+def wait_all(requests: Collection[AioRequest]) -> None:
     """Return when none of the `requests` is running any more, whatever came of them."""
     while running := [request for request in requests if request.running]:
         wait_any(running, 1.0)
@@ -215,7 +215,7 @@ def _get_ready(n_reads: int) -> None:
         os.close(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _ROOM - 1))
         memory = bytearray(_BUSY_BYTES)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        requests = [Request() for _ in range(n_reads)]
+        requests = [AioRequest() for _ in range(n_reads)]
         own = []
         for _ in requests:
             own.append(os.dup(source))
@@ -232,6 +232,6 @@ class PosixAio:
     wait_all = staticmethod(wait_all)
     get_ready = staticmethod(get_ready)
 
-    def request(self) -> Request:
+    def request(self) -> AioRequest:
         """Return a request, which may be started again and again."""
-        return Request()
+        return AioRequest()

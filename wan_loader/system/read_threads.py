@@ -60,7 +60,7 @@ class _Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked: SimpleQueue[_Read] = SimpleQueue()
-        self._rows: dict[int, deque[_Read]] = {}
+        self._waiting: dict[int, deque[_Read]] = {}
         """The reads that wait for a thread to end its read of the same descriptor, by that descriptor."""
         self._threads: list[int] = []
         self._n_idle = 0
@@ -95,11 +95,11 @@ class _Pool:
             if read is None:
                 return
             with self._lock:
-                if (row := self._rows.get(read.fd)) is not None:
-                    row.append(read)  # for the thread that reads this descriptor
+                if (waiting := self._waiting.get(read.fd)) is not None:
+                    waiting.append(read)  # for the thread that reads this descriptor
                     continue
-                self._rows[read.fd] = deque([read])
-            self._carry_out_row(read.fd)
+                self._waiting[read.fd] = deque([read])
+            self._carry_out_waiting(read.fd)
 
     def _next(self) -> _Read | None:
         """Return what was asked for first; None if this thread has been idle for long, and is to end."""
@@ -117,14 +117,14 @@ class _Pool:
             if read is not None:
                 return read
 
-    def _carry_out_row(self, fd: int) -> None:
-        row = self._rows[fd]
+    def _carry_out_waiting(self, fd: int) -> None:
+        waiting = self._waiting[fd]
         while True:
             with self._lock:
-                if not row:
-                    del self._rows[fd]
+                if not waiting:
+                    del self._waiting[fd]
                     return
-                read = row.popleft()
+                read = waiting.popleft()
                 read.has_begun = True
                 is_taken_back = read.outcome is not None
             if not is_taken_back:
