@@ -54,12 +54,12 @@ def read_json(path: StrPath, what: str) -> dict[str, Any]:
         if text is not None:
             return parse_object(text, path=str(path), what="the document", holds_paths=True, takes_nan=True)
     except CheckpointError as error:
-        raise SessionError(f"{error}, or {what}") from error
+        raise SessionError(f"{error}, or {what}", path=path) from error
     except FileNotFoundError as error:
-        raise SessionError(f"{path} does not exist") from error
+        raise SessionError.because("does not exist", path=path) from error
     except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from error
-    raise SessionError(f"{path} is larger than {_MAX_BYTES} bytes: {what}")
+        raise SessionError.because(f"cannot be read: {error.strerror}", path=path) from error
+    raise SessionError.because(f"is larger than {_MAX_BYTES} bytes", what, path=path)
 
 
 class Doc:

@@ -49,10 +49,14 @@ def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *,
             continue
         actual = tensors[name]
         if not _is_converted(actual, expected):
-            raise CheckpointError(f"{path}: tensor {name!r} differs from what the file holds: please report this")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} differs from what the file holds: please report this", path=path, tensor=name
+            )
         names.discard(name)
     if names:
-        raise CheckpointError(f"{path}: {len(names)} loaded tensors are not in the file, such as {min(names)!r}")
+        raise CheckpointError(
+            f"{path}: {len(names)} loaded tensors are not in the file, such as {min(names)!r}", path=path
+        )
     return len(tensors)
 
 

@@ -57,7 +57,9 @@ class FileFacts:
             what = "replaced" if (now.inode, now.device) != (self.inode, self.device) else "modified"
             raise CheckpointError(
                 f"{self.path} was {what} while it was being loaded "
-                f"({self.nbytes} bytes before, {now.nbytes} now): nothing was handed out; load it again"
+                f"({self.nbytes} bytes before, {now.nbytes} now): nothing was handed out; load it again",
+                path=self.path,
+                remedy="load it again",
             )
 
 
@@ -152,11 +154,13 @@ def _stat_file(path: str) -> FileFacts:
     try:
         st = os.stat(path)
     except FileNotFoundError as error:
-        raise MissingFileError(f"{path} does not exist: check the path, or download the missing file") from error
+        raise MissingFileError.because(
+            "does not exist", "check the path, or download the missing file", path=path
+        ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     if not stat.S_ISREG(st.st_mode):
-        raise CheckpointError(f"{path} is not a regular file")
+        raise CheckpointError.because("is not a regular file", path=path)
     return _facts(path, st)
 
 

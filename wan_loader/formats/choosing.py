@@ -42,7 +42,7 @@ def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple
             raise only.problem
         return only, holding.notes
     if pattern is not None and not holding.candidates:
-        raise MissingFileError(f"{os.path.join(directory, pattern)} does not exist: check the path")
+        raise MissingFileError.because("does not exist", "check the path", path=os.path.join(directory, pattern))
     raise _not_one(directory, holding, with_subdirectories=pattern is None)
 
 
@@ -50,10 +50,10 @@ def no_checkpoint(directory: str) -> CheckpointError:
     """Return the error for a directory without any checkpoint: it tells what is there instead."""
     names = sorted(os.listdir(directory))
     if what := other_directory(set(names)):
-        return CheckpointError(f"{directory} {what}")
+        return CheckpointError.because(what, path=directory)
     suffixes = ", ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)
     instead = _instead(directory, names)
-    return MissingFileError(f"{directory} holds no checkpoint (*.index.json, {suffixes}){instead}")
+    return MissingFileError.because(f"holds no checkpoint (*.index.json, {suffixes}){instead}", path=directory)
 
 
 def _instead(directory: str, names: Sequence[str]) -> str:
@@ -82,14 +82,14 @@ def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> 
     sound = [choice.name for choice in choices if choice.problem is None]
     broken = [choice.problem for choice in choices if choice.problem is not None]
     if not (sound or below or model):
-        return CheckpointError(f"{directory} {what}, and none of them can be opened: {broken[0]}")
+        return CheckpointError.because(f"{what}, and none of them can be opened: {broken[0]}", path=directory)
     notes = [f" ({len(broken)} of them cannot be opened: {broken[0]})"] if sound and broken else []
     notes += [" (* stands for the numbers of the shards: quote it in a shell)"] if any("*" in n for n in sound) else []
     paths = [os.path.join(directory, name) for name in sound or [choice.name for choice in choices]]
     paths[_MAX_NAMED:] = [f"and {len(paths) - _MAX_NAMED} more"] if len(paths) > _MAX_NAMED else []
-    return (CheckpointError if found else MissingFileError)(
-        f"{directory} {model or what}{''.join(notes)}: name one of its parts: {', '.join(paths)}"
-    )
+    kind = CheckpointError if found else MissingFileError
+    reason, remedy = f"{model or what}{''.join(notes)}", f"name one of its parts: {', '.join(paths)}"
+    return kind.because(reason, remedy, path=directory)
 
 
 def _model(directory: str) -> str | None:

@@ -121,7 +121,7 @@ def missing_error(directory: str, name: str, n_missing: int, n_files: int) -> Mi
     """Return the error for a checkpoint of which files are not there, `name` the first of them."""
     more = f" (and {n_missing - 1} more of {n_files} files)" if n_missing > 1 else ""
     path = os.path.join(directory, name)
-    return MissingFileError(f"{path} does not exist{more}: check the path, or finish the download")
+    return MissingFileError.because(f"does not exist{more}", "check the path, or finish the download", path=path)
 
 
 def _files(directory: str) -> list[str]:
@@ -190,7 +190,9 @@ def _shard_set(directory: str, pattern: str, numbers: dict[int, str]) -> Candida
     problem: CheckpointError | None = None
     if strays:
         path = os.path.join(directory, strays[0])
-        problem = CheckpointError(f"{path} has a number that its set of {shard.count} files does not have: remove it")
+        problem = CheckpointError.because(
+            f"has a number that its set of {shard.count} files does not have", "remove it", path=path
+        )
     elif n_missing := shard.count - len(numbers):
         width = len(numbers[first]) - len(shard.head) - len(shard.tail)
         absent = (shard.sibling(number, width) for number in expected if number not in numbers)
@@ -243,8 +245,8 @@ def _problem(path: str) -> CheckpointError | None:
     except CheckpointError as error:
         return error
     except OSError as error:
-        return CheckpointError(f"{path} cannot be read: {error.strerror}")
-    return CheckpointError(f"{path} {what}") if what else None
+        return CheckpointError.because(f"cannot be read: {error.strerror}", path=path)
+    return CheckpointError.because(what, path=path) if what else None
 
 
 def _is_other(directory: str, candidate: Candidate) -> bool:

@@ -35,10 +35,12 @@ def locate(path: str) -> str:
     folder = os.path.join(_cache(), _FOLDER + path.replace("/", "--"))
     if os.path.isdir(folder):
         return _snapshot(folder)
-    raise MissingFileError(
-        f"{path} does not exist: check the path. If it is a repository of the Hugging Face Hub, it is not in the local "
-        f"cache ({_cache()}): hf download {path} gets it (of models that wan-loader download knows, "
-        f"wan-loader download {path} --to DIRECTORY gets what is needed)"
+    raise MissingFileError.because(
+        "does not exist",
+        "check the path. If it is a repository of the Hugging Face Hub, it is not in the local cache "
+        f"({_cache()}): hf download {path} gets it (of models that wan-loader download knows, "
+        f"wan-loader download {path} --to DIRECTORY gets what is needed)",
+        path=path,
     )
 
 
@@ -66,13 +68,17 @@ def _snapshot(folder: str) -> str:
         return os.path.join(snapshots, main)
     if not commits:
         repository = os.path.basename(os.path.abspath(folder)).removeprefix(_FOLDER).replace("--", "/")
-        raise MissingFileError(
-            f"{folder} is a repository's folder in the hub's cache, and holds no snapshot: hf download {repository}"
+        raise MissingFileError.because(
+            "is a repository's folder in the hub's cache, and holds no snapshot",
+            f"hf download {repository}",
+            path=folder,
         )
     paths = [os.path.join(snapshots, commit) for commit in commits[:_MAX_NAMED]]
     paths += [f"and {len(commits) - _MAX_NAMED} more"] if len(commits) > _MAX_NAMED else []
     said = "does not say which of them is main" if main is None else f"says that main is {main}, which is not there"
-    raise CheckpointError(f"{folder}, in the hub's cache, {said}: name one of its snapshots: {', '.join(paths)}")
+    raise CheckpointError(
+        f"{folder}, in the hub's cache, {said}: name one of its snapshots: {', '.join(paths)}", path=folder
+    )
 
 
 def _main(folder: str) -> str | None:

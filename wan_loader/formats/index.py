@@ -25,15 +25,15 @@ def read_index(path: str) -> dict[str, str]:
     """
     file = stat_file(path)
     if file.nbytes > _MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index")
+        raise CheckpointError.because(f"is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index", path=path)
     with open(path, "rb") as f:
         content = f.read()
     if what := stand_in(content[:_HEAD_BYTES]):
-        raise CheckpointError(f"{path} {what}")
+        raise CheckpointError.because(what, path=path)
     index = parse_object(content, path=path, what="the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{path} has no weight_map of tensor names to files: not a checkpoint index")
+        raise CheckpointError.because("has no weight_map of tensor names to files: not a checkpoint index", path=path)
     return weight_map
 
 
@@ -45,11 +45,15 @@ def shards_of(path: str, weight_map: dict[str, str]) -> list[str]:
     """
     shards = sorted(set(weight_map.values()))
     if len(shards) > _MAX_SHARDS:
-        raise CheckpointError(f"{path} names {len(shards)} files, more than any checkpoint has: damaged or hostile")
+        raise CheckpointError.because(
+            f"names {len(shards)} files, more than any checkpoint has: damaged or hostile", path=path
+        )
     for shard in shards:
         if os.path.basename(shard) != shard or shard in (".", "..", "") or not shard.isprintable():
             name = next(n for n, s in weight_map.items() if s == shard)
             raise CheckpointError(
-                f"{path}: tensor {name!r} points to {shard!r}: not a plain file name, or outside its directory"
+                f"{path}: tensor {name!r} points to {shard!r}: not a plain file name, or outside its directory",
+                path=path,
+                tensor=name,
             )
     return shards

@@ -39,10 +39,12 @@ def choose_part(state: Any, part: str | None, *, path: str, is_tensor: Callable[
         CheckpointError: There is no such dict. The message names the parts that there are.
     """
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {kind_of(state)}, not a dict of tensors: read it with torch.load")
+        raise CheckpointError.because(
+            f"holds a {kind_of(state)}, not a dict of tensors", "read it with torch.load", path=path
+        )
     chosen = state if part is None else _find(state, part)
     if chosen is None:
-        raise CheckpointError(f"{path} has no part {shown(part)}; {_offer(state, is_tensor)}")
+        raise CheckpointError(f"{path} has no part {shown(part)}; {_offer(state, is_tensor)}", path=path)
     if all(type(name) is str and is_tensor(value) for name, value in dict.items(chosen)):
         return chosen
     raise _not_flat(chosen, part, path, is_tensor)
@@ -71,7 +73,9 @@ def _find(state: dict[Any, Any], part: str) -> dict[Any, Any] | None:
 def _not_flat(chosen: dict[Any, Any], part: str | None, path: str, is_tensor: Callable[[Any], bool]) -> CheckpointError:
     where = path if part is None else f"{path}: part {shown(part)}"
     if _parts(chosen, is_tensor):
-        return CheckpointError(f"{where} is nested, not one flat dict of tensors; {_offer(chosen, is_tensor, part)}")
+        return CheckpointError(
+            f"{where} is nested, not one flat dict of tensors; {_offer(chosen, is_tensor, part)}", path=path
+        )
     odd = [(name, value) for name, value in dict.items(chosen) if type(name) is not str or not is_tensor(value)]
     named = [
         f"{shown(name)} (a {kind_of(value)})" if type(name) is str else f"{shown(name)} (its name is no text)"
@@ -80,7 +84,9 @@ def _not_flat(chosen: dict[Any, Any], part: str | None, path: str, is_tensor: Ca
     subject, verb = ("entry", "is not a tensor") if len(odd) == 1 else ("entries", "are not tensors")
     return CheckpointError(
         f"{where}: {subject} {_some(named, len(odd))} {verb}: this reads flat dicts of tensors; "
-        "read others with torch.load(weights_only=True)"
+        "read others with torch.load(weights_only=True)",
+        path=path,
+        remedy="read others with torch.load(weights_only=True)",
     )
 
 

@@ -60,9 +60,9 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
     except CheckpointError:
         raise
     except OSError as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         kind = MissingFileError if isinstance(error, FileNotFoundError) else CheckpointError
-        raise kind(f"{error.filename or path} {what}") from error
+        raise kind.because(reason, path=error.filename or str(path)) from error
 
 
 def _open(path: StrPath | Sequence[StrPath], part: str | None) -> Checkpoint:
@@ -113,7 +113,9 @@ def _open_index(path: str, weight_map: dict[str, str], part: str | None) -> Chec
     checkpoint = _join(path, paths, part, weight_map)
     held = set(checkpoint.names)
     if (lacking := next((name for name in weight_map if name not in held), None)) is not None:
-        raise CheckpointError(f"{path}: tensor {lacking!r} should be in {weight_map[lacking]}, which lacks it")
+        raise CheckpointError(
+            f"{path}: tensor {lacking!r} should be in {weight_map[lacking]}, which lacks it", path=path, tensor=lacking
+        )
     return checkpoint
 
 
@@ -135,7 +137,7 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
     formats = {shard.format for shard in shards}
     formats = formats.difference(*(format_of(shard).reads_too for shard in shards))
     if len(formats) > 1:
-        raise CheckpointError(f"{path}: its files are of different formats: {', '.join(sorted(formats))}")
+        raise CheckpointError(f"{path}: its files are of different formats: {', '.join(sorted(formats))}", path=path)
     warnings = [w for shard in shards for w in shard.warnings]
     if weight_map is None:
         _check_unique(shards)
@@ -165,7 +167,7 @@ def _check_unique(shards: list[Checkpoint]) -> None:
     name = _repeated(tensor.name for shard in shards for tensor in shard.tensors)
     if name is not None:
         first, second, *_ = (shard.path for shard in shards if name in shard.names)
-        raise CheckpointError(f"tensor {name!r} stands in both {first} and {second}")
+        raise CheckpointError(f"tensor {name!r} stands in both {first} and {second}", path=second, tensor=name)
 
 
 def _repeated(names: Iterable[str]) -> str | None:
@@ -209,7 +211,7 @@ def _check_ours(path: str, head: bytes) -> None:
     if what is None and not is_ours:
         what = _unknown(path, head)
     if what is not None:
-        raise CheckpointError(f"{path} {what}")
+        raise CheckpointError.because(what, path=path)
 
 
 def _unknown(path: str, head: bytes) -> str | None:

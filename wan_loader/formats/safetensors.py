@@ -84,18 +84,23 @@ def read_safetensors(
             prefix = f.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
-                raise CheckpointError(f"{path} is truncated: {file.nbytes} bytes, shorter than a safetensors header")
+                raise CheckpointError.because(
+                    f"is truncated: {file.nbytes} bytes, shorter than a safetensors header", path=path
+                )
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path}: header length {length} exceeds {MAX_HEADER_BYTES}: not a safetensors file, or damaged"
+                    f"{path}: header length {length} exceeds {MAX_HEADER_BYTES}: not a safetensors file, or damaged",
+                    path=path,
                 )
             header = f.read(length)
             file.check_opened(f.fileno())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     if len(header) < length:
         raise CheckpointError(
-            f"{path} is truncated: its header needs {length} bytes, {len(header)} are there; download it again"
+            f"{path} is truncated: its header needs {length} bytes, {len(header)} are there; download it again",
+            path=path,
+            remedy="download it again",
         )
     storages, tensors, metadata = parse_header(
         header, path=path, nbytes_data=file.nbytes - 8 - length, number=number, n_storages=n_storages
@@ -125,7 +130,7 @@ def parse_header(
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # null is as if it were not there, for the reference too
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings", path=path)
     for name, entry in entries.items():
         if type(entry) is not tuple:
             raise _bad_entry(entry, name, path)
@@ -136,7 +141,9 @@ def parse_header(
         if start != frontier:
             kind = "overlap" if start < frontier else "leave a gap"
             raise CheckpointError(
-                f"{path}: tensor {shown(name)}: offsets [{start}, {end}] {kind} at {frontier}: damaged file"
+                f"{path}: tensor {shown(name)}: offsets [{start}, {end}] {kind} at {frontier}: damaged file",
+                path=path,
+                tensor=name,
             )
         frontier = end
         tensors.append(TensorFacts(name, dtype, shape, n_storages + len(storages), stride))
@@ -144,10 +151,13 @@ def parse_header(
     if frontier > nbytes_data:
         raise CheckpointError(
             f"{path} is truncated: tensor {shown(tensors[-1].name)} ends at byte {frontier} of the data, "
-            f"but only {nbytes_data} are there; download it again"
+            f"but only {nbytes_data} are there; download it again",
+            path=path,
+            tensor=tensors[-1].name,
+            remedy="download it again",
         )
     if frontier < nbytes_data:
-        raise CheckpointError(f"{path}: {nbytes_data - frontier} bytes after the last tensor belong to none")
+        raise CheckpointError(f"{path}: {nbytes_data - frontier} bytes after the last tensor belong to none", path=path)
     return storages, tensors, metadata
 
 
@@ -170,7 +180,7 @@ def _bad_entry(entry: Any, name: str, path: str) -> CheckpointError:
     try:
         _parse_entry(entry)
     except CheckpointError as error:
-        return CheckpointError(f"{path}: tensor {shown(name)}: {error}")
+        return CheckpointError(f"{path}: tensor {shown(name)}: {error}", path=path, tensor=name)
     raise AssertionError("a sound entry was not parsed")
 
 
@@ -224,7 +234,9 @@ class SafetensorsFormat:
     def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
         """Read the header of a file, which has no parts."""
         if part is not None:
-            raise CheckpointError(f"{path} is a safetensors file, which has no parts: load it without part")
+            raise CheckpointError.because(
+                "is a safetensors file, which has no parts", "load it without part", path=path
+            )
         file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
         return Checkpoint(path, self.name, (file,), tuple(storages), tuple(tensors), metadata)
 

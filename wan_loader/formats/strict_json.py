@@ -54,11 +54,11 @@ def parse_object(
         out = dict(pairs)
         if len(out) < len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise CheckpointError(f"{path}: key {shown(name)} stands twice in {what}: damaged file")
+            raise CheckpointError(f"{path}: key {shown(name)} stands twice in {what}: damaged file", path=path)
         return compact(out) if compact else out
 
     if len(text) > _ALWAYS_BYTES and _cost(text) > _BASE_COST + _COST_PER_BYTE * len(text):
-        raise CheckpointError(f"{path}: {what} is mostly brackets and commas: damaged or foreign file")
+        raise CheckpointError(f"{path}: {what} is mostly brackets and commas: damaged or foreign file", path=path)
     try:
         constant = float if takes_nan else _refuse
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
@@ -67,9 +67,11 @@ def parse_object(
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # also: not UTF-8, numbers of thousands of digits
-        raise CheckpointError(f"{path}: {what} is not JSON ({error}): damaged, foreign, or still downloading") from None
+        raise CheckpointError(
+            f"{path}: {what} is not JSON ({error}): damaged, foreign, or still downloading", path=path
+        ) from None
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path}: {what} is not a JSON object: damaged or foreign file")
+        raise CheckpointError(f"{path}: {what} is not a JSON object: damaged or foreign file", path=path)
     return parsed
 
 

@@ -53,7 +53,7 @@ class TorchZipFormat:
             shard = read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
         except CheckpointError as error:
             if what := other_archive(path):
-                raise CheckpointError(f"{path} {what}") from error
+                raise CheckpointError.because(what, path=path) from error
             raise
         else:
             shard = Checkpoint(path, self.name, (file,), tuple(storages), tuple(tensors), part=part)
@@ -134,5 +134,7 @@ def _torch_load(path: str, *, mmap: bool) -> Any:
     except pickle.UnpicklingError as error:  # torch does not know all opcodes that are read as facts
         raise CheckpointError(
             f"{path} can be loaded, but not verified: torch.load(weights_only=True), to compare with, refuses it; "
-            "save it again with torch.save and its own pickle_protocol"
+            "save it again with torch.save and its own pickle_protocol",
+            path=path,
+            remedy="save it again with torch.save and its own pickle_protocol",
         ) from error

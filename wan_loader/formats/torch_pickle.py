@@ -52,7 +52,7 @@ def read_torch_pickle(path: str, reason: str, part: str | None = None) -> Checkp
     with open(path, "rb") as f:
         first = f.read(2)
     if first[:1] != b"\x80" and first != b"PK":
-        raise CheckpointError(f"{path} is neither safetensors nor a torch checkpoint, or it is damaged")
+        raise CheckpointError.because("is neither safetensors nor a torch checkpoint, or it is damaged", path=path)
     state = load_torch_pickle(path, "cpu", part)
     numbers: dict[int, int] = {}
     storages: list[StorageFacts] = []
@@ -91,7 +91,7 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
             warnings.simplefilter("ignore")
             state: Any = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError as error:
-        raise MissingFileError(f"{path} vanished before it could be read") from error
+        raise MissingFileError.because("vanished before it could be read", path=path) from error
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -99,20 +99,23 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
         detail = [*lines, *str(error).splitlines(), "no reason given"][0]
         raise CheckpointError(
             f"{path} is refused: it is damaged, or holds more than weights ({detail}); if you trust it, read it once "
-            "with torch.load(path, weights_only=False), and save the dict of tensors alone"
+            "with torch.load(path, weights_only=False), and save the dict of tensors alone",
+            path=path,
         ) from error
     except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(f"{path}: {device} has no room for what it holds: {error}") from error
+        raise DeviceMemoryError(f"{path}: {device} has no room for what it holds: {error}", path=path) from error
     except MemoryError as error:
-        raise HostMemoryError(f"{path} needs more memory than can be had: free some memory") from error
+        raise HostMemoryError.because("needs more memory than can be had", "free some memory", path=path) from error
     except Exception as error:  # torch raises nearly anything on damaged input
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError.because(f"is damaged: {type(error).__name__}: {error}", path=path) from error
     chosen = choose_part(state, part, path=path, is_tensor=lambda value: isinstance(value, torch.Tensor))
     for name, tensor in dict.items(chosen):
         if kind := _odd_kind(tensor):
             raise CheckpointError(
                 f"{path}: tensor {shown(name)} is {kind}, whose values are not the bytes of one storage: "
-                "read it with torch.load(weights_only=True), and save it again as a plain tensor"
+                "read it with torch.load(weights_only=True), and save it again as a plain tensor",
+                path=path,
+                tensor=name,
             )
     return {name: _ordinary(tensor) for name, tensor in dict.items(chosen)}
 
@@ -150,9 +153,11 @@ def _check_legacy_pickles(path: str) -> None:
         f.seek(0)
         data = f.read(_MAX_PICKLES_BYTES)
     if data.find(_LEGACY_MAGIC, 0, _MAX_BEFORE_MAGIC + len(_LEGACY_MAGIC)) < 0:
-        raise CheckpointError(
-            f"{path} is a pickle, but not one of torch.save: if you trust it, read it with pickle.load, and save the "
-            "dict of tensors in it with torch.save or as safetensors"
+        raise CheckpointError.because(
+            "is a pickle, but not one of torch.save",
+            "if you trust it, read it with pickle.load, and save the dict of tensors in it with torch.save or as "
+            "safetensors",
+            path=path,
         )
     storages: dict[str, int] = {}
     keys, end = None, 0
@@ -162,9 +167,17 @@ def _check_legacy_pickles(path: str) -> None:
         if type(keys) is not list or not storages.keys() <= {key for key in keys if type(key) is str}:
             raise PickleError("it names storages that the file does not hold")  # torch would leave them uninitialised
     except PickleError as error:
-        raise CheckpointError(f"{path}: its pickle is truncated or damaged ({error}); download it again") from None
+        raise CheckpointError(
+            f"{path}: its pickle is truncated or damaged ({error}); download it again",
+            path=path,
+            remedy="download it again",
+        ) from None
     if sum(storages.values()) > os.path.getsize(path):
-        raise CheckpointError(f"{path} is truncated: its storages need more bytes than it has; download it again")
+        raise CheckpointError(
+            f"{path} is truncated: its storages need more bytes than it has; download it again",
+            path=path,
+            remedy="download it again",
+        )
 
 
 def _legacy_storage(pid: Any, storages: dict[str, int]) -> PickledStorage | Global | Other:

@@ -52,7 +52,7 @@ def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[
     try:
         with open(path, "rb", buffering=0) as f:
             if os.fstat(f.fileno()).st_size != file.nbytes:
-                raise CheckpointError(f"{path} is changing while it is read: wait until it is complete")
+                raise CheckpointError.because("is changing while it is read", "wait until it is complete", path=path)
             archive = read_archive(path, f.fileno(), file.nbytes)
             pickled = _read_pickle(archive)
             storages = _Storages(archive)
@@ -62,7 +62,7 @@ def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[
             _check_others(reading.tensors, tensors, path)
             return file, *facts
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
 
 
 def _is_tensor(value: Any) -> bool:
@@ -73,17 +73,21 @@ def _read_pickle(archive: ZipArchive) -> bytes:
     """Return the pickle of an archive of torch.save, which is checked to be one."""
     for name, program in _PROGRAMS.items():
         if name in archive:
-            raise CheckpointError(f"{archive.path} is {program}, {_SAVE_WEIGHTS}")
+            raise CheckpointError.because(f"is {program}, {_SAVE_WEIGHTS}", path=archive.path)
     pickled = archive.read("data.pkl", MAX_PICKLE_BYTES)
     if pickled is None:
         raise CheckpointError(
             f"{archive.path} is a zip archive, but not a torch checkpoint: it has no NAME/data.pkl; "
-            "unpack it, and load what is in it"
+            "unpack it, and load what is in it",
+            path=archive.path,
+            remedy="unpack it, and load what is in it",
         )
     _check_marks(archive)
     version = archive.read(".data/version" if ".data/version" in archive else "version", _MAX_MARK_BYTES)
     if version is None or not _VERSION.match(version):
-        raise CheckpointError(f"{archive.path} has no format version that torch reads: damaged, or too new a file")
+        raise CheckpointError.because(
+            "has no format version that torch reads: damaged, or too new a file", path=archive.path
+        )
     return pickled
 
 
@@ -93,14 +97,16 @@ def _check_marks(archive: ZipArchive) -> None:
     identity = archive.read(".data/serialization_id", _MAX_MARK_BYTES)
     alignment = archive.read(".storage_alignment", _MAX_MARK_BYTES)
     if (identity and not identity.isascii()) or (alignment is not None and not alignment.strip().isdigit()):
-        raise CheckpointError(f"{archive.path}: its id or its alignment makes no sense: damaged file")
+        raise CheckpointError(
+            f"{archive.path}: its id or its alignment makes no sense: damaged file", path=archive.path
+        )
 
 
 def _unpickle(pickled: bytes, storages: _Storages, path: str) -> Reading:
     try:
         reading = read_pickle(pickled, storages.load)
     except PickleError as error:
-        raise CheckpointError(f"{path}: its data.pkl is damaged ({error})") from None
+        raise CheckpointError(f"{path}: its data.pkl is damaged ({error})", path=path) from None
     if storages.byteorder != b"little":
         raise UnplannedError("it was written on a big-endian machine")
     if reading.foreign:
@@ -115,7 +121,7 @@ class _Storages:
         byteorder = archive.read("byteorder", _MAX_MARK_BYTES)
         self.byteorder = b"little" if byteorder is None else byteorder
         if self.byteorder not in (b"little", b"big"):
-            raise CheckpointError(f"{archive.path}: its byte order is none: damaged file")
+            raise CheckpointError(f"{archive.path}: its byte order is none: damaged file", path=archive.path)
         self._archive = archive
         self._storages: dict[str, PickledStorage] = {}
         self._records: dict[str, Record] = {}
@@ -137,10 +143,15 @@ class _Storages:
         nbytes = numel * ITEMSIZE[dtype]
         record = None if "\0" in key else self._archive.find(f"data/{key}")
         if record is None:
-            raise CheckpointError(f"{self._archive.path}: the record of storage {shown(key)} is missing: damaged file")
+            raise CheckpointError(
+                f"{self._archive.path}: the record of storage {shown(key)} is missing: damaged file",
+                path=self._archive.path,
+            )
         if record.nbytes != nbytes:
             raise CheckpointError(
-                f"{self._archive.path}: storage {shown(key)} should have {nbytes} bytes, its record has {record.nbytes}"
+                f"{self._archive.path}: storage {shown(key)} should have {nbytes} bytes, "
+                f"its record has {record.nbytes}",
+                path=self._archive.path,
             )
         storage = PickledStorage(key, nbytes, dtype)
         self._records[key] = record
@@ -166,7 +177,9 @@ def _collect(
     frontier = 0
     for start, nbytes, key in placed:
         if nbytes and start < frontier:
-            raise CheckpointError(f"{path}: the record of storage {shown(key)} overlaps another: damaged file")
+            raise CheckpointError(
+                f"{path}: the record of storage {shown(key)} overlaps another: damaged file", path=path
+            )
         frontier = max(frontier, start + nbytes)
     order = {key: i for i, (_, _, key) in enumerate(placed)}
     tensors = [TensorFacts(n, t.dtype, t.shape, order[t.storage.key], t.stride, t.offset) for n, t in found.items()]
@@ -189,7 +202,7 @@ def _check_name(name: str, path: str) -> None:
             name.encode()
         except UnicodeEncodeError:
             raise CheckpointError(
-                f"{path}: the name of tensor {shown(name)} is not Unicode text: damaged file"
+                f"{path}: the name of tensor {shown(name)} is not Unicode text: damaged file", path=path, tensor=name
             ) from None
 
 
@@ -199,12 +212,14 @@ def _check_view(tensor: PickledTensor, name: str | None, path: str) -> None:
     try:
         nbytes = _end_of_view(offset, shape, stride) * ITEMSIZE[dtype]
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {_words(name)} {error}: damaged file") from None
+        raise CheckpointError(f"{path}: {_words(name)} {error}: damaged file", path=path, tensor=name) from None
     if storage.nbytes % ITEMSIZE[dtype]:
         raise UnplannedError("a storage ends within an element")
     if nbytes > storage.nbytes:
         raise CheckpointError(
-            f"{path}: {_words(name)} reaches outside its storage of {storage.nbytes} bytes: damaged file"
+            f"{path}: {_words(name)} reaches outside its storage of {storage.nbytes} bytes: damaged file",
+            path=path,
+            tensor=name,
         )
 
 

@@ -64,7 +64,7 @@ class ZipArchive:
         """
         record = self._records.get(self._folder + name.encode().lower())
         if record is not None and record.refusal:
-            raise CheckpointError(f"{self.path}: record {shown(name)} {record.refusal}")
+            raise CheckpointError(f"{self.path}: record {shown(name)} {record.refusal}", path=self.path)
         return record
 
     def start_of(self, name: str, record: Record) -> int:
@@ -75,10 +75,14 @@ class ZipArchive:
         """
         header = os.pread(self._fd, _HEADER_BYTES, record.header)
         if len(header) < _HEADER_BYTES or header[:4] != b"PK\x03\x04":
-            raise CheckpointError(f"{self.path}: record {shown(name)} is not where the directory says: damaged file")
+            raise CheckpointError(
+                f"{self.path}: record {shown(name)} is not where the directory says: damaged file", path=self.path
+            )
         start = record.header + _HEADER_BYTES + header[26] + (header[27] << 8) + header[28] + (header[29] << 8)
         if start + record.nbytes > self._nbytes:
-            raise CheckpointError(f"{self.path}: record {shown(name)} reaches beyond the end of the file: damaged file")
+            raise CheckpointError(
+                f"{self.path}: record {shown(name)} reaches beyond the end of the file: damaged file", path=self.path
+            )
         return start
 
     def read(self, name: str, limit: int) -> bytes | None:
@@ -91,10 +95,12 @@ class ZipArchive:
         if record is None:
             return None
         if record.nbytes > limit:
-            raise CheckpointError(f"{self.path}: record {shown(name)} is larger than {limit} bytes: not a weights file")
+            raise CheckpointError(
+                f"{self.path}: record {shown(name)} is larger than {limit} bytes: not a weights file", path=self.path
+            )
         content = os.pread(self._fd, record.nbytes, self.start_of(name, record)) if record.nbytes else b""
         if len(content) < record.nbytes:
-            raise CheckpointError(f"{self.path} is changing while it is read: wait until it is complete")
+            raise CheckpointError.because("is changing while it is read", "wait until it is complete", path=self.path)
         return content
 
 
@@ -108,10 +114,14 @@ def read_archive(path: str, fd: int, nbytes: int) -> ZipArchive:
         directory, count, disk = _read_directory(fd, nbytes)
         folder, records = _parse(directory, count, disk, nbytes)
     except _DamageError as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {error}; download it again") from None
+        raise CheckpointError(
+            f"{path} is truncated or damaged: {error}; download it again", path=path, remedy="download it again"
+        ) from None
     except _ForeignError as error:
         raise CheckpointError(
-            f"{path} is a zip archive, but not a torch checkpoint: {error}; unpack it, and load what is in it"
+            f"{path} is a zip archive, but not a torch checkpoint: {error}; unpack it, and load what is in it",
+            path=path,
+            remedy="unpack it, and load what is in it",
         ) from None
     return ZipArchive(path, fd, nbytes, folder, records)
 

@@ -51,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        raise OutputError.because(f"cannot be written: {error.strerror}", path=path) from error
 
 
 def read_capped(path: str | os.PathLike[str], most: int) -> bytes | None:
@@ -148,7 +148,7 @@ def lock_or_refuse(path: Path, refusal: str) -> LockedDirectory:
     except OSError:
         return LockedDirectory(path, -1)
     if locked is None:
-        raise OutputError(refusal)
+        raise OutputError(refusal, path=path)
     return locked
 
 
@@ -177,7 +177,9 @@ def check_private(path: Path) -> None:
     """
     facts = os.lstat(path)
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-        raise OutputError(f"{path} is not a directory that only you may write to: remove it, or choose another --to")
+        raise OutputError.because(
+            "is not a directory that only you may write to", "remove it, or choose another --to", path=path
+        )
 
 
 def is_below(path: Any) -> bool:
@@ -201,5 +203,6 @@ def plain_path(directory: Path, relative: str) -> Path:
     for part in relative.split("/")[:-1]:
         path = path / part
         if path.is_symlink():
-            raise OutputError(f"{path} is a link: staging does not write or remove through links; remove it first")
+            remedy = "a staged copy is not written or removed through links; remove it first"
+            raise OutputError.because("is a link", remedy, path=path)
     return directory / relative
