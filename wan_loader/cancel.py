@@ -31,6 +31,7 @@ class CancelToken:
         Args:
             error: What the stopped load raises; None means `LoadCancelledError`. The first one counts.
         """
+        # no lock: of two threads at the same moment either may be the first
         if self._error is None:
             self._error = error or LoadCancelledError("the load was cancelled")
 

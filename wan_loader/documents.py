@@ -73,6 +73,7 @@ class Doc:
 
     def _get(self, key: str, kinds: type | tuple[type, ...], what: str) -> Any:
         value = self._value.get(key)
+        # True is an int for Python, and no number for JSON
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise DocumentError(f"{self._where}{key} is missing or not {what}")
         return value

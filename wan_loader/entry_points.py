@@ -29,6 +29,7 @@ def entry_points(group: str) -> tuple[EntryPoint, ...]:
     from importlib import metadata
 
     try:
+        # not metadata.entry_points(), which reads the files of every distribution that is installed
         own = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return ()

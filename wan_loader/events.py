@@ -78,6 +78,7 @@ def busy_ns(spans: Iterable[Span]) -> int:
     total, frontier = 0, 0
     for start_ns, end_ns in sorted((s.start_ns, s.end_ns) for s in spans):
         if end_ns > frontier:
+            # sorted by start, so that all before the frontier was counted
             total += end_ns - max(start_ns, frontier)
             frontier = end_ns
     return total

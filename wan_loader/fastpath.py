@@ -77,6 +77,7 @@ class FastPath:
             if getattr(self._busy, "inside", False):  # our own loader, in this thread
                 return original(*args, **kwargs)
             start_ns = clock_ns()
+            # our loader calls torch.load itself for what it cannot plan
             self._busy.inside = True
             try:
                 _check_modes()
@@ -119,6 +120,7 @@ class FastPath:
         _check_planned(path)
         skeleton = _skeleton(original, path)
         loaded = load([path], device=target)
+        # the file may have been replaced between the two looks
         if loaded.tensors.keys() != skeleton.keys():
             raise _LeftAloneError("torch.load of a file with other names than planned")
         made: dict[int, Any] = {}  # what is one object in the file stays one
@@ -174,6 +176,7 @@ def _skeleton(original: Any, path: str) -> Any:
     import torch
 
     try:
+        # meta and mapped: nothing of the weights is read, and torch itself judges the pickle
         state = original(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:  # the original will say it again
         raise _LeftAloneError("torch.load refuses the file") from error

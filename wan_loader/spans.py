@@ -118,6 +118,7 @@ def attribute(spans: Iterable[Span], start_ns: int, end_ns: int) -> dict[str, fl
             owner = owners.get(active & -active, "other")
             out[owner] = out.get(owner, 0) + at - last
             last = at
+        # merged intervals of a phase do not overlap, so its bit is set at their starts and cleared at their ends
         active ^= bit
     return {name: ns / 1e9 for name, ns in out.items()}
 
@@ -149,6 +150,7 @@ def throughput(spans: Iterable[Span], end_ns: int, buckets: int = 160) -> list[f
 
 def in_flight(spans: Iterable[Span]) -> list[tuple[int, int]]:
     """Return (time, bytes read but not yet copied), at each change. Only where both sides count bytes."""
+    # a block counts from the end of its read to the end of its copy
     steps = [(s.end_ns, s.nbytes if s.name == "read" else -s.nbytes) for s in spans if s.name in ("read", "h2d")]
     out: list[tuple[int, int]] = []
     level = 0

@@ -131,6 +131,7 @@ def ideal_seconds(e: Evidence, name: str) -> float | None:
     match name:
         case "read":
             cold = min(nbytes, e.cold_bytes)
+            # the rest was in the page cache and goes to memory that was used before, which is the quickest
             fresh = min(nbytes - cold, e.fresh_bytes)
             parts = (
                 _at(e, cold, "disk_gbps"),
@@ -168,6 +169,7 @@ def judge(e: Evidence) -> Verdict:
     pace = _pace_setter(blame)
     # A program goes on after its start: what it does then is no measure for its start.
     whole = e.seconds - (blame.get("other", 0.0) if e.kind == "program" else 0.0)
+    # 20 ms: shorter losses are noise, whatever their share
     if losses.get(worst, 0.0) >= max(_CULPRIT * whole, 0.02) and losses[worst] >= _unknown(e, blame):
         return _verdict("slow", e, worst, losses[worst], blame)
     kind = "limit" if pace in losses or pace in ("other", "wait") else "unknown"
@@ -219,6 +221,7 @@ def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[st
     nbytes = phase.nbytes if phase and name in _PIPELINE else 0
     ceiling = nbytes / ideal / 1e9 if ideal and nbytes else None
     reached = nbytes / seconds / 1e9 if nbytes and seconds else None
+    # the phase may have gone on while another set the pace: no rate above the ceiling or what was measured
     if ceiling and phase and kind == "limit" and reached:
         reached = min(reached, max(ceiling, phase.gbps))
     share = seconds / e.seconds if e.seconds else 0.0

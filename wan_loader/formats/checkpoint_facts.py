@@ -140,6 +140,7 @@ def stat_file(path: str) -> FileFacts:
     facts = _stat_file(path)
     if not _is_of_this_tick(facts.ctime_ns):
         return facts
+    # the clock moves, the facts stay; a second stat at the end sees a change during the wait
     while _is_of_this_tick(facts.ctime_ns):
         time.sleep(0.001)
     return _stat_file(path)

@@ -81,6 +81,7 @@ def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> 
     model = _model(directory)
     sound = [choice.name for choice in choices if choice.problem is None]
     broken = [choice.problem for choice in choices if choice.problem is not None]
+    # one reason is enough, where naming another of them would not help
     if not (sound or below or model):
         return CheckpointError.because(f"{what}, and none of them can be opened: {broken[0]}", path=directory)
     notes = [f" ({len(broken)} of them cannot be opened: {broken[0]})"] if sound and broken else []

@@ -139,6 +139,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 def _matching(names: Iterable[str], pattern: str | None) -> list[str]:
     if pattern is None:
         return sorted(names)
+    # numbers first: model-*.safetensors means model-1 and model-2, not the model-lora beside them
     for star in (r"\d+", r".*"):
         expression = re.compile(star.join(map(re.escape, pattern.split("*"))), re.DOTALL)
         if found := [name for name in names if expression.fullmatch(name)]:
@@ -150,6 +151,7 @@ def _indexes(directory: str, names: Sequence[str]) -> list[Candidate]:
     """Return the indexes; of those that say the same, one."""
     held = set(names)
     found: dict[object, Candidate] = {}
+    # of indexes that say the same, the one with the shortest name: without a variant
     for name in sorted(filter(is_index_name, names), key=lambda name: (len(name), name)):
         path = os.path.join(directory, name)
         try:
@@ -183,6 +185,7 @@ def _shard_set(directory: str, pattern: str, numbers: dict[int, str]) -> Candida
     first = min(numbers)
     shard = parse_shard(numbers[first])
     assert shard is not None
+    # transformers and diffusers count from 1, some count from 0
     expected = range(min(first, 1), min(first, 1) + shard.count)
     files = tuple(numbers[number] for number in sorted(numbers))
     strays = [name for number, name in numbers.items() if number not in expected]
@@ -209,6 +212,7 @@ def _preferred(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[s
     kept: list[Candidate] = []
     notes: list[str] = []
     for group in alike.values():
+        # in this order: what is there, what is safetensors; a damaged index hides its files and must be said
         best = [c for c in group if not c.is_absent] or group
         best = [c for c in best if c.is_safetensors] or best
         best = [c for c in best if c.is_damaged_index] or best
@@ -225,6 +229,7 @@ def _without_others(directory: str, candidates: list[Candidate]) -> tuple[list[C
     """
     if len(candidates) < 2:
         return candidates, []
+    # first bytes of every file: only where a choice hangs on them
     candidates = [examined(directory, candidate) for candidate in candidates]
     others = [c.name for c in candidates if c.problem is None and _is_other(directory, c)]
     kept = [c for c in candidates if c.name not in others]

@@ -59,6 +59,7 @@ def read_pickle(data: bytes, persistent_load: Callable[[Any], Any], start: int =
     try:
         value, end = machine.run(start)
     except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
+        # it is a ValueError, too, and what persistent_load raised
         if isinstance(error, CheckpointError):
             raise
         raise PickleError(f"{type(error).__name__}: {error}") from None
@@ -82,9 +83,12 @@ class _Machine(Ledger):
         data, table, start, steps = self.data, _TABLE, position, 0
         try:
             while steps <= _BASE_STEPS + (position - start) // _BYTES_PER_STEP:
+                # limits are looked at once for so many opcodes: each look would cost as much as an opcode
                 for _ in range(_STEPS_AT_A_TIME):
+                    # IndexError at the end of the bytes: a pickle that does not stop is damaged
                     position = table[data[position]](self, position + 1)
                 steps += _STEPS_AT_A_TIME
+                # the allowance grows with what was read: a long pickle may cost more than a short one
                 self.most_cost = _BASE_COST + _COST_PER_BYTE * (position - start)
                 self.check(_SLOT * (self.below + len(self.stack)))
         except _Stop as stop:
@@ -103,6 +107,7 @@ class _Machine(Ledger):
         """Remember the top of the stack under a number that is not the next one."""
         missing = index - len(self.memo)
         if missing > 0:
+            # before the list grows: four bytes of the file ask for 4 G places
             self.charge(_SLOT * missing)
             self.judge("its pickle does not count its values one by one")
             self.memo += [_MISSING] * missing
@@ -201,7 +206,9 @@ def _text4(m: _Machine, position: int) -> int:
 
 
 def _text(m: _Machine, start: int, end: int) -> str:
+    # as Python unpickles; whether a name is text is for the reader of names to say
     text = m.data[start:end].decode("utf-8", "surrogatepass")
+    # ASCII takes a byte a character, anything else up to four
     m.cost += 56 if len(text) == end - start else 80 + 4 * len(text)
     return text
 
@@ -345,6 +352,7 @@ def _update(m: _Machine, position: int, items: list[Any]) -> int:
 
 def _add_items(m: _Machine, position: int) -> int:
     items = m.pop_mark()
+    # sets are not kept, as nothing asks for their items; but what goes into them is checked
     if m.stack[-1] != Other("set"):
         raise PickleError(f"it adds to a {kind_of(m.stack[-1])}")
     for item in items:
@@ -360,6 +368,7 @@ def _frozen_set(m: _Machine, position: int) -> int:
 
 
 def _global(m: _Machine, position: int) -> int:
+    # ValueError without a line end near: the length is limited before anything is decoded
     middle = m.data.index(b"\n", position, position + _MAX_GLOBAL_BYTES)
     end = m.data.index(b"\n", middle + 1, middle + 1 + _MAX_GLOBAL_BYTES)
     m.stack.append(_named(m, m.data[position:middle].decode(), m.data[middle + 1 : end].decode()))
@@ -376,6 +385,7 @@ def _stack_global(m: _Machine, position: int) -> int:
 
 def _named(m: _Machine, module: str, name: str) -> Global:
     m.cost += 200
+    # the name that Python 2 has for it, which protocol 2 keeps
     path = f"{'builtins' if module == '__builtin__' else module}.{name}"
     if path not in KNOWN:
         m.judge(f"its pickle uses {path}")

@@ -30,6 +30,7 @@ def locate(path: str) -> str:
     """
     if os.path.basename(os.path.abspath(path)).startswith(_FOLDER) and os.path.isdir(path):
         return _snapshot(path) if _is_cached_repository(path) else path
+    # OWNER/NAME looks like a relative path: what exists, or is called like a file, is one
     if not _REPOSITORY.fullmatch(path) or is_weight_name(path) or path.endswith(".json") or os.path.lexists(path):
         return path
     folder = os.path.join(_cache(), _FOLDER + path.replace("/", "--"))
@@ -46,6 +47,7 @@ def locate(path: str) -> str:
 
 def _cache() -> str:
     """Return the directory of huggingface_hub's cache; asking itself would take longer than reading headers does."""
+    # in the order of huggingface_hub.constants
     if said := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         return os.path.expanduser(os.path.expandvars(said))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")

@@ -49,6 +49,7 @@ def shards_of(path: str, weight_map: dict[str, str]) -> list[str]:
             f"names {len(shards)} files, more than any checkpoint has: damaged or hostile", path=path
         )
     for shard in shards:
+        # not printable: a line break in a name could forge a line of a log
         if os.path.basename(shard) != shard or shard in (".", "..", "") or not shard.isprintable():
             name = next(n for n, s in weight_map.items() if s == shard)
             raise CheckpointError(

@@ -72,6 +72,7 @@ def take_inventory(path: StrPath) -> Inventory | None:
     parts: dict[str, Checkpoint] = {}
     damaged = list(model.problems)
     for part in model.parts:
+        # said once, as missing; opening it would say it again, as damage
         if _lacks_files(part.path, model.missing):
             continue
         try:

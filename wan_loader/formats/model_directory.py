@@ -123,6 +123,7 @@ def candidates_below(directory: str) -> list[Candidate]:
     """Return the checkpoints in the subdirectories, three levels down: one that holds just one stands for it."""
     choices: list[Candidate] = []
     seen: set[str] = set()
+    # limited: somebody may name the root of a disk
     for path, names, _ in islice(os.walk(directory, followlinks=True), _MAX_SEEN):
         name = os.path.relpath(path, directory)
         names[:] = sorted(n for n in names if not n.startswith(".")) if name.count(os.sep) < _MAX_DEPTH - 1 else []

@@ -71,12 +71,14 @@ def _open(path: StrPath | Sequence[StrPath], part: str | None) -> Checkpoint:
         directory, name = os.path.split(target)
         if os.path.isdir(target):
             return _open_directory(target, target, None, part)
+        # a file may be called so, and is then that file
         if "*" in name and not os.path.lexists(target):
             return _open_directory(target, directory or ".", name, part)
         return _open_single(target, part)
     files = [os.fspath(p) for p in path]
     if not files:
         raise CheckpointError("an empty list of files is no checkpoint")
+    # a path to show: the files may lie anywhere
     return _join(files[0] if len(files) == 1 else os.path.dirname(files[0]) or ".", files, part)
 
 
@@ -135,6 +137,7 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
         storages += shard.storages
         tensors += shard.tensors if weight_map is None else _listed(shard, weight_map)
     formats = {shard.format for shard in shards}
+    # archives beside legacy pickles, for instance: torch.load reads both
     formats = formats.difference(*(format_of(shard).reads_too for shard in shards))
     if len(formats) > 1:
         raise CheckpointError(f"{path}: its files are of different formats: {', '.join(sorted(formats))}", path=path)

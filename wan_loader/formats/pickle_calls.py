@@ -57,6 +57,7 @@ def check_key(ledger: Ledger, key: Any) -> None:
     """
     if type(key) in _PLAIN_KEYS:
         return
+    # not recursive: tuples may nest as deep as the pickle is long
     room, parts = _MAX_KEY_PARTS, [key]
     while parts:
         part = parts.pop()
@@ -168,6 +169,7 @@ def _counter(ledger: Ledger, counts: Any = None) -> Ordered:
     if type(counts) is not dict:
         raise PickleError("a Counter of no dict")
     ledger.charge(100 * len(counts))
+    # its keys were checked when they were put into the dict
     return Ordered(counts)
 
 

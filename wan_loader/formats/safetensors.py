@@ -93,6 +93,7 @@ def read_safetensors(
                     path=path,
                 )
             header = f.read(length)
+            # after the header was read: what was looked at and what was read are one file
             file.check_opened(f.fileno())
     except OSError as error:
         raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
@@ -137,6 +138,7 @@ def parse_header(
     data_start, frontier = 8 + len(header), 0
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
+    # sorted by start, then by end: an empty tensor comes before the one that begins where it lies
     for name, (start, end, (dtype, shape, stride, _)) in sorted(entries.items(), key=itemgetter(1)):
         if start != frontier:
             kind = "overlap" if start < frontier else "leave a gap"
@@ -197,6 +199,7 @@ def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise CheckpointError("shape or data_offsets are not lists of sizes: damaged file")
     for size in (*shape, *offsets):
+        # type, not isinstance: True is an int
         if type(size) is not int or not 0 <= size < 2**63:
             raise CheckpointError("shape or data_offsets are not lists of sizes: damaged file")
     start, end = offsets

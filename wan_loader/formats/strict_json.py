@@ -62,6 +62,7 @@ def parse_object(
     try:
         constant = float if takes_nan else _refuse
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        # only an escape can make a surrogate, since the text was UTF-8; encoding finds the ones without a partner
         if not holds_paths and b"\\u" in text and _SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode()
     except CheckpointError:

@@ -39,6 +39,7 @@ class TorchZipFormat:
         """Judge an archive by its signature, and torch's by the name of its first record."""
         if not head.startswith(_ZIP):
             return Likeness.NONE
+        # the local header: its 27th and 28th byte are the length of the name that follows at 30
         length = int.from_bytes(head[26:28], "little")
         return Likeness.CERTAIN if head[30 : 30 + length].endswith(b"/data.pkl") else Likeness.LIKELY
 
@@ -50,6 +51,7 @@ class TorchZipFormat:
         try:
             file, storages, tensors = read_torch_zip(path, part)
         except UnplannedError as reason:
+            # as torch-pickle from here on: format_of gives what loads it
             shard = read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
         except CheckpointError as error:
             if what := other_archive(path):

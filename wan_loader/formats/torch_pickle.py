@@ -59,6 +59,7 @@ def read_torch_pickle(path: str, reason: str, part: str | None = None) -> Checkp
     tensors: list[TensorFacts] = []
     for name, tensor in state.items():
         memory = tensor.untyped_storage()
+        # the address of the StorageImpl: each access makes another Python object for it
         number = numbers.setdefault(memory._cdata, len(storages))
         if number == len(storages):
             storages.append(StorageFacts(0, 0, memory.nbytes()))
@@ -95,6 +96,7 @@ def load_torch_pickle(path: str, device: str, part: str | None = None) -> dict[s
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
+        # the line that names the culprit; torch's own text is a page of advice
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
         detail = [*lines, *str(error).splitlines(), "no reason given"][0]
         raise CheckpointError(
@@ -172,6 +174,7 @@ def _check_legacy_pickles(path: str) -> None:
             path=path,
             remedy="download it again",
         ) from None
+    # torch would allocate first and notice at the end of the file
     if sum(storages.values()) > os.path.getsize(path):
         raise CheckpointError(
             f"{path} is truncated: its storages need more bytes than it has; download it again",

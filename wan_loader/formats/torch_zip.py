@@ -51,6 +51,7 @@ def read_torch_zip(path: str, part: str | None = None) -> tuple[FileFacts, list[
     file = stat_file(path)
     try:
         with open(path, "rb", buffering=0) as f:
+            # between the two looks, the file may have grown or been replaced
             if os.fstat(f.fileno()).st_size != file.nbytes:
                 raise CheckpointError.because("is changing while it is read", "wait until it is complete", path=path)
             archive = read_archive(path, f.fileno(), file.nbytes)
@@ -71,6 +72,7 @@ def _is_tensor(value: Any) -> bool:
 
 def _read_pickle(archive: ZipArchive) -> bytes:
     """Return the pickle of an archive of torch.save, which is checked to be one."""
+    # they hold a data.pkl as well, which describes a module and no dict of weights
     for name, program in _PROGRAMS.items():
         if name in archive:
             raise CheckpointError.because(f"is {program}, {_SAVE_WEIGHTS}", path=archive.path)
@@ -141,6 +143,7 @@ class _Storages:
         if key in self._storages:
             return self._storages[key]
         nbytes = numel * ITEMSIZE[dtype]
+        # a name ends at NUL for miniz, so that another record would be found
         record = None if "\0" in key else self._archive.find(f"data/{key}")
         if record is None:
             raise CheckpointError(
@@ -176,6 +179,7 @@ def _collect(
     placed = sorted((storages.start_of(key), nbytes, key) for key, nbytes in sizes.items())
     frontier = 0
     for start, nbytes, key in placed:
+        # empty records may lie anywhere; of others, a byte belongs to one storage
         if nbytes and start < frontier:
             raise CheckpointError(
                 f"{path}: the record of storage {shown(key)} overlaps another: damaged file", path=path
@@ -213,6 +217,7 @@ def _check_view(tensor: PickledTensor, name: str | None, path: str) -> None:
         nbytes = _end_of_view(offset, shape, stride) * ITEMSIZE[dtype]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {_words(name)} {error}: damaged file", path=path, tensor=name) from None
+    # an untyped storage may: what becomes of its end is for torch to say
     if storage.nbytes % ITEMSIZE[dtype]:
         raise UnplannedError("a storage ends within an element")
     if nbytes > storage.nbytes:
@@ -234,6 +239,7 @@ def _end_of_view(offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -
     if not 0 <= offset < 2**63:
         raise CheckpointError("has an offset that makes no sense")
     span = _span(shape, stride)
+    # an empty view reaches nowhere, whatever its offset
     return offset + span if span else 0
 
 

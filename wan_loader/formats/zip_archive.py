@@ -78,6 +78,7 @@ class ZipArchive:
             raise CheckpointError(
                 f"{self.path}: record {shown(name)} is not where the directory says: damaged file", path=self.path
             )
+        # the header's own lengths, which may differ from the directory's: torch pads its extra field to align the data
         start = record.header + _HEADER_BYTES + header[26] + (header[27] << 8) + header[28] + (header[29] << 8)
         if start + record.nbytes > self._nbytes:
             raise CheckpointError(
@@ -138,13 +139,17 @@ def _read_directory(fd: int, nbytes: int) -> tuple[bytes, int, int]:
     """Return the central directory, the number of its entries and the number of its disk."""
     last = max(nbytes - _BLOCK_BYTES, 0)
     tail_start = last - _STEP_BYTES * min(last // _STEP_BYTES, _MAX_STEPS)
+    # the same bytes that miniz gets to see, all at once: another end further in must not count
     tail = os.pread(fd, nbytes - tail_start, tail_start)
+    # the last one counts, and one whose 22 bytes do not fit into the file is none
     end = tail.rfind(_END, 0, max(len(tail) - _END_BYTES + len(_END), 0))
     if len(tail) < nbytes - tail_start or end < 0:
         raise _DamageError("the end of the zip directory is missing")
     disk, directory_disk, here, count, size, start = struct.unpack_from("<HHHHII", tail, end + 4)
+    # torch writes a zip64 end always; its numbers count, whatever the plain one says
     if end64 := _read_end64(fd, nbytes, tail_start + end):
         disk, directory_disk, here, count, size, start = end64
+    # miniz takes disks 0 and 1, and nothing that is spread over several
     if count != here or disk != directory_disk or disk > 1:
         raise _DamageError("the archive is one of several volumes")
     if size > MAX_DIRECTORY_BYTES:
@@ -168,6 +173,7 @@ def _read_end64(fd: int, nbytes: int, end: int) -> tuple[int, ...] | None:
     if end64[:4] != _END64:
         return None
     size_of_end, disk, directory_disk, here, count, size, directory = struct.unpack_from("<Q4xIIQQQQ", end64, 4)
+    # its length does not count the signature and itself
     if size_of_end < _END64_BYTES - 12 or disks != 1:
         raise _DamageError("the zip64 directory makes no sense")
     return disk, directory_disk, here, count, size, directory
@@ -195,6 +201,7 @@ def _parse(directory: bytes, count: int, disk: int, nbytes: int) -> tuple[bytes,
             raise _ForeignError("its records do not lie in one folder, or their names are no text")
         if _UNKNOWN in (packed, size, header):
             packed, size, header = _wide(directory[end_of_name : end_of_name + n_extra], packed, size, header)
+        # a stored record is as long as it was; one that was packed to nothing held nothing
         if (packed != size and not method) or (size and not packed) or header + _HEADER_BYTES + packed > nbytes:
             raise _DamageError(f"record {shown(name.decode('utf-8', 'replace'))} does not fit into the file")
         refusal = ""
@@ -237,6 +244,7 @@ def _wide(extra: bytes, packed: int, size: int, header: int) -> tuple[int, int, 
         if len(field) < nbytes:
             raise _DamageError("an extra field is cut")
         if kind == 1:
+            # only the numbers that did not fit are there, in this order
             wide = iter(int.from_bytes(field[i : i + 8], "little") for i in range(0, nbytes - 7, 8))
             try:
                 size = next(wide) if size == _UNKNOWN else size

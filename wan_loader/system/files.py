@@ -41,6 +41,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: It cannot be written.
     """
+    # in the same directory, for a rename does not leave its file system
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -117,7 +118,9 @@ def lock_directory(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locke
         except OSError:
             return None
         try:
+            # without waiting, in a loop: patience has an end, which flock by itself has not
             fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            # somebody may have removed the directory and made another before the lock was ours
             ours, now = os.fstat(fd), os.stat(path, follow_symlinks=False)
             if (ours.st_ino, ours.st_dev) == (now.st_ino, now.st_dev):
                 return LockedDirectory(path, fd)

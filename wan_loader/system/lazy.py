@@ -27,6 +27,7 @@ def lazy_names(package: str, origins: Mapping[str, str]) -> Callable[[str], Any]
     def getattr_(name: str) -> Any:
         if name not in origins:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        # a child that is forked during an import would inherit its lock, held by a thread that is not there
         with without_forks():
             value = getattr(import_module(origins[name]), name)
         setattr(sys.modules[package], name, value)

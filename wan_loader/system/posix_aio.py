@@ -132,6 +132,7 @@ class AioRequest:
         self.running = True  # first: Ctrl-C may come right after the call
         if _library(ctypes.PyDLL).aio_read(self._address):
             code = ctypes.get_errno()
+            # no thread, and none may be made: the read is carried out here
             if code == errno.EAGAIN:
                 self._outcome = _read(fd, address, nbytes, offset)
                 return
@@ -176,6 +177,7 @@ def wait_any(requests: Collection[AioRequest], timeout_s: float) -> None:
     """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""
     if any(request._outcome is not None for request in requests):
         return
+    # CDLL below, not PyDLL: this call waits, and other threads are to run meanwhile; the others return at once
     addresses = (ctypes.c_void_p * len(requests))(*(request._address for request in requests))
     timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
     _library(ctypes.CDLL).aio_suspend(addresses, len(requests), ctypes.byref(timeout))

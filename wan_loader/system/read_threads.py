@@ -68,6 +68,7 @@ class _Pool:
     def put(self, read: _Read) -> None:
         """Have a read carried out."""
         self._asked.put(read)
+        # without the lock: at worst a thread more than needed, which ends after an idle second
         if self._asked.qsize() > self._n_idle and len(self._threads) < _MOST_THREADS:
             self.grow()
 
@@ -155,6 +156,7 @@ class ThreadRequest:
 
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
         """Begin to read. Where no thread may be started and there is none, the read is carried out now."""
+        # a new one each time: the last may still wait in the queue, if it was taken back
         self._read = _Read(fd, address, nbytes, offset, self._done)
         self.running = True  # first: Ctrl-C may come at any time
         _pool.put(self._read)
