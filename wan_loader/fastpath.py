@@ -100,12 +100,12 @@ class FastPath:
         return replaced
 
     def _load_file(self, original: Any, filename: Any, device: Any = "cpu") -> tuple[dict[str, Any], int]:
-        path, target = _path(filename), _device(device)
-        if target.partition(":")[0] not in self.safetensors_devices:
+        path, device = _path(filename), _device_name(device)
+        if device.partition(":")[0] not in self.safetensors_devices:
             raise _LeftAloneError("load_file to the CPU only maps the file")
         if not isinstance(recognise_format(read_head(path)), SafetensorsFormat):
             raise _LeftAloneError("load_file of a file that is not safetensors")
-        loaded = load([path], device=target)
+        loaded = load([path], device=device)
         return loaded.tensors, loaded.report.nbytes_file
 
     def _torch_load(
@@ -116,10 +116,10 @@ class FastPath:
             raise _LeftAloneError("torch.load with weights_only=False")
         if mmap or map_location is None:
             raise _LeftAloneError("torch.load with mmap=True, or without a map_location")
-        target = _device(map_location)
+        device = _device_name(map_location)
         _check_planned(path)
         skeleton = _skeleton(original, path)
-        loaded = load([path], device=target)
+        loaded = load([path], device=device)
         # the file may have been replaced between the two looks
         if loaded.tensors.keys() != skeleton.keys():
             raise _LeftAloneError("torch.load of a file with other names than planned")
@@ -154,7 +154,7 @@ def _path(value: Any) -> str:
     return path
 
 
-def _device(value: Any) -> str:
+def _device_name(value: Any) -> str:
     """Return cpu, cuda or cuda:N."""
     import torch
 

@@ -32,7 +32,7 @@ _CULPRIT = 0.15
 _REACHED = 0.5
 _IMPORTS_S = 0.5
 _KINDS = {kind.name: kind for kind in PHASE_TABLE}
-_PIPELINE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
+_WITH_RATE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Evidence:
         if self.kind != "load":
             return 0.0
         waits = union(s for s in self.of_phase("wait") if s.track.startswith("reader"))
-        moving = [p for p in self.phases.values() if p.name in _PIPELINE]
+        moving = [p for p in self.phases.values() if p.name in _WITH_RATE]
         if not waits or not moving:
             return 0.0
         busy = union(self.of_phase(max(moving, key=lambda p: p.busy_s).name))
@@ -133,12 +133,12 @@ def ideal_seconds(e: Evidence, name: str) -> float | None:
             cold = min(nbytes, e.cold_bytes)
             # the rest was in the page cache and goes to memory that was used before, which is the quickest
             fresh = min(nbytes - cold, e.fresh_bytes)
-            parts = (
+            seconds = (
                 _at(e, cold, "disk_gbps"),
                 _at(e, fresh, "copy_gbps"),
                 _at(e, nbytes - cold - fresh, "page_cache_gbps"),
             )
-            return None if None in parts else sum(p or 0.0 for p in parts)
+            return None if None in seconds else sum(s or 0.0 for s in seconds)
         case "h2d":
             return _at(e, nbytes, "h2d_pinned_gbps" if e.cuda else "copy_gbps")
         case "cast":
@@ -197,7 +197,7 @@ def _pace_setter(blame: Mapping[str, float]) -> str:
 
 def _unknown(e: Evidence, blame: Mapping[str, float]) -> float:
     """Return the loss that a phase without a ceiling outweighs, as it took most of the time: half of what it took."""
-    rates = [s for name, s in blame.items() if name in _PIPELINE and ideal_seconds(e, name) is None]
+    rates = [s for name, s in blame.items() if name in _WITH_RATE and ideal_seconds(e, name) is None]
     return max(rates, default=0.0) / 2
 
 
@@ -209,7 +209,7 @@ def _loss(e: Evidence, name: str, seconds: float) -> float | None:
     ideal = ideal_seconds(e, name)
     if ideal is None:
         return None
-    if name in _PIPELINE and ideal >= _REACHED * seconds:
+    if name in _WITH_RATE and ideal >= _REACHED * seconds:
         return 0.0
     return max(0.0, seconds - ideal)
 
@@ -218,7 +218,7 @@ def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[st
     phase = e.phases.get(name)
     seconds = blame.get(name, 0.0)
     ideal = ideal_seconds(e, name)
-    nbytes = phase.nbytes if phase and name in _PIPELINE else 0
+    nbytes = phase.nbytes if phase and name in _WITH_RATE else 0
     ceiling = nbytes / ideal / 1e9 if ideal and nbytes else None
     reached = nbytes / seconds / 1e9 if nbytes and seconds else None
     # the phase may have gone on while another set the pace: no rate above the ceiling or what was measured
@@ -233,7 +233,8 @@ def _why(kind: str, e: Evidence, name: str, seconds: float, reached: float | Non
     share = f"{seconds / e.seconds:.0%}" if e.seconds else "0%"
     text = f"{_KINDS[name].meaning} set the pace for {seconds:.2f} s of {e.seconds:.2f} s ({share})"
     if name == "wait" and kind == "slow":
-        text = f"readers waited for a free staging slot for {seconds:.2f} s of {e.seconds:.2f} s, nothing was limiting"
+        waited = f"{seconds:.2f} s of {e.seconds:.2f} s"
+        text = f"readers waited for a free slot of the pinned ring for {waited}, nothing was limiting"
     if reached and ceiling:
         text += f", at {reached:.2f} GB/s where {ceiling:.2f} GB/s can be had"
     if name in ("import", "construct", "other") and (rows := e.labels(name)):

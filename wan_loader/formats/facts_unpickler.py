@@ -312,14 +312,14 @@ def _appends(m: _Machine, position: int) -> int:
 
 
 def _extend(m: _Machine, position: int, items: list[Any]) -> int:
-    target = m.stack[-1]
-    if type(target) is list:
+    container = m.stack[-1]
+    if type(container) is list:
         m.cost += _SLOT * len(items)
-        target += items
-    elif type(target) is Other:
-        m.judge(f"its pickle appends to a {target.what}")
+        container += items
+    elif type(container) is Other:
+        m.judge(f"its pickle appends to a {container.what}")
     else:
-        raise PickleError(f"it appends to a {kind_of(target)}")
+        raise PickleError(f"it appends to a {kind_of(container)}")
     return position
 
 
@@ -333,20 +333,20 @@ def _set_items(m: _Machine, position: int) -> int:
 
 
 def _update(m: _Machine, position: int, items: list[Any]) -> int:
-    target = m.stack[-1]
+    container = m.stack[-1]
     if len(items) % 2:
         raise PickleError("a key has no value")
-    if type(target) is Other:
-        m.judge(f"its pickle sets an item of a {target.what}")
+    if type(container) is Other:
+        m.judge(f"its pickle sets an item of a {container.what}")
         return position
-    if type(target) is not dict and type(target) is not Ordered:
-        raise PickleError(f"it sets an item of a {kind_of(target)}")
+    if type(container) is not dict and type(container) is not Ordered:
+        raise PickleError(f"it sets an item of a {kind_of(container)}")
     m.cost += 50 * len(items)
     values = iter(items)
     for key in values:
         if type(key) is not str:
             check_key(m, key)
-        target[key] = next(values)
+        container[key] = next(values)
     return position
 
 
@@ -429,11 +429,11 @@ def _new_object(m: _Machine, position: int) -> int:
 
 def _build(m: _Machine, position: int) -> int:
     state = m.stack.pop()
-    target = m.stack[-1]
-    if type(target) is Other:
-        m.judge(f"its pickle sets the state of a {target.what}")
-    elif type(target) is not Ordered or (type(state) is not dict and type(state) is not Ordered):
-        raise PickleError(f"it sets the state of a {kind_of(target)}")
+    container = m.stack[-1]
+    if type(container) is Other:
+        m.judge(f"its pickle sets the state of a {container.what}")
+    elif type(container) is not Ordered or (type(state) is not dict and type(state) is not Ordered):
+        raise PickleError(f"it sets the state of a {kind_of(container)}")
     return position
 
 

@@ -67,14 +67,14 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
 
 def _open(path: StrPath | Sequence[StrPath], part: str | None) -> Checkpoint:
     if isinstance(path, str | os.PathLike):
-        target = locate(os.fspath(path))
-        directory, name = os.path.split(target)
-        if os.path.isdir(target):
-            return _open_directory(target, target, None, part)
+        place = locate(os.fspath(path))
+        directory, name = os.path.split(place)
+        if os.path.isdir(place):
+            return _open_directory(place, place, None, part)
         # a file may be called so, and is then that file
-        if "*" in name and not os.path.lexists(target):
-            return _open_directory(target, directory or ".", name, part)
-        return _open_single(target, part)
+        if "*" in name and not os.path.lexists(place):
+            return _open_directory(place, directory or ".", name, part)
+        return _open_single(place, part)
     files = [os.fspath(p) for p in path]
     if not files:
         raise CheckpointError("an empty list of files is no checkpoint")
