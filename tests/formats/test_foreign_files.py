@@ -102,6 +102,8 @@ def test_what_is_none_of_ours_is_named(tmp_path, what, name):
     for given in (path, tmp_path, [path]):
         with pytest.raises(CheckpointError, match=f"^{path} .*{what}.*: ") as caught:
             open_checkpoint(given)
+        assert caught.value.path == str(path)
+        assert str(caught.value).endswith(caught.value.remedy)
         assert not isinstance(caught.value, MissingFileError)
 
 

@@ -49,8 +49,8 @@ def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple
 def no_checkpoint(directory: str) -> CheckpointError:
     """Return the error for a directory without any checkpoint: it tells what is there instead."""
     names = sorted(os.listdir(directory))
-    if what := other_directory(set(names)):
-        return CheckpointError.because(what, path=directory)
+    if foreign := other_directory(set(names)):
+        return CheckpointError.because(*foreign, path=directory)
     suffixes = ", ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)
     instead = _instead(directory, names)
     return MissingFileError.because(f"holds no checkpoint (*.index.json, {suffixes}){instead}", path=directory)
@@ -64,9 +64,9 @@ def _instead(directory: str, names: Sequence[str]) -> str:
         path = os.path.join(directory, name)
         with contextlib.suppress(OSError, CheckpointError):
             is_directory = os.path.isdir(path)
-            what = other_directory(set(os.listdir(path))) if is_directory else other_format(path, read_head(path))
-            if what is not None:
-                return f"; {path} {what}"
+            foreign = other_directory(set(os.listdir(path))) if is_directory else other_format(path, read_head(path))
+            if foreign is not None:
+                return f"; {path} {foreign}"
     return ""
 
 

@@ -246,12 +246,12 @@ def examined(directory: str, candidate: Candidate) -> Candidate:
 
 def _problem(path: str) -> CheckpointError | None:
     try:
-        what = stand_in(read_head(path))
+        foreign = stand_in(read_head(path))
     except CheckpointError as error:
         return error
     except OSError as error:
         return CheckpointError.because(f"cannot be read: {error.strerror}", path=path)
-    return CheckpointError.because(what, path=path) if what else None
+    return CheckpointError.because(*foreign, path=path) if foreign else None
 
 
 def _is_other(directory: str, candidate: Candidate) -> bool:

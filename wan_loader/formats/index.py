@@ -28,8 +28,8 @@ def read_index(path: str) -> dict[str, str]:
         raise CheckpointError.because(f"is larger than {_MAX_INDEX_BYTES} bytes: not a checkpoint index", path=path)
     with open(path, "rb") as f:
         content = f.read()
-    if what := stand_in(content[:_HEAD_BYTES]):
-        raise CheckpointError.because(what, path=path)
+    if foreign := stand_in(content[:_HEAD_BYTES]):
+        raise CheckpointError.because(*foreign, path=path)
     index = parse_object(content, path=path, what="the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

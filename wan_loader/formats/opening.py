@@ -16,7 +16,7 @@ from wan_loader.formats.checkpoint_facts import Checkpoint, FileFacts, StorageFa
 from wan_loader.formats.choosing import choose
 from wan_loader.formats.directory import missing_error
 from wan_loader.formats.file_names import SAFETENSORS, is_dcp_name, is_unfinished, is_weight_name
-from wan_loader.formats.foreign_files import is_json, other_file, read_head, text_of
+from wan_loader.formats.foreign_files import Foreign, is_json, other_file, read_head, text_of
 from wan_loader.formats.hub_cache import locate
 from wan_loader.formats.index import read_index, shards_of
 from wan_loader.formats.known_formats import format_of, recognise_format
@@ -206,23 +206,26 @@ def _open_file(path: str, head: bytes, part: str | None, number: int = 0, n_stor
 
 def _check_ours(path: str, head: bytes) -> None:
     """Raise `CheckpointError` for what is none of our formats, and for what is still being downloaded."""
-    is_ours, what = recognise_format(head) is not None, None
+    is_ours, foreign = recognise_format(head) is not None, None
     if os.path.exists(f"{path}.aria2"):  # the file has its full length from the start
-        what = f"is still being downloaded, as {path}.aria2 says: let aria2c end; if it has, remove that file"
+        reason = f"is still being downloaded, as {path}.aria2 says"
+        foreign = Foreign(reason, "let aria2c end; if it has, remove that file")
     elif not is_ours or is_unfinished(path) or is_dcp_name(path):
-        what = other_file(path, head)
-    if what is None and not is_ours:
-        what = _unknown(path, head)
-    if what is not None:
-        raise CheckpointError.because(what, path=path)
+        foreign = other_file(path, head)
+    if foreign is None and not is_ours:
+        foreign = _unknown(path, head)
+    if foreign is not None:
+        raise CheckpointError.because(*foreign, path=path)
 
 
-def _unknown(path: str, head: bytes) -> str | None:
+def _unknown(path: str, head: bytes) -> Foreign | None:
     """Say what a file is that is none of our formats, and nothing that is known; None if its name says safetensors."""
     if is_json(head):
-        return "is JSON, perhaps a server's message, and holds no weights: download it again, or name an index alone"
+        reason = "is JSON, perhaps a server's message, and holds no weights"
+        return Foreign(reason, "download it again, or name an index alone")
     if (text := text_of(head)) is not None:
-        return f"is a text, and neither safetensors nor a torch checkpoint; it begins with {text!r}: download it again"
+        reason = f"is a text, and neither safetensors nor a torch checkpoint; it begins with {text!r}"
+        return Foreign(reason, "download it again")
     if path.lower().endswith(SAFETENSORS):
         return None
-    return "is neither safetensors nor a torch checkpoint, or it is damaged"
+    return Foreign("is neither safetensors nor a torch checkpoint, or it is damaged", None)

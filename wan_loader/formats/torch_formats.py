@@ -54,8 +54,8 @@ class TorchZipFormat:
             # as torch-pickle from here on: format_of gives what loads it
             shard = read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
         except CheckpointError as error:
-            if what := other_archive(path):
-                raise CheckpointError.because(what, path=path) from error
+            if foreign := other_archive(path):
+                raise CheckpointError.because(*foreign, path=path) from error
             raise
         else:
             shard = Checkpoint(path, self.name, (file,), tuple(storages), tuple(tensors), part=part)
