@@ -363,13 +363,13 @@ def test_unknown_residency_is_said_and_taken_for_cold(tmp_path, device, monkeypa
     assert wan_loader.load(path, device=device, io="buffered").report.io.reason == "io=buffered was asked for"
 
 
-def test_verification_converts_large_tensors_in_pieces(tmp_path, monkeypatch):
+def test_verification_converts_large_tensors_in_batches(tmp_path, monkeypatch):
     from wan_loader import verify
 
     tensors = weights(2, nbytes=1000)
     path = write("safetensors", tmp_path, tensors)
     loaded, sizes, same_bits = wan_loader.load_file(path, dtype="bf16"), [], verify.same_bits
-    monkeypatch.setattr(verify, "_PIECE", 100)
+    monkeypatch.setattr(verify, "_BATCH", 100)
     monkeypatch.setattr(verify, "same_bits", lambda a, b: sizes.append(a.numel()) or same_bits(a, b))
     assert verify.verify(path, loaded) == 2
     assert max(sizes) == 100
