@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     )
     from wan_loader.events import Observer, Recorder, Span, clock_ns, span
     from wan_loader.formats import Checkpoint, open_checkpoint
-    from wan_loader.formats.several import MissingFile, ModelDirectory, ModelPart
+    from wan_loader.formats.model_directory import MissingFile, ModelDirectory, ModelPart
     from wan_loader.loading.bind import match, module_slots
     from wan_loader.loading.empty_weights import empty_weights
     from wan_loader.loading.report import LoadReport
@@ -80,10 +80,10 @@ _LAZY = {
     "LoadPlan": "wan_loader.plan.plan",
     "LoadRequest": "wan_loader.plan.request",
     "LoadResult": "wan_loader.loading.result",
-    "MissingFile": "wan_loader.formats.several",
+    "MissingFile": "wan_loader.formats.model_directory",
     "MissingFileError": "wan_loader.errors",
-    "ModelDirectory": "wan_loader.formats.several",
-    "ModelPart": "wan_loader.formats.several",
+    "ModelDirectory": "wan_loader.formats.model_directory",
+    "ModelPart": "wan_loader.formats.model_directory",
     "Observer": "wan_loader.events",
     "OptionError": "wan_loader.errors",
     "OutputError": "wan_loader.errors",

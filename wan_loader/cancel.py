@@ -22,7 +22,7 @@ class CancelToken:
 
     @property
     def cancelled(self) -> bool:
-        """Return whether `cancel` was called."""
+        """True once `cancel` was called."""
         return self._error is not None
 
     def cancel(self, error: BaseException | None = None) -> None:
@@ -31,6 +31,7 @@ class CancelToken:
         Args:
             error: What the stopped load raises; None means `LoadCancelledError`. The first one counts.
         """
+        # no lock: of two threads at the same moment either may be the first
         if self._error is None:
             self._error = error or LoadCancelledError("the load was cancelled")
 

@@ -35,27 +35,35 @@ class DocumentError(ValueError):
 
 
 def is_measured(value: Any) -> bool:
-    """Whether this is a number, and one that may have been measured."""
+    """Say whether this is a number, and one that may have been measured."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST < value < MOST
 
 
 def read_json(path: StrPath, what: str) -> dict[str, Any]:
-    """Read the object that a JSON file holds. Raises `SessionError`; `what` says there what the file should be."""
+    """Read the object that a JSON file holds.
+
+    Args:
+        path: The file.
+        what: The remedy for errors: what the file should be.
+
+    Raises:
+        SessionError: It is not there, cannot be read, or is no such object.
+    """
     try:
         text = read_capped(path, _MAX_BYTES)
         if text is not None:
             return parse_object(text, path=str(path), what="the document", holds_paths=True, takes_nan=True)
     except CheckpointError as error:
-        raise SessionError(f"{error}, or {what}") from error
+        raise SessionError(f"{error}, or {what}", path=path) from error
     except FileNotFoundError as error:
-        raise SessionError(f"{path} does not exist") from error
+        raise SessionError.because("does not exist", path=path) from error
     except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from error
-    raise SessionError(f"{path} is larger than {_MAX_BYTES} bytes: {what}")
+        raise SessionError.because(f"cannot be read: {error.strerror}", path=path) from error
+    raise SessionError.because(f"is larger than {_MAX_BYTES} bytes", what, path=path)
 
 
 class Doc:
-    """A JSON object whose fields are read with their type."""
+    """A JSON object whose fields are read with their type; a field that is wrong raises `DocumentError`."""
 
     def __init__(self, value: Any, where: str = "") -> None:
         if not isinstance(value, dict):
@@ -65,23 +73,24 @@ class Doc:
 
     def _get(self, key: str, kinds: type | tuple[type, ...], what: str) -> Any:
         value = self._value.get(key)
+        # True is an int for Python, and no number for JSON
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise DocumentError(f"{self._where}{key} is missing or not {what}")
         return value
 
     def text(self, key: str) -> str:
-        """A string."""
+        """Return a string."""
         return str(self._get(key, str, "a string"))
 
     def whole(self, key: str, least: int = 0) -> int:
-        """An integer of 64 bits, `least` or more."""
+        """Return an integer of 64 bits, `least` or more."""
         value = int(self._get(key, int, "an integer"))
         if not least <= value <= _MOST_WHOLE:
             raise DocumentError(f"{self._where}{key} is no number that was counted: {_short(value)}")
         return value
 
     def boolean(self, key: str) -> bool:
-        """True or false."""
+        """Return a field that is true or false."""
         return bool(self._get(key, bool, "true or false"))
 
     def only(self, *keys: str) -> None:
@@ -90,40 +99,40 @@ class Doc:
             raise DocumentError(f"{self._where.rstrip('.') or 'the document'} has not exactly {', '.join(keys)}")
 
     def moment(self, key: str) -> int:
-        """Nanoseconds before or after some moment."""
+        """Return nanoseconds before or after some moment."""
         return self.whole(key, _LEAST_WHOLE)
 
     def number(self, key: str, least: float = 0.0) -> float:
-        """A number that may have been measured, `least` or more."""
+        """Return a number that may have been measured, `least` or more."""
         value = self._get(key, (int, float), "a number")
         if not (is_measured(value) and value >= least):
             raise DocumentError(f"{self._where}{key} is {_short(value)}: nobody measured that")
         return float(value)
 
     def optional_text(self, key: str) -> str | None:
-        """A string or null."""
+        """Return a string, or None for null."""
         return None if self._value.get(key) is None else self.text(key)
 
     def optional_whole(self, key: str) -> int | None:
-        """An integer or null."""
+        """Return an integer, or None for null."""
         return None if self._value.get(key) is None else self.whole(key)
 
     def optional_number(self, key: str) -> float | None:
-        """A number or null."""
+        """Return a number, or None for null."""
         return None if self._value.get(key) is None else self.number(key)
 
     def choice(self, key: str, allowed: Sequence[str]) -> str:
-        """One of the allowed strings."""
+        """Return one of the allowed strings."""
         if (value := self.text(key)) not in allowed:
             raise DocumentError(f"{self._where}{key} is {_short(value)}, not one of {', '.join(allowed)}")
         return value
 
     def doc(self, key: str) -> Doc:
-        """An object."""
+        """Return an object."""
         return Doc(self._value.get(key), f"{self._where}{key}.")
 
     def plain(self, key: str) -> dict[str, Any]:
-        """An object whose fields are only shown."""
+        """Return an object whose fields are only shown."""
         value = self._get(key, dict, "an object")
         self._check_plain(key, value, _MAX_DEPTH)
         return dict(value)
@@ -141,31 +150,31 @@ class Doc:
             raise DocumentError(f"{self._where}{key} holds {_short(value)}: nobody measured that")
 
     def numbers(self, key: str) -> dict[str, float]:
-        """An object of numbers."""
+        """Return an object of numbers."""
         inner = self.doc(key)
         return {name: inner.number(name) for name in inner._value}
 
     def optional_doc(self, key: str) -> Doc | None:
-        """An object or null."""
+        """Return an object, or None for null."""
         return None if self._value.get(key) is None else self.doc(key)
 
     def docs(self, key: str) -> list[Doc]:
-        """A list of objects."""
+        """Return a list of objects."""
         return [Doc(v, f"{self._where}{key}[{i}].") for i, v in enumerate(self._get(key, list, "a list"))]
 
     def optional_list(self, key: str) -> list[Any] | None:
-        """A list or null, whose items nobody has looked at."""
+        """Return a list, or None for null, whose items nobody has looked at."""
         return None if self._value.get(key) is None else list(self._get(key, list, "a list"))
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of strings."""
+        """Return a list of strings."""
         values = self._get(key, list, "a list")
         if not all(isinstance(v, str) for v in values):
             raise DocumentError(f"{self._where}{key} is not a list of strings")
         return tuple(values)
 
     def rows(self, key: str, width: int, most: int) -> list[list[int]]:
-        """A list of rows of `width` integers each."""
+        """Return a list of at most `most` rows, `width` integers each."""
         values = self._get(key, list, "a list")
         if len(values) > most:
             raise DocumentError(f"{self._where}{key} has more than {most} rows")
@@ -178,6 +187,6 @@ class Doc:
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it: not all of its thousands of digits."""
+    """Return a value as an error shows it: not all of its thousands of digits."""
     text = f"{value:.3g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 40 else f"{text[:40]}..."

@@ -1,11 +1,11 @@
-"""What joins this package from above: functions that our own distribution names as entry points.
+"""The functions that join this package from above, which our own distribution names as entry points.
 
 So a package that is installed with this one may bring further commands and what it knows of models, and nothing here
 imports it. Entry points of other distributions are not looked at: they would be others' code in every start. Where
 this package was not installed (it runs from a source tree), nothing joins, and everything else works.
 
     wan_loader.commands     further commands of `wan-loader`, under their names (see `cli.app`)
-    wan_loader.models       what is known of a model's directory (see `formats.several`)
+    wan_loader.models       what is known of a model's directory (see `formats.model_directory`)
     wan_loader.outlines     the cache entry of a whole model (see `cli.cache`)
     wan_loader.key_maps     which key map fits a module (see `loading.mismatch`)
 """
@@ -29,6 +29,7 @@ def entry_points(group: str) -> tuple[EntryPoint, ...]:
     from importlib import metadata
 
     try:
+        # not metadata.entry_points(), which reads the files of every distribution that is installed
         own = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return ()

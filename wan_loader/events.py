@@ -33,9 +33,13 @@ class Span:
 
 
 class Observer(Protocol):
-    """Told of spans, from any thread, while the work goes on; must be quick. If it raises, the work ends with that."""
+    """An object that is told of spans, from any thread, while the work goes on; it must be quick.
 
-    def record(self, span: Span) -> None: ...
+    It only observes. One that raises is told nothing more and named in the report's warnings; the work goes on.
+    """
+
+    def record(self, span: Span) -> None:
+        """Take a span that has just ended."""
 
 
 class Recorder:
@@ -45,11 +49,12 @@ class Recorder:
         self.spans: list[Span] = []
 
     def record(self, span: Span) -> None:
+        """Keep a span."""
         self.spans.append(span)  # list.append is atomic
 
 
 def clock_ns() -> int:
-    """Nanoseconds on the monotonic clock that all spans share."""
+    """Return nanoseconds on the monotonic clock that all spans share."""
     return time.perf_counter_ns()
 
 
@@ -69,10 +74,11 @@ def span(
 
 
 def busy_ns(spans: Iterable[Span]) -> int:
-    """Length of the union of the spans' intervals: overlapping spans count once."""
+    """Return the length of the union of the spans' intervals: overlapping spans count once."""
     total, frontier = 0, 0
     for start_ns, end_ns in sorted((s.start_ns, s.end_ns) for s in spans):
         if end_ns > frontier:
+            # sorted by start, so that all before the frontier was counted
             total += end_ns - max(start_ns, frontier)
             frontier = end_ns
     return total

@@ -1,4 +1,4 @@
-"""Puts our loader in the place of `safetensors.torch.load_file` and `torch.load`, for programs that know nothing of it.
+"""Our loader in the place of `safetensors.torch.load_file` and `torch.load`, for programs that know nothing of it.
 
 Only calls whose result is the same bit for bit take the fast path; everything else, and every call that fails there,
 goes to the original, with its reason kept for the report:
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
-from wan_loader.formats.content import read_head
-from wan_loader.formats.known import recognise
+from wan_loader.formats.foreign_files import read_head
+from wan_loader.formats.known_formats import recognise_format
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.formats.torch_formats import TorchZipFormat
-from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
+from wan_loader.formats.torch_zip import UnplannedError, read_torch_zip
 from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ __all__ = ["FastPath"]
 
 
 class _LeftAloneError(Exception):
-    """This call is for the original; the message says why. Never leaves this module."""
+    """A call is for the original; the message says why. Never leaves this module."""
 
 
 @dataclass(slots=True)
 class FastPath:
-    """What took the fast path so far, and what did not. `install` once."""
+    """The replacement of both functions, and the counts of calls that took the fast path or did not. `install` once."""
 
     safetensors_devices: Sequence[str] = ("cuda",)
     """Kinds of devices for which `load_file` is replaced."""
@@ -61,7 +61,7 @@ class FastPath:
         torch.load = torch.serialization.load = self._instead_of(torch.load, self._torch_load)
 
     def summary(self) -> str:
-        """One line for the user."""
+        """Sum up in one line for the user."""
         took = f"{format_count(self.n_loads, 'load')} took the fast path"
         if self.n_loads:
             rate = format_rate(self.nbytes / self.seconds) if self.seconds else "?"
@@ -77,6 +77,7 @@ class FastPath:
             if getattr(self._busy, "inside", False):  # our own loader, in this thread
                 return original(*args, **kwargs)
             start_ns = clock_ns()
+            # our loader calls torch.load itself for what it cannot plan
             self._busy.inside = True
             try:
                 _check_modes()
@@ -99,12 +100,12 @@ class FastPath:
         return replaced
 
     def _load_file(self, original: Any, filename: Any, device: Any = "cpu") -> tuple[dict[str, Any], int]:
-        path, target = _path(filename), _device(device)
-        if target.partition(":")[0] not in self.safetensors_devices:
+        path, device = _path(filename), _device_name(device)
+        if device.partition(":")[0] not in self.safetensors_devices:
             raise _LeftAloneError("load_file to the CPU only maps the file")
-        if not isinstance(recognise(read_head(path)), SafetensorsFormat):
+        if not isinstance(recognise_format(read_head(path)), SafetensorsFormat):
             raise _LeftAloneError("load_file of a file that is not safetensors")
-        loaded = load([path], device=target)
+        loaded = load([path], device=device)
         return loaded.tensors, loaded.report.nbytes_file
 
     def _torch_load(
@@ -115,10 +116,11 @@ class FastPath:
             raise _LeftAloneError("torch.load with weights_only=False")
         if mmap or map_location is None:
             raise _LeftAloneError("torch.load with mmap=True, or without a map_location")
-        target = _device(map_location)
+        device = _device_name(map_location)
         _check_planned(path)
         skeleton = _skeleton(original, path)
-        loaded = load([path], device=target)
+        loaded = load([path], device=device)
+        # the file may have been replaced between the two looks
         if loaded.tensors.keys() != skeleton.keys():
             raise _LeftAloneError("torch.load of a file with other names than planned")
         made: dict[int, Any] = {}  # what is one object in the file stays one
@@ -137,8 +139,8 @@ def _check_modes() -> None:
 
 
 def _check_planned(path: str) -> None:
-    """Only what is read from headers: anything else, our loader would leave to torch.load, too."""
-    if not isinstance(recognise(read_head(path)), TorchZipFormat):
+    """Leave alone all that is not read from headers: our loader would leave it to torch.load, too."""
+    if not isinstance(recognise_format(read_head(path)), TorchZipFormat):
         raise _LeftAloneError("torch.load of a legacy pickle")
     try:
         read_torch_zip(path)
@@ -152,8 +154,8 @@ def _path(value: Any) -> str:
     return path
 
 
-def _device(value: Any) -> str:
-    """cpu, cuda or cuda:N."""
+def _device_name(value: Any) -> str:
+    """Return cpu, cuda or cuda:N."""
     import torch
 
     if type(value) is int:
@@ -170,10 +172,11 @@ def _device(value: Any) -> str:
 
 
 def _skeleton(original: Any, path: str) -> Any:
-    """What torch.load gives, without the weights: the container's own type and all it carries."""
+    """Return the result of torch.load without the weights: the container's own type and all it carries."""
     import torch
 
     try:
+        # meta and mapped: nothing of the weights is read, and torch itself judges the pickle
         state = original(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:  # the original will say it again
         raise _LeftAloneError("torch.load refuses the file") from error
@@ -187,7 +190,7 @@ def _skeleton(original: Any, path: str) -> Any:
 
 
 def _carries_only_versions(state: Any) -> bool:
-    """Whether a dict's only attribute is what `state_dict` notes: others may hold tensors, here without weights."""
+    """Say whether a dict's only attribute is what `state_dict` notes: others may hold tensors, here without weights."""
     attributes = getattr(state, "__dict__", {})
     notes = attributes.get("_metadata", {})
     return attributes.keys() <= {"_metadata"} and all(

@@ -16,15 +16,15 @@ class PhaseKind:
 
     name: str
     meaning: str
-    """What goes on in it, as a report says it."""
+    """The work that goes on in it, as a report says it."""
     colour: str
-    """In pictures; readable on white and on dark."""
+    """The colour in pictures; readable on white and on dark."""
     allowance_s: float | None = None
     """Seconds that it may take without being called slow; None where it is measured against something else."""
     has_rate: bool = False
-    """Whether the bytes of the checkpoint pass through it, at a rate that hardware limits."""
+    """True if the bytes of the checkpoint pass through it, at a rate that hardware limits."""
     is_work: bool = True
-    """Whether a process that spends its time here does the work of a start-up."""
+    """True if a process that spends its time here does the work of a start-up."""
     in_loads: bool = True
     """False for what only programs of other people do."""
 
@@ -46,7 +46,7 @@ PHASE_TABLE = (
     PhaseKind("register", "pinning page-cache pages", "#3d9bb3", has_rate=True),
     PhaseKind("read", "reading the files", "#3b82d6", has_rate=True),
     PhaseKind("wait", "waiting", "#9aa3af", is_work=False),
-    PhaseKind("h2d", "copying to the target", "#2fa36b", has_rate=True),
+    PhaseKind("h2d", "copying to the device", "#2fa36b", has_rate=True),
     PhaseKind("cast", "converting the dtype", "#d46a9c", has_rate=True),
     PhaseKind("assign", "binding tensors to modules", "#8aa63a", allowance_s=0.1),
     PhaseKind("shard", "sharding and collectives", "#7a6a55", allowance_s=1.0),

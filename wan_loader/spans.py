@@ -1,4 +1,4 @@
-"""Arithmetic over spans: unions, what the wall time goes to, throughput over time, bytes in flight. Pure.
+"""Arithmetic over spans: unions, the phases that the wall time goes to, throughput over time, bytes in flight. Pure.
 
 Phases overlap. `attribute` shares the wall time out so that it adds up: each moment belongs to the phase that sets the
 pace then, which is the busiest overall among those at work; waiting counts only where nothing works.
@@ -53,7 +53,7 @@ class Mark(Span):
 
 
 def union(spans: Iterable[Span]) -> list[tuple[int, int]]:
-    """The spans' intervals, merged and in order."""
+    """Merge the spans' intervals; return them in order."""
     merged: list[tuple[int, int]] = []
     for start_ns, end_ns in sorted((s.start_ns, s.end_ns) for s in spans):
         if merged and start_ns <= merged[-1][1]:
@@ -64,7 +64,7 @@ def union(spans: Iterable[Span]) -> list[tuple[int, int]]:
 
 
 def overlap_ns(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> int:
-    """Length of what two merged lists of intervals have in common."""
+    """Return the length of what two merged lists of intervals have in common."""
     total, i, j = 0, 0, 0
     while i < len(a) and j < len(b):
         total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
@@ -118,6 +118,7 @@ def attribute(spans: Iterable[Span], start_ns: int, end_ns: int) -> dict[str, fl
             owner = owners.get(active & -active, "other")
             out[owner] = out.get(owner, 0) + at - last
             last = at
+        # merged intervals of a phase do not overlap, so its bit is set at their starts and cleared at their ends
         active ^= bit
     return {name: ns / 1e9 for name, ns in out.items()}
 
@@ -133,7 +134,7 @@ def by_label(spans: Iterable[Span], name: str) -> list[tuple[str, float, int]]:
 
 
 def throughput(spans: Iterable[Span], end_ns: int, buckets: int = 160) -> list[float]:
-    """Bytes per second in equal slices of [0, end): each span's bytes spread evenly over its time."""
+    """Return bytes per second in equal slices of [0, end): each span's bytes spread evenly over its time."""
     width = max(1.0, end_ns / buckets)
     out = [0.0] * buckets
     for span in spans:
@@ -148,7 +149,8 @@ def throughput(spans: Iterable[Span], end_ns: int, buckets: int = 160) -> list[f
 
 
 def in_flight(spans: Iterable[Span]) -> list[tuple[int, int]]:
-    """(time, bytes read but not yet copied), at each change. Only where both sides count bytes."""
+    """Return (time, bytes read but not yet copied), at each change. Only where both sides count bytes."""
+    # a block counts from the end of its read to the end of its copy
     steps = [(s.end_ns, s.nbytes if s.name == "read" else -s.nbytes) for s in spans if s.name in ("read", "h2d")]
     out: list[tuple[int, int]] = []
     level = 0

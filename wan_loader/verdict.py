@@ -1,12 +1,13 @@
-"""Names what set the pace, and how far it is from what the machine can do. Pure: a function of what was recorded.
+"""The verdict on a load or a start: what set the pace, and how far it is from what the machine can do.
 
-Every moment of the wall time is given to one phase (`spans.attribute`). A phase's *loss* is the time it got, less
-the time it would need at its ceiling. A loss of more than 15 % of the whole (of a program: of its start) is the
-culprit; without one, the load is at its limit, and the phase with most of the time names the limit.
+Pure: a function of what was recorded. Every moment of the wall time is given to one phase (`spans.attribute`). A
+phase's *loss* is the time it got, less the time it would need at its ceiling. A loss of more than 15 % of the whole (of
+a program: of its start) is the culprit; without one, the load is at its limit, and the phase with most of the time
+names the limit.
 
 Some phases have no rate: random initialisation is avoidable, so all of it is loss; imports are compared with a bare
-`import torch`, bookkeeping with a small allowance. Waiting for a staging slot is lost where the pace-setter itself was
-idle meanwhile: then the stages took turns.
+`import torch`, bookkeeping with a small allowance. Waiting for a slot of the pinned ring is lost where the pace-setter
+itself was idle meanwhile: then the stages took turns.
 """
 
 from __future__ import annotations
@@ -31,29 +32,30 @@ _CULPRIT = 0.15
 _REACHED = 0.5
 _IMPORTS_S = 0.5
 _KINDS = {kind.name: kind for kind in PHASE_TABLE}
-_PIPELINE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
+_WITH_RATE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What set the pace. `kind`: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: the
-    load is healthy), "unknown" (nothing to compare with).
-    """
+    """A judgement of what set the pace."""
 
     kind: str
+    """The outcome: "slow" (a phase does worse than it could), "limit" (at what the hardware can do: it is healthy), or
+    "unknown" (nothing to compare with).
+    """
     phase: str
     why: str
     lost_s: float = 0.0
     """Seconds that would be won at the ceiling."""
     share: float = 0.0
-    """Of the wall time that this phase set the pace for."""
+    """Share of the wall time that this phase set the pace for."""
     reached_gbps: float | None = None
     ceiling_gbps: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What verdict and advice work on: one process's spans, and the facts around them.
+    """The facts that verdict and advice work on: one process's spans, and what is known around them.
 
     What follows from the spans alone is computed once: there are many, and every rule asks.
     """
@@ -66,12 +68,12 @@ class Evidence:
     end_ns: int
     device: str
     ceilings: Mapping[str, float] = field(default_factory=dict)
-    """What the machine can do; what is absent was not measured."""
+    """Rates and times of the machine at its best; what is absent was not measured."""
     cold_bytes: int = 0
-    """Of the bytes read: not in the page cache before."""
+    """Bytes that were read and not in the page cache before."""
     nbytes_file: int = 0
     fresh_bytes: int = 0
-    """How much at most was read into memory that was new."""
+    """Bytes at most that were read into memory that was new."""
     dtype: str | None = None
     fp32_bytes: int = 0
     """Bytes of the files in fp32."""
@@ -81,7 +83,7 @@ class Evidence:
 
     @cached_property
     def phases(self) -> dict[str, Phase]:
-        """By name."""
+        """Busy time and bytes of each phase that occurred, by its name."""
         return {p.name: p for p in summarize(self.spans)}
 
     @cached_property
@@ -107,7 +109,7 @@ class Evidence:
         if self.kind != "load":
             return 0.0
         waits = union(s for s in self.of_phase("wait") if s.track.startswith("reader"))
-        moving = [p for p in self.phases.values() if p.name in _PIPELINE]
+        moving = [p for p in self.phases.values() if p.name in _WITH_RATE]
         if not waits or not moving:
             return 0.0
         busy = union(self.of_phase(max(moving, key=lambda p: p.busy_s).name))
@@ -119,23 +121,24 @@ class Evidence:
 
     @property
     def cuda(self) -> bool:
-        """Whether the weights go to a GPU."""
+        """True if the weights go to a GPU."""
         return self.device.startswith("cuda")
 
 
 def ideal_seconds(e: Evidence, name: str) -> float | None:
-    """What a phase would need at its ceiling; None where that is not known."""
+    """Return the seconds that a phase would need at its ceiling; None where that is not known."""
     nbytes = e.phases[name].nbytes if name in e.phases else 0
     match name:
         case "read":
             cold = min(nbytes, e.cold_bytes)
+            # the rest was in the page cache and goes to memory that was used before, which is the quickest
             fresh = min(nbytes - cold, e.fresh_bytes)
-            parts = (
+            seconds = (
                 _at(e, cold, "disk_gbps"),
                 _at(e, fresh, "copy_gbps"),
                 _at(e, nbytes - cold - fresh, "page_cache_gbps"),
             )
-            return None if None in parts else sum(p or 0.0 for p in parts)
+            return None if None in seconds else sum(s or 0.0 for s in seconds)
         case "h2d":
             return _at(e, nbytes, "h2d_pinned_gbps" if e.cuda else "copy_gbps")
         case "cast":
@@ -158,7 +161,7 @@ def _at(e: Evidence, nbytes: int, ceiling: str) -> float | None:
 
 
 def judge(e: Evidence) -> Verdict:
-    """The verdict on one load or program."""
+    """Judge one load or program."""
     blame = e.blame
     losses = {name: loss for name in blame if (loss := _loss(e, name, blame[name])) is not None}
     losses["wait"] = e.slot_wait_s
@@ -166,6 +169,7 @@ def judge(e: Evidence) -> Verdict:
     pace = _pace_setter(blame)
     # A program goes on after its start: what it does then is no measure for its start.
     whole = e.seconds - (blame.get("other", 0.0) if e.kind == "program" else 0.0)
+    # 20 ms: shorter losses are noise, whatever their share
     if losses.get(worst, 0.0) >= max(_CULPRIT * whole, 0.02) and losses[worst] >= _unknown(e, blame):
         return _verdict("slow", e, worst, losses[worst], blame)
     kind = "limit" if pace in losses or pace in ("other", "wait") else "unknown"
@@ -192,8 +196,8 @@ def _pace_setter(blame: Mapping[str, float]) -> str:
 
 
 def _unknown(e: Evidence, blame: Mapping[str, float]) -> float:
-    """A phase without a ceiling that took most of the time outweighs smaller losses that are known."""
-    rates = [s for name, s in blame.items() if name in _PIPELINE and ideal_seconds(e, name) is None]
+    """Return the loss that a phase without a ceiling outweighs, as it took most of the time: half of what it took."""
+    rates = [s for name, s in blame.items() if name in _WITH_RATE and ideal_seconds(e, name) is None]
     return max(rates, default=0.0) / 2
 
 
@@ -205,7 +209,7 @@ def _loss(e: Evidence, name: str, seconds: float) -> float | None:
     ideal = ideal_seconds(e, name)
     if ideal is None:
         return None
-    if name in _PIPELINE and ideal >= _REACHED * seconds:
+    if name in _WITH_RATE and ideal >= _REACHED * seconds:
         return 0.0
     return max(0.0, seconds - ideal)
 
@@ -214,9 +218,10 @@ def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[st
     phase = e.phases.get(name)
     seconds = blame.get(name, 0.0)
     ideal = ideal_seconds(e, name)
-    nbytes = phase.nbytes if phase and name in _PIPELINE else 0
+    nbytes = phase.nbytes if phase and name in _WITH_RATE else 0
     ceiling = nbytes / ideal / 1e9 if ideal and nbytes else None
     reached = nbytes / seconds / 1e9 if nbytes and seconds else None
+    # the phase may have gone on while another set the pace: no rate above the ceiling or what was measured
     if ceiling and phase and kind == "limit" and reached:
         reached = min(reached, max(ceiling, phase.gbps))
     share = seconds / e.seconds if e.seconds else 0.0
@@ -228,7 +233,8 @@ def _why(kind: str, e: Evidence, name: str, seconds: float, reached: float | Non
     share = f"{seconds / e.seconds:.0%}" if e.seconds else "0%"
     text = f"{_KINDS[name].meaning} set the pace for {seconds:.2f} s of {e.seconds:.2f} s ({share})"
     if name == "wait" and kind == "slow":
-        text = f"readers waited for a free staging slot for {seconds:.2f} s of {e.seconds:.2f} s, nothing was limiting"
+        waited = f"{seconds:.2f} s of {e.seconds:.2f} s"
+        text = f"readers waited for a free slot of the pinned ring for {waited}, nothing was limiting"
     if reached and ceiling:
         text += f", at {reached:.2f} GB/s where {ceiling:.2f} GB/s can be had"
     if name in ("import", "construct", "other") and (rows := e.labels(name)):

@@ -1,4 +1,4 @@
-"""Compares loaded tensors with what safetensors and torch read, bit for bit. Independent of the loader on purpose."""
+"""Comparison of loaded tensors with what safetensors and torch read, bit for bit; independent of the loader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import Checkpoint, open_checkpoint
-from wan_loader.formats.known import format_of
+from wan_loader.formats.known_formats import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,14 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["reference_tensors", "same_bits", "verify"]
 
 #: Elements that are converted at once for a comparison.
-_PIECE = 4 << 20
+_BATCH = 4 << 20
 
 
 def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *, part: str | None = None) -> int:
-    """Read a checkpoint, or one part of it, again with its own library; raise `CheckpointError` if anything differs.
+    """Read a checkpoint, or one part of it, again with its own library, and compare it with tensors that were loaded.
 
     Tensors that were converted are compared with `.to(dtype)` of the reference on the same device. Holds one reference
-    tensor at a time. Returns how many tensors were compared.
+    tensor at a time.
+
+    Args:
+        source: The checkpoint, or its path.
+        tensors: The loaded tensors; those of the checkpoint that are not among them are not compared.
+        part: The part that was loaded, as for `open_checkpoint`.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        CheckpointError: Anything differs.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, part=part)
     path = checkpoint.path
@@ -38,23 +49,27 @@ def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *,
             continue
         actual = tensors[name]
         if not _is_converted(actual, expected):
-            raise CheckpointError(f"{path}: tensor {name!r} differs from what the file holds: please report this")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} differs from what the file holds: please report this", path=path, tensor=name
+            )
         names.discard(name)
     if names:
-        raise CheckpointError(f"{path}: {len(names)} loaded tensors are not in the file, such as {min(names)!r}")
+        raise CheckpointError(
+            f"{path}: {len(names)} loaded tensors are not in the file, such as {min(names)!r}", path=path
+        )
     return len(tensors)
 
 
 def _is_converted(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether a tensor is another one, converted; in pieces, since the conversion takes memory beside both."""
-    if actual.shape != expected.shape or actual.dtype == expected.dtype or actual.numel() <= _PIECE:
+    """Say whether a tensor is another one, converted; in batches, since the conversion takes memory beside both."""
+    if actual.shape != expected.shape or actual.dtype == expected.dtype or actual.numel() <= _BATCH:
         return same_bits(actual, expected.to(actual.device).to(actual.dtype))
-    pieces = zip(actual.reshape(-1).split(_PIECE), expected.reshape(-1).split(_PIECE), strict=True)
-    return all(same_bits(a, e.to(a.device).to(a.dtype)) for a, e in pieces)
+    batches = zip(actual.reshape(-1).split(_BATCH), expected.reshape(-1).split(_BATCH), strict=True)
+    return all(same_bits(a, e.to(a.device).to(a.dtype)) for a, e in batches)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Same dtype, shape and bits; NaNs and signed zeros included."""
+    """Compare dtype, shape and bits; NaNs and signed zeros included."""
     import torch
 
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -71,7 +86,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    """Names and tensors on the CPU, as safetensors or torch itself reads them; one at a time from safetensors."""
+    """Yield names and tensors on the CPU, as safetensors or torch itself reads them; one at a time from safetensors."""
     for number, file in enumerate(checkpoint.files):
         names = checkpoint.names_in(number)
         with _encodable(file.path) as path:
@@ -80,7 +95,7 @@ def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _encodable(path: str) -> Iterator[str]:
-    """A path of a file that these libraries take, which refuse a name that is not UTF-8: if so, a link elsewhere."""
+    """Yield a path that these libraries take, which refuse a file's name that is not UTF-8: if so, a link elsewhere."""
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -24,7 +24,7 @@ from wan_loader.bench.table import HEADERS, case_rows, visible_columns
 from wan_loader.bench.throttle import Throttle, throttle_reads
 from wan_loader.errors import OptionError, OutputError
 from wan_loader.formats import open_checkpoint
-from wan_loader.system.posix_aio import PosixAio, Request
+from wan_loader.system.posix_aio import AioRequest, PosixAio
 from wan_loader.system.read_threads import ReadThreads, ThreadRequest
 from wan_loader.warming.evict import evict as source_evict
 
@@ -109,10 +109,10 @@ def test_the_throttle_serves_one_after_the_other():
     assert throttle.reserve(100) == 5100, "an idle device does not catch up"
 
 
-@pytest.mark.parametrize(("backend", "kind"), [(PosixAio(), Request), (ReadThreads(), ThreadRequest)])
+@pytest.mark.parametrize(("backend", "kind"), [(PosixAio(), AioRequest), (ReadThreads(), ThreadRequest)])
 def test_the_throttle_holds_reads_however_they_are_carried_out(tmp_path, monkeypatch, backend, kind):
     for name in ("start", "result"):
-        for each in (Request, ThreadRequest):
+        for each in (AioRequest, ThreadRequest):
             monkeypatch.setattr(each, name, getattr(each, name))  # comes back afterwards
     throttle_reads(1e6)
     (tmp_path / "f").write_bytes(bytes(50_000))

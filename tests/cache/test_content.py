@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from wan_loader.cache import content  # noqa: E402
 from wan_loader.cache.content import PART_BYTES, LoadedTensors, batches, parts_of  # noqa: E402
 from wan_loader.cache.outline import CachedTensor  # noqa: E402
-from wan_loader.formats.facts import TensorFacts, contiguous_strides  # noqa: E402
+from wan_loader.formats.checkpoint_facts import TensorFacts, contiguous_strides  # noqa: E402
 
 MiB = 1 << 20
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from wan_loader import CheckpointError, load_file, open_checkpoint
+from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.formats.checkpoint_format import Likeness
-from wan_loader.formats.content import read_head
-from wan_loader.formats.facts import stat_file
-from wan_loader.formats.known import FORMATS, format_of, holds_weights, is_planned, recognise
+from wan_loader.formats.foreign_files import read_head
+from wan_loader.formats.known_formats import FORMATS, format_of, holds_weights, is_planned, recognise_format
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.formats.torch_formats import TorchPickleFormat, TorchZipFormat
 from wan_loader.verify import same_bits, verify
@@ -49,7 +49,7 @@ class CheckpointFormatContract:
     def test_its_files_are_recognised_by_their_content(self, path):
         head = read_head(path)
         assert self.format.likeness(head) is Likeness.CERTAIN
-        assert recognise(head).name == self.format.name
+        assert recognise_format(head).name == self.format.name
         assert holds_weights(head)
 
     @pytest.mark.parametrize("head", [b"", b"\0" * 512, b"GGUF" + bytes(508), b"{}", b"<html>", b"PK", b"\x80"])

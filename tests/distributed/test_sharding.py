@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_loader.distributed.sharding import SMALL_BYTES, TensorSharding, borders, divide, exchanges, rows
-from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, contiguous_strides
+from wan_loader.formats.checkpoint_facts import Checkpoint, FileFacts, StorageFacts, TensorFacts, contiguous_strides
 
 torch = pytest.importorskip("torch")
 

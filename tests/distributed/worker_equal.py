@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_loader
 from wan_loader.distributed import shard_group as team_module
-from wan_loader.formats.facts import Checkpoint
+from wan_loader.formats.checkpoint_facts import Checkpoint
 from wan_loader.loading import run as load_module
 from wan_loader.plan.limits import MAX_READS
 from wan_loader.system.machine import processors

@@ -12,7 +12,7 @@ import pytest
 from engine_runs import Batch, run_transfer
 
 from wan_loader.engine.reader import Reader
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
 from wan_loader.plan.limits import EngineSettings, TransferMode
 from wan_loader.system import posix_aio

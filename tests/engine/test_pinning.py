@@ -16,7 +16,7 @@ from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.reader import Reader
 from wan_loader.errors import DeviceError
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
 from wan_loader.plan.limits import EngineSettings
 

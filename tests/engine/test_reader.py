@@ -11,7 +11,7 @@ import pytest
 
 from wan_loader.engine.reader import BlockRead, Reader
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import Block, ByteRange, Segment, Transport, plan_blocks
 from wan_loader.system import posix as linux
 from wan_loader.system import posix_aio as aio
@@ -177,7 +177,7 @@ def test_residency_that_cannot_be_told_counts_as_cold(tmp_path, monkeypatch):
 
 def read(reader, block, view):
     """Read a block as the engine does; returns where in `view` it begins, and the way it took."""
-    reading, request = BlockRead(reader, block), aio.Request()
+    reading, request = BlockRead(reader, block), aio.AioRequest()
     address, complete = ctypes.addressof(ctypes.c_char.from_buffer(view)), False
     while not complete:
         start, nbytes, position = reading.wanted
@@ -269,7 +269,7 @@ def test_io_error_is_named(path, reader, view, monkeypatch):
     def failing(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(aio.Request, "result", failing)
+    monkeypatch.setattr(aio.AioRequest, "result", failing)
     with pytest.raises(CheckpointError, match="Input/output error") as caught:
         read(reader, block(0, 100), view)
     assert str(path) in str(caught.value)

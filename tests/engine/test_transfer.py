@@ -19,12 +19,12 @@ from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
 from wan_loader.plan.limits import EngineSettings, TransferMode
 from wan_loader.system import posix_aio
 from wan_loader.system.posix import PAGE
-from wan_loader.system.posix_aio import PosixAio, Request
+from wan_loader.system.posix_aio import AioRequest, PosixAio
 
 pytestmark = pytest.mark.timeout(10)
 
@@ -228,7 +228,7 @@ def test_a_portion_is_made_when_little_is_left(load, path):
 
 def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
     """Mapping begins once everything is drawn, and drawing waits for no read."""
-    plain, waited_s = Request.result, []
+    plain, waited_s = AioRequest.result, []
 
     def wait_any(requests, timeout_s):
         waited_s.append(timeout_s)
@@ -238,7 +238,7 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
         """Done once mapping has begun."""
         return plain(request) if load.devices[-1].n_pins else None
 
-    monkeypatch.setattr(Request, "result", late)
+    monkeypatch.setattr(AioRequest, "result", late)
     monkeypatch.setattr(PosixAio, "wait_any", staticmethod(wait_any))
     check(load(Transport.MAPPED, block_bytes=SLOT, each=2, n_slots=2, mode=TransferMode.SHARED), path)
     assert waited_s, "staging was at work, too"
@@ -480,21 +480,21 @@ def test_failing_submit(load, transport, after, error):
 @pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
 @pytest.mark.parametrize("nth", [1, 5])
 def test_failing_read(load, path, monkeypatch, transport, nth):
-    result, calls = Request.result, iter(range(1, 1000))
+    result, calls = AioRequest.result, iter(range(1, 1000))
 
     def failing(request):
         if (nbytes := result(request)) is not None and next(calls) >= nth:
             raise OSError(5, "Input/output error")
         return nbytes
 
-    monkeypatch.setattr(Request, "result", failing)
+    monkeypatch.setattr(AioRequest, "result", failing)
     error = fails_within_a_second(CheckpointError, lambda: load(transport))
     assert str(path) in str(error)
     assert error.writer.pinned == {}
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize(("place", "name", "code"), [(Request, "start", errno.EAGAIN), (os, "dup", errno.ENOMEM)])
+@pytest.mark.parametrize(("place", "name", "code"), [(AioRequest, "start", errno.EAGAIN), (os, "dup", errno.ENOMEM)])
 def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
     original, calls = getattr(place, name), iter(range(1, 1000))
 
@@ -528,34 +528,34 @@ def test_no_descriptor_is_left(load, path, monkeypatch, transport, code, nth):
 
 @pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
 def test_short_reads_are_continued(load, path, monkeypatch, transport):
-    start = Request.start
-    monkeypatch.setattr(Request, "start", lambda r, fd, a, n, o: start(r, fd, a, min(n, 5 * PAGE), o))
+    start = AioRequest.start
+    monkeypatch.setattr(AioRequest, "start", lambda r, fd, a, n, o: start(r, fd, a, min(n, 5 * PAGE), o))
     check(load(transport), path)
 
 
 @pytest.mark.parametrize("transport", [Transport.DIRECT, Transport.BUFFERED])
 def test_a_read_that_ends_inside_a_page_is_continued_the_same_way(load, path, monkeypatch, transport):
-    result, refused = Request.result, load(transport).stats.fallbacks
+    result, refused = AioRequest.result, load(transport).stats.fallbacks
 
     def short(request):
         nbytes = result(request)
         return nbytes if nbytes is None or nbytes <= PAGE else nbytes - 100
 
-    monkeypatch.setattr(Request, "result", short)
+    monkeypatch.setattr(AioRequest, "result", short)
     loaded = load(transport)
     assert loaded.stats.fallbacks == refused
     check(loaded, path)
 
 
 def test_o_direct_refused_in_the_middle(load, path, monkeypatch):
-    result, calls = Request.result, iter(range(1, 1000))
+    result, calls = AioRequest.result, iter(range(1, 1000))
 
     def refusing(request):
         if (nbytes := result(request)) is not None and next(calls) == 3:
             raise OSError(22, "Invalid argument")
         return nbytes
 
-    monkeypatch.setattr(Request, "result", refusing)
+    monkeypatch.setattr(AioRequest, "result", refusing)
     loaded = load(Transport.DIRECT)
     assert loaded.stats.nbytes[Transport.BUFFERED] > 0
     assert len([r for r in loaded.stats.fallbacks if "O_DIRECT" in r]) == 1
@@ -614,8 +614,8 @@ def test_ctrl_c(load, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         interrupted.set()
 
-    result, timer = Request.result, threading.Timer(0.15, interrupt)
-    monkeypatch.setattr(Request, "result", lambda request: result(request) if interrupted.is_set() else None)
+    result, timer = AioRequest.result, threading.Timer(0.15, interrupt)
+    monkeypatch.setattr(AioRequest, "result", lambda request: result(request) if interrupted.is_set() else None)
     timer.start()
     try:
         fails_within_a_second(KeyboardInterrupt, lambda: load(Transport.BUFFERED, threads=1))
@@ -625,14 +625,14 @@ def test_ctrl_c(load, monkeypatch):
 
 def test_a_read_that_hangs_does_not_hold_up_the_failure(load, monkeypatch):
     """It sits in a system call; its memory stays until it ends."""
-    let_go, error, calls, result = threading.Event(), RuntimeError("submit failed"), [], Request.result
+    let_go, error, calls, result = threading.Event(), RuntimeError("submit failed"), [], AioRequest.result
 
     def hang(request):
         if request not in calls:
             calls.append(request)
         return result(request) if request is calls[0] or let_go.is_set() else None
 
-    monkeypatch.setattr(Request, "result", hang)
+    monkeypatch.setattr(AioRequest, "result", hang)
     try:
         raised = fails_within_a_second(error, lambda: load(Transport.BUFFERED, threads=2, fail_at=(1, error)))
         assert raised.writer.pinned

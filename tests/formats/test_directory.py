@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_loader import CheckpointError, MissingFileError, WanLoaderError, open_checkpoint
-from wan_loader.formats.several import parts_in
+from wan_loader.formats.model_directory import parts_in
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
 

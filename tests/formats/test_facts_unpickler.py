@@ -107,8 +107,9 @@ POISONS = {
 def test_a_hostile_pickle_changes_nothing(path, tmp_path, case):
     good = write(tmp_path / "good.pth", dictionary(w=T))
     write(path, dictionary(w=POISONS[case]))
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
     loaded = load_file(good)["w"]
     assert (loaded.dtype, loaded.tolist()) == (torch.float32, [1, 2, 3, 4])
 
@@ -166,8 +167,9 @@ REFUSED = {
 def test_an_odd_pickle_is_refused_in_a_few_words(path, case):
     write(path, REFUSED[case])
     start = time.thread_time()
-    with pytest.raises(CheckpointError, match=r"model\.pth") as caught:
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
     assert time.thread_time() - start < 5
     assert len(str(caught.value)) < 1000
 
@@ -276,8 +278,9 @@ def test_one_element_with_an_odd_stride_is_verified(path):
     loaded = load_file(path)
     assert (loaded["w"].stride(), loaded["w"].tolist()) == ((1000, 7), [[2]])
     assert verify(path, loaded) == 1
-    with pytest.raises(CheckpointError, match="'w'"):
+    with pytest.raises(CheckpointError) as caught:
         verify(path, {"w": torch.zeros(1, 1)})
+    assert caught.value.tensor == "w"
 
 
 # Legacy files

@@ -299,8 +299,9 @@ def test_duplicate_metadata(path):
 
 
 def test_missing_file(path):
-    with pytest.raises(MissingFileError, match=r"model\.safetensors"):
+    with pytest.raises(MissingFileError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
     with pytest.raises(FileNotFoundError):
         open_checkpoint(path)
 
@@ -312,8 +313,9 @@ def test_not_a_regular_file():
 
 def test_zero_dimension_beside_dimensions_that_overflow(path):
     write(path, {"two": entry("U8", (2**62, 2**62, 0), (0, 0))})
-    with pytest.raises(CheckpointError, match="'two'"):
+    with pytest.raises(CheckpointError) as caught:
         load_file(path)
+    assert caught.value.tensor == "two"
 
 
 # Bad headers cost no more than good ones of the same size
@@ -331,8 +333,9 @@ def test_duplicate_among_many_names_is_found_quickly(path):
 def test_absurd_rank_is_refused_quickly(path):
     write(path, {"two": entry("U8", [2**62] * 40_000, (0, 8))}, bytes(8))
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match="'two'") as caught:
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.tensor == "two"
     assert time.perf_counter() - start < 1
     assert len(str(caught.value)) < 2000, "an error message for a person, not the header again"
 
@@ -344,8 +347,9 @@ def test_a_header_of_brackets_takes_little_memory(path, repeated):
     write(path, header)
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        with pytest.raises(CheckpointError) as caught:
             open_checkpoint(path)
+        assert caught.value.path == str(path)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wan_loader.formats.facts import TensorFacts
+from wan_loader.formats.checkpoint_facts import TensorFacts
 from wan_loader.formats.scales import find_scales
 
 FP8 = "float8_e4m3fn"

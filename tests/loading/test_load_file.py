@@ -28,7 +28,7 @@ from programs import run  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.dtypes import FLOATING  # noqa: E402
-from wan_loader.system.posix_aio import Request  # noqa: E402
+from wan_loader.system.posix_aio import AioRequest  # noqa: E402
 
 # bit for bit
 
@@ -136,13 +136,13 @@ def test_order_is_the_file_s(tmp_path, kind):
 def test_odd_reads_are_continued(tmp_path, monkeypatch):
     tensors = weights(5)
     path = write("safetensors", tmp_path, tensors)
-    start = Request.start
+    start = AioRequest.start
     direct = [False]
 
     def short(request, fd, address, nbytes, offset):
         start(request, fd, address, min(nbytes, 12_288 if direct[0] else 10_007), offset)
 
-    monkeypatch.setattr(Request, "start", short)
+    monkeypatch.setattr(AioRequest, "start", short)
     for mode in ("buffered", "direct"):
         direct[0] = mode == "direct"
         same_dicts(wan_loader.load_file(path, io=mode), tensors)

@@ -12,7 +12,7 @@ import safetensors.torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import wan_loader  # noqa: E402
-from wan_loader.system.posix_aio import Request  # noqa: E402
+from wan_loader.system.posix_aio import AioRequest  # noqa: E402
 
 
 class Net(nn.Module):
@@ -214,7 +214,7 @@ def no_reads(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(Request, "start", refuse)
+    monkeypatch.setattr(AioRequest, "start", refuse)
     monkeypatch.setattr("mmap.mmap", refuse)
 
 
@@ -315,7 +315,7 @@ def test_module_is_unchanged_after_a_failed_load(path, device, monkeypatch, make
     def failing(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Request, "result", failing)
+    monkeypatch.setattr(AioRequest, "result", failing)
     with pytest.raises(wan_loader.CheckpointError):
         wan_loader.load_into(module, path, device=device, io="buffered")
     unchanged(module, before)

@@ -24,7 +24,7 @@ from wan_loader.devices.writer import PinError  # noqa: E402
 from wan_loader.engine import Need  # noqa: E402
 from wan_loader.loading import run as load  # noqa: E402
 from wan_loader.plan import plan as course  # noqa: E402
-from wan_loader.system.posix_aio import Request  # noqa: E402
+from wan_loader.system.posix_aio import AioRequest  # noqa: E402
 
 # the report
 
@@ -185,14 +185,14 @@ def test_o_direct_refused_is_reported(tmp_path, device, monkeypatch):
 def test_o_direct_refused_at_the_first_read_is_reported(tmp_path, device, monkeypatch):
     tensors = weights(3)
     path = write("safetensors", tmp_path, tensors)
-    start = Request.start
+    start = AioRequest.start
 
     def refusing(request, fd, *args):
         if os.readlink(f"/proc/self/fd/{fd}") == str(path) and _flags(fd) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         start(request, fd, *args)
 
-    monkeypatch.setattr(Request, "start", refusing)
+    monkeypatch.setattr(AioRequest, "start", refusing)
     loaded = wan_loader.load(path, device=device, io="direct")
     same_dicts(loaded.tensors, tensors)
     assert loaded.report.io.nbytes_direct == 0
@@ -363,13 +363,13 @@ def test_unknown_residency_is_said_and_taken_for_cold(tmp_path, device, monkeypa
     assert wan_loader.load(path, device=device, io="buffered").report.io.reason == "io=buffered was asked for"
 
 
-def test_verification_converts_large_tensors_in_pieces(tmp_path, monkeypatch):
+def test_verification_converts_large_tensors_in_batches(tmp_path, monkeypatch):
     from wan_loader import verify
 
     tensors = weights(2, nbytes=1000)
     path = write("safetensors", tmp_path, tensors)
     loaded, sizes, same_bits = wan_loader.load_file(path, dtype="bf16"), [], verify.same_bits
-    monkeypatch.setattr(verify, "_PIECE", 100)
+    monkeypatch.setattr(verify, "_BATCH", 100)
     monkeypatch.setattr(verify, "same_bits", lambda a, b: sizes.append(a.numel()) or same_bits(a, b))
     assert verify.verify(path, loaded) == 2
     assert max(sizes) == 100

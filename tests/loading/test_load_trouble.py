@@ -24,7 +24,7 @@ import wan_loader  # noqa: E402
 from wan_loader.devices.resolve import check_room_for_torch  # noqa: E402
 from wan_loader.loading.allocate import Allocation  # noqa: E402
 from wan_loader.system.posix import cached_bytes  # noqa: E402
-from wan_loader.system.posix_aio import Request  # noqa: E402
+from wan_loader.system.posix_aio import AioRequest  # noqa: E402
 
 # files that change
 
@@ -159,7 +159,7 @@ def test_read_error_names_the_file(tmp_path, device, monkeypatch, mode, code):
     def failing(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Request, "result", failing)
+    monkeypatch.setattr(AioRequest, "result", failing)
     with pytest.raises(wan_loader.CheckpointError) as caught:
         wan_loader.load_file(path, device=device, io=mode)
     assert str(path) in str(caught.value)

@@ -10,7 +10,7 @@ from loader_cases import KINDS, same, same_dicts, weights, write  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader import CancelToken, LoadRequest, OptionError  # noqa: E402
-from wan_loader.formats import checkpoint as checkpoint_module  # noqa: E402
+from wan_loader.formats import opening  # noqa: E402
 from wan_loader.loading.probe import probe  # noqa: E402
 from wan_loader.loading.run import collect, run  # noqa: E402
 from wan_loader.plan.dtype_policy import DtypePolicy  # noqa: E402
@@ -21,13 +21,13 @@ from wan_loader.plan.plan import make_plan  # noqa: E402
 @pytest.fixture
 def headers_read(monkeypatch):
     """Paths of the files whose headers were read."""
-    paths, plain = [], checkpoint_module._open_file
+    paths, plain = [], opening._open_file
 
     def opened(path, *rest):
         paths.append(path)
         return plain(path, *rest)
 
-    monkeypatch.setattr(checkpoint_module, "_open_file", opened)
+    monkeypatch.setattr(opening, "_open_file", opened)
     return paths
 
 

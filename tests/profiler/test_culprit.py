@@ -50,9 +50,9 @@ class TestOwnLoads:
         assert session.verdict.why.startswith("healthy")
 
     def test_disk(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.system.posix_aio import Request
+        from wan_loader.system.posix_aio import AioRequest
 
-        monkeypatch.setattr(Request, "result", slowed(Request.result, 0.2))
+        monkeypatch.setattr(AioRequest, "result", slowed(AioRequest.result, 0.2))
         self.expect("read", profile(checkpoint, ceilings, threads=2))
 
     def test_copies(self, small_tensors, ceilings, monkeypatch):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from wan_loader.system import posix_aio as aio
-from wan_loader.system.posix_aio import Request, wait_any
+from wan_loader.system.posix_aio import AioRequest, wait_any
 
 MiB = 1 << 20
 
@@ -46,7 +46,7 @@ def test_where_no_thread_may_be_made_reads_are_carried_out_at_once(fd, data, mem
 
     monkeypatch.setattr(aio, "_library", lambda kind: Refusing())
     address, view = memory
-    requests = [Request(), Request()]
+    requests = [AioRequest(), AioRequest()]
     requests[0].start(fd, address, 1000, 5)
     requests[1].start(fd, address, -1 & 0xFFFF, 1 << 40)
     wait_any(requests, 60)
@@ -84,14 +84,14 @@ def test_threads_and_room_for_descriptors_are_there_before_they_are_needed():
 
 def test_getting_ready_closes_nothing_that_is_still_read(monkeypatch):
     """What has its number by then would be read instead."""
-    read, plain = [], aio.Request.result
+    read, plain = [], aio.AioRequest.result
 
     def result(self):
         nbytes = plain(self)
         read.extend([] if nbytes is None else [nbytes])
         return nbytes
 
-    monkeypatch.setattr(aio.Request, "result", result)
+    monkeypatch.setattr(aio.AioRequest, "result", result)
     aio._get_ready(30)  # more than the library has threads: the last begin long after they were asked for
     assert read == [aio._BUSY_BYTES] * 30
 

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import clock_ns
-from wan_loader.system.posix_aio import Request
+from wan_loader.system.posix_aio import AioRequest
 from wan_loader.system.read_threads import ThreadRequest
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def throttle_reads(rate: float) -> None:
     """Slow every read of this process's loads down, for good: for a process that takes one sample and ends."""
     # the classes are changed, not objects: readers make their requests themselves
     throttle = Throttle(rate)
-    for kind in (Request, ThreadRequest):
+    for kind in (AioRequest, ThreadRequest):
         _slow_down(kind, throttle)
 
 

@@ -17,7 +17,7 @@ from wan_loader.cache.use import CacheUse
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CacheError, CheckpointError
 from wan_loader.formats import open_checkpoint
-from wan_loader.formats.facts import StorageFacts, TensorFacts
+from wan_loader.formats.checkpoint_facts import StorageFacts, TensorFacts
 from wan_loader.loading.binding import make_binding
 from wan_loader.loading.run import read_tensors
 from wan_loader.loading.session import LoadSession

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CacheError
-from wan_loader.formats.facts import contiguous_strides, stat_file
-from wan_loader.formats.known import is_planned
+from wan_loader.formats.checkpoint_facts import contiguous_strides, stat_file
+from wan_loader.formats.known_formats import is_planned
 from wan_loader.formats.safetensors import SAFETENSORS_NAMES
 from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
 
 __all__ = [
     "FORMAT_VERSION",

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from wan_loader.distributed.sharding import LocalShare
     from wan_loader.events import Observer
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
     from wan_loader.loading.binding import Binding
     from wan_loader.loading.run import TransferResult
     from wan_loader.plan.dtype_policy import DtypePolicy

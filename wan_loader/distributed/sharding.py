@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE
-from wan_loader.formats.facts import StorageFacts, contiguous_strides
-from wan_loader.formats.known import is_planned
+from wan_loader.formats.checkpoint_facts import StorageFacts, contiguous_strides
+from wan_loader.formats.known_formats import is_planned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
 
 __all__ = [
     "SMALL_BYTES",

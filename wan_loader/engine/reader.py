@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from wan_loader.formats.facts import FileFacts
+    from wan_loader.formats.checkpoint_facts import FileFacts
     from wan_loader.plan.blocks import Block
 
 

@@ -1,9 +1,9 @@
 """Checkpoint formats: bytes -> facts (name, dtype, shape, file, offset). Reads headers only, never weights."""
 
-from wan_loader.formats.checkpoint import open_checkpoint
+from wan_loader.formats.checkpoint_facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
 from wan_loader.formats.directory import Candidate, look_into
-from wan_loader.formats.facts import Checkpoint, FileFacts, StorageFacts, TensorFacts
 from wan_loader.formats.hub_cache import locate
+from wan_loader.formats.opening import open_checkpoint
 from wan_loader.formats.scales import find_scales
 from wan_loader.formats.strict_json import parse_object
 

@@ -1,7 +1,7 @@
-"""What a checkpoint format is: how a file of it is recognised, what its header says, and who else reads it.
+"""The contract of a checkpoint format: recognise a file of it, read its header, read it with its own library.
 
-Another format is one new file with a class that does this, and a line in `known.FORMATS`; the contract that it must
-keep is in `tests/contracts`. What the header says does not depend on the format any more: loads are planned from
+Another format is one new file with a class that does this, and a line in `known_formats.FORMATS`; the contract that it
+must keep is in `tests/contracts`. What the header says does not depend on the format any more: loads are planned from
 `Checkpoint` alone, unless a format must read its tensors itself (`load_whole`).
 """
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.formats.checkpoint_facts import Checkpoint
 
 __all__ = ["CheckpointFormat", "Likeness"]
 
 
 class Likeness(IntEnum):
-    """How much the first bytes of a file look like a format."""
+    """Degrees to which the first bytes of a file look like a format."""
 
     NONE = 0
     LIKELY = 1
@@ -33,11 +33,11 @@ class CheckpointFormat(Protocol):
 
     @property
     def name(self) -> str:
-        """As in `Checkpoint.format`."""
+        """The name of the format, as in `Checkpoint.format`."""
 
     @property
     def stays_mapped(self) -> bool:
-        """Whether the format's own library leaves tensors of the CPU in the mapped file, so that a load may as well."""
+        """True if the format's own library leaves tensors of the CPU in the mapped file, so that a load may as well."""
 
     @property
     def reads_too(self) -> frozenset[str]:
@@ -45,9 +45,9 @@ class CheckpointFormat(Protocol):
 
     @property
     def load_whole(self) -> Callable[[str, str, str | None], dict[str, Any]] | None:
-        """Reads all tensors of a file, onto a device, of one part, if the header does not say where they lie.
+        """The function that reads all tensors of a file, if the header does not say where they lie.
 
-        None: it does, and loads are planned.
+        Its arguments are the path, the device, and the part. None: the header says it, and loads are planned.
         """
 
     def likeness(self, head: bytes) -> Likeness:
@@ -56,10 +56,14 @@ class CheckpointFormat(Protocol):
     def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
         """Read the facts of one file, no weight; `Checkpoint.format` says which format is to load it.
 
-        part: of a file that nests dicts, the one to read, by its keys joined by dots.
-        number, n_storages: of its checkpoint, which file this is, and how many storages the files before it have.
+        Args:
+            path: The file.
+            part: The part to read of a file that nests dicts, by its keys joined by dots.
+            number: The position of this file among those of its checkpoint.
+            n_storages: The number of storages that the files before it have.
 
-        Raises `CheckpointError` for anything damaged or unsafe, whatever the bytes are.
+        Raises:
+            CheckpointError: Anything is damaged or unsafe, whatever the bytes are.
         """
 
     def reference_tensors(self, path: str, names: Sequence[str], part: str | None) -> Iterator[tuple[str, Any]]:

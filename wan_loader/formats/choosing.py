@@ -10,10 +10,10 @@ import os
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.content import other_directory, other_format, read_head
 from wan_loader.formats.directory import look_into
-from wan_loader.formats.names import WEIGHT_SUFFIXES
-from wan_loader.formats.several import candidates_below, known
+from wan_loader.formats.file_names import WEIGHT_SUFFIXES
+from wan_loader.formats.foreign_files import other_directory, other_format, read_head
+from wan_loader.formats.model_directory import candidates_below, known_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,10 +29,11 @@ _MAX_SEEN = 1000
 
 
 def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple[str, ...]]:
-    """The one checkpoint in a directory, or among the names in it that match a pattern, and what was left out.
+    """Return the one checkpoint in a directory, or among the names in it that match a pattern, and what was left out.
 
-    Raises `CheckpointError` naming the choices where there are several, and what is wrong with the one where it cannot
-    be opened; `MissingFileError` where there is none, or where there are some in subdirectories only.
+    Raises:
+        CheckpointError: There are several, which it names, or the one cannot be opened.
+        MissingFileError: There is none, or there are some in subdirectories only.
     """
     holding = look_into(directory, pattern)
     if len(holding.candidates) == 1:
@@ -41,36 +42,36 @@ def choose(directory: str, pattern: str | None = None) -> tuple[Candidate, tuple
             raise only.problem
         return only, holding.notes
     if pattern is not None and not holding.candidates:
-        raise MissingFileError(f"{os.path.join(directory, pattern)} does not exist: check the path")
+        raise MissingFileError.because("does not exist", "check the path", path=os.path.join(directory, pattern))
     raise _not_one(directory, holding, with_subdirectories=pattern is None)
 
 
 def no_checkpoint(directory: str) -> CheckpointError:
-    """The error for a directory without any checkpoint: it tells what is there instead."""
+    """Return the error for a directory without any checkpoint: it tells what is there instead."""
     names = sorted(os.listdir(directory))
-    if what := other_directory(set(names)):
-        return CheckpointError(f"{directory} {what}")
+    if foreign := other_directory(set(names)):
+        return CheckpointError.because(*foreign, path=directory)
     suffixes = ", ".join(f"*{suffix}" for suffix in WEIGHT_SUFFIXES)
     instead = _instead(directory, names)
-    return MissingFileError(f"{directory} holds no checkpoint (*.index.json, {suffixes}){instead}")
+    return MissingFileError.because(f"holds no checkpoint (*.index.json, {suffixes}){instead}", path=directory)
 
 
 def _instead(directory: str, names: Sequence[str]) -> str:
-    """The first thing in a directory that somebody may take for a checkpoint, and what it is."""
+    """Name the first thing in a directory that somebody may take for a checkpoint, and say what it is."""
     if training := look_into(directory, by_content=False).training_state:
         return f"; {training[0]} is what a training keeps beside the weights: name it, if it is what you want"
     for name in names[:_MAX_SEEN]:
         path = os.path.join(directory, name)
         with contextlib.suppress(OSError, CheckpointError):
             is_directory = os.path.isdir(path)
-            what = other_directory(set(os.listdir(path))) if is_directory else other_format(path, read_head(path))
-            if what is not None:
-                return f"; {path} {what}"
+            foreign = other_directory(set(os.listdir(path))) if is_directory else other_format(path, read_head(path))
+            if foreign is not None:
+                return f"; {path} {foreign}"
     return ""
 
 
 def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> CheckpointError:
-    """The error that names the checkpoints in a directory, and in its subdirectories, when it holds not just one."""
+    """Return the error that names the checkpoints in a directory and its subdirectories, when it holds not just one."""
     found = holding.candidates
     below = candidates_below(directory) if with_subdirectories else []
     choices = [*below, *found]
@@ -80,19 +81,20 @@ def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> 
     model = _model(directory)
     sound = [choice.name for choice in choices if choice.problem is None]
     broken = [choice.problem for choice in choices if choice.problem is not None]
+    # one reason is enough, where naming another of them would not help
     if not (sound or below or model):
-        return CheckpointError(f"{directory} {what}, and none of them can be opened: {broken[0]}")
+        return CheckpointError.because(f"{what}, and none of them can be opened: {broken[0]}", path=directory)
     notes = [f" ({len(broken)} of them cannot be opened: {broken[0]})"] if sound and broken else []
     notes += [" (* stands for the numbers of the shards: quote it in a shell)"] if any("*" in n for n in sound) else []
     paths = [os.path.join(directory, name) for name in sound or [choice.name for choice in choices]]
     paths[_MAX_NAMED:] = [f"and {len(paths) - _MAX_NAMED} more"] if len(paths) > _MAX_NAMED else []
-    return (CheckpointError if found else MissingFileError)(
-        f"{directory} {model or what}{''.join(notes)}: name one of its parts: {', '.join(paths)}"
-    )
+    kind = CheckpointError if found else MissingFileError
+    reason, remedy = f"{model or what}{''.join(notes)}", f"name one of its parts: {', '.join(paths)}"
+    return kind.because(reason, remedy, path=directory)
 
 
 def _model(directory: str) -> str | None:
-    """What to say of the directory of a whole model, if it is one."""
+    """Say that a directory is a whole model's, if it is one."""
     if os.path.lexists(os.path.join(directory, _DIFFUSERS)):
         return "is a diffusers model's directory"
-    return f"is a {model.family} model's directory" if (model := known(directory)) is not None else None
+    return f"is a {model.family} model's directory" if (model := known_model(directory)) is not None else None

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds: by its indexes first, then by the numbers of shards, then file by file.
+"""The checkpoints that a directory holds: by its indexes first, then by the numbers of shards, then file by file.
 
     an index            owns the files that it lists, whatever they are called
     a set of shards     NAME-00001-of-00003.safetensors and its like, where no index owns them
@@ -19,10 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.content import other_format, read_head, stand_in
-from wan_loader.formats.index import read_index, shards_of
-from wan_loader.formats.known import holds_weights, recognise
-from wan_loader.formats.names import (
+from wan_loader.formats.file_names import (
     SAFETENSORS,
     is_index_name,
     is_training_state,
@@ -32,6 +29,9 @@ from wan_loader.formats.names import (
     slices_in,
     stem_of,
 )
+from wan_loader.formats.foreign_files import other_format, read_head, stand_in
+from wan_loader.formats.index import read_index, shards_of
+from wan_loader.formats.known_formats import holds_weights, recognise_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -48,53 +48,55 @@ class Candidate:
     """One checkpoint in a directory."""
 
     name: str
-    """What to name for it, below the directory: an index, a file, or a pattern for a set of shards."""
+    """The name to give for it, below the directory: an index, a file, or a pattern for a set of shards."""
     files: tuple[str, ...]
     """Names of its files, of a set of shards those that are there; none for an index that cannot be read."""
     weight_map: dict[str, str] | None = field(default=None, repr=False)
-    """Of an index."""
+    """The file of each tensor, as an index says; None for anything else."""
     missing: tuple[str, ...] = ()
     """Names of its files that are not there, ten thousand at most."""
     problem: CheckpointError | None = None
-    """Why it cannot be opened, as far as that is known."""
+    """The reason why it cannot be opened, as far as that is known."""
 
     @property
     def stem(self) -> str:
-        """What it is called without its format."""
+        """The name without its format."""
         return stem_of(self.name if "*" not in self.name or not self.files else self.files[0])
 
     @property
     def is_safetensors(self) -> bool:
-        """Whether it is safetensors, by name."""
+        """True if it is safetensors, by name."""
         return any(SAFETENSORS in name.lower() for name in self.files or (self.name,))
 
     @property
     def is_damaged_index(self) -> bool:
-        """Whether it is an index that cannot be read."""
+        """True if it is an index that cannot be read."""
         return not self.files
 
     @property
     def is_absent(self) -> bool:
-        """Whether it is an index of which no file is there."""
+        """True if it is an index of which no file is there."""
         return self.weight_map is not None and len(self.missing) == len(self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a directory holds."""
+    """The checkpoints in a directory, and what lies beside them."""
 
     candidates: tuple[Candidate, ...]
     training_state: tuple[str, ...]
     """Names of files with what a training keeps beside the weights."""
     notes: tuple[str, ...]
-    """What does not count, and why: for the user."""
+    """The names that do not count, and why: for the user."""
 
 
 def look_into(directory: str, pattern: str | None = None, *, by_content: bool = True) -> Holding:
     """Find the checkpoints that lie directly in a directory.
 
-    pattern: look at the names that it matches only; `*` is the number of a shard or, if nothing matches, any text.
-    by_content: where no name speaks of weights, read the first bytes of some files.
+    Args:
+        directory: The directory; its subdirectories are not looked at.
+        pattern: Look at the names that it matches only; `*` is the number of a shard or, if nothing matches, any text.
+        by_content: Where no name speaks of weights, read the first bytes of some files.
     """
     names = _matching(_files(directory), pattern)
     indexes = _indexes(directory, names)
@@ -116,14 +118,14 @@ def look_into(directory: str, pattern: str | None = None, *, by_content: bool = 
 
 
 def missing_error(directory: str, name: str, n_missing: int, n_files: int) -> MissingFileError:
-    """The error for a checkpoint of which files are not there, `name` the first of them."""
+    """Return the error for a checkpoint of which files are not there, `name` the first of them."""
     more = f" (and {n_missing - 1} more of {n_files} files)" if n_missing > 1 else ""
     path = os.path.join(directory, name)
-    return MissingFileError(f"{path} does not exist{more}: check the path, or finish the download")
+    return MissingFileError.because(f"does not exist{more}", "check the path, or finish the download", path=path)
 
 
 def _files(directory: str) -> list[str]:
-    """Names of what may be files: no directories, and nothing hidden."""
+    """Return names of what may be files: no directories, and nothing hidden."""
     with os.scandir(directory) as entries:
         return [entry.name for entry in entries if not entry.name.startswith(".") and not _is_directory(entry)]
 
@@ -137,6 +139,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 def _matching(names: Iterable[str], pattern: str | None) -> list[str]:
     if pattern is None:
         return sorted(names)
+    # numbers first: model-*.safetensors means model-1 and model-2, not the model-lora beside them
     for star in (r"\d+", r".*"):
         expression = re.compile(star.join(map(re.escape, pattern.split("*"))), re.DOTALL)
         if found := [name for name in names if expression.fullmatch(name)]:
@@ -145,9 +148,10 @@ def _matching(names: Iterable[str], pattern: str | None) -> list[str]:
 
 
 def _indexes(directory: str, names: Sequence[str]) -> list[Candidate]:
-    """The indexes; of those that say the same, one."""
+    """Return the indexes; of those that say the same, one."""
     held = set(names)
     found: dict[object, Candidate] = {}
+    # of indexes that say the same, the one with the shortest name: without a variant
     for name in sorted(filter(is_index_name, names), key=lambda name: (len(name), name)):
         path = os.path.join(directory, name)
         try:
@@ -164,7 +168,7 @@ def _indexes(directory: str, names: Sequence[str]) -> list[Candidate]:
 
 
 def _sets_and_files(directory: str, names: Sequence[str]) -> Iterator[Candidate]:
-    """What no index owns: sets of shards by their numbers, and single files."""
+    """Sort what no index owns: sets of shards by their numbers, and single files."""
     sets: dict[str, dict[int, str]] = defaultdict(dict)
     for name in names:
         shard = parse_shard(name)
@@ -177,10 +181,11 @@ def _sets_and_files(directory: str, names: Sequence[str]) -> Iterator[Candidate]
 
 
 def _shard_set(directory: str, pattern: str, numbers: dict[int, str]) -> Candidate:
-    """A set of shards, which count from 0 or from 1."""
+    """Make a candidate of a set of shards, which count from 0 or from 1."""
     first = min(numbers)
     shard = parse_shard(numbers[first])
     assert shard is not None
+    # transformers and diffusers count from 1, some count from 0
     expected = range(min(first, 1), min(first, 1) + shard.count)
     files = tuple(numbers[number] for number in sorted(numbers))
     strays = [name for number, name in numbers.items() if number not in expected]
@@ -188,7 +193,9 @@ def _shard_set(directory: str, pattern: str, numbers: dict[int, str]) -> Candida
     problem: CheckpointError | None = None
     if strays:
         path = os.path.join(directory, strays[0])
-        problem = CheckpointError(f"{path} has a number that its set of {shard.count} files does not have: remove it")
+        problem = CheckpointError.because(
+            f"has a number that its set of {shard.count} files does not have", "remove it", path=path
+        )
     elif n_missing := shard.count - len(numbers):
         width = len(numbers[first]) - len(shard.head) - len(shard.tail)
         absent = (shard.sibling(number, width) for number in expected if number not in numbers)
@@ -198,13 +205,14 @@ def _shard_set(directory: str, pattern: str, numbers: dict[int, str]) -> Candida
 
 
 def _preferred(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """What counts of what is called alike, and notes about the rest."""
+    """Return what counts of what is called alike, and notes about the rest."""
     alike: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         alike[candidate.stem].append(candidate)
     kept: list[Candidate] = []
     notes: list[str] = []
     for group in alike.values():
+        # in this order: what is there, what is safetensors; a damaged index hides its files and must be said
         best = [c for c in group if not c.is_absent] or group
         best = [c for c in best if c.is_safetensors] or best
         best = [c for c in best if c.is_damaged_index] or best
@@ -215,12 +223,13 @@ def _preferred(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[s
 
 
 def _without_others(directory: str, candidates: list[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """Where there are several: without single files that are none of ours by content, and the names of these.
+    """Drop single files that are none of ours by content, where there are several; return the names of these as well.
 
     What stands in the place of weights (a pointer, an empty file) still counts, but has a problem.
     """
     if len(candidates) < 2:
         return candidates, []
+    # first bytes of every file: only where a choice hangs on them
     candidates = [examined(directory, candidate) for candidate in candidates]
     others = [c.name for c in candidates if c.problem is None and _is_other(directory, c)]
     kept = [c for c in candidates if c.name not in others]
@@ -228,7 +237,7 @@ def _without_others(directory: str, candidates: list[Candidate]) -> tuple[list[C
 
 
 def examined(directory: str, candidate: Candidate) -> Candidate:
-    """The same, with what keeps its files from being opened, as far as their first bytes tell."""
+    """Return a candidate with what keeps its files from being opened, as far as their first bytes tell."""
     if candidate.problem is not None:
         return candidate
     problem = next(filter(None, (_problem(os.path.join(directory, name)) for name in candidate.files)), None)
@@ -237,23 +246,23 @@ def examined(directory: str, candidate: Candidate) -> Candidate:
 
 def _problem(path: str) -> CheckpointError | None:
     try:
-        what = stand_in(read_head(path))
+        foreign = stand_in(read_head(path))
     except CheckpointError as error:
         return error
     except OSError as error:
-        return CheckpointError(f"{path} cannot be read: {error.strerror}")
-    return CheckpointError(f"{path} {what}") if what else None
+        return CheckpointError.because(f"cannot be read: {error.strerror}", path=path)
+    return CheckpointError.because(*foreign, path=path) if foreign else None
 
 
 def _is_other(directory: str, candidate: Candidate) -> bool:
-    """Whether it is a single file that is called like a torch checkpoint and is something else."""
+    """Say whether it is a single file that is called like a torch checkpoint and is something else."""
     if candidate.files != (candidate.name,) or candidate.is_safetensors:
         return False
-    return recognise(read_head(os.path.join(directory, candidate.name))) is None
+    return recognise_format(read_head(os.path.join(directory, candidate.name))) is None
 
 
 def _weights_by_content(directory: str, names: Sequence[str]) -> list[str]:
-    """Names of files that are checkpoints by their first bytes, though no name says so."""
+    """Return names of files that are checkpoints by their first bytes, though no name says so."""
     unknown = [n for n in names if not (is_weight_name(n) or is_unfinished(n) or is_training_state(n))]
     return [n for n in unknown[:_MAX_SNIFFED] if _holds_weights(os.path.join(directory, n))]
 

@@ -1,4 +1,4 @@
-"""Reads a torch checkpoint's pickle as inert facts: nothing that it names is imported, called or changed.
+"""Reading of a torch checkpoint's pickle as inert facts: nothing that it names is imported, called or changed.
 
 A pickle is a program for a small stack machine. This one knows the opcodes that picklers write for tensors and plain
 containers; its values are Python's None, bool, int, float, complex, str, bytes, tuple, list and dict, and those of
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.pickle_calls import CALLS, KNOWN, check_key
-from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, Tensor, kind_of
+from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickledTensor, PickleError, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,26 +37,29 @@ _INT4, _UINT4, _FLOAT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct(
 
 
 class Reading(NamedTuple):
-    """What a pickle holds."""
+    """The content of a pickle."""
 
     value: Any
+    """The object that the pickle builds."""
     end: int
-    """Where in the bytes the pickle ended."""
+    """Position in the bytes at which the pickle ended."""
     foreign: str | None
-    """What torch has to judge, if anything."""
-    tensors: list[Tensor]
+    """The thing that torch has to judge, if there is one."""
+    tensors: list[PickledTensor]
     """All tensors that were built, wherever they are."""
 
 
 def read_pickle(data: bytes, persistent_load: Callable[[Any], Any], start: int = 0) -> Reading:
     """Read the pickle that begins at `start`; `persistent_load` turns a persistent id into a value.
 
-    Raises `PickleError`, and what else `persistent_load` raises.
+    Raises:
+        PickleError: It is damaged, or none of a checkpoint. What else `persistent_load` raises comes through.
     """
     machine = _Machine(data, persistent_load)
     try:
         value, end = machine.run(start)
     except (IndexError, KeyError, ValueError, TypeError, OverflowError, struct.error) as error:
+        # it is a ValueError, too, and what persistent_load raised
         if isinstance(error, CheckpointError):
             raise
         raise PickleError(f"{type(error).__name__}: {error}") from None
@@ -80,9 +83,12 @@ class _Machine(Ledger):
         data, table, start, steps = self.data, _TABLE, position, 0
         try:
             while steps <= _BASE_STEPS + (position - start) // _BYTES_PER_STEP:
+                # limits are looked at once for so many opcodes: each look would cost as much as an opcode
                 for _ in range(_STEPS_AT_A_TIME):
+                    # IndexError at the end of the bytes: a pickle that does not stop is damaged
                     position = table[data[position]](self, position + 1)
                 steps += _STEPS_AT_A_TIME
+                # the allowance grows with what was read: a long pickle may cost more than a short one
                 self.most_cost = _BASE_COST + _COST_PER_BYTE * (position - start)
                 self.check(_SLOT * (self.below + len(self.stack)))
         except _Stop as stop:
@@ -101,6 +107,7 @@ class _Machine(Ledger):
         """Remember the top of the stack under a number that is not the next one."""
         missing = index - len(self.memo)
         if missing > 0:
+            # before the list grows: four bytes of the file ask for 4 G places
             self.charge(_SLOT * missing)
             self.judge("its pickle does not count its values one by one")
             self.memo += [_MISSING] * missing
@@ -199,7 +206,9 @@ def _text4(m: _Machine, position: int) -> int:
 
 
 def _text(m: _Machine, start: int, end: int) -> str:
+    # as Python unpickles; whether a name is text is for the reader of names to say
     text = m.data[start:end].decode("utf-8", "surrogatepass")
+    # ASCII takes a byte a character, anything else up to four
     m.cost += 56 if len(text) == end - start else 80 + 4 * len(text)
     return text
 
@@ -303,14 +312,14 @@ def _appends(m: _Machine, position: int) -> int:
 
 
 def _extend(m: _Machine, position: int, items: list[Any]) -> int:
-    target = m.stack[-1]
-    if type(target) is list:
+    container = m.stack[-1]
+    if type(container) is list:
         m.cost += _SLOT * len(items)
-        target += items
-    elif type(target) is Other:
-        m.judge(f"its pickle appends to a {target.what}")
+        container += items
+    elif type(container) is Other:
+        m.judge(f"its pickle appends to a {container.what}")
     else:
-        raise PickleError(f"it appends to a {kind_of(target)}")
+        raise PickleError(f"it appends to a {kind_of(container)}")
     return position
 
 
@@ -324,25 +333,26 @@ def _set_items(m: _Machine, position: int) -> int:
 
 
 def _update(m: _Machine, position: int, items: list[Any]) -> int:
-    target = m.stack[-1]
+    container = m.stack[-1]
     if len(items) % 2:
         raise PickleError("a key has no value")
-    if type(target) is Other:
-        m.judge(f"its pickle sets an item of a {target.what}")
+    if type(container) is Other:
+        m.judge(f"its pickle sets an item of a {container.what}")
         return position
-    if type(target) is not dict and type(target) is not Ordered:
-        raise PickleError(f"it sets an item of a {kind_of(target)}")
+    if type(container) is not dict and type(container) is not Ordered:
+        raise PickleError(f"it sets an item of a {kind_of(container)}")
     m.cost += 50 * len(items)
     values = iter(items)
     for key in values:
         if type(key) is not str:
             check_key(m, key)
-        target[key] = next(values)
+        container[key] = next(values)
     return position
 
 
 def _add_items(m: _Machine, position: int) -> int:
     items = m.pop_mark()
+    # sets are not kept, as nothing asks for their items; but what goes into them is checked
     if m.stack[-1] != Other("set"):
         raise PickleError(f"it adds to a {kind_of(m.stack[-1])}")
     for item in items:
@@ -358,6 +368,7 @@ def _frozen_set(m: _Machine, position: int) -> int:
 
 
 def _global(m: _Machine, position: int) -> int:
+    # ValueError without a line end near: the length is limited before anything is decoded
     middle = m.data.index(b"\n", position, position + _MAX_GLOBAL_BYTES)
     end = m.data.index(b"\n", middle + 1, middle + 1 + _MAX_GLOBAL_BYTES)
     m.stack.append(_named(m, m.data[position:middle].decode(), m.data[middle + 1 : end].decode()))
@@ -374,6 +385,7 @@ def _stack_global(m: _Machine, position: int) -> int:
 
 def _named(m: _Machine, module: str, name: str) -> Global:
     m.cost += 200
+    # the name that Python 2 has for it, which protocol 2 keeps
     path = f"{'builtins' if module == '__builtin__' else module}.{name}"
     if path not in KNOWN:
         m.judge(f"its pickle uses {path}")
@@ -417,11 +429,11 @@ def _new_object(m: _Machine, position: int) -> int:
 
 def _build(m: _Machine, position: int) -> int:
     state = m.stack.pop()
-    target = m.stack[-1]
-    if type(target) is Other:
-        m.judge(f"its pickle sets the state of a {target.what}")
-    elif type(target) is not Ordered or (type(state) is not dict and type(state) is not Ordered):
-        raise PickleError(f"it sets the state of a {kind_of(target)}")
+    container = m.stack[-1]
+    if type(container) is Other:
+        m.judge(f"its pickle sets the state of a {container.what}")
+    elif type(container) is not Ordered or (type(state) is not dict and type(state) is not Ordered):
+        raise PickleError(f"it sets the state of a {kind_of(container)}")
     return position
 
 

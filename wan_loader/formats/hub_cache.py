@@ -9,7 +9,7 @@ import os
 import re
 
 from wan_loader.errors import CheckpointError, MissingFileError
-from wan_loader.formats.names import is_weight_name
+from wan_loader.formats.file_names import is_weight_name
 
 __all__ = ["locate"]
 
@@ -20,27 +20,34 @@ _MAX_NAMED = 8
 
 
 def locate(path: str) -> str:
-    """The local path that is meant: a snapshot, for `OWNER/NAME` and for a repository's folder in the hub's cache.
+    """Return the local path that is meant: a snapshot for `OWNER/NAME`, and for a repository's folder in the cache.
 
-    A path that exists is itself. Raises `MissingFileError` where the cache does not hold the repository, and
-    `CheckpointError` where it holds several snapshots and does not say which one is the current.
+    A path that exists is itself.
+
+    Raises:
+        MissingFileError: The cache does not hold the repository.
+        CheckpointError: It holds several snapshots and does not say which one is the current.
     """
     if os.path.basename(os.path.abspath(path)).startswith(_FOLDER) and os.path.isdir(path):
         return _snapshot(path) if _is_cached_repository(path) else path
+    # OWNER/NAME looks like a relative path: what exists, or is called like a file, is one
     if not _REPOSITORY.fullmatch(path) or is_weight_name(path) or path.endswith(".json") or os.path.lexists(path):
         return path
     folder = os.path.join(_cache(), _FOLDER + path.replace("/", "--"))
     if os.path.isdir(folder):
         return _snapshot(folder)
-    raise MissingFileError(
-        f"{path} does not exist: check the path. If it is a repository of the Hugging Face Hub, it is not in the local "
-        f"cache ({_cache()}): hf download {path} gets it (of models that wan-loader download knows, "
-        f"wan-loader download {path} --to DIRECTORY gets what is needed)"
+    raise MissingFileError.because(
+        "does not exist",
+        "check the path. If it is a repository of the Hugging Face Hub, it is not in the local cache "
+        f"({_cache()}): hf download {path} gets it (of models that wan-loader download knows, "
+        f"wan-loader download {path} --to DIRECTORY gets what is needed)",
+        path=path,
     )
 
 
 def _cache() -> str:
-    """Where huggingface_hub keeps its cache; asking itself would take longer than reading a checkpoint's headers."""
+    """Return the directory of huggingface_hub's cache; asking itself would take longer than reading headers does."""
+    # in the order of huggingface_hub.constants
     if said := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         return os.path.expanduser(os.path.expandvars(said))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
@@ -53,7 +60,7 @@ def _is_cached_repository(folder: str) -> bool:
 
 
 def _snapshot(folder: str) -> str:
-    """The snapshot that `refs/main` names; without it, the only one."""
+    """Return the snapshot that `refs/main` names; without it, the only one."""
     snapshots = os.path.join(folder, "snapshots")
     commits = sorted(c for c in _listed(snapshots) if not c.startswith("."))
     main = _main(folder)
@@ -63,13 +70,17 @@ def _snapshot(folder: str) -> str:
         return os.path.join(snapshots, main)
     if not commits:
         repository = os.path.basename(os.path.abspath(folder)).removeprefix(_FOLDER).replace("--", "/")
-        raise MissingFileError(
-            f"{folder} is a repository's folder in the hub's cache, and holds no snapshot: hf download {repository}"
+        raise MissingFileError.because(
+            "is a repository's folder in the hub's cache, and holds no snapshot",
+            f"hf download {repository}",
+            path=folder,
         )
     paths = [os.path.join(snapshots, commit) for commit in commits[:_MAX_NAMED]]
     paths += [f"and {len(commits) - _MAX_NAMED} more"] if len(commits) > _MAX_NAMED else []
     said = "does not say which of them is main" if main is None else f"says that main is {main}, which is not there"
-    raise CheckpointError(f"{folder}, in the hub's cache, {said}: name one of its snapshots: {', '.join(paths)}")
+    raise CheckpointError(
+        f"{folder}, in the hub's cache, {said}: name one of its snapshots: {', '.join(paths)}", path=folder
+    )
 
 
 def _main(folder: str) -> str | None:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.checkpoint import open_checkpoint
 from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.several import parts_in, recognise
+from wan_loader.formats.model_directory import parts_in, recognise_model
+from wan_loader.formats.opening import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from wan_loader.formats.facts import Checkpoint
-    from wan_loader.formats.several import MissingFile, ModelDirectory
+    from wan_loader.formats.checkpoint_facts import Checkpoint
+    from wan_loader.formats.model_directory import MissingFile, ModelDirectory
     from wan_loader.types import StrPath
 
 __all__ = ["Inventory", "checkpoints_in", "take_inventory"]
@@ -26,7 +26,7 @@ __all__ = ["Inventory", "checkpoints_in", "take_inventory"]
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What there is of a known model."""
+    """The parts of a known model that are there, and those that are damaged."""
 
     model: ModelDirectory
     parts: Mapping[str, Checkpoint]
@@ -36,14 +36,16 @@ class Inventory:
 
     @property
     def complete(self) -> bool:
-        """Whether all parts are there and can be opened."""
+        """True if all parts are there and can be opened."""
         return not self.model.missing and not self.damaged
 
 
 def checkpoints_in(path: StrPath, part: str | None = None) -> list[Checkpoint]:
     """Open the checkpoint at a path, or those of a directory with several, in the order of their names.
 
-    part: of the one at the path, as for `open_checkpoint`.
+    Args:
+        path: The checkpoint or directory, as for `open_checkpoint`.
+        part: The part of the one checkpoint at the path, as for `open_checkpoint`.
     """
     try:
         return [open_checkpoint(path, part=part)]
@@ -58,14 +60,19 @@ def checkpoints_in(path: StrPath, part: str | None = None) -> list[Checkpoint]:
 def take_inventory(path: StrPath) -> Inventory | None:
     """Look through a model's directory; None for what no family knows (one part's directory, for instance).
 
-    path: as for `open_checkpoint`. Raises `CheckpointError` for a repository that the hub's cache does not hold.
+    Args:
+        path: The directory, as for `open_checkpoint`.
+
+    Raises:
+        CheckpointError: The hub's cache does not hold the repository.
     """
     directory = locate(os.fspath(path))
-    if not os.path.isdir(directory) or (model := recognise(directory)) is None:
+    if not os.path.isdir(directory) or (model := recognise_model(directory)) is None:
         return None
     parts: dict[str, Checkpoint] = {}
     damaged = list(model.problems)
     for part in model.parts:
+        # said once, as missing; opening it would say it again, as damage
         if _lacks_files(part.path, model.missing):
             continue
         try:

@@ -10,7 +10,16 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import ITEMSIZE
-from wan_loader.formats.pickle_values import Global, Ledger, Ordered, Other, PickleError, Storage, Tensor
+from wan_loader.formats.pickle_values import (
+    Global,
+    Ledger,
+    Ordered,
+    Other,
+    PickledStorage,
+    PickledTensor,
+    PickleError,
+    kind_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,9 +50,14 @@ _MAX_KEY_PARTS = 64
 
 
 def check_key(ledger: Ledger, key: Any) -> None:
-    """Refuse what takes long to hash: a nested tuple of a few hundred bytes can take for ever."""
+    """Refuse what takes long to hash: a nested tuple of a few hundred bytes can take for ever.
+
+    Raises:
+        PickleError: The key is too large, or of a type that no key has.
+    """
     if type(key) in _PLAIN_KEYS:
         return
+    # not recursive: tuples may nest as deep as the pickle is long
     room, parts = _MAX_KEY_PARTS, [key]
     while parts:
         part = parts.pop()
@@ -53,7 +67,7 @@ def check_key(ledger: Ledger, key: Any) -> None:
         elif type(part) is Other:
             ledger.judge(f"a key of a dict is a {part.what}")
         elif type(part) not in _PLAIN_KEYS:
-            raise PickleError(f"a key of a dict is, or has in it, a {type(part).__name__}")
+            raise PickleError(f"a key of a dict is, or has in it, a {kind_of(part)}")
 
 
 def _rebuild_tensor(
@@ -65,8 +79,8 @@ def _rebuild_tensor(
     requires_grad: Any,
     hooks: Any,
     metadata: Any = None,
-) -> Tensor | Other:
-    dtype = storage.dtype if type(storage) is Storage else ""
+) -> PickledTensor | Other:
+    dtype = storage.dtype if type(storage) is PickledStorage else ""
     return _tensor(ledger, storage, dtype, offset, shape, stride, requires_grad, hooks, metadata)
 
 
@@ -80,7 +94,7 @@ def _rebuild_tensor_v3(
     hooks: Any,
     dtype: Any,
     metadata: Any = None,
-) -> Tensor | Other:
+) -> PickledTensor | Other:
     name = dtype.name.removeprefix("torch.") if type(dtype) is Global else ""
     if name not in ITEMSIZE:
         raise PickleError("a tensor has no dtype")
@@ -99,10 +113,10 @@ def _tensor(
     requires_grad: Any,
     hooks: Any,
     metadata: Any,
-) -> Tensor | Other:
+) -> PickledTensor | Other:
     if type(storage) is Other:
         return Other("torch.Tensor")
-    if type(storage) is not Storage:
+    if type(storage) is not PickledStorage:
         raise PickleError("a tensor is not built from a storage")
     if type(shape) not in _SEQUENCES or type(stride) not in _SEQUENCES:
         raise PickleError("a shape is no tuple")
@@ -112,7 +126,7 @@ def _tensor(
         if type(metadata) is not dict:
             raise PickleError("a tensor's metadata is no dict")
         ledger.judge("a tensor carries metadata, such as a conjugate bit")
-    tensor = Tensor(storage, dtype, offset, tuple(shape), tuple(stride))
+    tensor = PickledTensor(storage, dtype, offset, tuple(shape), tuple(stride))
     ledger.tensors.append(tensor)
     return tensor
 
@@ -126,17 +140,17 @@ def _check_gradient(requires_grad: Any, hooks: Any, dtype: str) -> None:
         raise PickleError("a tensor has hooks")
 
 
-def _rebuild_parameter(ledger: Ledger, tensor: Any, requires_grad: Any, hooks: Any) -> Tensor | Other:
+def _rebuild_parameter(ledger: Ledger, tensor: Any, requires_grad: Any, hooks: Any) -> PickledTensor | Other:
     if type(tensor) is Other:
         return tensor
-    if type(tensor) is not Tensor:
+    if type(tensor) is not PickledTensor:
         raise PickleError("a parameter is no tensor")
     _check_gradient(requires_grad, hooks, tensor.dtype)
     return tensor
 
 
 def _ordered_dict(ledger: Ledger, pairs: Any = ()) -> Ordered:
-    """An empty one, or one of a list of pairs, as Python 2 writes them."""
+    """Make an empty one, or one of a list of pairs, as Python 2 writes them."""
     if type(pairs) not in _SEQUENCES:
         raise PickleError("an OrderedDict of no pairs")
     ledger.charge(100 * len(pairs))
@@ -155,6 +169,7 @@ def _counter(ledger: Ledger, counts: Any = None) -> Ordered:
     if type(counts) is not dict:
         raise PickleError("a Counter of no dict")
     ledger.charge(100 * len(counts))
+    # its keys were checked when they were put into the dict
     return Ordered(counts)
 
 
@@ -174,7 +189,7 @@ def _device(ledger: Ledger, kind: Any, index: Any = 0) -> Other:
 
 
 def _encode(ledger: Ledger, text: Any, encoding: Any) -> bytes:
-    """Bytes, as pickle protocol 2 writes them."""
+    """Make bytes, as pickle protocol 2 writes them."""
     if type(text) is not str or encoding != "latin1":
         raise PickleError("bytes in an encoding that no pickler writes")
     ledger.charge(len(text))

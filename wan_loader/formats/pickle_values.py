@@ -1,4 +1,4 @@
-"""What a torch checkpoint's pickle is made of when it is read as facts: plain Python values and the inert ones below.
+"""The values that a torch checkpoint's pickle, read as facts, is made of: plain Python values and the inert ones below.
 
 None of them has an attribute that could be set, and all are forgotten with the reading.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Global", "Ledger", "Ordered", "Other", "PickleError", "Storage", "Tensor", "kind_of"]
+__all__ = ["Global", "Ledger", "Ordered", "Other", "PickleError", "PickledStorage", "PickledTensor", "kind_of"]
 
 
 class PickleError(Exception):
     """The pickle is damaged, or none of a checkpoint; the message says how."""
 
 
-class Storage(NamedTuple):
+class PickledStorage(NamedTuple):
     """A storage that a persistent id names."""
 
     key: str
@@ -22,10 +22,10 @@ class Storage(NamedTuple):
     dtype: str
 
 
-class Tensor(NamedTuple):
+class PickledTensor(NamedTuple):
     """A view of a storage; its numbers are still as the file has them."""
 
-    storage: Storage
+    storage: PickledStorage
     dtype: str
     offset: Any
     shape: tuple[Any, ...]
@@ -54,11 +54,11 @@ def kind_of(value: Any) -> str:
     """Return what a value is, in a word for messages."""
     if type(value) is Other:
         return value.what
-    return "OrderedDict" if type(value) is Ordered else type(value).__name__
+    return "OrderedDict" if type(value) is Ordered else type(value).__name__.removeprefix("Pickled")
 
 
 class Ledger:
-    """What a reading has cost, which tensors it built, and what torch has to judge."""
+    """An account of a reading: what it has cost, which tensors it built, and what torch has to judge."""
 
     __slots__ = ("cost", "foreign", "most_cost", "tensors")
 
@@ -66,15 +66,23 @@ class Ledger:
         self.cost = 0
         self.most_cost = most_cost
         self.foreign: str | None = None
-        self.tensors: list[Tensor] = []
+        self.tensors: list[PickledTensor] = []
 
     def charge(self, nbytes: int) -> None:
-        """Pay for memory that a value of any length takes, before it is made."""
+        """Pay for memory that a value of any length takes, before it is made.
+
+        Raises:
+            PickleError: It is too much.
+        """
         self.cost += nbytes
         self.check(0)
 
     def check(self, more: int) -> None:
-        """Refuse to go on if what was paid and `more` are too much."""
+        """Refuse to go on if what was paid and `more` are too much.
+
+        Raises:
+            PickleError: They are.
+        """
         if self.cost + more > self.most_cost:
             raise PickleError(f"it takes more than {self.most_cost} bytes of memory")
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.checkpoint_format import Likeness
-from wan_loader.formats.facts import (
+from wan_loader.formats.checkpoint_facts import (
     Checkpoint,
     FileFacts,
     StorageFacts,
@@ -24,7 +23,8 @@ from wan_loader.formats.facts import (
     contiguous_strides,
     stat_file,
 )
-from wan_loader.formats.parts import shown
+from wan_loader.formats.checkpoint_format import Likeness
+from wan_loader.formats.nested_parts import shown
 from wan_loader.formats.strict_json import parse_object
 
 if TYPE_CHECKING:
@@ -65,9 +65,18 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 def read_safetensors(
     path: str, number: int = 0, n_storages: int = 0
 ) -> tuple[FileFacts, list[StorageFacts], list[TensorFacts], dict[str, str]]:
-    """Facts of one file, tensors in order of position.
+    """Read the facts of one file, tensors in order of position.
 
-    number, n_storages: of its checkpoint, which file this is and how many storages the files before it have.
+    Args:
+        path: The file.
+        number: The position of this file among those of its checkpoint.
+        n_storages: The number of storages that the files before it have.
+
+    Returns:
+        The file, its storages, its tensors, and the metadata that its writer left.
+
+    Raises:
+        CheckpointError: The header is damaged, or does not agree with the file.
     """
     file = stat_file(path)
     try:
@@ -75,18 +84,24 @@ def read_safetensors(
             prefix = f.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
-                raise CheckpointError(f"{path} is truncated: {file.nbytes} bytes, shorter than a safetensors header")
+                raise CheckpointError.because(
+                    f"is truncated: {file.nbytes} bytes, shorter than a safetensors header", path=path
+                )
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path}: header length {length} exceeds {MAX_HEADER_BYTES}: not a safetensors file, or damaged"
+                    f"{path}: header length {length} exceeds {MAX_HEADER_BYTES}: not a safetensors file, or damaged",
+                    path=path,
                 )
             header = f.read(length)
+            # after the header was read: what was looked at and what was read are one file
             file.check_opened(f.fileno())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     if len(header) < length:
         raise CheckpointError(
-            f"{path} is truncated: its header needs {length} bytes, {len(header)} are there; download it again"
+            f"{path} is truncated: its header needs {length} bytes, {len(header)} are there; download it again",
+            path=path,
+            remedy="download it again",
         )
     storages, tensors, metadata = parse_header(
         header, path=path, nbytes_data=file.nbytes - 8 - length, number=number, n_storages=n_storages
@@ -97,26 +112,40 @@ def read_safetensors(
 def parse_header(
     header: bytes, *, path: str, nbytes_data: int, number: int = 0, n_storages: int = 0
 ) -> tuple[list[StorageFacts], list[TensorFacts], dict[str, str]]:
-    """Check header JSON against the size of the data section and return facts; `path` only names it in errors.
+    """Check header JSON against the size of the data section and return facts.
 
-    number, n_storages: as for `read_safetensors`.
+    Args:
+        header: The JSON text.
+        path: The file's name for errors; nothing is read.
+        nbytes_data: Length of all that follows the header.
+        number: As for `read_safetensors`.
+        n_storages: As for `read_safetensors`.
+
+    Returns:
+        Storages, tensors and metadata.
+
+    Raises:
+        CheckpointError: The header is damaged, or its ranges do not cover the data exactly.
     """
     entries = parse_object(header, path=path, what="the header", compact=_compact)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # null is as if it were not there, for the reference too
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings", path=path)
     for name, entry in entries.items():
         if type(entry) is not tuple:
             raise _bad_entry(entry, name, path)
     data_start, frontier = 8 + len(header), 0
     storages: list[StorageFacts] = []
     tensors: list[TensorFacts] = []
+    # sorted by start, then by end: an empty tensor comes before the one that begins where it lies
     for name, (start, end, (dtype, shape, stride, _)) in sorted(entries.items(), key=itemgetter(1)):
         if start != frontier:
             kind = "overlap" if start < frontier else "leave a gap"
             raise CheckpointError(
-                f"{path}: tensor {shown(name)}: offsets [{start}, {end}] {kind} at {frontier}: damaged file"
+                f"{path}: tensor {shown(name)}: offsets [{start}, {end}] {kind} at {frontier}: damaged file",
+                path=path,
+                tensor=name,
             )
         frontier = end
         tensors.append(TensorFacts(name, dtype, shape, n_storages + len(storages), stride))
@@ -124,10 +153,13 @@ def parse_header(
     if frontier > nbytes_data:
         raise CheckpointError(
             f"{path} is truncated: tensor {shown(tensors[-1].name)} ends at byte {frontier} of the data, "
-            f"but only {nbytes_data} are there; download it again"
+            f"but only {nbytes_data} are there; download it again",
+            path=path,
+            tensor=tensors[-1].name,
+            remedy="download it again",
         )
     if frontier < nbytes_data:
-        raise CheckpointError(f"{path}: {nbytes_data - frontier} bytes after the last tensor belong to none")
+        raise CheckpointError(f"{path}: {nbytes_data - frontier} bytes after the last tensor belong to none", path=path)
     return storages, tensors, metadata
 
 
@@ -136,7 +168,7 @@ _Form = tuple[str, tuple[int, ...], tuple[int, ...], int]
 
 
 def _compact(fields: dict[str, Any]) -> Any:
-    """The entry of a tensor as a tuple, which takes a third of the memory; anything else as it is."""
+    """Make a tuple of a tensor's entry, which takes a third of the memory; anything else stays as it is."""
     if "dtype" in fields:
         try:
             return _parse_entry(fields)
@@ -146,16 +178,16 @@ def _compact(fields: dict[str, Any]) -> Any:
 
 
 def _bad_entry(entry: Any, name: str, path: str) -> CheckpointError:
-    """The error that says what is wrong with an entry."""
+    """Return the error that says what is wrong with an entry."""
     try:
         _parse_entry(entry)
     except CheckpointError as error:
-        return CheckpointError(f"{path}: tensor {shown(name)}: {error}")
+        return CheckpointError(f"{path}: tensor {shown(name)}: {error}", path=path, tensor=name)
     raise AssertionError("a sound entry was not parsed")
 
 
 def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
-    """Start and end in the data section, and the form. The caller says of which tensor an error speaks.
+    """Return start and end in the data section, and the form. The caller says of which tensor an error speaks.
 
     Fields of other names are left alone, as the reference does.
     """
@@ -167,6 +199,7 @@ def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
     if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         raise CheckpointError("shape or data_offsets are not lists of sizes: damaged file")
     for size in (*shape, *offsets):
+        # type, not isinstance: True is an int
         if type(size) is not int or not 0 <= size < 2**63:
             raise CheckpointError("shape or data_offsets are not lists of sizes: damaged file")
     start, end = offsets
@@ -178,7 +211,7 @@ def _parse_entry(entry: Any) -> tuple[int, int, _Form]:
 
 @lru_cache(maxsize=4096)
 def _form(code: str, shape: tuple[int, ...]) -> _Form:
-    """Of a known dtype and checked sizes, which many tensors of a model share."""
+    """Return the form of a known dtype and checked sizes, which many tensors of a model share."""
     check_shape(shape, code)
     if code == "F4":
         if not shape or shape[-1] % 2:
@@ -197,14 +230,16 @@ class SafetensorsFormat:
     load_whole = None
 
     def likeness(self, head: bytes) -> Likeness:
-        """Tell it by a length that is allowed and a brace."""
+        """Judge by a length that is allowed and a brace."""
         has_length = int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES
         return Likeness.CERTAIN if has_length and head[8:].lstrip()[:1] == b"{" else Likeness.NONE
 
     def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
         """Read the header of a file, which has no parts."""
         if part is not None:
-            raise CheckpointError(f"{path} is a safetensors file, which has no parts: load it without part")
+            raise CheckpointError.because(
+                "is a safetensors file, which has no parts", "load it without part", path=path
+            )
         file, storages, tensors, metadata = read_safetensors(path, number, n_storages)
         return Checkpoint(path, self.name, (file,), tuple(storages), tuple(tensors), metadata)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from wan_loader.formats.facts import TensorFacts
+    from wan_loader.formats.checkpoint_facts import TensorFacts
 
 __all__ = ["FLOAT8", "find_scales"]
 
@@ -42,7 +42,7 @@ _DATA_ENDS = ("data", "_packed", "_blocks")
 
 
 def find_scales(tensors: Sequence[TensorFacts]) -> dict[str, str]:
-    """The names of the tensors that come with a scale, each with the name of its scale.
+    """Return the names of the tensors that come with a scale, each with the name of its scale.
 
     Costs a comparison a tensor where none is quantised, about a microsecond a tensor elsewhere.
     """
@@ -61,7 +61,7 @@ def find_scales(tensors: Sequence[TensorFacts]) -> dict[str, str]:
 
 
 def _marked(tensors: Iterable[TensorFacts], found: dict[str, str]) -> dict[str, str]:
-    """Tensors of a file that bears ComfyUI's mark, but not their scales."""
+    """Return tensors of a file that bears ComfyUI's mark, but not their scales."""
     mark = next((t.name for t in tensors if t.name.rpartition(".")[2] == _MARK), None)
     if mark is None:
         return {}
@@ -69,13 +69,13 @@ def _marked(tensors: Iterable[TensorFacts], found: dict[str, str]) -> dict[str, 
 
 
 def _weight_name(name: str) -> str:
-    """What a tensor is called in the module, where the name in the file says that it is only the data of it."""
+    """Return a tensor's name in the module, where the name in the file says that it is only the data of it."""
     match = _DATA.fullmatch(name) if name.endswith(_DATA_ENDS) else None
     return match[1] if match else name
 
 
 def _weights_of(name: str) -> Iterator[tuple[str, bool]]:
-    """Names of weights that a tensor of this name may be the scale of; and whether it bears not the weight's name."""
+    """Yield names of weights that a tensor of this name may scale; and whether it bears not the weight's name."""
     if match := _AFTER.fullmatch(name):
         base = match[1].removesuffix("_quantizer")
         yield base.removesuffix("s") if base.endswith("weights") else base, False

@@ -1,4 +1,4 @@
-"""JSON from untrusted files: every way to be wrong is one `CheckpointError` that names the file.
+"""Strict parsing of JSON from untrusted files: whatever is wrong is one `CheckpointError` that names the file.
 
 What Python's parser takes beyond JSON (NaN, lone surrogates, keys that stand twice) is refused. Memory is bounded
 before anything is parsed, from the numbers of brackets and commas: three bytes of `[],` become ninety.
@@ -12,7 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.parts import shown
+from wan_loader.formats.nested_parts import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,37 +38,46 @@ def parse_object(
 ) -> dict[str, Any]:
     """Parse a JSON object in which no key stands twice.
 
-    path, what: say in errors which file it is and what the text is.
-    compact: makes something smaller of each object in it, and of the whole, as soon as it is parsed.
-    holds_paths: lone surrogates are taken, which stand for bytes of names of files that are no UTF-8.
-    takes_nan: NaN and infinities are taken, for a reader who refuses them by the name of their field.
+    Args:
+        text: The file's content.
+        path: The file's name for errors.
+        what: The name of the text for errors, such as "the header".
+        compact: Makes something smaller of each object in it, and of the whole, as soon as it is parsed.
+        holds_paths: Take lone surrogates, which stand for bytes of names of files that are no UTF-8.
+        takes_nan: Take NaN and infinities, for a reader who refuses them by the name of their field.
+
+    Raises:
+        CheckpointError: It is not JSON, not an object, or too costly to parse.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> Any:
         out = dict(pairs)
         if len(out) < len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise CheckpointError(f"{path}: key {shown(name)} stands twice in {what}: damaged file")
+            raise CheckpointError(f"{path}: key {shown(name)} stands twice in {what}: damaged file", path=path)
         return compact(out) if compact else out
 
     if len(text) > _ALWAYS_BYTES and _cost(text) > _BASE_COST + _COST_PER_BYTE * len(text):
-        raise CheckpointError(f"{path}: {what} is mostly brackets and commas: damaged or foreign file")
+        raise CheckpointError(f"{path}: {what} is mostly brackets and commas: damaged or foreign file", path=path)
     try:
         constant = float if takes_nan else _refuse
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        # only an escape can make a surrogate, since the text was UTF-8; encoding finds the ones without a partner
         if not holds_paths and b"\\u" in text and _SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode()
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # also: not UTF-8, numbers of thousands of digits
-        raise CheckpointError(f"{path}: {what} is not JSON ({error}): damaged, foreign, or still downloading") from None
+        raise CheckpointError(
+            f"{path}: {what} is not JSON ({error}): damaged, foreign, or still downloading", path=path
+        ) from None
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path}: {what} is not a JSON object: damaged or foreign file")
+        raise CheckpointError(f"{path}: {what} is not a JSON object: damaged or foreign file", path=path)
     return parsed
 
 
 def _cost(text: bytes) -> int:
-    """Bytes of memory that the parsed text takes; what stands in strings counts too."""
+    """Return the bytes of memory that the parsed text takes; what stands in strings counts too."""
     return _OBJECT * text.count(b"{") + _LIST * text.count(b"[") + _VALUE * text.count(b",")
 
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
+from wan_loader.formats.checkpoint_facts import Checkpoint, StorageFacts, TensorFacts
 from wan_loader.formats.checkpoint_format import Likeness
-from wan_loader.formats.content import other_archive
-from wan_loader.formats.facts import Checkpoint, StorageFacts, TensorFacts
-from wan_loader.formats.names import SAFETENSORS
+from wan_loader.formats.file_names import SAFETENSORS
+from wan_loader.formats.foreign_files import other_archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TorchZipFormat:
-    """What torch.save has written since torch 1.6."""
+    """The archives that torch.save has written since torch 1.6."""
 
     name = "torch-zip"
     stays_mapped = False
@@ -36,24 +36,26 @@ class TorchZipFormat:
     load_whole = None
 
     def likeness(self, head: bytes) -> Likeness:
-        """Tell an archive by its signature, and torch's by the name of its first record."""
+        """Judge an archive by its signature, and torch's by the name of its first record."""
         if not head.startswith(_ZIP):
             return Likeness.NONE
+        # the local header: its 27th and 28th byte are the length of the name that follows at 30
         length = int.from_bytes(head[26:28], "little")
         return Likeness.CERTAIN if head[30 : 30 + length].endswith(b"/data.pkl") else Likeness.LIKELY
 
     def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
         """Read the facts of an archive; through torch if they cannot be read from its records."""
-        from wan_loader.formats.torchpickle import read_torch_pickle
-        from wan_loader.formats.torchzip import UnplannedError, read_torch_zip
+        from wan_loader.formats.torch_pickle import read_torch_pickle
+        from wan_loader.formats.torch_zip import UnplannedError, read_torch_zip
 
         try:
             file, storages, tensors = read_torch_zip(path, part)
         except UnplannedError as reason:
+            # as torch-pickle from here on: format_of gives what loads it
             shard = read_torch_pickle(path, f"{path} cannot be planned ({reason})", part)
         except CheckpointError as error:
-            if what := other_archive(path):
-                raise CheckpointError(f"{path} {what}") from error
+            if foreign := other_archive(path):
+                raise CheckpointError.because(*foreign, path=path) from error
             raise
         else:
             shard = Checkpoint(path, self.name, (file,), tuple(storages), tuple(tensors), part=part)
@@ -65,14 +67,17 @@ class TorchZipFormat:
 
 
 class TorchPickleFormat:
-    """What torch.save wrote before, and archives that cannot be planned: torch.load(weights_only=True) reads both."""
+    """The pickles that torch.save wrote before, and archives that cannot be planned.
+
+    torch.load(weights_only=True) reads both.
+    """
 
     name = "torch-pickle"
     stays_mapped = False
     reads_too = frozenset({"torch-zip"})
 
     def likeness(self, head: bytes) -> Likeness:
-        """Tell a pickle by its protocol, and torch's by its magic number."""
+        """Judge a pickle by its protocol, and torch's by its magic number."""
         if head.startswith(_LEGACY_TORCH):
             return Likeness.CERTAIN
         is_pickle = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
@@ -80,14 +85,14 @@ class TorchPickleFormat:
 
     def read(self, path: str, part: str | None, number: int = 0, n_storages: int = 0) -> Checkpoint:
         """Read the facts by loading the file once."""
-        from wan_loader.formats.torchpickle import read_torch_pickle
+        from wan_loader.formats.torch_pickle import read_torch_pickle
 
         shard = read_torch_pickle(path, f"{path} is a legacy pickle, not a zip checkpoint", part)
         return _numbered(shard, number, n_storages)
 
     def load_whole(self, path: str, device: str, part: str | None) -> dict[str, Any]:
         """Read the tensors of a file, as torch.load(weights_only=True) gives them."""
-        from wan_loader.formats.torchpickle import load_torch_pickle
+        from wan_loader.formats.torch_pickle import load_torch_pickle
 
         return load_torch_pickle(path, device, part)
 
@@ -97,7 +102,7 @@ class TorchPickleFormat:
 
 
 def _numbered(shard: Checkpoint, number: int, n_storages: int) -> Checkpoint:
-    """The facts of a file among others. By constructors: `replace` of each costs five times as much."""
+    """Return the facts of a file among others. By constructors: `replace` of each costs five times as much."""
     if number == n_storages == 0:
         return shard
     return replace(
@@ -112,7 +117,7 @@ def _numbered(shard: Checkpoint, number: int, n_storages: int) -> Checkpoint:
 def _by_torch(path: str, names: Sequence[str], part: str | None, *, mmap: bool) -> Iterator[tuple[str, Any]]:
     import torch
 
-    from wan_loader.formats.parts import choose_part
+    from wan_loader.formats.nested_parts import choose_part
 
     held = choose_part(_torch_load(path, mmap=mmap), part, path=path, is_tensor=torch.is_tensor)
     yield from ((name, held[name]) for name in names)
@@ -131,5 +136,7 @@ def _torch_load(path: str, *, mmap: bool) -> Any:
     except pickle.UnpicklingError as error:  # torch does not know all opcodes that are read as facts
         raise CheckpointError(
             f"{path} can be loaded, but not verified: torch.load(weights_only=True), to compare with, refuses it; "
-            "save it again with torch.save and its own pickle_protocol"
+            "save it again with torch.save and its own pickle_protocol",
+            path=path,
+            remedy="save it again with torch.save and its own pickle_protocol",
         ) from error

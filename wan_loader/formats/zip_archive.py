@@ -15,7 +15,7 @@ import struct
 from typing import NamedTuple
 
 from wan_loader.errors import CheckpointError
-from wan_loader.formats.parts import shown
+from wan_loader.formats.nested_parts import shown
 
 __all__ = ["MAX_DIRECTORY_BYTES", "Record", "ZipArchive", "read_archive"]
 
@@ -34,7 +34,7 @@ _MASKED, _ENCRYPTED, _IS_DIRECTORY = 1 << 13, 1 | 1 << 5 | 1 << 6, 0x10
 
 
 class Record(NamedTuple):
-    """What the directory says of a record. `header` is where its header begins; `refusal` is why it cannot be read."""
+    """A record as the directory has it. `header` is where its header begins; `refusal` is why it cannot be read."""
 
     header: int
     nbytes: int
@@ -57,45 +57,72 @@ class ZipArchive:
         return self._folder + name.encode().lower() in self._records
 
     def find(self, name: str) -> Record | None:
-        """Return a record that can be read, or None if there is none of that name."""
+        """Return a record that can be read, or None if there is none of that name.
+
+        Raises:
+            CheckpointError: It is there, and cannot be read.
+        """
         record = self._records.get(self._folder + name.encode().lower())
         if record is not None and record.refusal:
-            raise CheckpointError(f"{self.path}: record {shown(name)} {record.refusal}")
+            raise CheckpointError(f"{self.path}: record {shown(name)} {record.refusal}", path=self.path)
         return record
 
     def start_of(self, name: str, record: Record) -> int:
-        """Return where a record's bytes begin in the file."""
+        """Return where a record's bytes begin in the file.
+
+        Raises:
+            CheckpointError: The record is not there, or not all of it.
+        """
         header = os.pread(self._fd, _HEADER_BYTES, record.header)
         if len(header) < _HEADER_BYTES or header[:4] != b"PK\x03\x04":
-            raise CheckpointError(f"{self.path}: record {shown(name)} is not where the directory says: damaged file")
+            raise CheckpointError(
+                f"{self.path}: record {shown(name)} is not where the directory says: damaged file", path=self.path
+            )
+        # the header's own lengths, which may differ from the directory's: torch pads its extra field to align the data
         start = record.header + _HEADER_BYTES + header[26] + (header[27] << 8) + header[28] + (header[29] << 8)
         if start + record.nbytes > self._nbytes:
-            raise CheckpointError(f"{self.path}: record {shown(name)} reaches beyond the end of the file: damaged file")
+            raise CheckpointError(
+                f"{self.path}: record {shown(name)} reaches beyond the end of the file: damaged file", path=self.path
+            )
         return start
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """Return a record's bytes, or None if there is no such record; more than `limit` bytes are an error."""
+        """Return a record's bytes, or None if there is no such record.
+
+        Raises:
+            CheckpointError: It has more than `limit` bytes, or cannot be read.
+        """
         record = self.find(name)
         if record is None:
             return None
         if record.nbytes > limit:
-            raise CheckpointError(f"{self.path}: record {shown(name)} is larger than {limit} bytes: not a weights file")
+            raise CheckpointError(
+                f"{self.path}: record {shown(name)} is larger than {limit} bytes: not a weights file", path=self.path
+            )
         content = os.pread(self._fd, record.nbytes, self.start_of(name, record)) if record.nbytes else b""
         if len(content) < record.nbytes:
-            raise CheckpointError(f"{self.path} is changing while it is read: wait until it is complete")
+            raise CheckpointError.because("is changing while it is read", "wait until it is complete", path=self.path)
         return content
 
 
 def read_archive(path: str, fd: int, nbytes: int) -> ZipArchive:
-    """Read the directory of the archive in an open file of `nbytes` bytes; raises `CheckpointError`."""
+    """Read the directory of the archive in an open file of `nbytes` bytes.
+
+    Raises:
+        CheckpointError: It is damaged, or an archive that torch did not write.
+    """
     try:
         directory, count, disk = _read_directory(fd, nbytes)
         folder, records = _parse(directory, count, disk, nbytes)
     except _DamageError as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {error}; download it again") from None
+        raise CheckpointError(
+            f"{path} is truncated or damaged: {error}; download it again", path=path, remedy="download it again"
+        ) from None
     except _ForeignError as error:
         raise CheckpointError(
-            f"{path} is a zip archive, but not a torch checkpoint: {error}; unpack it, and load what is in it"
+            f"{path} is a zip archive, but not a torch checkpoint: {error}; unpack it, and load what is in it",
+            path=path,
+            remedy="unpack it, and load what is in it",
         ) from None
     return ZipArchive(path, fd, nbytes, folder, records)
 
@@ -109,16 +136,20 @@ class _ForeignError(Exception):
 
 
 def _read_directory(fd: int, nbytes: int) -> tuple[bytes, int, int]:
-    """The central directory, the number of its entries and the number of its disk."""
+    """Return the central directory, the number of its entries and the number of its disk."""
     last = max(nbytes - _BLOCK_BYTES, 0)
     tail_start = last - _STEP_BYTES * min(last // _STEP_BYTES, _MAX_STEPS)
+    # the same bytes that miniz gets to see, all at once: another end further in must not count
     tail = os.pread(fd, nbytes - tail_start, tail_start)
+    # the last one counts, and one whose 22 bytes do not fit into the file is none
     end = tail.rfind(_END, 0, max(len(tail) - _END_BYTES + len(_END), 0))
     if len(tail) < nbytes - tail_start or end < 0:
         raise _DamageError("the end of the zip directory is missing")
     disk, directory_disk, here, count, size, start = struct.unpack_from("<HHHHII", tail, end + 4)
+    # torch writes a zip64 end always; its numbers count, whatever the plain one says
     if end64 := _read_end64(fd, nbytes, tail_start + end):
         disk, directory_disk, here, count, size, start = end64
+    # miniz takes disks 0 and 1, and nothing that is spread over several
     if count != here or disk != directory_disk or disk > 1:
         raise _DamageError("the archive is one of several volumes")
     if size > MAX_DIRECTORY_BYTES:
@@ -129,7 +160,7 @@ def _read_directory(fd: int, nbytes: int) -> tuple[bytes, int, int]:
 
 
 def _read_end64(fd: int, nbytes: int, end: int) -> tuple[int, ...] | None:
-    """What a zip64 end says in place of the plain one, if there is one before it."""
+    """Return what a zip64 end says in place of the plain one, if there is one before it."""
     if end < _LOCATOR64_BYTES + _END64_BYTES:
         return None
     locator = os.pread(fd, _LOCATOR64_BYTES, end - _LOCATOR64_BYTES)
@@ -142,13 +173,14 @@ def _read_end64(fd: int, nbytes: int, end: int) -> tuple[int, ...] | None:
     if end64[:4] != _END64:
         return None
     size_of_end, disk, directory_disk, here, count, size, directory = struct.unpack_from("<Q4xIIQQQQ", end64, 4)
+    # its length does not count the signature and itself
     if size_of_end < _END64_BYTES - 12 or disks != 1:
         raise _DamageError("the zip64 directory makes no sense")
     return disk, directory_disk, here, count, size, directory
 
 
 def _parse(directory: bytes, count: int, disk: int, nbytes: int) -> tuple[bytes, dict[bytes, Record]]:
-    """The folder that all records lie in, with its slash, and the records by their names in lower case."""
+    """Return the folder that all records lie in, with its slash, and the records by their names in lower case."""
     if not count:
         raise _ForeignError("it is empty")
     folder = _first_folder(directory)
@@ -169,6 +201,7 @@ def _parse(directory: bytes, count: int, disk: int, nbytes: int) -> tuple[bytes,
             raise _ForeignError("its records do not lie in one folder, or their names are no text")
         if _UNKNOWN in (packed, size, header):
             packed, size, header = _wide(directory[end_of_name : end_of_name + n_extra], packed, size, header)
+        # a stored record is as long as it was; one that was packed to nothing held nothing
         if (packed != size and not method) or (size and not packed) or header + _HEADER_BYTES + packed > nbytes:
             raise _DamageError(f"record {shown(name.decode('utf-8', 'replace'))} does not fit into the file")
         refusal = ""
@@ -191,7 +224,7 @@ def _is_text(name: bytes) -> bool:
 
 
 def _first_folder(directory: bytes) -> bytes:
-    """The folder of the first record, which torch looks for all others in."""
+    """Return the folder of the first record, which torch looks for all others in."""
     n_name = int.from_bytes(directory[28:30], "little")
     name = directory[_ENTRY_BYTES : _ENTRY_BYTES + n_name]
     end = name.find(b"/")
@@ -201,7 +234,7 @@ def _first_folder(directory: bytes) -> bytes:
 
 
 def _wide(extra: bytes, packed: int, size: int, header: int) -> tuple[int, int, int]:
-    """The numbers that did not fit into 32 bits, from the first zip64 field among the extra ones."""
+    """Return the numbers that did not fit into 32 bits, from the first zip64 field among the extra ones."""
     position = 0
     while position < len(extra):
         if position + 4 > len(extra):
@@ -211,6 +244,7 @@ def _wide(extra: bytes, packed: int, size: int, header: int) -> tuple[int, int, 
         if len(field) < nbytes:
             raise _DamageError("an extra field is cut")
         if kind == 1:
+            # only the numbers that did not fit are there, in this order
             wide = iter(int.from_bytes(field[i : i + 8], "little") for i in range(0, nbytes - 7, 8))
             try:
                 size = next(wide) if size == _UNKNOWN else size

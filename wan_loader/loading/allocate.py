@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from wan_loader.devices.writer import Destination
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
-from wan_loader.formats.facts import contiguous_strides
+from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.plan.memory import rounded
 from wan_loader.system.posix import PAGE
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.formats.facts import Checkpoint, FileFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, FileFacts
     from wan_loader.plan.layout import Layout, StoragePlan
     from wan_loader.plan.plan import LoadPlan
 

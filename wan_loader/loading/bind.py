@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
     from wan_loader.loading.holdings import Held
 
 __all__ = ["KeyMap", "Match", "bind", "is_distributed", "is_dtensor", "left_on_meta", "match", "module_slots"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_flag, check_key_map, check_module, checked_strings
 from wan_loader.errors import KeyMismatchError
-from wan_loader.formats.facts import Checkpoint, TensorFacts
+from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
 from wan_loader.loading.bind import bind as put_in
 from wan_loader.loading.bind import left_on_meta, match
 from wan_loader.loading.mismatch import stays_on_meta

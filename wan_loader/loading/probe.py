@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.devices.resolve import check_tensors_are_real, resolve_device
 from wan_loader.engine.reader import Reader
-from wan_loader.formats.known import is_planned
+from wan_loader.formats.known_formats import is_planned
 from wan_loader.plan.blocks import MAX_GAP, ByteRange
 from wan_loader.plan.facts import Facts
 from wan_loader.plan.layout import storage_ranges
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.events import Observer
-    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.plan.request import LoadRequest
 
 __all__ = ["probe"]

@@ -18,7 +18,7 @@ from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Need, TransferState, transfer_blocks
 from wan_loader.engine.reader import Reader
 from wan_loader.events import span
-from wan_loader.formats.known import format_of
+from wan_loader.formats.known_formats import format_of
 from wan_loader.loading.allocate import Allocation, convert_storage
 from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Transport

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from wan_loader.engine.reader import Check
     from wan_loader.events import Observer, Span
-    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.loading.run import TransferResult
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest

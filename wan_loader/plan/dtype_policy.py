@@ -13,7 +13,7 @@ from wan_loader.sizes import format_count
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
 
 __all__ = ["DtypePolicy", "has_part"]
 

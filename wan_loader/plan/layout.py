@@ -17,7 +17,7 @@ from wan_loader.plan.blocks import ByteRange
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
     from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = ["Layout", "StoragePlan", "lay_out", "plan_storages", "storage_ranges"]

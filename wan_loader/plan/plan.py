@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from wan_loader.formats.known import format_of, is_planned
+from wan_loader.formats.known_formats import format_of, is_planned
 from wan_loader.plan.blocks import MAX_GAP, Transport, plan_blocks
 from wan_loader.plan.layout import Layout, lay_out, plan_storages
 from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
@@ -23,7 +23,7 @@ from wan_loader.system.posix import PAGE
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from wan_loader.formats.facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
     from wan_loader.plan.blocks import Block, ByteRange
     from wan_loader.plan.facts import Facts
     from wan_loader.plan.layout import StoragePlan

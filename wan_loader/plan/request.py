@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.formats.facts import TensorFacts
+    from wan_loader.formats.checkpoint_facts import TensorFacts
     from wan_loader.types import StrPath
 
 __all__ = ["LoadRequest"]

@@ -36,7 +36,12 @@ __all__ = [
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the place, then rename: nobody sees half a file. Raises `OutputError`."""
+    """Write beside the place, then rename: nobody sees half a file.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    # in the same directory, for a rename does not leave its file system
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -47,11 +52,15 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        raise OutputError.because(f"cannot be written: {error.strerror}", path=path) from error
 
 
 def read_capped(path: str | os.PathLike[str], most: int) -> bytes | None:
-    """Read a file, or return None if it has more than `most` bytes; a device or a pipe has no size beforehand."""
+    """Read a file, or return None if it has more than `most` bytes; a device or a pipe has no size beforehand.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     with open(path, "rb") as file:
         text = file.read(most + 1)
     return text if len(text) <= most else None
@@ -109,7 +118,9 @@ def lock_directory(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locke
         except OSError:
             return None
         try:
+            # without waiting, in a loop: patience has an end, which flock by itself has not
             fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            # somebody may have removed the directory and made another before the lock was ours
             ours, now = os.fstat(fd), os.stat(path, follow_symlinks=False)
             if (ours.st_ino, ours.st_dev) == (now.st_ino, now.st_dev):
                 return LockedDirectory(path, fd)
@@ -126,21 +137,26 @@ def lock_directory(path: Path, *, alone: bool, patience_s: float = 0.0) -> Locke
 
 
 def lock_or_refuse(path: Path, refusal: str) -> LockedDirectory:
-    """Keep others from a directory; `OutputError` with the given text if somebody is there.
+    """Keep others from a directory. On a file system without locks nobody is kept out.
 
-    On a file system without locks nobody is kept out.
+    Args:
+        path: The directory.
+        refusal: The text of the error.
+
+    Raises:
+        OutputError: Somebody is there.
     """
     try:
         locked = lock_directory(path, alone=True)
     except OSError:
         return LockedDirectory(path, -1)
     if locked is None:
-        raise OutputError(refusal)
+        raise OutputError(refusal, path=path)
     return locked
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a link or a file lies where only directories do. One look: others make and remove them meanwhile."""
+    """Say whether a link or a file lies where only directories do. One look: others make and remove them meanwhile."""
     try:
         return not stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
@@ -157,14 +173,20 @@ def remove_tree(path: Path) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Refuse a directory for our state that is a link or that others may write to. Raises `OutputError`."""
+    """Refuse a directory for our state that is a link or that others may write to.
+
+    Raises:
+        OutputError: It is one.
+    """
     facts = os.lstat(path)
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-        raise OutputError(f"{path} is not a directory that only you may write to: remove it, or choose another --to")
+        raise OutputError.because(
+            "is not a directory that only you may write to", "remove it, or choose another --to", path=path
+        )
 
 
 def is_below(path: Any) -> bool:
-    """Whether this is text that names something below a directory."""
+    """Say whether this is text that names something below a directory."""
     if not isinstance(path, str) or "\0" in path or len(path) > 4096:
         return False
     try:
@@ -175,10 +197,15 @@ def is_below(path: Any) -> bool:
 
 
 def plain_path(directory: Path, relative: str) -> Path:
-    """A path below a directory, none of whose parts is a link. Raises `OutputError`."""
+    """Return a path below a directory, none of whose parts is a link.
+
+    Raises:
+        OutputError: One of them is.
+    """
     path = directory
     for part in relative.split("/")[:-1]:
         path = path / part
         if path.is_symlink():
-            raise OutputError(f"{path} is a link: staging does not write or remove through links; remove it first")
+            remedy = "a staged copy is not written or removed through links; remove it first"
+            raise OutputError.because("is a link", remedy, path=path)
     return directory / relative

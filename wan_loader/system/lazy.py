@@ -17,13 +17,17 @@ __all__ = ["lazy_names"]
 def lazy_names(package: str, origins: Mapping[str, str]) -> Callable[[str], Any]:
     """Make the `__getattr__` of a package whose names come from other modules.
 
-    package: its name. origins: name -> the module that defines it. A name that was asked for once is an attribute of
-    the package from then on.
+    A name that was asked for once is an attribute of the package from then on.
+
+    Args:
+        package: The name of the package.
+        origins: Name -> the module that defines it.
     """
 
     def getattr_(name: str) -> Any:
         if name not in origins:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        # a child that is forked during an import would inherit its lock, held by a thread that is not there
         with without_forks():
             value = getattr(import_module(origins[name]), name)
         setattr(sys.modules[package], name, value)

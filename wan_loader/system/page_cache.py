@@ -101,7 +101,7 @@ class FileRange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """What lay in the page cache when it was asked for: a value, which asks the kernel nothing."""
+    """The bytes that lay in the page cache when it was asked for: a value, which asks the kernel nothing."""
 
     windows: tuple[tuple[int, int, int, int], ...] = ()
     """File, start and end in whole pages, and how many bytes between them were there; in this order, without

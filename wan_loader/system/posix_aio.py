@@ -5,7 +5,7 @@ on some machines takes longer than the reads. glibc runs the reads of one descri
 different descriptors side by side, in up to 20 threads, which end when they have been idle for a second.
 
 A process that was forked has none of its parent's threads, which the library does not notice: reads would wait for
-ever. There, after any read of the parent, other ways are better (`why_not` says so); a read that is started all the
+ever. There, after any read of the parent, another backend is better (`why_not` says so); a read that is started all the
 same is carried out at once, as it is where no thread may be made.
 """
 
@@ -27,7 +27,7 @@ from wan_loader.system.posix import read_at
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["PosixAio", "Request", "get_ready", "wait_all", "wait_any", "why_not"]
+__all__ = ["AioRequest", "PosixAio", "get_ready", "wait_all", "wait_any", "why_not"]
 
 _SIGEV_NONE = 1  # bits/sigevent-consts.h
 
@@ -53,7 +53,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class _ControlBlock(ctypes.Structure):
-    """struct aiocb of glibc's aio.h, as it is on every 64-bit Linux; what has no name here is the library's own."""
+    """The struct aiocb of glibc's aio.h, as it is on every 64-bit Linux; what has no name here is the library's own."""
 
     _fields_ = [
         ("aio_fildes", ctypes.c_int),
@@ -88,7 +88,7 @@ def _library(kind: type[ctypes.CDLL]) -> Any:
 
 
 def why_not() -> str | None:
-    """Why reads had better go another way in this process; None if this one is fine."""
+    """Say why another backend should read in this process; None if this one is fine."""
     if _orphaned:
         return "this process was forked from one that had read, whose threads it lacks"
     return _what_is_missing()
@@ -103,7 +103,7 @@ def _what_is_missing() -> str | None:
     return None if is_glibc else "the C library is not glibc, whose POSIX AIO this is made for"
 
 
-class Request:
+class AioRequest:
     """One read at a time. The memory that it fills, and the request itself, must stay until it is no longer running."""
 
     __slots__ = ("_address", "_block", "_outcome", "running")
@@ -115,9 +115,12 @@ class Request:
         self.running = False
 
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
-        """Begin to read `nbytes` of a file at `offset` into memory at `address`. OSError if it cannot be queued.
+        """Begin to read `nbytes` of a file at `offset` into memory at `address`.
 
         Where the library has no threads and may not make any, the read is carried out now.
+
+        Raises:
+            OSError: The read cannot be queued.
         """
         global _used
         if _orphaned:
@@ -129,6 +132,7 @@ class Request:
         self.running = True  # first: Ctrl-C may come right after the call
         if _library(ctypes.PyDLL).aio_read(self._address):
             code = ctypes.get_errno()
+            # no thread, and none may be made: the read is carried out here
             if code == errno.EAGAIN:
                 self._outcome = _read(fd, address, nbytes, offset)
                 return
@@ -136,7 +140,11 @@ class Request:
             raise OSError(code, os.strerror(code))
 
     def result(self) -> int | None:
-        """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
+        """Return how many bytes were read, once after each start; None while the read is under way.
+
+        Raises:
+            OSError: The read failed.
+        """
         if self._outcome is not None:
             outcome, self._outcome, self.running = self._outcome, None, False
             if isinstance(outcome, OSError):
@@ -165,16 +173,17 @@ def _read(fd: int, address: int, nbytes: int, offset: int) -> int | OSError:
         return error
 
 
-def wait_any(requests: Collection[Request], timeout_s: float) -> None:
+def wait_any(requests: Collection[AioRequest], timeout_s: float) -> None:
     """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""
     if any(request._outcome is not None for request in requests):
         return
+    # CDLL below, not PyDLL: this call waits, and other threads are to run meanwhile; the others return at once
     addresses = (ctypes.c_void_p * len(requests))(*(request._address for request in requests))
     timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
     _library(ctypes.CDLL).aio_suspend(addresses, len(requests), ctypes.byref(timeout))
 
 
-def wait_all(requests: Collection[Request]) -> None:
+def wait_all(requests: Collection[AioRequest]) -> None:
     """Return when none of the `requests` is running any more, whatever came of them."""
     while running := [request for request in requests if request.running]:
         wait_any(running, 1.0)
@@ -208,7 +217,7 @@ def _get_ready(n_reads: int) -> None:
         os.close(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _ROOM - 1))
         memory = bytearray(_BUSY_BYTES)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        requests = [Request() for _ in range(n_reads)]
+        requests = [AioRequest() for _ in range(n_reads)]
         own = []
         for _ in requests:
             own.append(os.dup(source))
@@ -225,6 +234,6 @@ class PosixAio:
     wait_all = staticmethod(wait_all)
     get_ready = staticmethod(get_ready)
 
-    def request(self) -> Request:
-        """A request, which may be started again and again."""
-        return Request()
+    def request(self) -> AioRequest:
+        """Return a request, which may be started again and again."""
+        return AioRequest()

@@ -60,14 +60,15 @@ class _Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked: SimpleQueue[_Read] = SimpleQueue()
-        self._rows: dict[int, deque[_Read]] = {}
-        """By descriptor that a thread is reading: what it reads after that."""
+        self._waiting: dict[int, deque[_Read]] = {}
+        """The reads that wait for a thread to end its read of the same descriptor, by that descriptor."""
         self._threads: list[int] = []
         self._n_idle = 0
 
     def put(self, read: _Read) -> None:
         """Have a read carried out."""
         self._asked.put(read)
+        # without the lock: at worst a thread more than needed, which ends after an idle second
         if self._asked.qsize() > self._n_idle and len(self._threads) < _MOST_THREADS:
             self.grow()
 
@@ -95,14 +96,14 @@ class _Pool:
             if read is None:
                 return
             with self._lock:
-                if (row := self._rows.get(read.fd)) is not None:
-                    row.append(read)  # for the thread that reads this descriptor
+                if (waiting := self._waiting.get(read.fd)) is not None:
+                    waiting.append(read)  # for the thread that reads this descriptor
                     continue
-                self._rows[read.fd] = deque([read])
-            self._carry_out_row(read.fd)
+                self._waiting[read.fd] = deque([read])
+            self._carry_out_waiting(read.fd)
 
     def _next(self) -> _Read | None:
-        """What was asked for first; None if this thread has been idle for long, and is to end."""
+        """Return what was asked for first; None if this thread has been idle for long, and is to end."""
         while True:
             with self._lock:
                 self._n_idle += 1
@@ -117,14 +118,14 @@ class _Pool:
             if read is not None:
                 return read
 
-    def _carry_out_row(self, fd: int) -> None:
-        row = self._rows[fd]
+    def _carry_out_waiting(self, fd: int) -> None:
+        waiting = self._waiting[fd]
         while True:
             with self._lock:
-                if not row:
-                    del self._rows[fd]
+                if not waiting:
+                    del self._waiting[fd]
                     return
-                read = row.popleft()
+                read = waiting.popleft()
                 read.has_begun = True
                 is_taken_back = read.outcome is not None
             if not is_taken_back:
@@ -155,12 +156,17 @@ class ThreadRequest:
 
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
         """Begin to read. Where no thread may be started and there is none, the read is carried out now."""
+        # a new one each time: the last may still wait in the queue, if it was taken back
         self._read = _Read(fd, address, nbytes, offset, self._done)
         self.running = True  # first: Ctrl-C may come at any time
         _pool.put(self._read)
 
     def result(self) -> int | None:
-        """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
+        """Return how many bytes were read, once after each start; None while the read is under way.
+
+        Raises:
+            OSError: The read failed.
+        """
         if self._read is None or (outcome := self._read.outcome) is None:
             return None
         self._read, self.running = None, False
@@ -175,7 +181,7 @@ class ThreadRequest:
 
     @property
     def is_over(self) -> bool:
-        """Whether `result` has something to say."""
+        """True if `result` has something to say."""
         return self._read is not None and self._read.outcome is not None
 
 
@@ -186,7 +192,7 @@ class ReadThreads:
         self._done: SimpleQueue[None] = SimpleQueue()
 
     def request(self) -> ThreadRequest:
-        """A request, which may be started again and again."""
+        """Return a request, which may be started again and again."""
         return ThreadRequest(self._done)
 
     def wait_any(self, requests: Collection[ThreadRequest], timeout_s: float) -> None:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.choosing import no_checkpoint
-from wan_loader.formats.content import read_head
+from wan_loader.formats.file_names import is_index_name, is_weight_name
+from wan_loader.formats.foreign_files import read_head
 from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.known import holds_weights
-from wan_loader.formats.names import is_index_name, is_weight_name
-from wan_loader.formats.several import known
+from wan_loader.formats.known_formats import holds_weights
+from wan_loader.formats.model_directory import known_model
 
 if TYPE_CHECKING:
     from wan_loader.types import StrPath
@@ -138,7 +138,7 @@ class _Walk:
         named = any(file.is_weights for file in self.files)
         if not named and not self.outside and not any(map(_holds_weights, self.files[:_MAX_SNIFFED])):
             raise no_checkpoint(self._root)
-        model = known(self._root)
+        model = known_model(self._root)
         files = sorted(self.files, key=lambda file: (model.rank(file.relative) if model else 0, file.relative))
         return Tree(self._root, True, tuple(files), tuple(self.outside), tuple(self.warnings))
 

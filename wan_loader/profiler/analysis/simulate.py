@@ -21,7 +21,7 @@ from wan_loader.system.machine import memory_limit, processors
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from wan_loader.formats.facts import Checkpoint
+    from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.plan.plan import LoadPlan
 
 __all__ = ["STORAGES", "Hardware", "Part", "Prediction", "parts_of", "plan_elsewhere", "simulate"]

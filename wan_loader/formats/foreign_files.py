@@ -1,8 +1,7 @@
-"""What a file is, from its first bytes, that is none of our formats (`known`), but that people hand over.
+"""Files that are none of our formats, but that people hand over: named by their first bytes, with the way out.
 
-Files come without a suffix (the blobs of the hub's cache) and with a wrong one, so the content decides. What is none of
-ours is named for what it is, with the way out. Reads half a kilobyte of a file; of an archive that was refused, also
-the list of its records.
+Files come without a suffix (the blobs of the hub's cache) and with a wrong one, so the content decides. Reads half a
+kilobyte of a file; of an archive that was refused, also the list of its records.
 """
 
 from __future__ import annotations
@@ -10,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import stat
+from typing import NamedTuple
 
-from wan_loader.formats.facts import stat_file
-from wan_loader.formats.names import is_unfinished, slices_in
+from wan_loader.formats.checkpoint_facts import stat_file
+from wan_loader.formats.file_names import is_unfinished, slices_in
 
 __all__ = [
+    "Foreign",
     "is_json",
     "other_archive",
     "other_directory",
@@ -62,20 +63,36 @@ _SUFFIXES: tuple[tuple[str, str, str], ...] = (
     (r"\.tflite", "a TensorFlow Lite model", _SAVE_AGAIN),
     (r"\.engine|\.plan|\.trt", "a TensorRT engine", "name the weights that it was built from"),
 )
-_DCP = (
-    "is a DCP checkpoint (torch.distributed.checkpoint), which is not read here: "
-    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY model.pth makes one file of it"
+
+
+class Foreign(NamedTuple):
+    """A thing that is none of our formats."""
+
+    reason: str
+    """A predicate, such as "is a GGUF file"."""
+    remedy: str | None
+    """The way out, where one is known."""
+
+    def __str__(self) -> str:
+        return self.reason if self.remedy is None else f"{self.reason}: {self.remedy}"
+
+
+_DCP = Foreign(
+    "is a DCP checkpoint (torch.distributed.checkpoint), which is not read here",
+    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY model.pth makes one file of it",
 )
-_SLICES = (
-    "is a checkpoint of which every file holds slices only (DeepSpeed ZeRO-3, or model parallelism): "
-    "make one of it with what wrote it, such as DeepSpeed's zero_to_fp32.py in the directory above"
+_SLICES = Foreign(
+    "is a checkpoint of which every file holds slices only (DeepSpeed ZeRO-3, or model parallelism)",
+    "make one of it with what wrote it, such as DeepSpeed's zero_to_fp32.py in the directory above",
 )
 
 
 def read_head(path: str) -> bytes:
-    """The first bytes of a regular file; `CheckpointError` for anything else than one, `OSError` if it cannot be read.
+    """Return the first bytes of a regular file. Does not wait for a pipe's other end.
 
-    Does not wait for a pipe's other end.
+    Raises:
+        CheckpointError: It is anything else than a regular file.
+        OSError: It cannot be read.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -87,61 +104,64 @@ def read_head(path: str) -> bytes:
 
 
 def is_json(head: bytes) -> bool:
-    """Whether a file that is none of our formats is JSON, such as an index, by its first bytes."""
+    """Say whether a file that is none of our formats is JSON, such as an index, by its first bytes."""
     return _text(head)[:1] == b"{"
 
 
-def other_file(path: str, head: bytes) -> str | None:
-    """What a file is that is none of ours by its first bytes, and what to do; None where nothing is known of it."""
+def other_file(path: str, head: bytes) -> Foreign | None:
+    """Say what a file is that is none of ours by its first bytes, and what to do; None where nothing is known of it."""
     return stand_in(head) or other_format(path, head)
 
 
-def stand_in(head: bytes) -> str | None:
-    """What stands where weights should be, and what to do: nothing, a pointer, a page, zeros to be overwritten yet."""
+def stand_in(head: bytes) -> Foreign | None:
+    """Say what stands in the place of weights, and what to do: nothing, a pointer, a page, zeros to be overwritten."""
     if not head:
-        return "is empty, truncated to nothing: download it again"
+        return Foreign("is empty, truncated to nothing", "download it again")
     if not head.strip(b"\x00"):
-        return "begins with zeros, as a file whose download has not ended: download it again"
+        return Foreign("begins with zeros, as a file whose download has not ended", "download it again")
     if head.startswith(_LFS):
         size = re.search(rb"^size (\d{1,18})$", head, re.MULTILINE)
         of = f" to a file of {int(size[1])} bytes" if size else ""
-        return f"is a Git-LFS pointer{of}, not the weights: git lfs install && git lfs pull in its repository gets them"
+        return Foreign(
+            f"is a Git-LFS pointer{of}, not the weights", "git lfs install && git lfs pull in its repository gets them"
+        )
     if _text(head).lower().startswith(_MARKUP):
-        return "is an HTML or XML page saved in place of the weights: download it again, and check address and token"
+        remedy = "download it again, and check address and token"
+        return Foreign("is an HTML or XML page saved in place of the weights", remedy)
     return None
 
 
-def other_format(path: str, head: bytes) -> str | None:
-    """What a file is that another program reads, and what to do; None where nothing is known of it."""
+def other_format(path: str, head: bytes) -> Foreign | None:
+    """Say what a file is that another program reads, and what to do; None where nothing is known of it."""
     name = os.path.basename(path).lower()
     if is_unfinished(name):
-        return "is a download that has not ended: let it end, or give it its own name if it is complete"
+        return Foreign("is a download that has not ended", "let it end, or give it its own name if it is complete")
     for magic, what, remedy in _MAGIC:
         if head.startswith(magic):
-            return f"is {what}: {remedy}"
+            return Foreign(f"is {what}", remedy)
     for suffix, what, remedy in _SUFFIXES:
         if re.search(rf"({suffix})$", name):
-            return f"is {what}: {remedy}"
+            return Foreign(f"is {what}", remedy)
     if head[257:262] == b"ustar":
-        return f"is a tar archive: {_UNPACK}"
+        return Foreign("is a tar archive", _UNPACK)
     if head[4:8] == b"TFL3":
-        return f"is a TensorFlow Lite model: {_SAVE_AGAIN}"
+        return Foreign("is a TensorFlow Lite model", _SAVE_AGAIN)
     return None
 
 
 def text_of(head: bytes) -> str | None:
-    """The beginning of a file that is plain text, such as a server's message; None for anything else."""
+    """Return the beginning of a file that is plain text, such as a server's message; None for anything else."""
     is_text = len(head) > _LENGTH_BYTES and all(32 <= c < 127 or c in b"\t\r\n" for c in head)
     return _text(head)[:60].decode() if is_text else None
 
 
 def _text(head: bytes) -> bytes:
-    """Without a mark of the byte order and white space before it."""
+    """Return the bytes without a mark of the byte order and white space before them."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
-def other_archive(path: str) -> str | None:
-    """What a zip archive is that torch did not write, from the names of its records; None: do not know.
+def other_archive(path: str) -> Foreign | None:
+    """Say what a zip archive is that torch did not write, from the names of its records; None where that is not known.
 
     Reads the last 8 MiB at most, where an archive lists its records.
     """
@@ -155,18 +175,18 @@ def other_archive(path: str) -> str | None:
     if b"/data.pkl" in listed:
         return None
     if b".weights.h5" in listed:
-        return f"is a Keras model: {_SAVE_AGAIN}"
+        return Foreign("is a Keras model", _SAVE_AGAIN)
     if b".npy" in listed:
-        return "is an archive of numpy arrays (.npz): numpy.load reads it; save them as safetensors"
+        return Foreign("is an archive of numpy arrays (.npz)", "numpy.load reads it; save them as safetensors")
     return None
 
 
-def other_directory(names: set[str]) -> str | None:
-    """What a directory is, by the names in it, that holds one model in a layout of another kind; None: not known."""
+def other_directory(names: set[str]) -> Foreign | None:
+    """Say what a directory is, by the names in it, that holds one model in another kind of layout; None: not known."""
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return _DCP
     if slices_in(names):
         return _SLICES
     if "saved_model.pb" in names:
-        return f"is a TensorFlow model: {_SAVE_AGAIN}"
+        return Foreign("is a TensorFlow model", _SAVE_AGAIN)
     return None

@@ -1,4 +1,4 @@
-"""What a checkpoint's headers say: which bytes of which file make up which tensor. Facts only, no weights.
+"""The facts that a checkpoint's headers state: which bytes of which file make up which tensor. No weights.
 
 A *storage* is a contiguous byte range of one file; a *tensor* is a view of one storage. Safetensors has one storage
 per tensor; a torch zip checkpoint may let several tensors share one, and keeps strides. What there is one of for every
@@ -32,7 +32,7 @@ _LONGEST_TICK_NS = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """A file and the identity it had when its header was read."""
+    """A file and the identity that it had when its header was read."""
 
     path: str
     nbytes: int
@@ -40,8 +40,9 @@ class FileFacts:
     inode: int
     device: int
     ctime_ns: int
-    """When its content, name or mode last changed. No program can set it: it tells of a change whose mtime was put
-    back. Stores through a mapping are told of late, when the system writes them to the disk, or never."""
+    """Time of the last change of its content, name or mode. No program can set it: it tells of a change whose mtime was
+    put back. Stores through a mapping are told of late, when the system writes them to the disk, or never.
+    """
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if the path now leads to another or a modified file. Costs one stat."""
@@ -56,7 +57,9 @@ class FileFacts:
             what = "replaced" if (now.inode, now.device) != (self.inode, self.device) else "modified"
             raise CheckpointError(
                 f"{self.path} was {what} while it was being loaded "
-                f"({self.nbytes} bytes before, {now.nbytes} now): nothing was handed out; load it again"
+                f"({self.nbytes} bytes before, {now.nbytes} now): nothing was handed out; load it again",
+                path=self.path,
+                remedy="load it again",
             )
 
 
@@ -94,7 +97,7 @@ class Checkpoint:
     files: tuple[FileFacts, ...]
     storages: tuple[StorageFacts, ...]
     tensors: tuple[TensorFacts, ...]
-    """In file order: by file, then by position."""
+    """Facts of all tensors in file order: by file, then by position."""
     metadata: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     part: str | None = None
@@ -110,7 +113,7 @@ class Checkpoint:
         return tuple(t.name for t in self.tensors)
 
     def names_in(self, number: int) -> list[str]:
-        """Names of the tensors that are taken from file number `number`, which may hold others beside them."""
+        """Return names of the tensors that are taken from file number `number`, which may hold others beside them."""
         return [t.name for t in self.tensors if self.storages[t.storage].file == number]
 
     @property
@@ -125,21 +128,26 @@ class Checkpoint:
 
 
 def stat_file(path: str) -> FileFacts:
-    """Identity of a regular file; `MissingFileError` or `CheckpointError` if it is none.
+    """Return the identity of a regular file.
 
     A file that was changed a moment ago could be changed again within the same tick of the clock, and have the same
     times. So for such a file this waits for the next tick, some milliseconds: any later change shows.
+
+    Raises:
+        MissingFileError: There is none.
+        CheckpointError: It is no regular file, or may not be looked at.
     """
     facts = _stat_file(path)
     if not _is_of_this_tick(facts.ctime_ns):
         return facts
+    # the clock moves, the facts stay; a second stat at the end sees a change during the wait
     while _is_of_this_tick(facts.ctime_ns):
         time.sleep(0.001)
     return _stat_file(path)
 
 
 def _is_of_this_tick(time_ns: int) -> bool:
-    """Whether a change now would be dated so; False also for what comes from a clock that is far ahead of ours."""
+    """Say whether a change now would be dated so; False also for what comes from a clock that is far ahead of ours."""
     return 0 <= time_ns - time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) < _LONGEST_TICK_NS
 
 
@@ -147,11 +155,13 @@ def _stat_file(path: str) -> FileFacts:
     try:
         st = os.stat(path)
     except FileNotFoundError as error:
-        raise MissingFileError(f"{path} does not exist: check the path, or download the missing file") from error
+        raise MissingFileError.because(
+            "does not exist", "check the path, or download the missing file", path=path
+        ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     if not stat.S_ISREG(st.st_mode):
-        raise CheckpointError(f"{path} is not a regular file")
+        raise CheckpointError.because("is not a regular file", path=path)
     return _facts(path, st)
 
 
@@ -167,7 +177,7 @@ def check_shape(shape: Sequence[int], where: str) -> None:
 
 @lru_cache(maxsize=4096)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides in elements, as torch counts them (a dimension of size 0 counts as 1)."""
+    """Return row-major strides in elements, as torch counts them (a dimension of size 0 counts as 1)."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

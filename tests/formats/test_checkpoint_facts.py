@@ -5,7 +5,7 @@ import os
 import pytest
 
 from wan_loader import CheckpointError
-from wan_loader.formats.facts import stat_file
+from wan_loader.formats.checkpoint_facts import stat_file
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_what_is_changed_in_the_tick_of_the_last_change_is_in_the_facts(path, mo
         append(path)
         now[0] += 4_000_000
 
-    monkeypatch.setattr("wan_loader.formats.facts.time.sleep", sleep)
-    monkeypatch.setattr("wan_loader.formats.facts.time.clock_gettime_ns", lambda _: now[0])
+    monkeypatch.setattr("wan_loader.formats.checkpoint_facts.time.sleep", sleep)
+    monkeypatch.setattr("wan_loader.formats.checkpoint_facts.time.clock_gettime_ns", lambda _: now[0])
     assert stat_file(str(path)).nbytes == 5001
 
 
@@ -92,10 +92,12 @@ def test_a_clock_that_is_ahead_or_behind_is_not_waited_for(path, monkeypatch):
     def sleep(seconds):
         raise AssertionError("waited")
 
-    monkeypatch.setattr("wan_loader.formats.facts.time.sleep", sleep)
+    monkeypatch.setattr("wan_loader.formats.checkpoint_facts.time.sleep", sleep)
     ctime_ns = os.stat(path).st_ctime_ns
     for away_ns in (10**9, -(10**9)):
-        monkeypatch.setattr("wan_loader.formats.facts.time.clock_gettime_ns", lambda _, at=ctime_ns + away_ns: at)
+        monkeypatch.setattr(
+            "wan_loader.formats.checkpoint_facts.time.clock_gettime_ns", lambda _, at=ctime_ns + away_ns: at
+        )
         assert stat_file(str(path)).ctime_ns == ctime_ns
 
 

@@ -1,4 +1,4 @@
-"""A directory of several checkpoints, such as that of a whole model: which parts it has, and in which order.
+"""Directories of several checkpoints, such as that of a whole model: which parts one has, and in which order.
 
 What is certain follows from structure alone: each file, index, set of shards, or subdirectory that holds just one, is
 a part, and parts come in the order of their names. What the parts are called, which is used first, and what is missing
@@ -17,12 +17,20 @@ from typing import TYPE_CHECKING, cast
 from wan_loader.entry_points import first_answer
 from wan_loader.errors import WanLoaderError
 from wan_loader.formats.directory import examined, look_into
-from wan_loader.formats.names import is_index_name, stem_of
+from wan_loader.formats.file_names import is_index_name, stem_of
 
 if TYPE_CHECKING:
     from wan_loader.formats.directory import Candidate
 
-__all__ = ["MissingFile", "ModelDirectory", "ModelPart", "candidates_below", "known", "parts_in", "recognise"]
+__all__ = [
+    "MissingFile",
+    "ModelDirectory",
+    "ModelPart",
+    "candidates_below",
+    "known_model",
+    "parts_in",
+    "recognise_model",
+]
 
 _MAX_SEEN = 1000
 _MAX_DEPTH = 3
@@ -33,14 +41,14 @@ class ModelPart:
     """One checkpoint of a model, there or not."""
 
     name: str
-    """What the family calls it."""
+    """The name that the family gives it."""
     path: str
     """Its file, index, set of shards or subdirectory, below the model's directory, with slashes."""
     title: str
-    """The same for people."""
+    """The name for people."""
 
     def holds(self, relative: str) -> bool:
-        """Whether a file below the model's directory belongs to it."""
+        """Say whether a file below the model's directory belongs to it."""
         if relative == self.path or relative.startswith(f"{self.path}/"):
             return True
         folder, _, name = self.path.rpartition("/")
@@ -58,26 +66,26 @@ class MissingFile:
     """A file that is not there, or not all of it."""
 
     path: str
-    """Below the model's directory; ends in a slash for a whole directory."""
+    """The place below the model's directory; ends in a slash for a whole directory."""
     nbytes: int | None = None
     """Its length; None where that is not known."""
     nbytes_here: int = 0
-    """How much of it has been downloaded."""
+    """The bytes of it that have been downloaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDirectory:
-    """What its family knows of a model's directory, complete or not."""
+    """A model's directory, complete or not, as its family knows it."""
 
     family: str
     """The model's name, for people."""
     layout: str
-    """Which of the family's ways to lay out files this is."""
+    """The family's name for this arrangement of files."""
     parts: tuple[ModelPart, ...]
-    """What holds weights, in the order of first use."""
+    """The holders of weights, in the order of first use."""
     missing: tuple[MissingFile, ...] = ()
     problems: tuple[tuple[str, str], ...] = ()
-    """What is damaged beside the weights (a configuration, an index), and how."""
+    """Names of what is damaged beside the weights (a configuration, an index), each with what is wrong."""
     repository: str | None = None
     """The hub's repository from which it was downloaded, where that is known."""
     revision: str | None = None
@@ -85,35 +93,37 @@ class ModelDirectory:
     """A repository from which `wan-loader download` gets what is missing."""
 
     def rank(self, relative: str) -> int:
-        """When a file below the directory is needed: 0 for what belongs to no part, then parts by first use."""
+        """Say when a file below the directory is needed: 0 for what belongs to no part, then parts by first use."""
         return next((rank for rank, part in enumerate(self.parts, 1) if part.holds(relative)), 0)
 
 
-def recognise(directory: str) -> ModelDirectory | None:
+def recognise_model(directory: str) -> ModelDirectory | None:
     """Ask the families of models what a directory is; None where none knows it.
 
-    Raises `WanLoaderError` where one knows it and cannot say more, as something in it is damaged.
+    Raises:
+        WanLoaderError: One knows it and cannot say more, as something in it is damaged.
     """
     return cast("ModelDirectory | None", first_answer("wan_loader.models", directory))
 
 
-def known(directory: str) -> ModelDirectory | None:
-    """As `recognise`, where an answer helps and none is no error."""
+def known_model(directory: str) -> ModelDirectory | None:
+    """Ask as `recognise_model` does, where an answer helps and none is no error."""
     with contextlib.suppress(WanLoaderError, OSError):
-        return recognise(directory)
+        return recognise_model(directory)
     return None
 
 
 def parts_in(directory: str) -> list[str]:
-    """The checkpoints in a directory and in its subdirectories: paths, each of which is one."""
+    """Return the checkpoints in a directory and in its subdirectories: paths, each of which is one."""
     own = look_into(directory, by_content=False).candidates
     return [os.path.join(directory, choice.name) for choice in [*candidates_below(directory), *own]]
 
 
 def candidates_below(directory: str) -> list[Candidate]:
-    """The checkpoints in the subdirectories, three levels down: one that holds just one stands for it."""
+    """Return the checkpoints in the subdirectories, three levels down: one that holds just one stands for it."""
     choices: list[Candidate] = []
     seen: set[str] = set()
+    # limited: somebody may name the root of a disk
     for path, names, _ in islice(os.walk(directory, followlinks=True), _MAX_SEEN):
         name = os.path.relpath(path, directory)
         names[:] = sorted(n for n in names if not n.startswith(".")) if name.count(os.sep) < _MAX_DEPTH - 1 else []

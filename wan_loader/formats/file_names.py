@@ -1,7 +1,7 @@
-"""What the names of files say, in one place: weights, indexes, shards, training state, unfinished downloads.
+"""The names of files, read in one place: weights, indexes, shards, training state, unfinished downloads.
 
-A name only decides which files of a directory are looked at. What a file is, its content says (`content`), and which
-files belong together, an index, where there is one.
+A name only decides which files of a directory are looked at. What a file is, its content says (`known_formats`,
+`foreign_files`), and which files belong together, an index, where there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAFETENSORS",
     "WEIGHT_SUFFIXES",
-    "Shard",
+    "ShardName",
     "is_dcp_name",
     "is_index_name",
     "is_training_state",
@@ -56,34 +56,34 @@ _PARALLEL = re.compile(r"consolidated\.\d+\.(pth|pt|safetensors)|mp_rank_\d+_mod
 
 
 def is_weight_name(name: str) -> bool:
-    """Whether a file's name ends as those of files with weights do."""
+    """Say whether a file's name ends as those of files with weights do."""
     return name.lower().endswith(WEIGHT_SUFFIXES)
 
 
 def is_index_name(name: str) -> bool:
-    """Whether a file is called like the index of a checkpoint."""
+    """Say whether a file is called like the index of a checkpoint."""
     return _INDEX.fullmatch(name) is not None
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a file is called like a download that has not ended."""
+    """Say whether a file is called like a download that has not ended."""
     return name.lower().endswith(_UNFINISHED)
 
 
 def is_dcp_name(name: str) -> bool:
-    """Whether a file is called like a part of a DCP checkpoint: archives of torch.save, one behind the other."""
+    """Say whether a file is called like a part of a DCP checkpoint: archives of torch.save, one behind the other."""
     return name.lower().endswith(".distcp")
 
 
 def slices_in(names: Iterable[str]) -> set[str]:
-    """Those of a directory's names that are slices of every parameter: together they are a model, alone nothing."""
+    """Return the names of slices of every parameter: together these files are a model, alone nothing."""
     names = list(names)
     parallel = {name for name in names if _PARALLEL.fullmatch(name)}
     return {name for name in names if _ZERO3.fullmatch(name)} | (parallel if len(parallel) > 1 else set())
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a file is called like what Trainer, accelerate, DeepSpeed and others keep beside the weights.
+    """Say whether a file is called like what Trainer, accelerate, DeepSpeed and others keep beside the weights.
 
     Whole words count, so that a `resampler.bin` is not one. A name that speaks of a model as well is one only where it
     speaks of an optimizer in full: Megatron's `model_optim_rng.pt` holds the weights.
@@ -101,7 +101,7 @@ def is_training_state(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardName:
     """A name like `model-00001-of-00002.safetensors`, taken apart."""
 
     head: str
@@ -113,24 +113,24 @@ class Shard:
 
     @property
     def pattern(self) -> str:
-        """What names all shards of the set."""
+        """The pattern that names all shards of the set."""
         return f"{self.head}*{self.tail}"
 
     def sibling(self, number: int, width: int) -> str:
-        """The name of another shard of the set."""
+        """Return the name of another shard of the set."""
         return f"{self.head}{number:0{width}d}{self.tail}"
 
 
-def parse_shard(name: str) -> Shard | None:
+def parse_shard(name: str) -> ShardName | None:
     """Take the name of a shard apart; None for any other name, and for sets of no files."""
     found = _SHARD.fullmatch(name)
     if found is None or not int(found["count"]):
         return None
-    return Shard(found["head"], int(found["number"]), found["of"], int(found["count"]))
+    return ShardName(found["head"], int(found["number"]), found["of"], int(found["count"]))
 
 
 def stem_of(name: str) -> str:
-    """What a file, an index, or a shard is called without its format: the same for what holds the same model.
+    """Return the name of a file, an index, or a shard without its format: the same for what holds the same model.
 
     `model.fp16.safetensors`, `pytorch_model.fp16.bin`, `model.safetensors.index.fp16.json` and the shard
     `model.fp16-00001-of-00002.safetensors` are all "model.fp16".
@@ -147,6 +147,6 @@ def stem_of(name: str) -> str:
 
 
 def _without_suffix(name: str) -> str:
-    """The name without a suffix of weights, if it has one."""
+    """Return the name without a suffix of weights, if it has one."""
     suffix = max((s for s in WEIGHT_SUFFIXES if name.endswith(s)), key=len, default="")
     return name.removesuffix(suffix)

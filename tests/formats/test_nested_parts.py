@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wan_loader import CheckpointError, open_checkpoint
-from wan_loader.formats.torchpickle import load_torch_pickle
+from wan_loader.formats.torch_pickle import load_torch_pickle
 
 ONE, TWO = torch.ones(2), torch.full((3,), 2.0)
 NESTED = {

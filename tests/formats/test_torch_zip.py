@@ -330,8 +330,9 @@ def test_an_evil_pickle_under_a_safetensors_name_runs_nothing(tmp_path):
     marker = tmp_path / "executed"
     path = tmp_path / "model.safetensors"
     torch.save({"x": Call(os.system, f"touch {marker}")}, path)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointError) as caught:
         load_file(path)
+    assert caught.value.path == str(path)
     assert not marker.exists()
 
 
@@ -492,22 +493,25 @@ def test_a_few_bytes(path, nbytes):
 def test_a_zip_that_is_no_checkpoint(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "hello")
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 def test_two_pickles_in_one_archive(path):
     write(path, {}, extra=[("other/data.pkl", pickled({}))])
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", ["model/data/0", "model/data.pkl"])
 def test_a_record_that_stands_twice(path, name):
     write(path, {"w": View(Storage(), (4,), (1,))}, extra=[(name, bytes(16))])
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 def central_entry(content, name):
@@ -524,8 +528,9 @@ def test_a_record_that_is_not_where_the_directory_says(path, offset):
     content = bytearray(path.read_bytes())
     struct.pack_into("<I", content, central_entry(content, b"model/data/0") + 42, offset)
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 def test_two_records_in_the_same_place(path):
@@ -535,8 +540,9 @@ def test_two_records_in_the_same_place(path):
     content[second + 16 : second + 28] = content[first + 16 : first + 28]  # checksum and sizes
     content[second + 42 : second + 46] = content[first + 42 : first + 46]  # place
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 def zip64_with_offset(offset):
@@ -554,8 +560,9 @@ def zip64_with_offset(offset):
 @pytest.mark.parametrize("offset", [2**40, 2**63 - 1, 2**63, 2**64 - 1])
 def test_a_record_at_a_64_bit_offset(path, offset):
     path.write_bytes(zip64_with_offset(offset))
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 def test_a_record_name_that_is_not_utf8(path):
@@ -563,13 +570,15 @@ def test_a_record_name_that_is_not_utf8(path):
     content = bytearray(path.read_bytes())
     content[central_entry(content, b"model/data/0") + 46] = 0xFF
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.pth"):
+    with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 def test_missing_file(path):
-    with pytest.raises(MissingFileError, match=r"model\.pth"):
+    with pytest.raises(MissingFileError) as caught:
         open_checkpoint(path)
+    assert caught.value.path == str(path)
 
 
 # A small pickle may not take much memory or time
@@ -578,7 +587,7 @@ def test_missing_file(path):
 GREEDY = """
 import pickle, resource, struct, sys, time
 sys.path[:0] = {paths!r}
-from test_torchzip import Storage, View, pickled, write
+from test_torch_zip import Storage, View, pickled, write
 from wan_loader import CheckpointError, open_checkpoint
 
 def tower(levels):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
-from wan_loader.formats.known import recognise
+from wan_loader.formats.known_formats import recognise_format
 from wan_loader.verify import verify
 
 NAMES = [
@@ -60,7 +60,7 @@ def test_content_decides_and_not_the_suffix(tmp_path, format_, name):
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x04034B50])
 def test_a_length_that_looks_like_another_format_is_a_length(length):
     """0x280 is how a pickle begins, 0x04034b50 how a zip archive does."""
-    assert recognise(length.to_bytes(8, "little") + b'{"w":').name == "safetensors"
+    assert recognise_format(length.to_bytes(8, "little") + b'{"w":').name == "safetensors"
 
 
 def test_an_index_by_its_content(tmp_path):
@@ -102,6 +102,8 @@ def test_what_is_none_of_ours_is_named(tmp_path, what, name):
     for given in (path, tmp_path, [path]):
         with pytest.raises(CheckpointError, match=f"^{path} .*{what}.*: ") as caught:
             open_checkpoint(given)
+        assert caught.value.path == str(path)
+        assert str(caught.value).endswith(caught.value.remedy)
         assert not isinstance(caught.value, MissingFileError)
 
 

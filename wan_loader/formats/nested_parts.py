@@ -1,4 +1,4 @@
-"""Which dict of tensors in a nested checkpoint is meant: the whole file, or the part that the caller names.
+"""The dict of tensors that is meant in a nested checkpoint: the whole file, or the part that the caller names.
 
 Training programs save `{"state_dict": {...}, "epoch": 3}` and deeper nests. One flat dict of tensors is loaded; of a
 file that holds several, or other things beside them, the caller says which one is meant.
@@ -27,20 +27,24 @@ _MAX_DEPTH = 16
 def choose_part(state: Any, part: str | None, *, path: str, is_tensor: Callable[[Any], bool]) -> dict[str, Any]:
     """Return the flat dict of tensors that is meant.
 
-    state: what the file holds; its dicts may be shared or contain themselves.
-    part: the keys that lead to the dict, joined by dots; None means that the file itself is one.
-    path: names the file in errors.
-    is_tensor: tells tensors from other values.
-
     The methods of `dict` are called on it, for an object in a pickle may hide them behind attributes of its own.
 
-    Raises `CheckpointError` if there is no such dict, with the parts there are.
+    Args:
+        state: The content of the file; its dicts may be shared or contain themselves.
+        part: The keys that lead to the dict, joined by dots; None means that the file itself is one.
+        path: The file's name for errors.
+        is_tensor: Tells tensors from other values.
+
+    Raises:
+        CheckpointError: There is no such dict. The message names the parts that there are.
     """
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {kind_of(state)}, not a dict of tensors: read it with torch.load")
+        raise CheckpointError.because(
+            f"holds a {kind_of(state)}, not a dict of tensors", "read it with torch.load", path=path
+        )
     chosen = state if part is None else _find(state, part)
     if chosen is None:
-        raise CheckpointError(f"{path} has no part {shown(part)}; {_offer(state, is_tensor)}")
+        raise CheckpointError(f"{path} has no part {shown(part)}; {_offer(state, is_tensor)}", path=path)
     if all(type(name) is str and is_tensor(value) for name, value in dict.items(chosen)):
         return chosen
     raise _not_flat(chosen, part, path, is_tensor)
@@ -54,7 +58,7 @@ def shown(name: object) -> str:
 
 
 def _find(state: dict[Any, Any], part: str) -> dict[Any, Any] | None:
-    """The dict at a dotted path; keys may have dots themselves, and the longest key counts first."""
+    """Return the dict at a dotted path; keys may have dots themselves, and the longest key counts first."""
     end = len(part)
     while end > 0:
         inner, rest = dict.get(state, part[:end]), part[end + 1 :]
@@ -69,7 +73,9 @@ def _find(state: dict[Any, Any], part: str) -> dict[Any, Any] | None:
 def _not_flat(chosen: dict[Any, Any], part: str | None, path: str, is_tensor: Callable[[Any], bool]) -> CheckpointError:
     where = path if part is None else f"{path}: part {shown(part)}"
     if _parts(chosen, is_tensor):
-        return CheckpointError(f"{where} is nested, not one flat dict of tensors; {_offer(chosen, is_tensor, part)}")
+        return CheckpointError(
+            f"{where} is nested, not one flat dict of tensors; {_offer(chosen, is_tensor, part)}", path=path
+        )
     odd = [(name, value) for name, value in dict.items(chosen) if type(name) is not str or not is_tensor(value)]
     named = [
         f"{shown(name)} (a {kind_of(value)})" if type(name) is str else f"{shown(name)} (its name is no text)"
@@ -78,7 +84,9 @@ def _not_flat(chosen: dict[Any, Any], part: str | None, path: str, is_tensor: Ca
     subject, verb = ("entry", "is not a tensor") if len(odd) == 1 else ("entries", "are not tensors")
     return CheckpointError(
         f"{where}: {subject} {_some(named, len(odd))} {verb}: this reads flat dicts of tensors; "
-        "read others with torch.load(weights_only=True)"
+        "read others with torch.load(weights_only=True)",
+        path=path,
+        remedy="read others with torch.load(weights_only=True)",
     )
 
 
@@ -96,12 +104,12 @@ def _offer(state: dict[Any, Any], is_tensor: Callable[[Any], bool], part: str | 
 
 
 def _some(named: list[str], count: int) -> str:
-    """The first of `count` names, and how many more there are."""
+    """List the first of `count` names, and how many more there are."""
     return ", ".join(named) + (f" and {count - len(named)} more" if count > len(named) else "")
 
 
 def _parts(state: dict[Any, Any], is_tensor: Callable[[Any], bool]) -> list[tuple[tuple[str, ...], int]]:
-    """The keys that lead to each flat dict of tensors below `state`, and its number of tensors."""
+    """Return the keys that lead to each flat dict of tensors below `state`, and its number of tensors."""
     found: list[tuple[tuple[str, ...], int]] = []
     seen = {id(state)}  # each dict once: a file may make many paths of few dicts
     level: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), state)]

@@ -5,9 +5,9 @@ import os
 import pytest
 
 from wan_loader.errors import CheckpointError, OutputError
-from wan_loader.formats import open_checkpoint, several
+from wan_loader.formats import model_directory, open_checkpoint
 from wan_loader.formats.inventory import checkpoints_in, take_inventory
-from wan_loader.formats.several import MissingFile, ModelDirectory, ModelPart, known, parts_in
+from wan_loader.formats.model_directory import MissingFile, ModelDirectory, ModelPart, known_model, parts_in
 from wan_loader.warming.tree import list_tree
 
 HEADER = b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
@@ -37,7 +37,7 @@ def family(monkeypatch):
                 raise answer
             return answer
 
-        monkeypatch.setattr(several, "first_answer", recognise)
+        monkeypatch.setattr(model_directory, "first_answer", recognise)
 
     return family
 
@@ -89,7 +89,7 @@ def test_an_error_says_whose_directory_it_is(tmp_path, family):
 def test_trouble_of_a_family_is_none_of_ours_where_an_answer_would_only_help(tmp_path, family, trouble):
     family(trouble)
     fill(tmp_path, "b.safetensors", "a.safetensors")
-    assert known(str(tmp_path)) is None
+    assert known_model(str(tmp_path)) is None
     assert [file.relative for file in list_tree(tmp_path).files] == ["a.safetensors", "b.safetensors"]
     with pytest.raises(CheckpointError, match="holds 2 checkpoints"):
         open_checkpoint(tmp_path)
