@@ -135,12 +135,14 @@ class WanCheckpoint:
         return tuple(c.name for c in self.components)
 
 
-def open_wan(directory: StrPath) -> WanCheckpoint:
+def open_wan(directory: StrPath | WanCheckpoint) -> WanCheckpoint:
     """The facts of a WAN checkpoint in either layout. Reads headers only and imports no torch.
 
     Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files,
     `OptionError` for what is no path.
     """
+    if isinstance(directory, WanCheckpoint):
+        return directory
     root = Path(checked_path(directory, "directory"))
     try:
         return _open(Path(locate(str(root))))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from wan_loader import StrPath
     from wan_loader.cache import EntryBuild
+    from wan_pipeline.checkpoint import WanCheckpoint
     from wan_pipeline.parallel import Run
     from wan_pipeline.startup import Started
 
@@ -68,7 +69,7 @@ class WanT2V:
     @classmethod
     def from_checkpoint(
         cls,
-        directory: StrPath,
+        directory: StrPath | WanCheckpoint,
         *,
         preset: str = "auto",
         device: str | torch.device = "auto",
@@ -260,7 +261,7 @@ def _no_frames(request: Request) -> np.ndarray:
 
 
 def load_diffusers(
-    directory: StrPath,
+    directory: StrPath | WanCheckpoint,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,

@@ -81,7 +81,7 @@ class _StartContext:
     cache: PipelineCache | None
 
 
-def begin(directory: StrPath, options: StartOptions) -> Started:
+def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
     """Start. Raises everything that can be found wrong before a weight is loaded."""
     recorder = Recorder()
     with span(recorder, "header"):

@@ -86,7 +86,8 @@ def test_flags_change_no_bit(tiny_wan, expected, flags):
 def test_load_diffusers(tiny_wan, layout, preset, dtype):
     from diffusers import WanPipeline
 
-    pipe = wan_pipeline.load_diffusers(tiny_wan(layout), device="cpu", dtype=dtype, preset=preset)
+    source = wan_pipeline.open_wan(tiny_wan(layout)) if preset == "balanced" else tiny_wan(layout)
+    pipe = wan_pipeline.load_diffusers(source, device="cpu", dtype=dtype, preset=preset)
     assert type(pipe) is WanPipeline
     settings = {"shift": 3.0, "guidance_scale": 5.0, "guidance_scale_2": None}
     plain = WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype)

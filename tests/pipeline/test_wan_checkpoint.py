@@ -34,6 +34,11 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_an_open_checkpoint_stays_what_it_is(tiny_wan):
+    checkpoint = open_wan(tiny_wan())
+    assert open_wan(checkpoint) is checkpoint
+
+
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
 def test_layouts_have_the_same_parts(tiny_wan, task):
     native, diffusers = (open_wan(tiny_wan(layout, task)) for layout in LAYOUTS)

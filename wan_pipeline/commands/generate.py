@@ -17,6 +17,7 @@ from wan_loader import OptionError
 from wan_loader.cli import check_outputs, own_file, print_json, say, show, write_json
 from wan_loader.distributed import is_first, world_size
 from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.families import FAMILIES
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.progress import phase_progress
 from wan_pipeline.request import Request, parse_guide_scale, parse_size
@@ -28,14 +29,18 @@ if TYPE_CHECKING:
 __all__ = ["generate", "load"]
 
 
-def _names(name: str) -> tuple[str, ...]:
+_TASKS = [family.task for family in FAMILIES]
+
+
+def _spellings(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _option(name: str, help: str, **settings: Any) -> Any:
-    return typer.Option(*_names(name), help=help, **settings)
+    return typer.Option(*_spellings(name), help=help, **settings)
 
 
+_TASK_HELP = f"{', '.join(_TASKS[:-1])} or {_TASKS[-1]}."
 CkptDir = Annotated[Path, _option("ckpt_dir", "The checkpoint, in the native or the diffusers layout.")]
 PresetName = Annotated[
     str, _option("preset", "auto, fastest, balanced, min-memory, multi-gpu, or a .toml file of your own.")
@@ -73,7 +78,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks 
 def generate(
     ckpt_dir: CkptDir,
     prompt: Annotated[str, _option("prompt", "What the video shows.")],
-    task: Annotated[str | None, _option("task", "t2v-A14B or ti2v-5B.", show_default="the checkpoint's")] = None,
+    task: Annotated[str | None, _option("task", _TASK_HELP, show_default="the checkpoint's")] = None,
     size: Annotated[str | None, _option("size", "WIDTH*HEIGHT in pixels.", show_default="1280*720")] = None,
     frame_num: Annotated[int | None, _option("frame_num", "Frames, 4n+1.", show_default="81")] = None,
     sample_steps: Annotated[int | None, _option("sample_steps", "Denoising steps.", show_default="40")] = None,
@@ -119,7 +124,7 @@ def generate(
     degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
     degrees.check(world_size(), t5_cpu=t5_cpu)
     start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
-    checkpoint = open_wan(ckpt_dir)
+    start["directory"] = checkpoint = open_wan(ckpt_dir)
     if task not in (None, checkpoint.task):
         raise OptionError(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
     settings = {
