@@ -1,4 +1,4 @@
-"""wan_pipeline: WAN2.2 text-to-video, started as fast as the hardware allows.
+"""Text to video with WAN2.2, started as fast as the hardware allows.
 
 Importing this package imports neither torch nor diffusers; the first call that needs them does.
 """

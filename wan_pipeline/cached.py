@@ -40,7 +40,10 @@ _MAX_SMALL_BYTES = 100_000_000
 
 
 def outline_wan(checkpoint: WanCheckpoint, dtype: str) -> Outline:
-    """What the entry of a checkpoint holds, with its experts as `dtype`. Reads the tokenizer's files (about 20 MB)."""
+    """Describe the cache entry of a checkpoint, with its experts as `dtype`.
+
+    Reads the tokenizer's files (about 20 MB) and no weight.
+    """
     files = tuple(_outline_component(c, dtype if c.name in EXPERTS else None) for c in checkpoint.components)
     return Outline(str(checkpoint.directory), dtype, files, _small_files(checkpoint))
 
@@ -109,10 +112,17 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 class PipelineCache:
-    """The cache's part in one start: which directory is loaded, and the entry that is made of what was loaded."""
+    """The cache's part in one start: the directory that is loaded, and the entry that is made of what was loaded.
+
+    Whatever is wrong with the cache, the source is loaded; `report` says why.
+
+    Args:
+        source: The checkpoint that was asked for.
+        dtype: The dtype of the experts.
+        directory: The cache's directory; None is the user's.
+    """
 
     def __init__(self, source: WanCheckpoint, dtype: str, directory: StrPath | None) -> None:
-        """dtype: of the experts. Whatever is wrong with the cache, the source is loaded; `report` says why."""
         self.source = source
         self.checkpoint = source
         outline = outline_wan(source, dtype)
@@ -130,20 +140,25 @@ class PipelineCache:
 
     @property
     def report(self) -> CacheReport:
-        """What the cache has to do with the start."""
+        """The cache's part in the start: state, reason, entry."""
         return self._use.report
 
     @property
     def build(self) -> EntryBuild | None:
-        """The entry that is being written from what was loaded."""
+        """The entry that is being written from what was loaded; None if there is none (yet)."""
         return self._use.build
 
     def note(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """A network was loaded: `tensors` by their names in the source. Call before anybody else has them."""
+        """Take note of a network that was loaded. Call it before anybody else has the tensors, who may change them.
+
+        Args:
+            name: The network.
+            tensors: Its tensors by their names in the source.
+        """
         self._use.note(self._files[name], tensors)
 
     def close(self) -> None:
-        """The entry is not read any more; one whose networks were not all loaded is not written."""
+        """Read the entry no more, and give up one that was begun if not all of its networks were loaded."""
         self._use.close()
 
 

@@ -1,13 +1,13 @@
-"""From a directory to the parts of a WAN checkpoint: which files, which names, which configuration, which dtypes.
+"""The facts of a WAN checkpoint: its networks with their files, names, configurations and dtypes.
 
-Both published layouts lead to the same facts, under the names that diffusers' pipeline has for its parts:
+Both published layouts lead to the same facts, under the names that diffusers' pipeline has for its networks:
 
     text_encoder      umT5 encoder
     transformer       the high-noise expert, or the only transformer
     transformer_2     the low-noise expert
     vae               the VAE
 
-Which model it is, and what is particular to that, is a `ModelFamily`.
+The model, and what is particular to it, is a `ModelFamily`.
 
 Reads headers and small JSON files only, so that whatever is wrong with a checkpoint is found in milliseconds, before
 any weight is read and before torch is imported. It builds no module and loads nothing.
@@ -47,9 +47,9 @@ class Component:
     """One network of a checkpoint."""
 
     network: Network
-    """What its family says of it."""
+    """The network as its family describes it."""
     source: str
-    """What `wan_loader` opens: a file, an index, or a directory."""
+    """The path that `wan_loader` opens: a file, an index, or a directory."""
     facts: Checkpoint = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     """Arguments of diffusers' or transformers' class."""
@@ -58,7 +58,7 @@ class Component:
 
     @property
     def name(self) -> ComponentName:
-        """What diffusers' pipelines call it."""
+        """The name that diffusers' pipelines give it."""
         return self.network.name
 
     @property
@@ -67,7 +67,12 @@ class Component:
         return self.network.keep_fp32
 
     def nbytes(self, dtype: str | None, *, decoder_only: bool = False) -> int:
-        """Bytes once loaded as `dtype` ("bfloat16", "float32"; None: as in the file)."""
+        """Add up the bytes that it takes once it is loaded.
+
+        Args:
+            dtype: The dtype that it is loaded as, "bfloat16", "float16" or "float32"; None leaves it as in the file.
+            decoder_only: Leave out the half of a VAE that only encodes.
+        """
         sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
         policy = DtypePolicy(dtype, self.keep_fp32)
         total = 0
@@ -79,12 +84,12 @@ class Component:
         return total
 
     def is_encoder_only(self, name: str) -> bool:
-        """Whether a tensor, by its name in the file, belongs to the half of a VAE that only encodes."""
+        """Return True if a tensor, by its name in the file, belongs to the half of a VAE that only encodes."""
         return name.startswith(self.network.encodes_only)
 
     @property
     def kept_parts(self) -> list[str]:
-        """Those of `keep_fp32` that names in the file have: the others are the other layout's."""
+        """The items of `keep_fp32` that names in the file have: the others are the other layout's."""
         unused = DtypePolicy(keep_fp32=self.keep_fp32).unused_parts(self.facts.names)
         return [part for part in self.keep_fp32 if part not in unused]
 
@@ -96,22 +101,22 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class WanCheckpoint:
-    """A complete WAN checkpoint: its parts in the order of first use, and the small things around them."""
+    """A complete WAN checkpoint: its networks in the order of first use, and the small things around them."""
 
     directory: Path
     layout: Layout
     components: tuple[Component, ...]
     tokenizer: Path
     scheduler: Mapping[str, Any]
-    """diffusers' scheduler configuration."""
+    """The scheduler's configuration, as diffusers keeps it."""
     boundary_ratio: float | None
-    """From which share of the noise schedule on the high-noise expert runs; None where there is one expert."""
+    """The share of the noise schedule from which on the high-noise expert runs; None where there is one expert."""
     family: ModelFamily = field(default=FAMILIES[0], kw_only=True, repr=False)
-    """Which model it is."""
+    """The model that it is."""
 
     @property
     def task(self) -> str:
-        """Which model this is, as `--task` has it."""
+        """The name of the model in `--task`."""
         return self.family.task
 
     @property
@@ -121,7 +126,7 @@ class WanCheckpoint:
 
     @property
     def vae_scale(self) -> tuple[int, int]:
-        """How many frames, and how many pixels in a row, one latent stands for."""
+        """The frames, and the pixels in a row, that one latent stands for."""
         return int(self["vae"].config.get("scale_factor_temporal", 4)), int(
             self["vae"].config.get("scale_factor_spatial", 8)
         )
@@ -131,15 +136,21 @@ class WanCheckpoint:
 
     @property
     def names(self) -> tuple[ComponentName, ...]:
-        """Names of the parts, in the order of first use."""
+        """Names of the networks, in the order of first use."""
         return tuple(c.name for c in self.components)
 
 
 def open_wan(directory: StrPath | WanCheckpoint) -> WanCheckpoint:
-    """The facts of a WAN checkpoint in either layout. Reads headers only and imports no torch.
+    """Read the facts of a WAN checkpoint in either layout. Reads headers only, and imports no torch.
 
-    Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files,
-    `OptionError` for what is no path.
+    Args:
+        directory: The directory, or OWNER/NAME in the hub's cache. A checkpoint that was opened is returned as it is:
+            no header is read twice.
+
+    Raises:
+        MissingFileError: Files are missing; the message names all of them.
+        CheckpointError: It is another model, or files are damaged.
+        OptionError: It is no path.
     """
     if isinstance(directory, WanCheckpoint):
         return directory
@@ -211,7 +222,7 @@ def _require(root: Path, layout: Layout) -> None:
 
 
 def _facts(path: Path) -> Checkpoint:
-    """Of one part; `CheckpointError` for quantised ones: the networks multiply by no scales."""
+    """Read the headers of one network; `CheckpointError` for quantised ones: the networks multiply by no scales."""
     facts = open_checkpoint(path)
     for weight, scale in find_scales(facts.tensors).items():
         raise CheckpointError(
@@ -222,7 +233,13 @@ def _facts(path: Path) -> Checkpoint:
 
 
 def _component(network: Network, path: Path, config: Mapping[str, Any] | None) -> Component:
-    """One network. path: its file or directory; config: of that directory, where the layout keeps one."""
+    """Put the facts of one network together.
+
+    Args:
+        network: The network.
+        path: Its file or directory.
+        config: The configuration in that directory, where the layout keeps one.
+    """
     if network.kind == "dit" and (path / _INDEX).exists():
         path /= _INDEX
     facts = _facts(path)
@@ -245,7 +262,7 @@ def _rename(table: Callable[[str], str | None], name: str) -> str:
 
 
 def _checked(checkpoint: WanCheckpoint) -> WanCheckpoint:
-    """The parts must fit each other, too."""
+    """Return the checkpoint, if its networks fit each other; else raise `CheckpointError`."""
     text, expert = checkpoint["text_encoder"], checkpoint["transformer"]
     if (wants := expert.config["text_dim"]) != (gives := text.config["d_model"]):
         raise CheckpointError(

@@ -25,7 +25,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def native_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]], where: str) -> Shapes:
-    """The shapes under native names, whichever layout's names they have. `CheckpointError` for a foreign name."""
+    """Return the shapes under native names, whichever layout's names they have.
+
+    Raises:
+        CheckpointError: A name is of neither layout.
+    """
     table = keymap(network.map_name)
     out: Shapes = {}
     for key, shape in shapes.items():
@@ -43,7 +47,7 @@ def native_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]], where
 
 
 def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[str, Any]:
-    """diffusers' configuration of an expert, from the config file of either layout."""
+    """Make diffusers' configuration of an expert, from the config file of either layout."""
     _of_class(config, ("WanModel", "WanTransformer3DModel"), where)
     if "dim" not in config:
         return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -71,7 +75,7 @@ def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, wher
 
 
 def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
-    """`CheckpointError` if the tensors of an expert are not those that its config describes."""
+    """Raise `CheckpointError` if the tensors of an expert are not those that its config describes."""
     try:
         expected = _dit_shapes(config)
         layers = int(config["num_layers"])
@@ -92,7 +96,7 @@ def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
 
 
 def _check_complete(shapes: Shapes, layers: int, where: str) -> None:
-    """Every block has the tensors of block 0, in the same shapes, and all tensors outside of blocks are there."""
+    """Raise unless all tensors outside of blocks are there, and every block has those of block 0 in their shapes."""
     table = keymap("dit").native
     names = [*table.outer, *(f"blocks.{i}.{leaf}" for i in range(layers) for leaf in table.inner)]
     if missing := [name for name in names if name not in shapes]:
@@ -106,7 +110,7 @@ def _check_complete(shapes: Shapes, layers: int, where: str) -> None:
 
 
 def _dit_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The tensors that pin every number of the config."""
+    """Return the shapes of the tensors that pin every number of the config."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     ffn, patch = config["ffn_dim"], math.prod(config["patch_size"])
     return {
@@ -125,7 +129,7 @@ def _dit_shapes(config: Mapping[str, Any]) -> Shapes:
 def text_encoder_config(
     network: Network, config: Mapping[str, Any] | None, shapes: Shapes, where: str
 ) -> dict[str, Any]:
-    """transformers' configuration of the text encoder; from the shapes alone if there is no file."""
+    """Make transformers' configuration of the text encoder; from the shapes alone if there is no file."""
     vocab, d_model = _shape(shapes, "token_embedding.weight", where)
     buckets, heads = _shape(shapes, "blocks.0.pos_embedding.embedding.weight", where)
     found = {
@@ -150,7 +154,7 @@ def text_encoder_config(
 
 
 def vae_config(network: Network, config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> dict[str, Any]:
-    """diffusers' configuration of the VAE; from the shapes alone if there is no file."""
+    """Make diffusers' configuration of the VAE; from the shapes alone if there is no file."""
     base, z = _shape(shapes, "encoder.conv1.weight", where)[0], _shape(shapes, "conv2.weight", where)[0]
     if config is not None:
         _of_class(config, ("AutoencoderKLWan",), where)

@@ -3,7 +3,7 @@
 torchrun starts the processes, torch.distributed and diffusers do the dividing; here is what belongs together: which
 flags fit each other, the device of each process, which weights it reads, and what happens when one of them fails.
 
-    degrees     what is divided: pure, checked before torch is imported
+    degrees     the networks that are divided, and by how much: pure, checked before torch is imported
     connect     this process joins the others
     fetch       the weights that it keeps, every byte of the checkpoint read once in all
     divide      a network on meta gets the hooks of FSDP2 and Ulysses
@@ -39,17 +39,17 @@ __all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Degrees:
-    """What is divided over the processes."""
+    """The networks that are divided over the processes, and by how much."""
 
     dit_fsdp: bool = False
-    """The experts' weights."""
+    """Divide the experts' weights."""
     t5_fsdp: bool = False
-    """The text encoder's weights."""
+    """Divide the text encoder's weights."""
     ulysses_size: int = 1
-    """Attention: over so many processes."""
+    """The number of processes that attention is divided over."""
 
     def check(self, world: int, *, t5_cpu: bool = False) -> None:
-        """`OptionError` unless the flags fit each other and the number of processes."""
+        """Raise `OptionError` unless the flags fit each other and the number of processes."""
         check_flag(self.dit_fsdp, "dit_fsdp")
         check_flag(self.t5_fsdp, "t5_fsdp")
         if t5_cpu and self.t5_fsdp:
@@ -60,7 +60,7 @@ class Degrees:
             raise OptionError("--dit_fsdp and --t5_fsdp need several processes: start with torchrun --nproc_per_node N")
 
     def check_model(self, checkpoint: WanCheckpoint, size: tuple[int, int], frame_num: int) -> None:
-        """`OptionError` unless attention of this model and a video of this size can be divided."""
+        """Raise `OptionError` unless attention of this model and a video of this size can be divided."""
         if (n := self.ulysses_size) == 1:
             return
         heads = checkpoint.experts[0].config["num_attention_heads"]
@@ -75,7 +75,7 @@ class Degrees:
             )
 
     def resolved(self, preset: str, world: int, *, t5_cpu: bool) -> Degrees:
-        """With the defaults of a preset: everything is divided where nothing was asked for."""
+        """Return the degrees with the defaults of a preset: everything is divided where nothing was asked for."""
         if world == 1 or self != Degrees():
             return self
         if preset not in ("auto", "multi-gpu") and not preset.endswith(".toml"):
@@ -86,13 +86,13 @@ class Degrees:
         return replace(self, dit_fsdp=True, t5_fsdp=not t5_cpu, ulysses_size=world)
 
     def shards(self, name: str) -> bool:
-        """Whether the weights of a network are divided."""
+        """Return True if the weights of a network are divided."""
         return self.dit_fsdp if name in EXPERTS else self.t5_fsdp and name == "text_encoder"
 
 
 @dataclass(slots=True)
 class Run:
-    """This process among the others."""
+    """One process among the others of a distributed run."""
 
     degrees: Degrees
     joined: Joined
@@ -101,29 +101,37 @@ class Run:
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """The number of the process."""
         return self.liveness.rank
 
     @property
     def device(self) -> torch.device:
-        """Where this process keeps its weights."""
+        """The device on which the process keeps its weights."""
         return self.joined.device
 
     @property
     def liveness(self) -> Liveness:
-        """The other processes."""
+        """The watch over the other processes."""
         return self.joined.liveness
 
     def keeps(self, name: str) -> bool:
-        """Whether this process needs a network: only the first decodes."""
+        """Return True if this process needs a network: only the first decodes."""
         return name != "vae" or self.rank == 0
 
     def loads_together(self, name: str, text_encoder: str) -> bool:
-        """Whether all processes load a network together. One on the CPU is mapped: its pages are shared anyway."""
+        """Return True if all processes load a network together; one on the CPU is mapped, and its pages are shared."""
         return name != "vae" and not (name == "text_encoder" and text_encoder == "cpu")
 
     def together(self, what: str, fact: str = "") -> list[str]:
-        """Wait for all processes, however long they take; what each of them said."""
+        """Wait for all processes, however long they take.
+
+        Args:
+            what: A name for the occasion; all processes must have come to the same one.
+            fact: What this process tells the others.
+
+        Returns:
+            What each of them said.
+        """
         return self.liveness.agree(f"{what} {next(self._calls)}", fact)
 
     def exit_on_failure(self) -> None:
@@ -132,7 +140,7 @@ class Run:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Connections that break in the body because another process is gone become `DistributedError`."""
+        """Turn connections that break in the body because another process is gone into `DistributedError`."""
         try:
             yield
         except RuntimeError as error:
@@ -160,7 +168,12 @@ def _end_now(problem: str) -> None:
 
 
 def connect(degrees: Degrees, device: str | torch.device) -> Run:
-    """Join the other processes; raises as `join`. device: as asked for, each process takes the GPU of its rank."""
+    """Join the other processes; raises as `join` does.
+
+    Args:
+        degrees: The networks that are divided.
+        device: The device as it was asked for; each process takes the GPU of its rank.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
     joined = join(device)
@@ -179,7 +192,7 @@ def fetch(
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """As `modules.fetch`, together with the other processes: what this one keeps of a network's weights."""
+    """Load what this process keeps of a network's weights, together with the others; else as `modules.fetch`."""
     import torch
     import torch.distributed as dist
 
@@ -214,7 +227,7 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _empty_shard(run: Run, shape: tuple[int, ...]) -> torch.Tensor:
-    """What `fully_shard` makes of a parameter on meta: rows of it as a DTensor."""
+    """Make what `fully_shard` makes of a parameter on meta: rows of it as a DTensor."""
     from torch.distributed.tensor import DTensor, Shard
 
     whole = _empty(shape)
@@ -244,7 +257,7 @@ def divide(run: Run, name: str, module: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the notice that its parallelism is experimental."""
+    """Leave out the notice that its parallelism is experimental."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -257,7 +270,7 @@ def _quiet_diffusers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _counted_devices(device: torch.device) -> Iterator[None]:
-    """diffusers counts accelerators to find its own; on a machine with none, count the CPU as one meanwhile."""
+    """Count the CPU as one accelerator on a machine with none: diffusers counts them to find its own."""
     import torch
 
     if device.type != "cpu" or torch.accelerator.device_count():

@@ -51,7 +51,12 @@ class Video:
     request: Request
 
     def save(self, path: StrPath) -> None:
-        """Write an mp4. Raises `OutputError`, and `OptionError` for what is no path."""
+        """Write an mp4.
+
+        Raises:
+            OutputError: It cannot be written.
+            OptionError: It is no path.
+        """
         write_mp4(checked_path(path), self.frames_THWC, self.fps)
 
 
@@ -63,7 +68,7 @@ class WanT2V:
         self.pipe: Any = started.pipe
         """The `diffusers.WanPipeline` underneath."""
         self.timeline = Timeline()
-        """When what happened, for reports."""
+        """The times at which things happened, for reports."""
         self.pipe.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -86,20 +91,35 @@ class WanT2V:
     ) -> WanT2V:
         """Start from a checkpoint in either layout; returns while weights are still on their way.
 
-        preset: auto, fastest, balanced, min-memory, multi-gpu, or the path of a TOML file. device: auto, cpu, cuda or
-        cuda:N. dtype: of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is used as
-        it is in the file, the VAE in fp32. t5_cpu: encode on the CPU. offload_model: False keeps everything on the
-        device, True one expert at a time; None leaves it to the preset. size and frame_num: the largest that will
-        be asked for; they decide how much memory a preset must leave. cache: read the experts as they were converted by
-        an earlier start, from the converted cache in cache_dir, or leave them there once everything was loaded.
+        In a distributed run (torchrun) every process makes the same calls. All weights have arrived when this returns.
+        Only process 0 has the VAE and gets frames; the videos of the others have none. There is no cache then: it is
+        for one process. Nothing given of `dit_fsdp`, `t5_fsdp` and `ulysses_size` divides everything.
 
-        In a distributed run (torchrun) every process makes the same calls: dit_fsdp and t5_fsdp divide the weights of
-        the experts and of the text encoder, ulysses_size is 1 or the number of processes, which then divide attention.
-        Nothing given divides everything. All weights have arrived when this returns. Only process 0 has the VAE and
-        gets frames; the videos of the others have none. There is no cache then: it is for one process.
+        Args:
+            directory: The checkpoint's directory, or what `open_wan` made of it: then no header is read again.
+            preset: auto, fastest, balanced, min-memory, multi-gpu, or the path of a TOML file.
+            device: auto, cpu, cuda or cuda:N.
+            dtype: The dtype of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is
+                used as it is in the file, the VAE in fp32.
+            t5_cpu: Encode on the CPU.
+            offload_model: False keeps everything on the device, True one expert at a time; None is the preset's choice.
+            size: The largest width and height, in pixels, that will be asked for. Like `frame_num` it decides how much
+                memory a preset must leave.
+            frame_num: The largest number of frames that will be asked for.
+            cache: Read the experts as they were converted by an earlier start, from the converted cache, or leave them
+                there once everything was loaded.
+            cache_dir: The cache's directory; None is the user's.
+            dit_fsdp: Divide the weights of the experts over the processes.
+            t5_fsdp: Divide the weights of the text encoder over the processes.
+            ulysses_size: 1, or the number of processes, which then divide attention.
 
-        Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError` and
-        `OptionError`, before a weight is loaded.
+        Raises:
+            CheckpointError: The checkpoint is damaged, or another model.
+            MissingFileError: Files of it are missing.
+            DeviceError: The device does not exist or cannot be used.
+            DeviceMemoryError: The preset does not fit on the device.
+            HostMemoryError: The preset does not fit into host memory.
+            OptionError: An option makes no sense. Like the others it is raised before a weight is loaded.
         """
         from wan_loader.dtypes import dtype_name
 
@@ -140,12 +160,12 @@ class WanT2V:
 
     @property
     def run(self) -> Run | None:
-        """This process among the others of a distributed run; None outside of one."""
+        """The process among the others of a distributed run; None outside of one."""
         return self._started.run
 
     @property
     def task(self) -> str:
-        """Which model this is, as `--task` has it: t2v-A14B, for instance."""
+        """The name of the model in `--task`: t2v-A14B, for instance."""
         return self._started.checkpoint.task
 
     @property
@@ -155,7 +175,7 @@ class WanT2V:
 
     @property
     def preset_reason(self) -> str:
-        """Why that preset, with the numbers."""
+        """The reason for that preset, with the numbers."""
         return self._started.reason
 
     @property
@@ -168,11 +188,17 @@ class WanT2V:
         self._started.residency.wait_all()
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **settings: Any) -> Video:
-        """Generate a video.
+        """Generate a video. The same seed and settings give the same video.
 
-        settings: fields of `Request` (size, frame_num, steps, shift, guide_scale, negative_prompt, solver, grid,
-        seed); what is not given is the official default of the model. progress: called with a phase, steps done and
-        steps in all. The same seed and settings give the same video.
+        Args:
+            prompt: What the video shows.
+            progress: Called with a phase, steps done and steps in all.
+            **settings: Fields of `Request` (size, frame_num, steps, shift, guide_scale, negative_prompt, solver, grid,
+                seed); what is not given is the official default of the model.
+
+        Raises:
+            OptionError: A setting makes no sense.
+            DistributedError: Another process failed or is gone.
         """
         import torch
 
@@ -190,7 +216,7 @@ class WanT2V:
         return Video(frames, self._started.checkpoint.family.fps, request)
 
     def report(self) -> dict[str, Any]:
-        """Everything about the start and the generations so far, as one JSON document."""
+        """Return everything about the start and the generations so far, as one JSON document."""
         return self.timeline.document(self._started)
 
     def _encode(self, request: Request, tell: Progress) -> tuple[Any, Any]:
@@ -237,7 +263,7 @@ class WanT2V:
             ).frames
 
     def _decode(self, latents: Any, tell: Progress) -> np.ndarray:
-        """As the end of `WanPipeline.__call__`, so that it is a phase of its own."""
+        """Decode as the end of `WanPipeline.__call__` does, so that it is a phase of its own."""
         import torch
 
         tell("decode", 0, 1)
@@ -269,15 +295,20 @@ def load_diffusers(
     cache: bool = False,
     cache_dir: StrPath | None = None,
 ) -> Any:
-    """A ready `diffusers.WanPipeline` from a checkpoint in either layout, as `WanPipeline.from_pretrained` makes it.
+    """Load a ready `diffusers.WanPipeline`, the same as `WanPipeline.from_pretrained` makes.
 
-    dtype: as diffusers' argument; None gives its default, fp32 with the text encoder as in the file. With a preset
-    that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when this returns,
-    and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and dropped
-    when another needs the room; such a pipeline cannot be moved with `.to()`. Room is left to make 81 frames of
-    832*480: larger ones may need the VAE's tiling, or another preset. cache, cache_dir: as for `WanT2V`.
+    With a preset that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when
+    this returns, and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and
+    dropped when another needs the room; such a pipeline cannot be moved with `.to()`. Room is left to make 81 frames of
+    832*480: larger ones may need the VAE's tiling, or another preset.
 
-    Raises what `WanT2V.from_checkpoint` raises.
+    Args:
+        directory: The checkpoint's directory in either layout, or what `open_wan` made of it.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: As diffusers' argument; None gives its default, fp32 with the text encoder as in the file.
+        preset: As for `WanT2V.from_checkpoint`, and so are the other arguments and the errors.
+        cache: Read converted experts from the converted cache, and leave them there.
+        cache_dir: The cache's directory; None is the user's.
     """
     from wan_loader.dtypes import dtype_name
 

@@ -1,4 +1,4 @@
-"""What lies on which device when: carries out the steps of a preset.
+"""The networks on their devices: carries out the steps of a preset.
 
 Entering a step drops what it does not allow, starts fetching what it does, in order of first use, in the background,
 and waits only for the network that is about to run. So the next network loads behind the running one, and a switch
@@ -33,7 +33,7 @@ class FetchCancelledError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A network, and where and as what it is to be loaded."""
+    """A network, and the device and the dtype that it is to be loaded as."""
 
     component: Component
     device: torch.device
@@ -44,7 +44,13 @@ class Placement:
 
 
 class BackgroundFetch:
-    """Work in a daemon thread of its own, which begins when the fetch before it has ended. Cancellable."""
+    """Work in a daemon thread of its own, which begins when the fetch before it has ended.
+
+    Args:
+        name: The name in messages.
+        work: The work; it is given the token by which it is stopped.
+        after: The fetch that must have ended, well or not, before this one begins.
+    """
 
     def __init__(self, name: str, work: Callable[[CancelToken], None], after: BackgroundFetch | None = None) -> None:
         self.name = name
@@ -59,7 +65,7 @@ class BackgroundFetch:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """True once it has ended, well or not."""
         return self._ended.is_set()
 
     def wait(self) -> None:
@@ -73,7 +79,7 @@ class BackgroundFetch:
         self._stop.cancel(FetchCancelledError(f"fetching the {self.name} was cancelled"))
 
     def cancel(self) -> None:
-        """`stop`, and wait for the end if it has begun; one that has not never will."""
+        """Stop it, and wait for the end if it has begun; one that has not never will."""
         with self._lock:
             self.stop()
             begun = self._begun
@@ -97,20 +103,29 @@ class BackgroundFetch:
 
 @dataclass(slots=True)
 class Log:
-    """What the residency did, for reports."""
+    """The loads and the waits of a residency, for reports."""
 
     loads: list[tuple[str, int, int, LoadReport]] = field(default_factory=list)
     """Each load: network, start_ns, end_ns, report."""
     waits: list[tuple[str, int, int]] = field(default_factory=list)
     """Each first use of a step: network, start_ns and end_ns of waiting for it."""
     device_peak_nbytes: int = 0
-    """What tensors held at most."""
+    """Bytes that tensors held at most."""
     device_reserved_nbytes: int = 0
-    """What the allocator held at most."""
+    """Bytes that the allocator held at most."""
 
 
 class ModuleResidency:
-    """Keeps networks on their devices as the steps allow."""
+    """The keeper of networks on their devices, as the steps allow.
+
+    Args:
+        placements: The networks in the order of first use.
+        steps: The steps of a generation.
+        observer: An observer of the loads' spans.
+        warm_ahead: Read what comes next into the page cache while a network runs.
+        warming: A warm-up of their files that is under way.
+        on_loaded: Told of every load, with the tensors by their names in the file, before anybody else has them.
+    """
 
     def __init__(
         self,
@@ -122,10 +137,6 @@ class ModuleResidency:
         warming: Prewarm | None = None,
         on_loaded: Callable[[str, Mapping[str, torch.Tensor]], None] | None = None,
     ) -> None:
-        """placements: in the order of first use. warming: a warm-up of their files that is under way.
-
-        on_loaded: told of every load, with the tensors by their names in the file, before anybody else has them.
-        """
         self._on_loaded = on_loaded
         self._placements: dict[str, Placement] = {p.component.name: p for p in placements}
         self._steps = {step.uses: step for step in steps}
@@ -168,7 +179,7 @@ class ModuleResidency:
             self._finish(name)
 
     def resident(self) -> tuple[str, ...]:
-        """Networks that are loaded now."""
+        """Name the networks that are loaded now."""
         return tuple(name for name, fetch in self._fetches.items() if fetch.done and fetch.failure is None)
 
     def cancel(self, name: str) -> None:
@@ -262,7 +273,7 @@ class ModuleResidency:
         return load
 
     def _hand_over(self, name: str, weights: dict[str, torch.Tensor]) -> None:
-        """To the module, if it is built already; else it is kept until `provide`."""
+        """Give weights to the module, if it is built already; else they are kept until `provide`."""
         with self._lock:
             self._weights[name] = weights
             self._bind(name)

@@ -1,4 +1,4 @@
-"""From a directory to a running start: everything that happens before the first denoising step, in its order.
+"""The start: everything that happens from the directory to the first denoising step, in its order.
 
     headers read and checked      milliseconds, no torch
     files read ahead              in the background, while torch, transformers and diffusers are imported
@@ -56,11 +56,11 @@ class Started:
     recorder: Recorder
     cache: PipelineCache | None = None
     run: parallel.Run | None = None
-    """This process among others, where there are several."""
+    """The process among others, where there are several."""
 
     @property
     def directory(self) -> Path:
-        """What was asked for, wherever the weights came from."""
+        """The directory that was asked for, wherever the weights came from."""
         return (self.checkpoint if self.cache is None else self.cache.source).directory
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class _StartContext:
-    """What each step of a start works with."""
+    """Values that each step of a start works with."""
 
     checkpoint: WanCheckpoint
     options: StartOptions
@@ -106,7 +106,7 @@ def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
 
 
 def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCache | None:
-    """What the cache holds of the experts in the dtype that they will have; None if it is not wanted."""
+    """Open what the cache holds of the experts in the dtype that they will have; None if it is not wanted."""
     from wan_loader.dtypes import dtype_name
 
     if not options.cache:
@@ -166,7 +166,7 @@ def _start_device(device: str | torch.device, recorder: Recorder) -> None:
 
 
 def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartOptions:
-    """The options with what several processes divide by default; `OptionError` for what does not fit."""
+    """Return the options with what several processes divide by default; `OptionError` for what does not fit."""
     world = world_size()
     options.degrees.check(world, t5_cpu=options.t5_cpu)
     degrees = options.degrees.resolved(options.preset, world, t5_cpu=options.t5_cpu)
@@ -230,7 +230,11 @@ def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
-    """The networks on meta, known to the residency; `KeyMismatchError` if a checkpoint does not fit one."""
+    """Build the networks on meta and make them known to the residency.
+
+    Raises:
+        KeyMismatchError: A checkpoint does not fit its module.
+    """
     built: dict[str, Any] = {}
     for component in started.checkpoint.components:
         dtype = network_dtype(component, started.preset, options)

@@ -152,7 +152,7 @@ def bench(
 
 
 def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: list[int] | None) -> list[LoaderSetup]:
-    """Loaders; ours once for each combination of its settings."""
+    """List the loaders, ours once for each combination of its settings."""
     from wan_loader.bench.loaders import find_loaders
     from wan_loader.bench.runner import LoaderSetup
 
@@ -181,7 +181,7 @@ def _places(texts: list[str] | None) -> list[Place]:
 
 
 def _machine(device: str) -> tuple[str, dict[str, Any]]:
-    """The device by its full name and the machine's card, asked for in another process: none is held here."""
+    """Ask another process for the device's full name and the machine's card: no device is held by this one."""
     from wan_loader.bench.child import ask
     from wan_loader.errors import DeviceError
 
@@ -192,7 +192,11 @@ def _machine(device: str) -> tuple[str, dict[str, Any]]:
 
 
 def _measure(settings: Settings, machine: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The result, and whether Ctrl-C or SIGTERM ended it early: then of what there is."""
+    """Measure everything.
+
+    Returns:
+        The result, and True if Ctrl-C or SIGTERM ended it early: then it is of what there is.
+    """
     from datetime import UTC, datetime
 
     from wan_loader.bench.document import to_document
@@ -220,7 +224,7 @@ def _measure(settings: Settings, machine: dict[str, Any]) -> tuple[dict[str, Any
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
+    """Let SIGTERM clean up in the body as Ctrl-C does."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt

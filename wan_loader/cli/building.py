@@ -52,7 +52,7 @@ def _say_built(state: str, path: Path, nbytes: int, seconds: float, *, json: boo
 
 @contextmanager
 def stopping(build: EntryBuild | None) -> Iterator[None]:
-    """Ctrl-C in the body ends a build, which the interpreter would wait for otherwise."""
+    """Let Ctrl-C in the body end a build, which the interpreter would wait for otherwise."""
     try:
         yield
     except KeyboardInterrupt:
@@ -62,7 +62,7 @@ def stopping(build: EntryBuild | None) -> Iterator[None]:
 
 
 def follow_build(build: EntryBuild) -> None:
-    """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
+    """Show a progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
     with stopping(build):
         from wan_loader.cli.progress import progress_bars
 

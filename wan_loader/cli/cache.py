@@ -75,7 +75,7 @@ def build(
 
 
 def _outline(path: Path, part: str | None, dtype: str) -> Outline:
-    """What the entry will hold: all of a model whose family has joined, or of one checkpoint."""
+    """Describe what the entry will hold: all of a model whose family has joined, or one checkpoint."""
     from wan_loader.cache.cached_load import outline_checkpoint
     from wan_loader.dtypes import parse_dtype
     from wan_loader.formats import open_checkpoint
@@ -111,7 +111,7 @@ def list_entries(cache_dir: CacheDir = None, json: JsonOut = False, verbose: Ver
 
 
 def _store(cache_dir: Path | None) -> Store | None:
-    """The cache, if there is one: looking at it does not make it."""
+    """Open the cache, if there is one: looking at it does not make it."""
     from wan_loader.cache.store import Store, default_directory
 
     directory = cache_dir or default_directory()
@@ -208,7 +208,7 @@ def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
 
 
 def _check(store: Store, key: str, *, sources: bool) -> list[str]:
-    """What is wrong with an entry, which stays meanwhile; nothing if it was removed."""
+    """Return what is wrong with an entry, which stays meanwhile; nothing if it was removed."""
     from wan_loader.cache.check import check_entry, check_sources
     from wan_loader.cli.progress import counting_progress
     from wan_loader.errors import CacheError

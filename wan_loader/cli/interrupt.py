@@ -48,7 +48,7 @@ _unhurried = threading.Event()
 
 
 def begin_work() -> None:
-    """After `begin_program`: from here on Ctrl-C raises KeyboardInterrupt, except in imports. Else do nothing."""
+    """Let Ctrl-C raise KeyboardInterrupt from here on, except in imports. Does nothing unless `begin_program` ran."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         return
     ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -71,13 +71,13 @@ def hand_over() -> None:
 
 
 def was_interrupted() -> bool:
-    """Whether Ctrl-C raised KeyboardInterrupt, which something else may have been made of since."""
+    """Return True if Ctrl-C raised KeyboardInterrupt, which something else may have been made of since."""
     return _was_interrupted.is_set()
 
 
 @contextmanager
 def unhurried() -> Iterator[None]:
-    """After Ctrl-C in the body, take the time that is needed: there are results to show, or much to remove."""
+    """Take the time that is needed after Ctrl-C in the body: there are results to show, or much to remove."""
     _unhurried.set()
     try:
         yield
@@ -104,7 +104,7 @@ def _stop_builds() -> None:
 
 
 def _is_building() -> bool:
-    """Whether cache entries are being written, which are to be removed. Imports nothing, as above."""
+    """Return True if cache entries are being written, which are to be removed. Imports nothing, as above."""
     return bool(getattr(sys.modules.get("wan_loader.cache.build"), "is_building", bool)())
 
 
@@ -126,6 +126,7 @@ def _end_in_time(signals: int) -> None:
 
 @contextmanager
 def _default_action() -> Iterator[None]:
+    """Give SIGINT its default action in the body."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -135,17 +136,17 @@ def _default_action() -> Iterator[None]:
 
 
 def _commands_own() -> bool:
-    """Whether Ctrl-C is a command's, and not that of a program which it runs."""
+    """Return True if Ctrl-C is a command's, and not that of a program which it runs."""
     return signal.getsignal(signal.SIGINT) is _interrupt
 
 
 def _is_installed(spec: ModuleSpec) -> bool:
-    """Whether a module is of an installed library, and not of a program's own code, which may handle Ctrl-C."""
+    """Return True if a module is of an installed library, and not of a program's own code, which may handle Ctrl-C."""
     return bool(re.search(r"/(site|dist)-packages/", spec.origin or ""))
 
 
 class _GuardedImports(MetaPathFinder):
-    """Gives SIGINT its default action while a library is imported, with all that it imports."""
+    """A finder that gives SIGINT its default action while a library is imported, with all that it imports."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Find a module as Python does, if its import is to be guarded."""

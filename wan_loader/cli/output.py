@@ -74,12 +74,12 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def to_text(document: dict[str, Any]) -> str:
-    """A document as it stands in a file."""
+    """Render a document as it stands in a file."""
     return json.dumps(document, indent=2) + "\n"
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One document on stdout."""
+    """Print one document on stdout."""
     print(json.dumps(document, indent=2))
 
 
@@ -120,9 +120,12 @@ def hand_over_streams() -> None:
 
 
 def flush_output() -> OSError | None:
-    """Why stdout cannot be written (a full disk, a reader that left), or None. Then nothing more is written to it.
+    """Write out what was printed. After a failure nothing more is written to stdout.
 
     A program that was run in this process may have closed or replaced it.
+
+    Returns:
+        The reason why stdout cannot be written (a full disk, a reader that left), or None.
     """
     try:
         sys.stdout.flush()

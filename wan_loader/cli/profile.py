@@ -86,7 +86,7 @@ def profile(
 
 
 def _program(context: typer.Context) -> list[str] | None:
-    """The words after a lone --, as they were typed."""
+    """Return the words after a lone --, as they were typed; None if there is none."""
     words = sys.argv[1:]
     if "--" not in words:
         if context.args:
@@ -177,7 +177,7 @@ def _profile_program(
 
 
 def _surroundings(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Environment:
-    """What to compare with. Measured after the load, so that nothing is warmed for it."""
+    """Collect what to compare with. Measured after the load, so that nothing is warmed for it."""
     from wan_loader.profiler.analysis.assemble import Environment
     from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings
     from wan_loader.profiler.probe.storage import limits, storage_facts
@@ -198,6 +198,7 @@ def _surroundings(files: list[str], device: str, before: dict[str, Any], *, meas
 
 @contextlib.contextmanager
 def _told(text: str) -> Any:
+    """Say on a terminal what goes on in the body."""
     from wan_loader.cli.render import error_console
 
     console = error_console()

@@ -1,4 +1,4 @@
-"""Runs a command line: the one place where errors become messages and exit codes.
+"""A command line as a program: the one place where errors become messages and exit codes.
 
 0 fine, 1 an expected error (one message on stderr, no traceback unless -v), 2 usage, 3 a comparison failed, 130 Ctrl-C.
 """

@@ -93,7 +93,7 @@ def _flush() -> None:
 
 
 def _of_script(error: Exception, script: str) -> TracebackType | None:
-    """The traceback as the script alone would have it; None for a mistake in its syntax."""
+    """Return the traceback as the script alone would have it; None for a mistake in its syntax."""
     found = error.__traceback__
     while found is not None and found.tb_frame.f_code.co_filename != script:
         found = found.tb_next

@@ -249,7 +249,7 @@ def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
 
 
 def _same_seed(pipe: WanT2V, seed: int) -> int:
-    """A seed that was drawn is the first process's on all of them."""
+    """Return the first process's seed on all of them, as each has drawn its own."""
     return seed if pipe.run is None else int(pipe.run.together("seed", str(seed))[0])
 
 

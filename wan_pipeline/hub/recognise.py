@@ -1,4 +1,4 @@
-"""What the directory of a model holds and what is missing of it, by name: the answer that `wan_loader` asks for.
+"""Recognises the directory of a model, and says what is missing of it, by name: the answer that `wan_loader` asks for.
 
 Reads indexes, configurations and the state of a download only.
 """

@@ -1,4 +1,4 @@
-"""What `download` knows of a directory: which files it is to hold, and which of them have been checked.
+"""The state of a download: which files a directory is to hold, and which of them have been checked.
 
 DIR/.wan-loader-download/manifest.json   repository, commit, files with lengths and digests, what was checked
 DIR/.wan-loader-download/KEY.part        a file that is being downloaded; KEY stands for name and digest
@@ -36,7 +36,7 @@ _DIGEST = re.compile(r"(sha256|git):[0-9a-f]{1,128}")
 
 @dataclass(slots=True)
 class State:
-    """Of one directory. Its methods may be called from any thread."""
+    """The state of one directory. Its methods may be called from any thread."""
 
     directory: Path
     repository: str
@@ -48,24 +48,28 @@ class State:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def part(self, file: RemoteFile) -> Path:
-        """The file that is being downloaded."""
+        """Return the path of a file while it is being downloaded."""
         key = hashlib.sha256(f"{file.path}\0{file.digest}".encode()).hexdigest()[:24]
         return self.directory / HIDDEN / f"{key}.part"
 
     def target(self, file: RemoteFile) -> Path:
-        """Where it will be. Raises `OutputError` if a link is on the way."""
+        """Return the path that a file will have.
+
+        Raises:
+            OutputError: A link is on the way.
+        """
         return plain_path(self.directory, file.path)
 
     def is_checked(self, file: RemoteFile) -> bool:
-        """Whether the file is there, was found to be right, and has not been touched since."""
+        """Return True if the file is there, was found to be right, and has not been touched since."""
         return self.owns(file) and self.checked[file.path][0] == file.digest
 
     def owns(self, file: RemoteFile) -> bool:
-        """Whether what is there was found to be right for some commit, and has not been touched since."""
+        """Return True if what is there was found to be right for some commit, and has not been touched since."""
         return file.path in self.checked and self.checked[file.path][1:] == _facts(self.target(file))
 
     def note_checked(self, file: RemoteFile) -> None:
-        """A file is in place and right."""
+        """Take note that a file is in place and right."""
         facts = _facts(self.target(file))
         with self._lock:
             if facts is not None:
@@ -118,7 +122,11 @@ def locked_state(directory: Path) -> Iterator[State | None]:
 
 
 def read_state(directory: Path) -> State | None:
-    """What a download has left in a directory; None where there was none. Raises for a damaged manifest."""
+    """Read what a download has left in a directory; None where there was none.
+
+    Raises:
+        OutputError: The manifest is damaged, or cannot be read.
+    """
     path = directory / HIDDEN / "manifest.json"
     try:
         text = read_capped(path, _MAX_BYTES)
@@ -158,7 +166,7 @@ def _remote_file(doc: Doc) -> RemoteFile:
 
 
 def _checked(doc: Doc) -> tuple[str, int, int] | None:
-    """The digest, length and mtime of a file that was found to be right."""
+    """Read the digest, length and mtime of a file that was found to be right; None if it was not checked."""
     value = doc.optional_list("checked")
     if value is None:
         return None
