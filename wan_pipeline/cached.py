@@ -99,12 +99,12 @@ def _config(component: Component) -> dict[str, Any]:
 def _read_small(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MAX_SMALL_BYTES:
-            raise CacheError(f"{path} is larger than {_MAX_SMALL_BYTES} bytes: no file of a tokenizer")
+            raise CacheError.because(f"is larger than {_MAX_SMALL_BYTES} bytes: no file of a tokenizer", path=path)
         return path.read_bytes()
     except OSError as error:
         if isinstance(error, CacheError):
             raise
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -160,21 +160,22 @@ def open_wan(directory: StrPath | WanCheckpoint) -> WanCheckpoint:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=error.filename or directory) from error
 
 
 def _open(root: Path) -> WanCheckpoint:
     if not root.is_dir():
-        raise MissingFileError(f"{root} is no directory: name the directory of a WAN2.2 checkpoint")
+        raise MissingFileError.because("is no directory", "name the directory of a WAN2.2 checkpoint", path=root)
     if (root / "model_index.json").exists():
         return _open_diffusers(root)
     if is_native(root):
         return _open_native(root)
     usual = FAMILIES[0]
     held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"{root} is no WAN2.2 checkpoint: neither model_index.json (diffusers layout) nor "
-        f"{usual['transformer'].native}/ and {usual['text_encoder'].native} (native layout) is there; it holds {held}"
+    raise CheckpointError.because(
+        "is no WAN2.2 checkpoint: neither model_index.json (diffusers layout) nor "
+        f"{usual['transformer'].native}/ and {usual['text_encoder'].native} (native layout) is there; it holds {held}",
+        path=root,
     )
 
 
@@ -197,7 +198,8 @@ def _open_native(root: Path) -> WanCheckpoint:
 def _open_diffusers(root: Path) -> WanCheckpoint:
     index = _read_json(root / "model_index.json")
     if (kind := index.get("_class_name")) != "WanPipeline":
-        raise CheckpointError(f"{root}/model_index.json describes a {kind!r}, not a WanPipeline: it is another model")
+        reason = f"describes a {kind!r}, not a WanPipeline: it is another model"
+        raise CheckpointError.because(reason, path=root / "model_index.json")
     _require(root, "diffusers")
     family = family_of(root, "diffusers")
     configs = {n.name: _read_json(root / n.name / "config.json") for n in family.networks if n.kind != "dit"}
@@ -216,19 +218,16 @@ def _open_diffusers(root: Path) -> WanCheckpoint:
 
 def _require(root: Path, layout: Layout) -> None:
     if missing := missing_files(root, layout):
-        raise MissingFileError(
-            f"{root} is an incomplete checkpoint ({layout} layout); missing: {', '.join(missing)}: finish the download"
-        )
+        reason = f"is an incomplete checkpoint ({layout} layout); missing: {', '.join(missing)}"
+        raise MissingFileError.because(reason, "finish the download", path=root)
 
 
 def _facts(path: Path) -> Checkpoint:
     """Read the headers of one network; `CheckpointError` for quantised ones: the networks multiply by no scales."""
     facts = open_checkpoint(path)
     for weight, scale in find_scales(facts.tensors).items():
-        raise CheckpointError(
-            f"{facts.path} is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support: get "
-            "the published checkpoint, or one in bf16"
-        )
+        reason = f"is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support"
+        raise CheckpointError.because(reason, "get the published checkpoint, or one in bf16", path=facts.path)
     return facts
 
 
@@ -265,13 +264,11 @@ def _checked(checkpoint: WanCheckpoint) -> WanCheckpoint:
     """Return the checkpoint, if its networks fit each other; else raise `CheckpointError`."""
     text, expert = checkpoint["text_encoder"], checkpoint["transformer"]
     if (wants := expert.config["text_dim"]) != (gives := text.config["d_model"]):
-        raise CheckpointError(
-            f"{expert.source} takes text of width {wants}, {text.source} gives {gives}: parts of different models"
-        )
+        reason = f"takes text of width {wants}, {text.source} gives {gives}: parts of different models"
+        raise CheckpointError.because(reason, path=expert.source)
     if (wants := expert.config["in_channels"]) != (gives := checkpoint["vae"].config.get("z_dim", 16)):
-        raise CheckpointError(
-            f"{expert.source} takes {wants} latent channels, the VAE has {gives}: parts of different models"
-        )
+        reason = f"takes {wants} latent channels, the VAE has {gives}: parts of different models"
+        raise CheckpointError.because(reason, path=expert.source)
     for other in checkpoint.experts[1:]:
         _check_pair(expert, other)
     return checkpoint
@@ -281,10 +278,9 @@ def _check_pair(high: Component, low: Component) -> None:
     shapes, others = _shapes(high.facts), _shapes(low.facts)
     for name in sorted({*shapes, *others}):
         if shapes.get(name) != others.get(name):
-            raise CheckpointError(
-                f"{low.source} is an expert of another model than {high.source}: {name} is {others.get(name)} in one, "
-                f"{shapes.get(name)} in the other"
-            )
+            apart = f"{name} is {others.get(name)} in one, {shapes.get(name)} in the other"
+            reason = f"is an expert of another model than {high.source}: {apart}"
+            raise CheckpointError(f"{low.source} {reason}", path=low.source, tensor=name, reason=reason)
 
 
 def _shapes(facts: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -294,12 +290,12 @@ def _shapes(facts: Checkpoint) -> dict[str, tuple[int, ...]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a configuration")
+            raise CheckpointError.because(f"is larger than {_MAX_JSON_BYTES} bytes: not a configuration", path=path)
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): damaged, or still being downloaded") from None
+        raise CheckpointError.because(f"is not JSON ({error}): damaged, or still being downloaded", path=path) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: damaged, or another file")
+        raise CheckpointError.because("holds no JSON object: damaged, or another file", path=path)
     return value

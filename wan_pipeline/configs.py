@@ -40,9 +40,8 @@ def native_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]], where
             try:
                 out[table.to_native(key)] = shape
             except KeyMismatchError:
-                raise CheckpointError(
-                    f"{where} holds {key!r}, which no WAN {network.map_name} has: it is another model"
-                ) from None
+                reason = f"holds {key!r}, which no WAN {network.map_name} has: it is another model"
+                raise CheckpointError(f"{where} {reason}", path=where, tensor=key, reason=reason) from None
     return out
 
 
@@ -52,7 +51,7 @@ def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, wher
     if "dim" not in config:
         return {key: value for key, value in config.items() if not key.startswith("_")}
     if (kind := config.get("model_type", "t2v")) not in ("t2v", "ti2v"):
-        raise CheckpointError(f"{where}/config.json: model_type is {kind!r}: only text-to-video models run here")
+        raise _in_config(where, f"says model_type {kind!r}: only text-to-video models run here")
     try:
         head_dim, rest = divmod(config["dim"], config["num_heads"])
         found = {
@@ -68,9 +67,9 @@ def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, wher
             "text_dim": _shape(shapes, "text_embedding.0.weight", where)[1],
         }
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}/config.json: {error} is missing or no number") from None
+        raise _in_config(where, f"lacks a number: {error}") from None
     if rest:
-        raise CheckpointError(f"{where}/config.json: dim {config['dim']} is no multiple of {config['num_heads']} heads")
+        raise _in_config(where, f"says dim {config['dim']}, which is no multiple of its {config['num_heads']} heads")
     return found
 
 
@@ -80,18 +79,13 @@ def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
         expected = _dit_shapes(config)
         layers = int(config["num_layers"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}/config.json: {error} is missing or no number") from None
+        raise _in_config(where, f"lacks a number: {error}") from None
     for name, shape in expected.items():
         if (found := _shape(shapes, name, where)) != shape:
-            raise CheckpointError(
-                f"{where}: config.json disagrees with the weights: {name} is {list(found)}, {list(shape)} by the config"
-            )
+            raise _disagrees(where, f"{name} is {list(found)}, {list(shape)} by the config", tensor=name)
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     if blocks != set(range(layers)):
-        raise CheckpointError(
-            f"{where}: config.json disagrees with the weights: {layers} blocks by the config, "
-            f"{len(blocks)} in the files"
-        )
+        raise _disagrees(where, f"{layers} blocks by the config, {len(blocks)} in the files")
     _check_complete(shapes, layers, where)
 
 
@@ -101,12 +95,14 @@ def _check_complete(shapes: Shapes, layers: int, where: str) -> None:
     names = [*table.outer, *(f"blocks.{i}.{leaf}" for i in range(layers) for leaf in table.inner)]
     if missing := [name for name in names if name not in shapes]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where} lacks {missing[0]}{more}: the wrong checkpoint, or a damaged one")
+        reason = f"lacks {missing[0]}{more}: the wrong checkpoint, or a damaged one"
+        raise CheckpointError(f"{where} {reason}", path=where, tensor=missing[0], reason=reason)
     for leaf in table.inner:
         first = shapes[f"blocks.0.{leaf}"]
         for i in range(layers):
             if (shape := shapes[f"blocks.{i}.{leaf}"]) != first:
-                raise CheckpointError(f"{where}: blocks.{i}.{leaf} is {list(shape)}, {list(first)} in block 0")
+                reason = f"has blocks.{i}.{leaf} as {list(shape)}, {list(first)} in block 0"
+                raise CheckpointError(f"{where} {reason}", path=where, tensor=f"blocks.{i}.{leaf}", reason=reason)
 
 
 def _dit_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -144,12 +140,10 @@ def text_encoder_config(
     if config is None:
         return {**network.config, **found}
     if config.get("model_type", "umt5") != "umt5":
-        raise CheckpointError(f"{where}/config.json describes a {config.get('model_type')!r}, not a umT5 encoder")
+        raise _in_config(where, f"describes a {config.get('model_type')!r}, not a umT5 encoder")
     for key, value in found.items():
         if config.get(key, value) != value:
-            raise CheckpointError(
-                f"{where}: config.json disagrees with the weights: {key} is {config[key]} there, {value} by the shapes"
-            )
+            raise _disagrees(where, f"{key} is {config[key]} there, {value} by the shapes")
     return dict(config)
 
 
@@ -160,10 +154,7 @@ def vae_config(network: Network, config: Mapping[str, Any] | None, shapes: Shape
         _of_class(config, ("AutoencoderKLWan",), where)
         for key, value in (("base_dim", base), ("z_dim", z)):
             if config.get(key, value) != value:
-                raise CheckpointError(
-                    f"{where}: config.json disagrees with the weights: {key} is {config[key]} there, "
-                    f"{value} by the shapes"
-                )
+                raise _disagrees(where, f"{key} is {config[key]} there, {value} by the shapes")
         return {key: value for key, value in config.items() if not key.startswith("_")}
     found = {**network.config, "base_dim": base, "z_dim": z}
     if network.config.get("is_residual"):
@@ -173,10 +164,20 @@ def vae_config(network: Network, config: Mapping[str, Any] | None, shapes: Shape
 
 def _of_class(config: Mapping[str, Any], classes: tuple[str, ...], where: str) -> None:
     if (found := config.get("_class_name", classes[0])) not in classes:
-        raise CheckpointError(f"{where}/config.json describes a {found!r}, not a {classes[-1]}: it is another model")
+        raise _in_config(where, f"describes a {found!r}, not a {classes[-1]}: it is another model")
 
 
 def _shape(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise CheckpointError(f"{where} lacks {name}: it is another model, or a damaged file")
+        reason = f"lacks {name}: it is another model, or a damaged file"
+        raise CheckpointError(f"{where} {reason}", path=where, tensor=name, reason=reason)
     return shapes[name]
+
+
+def _in_config(where: str, reason: str, *, tensor: str | None = None) -> CheckpointError:
+    path = f"{where}/config.json"
+    return CheckpointError(f"{path} {reason}", path=path, tensor=tensor, reason=reason)
+
+
+def _disagrees(where: str, how: str, *, tensor: str | None = None) -> CheckpointError:
+    return _in_config(where, f"disagrees with the weights: {how}", tensor=tensor)

@@ -74,13 +74,14 @@ class KeyMap:
 
     def _unknown(self, name: str, layout: str, other: _Table) -> str:
         hint = "" if other.rename(name) is None else "; it is a name of the other layout"
-        raise KeyMismatchError(f"no tensor of a {layout} {self.name} is called {name!r}{hint}")
+        reason = f"no tensor of a {layout} {self.name} is called {name!r}{hint}"
+        raise KeyMismatchError(reason, tensor=name, reason=reason)
 
 
 def keymap(name: MapName) -> KeyMap:
     """Return the key map of one network, which is made once."""
     if not isinstance(name, str) or name not in _BUILDERS:
-        raise OptionError(f"no key map is called {name!r:.60}; there are {', '.join(_BUILDERS)}")
+        raise OptionError.because(f"no key map is called {name!r:.60}", f"use one of {', '.join(_BUILDERS)}")
     return _keymap(name)
 
 

@@ -53,11 +53,13 @@ class Degrees:
         check_flag(self.dit_fsdp, "dit_fsdp")
         check_flag(self.t5_fsdp, "t5_fsdp")
         if t5_cpu and self.t5_fsdp:
-            raise OptionError("--t5_cpu and --t5_fsdp contradict each other: leave one of them out")
+            raise OptionError.because("--t5_cpu and --t5_fsdp contradict each other", "leave one of them out")
         if self.ulysses_size not in (1, world):
-            raise OptionError(f"--ulysses_size {self.ulysses_size}: it must be the number of processes, {world}")
+            reason = f"--ulysses_size {self.ulysses_size}"
+            raise OptionError.because(reason, f"it must be the number of processes, {world}")
         if world == 1 and (self.dit_fsdp or self.t5_fsdp):
-            raise OptionError("--dit_fsdp and --t5_fsdp need several processes: start with torchrun --nproc_per_node N")
+            reason = "--dit_fsdp and --t5_fsdp need several processes"
+            raise OptionError.because(reason, "start with torchrun --nproc_per_node N")
 
     def check_model(self, checkpoint: WanCheckpoint, size: tuple[int, int], frame_num: int) -> None:
         """Raise `OptionError` unless attention of this model and a video of this size can be divided."""
@@ -65,13 +67,13 @@ class Degrees:
             return
         heads = checkpoint.experts[0].config["num_attention_heads"]
         if heads % n:
-            raise OptionError(f"--ulysses_size {n}: it must divide the {heads} attention heads")
+            raise OptionError.because(f"--ulysses_size {n}", f"it must divide the {heads} attention heads")
         frames_per, pixels_per = checkpoint.vae_scale
         tokens = ((frame_num - 1) // frames_per + 1) * (size[0] // pixels_per // 2) * (size[1] // pixels_per // 2)
         if tokens % n:
-            raise OptionError(
-                f"--ulysses_size {n} must divide the {tokens} tokens of {frame_num} frames of {size[0]}*{size[1]}: "
-                "use another size or frame_num, or fewer processes"
+            raise OptionError.because(
+                f"--ulysses_size {n} must divide the {tokens} tokens of {frame_num} frames of {size[0]}*{size[1]}",
+                "use another size or frame_num, or fewer processes",
             )
 
     def resolved(self, preset: str, world: int, *, t5_cpu: bool) -> Degrees:
@@ -79,9 +81,9 @@ class Degrees:
         if world == 1 or self != Degrees():
             return self
         if preset not in ("auto", "multi-gpu") and not preset.endswith(".toml"):
-            raise OptionError(
-                f"preset {preset} is for one process, and there are {world}: use --preset multi-gpu, or say what to "
-                "divide with --dit_fsdp, --t5_fsdp, --ulysses_size"
+            raise OptionError.because(
+                f"preset {preset} is for one process, and there are {world}",
+                "use --preset multi-gpu, or say what to divide with --dit_fsdp, --t5_fsdp, --ulysses_size",
             )
         return replace(self, dit_fsdp=True, t5_fsdp=not t5_cpu, ulysses_size=world)
 

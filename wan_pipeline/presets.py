@@ -69,9 +69,12 @@ class Preset:
             ("vae_dtype", self.vae_dtype, _DTYPES),
         ):
             if value not in allowed:
-                raise OptionError(f"preset {self.name}: {name} is {value!r}; use one of {', '.join(allowed)}")
+                raise OptionError.because(
+                    f"preset {self.name}: {name} is {value!r}", f"use one of {', '.join(allowed)}"
+                )
         if not self.device_memory_gb > 0:
-            raise OptionError(f"preset {self.name}: device_memory_gb is {self.device_memory_gb}; it must be positive")
+            reason = f"preset {self.name}: device_memory_gb is {self.device_memory_gb}"
+            raise OptionError.because(reason, "it must be positive")
 
     def adapted(self, *, t5_cpu: bool = False, offload_model: bool | None = None, dtype: str | None = None) -> Preset:
         """Return the preset with what was asked for on top of it."""
@@ -115,19 +118,19 @@ def load_preset(name: str) -> Preset:
     """
     path = Path(name) if name.endswith(".toml") else _profiles() / f"{name}.toml"
     if not name.endswith(".toml") and name not in PRESETS:
-        raise OptionError(f"no preset is called {name!r}; there are auto, {', '.join(PRESETS)}, or a .toml file")
+        raise OptionError.because(f"no preset is called {name!r}", f"use auto, {', '.join(PRESETS)}, or a .toml file")
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text())
         unknown = sorted(set(table) - {field.name for field in fields(Preset)})
         if unknown:
-            raise OptionError(f"{path} has unknown settings: {', '.join(unknown)}")
+            raise OptionError.because(f"has unknown settings: {', '.join(unknown)}", path=path)
         return Preset(**{"name": path.stem, **table})
     except OSError as error:
-        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+        raise OptionError.because(f"cannot be read: {error.strerror}", path=path) from error
     except OptionError:
         raise
     except (TypeError, ValueError) as error:
-        raise OptionError(f"{path} is no preset: {error}") from error
+        raise OptionError.because(f"is no preset: {error}", path=path) from error
 
 
 def _profiles() -> Path:
@@ -218,10 +221,9 @@ def check_fit(
         HostMemoryError: It does not fit into host memory.
     """
     if host_nbytes > limits.host_nbytes:
-        raise HostMemoryError(
-            f"preset {preset.name} needs {_gb(host_nbytes)} of host memory, {_gb(limits.host_nbytes)} are available "
-            "here: allow more memory"
-        )
+        have = _gb(limits.host_nbytes)
+        reason = f"preset {preset.name} needs {_gb(host_nbytes)} of host memory, {have} are available here"
+        raise HostMemoryError.because(reason, "allow more memory")
     allowed = _allowed(preset, limits)
     if limits.device_nbytes is None or allowed is None:
         return f"{preset.name}: {limits.device} has no memory of its own, weights are mapped where they need no cast"
@@ -229,9 +231,9 @@ def check_fit(
     if needed > allowed:
         what = f"its contract is {_gb(allowed)}" if allowed < limits.device_nbytes else ""
         free = f"{_gb(limits.device_nbytes)} are free on {limits.device}"
-        raise DeviceMemoryError(
-            f"preset {preset.name} needs {where}; {' and '.join(filter(None, (what, free)))}: "
-            "use a smaller preset (--preset min-memory), a smaller size, or fewer frames"
+        raise DeviceMemoryError.because(
+            f"preset {preset.name} needs {where}; {' and '.join(filter(None, (what, free)))}",
+            "use a smaller preset (--preset min-memory), a smaller size, or fewer frames",
         )
     return f"{preset.name}: {where}, {_gb(allowed)} allowed on {limits.device}"
 
@@ -248,7 +250,7 @@ def choose(
 ) -> tuple[Preset, str]:
     """Return the fastest preset that fits, and why it was taken; raise the error of the smallest if none does."""
     names = ("multi-gpu",) if limits.world_size > 1 else PRESETS[:3]
-    refused: list[str] = []
+    too_large: list[str] = []
     for name in names:
         preset = load_preset(name).adapted(t5_cpu=t5_cpu, offload_model=offload_model, dtype=dtype)
         try:
@@ -256,9 +258,9 @@ def choose(
         except DeviceMemoryError as error:
             if name == names[-1]:
                 raise
-            refused.append(str(error).partition(":")[0])
+            too_large.append(str(error.reason))
         else:
-            return preset, "; ".join([why, *refused])
+            return preset, "; ".join([why, *too_large])
     raise AssertionError("unreachable: the last preset fits or raises")
 
 

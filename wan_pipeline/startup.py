@@ -88,7 +88,7 @@ def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
         checkpoint = open_wan(directory)
         options = _checked_degrees(checkpoint, options)
     if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
-        raise OptionError(f"{', '.join(missing)} not installed: pip install 'wan-loader[pipeline]'")
+        raise OptionError.because(f"{', '.join(missing)} not installed", "pip install 'wan-loader[pipeline]'")
     with span(recorder, "header"):
         cache = _open_cache(checkpoint, options)
     if cache is not None:
@@ -172,9 +172,11 @@ def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartO
     degrees = options.degrees.resolved(options.preset, world, t5_cpu=options.t5_cpu)
     degrees.check_model(checkpoint, options.size, options.frame_num)
     if world > 1 and (options.offload_model or options.like_diffusers):
-        raise OptionError("several processes keep everything on their devices: leave out offload_model, use WanT2V")
+        raise OptionError.because(
+            "several processes keep everything on their devices", "leave out offload_model, use WanT2V"
+        )
     if world > 1 and options.cache:
-        raise OptionError(f"the converted cache is for one process, and there are {world}: leave out --cache")
+        raise OptionError.because(f"the converted cache is for one process, and there are {world}", "leave out --cache")
     return replace(options, degrees=degrees)
 
 
@@ -200,8 +202,8 @@ def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
         if preset.residency != "everything":
-            raise OptionError(
-                f"preset {preset.name} swaps networks, several processes keep them: use --preset multi-gpu"
+            raise OptionError.because(
+                f"preset {preset.name} swaps networks, several processes keep them", "use --preset multi-gpu"
             )
         steps = presets.residency_steps(preset, names)
     placements = [

@@ -205,5 +205,7 @@ def test_defaults_of_a_preset():
     assert Degrees().resolved("auto", 8, t5_cpu=True) == Degrees(dit_fsdp=True, ulysses_size=8)
     assert Degrees().resolved("auto", 1, t5_cpu=False) == Degrees()
     assert Degrees(t5_fsdp=True).resolved("auto", 8, t5_cpu=False) == Degrees(t5_fsdp=True)
-    with pytest.raises(OptionError, match="one process"):
+    with pytest.raises(OptionError) as error:
         Degrees().resolved("fastest", 8, t5_cpu=False)
+    assert "for one process" in error.value.reason
+    assert error.value.remedy.startswith("use --preset multi-gpu")

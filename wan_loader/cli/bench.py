@@ -119,9 +119,8 @@ def bench(
     from wan_loader.cli.output import check_outputs
 
     if world_size() > 1:
-        raise OptionError(
-            f"{world_size()} processes would disturb each other's measurements: run bench without torchrun"
-        )
+        reason = f"{world_size()} processes would disturb each other's measurements"
+        raise OptionError.because(reason, "run bench without torchrun")
     check_outputs(export_json, export_markdown, export_picture, force=force)
     if export_picture is not None and export_picture.suffix != ".svg":
         raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
@@ -176,7 +175,7 @@ def _places(texts: list[str] | None) -> list[Place]:
         return [Place("here")]
     places = [parse_place(text) for text in texts]
     if len({p.name for p in places}) < len(places):
-        raise OptionError("two --storage places have the same name: name them differently")
+        raise OptionError.because("two --storage places have the same name", "name them differently")
     return places
 
 

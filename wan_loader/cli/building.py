@@ -20,7 +20,7 @@ def report_build(build: EntryBuild | Path | None, *, json: bool) -> None:
     from wan_loader.errors import CacheError
 
     if build is None:
-        raise CacheError("another process is writing this entry: wait for it, then ask again")
+        raise CacheError.because("another process is writing this entry", "wait for it, then ask again")
     if isinstance(build, Path):
         _say_built("present", build, 0, 0.0, json=json)
         return
@@ -28,7 +28,7 @@ def report_build(build: EntryBuild | Path | None, *, json: bool) -> None:
     with stopping(build):
         follow_build(build)
         if build.path is None:
-            raise CacheError(build.failure or "the entry was not written")
+            raise CacheError.because(build.failure or "the entry was not written")
         _say_built("built", build.path, build.nbytes_written, time.monotonic() - start, json=json)
 
 

@@ -203,7 +203,7 @@ def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
         return complete
     found = [x for x in complete if x.key.startswith(entry)]
     if not found:
-        raise OptionError(f"no entry begins with {entry!r}: see `wan-loader cache list`")
+        raise OptionError.because(f"no entry begins with {entry!r}", "see `wan-loader cache list`")
     return found
 
 
@@ -278,7 +278,7 @@ def clear(
     listed = store.listed() if store is not None else []
     if listed and not yes:
         if not sys.stdin.isatty():
-            raise OptionError("clear removes every entry: say --yes")
+            raise OptionError.because("clear removes every entry", "say --yes")
         total = format_bytes(sum(x.nbytes for x in listed))
         typer.confirm(f"remove {_count(listed)}, {total}?", abort=True, err=True)
     removed = [x for x in listed if store is not None and store.remove(x)]

@@ -40,7 +40,7 @@ def _parse_disk(text: str) -> float:
     if text in STORAGES:
         return STORAGES[text]
     if not text[:1].isdigit():
-        raise OptionError(f"{text!r} is no rate such as 150MB/s, and none of {', '.join(STORAGES)}")
+        raise OptionError.because(f"{text!r} is no rate such as 150MB/s, and none of {', '.join(STORAGES)}")
     return parse_rate(text)
 
 

@@ -79,7 +79,7 @@ def checked(parse: Callable[[str], object]) -> Callable[[str | list[str] | None]
 def _parse_device(text: str) -> None:
     """Raise `OptionError` for what names no device. If there is such a one is for the loader to say."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise OptionError(f"{text!r} is no device: use auto, cpu, cuda or cuda:N")
+        raise OptionError.because(f"{text!r} is no device", "use auto, cpu, cuda or cuda:N")
 
 
 PathArgument = Annotated[

@@ -39,11 +39,13 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
     wanted = [path for path in paths if path is not None]
     for path in wanted:
         if path.exists() and not force:
-            raise OutputError(f"{path} exists: choose another name, or overwrite it with --force")
+            raise OutputError.because("exists", "choose another name, or overwrite it with --force", path=path)
         if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise OutputError(f"{path} cannot be written: {path.parent} is no directory that you may write to")
+            reason = f"cannot be written: {path.parent} is no directory that you may write to"
+            raise OutputError.because(reason, path=path)
     if len({path.resolve() for path in wanted}) < len(wanted):
-        raise OutputError(f"{', '.join(map(str, wanted))}: two outputs in one file: give each a name of its own")
+        reason = f"{', '.join(map(str, wanted))}: two outputs in one file"
+        raise OutputError.because(reason, "give each a name of its own")
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def run(
     from wan_loader.fastpath import FastPath
 
     if not script.is_file():
-        raise OptionError(f"{script} is no script: name a Python file")
+        raise OptionError.because("is no script", "name a Python file", path=script)
     script.open("rb").close()
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))

@@ -126,7 +126,7 @@ def generate(
     start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
     start["directory"] = checkpoint = open_wan(ckpt_dir)
     if task not in (None, checkpoint.task):
-        raise OptionError(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
+        raise OptionError.because(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
     settings = {
         "size": parse_size(size) if size is not None else None,
         "frame_num": frame_num,
@@ -196,7 +196,8 @@ def _start_settings(
     offload: str | None,
 ) -> dict[str, Any]:
     if convert and dtype not in (None, "bf16", "bfloat16"):
-        raise OptionError(f"--convert_model_dtype converts to bf16, --dtype says {dtype}: leave one of them out")
+        reason = f"--convert_model_dtype converts to bf16, --dtype says {dtype}"
+        raise OptionError.because(reason, "leave one of them out")
     return {
         "directory": ckpt_dir,
         "preset": preset,
@@ -209,7 +210,7 @@ def _start_settings(
 
 def _cache_settings(cache: bool, cache_dir: Path | None) -> dict[str, Any]:
     if cache_dir is not None and not cache:
-        raise OptionError("--cache_dir needs --cache")
+        raise OptionError.because("--cache_dir needs --cache")
     return {"cache": cache, "cache_dir": cache_dir}
 
 
@@ -258,7 +259,7 @@ def _parse_bool(name: str, text: str) -> bool:
         return True
     if word in ("false", "no", "0", "n", "f"):
         return False
-    raise OptionError(f"--{name} {text}: use True or False")
+    raise OptionError.because(f"--{name} {text}", "use True or False")
 
 
 def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, result: str) -> None:

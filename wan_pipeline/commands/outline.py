@@ -25,7 +25,8 @@ def outline_model(directory: str, dtype: str) -> Outline | None:
     if layout_of(Path(directory)) is None:
         return None
     if find_spec("diffusers") is None:
-        raise OptionError("the entry of a whole pipeline needs the pipeline extra: pip install 'wan-loader[pipeline]'")
+        reason = "the entry of a whole pipeline needs the pipeline extra"
+        raise OptionError.because(reason, "pip install 'wan-loader[pipeline]'")
     from wan_pipeline.cached import outline_wan
     from wan_pipeline.checkpoint import open_wan
 

@@ -42,7 +42,7 @@ def synth(
         wan-loader synth /data/part --size full --blocks 4 --component high_noise --dtype bf16
     """
     if find_spec("diffusers") is None:
-        raise OptionError("synth needs the pipeline extra: pip install 'wan-loader[pipeline]'")
+        raise OptionError.because("synth needs the pipeline extra", "pip install 'wan-loader[pipeline]'")
     from wan_loader.cli import byte_progress, show
     from wan_loader.sizes import format_bytes, format_count
     from wan_pipeline.synth import synth as write

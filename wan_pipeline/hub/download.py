@@ -130,7 +130,7 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
     names = [file.path for file in listing.files]
     held = layouts_in(names)
     if not held:
-        raise OptionError(f"{listing.repository} is no WAN2.2 repository in the native or the diffusers layout")
+        raise OptionError.because(f"{listing.repository} is no WAN2.2 repository in the native or the diffusers layout")
     chosen = layout or held[0]
     if chosen not in held:
         raise OptionError.because(

@@ -268,7 +268,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     if len(text) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a configuration")
+        raise CheckpointError.because(f"is larger than {_MAX_JSON_BYTES} bytes: not a configuration", path=path)
     return parse_object(text, path=str(path), what="the file")

@@ -75,4 +75,4 @@ def _missing_by_layout(root: Path, layout: Layout) -> tuple[tuple[MissingFile, .
     except CheckpointError as error:
         return (), (("configuration", str(error)),)
     except OSError as error:  # nothing can be said about what is missing
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=error.filename) from error

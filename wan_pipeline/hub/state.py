@@ -133,12 +133,14 @@ def read_state(directory: Path) -> State | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from error
+        raise OutputError.because(f"cannot be read: {error.strerror}", path=path) from error
     if text is None:
         raise _damaged(path, f"larger than {_MAX_BYTES} bytes")
     document = parse_object(text, path=str(path), what="the manifest")
     if document.get("schema_version") != 1:
-        raise OutputError(f"{path} was written by another version of wan-loader: use that one, or delete it")
+        raise OutputError.because(
+            "was written by another version of wan-loader", "use that one, or delete it", path=path
+        )
     try:
         return _state(Doc(document), directory)
     except DocumentError as error:
@@ -146,7 +148,8 @@ def read_state(directory: Path) -> State | None:
 
 
 def _damaged(path: Path, why: str) -> OutputError:
-    return OutputError(f"{path} is damaged ({why}): delete it and run the download again, which checks what is there")
+    remedy = "delete it and run the download again, which checks what is there"
+    return OutputError.because(f"is damaged ({why})", remedy, path=path)
 
 
 def _state(doc: Doc, directory: Path) -> State:
