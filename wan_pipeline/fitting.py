@@ -11,9 +11,9 @@ from wan_pipeline import presets
 if TYPE_CHECKING:
     import torch
 
-    from wan_pipeline.checkpoint import Component, WanCheckpoint
     from wan_pipeline.presets import Limits, Preset, ResidencyStep
     from wan_pipeline.start_options import StartOptions
+    from wan_pipeline.wan_checkpoint import Component, WanCheckpoint
 
 __all__ = ["choose_preset", "network_dtype"]
 

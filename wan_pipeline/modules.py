@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import CancelToken, IoMode, LoadReport, Observer
-    from wan_pipeline.checkpoint import Component
+    from wan_pipeline.wan_checkpoint import Component
 
 __all__ = ["adopt", "build", "check", "empty", "fetch"]
 

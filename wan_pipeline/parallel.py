@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from wan_loader import CancelToken, LoadReport, Observer
     from wan_loader.distributed import Joined, Liveness
-    from wan_pipeline.checkpoint import Component, WanCheckpoint
+    from wan_pipeline.wan_checkpoint import Component, WanCheckpoint
 
-__all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
+__all__ = ["Degrees", "DistributedRun", "connect", "divide", "fetch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ class Degrees:
 
 
 @dataclass(slots=True)
-class Run:
+class DistributedRun:
     """One process among the others of a distributed run."""
 
     degrees: Degrees
@@ -169,7 +169,7 @@ def _end_now(problem: str) -> None:
     end_now(1)
 
 
-def connect(degrees: Degrees, device: str | torch.device) -> Run:
+def connect(degrees: Degrees, device: str | torch.device) -> DistributedRun:
     """Join the other processes; raises as `join` does.
 
     Args:
@@ -180,14 +180,14 @@ def connect(degrees: Degrees, device: str | torch.device) -> Run:
 
     joined = join(device)
     try:
-        return Run(degrees, joined, init_device_mesh(joined.device.type, (world_size(),)))
+        return DistributedRun(degrees, joined, init_device_mesh(joined.device.type, (world_size(),)))
     except BaseException as error:
         joined.leave(error)
         raise
 
 
 def fetch(
-    run: Run,
+    run: DistributedRun,
     component: Component,
     *,
     dtype: torch.dtype | None,
@@ -228,7 +228,7 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _empty_shard(run: Run, shape: tuple[int, ...]) -> torch.Tensor:
+def _empty_shard(run: DistributedRun, shape: tuple[int, ...]) -> torch.Tensor:
     """Make what `fully_shard` makes of a parameter on meta: rows of it as a DTensor."""
     from torch.distributed.tensor import DTensor, Shard
 
@@ -240,7 +240,7 @@ def _empty_shard(run: Run, shape: tuple[int, ...]) -> torch.Tensor:
     return shard
 
 
-def divide(run: Run, name: str, module: Any) -> None:
+def divide(run: DistributedRun, name: str, module: Any) -> None:
     """Give a network on meta the hooks of Ulysses and of FSDP2, block by block."""
     if name in EXPERTS and run.degrees.ulysses_size > 1:
         import diffusers

@@ -17,11 +17,11 @@ from wan_loader import clock_ns
 from wan_loader.arguments import checked_path
 from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.request import Request
 from wan_pipeline.start_options import StartOptions
 from wan_pipeline.startup import begin
 from wan_pipeline.timeline import Timeline
 from wan_pipeline.video import write_mp4
+from wan_pipeline.video_request import VideoRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from wan_loader import StrPath
     from wan_loader.cache import EntryBuild
-    from wan_pipeline.checkpoint import WanCheckpoint
-    from wan_pipeline.parallel import Run
+    from wan_pipeline.parallel import DistributedRun
     from wan_pipeline.startup import Started
+    from wan_pipeline.wan_checkpoint import WanCheckpoint
 
     Progress = Callable[[str, int, int], None]
 
@@ -48,7 +48,7 @@ class Video:
     frames_THWC: np.ndarray = field(repr=False)
     """Floats from 0 to 1."""
     fps: int
-    request: Request
+    request: VideoRequest
 
     def save(self, path: StrPath) -> None:
         """Write an mp4.
@@ -159,7 +159,7 @@ class WanT2V:
             self._started.close()
 
     @property
-    def run(self) -> Run | None:
+    def run(self) -> DistributedRun | None:
         """The process among the others of a distributed run; None outside of one."""
         return self._started.run
 
@@ -193,8 +193,8 @@ class WanT2V:
         Args:
             prompt: What the video shows.
             progress: Called with a phase, steps done and steps in all.
-            **settings: Fields of `Request` (size, frame_num, steps, shift, guide_scale, negative_prompt, solver, grid,
-                seed); what is not given is the official default of the model.
+            **settings: Fields of `VideoRequest` (size, frame_num, steps, shift, guide_scale, negative_prompt, solver,
+                grid, seed); what is not given is the official default of the model.
 
         Raises:
             OptionError: A setting makes no sense.
@@ -202,7 +202,7 @@ class WanT2V:
         """
         import torch
 
-        request = Request.make(self.task, prompt, **settings)
+        request = VideoRequest.make(self.task, prompt, **settings)
         request.check_task(self.task, self._started.checkpoint.vae_scale[1] * 2)
         tell = progress or (lambda phase, done, total: None)
         with torch.no_grad(), nullcontext() if self.run is None else self.run.explained():
@@ -219,7 +219,7 @@ class WanT2V:
         """Return everything about the start and the generations so far, as one JSON document."""
         return self.timeline.document(self._started)
 
-    def _encode(self, request: Request, tell: Progress) -> tuple[Any, Any]:
+    def _encode(self, request: VideoRequest, tell: Progress) -> tuple[Any, Any]:
         tell("encode", 0, 1)
         with self.timeline.stage("encode"):
             embeds = self.pipe.encode_prompt(
@@ -231,7 +231,7 @@ class WanT2V:
         tell("encode", 1, 1)
         return embeds[0], embeds[1]
 
-    def _denoise(self, request: Request, embeds: tuple[Any, Any], tell: Progress) -> Any:
+    def _denoise(self, request: VideoRequest, embeds: tuple[Any, Any], tell: Progress) -> Any:
         import torch
 
         from wan_pipeline.solvers import make_scheduler
@@ -279,7 +279,7 @@ class WanT2V:
         return frames
 
 
-def _no_frames(request: Request) -> np.ndarray:
+def _no_frames(request: VideoRequest) -> np.ndarray:
     import numpy as np
 
     width, height = request.size

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import LoadReport, Observer, Prewarm
-    from wan_pipeline.checkpoint import Component
     from wan_pipeline.presets import ResidencyStep
+    from wan_pipeline.wan_checkpoint import Component
 
 __all__ = ["BackgroundFetch", "FetchCancelledError", "ModuleResidency", "Placement"]
 
@@ -39,7 +39,7 @@ class Placement:
     device: torch.device
     dtype: torch.dtype | None
     decoder_only: bool = False
-    run: parallel.Run | None = None
+    run: parallel.DistributedRun | None = None
     """The processes that load it together."""
 
 
@@ -102,7 +102,7 @@ class BackgroundFetch:
 
 
 @dataclass(slots=True)
-class Log:
+class ResidencyLog:
     """The loads and the waits of a residency, for reports."""
 
     loads: list[tuple[str, int, int, LoadReport]] = field(default_factory=list)
@@ -150,7 +150,7 @@ class ModuleResidency:
         self._last: BackgroundFetch | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self.log = Log()
+        self.log = ResidencyLog()
 
     def start(self) -> None:
         """Begin fetching what the first step allows; returns at once. Needs no module yet."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.request import checked_size
+from wan_pipeline.video_request import checked_size
 
 if TYPE_CHECKING:
     import torch

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import OptionError, Recorder, prewarm_files, span, start_device
 from wan_loader.distributed import local_rank, use_device, warms, world_size
 from wan_pipeline import modules, parallel, presets
-from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.fitting import choose_preset, network_dtype
 from wan_pipeline.hooks import attach
-from wan_pipeline.imports import short_imports
 from wan_pipeline.residency import BackgroundFetch, ModuleResidency, Placement
+from wan_pipeline.short_imports import short_imports
+from wan_pipeline.wan_checkpoint import open_wan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import Prewarm, StrPath
-    from wan_pipeline.cached import PipelineCache
-    from wan_pipeline.checkpoint import WanCheckpoint
+    from wan_pipeline.pipeline_cache import PipelineCache
     from wan_pipeline.presets import Preset
     from wan_pipeline.start_options import StartOptions
+    from wan_pipeline.wan_checkpoint import WanCheckpoint
 
 __all__ = ["Started", "begin"]
 
@@ -55,7 +55,7 @@ class Started:
     device: torch.device
     recorder: Recorder
     cache: PipelineCache | None = None
-    run: parallel.Run | None = None
+    run: parallel.DistributedRun | None = None
     """The process among others, where there are several."""
 
     @property
@@ -111,7 +111,7 @@ def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCac
 
     if not options.cache:
         return None
-    from wan_pipeline.cached import PipelineCache
+    from wan_pipeline.pipeline_cache import PipelineCache
 
     some = presets.load_preset("fastest" if options.preset == "auto" else options.preset)
     dtype = dtype_name(options.dtype or ("fp32" if options.like_diffusers else some.dtype))
@@ -191,7 +191,7 @@ def _start_fetching(context: _StartContext) -> Started:
         raise
 
 
-def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
+def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> Started:
     import torch
 
     from wan_loader import resolve_device

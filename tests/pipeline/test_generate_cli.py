@@ -15,10 +15,10 @@ pytest.importorskip("imageio_ffmpeg")
 from programs import PIPELINE
 
 from wan_loader.formats import checkpoint as checkpoint_module
-from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.commands import generate as module
 from wan_pipeline.commands.app import main
 from wan_pipeline.families import FAMILIES
+from wan_pipeline.wan_checkpoint import open_wan
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3", "--base_seed", "3"]

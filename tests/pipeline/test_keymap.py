@@ -18,7 +18,7 @@ import wan_loader
 from wan_loader.errors import KeyMismatchError, OptionError
 from wan_pipeline.keymap import KEYMAP_VERSION, key_map, keymap, to_diffusers, to_native
 from wan_pipeline.synth.arch import ARCHS
-from wan_pipeline.synth.tensors import component_tensors, map_name
+from wan_pipeline.synth.synth_tensors import component_tensors, map_name
 
 COUNTS = [
     ("t2v-A14B", "high_noise", 1095),

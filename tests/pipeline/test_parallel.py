@@ -21,9 +21,9 @@ import torch
 
 from wan_loader.errors import OptionError
 from wan_pipeline import WanT2V
-from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.commands.app import main
 from wan_pipeline.parallel import Degrees
+from wan_pipeline.wan_checkpoint import open_wan
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3"]

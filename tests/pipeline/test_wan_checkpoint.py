@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_pipeline import modules
-from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.wan_checkpoint import open_wan
 
 LAYOUTS = ("native", "diffusers")
 

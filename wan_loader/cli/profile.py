@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.distributed import own_file, together
 from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Part, Threads, Verbose
+from wan_loader.cli.torchrun import own_file, together
 from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from wan_loader.cli.distributed import end, fail_together
 from wan_loader.cli.interrupt import INTERRUPTED, begin_work, end_interrupted, was_interrupted
 from wan_loader.cli.options import verbose
 from wan_loader.cli.output import flush_output, open_streams, say
+from wan_loader.cli.torchrun import end, fail_together
 from wan_loader.errors import WanLoaderError
 from wan_loader.printable import printable, printable_lines
 

@@ -40,9 +40,9 @@ def run(
 
         wan-loader run --quiet serve.py
     """
-    from wan_loader.cli.distributed import fail_together
     from wan_loader.cli.interrupt import hand_over
     from wan_loader.cli.output import hand_over_streams, say
+    from wan_loader.cli.torchrun import fail_together
     from wan_loader.errors import OptionError, WanLoaderError
     from wan_loader.fastpath import FastPath
 

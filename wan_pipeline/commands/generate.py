@@ -16,15 +16,15 @@ import typer
 from wan_loader import OptionError
 from wan_loader.cli import check_outputs, own_file, print_json, say, show, write_json
 from wan_loader.distributed import is_first, world_size
-from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.families import FAMILIES
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.progress import phase_progress
-from wan_pipeline.request import Request, parse_guide_scale, parse_size
+from wan_pipeline.phase_progress import phase_progress
+from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
+from wan_pipeline.wan_checkpoint import open_wan
 
 if TYPE_CHECKING:
-    from wan_pipeline.checkpoint import WanCheckpoint
     from wan_pipeline.pipeline import WanT2V
+    from wan_pipeline.wan_checkpoint import WanCheckpoint
 
 __all__ = ["generate", "load"]
 
@@ -228,13 +228,13 @@ def _finish_cache(report: dict[str, Any], pipe: WanT2V) -> None:
         say(f"cached: {pipe.build.path}" if failure is None else f"not cached: {failure}")
 
 
-def _checked_request(checkpoint: WanCheckpoint, prompt: str, settings: dict[str, Any]) -> Request:
-    request = Request.make(checkpoint.task, prompt, **settings)
+def _checked_request(checkpoint: WanCheckpoint, prompt: str, settings: dict[str, Any]) -> VideoRequest:
+    request = VideoRequest.make(checkpoint.task, prompt, **settings)
     request.check_task(checkpoint.task, checkpoint.vae_scale[1] * 2)
     return request
 
 
-def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
+def _started(settings: dict[str, Any], request: VideoRequest | None) -> WanT2V:
     from wan_pipeline.pipeline import WanT2V
 
     if request is not None:

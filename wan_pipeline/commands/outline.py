@@ -27,7 +27,7 @@ def outline_model(directory: str, dtype: str) -> Outline | None:
     if find_spec("diffusers") is None:
         reason = "the entry of a whole pipeline needs the pipeline extra"
         raise OptionError.because(reason, "pip install 'wan-loader[pipeline]'")
-    from wan_pipeline.cached import outline_wan
-    from wan_pipeline.checkpoint import open_wan
+    from wan_pipeline.pipeline_cache import outline_wan
+    from wan_pipeline.wan_checkpoint import open_wan
 
     return outline_wan(open_wan(directory), dtype)

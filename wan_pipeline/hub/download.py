@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal
 from wan_loader import HubError, OptionError, OutputError, WanLoaderError, clock_ns
 from wan_loader.sizes import format_bytes
 from wan_loader.system import StoppedError, run_all
+from wan_pipeline.hub.download_state import DownloadState, locked_state, read_state
 from wan_pipeline.hub.layouts import REPOSITORIES, layouts_in, missing_files, wanted_files
 from wan_pipeline.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
-from wan_pipeline.hub.state import State, locked_state, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -97,14 +97,14 @@ def download(
         with quiet_hub():
             listing = list_repository(repository or REPOSITORIES[layout or "native"], revision)
             chosen, files = _choose(listing, layout)
-            state = State(place, listing.repository, listing.revision, chosen, files)
+            state = DownloadState(place, listing.repository, listing.revision, chosen, files)
             if dry_run:
-                job = _Job(listing, _with_history(state, read_state(place)), threads, progress)
+                job = _DownloadJob(listing, _with_history(state, read_state(place)), threads, progress)
                 job.look()
             else:
                 _make_directory(place)
                 with locked_state(place) as before:
-                    job = _Job(listing, _with_history(state, before), threads, progress)
+                    job = _DownloadJob(listing, _with_history(state, before), threads, progress)
                     job.look()
                     job.run(force)
     except WanLoaderError:
@@ -140,7 +140,7 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
     return chosen, tuple(file for file in listing.files if file.path in wanted)
 
 
-def _with_history(state: State, before: State | None) -> State:
+def _with_history(state: DownloadState, before: DownloadState | None) -> DownloadState:
     """Add what was found right of this repository; another one's files are replaced like anybody's, only by force."""
     if before is not None and before.repository == state.repository:
         state.checked.update(before.checked)
@@ -157,10 +157,10 @@ def _make_directory(place: Path) -> None:
     place.mkdir()
 
 
-class _Job:
+class _DownloadJob:
     """A run of `download`."""
 
-    def __init__(self, listing: Listing, state: State, threads: int | None, progress: Progress | None) -> None:
+    def __init__(self, listing: Listing, state: DownloadState, threads: int | None, progress: Progress | None) -> None:
         self._listing = listing
         self._state = state
         self._threads = threads or _THREADS

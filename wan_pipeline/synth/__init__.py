@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from wan_pipeline.synth.arch import Arch
-    from wan_pipeline.synth.layout import Plan
+    from wan_pipeline.synth.checkpoint_files import SynthPlan
 
 __all__ = ["Component", "DType", "Layout", "Size", "SynthReport", "Task", "plan_synth", "synth"]
 
@@ -47,7 +47,7 @@ def plan_synth(
     blocks: int | None = None,
     components: Sequence[Component] | None = None,
     dtype: DType | None = None,
-) -> Plan:
+) -> SynthPlan:
     """Plan the files that `synth` would write, with tensors and exact sizes. Takes seconds: it imports diffusers."""
     arch = _arch(layout, size, task, blocks, dtype)
     return _plan(arch, layout, components, dtype)
@@ -109,8 +109,8 @@ def _arch(layout: Layout, size: Size, task: Task, blocks: int | None, dtype: DTy
     return ARCHS[task, size].with_blocks(blocks)
 
 
-def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dtype: DType | None) -> Plan:
-    from wan_pipeline.synth.layout import plan_files
+def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dtype: DType | None) -> SynthPlan:
+    from wan_pipeline.synth.checkpoint_files import plan_files
 
     wanted = arch.components if components is None else tuple(components)
     if unknown := sorted({*wanted} - {*arch.components}):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader import CacheError, CheckpointError, DtypePolicy
 from wan_loader.cache import CacheUse, Outline, check_entry, outline_file, read_parts
-from wan_pipeline.checkpoint import EXPERTS, open_wan
+from wan_pipeline.wan_checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from wan_loader import StrPath
     from wan_loader.cache import CachedFile, CacheReport, Entry, EntryBuild
-    from wan_pipeline.checkpoint import Component, WanCheckpoint
+    from wan_pipeline.wan_checkpoint import Component, WanCheckpoint
 
 __all__ = ["PipelineCache", "outline_wan"]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from wan_pipeline.hub.layouts import Layout
 
-__all__ = ["HIDDEN", "State", "locked_state", "read_state"]
+__all__ = ["HIDDEN", "DownloadState", "locked_state", "read_state"]
 
 HIDDEN = ".wan-loader-download"
 _MAX_BYTES = 64 << 20
@@ -35,7 +35,7 @@ _DIGEST = re.compile(r"(sha256|git):[0-9a-f]{1,128}")
 
 
 @dataclass(slots=True)
-class State:
+class DownloadState:
     """The state of one directory. Its methods may be called from any thread."""
 
     directory: Path
@@ -106,7 +106,7 @@ def _facts(path: Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def locked_state(directory: Path) -> Iterator[State | None]:
+def locked_state(directory: Path) -> Iterator[DownloadState | None]:
     """Keep other downloads out of a directory; gives what an earlier one has left there."""
     hidden = directory / HIDDEN
     with contextlib.suppress(FileExistsError):
@@ -121,7 +121,7 @@ def locked_state(directory: Path) -> Iterator[State | None]:
         locked.close()
 
 
-def read_state(directory: Path) -> State | None:
+def read_state(directory: Path) -> DownloadState | None:
     """Read what a download has left in a directory; None where there was none.
 
     Raises:
@@ -152,11 +152,11 @@ def _damaged(path: Path, why: str) -> OutputError:
     return OutputError.because(f"is damaged ({why})", remedy, path=path)
 
 
-def _state(doc: Doc, directory: Path) -> State:
+def _state(doc: Doc, directory: Path) -> DownloadState:
     layout = cast("Layout", doc.choice("layout", ("native", "diffusers")))
     files = [(_remote_file(item), _checked(item)) for item in doc.docs("files")]
     checked = {file.path: facts for file, facts in files if facts is not None}
-    return State(
+    return DownloadState(
         directory, doc.text("repository"), doc.text("revision"), layout, tuple(file for file, _ in files), checked
     )
 
