@@ -48,6 +48,7 @@ def native_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]], where
 def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[str, Any]:
     """Make diffusers' configuration of an expert, from the config file of either layout."""
     _of_class(config, ("WanModel", "WanTransformer3DModel"), where)
+    # diffusers says num_attention_heads and attention_head_dim; only the native layout has their product
     if "dim" not in config:
         return {key: value for key, value in config.items() if not key.startswith("_")}
     if (kind := config.get("model_type", "t2v")) not in ("t2v", "ti2v"):
@@ -92,6 +93,7 @@ def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
 def _check_complete(shapes: Shapes, layers: int, where: str) -> None:
     """Raise unless all tensors outside of blocks are there, and every block has those of block 0 in their shapes."""
     table = keymap("dit").native
+    # every block is named: a file may hold a part of one
     names = [*table.outer, *(f"blocks.{i}.{leaf}" for i in range(layers) for leaf in table.inner)]
     if missing := [name for name in names if name not in shapes]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -158,6 +160,7 @@ def vae_config(network: Network, config: Mapping[str, Any] | None, shapes: Shape
         return {key: value for key, value in config.items() if not key.startswith("_")}
     found = {**network.config, "base_dim": base, "z_dim": z}
     if network.config.get("is_residual"):
+        # the decoder begins with four times its base: the last of dim_mult
         found["decoder_base_dim"] = _shape(shapes, "decoder.conv1.weight", where)[0] // 4
     return found
 

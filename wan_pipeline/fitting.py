@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_preset", "network_dtype"]
 
-#: Host memory of a load to a GPU: its staging.
-_STAGING_BYTES = 512 << 20
+#: Host memory of a load to a GPU: its pinned ring.
+_PINNED_RING_BYTES = 512 << 20
 #: Of a divided network, what FSDP2 gathers at a time: two blocks; of the text encoder the embedding, too.
 _GATHERED = (1 / 20, 1 / 4)
 
@@ -52,6 +52,7 @@ def choose_preset(
     limits = _limits(checkpoint, device, may_drop=not options.like_diffusers and world_size() == 1)
     wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
     adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
+    # for the dtypes, which are the same in all presets: `auto` is decided below, from the sizes that they give
     some = presets.load_preset("fastest" if wanted == "auto" else wanted).adapted(**adapt)  # type: ignore[arg-type]
     sizes: dict[str, int] = {}
     gathered: dict[str, int] = {}
@@ -64,7 +65,7 @@ def choose_preset(
     workspace = _workspace(checkpoint, options)
     for name, extra in gathered.items():
         workspace[name] += extra if options.degrees.shards(name) else 0
-    host_nbytes = _STAGING_BYTES if device.type == "cuda" else 0
+    host_nbytes = _PINNED_RING_BYTES if device.type == "cuda" else 0
     if wanted == "auto":
         preset, reason = presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
     else:

@@ -38,6 +38,7 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
     with empty_weights():  # the rotary tables are in no checkpoint
         module: torch.nn.Module = _construct(component)
     if decoder_only and component.network.kind == "vae":
+        # what is not there is neither loaded nor missed
         module.register_module("encoder", None)
         module.register_module("quant_conv", None)
     _set_dtypes(module, component, dtype)
@@ -120,6 +121,7 @@ def empty(module: torch.nn.Module) -> None:
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and not parameter.is_meta:
+                # one for all that were tied, so that they are tied again
                 new = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
                 owner._parameters[name] = emptied.setdefault(id(parameter), new)
         for name, buffer in owner._buffers.items():

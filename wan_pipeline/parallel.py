@@ -99,6 +99,7 @@ class DistributedRun:
     degrees: Degrees
     joined: Joined
     mesh: DeviceMesh
+    # a number for each meeting: in the store of the processes, a name stands for one of them only
     _calls: Iterator[int] = field(default_factory=lambda: iter(range(1 << 30)))
 
     @property
@@ -138,6 +139,7 @@ class DistributedRun:
 
     def exit_on_failure(self) -> None:
         """End this process soon after another one has failed, even if it hangs in a collective then."""
+        # a collective that waits for a process that is gone cannot be stopped
         self.liveness.on_failure = _end_now
 
     @contextlib.contextmanager
@@ -158,6 +160,7 @@ class DistributedRun:
 def _is_connection(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
+    # gloo and NCCL raise plain RuntimeErrors, too: only their words tell
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
 
@@ -182,6 +185,7 @@ def connect(degrees: Degrees, device: str | torch.device) -> DistributedRun:
     try:
         return DistributedRun(degrees, joined, init_device_mesh(joined.device.type, (world_size(),)))
     except BaseException as error:
+        # the others are told: they would wait for this process
         joined.leave(error)
         raise
 
@@ -199,6 +203,7 @@ def fetch(
     import torch.distributed as dist
 
     use_device(run.device)
+    # `load_into` fills a module: this one is made of nothing but the names in the file
     tree = torch.nn.Module()
     for facts in component.facts.tensors:
         *path, leaf = facts.name.split(".")

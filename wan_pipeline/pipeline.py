@@ -151,6 +151,7 @@ class WanT2V:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
+        # the group is left once, however often this is called
         run, self._started.run = self.run, None
         try:
             if run is not None:
@@ -245,6 +246,7 @@ class WanT2V:
         def after_step(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             tell("denoise", step + 1, request.steps)
             self.timeline.step_ns.append(clock_ns())
+            # diffusers goes on with the tensors that it is given back
             return tensors
 
         with self.timeline.stage("denoise"):
@@ -255,8 +257,10 @@ class WanT2V:
                 height=request.size[1],
                 num_frames=request.frame_num,
                 num_inference_steps=request.steps,
+                # for diffusers, the first transformer is the high-noise expert
                 guidance_scale=high,
                 guidance_scale_2=low if self.pipe.config.boundary_ratio is not None else None,
+                # drawn on the CPU: the same seed gives the same noise on every device
                 generator=torch.Generator("cpu").manual_seed(request.seed),
                 output_type="latent",
                 callback_on_step_end=after_step,
@@ -272,6 +276,7 @@ class WanT2V:
             latents = latents.to(self._started.device, vae.dtype)
             shape = (1, vae.config.z_dim, 1, 1, 1)
             mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+            # multiplied and divided as there: another order would round otherwise
             inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
             video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
             frames: np.ndarray = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
@@ -328,6 +333,7 @@ def load_diffusers(
         except BaseException:
             started.close()
             raise
+        # nothing of ours is called any more
         detach(started.pipe)
         if started.cache is not None:
             started.cache.close()

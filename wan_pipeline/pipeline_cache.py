@@ -66,6 +66,7 @@ def _first_use(name: str) -> tuple[int, int, str]:
         return 0, 0, name
     number = _NUMBER.search(name)
     encoder_of_vae = name.startswith(("encoder.conv", "encoder.down", "encoder.mid", "encoder.norm", "quant_conv."))
+    # text-to-video never uses the encoder: behind all that it does
     return (3 if encoder_of_vae else 1 if number else 2), int(number[0]) if number else 0, name
 
 
@@ -102,6 +103,7 @@ def _read_small(path: Path) -> bytes:
             raise CacheError.because(f"is larger than {_MAX_SMALL_BYTES} bytes: no file of a tokenizer", path=path)
         return path.read_bytes()
     except OSError as error:
+        # it is an OSError, too
         if isinstance(error, CacheError):
             raise
         raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
@@ -164,6 +166,7 @@ class PipelineCache:
 
 def _opened(entry: Entry) -> WanCheckpoint:
     checkpoint = open_wan(entry.path)
+    # checksums only where a file was touched in a way that times do not show: reading all takes as long as a load
     if not entry.check_files() and (wrong := check_entry(entry.path, entry.manifest)):
         raise CacheError("; ".join(wrong))
     return checkpoint

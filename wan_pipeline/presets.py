@@ -80,6 +80,7 @@ class Preset:
         """Return the preset with what was asked for on top of it."""
         residency: ResidencyMode = self.residency
         if offload_model is not None:
+            # a preset that keeps one at a time goes on doing so
             residency = "everything" if not offload_model else "one" if residency == "one" else "next"
         where: Literal["device", "cpu"] = "cpu" if t5_cpu else self.text_encoder
         return replace(self, residency=residency, text_encoder=where, dtype=dtype or self.dtype)
@@ -166,6 +167,7 @@ def fitted_steps(
     if preset.residency == "everything" and limits.may_drop and allowed is not None:
         needed = _needed(preset, decode, sizes, workspace, limits)[0]
         if needed > allowed:
+            # the last but one of the order of first use: the VAE is the last
             decode = replace(decode, resident=tuple(n for n in decode.resident if n != list(sizes)[-2]))
     return (*others, decode)
 
@@ -181,6 +183,7 @@ def _needed(
     """Return the bytes on the device in a step, and a sentence that adds them up."""
     share = limits.world_size if preset.sharded else 1
     held = {
+        # only the weights of experts and text encoder are divided
         name: sizes[name] if name == "vae" else sizes[name] // share
         for name in step.resident
         if not (name == "text_encoder" and preset.text_encoder == "cpu")

@@ -90,11 +90,14 @@ class BackgroundFetch:
         try:
             if self._after is not None:
                 self._after._ended.wait()
+                # else each fetch would keep all that were before it
                 self._after = None
             with self._lock:
+                # under the lock: `cancel` either finds it begun and waits for the end, or keeps it from beginning
                 self._stop.check()
                 self._begun = True
             self._work(self._stop)
+        # raised to whoever waits: a thread has nobody to raise to
         except BaseException as failure:
             self.failure = failure
         finally:
@@ -175,6 +178,7 @@ class ModuleResidency:
 
     def wait_all(self) -> None:
         """Wait until everything that was begun has arrived; raises the first failure."""
+        # a copy: `_finish` takes out what failed
         for name in list(self._fetches):
             self._finish(name)
 
@@ -192,6 +196,7 @@ class ModuleResidency:
         self._closed.set()
         if self._warming is not None:
             self._warming.stop()
+        # all are asked to end before one of them is waited for
         for fetch in self._fetches.values():
             fetch.stop()
         for name in list(self._fetches):
@@ -213,6 +218,7 @@ class ModuleResidency:
         allowed = self._steps[name].resident
         for other in [n for n in self._fetches if n not in allowed]:
             self._drop(other)
+        # nothing is ready until `_finish`, also if that raises: the next `use` must not take what was dropped for there
         self._current = None
         # what runs first, then the others in the order of first use
         for wanted in sorted(allowed, key=lambda n: n != name):
@@ -221,6 +227,7 @@ class ModuleResidency:
         if self._warm_ahead:
             order = [*self._placements]
             ahead = [n for n in order[order.index(name) + 1 :] if n not in allowed]
+            # behind the last fetch, so that the load has the disk alone; nobody waits for it
             BackgroundFetch("files", lambda stop: self._warm(ahead), self._last)
 
     def _finish(self, name: str) -> None:
@@ -232,6 +239,7 @@ class ModuleResidency:
             raise
 
     def _drop(self, name: str) -> None:
+        # the end is waited for: weights that came later would stay
         self._fetches.pop(name).cancel()
         self.note_peak()
         self._weights.pop(name, None)
@@ -260,6 +268,7 @@ class ModuleResidency:
                     device=placement.device,
                     dtype=placement.dtype,
                     decoder_only=placement.decoder_only,
+                    # views of mapped pages, where nothing is to be converted: they take no memory of this process
                     io="mapped" if placement.device.type == "cpu" else "auto",
                     cancel=cancel,
                     observer=self._observer,

@@ -87,12 +87,14 @@ def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
     with span(recorder, "header"):
         checkpoint = open_wan(directory)
         options = _checked_degrees(checkpoint, options)
+    # after the headers: a wrong checkpoint is told of without the libraries, too
     if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
         raise OptionError.because(f"{', '.join(missing)} not installed", "pip install 'wan-loader[pipeline]'")
     with span(recorder, "header"):
         cache = _open_cache(checkpoint, options)
     if cache is not None:
         checkpoint = cache.checkpoint
+    # of the processes of one machine, one warms the page cache for all
     files = [f for c in checkpoint.components for f in c.files] if warms() else []
     warming = prewarm_files(files, threads=_WARMERS)
     try:
@@ -132,12 +134,14 @@ def _begin(context: _StartContext) -> Started:
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
         first.wait()
         started = found[0]
+        # the current device is each thread's own: that of the fetching thread is set already
         use_device(started.device)
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
             started.pipe = _pipeline(context.checkpoint, _build_all(started, context.options))
             attach(started.pipe, started.residency, started.device)
+        # collectives of a load must not meet those of a network
         if started.run is not None:
             started.residency.wait_all()
     except BaseException as error:
@@ -205,6 +209,7 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
             raise OptionError.because(
                 f"preset {preset.name} swaps networks, several processes keep them", "use --preset multi-gpu"
             )
+        # no network gives way: all processes must have it at the same time
         steps = presets.residency_steps(preset, names)
     placements = [
         Placement(

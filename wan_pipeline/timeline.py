@@ -33,9 +33,11 @@ def process_start_ns() -> int:
     """Return the time when this process began, on the clock of spans; to a hundredth of a second."""
     try:
         text = Path("/proc/self/stat").read_text()
+        # behind the last bracket: the name of a command may hold spaces and brackets
         seconds = int(text.rpartition(")")[2].split()[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return clock_ns()
+    # the kernel counts from boot, and goes on while the machine sleeps
     age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - int(seconds * 1e9)
     return clock_ns() - age_ns
 

@@ -225,6 +225,7 @@ def _require(root: Path, layout: Layout) -> None:
 def _facts(path: Path) -> Checkpoint:
     """Read the headers of one network; `CheckpointError` for quantised ones: the networks multiply by no scales."""
     facts = open_checkpoint(path)
+    # the first is enough
     for weight, scale in find_scales(facts.tensors).items():
         reason = f"is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support"
         raise CheckpointError.because(reason, "get the published checkpoint, or one in bf16", path=facts.path)
@@ -240,6 +241,7 @@ def _component(network: Network, path: Path, config: Mapping[str, Any] | None) -
         config: The configuration in that directory, where the layout keeps one.
     """
     if network.kind == "dit" and (path / _INDEX).exists():
+        # the index decides, where other checkpoints lie beside it
         path /= _INDEX
     facts = _facts(path)
     directory = path.parent if network.kind == "dit" and not path.is_dir() else path
@@ -251,6 +253,7 @@ def _component(network: Network, path: Path, config: Mapping[str, Any] | None) -
         config = configs.text_encoder_config(network, config, shapes, where)
     else:
         config = configs.vae_config(network, config, shapes, where)
+    # names decide, and not the layout: files of either are saved again under names of the other
     native = keymap(network.map_name).native
     is_native = all(native.rename(tensor.name) is not None for tensor in facts.tensors)
     return Component(network, facts.path, facts, config, partial(_rename, native.rename) if is_native else None)

@@ -70,6 +70,7 @@ app = typer.Typer(
     context_settings=_SETTINGS,
 )
 
+# in the order in which the help lists them
 for command in (inspect, load, bench, compare, doctor, estimate, report, warm, evict, stage):
     app.command()(command)
 app.add_typer(cache.app)

@@ -70,7 +70,7 @@ ThreadCounts = Annotated[
     list[int] | None,
     typer.Option(min=1, max=64, help="Reads side by side of our loader; may be repeated.", show_default="chosen"),
 ]
-Part = Annotated[
+FirstFiles = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE", help="Only the first files that hold this much, such as 4GB.", callback=checked(parse_size)
@@ -92,7 +92,7 @@ def bench(
     device: Device = "auto",
     io: Ios = None,
     threads: ThreadCounts = None,
-    part: Part = None,
+    part: FirstFiles = None,
     time_limit: TimeLimit = 300.0,
     export_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all samples as JSON.")] = None,
     export_markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,

@@ -82,14 +82,15 @@ def _outline(path: Path, part: str | None, dtype: str) -> Outline:
     from wan_loader.formats.hub_cache import locate
     from wan_loader.plan.dtype_policy import DtypePolicy
 
+    # a family may know the directory as a whole model; a part of a file is one checkpoint
     if part is None and os.path.isdir(directory := locate(os.fspath(path))):
         whole: Outline | None = first_answer("wan_loader.outlines", directory, parse_dtype(dtype))
         if whole is not None:
             return whole
     checkpoint = open_checkpoint(path, part=part)
-    rule = DtypePolicy(dtype)
-    rule.check(checkpoint, checkpoint.tensors)
-    return outline_checkpoint(checkpoint, rule)
+    policy = DtypePolicy(dtype)
+    policy.check(checkpoint, checkpoint.tensors)
+    return outline_checkpoint(checkpoint, policy)
 
 
 @app.command(name="list")
@@ -184,6 +185,7 @@ def verify(
     for listed in wanted:
         if store is not None and (wrong := _check(store, listed.key, sources=sources)):
             damaged[listed.key] = wrong
+            # not removed: readers keep what they have open
             store.set_aside(listed.key)
     if json:
         print_json({"schema_version": 1, "command": "cache verify", "verified": len(wanted), "damaged": damaged})

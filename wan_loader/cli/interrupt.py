@@ -52,11 +52,13 @@ def begin_work() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         return
     ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    # for the thread that reads; what Python writes to must not block
     os.set_blocking(ours, True)
     with suppress(RuntimeError):  # no thread is allowed here: Ctrl-C then takes what it takes
         threading.Thread(target=_end_in_time, args=(ours,), name="ctrl-c", daemon=True).start()
     signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _interrupt)
+    # before Python's own finders, of which it asks one
     sys.meta_path.insert(0, _GuardedImports())
 
 
@@ -91,6 +93,7 @@ def end_interrupted() -> NoReturn:
     if was_interrupted():
         say("interrupted")
     if signal.getsignal(signal.SIGINT) is _interrupt:
+        # the interpreter's own end would do it, which is left out
         flush_output()
         os._exit(INTERRUPTED)
     sys.exit(INTERRUPTED)
@@ -174,6 +177,7 @@ class _GuardedLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
+            # a module must not know of the guard: others look at its loader for source and data
             module.__spec__.loader = module.__loader__ = self._loader
         with _default_action():
             self._loader.exec_module(module)

@@ -54,6 +54,7 @@ def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
 
     What cannot be written is one `OutputError` then: the results are not lost with a file.
     """
+    # before the body, whose printing may fail: the files are there then
     written, failures = [], []
     for path, render in files:
         if path is None:

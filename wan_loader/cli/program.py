@@ -48,6 +48,7 @@ def run_program(app: typer.Typer) -> NoReturn:
 def _run(app: typer.Typer) -> int:
     """Run the command and return the exit code."""
     try:
+        # standalone, typer would tell of errors in its own way and end the process
         return app(standalone_mode=False) or _check_output()
     except _UsageError as error:
         return _tell_usage(app, error)

@@ -40,7 +40,7 @@ def print_load(report: LoadReport) -> None:
     console = output_console()
     console.print(marked("[bold]{}[/]", report.target))
     console.print(_sizes_and_time(report))
-    console.print(printable(f"way: {report.io.mode} ({report.io.reason})"))
+    console.print(printable(f"transport: {report.io.mode} ({report.io.reason})"))
     if report.cache is not None:
         console.print(printable(f"cache: {_cache_line(report.cache)}"))
     console.print()

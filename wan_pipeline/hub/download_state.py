@@ -72,6 +72,7 @@ class DownloadState:
         """Take note that a file is in place and right."""
         facts = _facts(self.target(file))
         with self._lock:
+            # under the lock: files end in several threads, and each writes the whole manifest
             if facts is not None:
                 self.checked[file.path] = (file.digest, *facts)
             self.write()
@@ -99,6 +100,7 @@ class DownloadState:
 
 def _facts(path: Path) -> tuple[int, int] | None:
     try:
+        # of the link itself, where there is one: it was not what was checked
         facts = os.lstat(path)
     except OSError:
         return None
@@ -109,6 +111,7 @@ def _facts(path: Path) -> tuple[int, int] | None:
 def locked_state(directory: Path) -> Iterator[DownloadState | None]:
     """Keep other downloads out of a directory; gives what an earlier one has left there."""
     hidden = directory / HIDDEN
+    # for this user alone: others could put their own content there
     with contextlib.suppress(FileExistsError):
         hidden.mkdir(mode=0o700)
     check_private(hidden)

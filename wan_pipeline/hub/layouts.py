@@ -250,6 +250,7 @@ def _missing_parts(root: Path, path: Path, index: str) -> list[str]:
         return [f"{path.relative_to(root)}/"]
     missing = [] if (path / "config.json").exists() else [str((path / "config.json").relative_to(root))]
     found = look_into(str(path), by_content=False).candidates
+    # without an index, all in a directory of its own is one part; at the root lie others, too
     found = tuple(c for c in found if c.name == index) or (() if path == root else found)
     for candidate in found:
         if candidate.is_damaged_index and candidate.problem is not None:
