@@ -205,6 +205,7 @@ class _DownloadJob:
         self._refuse_foreign(self._differs, force)
         todo = [f for f, status in self.found.items() if status not in ("checked", "unchecked")] + self._differs
         self._check_space(todo)
+        # before the first byte: the next run knows by it which files are these
         state.write()
         state.discard_parts({state.part(file) for file in todo})
         todo.sort(key=lambda file: -file.nbytes)  # so that no long one is left at the end
@@ -302,6 +303,7 @@ class _DownloadJob:
     def _transfer(self, file: RemoteFile) -> bool:
         """Get the rest of a file; return whether the whole is right. Bytes count as done while they are in the part."""
         part = self._state.part(file)
+        # not through a link: it would be somebody else's
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with open(fd, "r+b", buffering=0) as opened:
             # of an older revision, or of another program
@@ -315,6 +317,7 @@ class _DownloadJob:
             except HubError:
                 self._advance(-opened.tell())  # counted again when it is hashed again
                 raise
+            # before the rename: after a crash no name may stand over less than the whole
             os.fsync(fd)
         return digest.is_right
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from wan_loader import OptionError
-from wan_pipeline.synth.arch import ARCHS, Component, DType, Layout, Size, Task
+from wan_pipeline.synth.arch import ARCHS, DType, Layout, Size, SynthName, Task
 
 if TYPE_CHECKING:
     import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wan_pipeline.synth.arch import Arch
     from wan_pipeline.synth.checkpoint_files import SynthPlan
 
-__all__ = ["Component", "DType", "Layout", "Size", "SynthReport", "Task", "plan_synth", "synth"]
+__all__ = ["DType", "Layout", "Size", "SynthName", "SynthReport", "Task", "plan_synth", "synth"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def plan_synth(
     size: Size = "tiny",
     task: Task = "t2v-A14B",
     blocks: int | None = None,
-    components: Sequence[Component] | None = None,
+    components: Sequence[SynthName] | None = None,
     dtype: DType | None = None,
 ) -> SynthPlan:
     """Plan the files that `synth` would write, with tensors and exact sizes. Takes seconds: it imports diffusers."""
@@ -60,7 +60,7 @@ def synth(
     size: Size = "tiny",
     task: Task = "t2v-A14B",
     blocks: int | None = None,
-    components: Sequence[Component] | None = None,
+    components: Sequence[SynthName] | None = None,
     dtype: DType | None = None,
     seed: int = 0,
     force: bool = False,
@@ -109,7 +109,7 @@ def _arch(layout: Layout, size: Size, task: Task, blocks: int | None, dtype: DTy
     return ARCHS[task, size].with_blocks(blocks)
 
 
-def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dtype: DType | None) -> SynthPlan:
+def _plan(arch: Arch, layout: Layout, components: Sequence[SynthName] | None, dtype: DType | None) -> SynthPlan:
     from wan_pipeline.synth.checkpoint_files import plan_files
 
     wanted = arch.components if components is None else tuple(components)
@@ -117,6 +117,6 @@ def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dt
         raise OptionError.because(f"{arch.task} has no {', '.join(unknown)}", f"use {', '.join(arch.components)}")
     if not wanted:
         raise OptionError.because("no component is wanted", f"{arch.task} has {', '.join(arch.components)}")
-    dtypes: dict[Component, DType] = {"text_encoder": "bf16", "vae": "fp32"}
+    dtypes: dict[SynthName, DType] = {"text_encoder": "bf16", "vae": "fp32"}
     dtypes |= dict.fromkeys(arch.experts, dtype or "fp32")
     return plan_files(arch, layout, [c for c in arch.components if c in wanted], dtypes)

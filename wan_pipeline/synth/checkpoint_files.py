@@ -19,7 +19,7 @@ from wan_pipeline.synth.tokenizer import tokenizer_files
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from wan_pipeline.synth.arch import Arch, Component, DType, Layout
+    from wan_pipeline.synth.arch import Arch, DType, Layout, SynthName
     from wan_pipeline.synth.formats import Buffer, Data
     from wan_pipeline.synth.synth_tensors import SynthTensor
 
@@ -82,7 +82,7 @@ class SynthPlan:
 
 
 def plan_files(
-    arch: Arch, layout: Layout, components: Sequence[Component], dtypes: dict[Component, DType]
+    arch: Arch, layout: Layout, components: Sequence[SynthName], dtypes: dict[SynthName, DType]
 ) -> SynthPlan:
     """Plan the files of the given components, and the small files that every checkpoint has."""
     files = _native(arch, components, dtypes) if layout == "native" else _diffusers(arch, components, dtypes)
@@ -94,7 +94,7 @@ def plan_files(
 
 
 def _native(
-    arch: Arch, components: Sequence[Component], dtypes: dict[Component, DType]
+    arch: Arch, components: Sequence[SynthName], dtypes: dict[SynthName, DType]
 ) -> Iterator[WeightFile | TextFile]:
     for component in components:
         tensors = native_tensors(arch, component, component_tensors(arch, component, dtypes[component]))
@@ -111,7 +111,7 @@ def _native(
 
 
 def _diffusers(
-    arch: Arch, components: Sequence[Component], dtypes: dict[Component, DType]
+    arch: Arch, components: Sequence[SynthName], dtypes: dict[SynthName, DType]
 ) -> Iterator[WeightFile | TextFile]:
     for component in components:
         folder = arch.network(component).name
@@ -164,7 +164,7 @@ def _split(tensors: Sequence[SynthTensor], limit_nbytes: int) -> list[tuple[Synt
     return [tuple(shard) for shard in shards]
 
 
-def _module_config(arch: Arch, component: Component) -> str:
+def _module_config(arch: Arch, component: SynthName) -> str:
     if component == "text_encoder":
         config = meta_module(arch, "text_encoder").config
         config.architectures, config.dtype = ["UMT5EncoderModel"], "bfloat16"
@@ -180,7 +180,7 @@ def _scheduler_config() -> str:
     return str(scheduler.to_json_string())
 
 
-def _model_index(arch: Arch, components: Sequence[Component]) -> dict[str, Any]:
+def _model_index(arch: Arch, components: Sequence[SynthName]) -> dict[str, Any]:
     """Return the index of the parts; those that are not written are null, which diffusers takes as "given later"."""
     import diffusers
 

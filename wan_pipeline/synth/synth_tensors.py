@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wan_pipeline.keymap import MapName, keymap
 
 if TYPE_CHECKING:
-    from wan_pipeline.synth.arch import Arch, Component, DType
+    from wan_pipeline.synth.arch import Arch, DType, SynthName
 
 __all__ = ["ITEMSIZE", "SynthTensor", "component_tensors", "map_name", "meta_module", "native_tensors"]
 
@@ -47,12 +47,12 @@ class SynthTensor:
         return leaf == "gamma" or (leaf == "weight" and "norm" in owner)
 
 
-def map_name(arch: Arch, component: Component) -> MapName:
+def map_name(arch: Arch, component: SynthName) -> MapName:
     """Return the name of a component's key map."""
     return arch.network(component).map_name
 
 
-def component_tensors(arch: Arch, component: Component, dtype: DType) -> tuple[SynthTensor, ...]:
+def component_tensors(arch: Arch, component: SynthName, dtype: DType) -> tuple[SynthTensor, ...]:
     """List the tensors of one component under their diffusers names, in the order of the module; aliases left out."""
     name = map_name(arch, component)
     aliases = keymap(name).aliases
@@ -64,7 +64,7 @@ def component_tensors(arch: Arch, component: Component, dtype: DType) -> tuple[S
     )
 
 
-def native_tensors(arch: Arch, component: Component, tensors: tuple[SynthTensor, ...]) -> tuple[SynthTensor, ...]:
+def native_tensors(arch: Arch, component: SynthName, tensors: tuple[SynthTensor, ...]) -> tuple[SynthTensor, ...]:
     """Return the same tensors under their native names."""
     names = keymap(map_name(arch, component))
     return tuple(SynthTensor(names.to_native(t.name), t.shape, t.dtype, t.seed_name) for t in tensors)
