@@ -33,7 +33,7 @@ class FetchCancelledError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A network, and the device and the dtype that it is to be loaded as."""
+    """A network, with the device and the dtype for its load."""
 
     component: Component
     device: torch.device

@@ -14,9 +14,9 @@ from wan_loader.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wan_loader.cli.building import follow_build, report_build
+    from wan_loader.cli.exit_codes import run_program
     from wan_loader.cli.options import JsonOut, Verbose
     from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
-    from wan_loader.cli.program import run_program
     from wan_loader.cli.progress import byte_progress, progress_bars
     from wan_loader.cli.render import output_console, print_warnings
     from wan_loader.cli.torchrun import own_file
@@ -65,7 +65,7 @@ __getattr__ = lazy_names(
         "printable": "wan_loader.printable",
         "progress_bars": "wan_loader.cli.progress",
         "report_build": "wan_loader.cli.building",
-        "run_program": "wan_loader.cli.program",
+        "run_program": "wan_loader.cli.exit_codes",
         "say": "wan_loader.cli.output",
         "show": "wan_loader.cli.output",
         "write_json": "wan_loader.cli.output",

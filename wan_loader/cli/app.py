@@ -14,10 +14,10 @@ from wan_loader.cli.compare import compare
 from wan_loader.cli.doctor import doctor
 from wan_loader.cli.estimate import estimate
 from wan_loader.cli.evict import evict
+from wan_loader.cli.exit_codes import run_program
 from wan_loader.cli.inspect import inspect
 from wan_loader.cli.load import load
 from wan_loader.cli.profile import profile
-from wan_loader.cli.program import run_program
 from wan_loader.cli.report import report
 from wan_loader.cli.run import run
 from wan_loader.cli.stage import stage

@@ -48,7 +48,9 @@ def run(
 
     if not script.is_file():
         raise OptionError.because("is no script", "name a Python file", path=script)
+    # one that cannot be read is told of before anything is changed
     script.open("rb").close()
+    # as Python leaves them for a script
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))
     path = FastPath()

@@ -96,6 +96,7 @@ def layout_of(root: Path) -> Layout | None:
     if (root / "model_index.json").exists():
         return "diffusers" if _is_wan(root) else None
     loose = sum((root / name).exists() for name in (*_TEXT_FILES, *_VAE_FILES))
+    # one such file alone may lie anywhere
     if loose > 1 or any((root / name).is_dir() for name in (*_EXPERT_DIRS, *_TOKENIZERS)):
         return "native"
     return None
