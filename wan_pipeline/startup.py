@@ -82,7 +82,15 @@ class _StartContext:
 
 
 def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
-    """Start. Raises everything that can be found wrong before a weight is loaded."""
+    """Start. Raises everything that can be found wrong before a weight is loaded.
+
+    Args:
+        directory: The checkpoint's directory, or what `open_wan` made of it.
+        options: The options of the start.
+
+    Returns:
+        The pipeline, whose first networks are on their way.
+    """
     recorder = Recorder()
     with span(recorder, "header"):
         checkpoint = open_wan(directory)
