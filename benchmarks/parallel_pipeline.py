@@ -251,8 +251,8 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, path: Path) -> None:
-    from wan_pipeline.checkpoint import open_wan
     from wan_pipeline.parallel import Degrees
+    from wan_pipeline.wan_checkpoint import open_wan
 
     checkpoint = open_wan(path)
     Degrees(ulysses_size=options.processes).check_model(checkpoint, options.wh, options.frames)

@@ -29,7 +29,7 @@ has gone."""
 
 def main() -> None:
     """Make the videos. Ends at once with an error: what is left may hang in a collective."""
-    from wan_loader.cli.distributed import fail_together
+    from wan_loader.cli.torchrun import fail_together
     from wan_loader.distributed.processes import end_now
     from wan_loader.errors import WanLoaderError
 

@@ -216,7 +216,7 @@ def test_sizes_and_flags_of_a_start(tmp_path):
     ids=str,
 )
 def test_what_a_video_is_made_of(given):
-    from wan_pipeline.request import Request
+    from wan_pipeline.video_request import VideoRequest
 
     with pytest.raises(OptionError, match=r"size|width|prompt|frame_num|steps|seed"):
-        Request.make("t2v-A14B", **{"prompt": "cats", **given})
+        VideoRequest.make("t2v-A14B", **{"prompt": "cats", **given})

@@ -1,4 +1,4 @@
-"""`python -m wan_pipeline` and the program `wan-pipeline`."""
+"""The program `wan-pipeline`, also as `python -m wan_pipeline`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def native_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]], where: str) -> Shapes:
-    """The shapes under native names, whichever layout's names they have. `CheckpointError` for a foreign name."""
+    """Return the shapes under native names, whichever layout's names they have.
+
+    Raises:
+        CheckpointError: A name is of neither layout.
+    """
     table = keymap(network.map_name)
     out: Shapes = {}
     for key, shape in shapes.items():
@@ -36,19 +40,19 @@ def native_shapes(network: Network, shapes: Mapping[str, tuple[int, ...]], where
             try:
                 out[table.to_native(key)] = shape
             except KeyMismatchError:
-                raise CheckpointError(
-                    f"{where} holds {key!r}, which no WAN {network.map_name} has: it is another model"
-                ) from None
+                reason = f"holds {key!r}, which no WAN {network.map_name} has: it is another model"
+                raise CheckpointError(f"{where} {reason}", path=where, tensor=key, reason=reason) from None
     return out
 
 
 def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, where: str) -> dict[str, Any]:
-    """diffusers' configuration of an expert, from the config file of either layout."""
+    """Make diffusers' configuration of an expert, from the config file of either layout."""
     _of_class(config, ("WanModel", "WanTransformer3DModel"), where)
+    # diffusers says num_attention_heads and attention_head_dim; only the native layout has their product
     if "dim" not in config:
         return {key: value for key, value in config.items() if not key.startswith("_")}
     if (kind := config.get("model_type", "t2v")) not in ("t2v", "ti2v"):
-        raise CheckpointError(f"{where}/config.json: model_type is {kind!r}: only text-to-video models run here")
+        raise _in_config(where, f"says model_type {kind!r}: only text-to-video models run here")
     try:
         head_dim, rest = divmod(config["dim"], config["num_heads"])
         found = {
@@ -64,49 +68,47 @@ def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, wher
             "text_dim": _shape(shapes, "text_embedding.0.weight", where)[1],
         }
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}/config.json: {error} is missing or no number") from None
+        raise _in_config(where, f"lacks a number: {error}") from None
     if rest:
-        raise CheckpointError(f"{where}/config.json: dim {config['dim']} is no multiple of {config['num_heads']} heads")
+        raise _in_config(where, f"says dim {config['dim']}, which is no multiple of its {config['num_heads']} heads")
     return found
 
 
 def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
-    """`CheckpointError` if the tensors of an expert are not those that its config describes."""
+    """Raise `CheckpointError` if the tensors of an expert are not those that its config describes."""
     try:
         expected = _dit_shapes(config)
         layers = int(config["num_layers"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}/config.json: {error} is missing or no number") from None
+        raise _in_config(where, f"lacks a number: {error}") from None
     for name, shape in expected.items():
         if (found := _shape(shapes, name, where)) != shape:
-            raise CheckpointError(
-                f"{where}: config.json disagrees with the weights: {name} is {list(found)}, {list(shape)} by the config"
-            )
+            raise _disagrees(where, f"{name} is {list(found)}, {list(shape)} by the config", tensor=name)
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     if blocks != set(range(layers)):
-        raise CheckpointError(
-            f"{where}: config.json disagrees with the weights: {layers} blocks by the config, "
-            f"{len(blocks)} in the files"
-        )
+        raise _disagrees(where, f"{layers} blocks by the config, {len(blocks)} in the files")
     _check_complete(shapes, layers, where)
 
 
 def _check_complete(shapes: Shapes, layers: int, where: str) -> None:
-    """Every block has the tensors of block 0, in the same shapes, and all tensors outside of blocks are there."""
+    """Raise unless all tensors outside of blocks are there, and every block has those of block 0 in their shapes."""
     table = keymap("dit").native
+    # every block is named: a file may hold a part of one
     names = [*table.outer, *(f"blocks.{i}.{leaf}" for i in range(layers) for leaf in table.inner)]
     if missing := [name for name in names if name not in shapes]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where} lacks {missing[0]}{more}: the wrong checkpoint, or a damaged one")
+        reason = f"lacks {missing[0]}{more}: the wrong checkpoint, or a damaged one"
+        raise CheckpointError(f"{where} {reason}", path=where, tensor=missing[0], reason=reason)
     for leaf in table.inner:
         first = shapes[f"blocks.0.{leaf}"]
         for i in range(layers):
             if (shape := shapes[f"blocks.{i}.{leaf}"]) != first:
-                raise CheckpointError(f"{where}: blocks.{i}.{leaf} is {list(shape)}, {list(first)} in block 0")
+                reason = f"has blocks.{i}.{leaf} as {list(shape)}, {list(first)} in block 0"
+                raise CheckpointError(f"{where} {reason}", path=where, tensor=f"blocks.{i}.{leaf}", reason=reason)
 
 
 def _dit_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The tensors that pin every number of the config."""
+    """Return the shapes of the tensors that pin every number of the config."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     ffn, patch = config["ffn_dim"], math.prod(config["patch_size"])
     return {
@@ -125,7 +127,7 @@ def _dit_shapes(config: Mapping[str, Any]) -> Shapes:
 def text_encoder_config(
     network: Network, config: Mapping[str, Any] | None, shapes: Shapes, where: str
 ) -> dict[str, Any]:
-    """transformers' configuration of the text encoder; from the shapes alone if there is no file."""
+    """Make transformers' configuration of the text encoder; from the shapes alone if there is no file."""
     vocab, d_model = _shape(shapes, "token_embedding.weight", where)
     buckets, heads = _shape(shapes, "blocks.0.pos_embedding.embedding.weight", where)
     found = {
@@ -140,39 +142,45 @@ def text_encoder_config(
     if config is None:
         return {**network.config, **found}
     if config.get("model_type", "umt5") != "umt5":
-        raise CheckpointError(f"{where}/config.json describes a {config.get('model_type')!r}, not a umT5 encoder")
+        raise _in_config(where, f"describes a {config.get('model_type')!r}, not a umT5 encoder")
     for key, value in found.items():
         if config.get(key, value) != value:
-            raise CheckpointError(
-                f"{where}: config.json disagrees with the weights: {key} is {config[key]} there, {value} by the shapes"
-            )
+            raise _disagrees(where, f"{key} is {config[key]} there, {value} by the shapes")
     return dict(config)
 
 
 def vae_config(network: Network, config: Mapping[str, Any] | None, shapes: Shapes, where: str) -> dict[str, Any]:
-    """diffusers' configuration of the VAE; from the shapes alone if there is no file."""
+    """Make diffusers' configuration of the VAE; from the shapes alone if there is no file."""
     base, z = _shape(shapes, "encoder.conv1.weight", where)[0], _shape(shapes, "conv2.weight", where)[0]
     if config is not None:
         _of_class(config, ("AutoencoderKLWan",), where)
         for key, value in (("base_dim", base), ("z_dim", z)):
             if config.get(key, value) != value:
-                raise CheckpointError(
-                    f"{where}: config.json disagrees with the weights: {key} is {config[key]} there, "
-                    f"{value} by the shapes"
-                )
+                raise _disagrees(where, f"{key} is {config[key]} there, {value} by the shapes")
         return {key: value for key, value in config.items() if not key.startswith("_")}
     found = {**network.config, "base_dim": base, "z_dim": z}
     if network.config.get("is_residual"):
+        # the decoder begins with four times its base: the last of dim_mult
         found["decoder_base_dim"] = _shape(shapes, "decoder.conv1.weight", where)[0] // 4
     return found
 
 
 def _of_class(config: Mapping[str, Any], classes: tuple[str, ...], where: str) -> None:
     if (found := config.get("_class_name", classes[0])) not in classes:
-        raise CheckpointError(f"{where}/config.json describes a {found!r}, not a {classes[-1]}: it is another model")
+        raise _in_config(where, f"describes a {found!r}, not a {classes[-1]}: it is another model")
 
 
 def _shape(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise CheckpointError(f"{where} lacks {name}: it is another model, or a damaged file")
+        reason = f"lacks {name}: it is another model, or a damaged file"
+        raise CheckpointError(f"{where} {reason}", path=where, tensor=name, reason=reason)
     return shapes[name]
+
+
+def _in_config(where: str, reason: str, *, tensor: str | None = None) -> CheckpointError:
+    path = f"{where}/config.json"
+    return CheckpointError(f"{path} {reason}", path=path, tensor=tensor, reason=reason)
+
+
+def _disagrees(where: str, how: str, *, tensor: str | None = None) -> CheckpointError:
+    return _in_config(where, f"disagrees with the weights: {how}", tensor=tensor)

@@ -150,4 +150,5 @@ def family_called(task: str) -> ModelFamily:
     for family in FAMILIES:
         if family.task == task:
             return family
-    raise OptionError(f"no model is called {task!r:.60}: use {', '.join(family.task for family in FAMILIES)}")
+    tasks = ", ".join(family.task for family in FAMILIES)
+    raise OptionError.because(f"no model is called {task!r:.60}", f"use {tasks}")

@@ -1,4 +1,4 @@
-"""What is particular to a model: a frozen value, which all other code asks instead of comparing names of models.
+"""All that is particular to a model: a frozen value, which other code asks instead of comparing names of models.
 
 `families.py` holds the values. A new model is a value there, as long as its networks are of the kinds that `configs`
 and `keymap` know. Nothing here opens a file or imports torch.
@@ -28,13 +28,13 @@ EXPERTS: tuple[ComponentName, ...] = ("transformer", "transformer_2")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Network:
-    """One network of a model: what it is called, where the layouts keep it, and how its module is made."""
+    """One network of a model: its names, the place where the layouts keep it, and how its module is made."""
 
     name: ComponentName
-    """In diffusers' pipelines; also its directory in the diffusers layout."""
+    """The name in diffusers' pipelines; also its directory in the diffusers layout."""
     kind: Literal["text_encoder", "dit", "vae"]
     title: str
-    """What messages call it."""
+    """The name in messages."""
     synth_name: SynthName
     map_name: MapName
     """The table of `keymap` for its tensors."""
@@ -89,17 +89,17 @@ class ModelFamily:
     """Its name in `--task`."""
     title: str
     repositories: Mapping[Layout, str]
-    """Where each layout is published."""
+    """The repository in which each layout is published."""
     networks: tuple[Network, ...]
-    """In the order of first use."""
+    """The networks in the order of first use."""
     tokenizer: Mapping[Layout, str]
     """The tokenizer's directory."""
     scheduler: Mapping[str, Any]
-    """diffusers' scheduler configuration, as published for diffusers."""
+    """The scheduler's configuration, as published for diffusers."""
     boundary_ratio: float | None
-    """From which share of the noise schedule on the high-noise expert runs; None where there is one transformer."""
+    """The share of the noise schedule from which on the high-noise expert runs; None where there is one transformer."""
     expand_timesteps: bool
-    """Whether diffusers' pipeline gives each token a timestep of its own."""
+    """True if diffusers' pipeline gives each token a timestep of its own."""
     defaults: Defaults
     fps: int
     """Frames per second of its videos."""

@@ -1,4 +1,4 @@
-"""Which preset fits: the sizes of the networks and of their work, against what the device and the host allow."""
+"""The choice of a preset: the sizes of the networks and of their work, against what the device and the host allow."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from wan_pipeline import presets
 if TYPE_CHECKING:
     import torch
 
-    from wan_pipeline.checkpoint import Component, WanCheckpoint
     from wan_pipeline.presets import Limits, Preset, ResidencyStep
     from wan_pipeline.start_options import StartOptions
+    from wan_pipeline.wan_checkpoint import Component, WanCheckpoint
 
 __all__ = ["choose_preset", "network_dtype"]
 
-#: Host memory of a load to a GPU: its staging.
-_STAGING_BYTES = 512 << 20
+#: Host memory of a load to a GPU: its pinned ring.
+_PINNED_RING_BYTES = 512 << 20
 #: Of a divided network, what FSDP2 gathers at a time: two blocks; of the text encoder the embedding, too.
 _GATHERED = (1 / 20, 1 / 4)
 
 
 def network_dtype(component: Component, preset: Preset, options: StartOptions) -> torch.dtype | None:
-    """The dtype of a network once loaded; None: as in the file."""
+    """Return the dtype of a network once it is loaded; None leaves it as in the file."""
     from wan_loader.dtypes import dtype_name, torch_dtype
 
     if options.like_diffusers:
@@ -38,11 +38,21 @@ def network_dtype(component: Component, preset: Preset, options: StartOptions) -
 def choose_preset(
     checkpoint: WanCheckpoint, options: StartOptions, device: torch.device
 ) -> tuple[Preset, str, tuple[ResidencyStep, ...]]:
-    """The preset that is asked for, or the fastest that fits; why, with the numbers; and the steps it then has."""
+    """Find the preset that is asked for, or the fastest that fits.
+
+    Returns:
+        The preset, one sentence on why, with the numbers, and the steps that it then has.
+
+    Raises:
+        DeviceMemoryError: It does not fit on the device.
+        HostMemoryError: It does not fit into host memory.
+        OptionError: There is no such preset.
+    """
     # several processes load together: no network gives way on one of them
     limits = _limits(checkpoint, device, may_drop=not options.like_diffusers and world_size() == 1)
     wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
     adapt = {"t5_cpu": options.t5_cpu, "offload_model": options.offload_model, "dtype": options.dtype}
+    # for the dtypes, which are the same in all presets: `auto` is decided below, from the sizes that they give
     some = presets.load_preset("fastest" if wanted == "auto" else wanted).adapted(**adapt)  # type: ignore[arg-type]
     sizes: dict[str, int] = {}
     gathered: dict[str, int] = {}
@@ -55,7 +65,7 @@ def choose_preset(
     workspace = _workspace(checkpoint, options)
     for name, extra in gathered.items():
         workspace[name] += extra if options.degrees.shards(name) else 0
-    host_nbytes = _STAGING_BYTES if device.type == "cuda" else 0
+    host_nbytes = _PINNED_RING_BYTES if device.type == "cuda" else 0
     if wanted == "auto":
         preset, reason = presets.choose(sizes, workspace, host_nbytes, limits, **adapt)  # type: ignore[arg-type]
     else:
@@ -77,7 +87,7 @@ def _limits(checkpoint: WanCheckpoint, device: torch.device, *, may_drop: bool) 
 
 
 def _workspace(checkpoint: WanCheckpoint, options: StartOptions) -> dict[str, int]:
-    """Bytes that running each network takes beside the weights: estimates, on the safe side.
+    """Estimate the bytes that running each network takes beside the weights, on the safe side.
 
     From the tensors that are alive at the peak, by tracing each network on meta at several sizes (an expert 113 kB a
     token, the VAE 19 to 20 kB a pixel), and 20 % for the libraries' own.

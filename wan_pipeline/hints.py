@@ -1,4 +1,4 @@
-"""What an error of `wan_loader` about names may add, where the names are those of a model of this family."""
+"""Hints for errors of `wan_loader` about names, where the names are those of a model of this family."""
 
 from __future__ import annotations
 

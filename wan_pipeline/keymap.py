@@ -1,4 +1,4 @@
-"""Names of tensors: what the native checkpoint calls them, and what diffusers and transformers call them.
+"""Names of tensors: those of the native checkpoint, and those of diffusers and transformers.
 
 Every difference between the two layouts is a rename: no tensor is reshaped, transposed, split or merged. So native
 bytes can go straight into the modules of diffusers, and this file is all that lies between the layouts. The tables
@@ -44,6 +44,7 @@ class _Table:
     inner: Mapping[str, str]
 
     def rename(self, name: str) -> str | None:
+        """Return the other name of a tensor; None if the table has none."""
         if (found := self.outer.get(name)) is not None:
             return found
         number, _, rest = name.removeprefix(self.prefix).partition(".")
@@ -63,42 +64,50 @@ class KeyMap:
     """Further diffusers names of tied tensors, to the name under which the tensor is stored."""
 
     def to_diffusers(self, name: str) -> str:
-        """The diffusers (or transformers) name of a native tensor; `KeyMismatchError` if there is none."""
+        """Return the diffusers (or transformers) name of a native tensor; `KeyMismatchError` if there is none."""
         return self.native.rename(name) or self._unknown(name, "native", self.diffusers)
 
     def to_native(self, name: str) -> str:
-        """The native name of a diffusers (or transformers) tensor, also of an alias; `KeyMismatchError` if none."""
+        """Return the native name of a diffusers (or transformers) tensor or alias; `KeyMismatchError` if none."""
         stored = self.aliases.get(name, name)
         return self.diffusers.rename(stored) or self._unknown(name, "diffusers", self.native)
 
     def _unknown(self, name: str, layout: str, other: _Table) -> str:
         hint = "" if other.rename(name) is None else "; it is a name of the other layout"
-        raise KeyMismatchError(f"no tensor of a {layout} {self.name} is called {name!r}{hint}")
+        reason = f"no tensor of a {layout} {self.name} is called {name!r}{hint}"
+        raise KeyMismatchError(reason, tensor=name, reason=reason)
 
 
 def keymap(name: MapName) -> KeyMap:
-    """The key map of one network; made once."""
+    """Return the key map of one network, which is made once."""
     if not isinstance(name, str) or name not in _BUILDERS:
-        raise OptionError(f"no key map is called {name!r:.60}; there are {', '.join(_BUILDERS)}")
+        raise OptionError.because(f"no key map is called {name!r:.60}", f"use one of {', '.join(_BUILDERS)}")
     return _keymap(name)
 
 
 def key_map(name: MapName) -> Callable[[str], str]:
-    """The `key_map` with which `wan_loader.load_into` fills a module of diffusers or transformers from a native file.
+    """Return the `key_map` with which `wan_loader.load_into` fills a module from a native file.
 
-    name: "dit" (both experts, and TI2V-5B), "text_encoder", "vae2.1" or "vae2.2". The function raises
-    `KeyMismatchError` for a name that the native checkpoint of that network does not have.
+    Args:
+        name: "dit" (all experts and transformers), "text_encoder", "vae2.1" or "vae2.2".
+
+    Returns:
+        A function from native names to those of diffusers or transformers. It raises `KeyMismatchError` for a name that
+        the native checkpoint of that network does not have.
+
+    Raises:
+        OptionError: There is no such key map.
     """
     return keymap(name).to_diffusers
 
 
 def to_diffusers(name: MapName, key: str) -> str:
-    """Short for `keymap(name).to_diffusers(key)`."""
+    """Translate as `keymap(name).to_diffusers(key)` does."""
     return keymap(name).to_diffusers(key)
 
 
 def to_native(name: MapName, key: str) -> str:
-    """Short for `keymap(name).to_native(key)`."""
+    """Translate as `keymap(name).to_native(key)` does."""
     return keymap(name).to_native(key)
 
 
@@ -116,7 +125,7 @@ def _keymap(name: MapName) -> KeyMap:
 
 
 def _is_index(text: str) -> bool:
-    """A decimal as PyTorch writes it in names: ASCII, no leading zero."""
+    """Return True for a decimal as PyTorch writes it in names: ASCII, no leading zero."""
     return text.isascii() and text.isdecimal() and (text == "0" or text[0] != "0")
 
 
@@ -207,14 +216,14 @@ def _vae(levels: Iterator[tuple[str, str, dict[str, str]]]) -> _Tables:
 
 
 def _levels(resnets: int) -> Iterator[tuple[int, int, bool]]:
-    """(level, place in it, is a resnet) of one side of a VAE, in the native order; the last level has no sampler."""
+    """Yield (level, place in it, is a resnet) of one side of a VAE, in native order; the last level has no sampler."""
     for level in range(_VAE_LEVELS):
         for j in range(resnets + (level < _VAE_LEVELS - 1)):
             yield level, j, j < resnets
 
 
 def _vae21_levels() -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Native numbers all parts of a side in one flat list; diffusers keeps that for the encoder only."""
+    """Yield names of levels: native numbers all of a side in one flat list, diffusers only those of the encoder."""
     for i, (_, _, is_resnet) in enumerate(_levels(_DOWN_RESNETS)):
         yield f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}", _RESNET if is_resnet else _SAMPLER
     for i, (level, j, is_resnet) in enumerate(_levels(_UP_RESNETS)):

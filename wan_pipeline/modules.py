@@ -20,21 +20,25 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import CancelToken, IoMode, LoadReport, Observer
-    from wan_pipeline.checkpoint import Component
+    from wan_pipeline.wan_checkpoint import Component
 
 __all__ = ["adopt", "build", "check", "empty", "fetch"]
 
 
 def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool = False) -> torch.nn.Module:
-    """The module of a component, its weights on meta, in the dtypes that it will have once filled, in eval mode.
+    """Build the module of a component: its weights on meta, in the dtypes that it will have once filled, in eval mode.
 
-    dtype: None leaves what is in the file. decoder_only: a VAE without its encoder, which text-to-video never uses.
+    Args:
+        component: The network.
+        dtype: The dtype of its weights; None leaves what is in the file.
+        decoder_only: Leave out a VAE's encoder, which text-to-video never uses.
     """
     from wan_loader import empty_weights
 
     with empty_weights():  # the rotary tables are in no checkpoint
         module: torch.nn.Module = _construct(component)
     if decoder_only and component.network.kind == "vae":
+        # what is not there is neither loaded nor missed
         module.register_module("encoder", None)
         module.register_module("quant_conv", None)
     _set_dtypes(module, component, dtype)
@@ -77,7 +81,20 @@ def fetch(
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """Load the weights under their names in the file. Imports nothing but torch."""
+    """Load the weights under their names in the file. Imports nothing but torch.
+
+    Args:
+        component: The network.
+        device: The device that they go to.
+        dtype: The dtype that they get; None leaves it as in the file.
+        decoder_only: Leave out a VAE's encoder.
+        io: The transport of bytes.
+        cancel: A token that stops the load.
+        observer: An observer of the load's spans.
+
+    Returns:
+        The tensors, and the report of the load.
+    """
     loaded = load(
         component.facts,
         device=device,
@@ -104,6 +121,7 @@ def empty(module: torch.nn.Module) -> None:
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and not parameter.is_meta:
+                # one for all that were tied, so that they are tied again
                 new = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
                 owner._parameters[name] = emptied.setdefault(id(parameter), new)
         for name, buffer in owner._buffers.items():
@@ -112,7 +130,7 @@ def empty(module: torch.nn.Module) -> None:
 
 
 def _key_map(module: torch.nn.Module, component: Component) -> Any:
-    """The component's names, without those of the VAE's encoder where the module has none."""
+    """Return the component's key map, without the names of the VAE's encoder where the module has none."""
     if component.network.kind != "vae" or getattr(module, "encoder", None) is not None:
         return component.key_map
     rename = component.key_map or (lambda name: name)

@@ -3,7 +3,7 @@
 torchrun starts the processes, torch.distributed and diffusers do the dividing; here is what belongs together: which
 flags fit each other, the device of each process, which weights it reads, and what happens when one of them fails.
 
-    degrees     what is divided: pure, checked before torch is imported
+    degrees     the networks that are divided, and by how much: pure, checked before torch is imported
     connect     this process joins the others
     fetch       the weights that it keeps, every byte of the checkpoint read once in all
     divide      a network on meta gets the hooks of FSDP2 and Ulysses
@@ -32,107 +32,119 @@ if TYPE_CHECKING:
 
     from wan_loader import CancelToken, LoadReport, Observer
     from wan_loader.distributed import Joined, Liveness
-    from wan_pipeline.checkpoint import Component, WanCheckpoint
+    from wan_pipeline.wan_checkpoint import Component, WanCheckpoint
 
-__all__ = ["Degrees", "Run", "connect", "divide", "fetch"]
+__all__ = ["Degrees", "DistributedRun", "connect", "divide", "fetch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Degrees:
-    """What is divided over the processes."""
+    """The networks that are divided over the processes, and by how much."""
 
     dit_fsdp: bool = False
-    """The experts' weights."""
+    """Divide the experts' weights."""
     t5_fsdp: bool = False
-    """The text encoder's weights."""
+    """Divide the text encoder's weights."""
     ulysses_size: int = 1
-    """Attention: over so many processes."""
+    """The number of processes that attention is divided over."""
 
     def check(self, world: int, *, t5_cpu: bool = False) -> None:
-        """`OptionError` unless the flags fit each other and the number of processes."""
+        """Raise `OptionError` unless the flags fit each other and the number of processes."""
         check_flag(self.dit_fsdp, "dit_fsdp")
         check_flag(self.t5_fsdp, "t5_fsdp")
         if t5_cpu and self.t5_fsdp:
-            raise OptionError("--t5_cpu and --t5_fsdp contradict each other: leave one of them out")
+            raise OptionError.because("--t5_cpu and --t5_fsdp contradict each other", "leave one of them out")
         if self.ulysses_size not in (1, world):
-            raise OptionError(f"--ulysses_size {self.ulysses_size}: it must be the number of processes, {world}")
+            reason = f"--ulysses_size {self.ulysses_size}"
+            raise OptionError.because(reason, f"it must be the number of processes, {world}")
         if world == 1 and (self.dit_fsdp or self.t5_fsdp):
-            raise OptionError("--dit_fsdp and --t5_fsdp need several processes: start with torchrun --nproc_per_node N")
+            reason = "--dit_fsdp and --t5_fsdp need several processes"
+            raise OptionError.because(reason, "start with torchrun --nproc_per_node N")
 
     def check_model(self, checkpoint: WanCheckpoint, size: tuple[int, int], frame_num: int) -> None:
-        """`OptionError` unless attention of this model and a video of this size can be divided."""
+        """Raise `OptionError` unless attention of this model and a video of this size can be divided."""
         if (n := self.ulysses_size) == 1:
             return
         heads = checkpoint.experts[0].config["num_attention_heads"]
         if heads % n:
-            raise OptionError(f"--ulysses_size {n}: it must divide the {heads} attention heads")
+            raise OptionError.because(f"--ulysses_size {n}", f"it must divide the {heads} attention heads")
         frames_per, pixels_per = checkpoint.vae_scale
         tokens = ((frame_num - 1) // frames_per + 1) * (size[0] // pixels_per // 2) * (size[1] // pixels_per // 2)
         if tokens % n:
-            raise OptionError(
-                f"--ulysses_size {n} must divide the {tokens} tokens of {frame_num} frames of {size[0]}*{size[1]}: "
-                "use another size or frame_num, or fewer processes"
+            raise OptionError.because(
+                f"--ulysses_size {n} must divide the {tokens} tokens of {frame_num} frames of {size[0]}*{size[1]}",
+                "use another size or frame_num, or fewer processes",
             )
 
     def resolved(self, preset: str, world: int, *, t5_cpu: bool) -> Degrees:
-        """With the defaults of a preset: everything is divided where nothing was asked for."""
+        """Return the degrees with the defaults of a preset: everything is divided where nothing was asked for."""
         if world == 1 or self != Degrees():
             return self
         if preset not in ("auto", "multi-gpu") and not preset.endswith(".toml"):
-            raise OptionError(
-                f"preset {preset} is for one process, and there are {world}: use --preset multi-gpu, or say what to "
-                "divide with --dit_fsdp, --t5_fsdp, --ulysses_size"
+            raise OptionError.because(
+                f"preset {preset} is for one process, and there are {world}",
+                "use --preset multi-gpu, or say what to divide with --dit_fsdp, --t5_fsdp, --ulysses_size",
             )
         return replace(self, dit_fsdp=True, t5_fsdp=not t5_cpu, ulysses_size=world)
 
     def shards(self, name: str) -> bool:
-        """Whether the weights of a network are divided."""
+        """Return True if the weights of a network are divided."""
         return self.dit_fsdp if name in EXPERTS else self.t5_fsdp and name == "text_encoder"
 
 
 @dataclass(slots=True)
-class Run:
-    """This process among the others."""
+class DistributedRun:
+    """One process among the others of a distributed run."""
 
     degrees: Degrees
     joined: Joined
     mesh: DeviceMesh
+    # a number for each meeting: in the store of the processes, a name stands for one of them only
     _calls: Iterator[int] = field(default_factory=lambda: iter(range(1 << 30)))
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """The number of the process."""
         return self.liveness.rank
 
     @property
     def device(self) -> torch.device:
-        """Where this process keeps its weights."""
+        """The device on which the process keeps its weights."""
         return self.joined.device
 
     @property
     def liveness(self) -> Liveness:
-        """The other processes."""
+        """The watch over the other processes."""
         return self.joined.liveness
 
     def keeps(self, name: str) -> bool:
-        """Whether this process needs a network: only the first decodes."""
+        """Return True if this process needs a network: only the first decodes."""
         return name != "vae" or self.rank == 0
 
     def loads_together(self, name: str, text_encoder: str) -> bool:
-        """Whether all processes load a network together. One on the CPU is mapped: its pages are shared anyway."""
+        """Return True if all processes load a network together; one on the CPU is mapped, and its pages are shared."""
         return name != "vae" and not (name == "text_encoder" and text_encoder == "cpu")
 
     def together(self, what: str, fact: str = "") -> list[str]:
-        """Wait for all processes, however long they take; what each of them said."""
+        """Wait for all processes, however long they take.
+
+        Args:
+            what: A name for the occasion; all processes must have come to the same one.
+            fact: What this process tells the others.
+
+        Returns:
+            What each of them said.
+        """
         return self.liveness.agree(f"{what} {next(self._calls)}", fact)
 
     def exit_on_failure(self) -> None:
         """End this process soon after another one has failed, even if it hangs in a collective then."""
+        # a collective that waits for a process that is gone cannot be stopped
         self.liveness.on_failure = _end_now
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Connections that break in the body because another process is gone become `DistributedError`."""
+        """Turn connections that break in the body because another process is gone into `DistributedError`."""
         try:
             yield
         except RuntimeError as error:
@@ -148,6 +160,7 @@ class Run:
 def _is_connection(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
+    # gloo and NCCL raise plain RuntimeErrors, too: only their words tell
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
 
@@ -159,31 +172,38 @@ def _end_now(problem: str) -> None:
     end_now(1)
 
 
-def connect(degrees: Degrees, device: str | torch.device) -> Run:
-    """Join the other processes; raises as `join`. device: as asked for, each process takes the GPU of its rank."""
+def connect(degrees: Degrees, device: str | torch.device) -> DistributedRun:
+    """Join the other processes; raises as `join` does.
+
+    Args:
+        degrees: The networks that are divided.
+        device: The device as it was asked for; each process takes the GPU of its rank.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
     joined = join(device)
     try:
-        return Run(degrees, joined, init_device_mesh(joined.device.type, (world_size(),)))
+        return DistributedRun(degrees, joined, init_device_mesh(joined.device.type, (world_size(),)))
     except BaseException as error:
+        # the others are told: they would wait for this process
         joined.leave(error)
         raise
 
 
 def fetch(
-    run: Run,
+    run: DistributedRun,
     component: Component,
     *,
     dtype: torch.dtype | None,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoadReport]:
-    """As `modules.fetch`, together with the other processes: what this one keeps of a network's weights."""
+    """Load what this process keeps of a network's weights, together with the others; else as `modules.fetch`."""
     import torch
     import torch.distributed as dist
 
     use_device(run.device)
+    # `load_into` fills a module: this one is made of nothing but the names in the file
     tree = torch.nn.Module()
     for facts in component.facts.tensors:
         *path, leaf = facts.name.split(".")
@@ -213,8 +233,8 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, device="meta")
 
 
-def _empty_shard(run: Run, shape: tuple[int, ...]) -> torch.Tensor:
-    """What `fully_shard` makes of a parameter on meta: rows of it as a DTensor."""
+def _empty_shard(run: DistributedRun, shape: tuple[int, ...]) -> torch.Tensor:
+    """Make what `fully_shard` makes of a parameter on meta: rows of it as a DTensor."""
     from torch.distributed.tensor import DTensor, Shard
 
     whole = _empty(shape)
@@ -225,7 +245,7 @@ def _empty_shard(run: Run, shape: tuple[int, ...]) -> torch.Tensor:
     return shard
 
 
-def divide(run: Run, name: str, module: Any) -> None:
+def divide(run: DistributedRun, name: str, module: Any) -> None:
     """Give a network on meta the hooks of Ulysses and of FSDP2, block by block."""
     if name in EXPERTS and run.degrees.ulysses_size > 1:
         import diffusers
@@ -244,7 +264,7 @@ def divide(run: Run, name: str, module: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the notice that its parallelism is experimental."""
+    """Leave out the notice that its parallelism is experimental."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -257,7 +277,7 @@ def _quiet_diffusers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _counted_devices(device: torch.device) -> Iterator[None]:
-    """diffusers counts accelerators to find its own; on a machine with none, count the CPU as one meanwhile."""
+    """Count the CPU as one accelerator on a machine with none: diffusers counts them to find its own."""
     import torch
 
     if device.type != "cpu" or torch.accelerator.device_count():

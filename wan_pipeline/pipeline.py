@@ -17,11 +17,11 @@ from wan_loader import clock_ns
 from wan_loader.arguments import checked_path
 from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.request import Request
 from wan_pipeline.start_options import StartOptions
 from wan_pipeline.startup import begin
 from wan_pipeline.timeline import Timeline
 from wan_pipeline.video import write_mp4
+from wan_pipeline.video_request import VideoRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     from wan_loader import StrPath
     from wan_loader.cache import EntryBuild
-    from wan_pipeline.parallel import Run
+    from wan_pipeline.parallel import DistributedRun
     from wan_pipeline.startup import Started
+    from wan_pipeline.wan_checkpoint import WanCheckpoint
 
     Progress = Callable[[str, int, int], None]
 
@@ -47,10 +48,15 @@ class Video:
     frames_THWC: np.ndarray = field(repr=False)
     """Floats from 0 to 1."""
     fps: int
-    request: Request
+    request: VideoRequest
 
     def save(self, path: StrPath) -> None:
-        """Write an mp4. Raises `OutputError`, and `OptionError` for what is no path."""
+        """Write an mp4.
+
+        Raises:
+            OutputError: It cannot be written.
+            OptionError: It is no path.
+        """
         write_mp4(checked_path(path), self.frames_THWC, self.fps)
 
 
@@ -62,13 +68,13 @@ class WanT2V:
         self.pipe: Any = started.pipe
         """The `diffusers.WanPipeline` underneath."""
         self.timeline = Timeline()
-        """When what happened, for reports."""
+        """The times at which things happened, for reports."""
         self.pipe.set_progress_bar_config(disable=True)
 
     @classmethod
     def from_checkpoint(
         cls,
-        directory: StrPath,
+        directory: StrPath | WanCheckpoint,
         *,
         preset: str = "auto",
         device: str | torch.device = "auto",
@@ -85,20 +91,35 @@ class WanT2V:
     ) -> WanT2V:
         """Start from a checkpoint in either layout; returns while weights are still on their way.
 
-        preset: auto, fastest, balanced, min-memory, multi-gpu, or the path of a TOML file. device: auto, cpu, cuda or
-        cuda:N. dtype: of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is used as
-        it is in the file, the VAE in fp32. t5_cpu: encode on the CPU. offload_model: False keeps everything on the
-        device, True one expert at a time; None leaves it to the preset. size and frame_num: the largest that will
-        be asked for; they decide how much memory a preset must leave. cache: read the experts as they were converted by
-        an earlier start, from the converted cache in cache_dir, or leave them there once everything was loaded.
+        In a distributed run (torchrun) every process makes the same calls. All weights have arrived when this returns.
+        Only process 0 has the VAE and gets frames; the videos of the others have none. There is no cache then: it is
+        for one process. Nothing given of `dit_fsdp`, `t5_fsdp` and `ulysses_size` divides everything.
 
-        In a distributed run (torchrun) every process makes the same calls: dit_fsdp and t5_fsdp divide the weights of
-        the experts and of the text encoder, ulysses_size is 1 or the number of processes, which then divide attention.
-        Nothing given divides everything. All weights have arrived when this returns. Only process 0 has the VAE and
-        gets frames; the videos of the others have none. There is no cache then: it is for one process.
+        Args:
+            directory: The checkpoint's directory, or what `open_wan` made of it: then no header is read again.
+            preset: auto, fastest, balanced, min-memory, multi-gpu, or the path of a TOML file.
+            device: auto, cpu, cuda or cuda:N.
+            dtype: The dtype of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is
+                used as it is in the file, the VAE in fp32.
+            t5_cpu: Encode on the CPU.
+            offload_model: False keeps everything on the device, True one expert at a time; None is the preset's choice.
+            size: The largest width and height, in pixels, that will be asked for. Like `frame_num` it decides how much
+                memory a preset must leave.
+            frame_num: The largest number of frames that will be asked for.
+            cache: Read the experts as they were converted by an earlier start, from the converted cache, or leave them
+                there once everything was loaded.
+            cache_dir: The cache's directory; None is the user's.
+            dit_fsdp: Divide the weights of the experts over the processes.
+            t5_fsdp: Divide the weights of the text encoder over the processes.
+            ulysses_size: 1, or the number of processes, which then divide attention.
 
-        Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError` and
-        `OptionError`, before a weight is loaded.
+        Raises:
+            CheckpointError: The checkpoint is damaged, or another model.
+            MissingFileError: Files of it are missing.
+            DeviceError: The device does not exist or cannot be used.
+            DeviceMemoryError: The preset does not fit on the device.
+            HostMemoryError: The preset does not fit into host memory.
+            OptionError: An option makes no sense. Like the others it is raised before a weight is loaded.
         """
         from wan_loader.dtypes import dtype_name
 
@@ -130,6 +151,7 @@ class WanT2V:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
+        # the group is left once, however often this is called
         run, self._started.run = self.run, None
         try:
             if run is not None:
@@ -138,13 +160,13 @@ class WanT2V:
             self._started.close()
 
     @property
-    def run(self) -> Run | None:
-        """This process among the others of a distributed run; None outside of one."""
+    def run(self) -> DistributedRun | None:
+        """The process among the others of a distributed run; None outside of one."""
         return self._started.run
 
     @property
     def task(self) -> str:
-        """Which model this is, as `--task` has it: t2v-A14B, for instance."""
+        """The name of the model in `--task`: t2v-A14B, for instance."""
         return self._started.checkpoint.task
 
     @property
@@ -154,7 +176,7 @@ class WanT2V:
 
     @property
     def preset_reason(self) -> str:
-        """Why that preset, with the numbers."""
+        """The reason for that preset, with the numbers."""
         return self._started.reason
 
     @property
@@ -167,15 +189,21 @@ class WanT2V:
         self._started.residency.wait_all()
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **settings: Any) -> Video:
-        """Generate a video.
+        """Generate a video. The same seed and settings give the same video.
 
-        settings: fields of `Request` (size, frame_num, steps, shift, guide_scale, negative_prompt, solver, grid,
-        seed); what is not given is the official default of the model. progress: called with a phase, steps done and
-        steps in all. The same seed and settings give the same video.
+        Args:
+            prompt: What the video shows.
+            progress: Called with a phase, steps done and steps in all.
+            **settings: Fields of `VideoRequest` (size, frame_num, steps, shift, guide_scale, negative_prompt, solver,
+                grid, seed); what is not given is the official default of the model.
+
+        Raises:
+            OptionError: A setting makes no sense.
+            DistributedError: Another process failed or is gone.
         """
         import torch
 
-        request = Request.make(self.task, prompt, **settings)
+        request = VideoRequest.make(self.task, prompt, **settings)
         request.check_task(self.task, self._started.checkpoint.vae_scale[1] * 2)
         tell = progress or (lambda phase, done, total: None)
         with torch.no_grad(), nullcontext() if self.run is None else self.run.explained():
@@ -189,10 +217,10 @@ class WanT2V:
         return Video(frames, self._started.checkpoint.family.fps, request)
 
     def report(self) -> dict[str, Any]:
-        """Everything about the start and the generations so far, as one JSON document."""
+        """Return everything about the start and the generations so far, as one JSON document."""
         return self.timeline.document(self._started)
 
-    def _encode(self, request: Request, tell: Progress) -> tuple[Any, Any]:
+    def _encode(self, request: VideoRequest, tell: Progress) -> tuple[Any, Any]:
         tell("encode", 0, 1)
         with self.timeline.stage("encode"):
             embeds = self.pipe.encode_prompt(
@@ -204,7 +232,7 @@ class WanT2V:
         tell("encode", 1, 1)
         return embeds[0], embeds[1]
 
-    def _denoise(self, request: Request, embeds: tuple[Any, Any], tell: Progress) -> Any:
+    def _denoise(self, request: VideoRequest, embeds: tuple[Any, Any], tell: Progress) -> Any:
         import torch
 
         from wan_pipeline.solvers import make_scheduler
@@ -218,6 +246,7 @@ class WanT2V:
         def after_step(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             tell("denoise", step + 1, request.steps)
             self.timeline.step_ns.append(clock_ns())
+            # diffusers goes on with the tensors that it is given back
             return tensors
 
         with self.timeline.stage("denoise"):
@@ -228,15 +257,17 @@ class WanT2V:
                 height=request.size[1],
                 num_frames=request.frame_num,
                 num_inference_steps=request.steps,
+                # for diffusers, the first transformer is the high-noise expert
                 guidance_scale=high,
                 guidance_scale_2=low if self.pipe.config.boundary_ratio is not None else None,
+                # drawn on the CPU: the same seed gives the same noise on every device
                 generator=torch.Generator("cpu").manual_seed(request.seed),
                 output_type="latent",
                 callback_on_step_end=after_step,
             ).frames
 
     def _decode(self, latents: Any, tell: Progress) -> np.ndarray:
-        """As the end of `WanPipeline.__call__`, so that it is a phase of its own."""
+        """Decode as the end of `WanPipeline.__call__` does, so that it is a phase of its own."""
         import torch
 
         tell("decode", 0, 1)
@@ -245,6 +276,7 @@ class WanT2V:
             latents = latents.to(self._started.device, vae.dtype)
             shape = (1, vae.config.z_dim, 1, 1, 1)
             mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+            # multiplied and divided as there: another order would round otherwise
             inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
             video = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
             frames: np.ndarray = self.pipe.video_processor.postprocess_video(video, output_type="np")[0]
@@ -252,7 +284,7 @@ class WanT2V:
         return frames
 
 
-def _no_frames(request: Request) -> np.ndarray:
+def _no_frames(request: VideoRequest) -> np.ndarray:
     import numpy as np
 
     width, height = request.size
@@ -260,7 +292,7 @@ def _no_frames(request: Request) -> np.ndarray:
 
 
 def load_diffusers(
-    directory: StrPath,
+    directory: StrPath | WanCheckpoint,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
@@ -268,15 +300,20 @@ def load_diffusers(
     cache: bool = False,
     cache_dir: StrPath | None = None,
 ) -> Any:
-    """A ready `diffusers.WanPipeline` from a checkpoint in either layout, as `WanPipeline.from_pretrained` makes it.
+    """Load a ready `diffusers.WanPipeline`, the same as `WanPipeline.from_pretrained` makes.
 
-    dtype: as diffusers' argument; None gives its default, fp32 with the text encoder as in the file. With a preset
-    that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when this returns,
-    and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and dropped
-    when another needs the room; such a pipeline cannot be moved with `.to()`. Room is left to make 81 frames of
-    832*480: larger ones may need the VAE's tiling, or another preset. cache, cache_dir: as for `WanT2V`.
+    With a preset that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when
+    this returns, and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and
+    dropped when another needs the room; such a pipeline cannot be moved with `.to()`. Room is left to make 81 frames of
+    832*480: larger ones may need the VAE's tiling, or another preset.
 
-    Raises what `WanT2V.from_checkpoint` raises.
+    Args:
+        directory: The checkpoint's directory in either layout, or what `open_wan` made of it.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: As diffusers' argument; None gives its default, fp32 with the text encoder as in the file.
+        preset: As for `WanT2V.from_checkpoint`, and so are the other arguments and the errors.
+        cache: Read converted experts from the converted cache, and leave them there.
+        cache_dir: The cache's directory; None is the user's.
     """
     from wan_loader.dtypes import dtype_name
 
@@ -296,6 +333,7 @@ def load_diffusers(
         except BaseException:
             started.close()
             raise
+        # nothing of ours is called any more
         detach(started.pipe)
         if started.cache is not None:
             started.cache.close()

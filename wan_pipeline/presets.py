@@ -1,7 +1,7 @@
 """Start-up presets: `profiles/*.toml` as frozen values, and what they mean for memory.
 
 A preset says which networks may lie on the device together in each step of a generation. From that, the sizes of the
-networks and the working memory of a step follow the peak, before anything is loaded: a preset that cannot fit is an
+networks and the working memory of a step follows the peak, before anything is loaded: a preset that cannot fit is an
 error with the numbers, and `choose` takes the fastest that fits and says why. The same steps drive `residency`, so
 what is checked is what happens.
 
@@ -43,15 +43,16 @@ _DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """How a start and a generation use memory."""
+    """The use of memory by a start and a generation."""
 
     name: str
     description: str
     device_memory_gb: float
     """The contract: the device never holds more than this, working memory included."""
     residency: ResidencyMode
-    """"everything": all networks stay. "next": text encoder and first expert together, later one at a time. "one":
-    one at a time from the beginning."""
+    """The networks that lie on the device together: "everything": all stay. "next": text encoder and first expert
+    together, later one at a time. "one": one at a time from the beginning.
+    """
     text_encoder: Literal["device", "cpu"] = "device"
     warm_ahead: bool = True
     """Read what comes next into the page cache while a network runs, as far as memory allows."""
@@ -68,14 +69,18 @@ class Preset:
             ("vae_dtype", self.vae_dtype, _DTYPES),
         ):
             if value not in allowed:
-                raise OptionError(f"preset {self.name}: {name} is {value!r}; use one of {', '.join(allowed)}")
+                raise OptionError.because(
+                    f"preset {self.name}: {name} is {value!r}", f"use one of {', '.join(allowed)}"
+                )
         if not self.device_memory_gb > 0:
-            raise OptionError(f"preset {self.name}: device_memory_gb is {self.device_memory_gb}; it must be positive")
+            reason = f"preset {self.name}: device_memory_gb is {self.device_memory_gb}"
+            raise OptionError.because(reason, "it must be positive")
 
     def adapted(self, *, t5_cpu: bool = False, offload_model: bool | None = None, dtype: str | None = None) -> Preset:
-        """The preset with what was asked for on top of it."""
+        """Return the preset with what was asked for on top of it."""
         residency: ResidencyMode = self.residency
         if offload_model is not None:
+            # a preset that keeps one at a time goes on doing so
             residency = "everything" if not offload_model else "one" if residency == "one" else "next"
         where: Literal["device", "cpu"] = "cpu" if t5_cpu else self.text_encoder
         return replace(self, residency=residency, text_encoder=where, dtype=dtype or self.dtype)
@@ -91,49 +96,53 @@ class ResidencyStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the machine allows, in bytes."""
+    """The memory that the machine allows, in bytes."""
 
     device: str
-    """Its name, for messages."""
+    """The device's name, for messages."""
     titles: Mapping[str, str] = field(default_factory=lambda: TITLES)
-    """What messages call the networks."""
+    """The networks' names in messages."""
     device_nbytes: int | None
-    """Free on the device; None if it is the CPU, which has no memory of its own."""
+    """Free bytes on the device; None if it is the CPU, which has no memory of its own."""
     host_nbytes: int
-    """What this process may still take on the host."""
+    """Bytes that this process may still take on the host."""
     world_size: int = 1
     may_drop: bool = True
-    """Whether a network can be dropped for another to run; False where the networks are handed out."""
+    """True if a network can be dropped for another to run; False where the networks are handed out."""
 
 
 def load_preset(name: str) -> Preset:
-    """A preset by its name, or from a TOML file of one's own (a path that ends in .toml)."""
+    """Read a preset by its name, or from a TOML file of one's own (a path that ends in .toml).
+
+    Raises:
+        OptionError: There is no such preset, or the file is none.
+    """
     path = Path(name) if name.endswith(".toml") else _profiles() / f"{name}.toml"
     if not name.endswith(".toml") and name not in PRESETS:
-        raise OptionError(f"no preset is called {name!r}; there are auto, {', '.join(PRESETS)}, or a .toml file")
+        raise OptionError.because(f"no preset is called {name!r}", f"use auto, {', '.join(PRESETS)}, or a .toml file")
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text())
         unknown = sorted(set(table) - {field.name for field in fields(Preset)})
         if unknown:
-            raise OptionError(f"{path} has unknown settings: {', '.join(unknown)}")
+            raise OptionError.because(f"has unknown settings: {', '.join(unknown)}", path=path)
         return Preset(**{"name": path.stem, **table})
     except OSError as error:
-        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+        raise OptionError.because(f"cannot be read: {error.strerror}", path=path) from error
     except OptionError:
         raise
     except (TypeError, ValueError) as error:
-        raise OptionError(f"{path} is no preset: {error}") from error
+        raise OptionError.because(f"is no preset: {error}", path=path) from error
 
 
 def _profiles() -> Path:
-    """The presets' directory: inside an installed package, or beside it in a checkout."""
+    """Return the presets' directory: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
     installed = package / "profiles"
     return installed if installed.is_dir() else package.parent / "profiles"
 
 
 def residency_steps(preset: Preset, names: Sequence[str]) -> tuple[ResidencyStep, ...]:
-    """The steps of a generation with the networks `names`, given in the order of first use."""
+    """List the steps of a generation with the networks `names`, given in the order of first use."""
     if preset.residency == "everything":
         return tuple(ResidencyStep(name, tuple(names)) for name in names)
     if preset.residency == "one":
@@ -149,7 +158,7 @@ def residency_steps(preset: Preset, names: Sequence[str]) -> tuple[ResidencyStep
 def fitted_steps(
     preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits
 ) -> tuple[ResidencyStep, ...]:
-    """The steps on a device: where all networks stay, and the VAE's work finds no room beside them, one gives way.
+    """List the steps on a device: where all networks stay, and the VAE's work finds no room beside them, one gives way.
 
     It is the one that another generation would need last, the low-noise expert: it is fetched again behind the others.
     """
@@ -158,21 +167,23 @@ def fitted_steps(
     if preset.residency == "everything" and limits.may_drop and allowed is not None:
         needed = _needed(preset, decode, sizes, workspace, limits)[0]
         if needed > allowed:
+            # the last but one of the order of first use: the VAE is the last
             decode = replace(decode, resident=tuple(n for n in decode.resident if n != list(sizes)[-2]))
     return (*others, decode)
 
 
 def _allowed(preset: Preset, limits: Limits) -> int | None:
-    """Bytes that the preset may take on the device; None if that has no memory of its own."""
+    """Return the bytes that the preset may take on the device; None if that has no memory of its own."""
     return None if limits.device_nbytes is None else min(int(preset.device_memory_gb * 1e9), limits.device_nbytes)
 
 
 def _needed(
     preset: Preset, step: ResidencyStep, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits
 ) -> tuple[int, str]:
-    """Bytes on the device in a step, and a sentence that adds them up."""
+    """Return the bytes on the device in a step, and a sentence that adds them up."""
     share = limits.world_size if preset.sharded else 1
     held = {
+        # only the weights of experts and text encoder are divided
         name: sizes[name] if name == "vae" else sizes[name] // share
         for name in step.resident
         if not (name == "text_encoder" and preset.text_encoder == "cpu")
@@ -184,9 +195,13 @@ def _needed(
 
 
 def peak(preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], limits: Limits) -> tuple[int, str]:
-    """Bytes on the device in the step that needs most, and a sentence that adds them up.
+    """Return the bytes on the device in the step that needs most, and a sentence that adds them up.
 
-    sizes: bytes of each network, in the order of first use. workspace: bytes for running each.
+    Args:
+        preset: The preset.
+        sizes: Bytes of each network, in the order of first use.
+        workspace: Bytes for running each.
+        limits: The memory that the machine allows.
     """
     found = fitted_steps(preset, sizes, workspace, limits)
     return max(_needed(preset, step, sizes, workspace, limits) for step in found)
@@ -195,15 +210,23 @@ def peak(preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int],
 def check_fit(
     preset: Preset, sizes: Mapping[str, int], workspace: Mapping[str, int], host_nbytes: int, limits: Limits
 ) -> str:
-    """One sentence on why the preset fits; `DeviceMemoryError` or `HostMemoryError` with the numbers if it does not.
+    """Say in one sentence why the preset fits.
 
-    host_nbytes: what the load takes on the host beyond the page cache.
+    Args:
+        preset: The preset.
+        sizes: Bytes of each network, in the order of first use.
+        workspace: Bytes for running each.
+        host_nbytes: Bytes that the load takes on the host beyond the page cache.
+        limits: The memory that the machine allows.
+
+    Raises:
+        DeviceMemoryError: It does not fit on the device; the message has the numbers.
+        HostMemoryError: It does not fit into host memory.
     """
     if host_nbytes > limits.host_nbytes:
-        raise HostMemoryError(
-            f"preset {preset.name} needs {_gb(host_nbytes)} of host memory, {_gb(limits.host_nbytes)} are available "
-            "here: allow more memory"
-        )
+        have = _gb(limits.host_nbytes)
+        reason = f"preset {preset.name} needs {_gb(host_nbytes)} of host memory, {have} are available here"
+        raise HostMemoryError.because(reason, "allow more memory")
     allowed = _allowed(preset, limits)
     if limits.device_nbytes is None or allowed is None:
         return f"{preset.name}: {limits.device} has no memory of its own, weights are mapped where they need no cast"
@@ -211,9 +234,9 @@ def check_fit(
     if needed > allowed:
         what = f"its contract is {_gb(allowed)}" if allowed < limits.device_nbytes else ""
         free = f"{_gb(limits.device_nbytes)} are free on {limits.device}"
-        raise DeviceMemoryError(
-            f"preset {preset.name} needs {where}; {' and '.join(filter(None, (what, free)))}: "
-            "use a smaller preset (--preset min-memory), a smaller size, or fewer frames"
+        raise DeviceMemoryError.because(
+            f"preset {preset.name} needs {where}; {' and '.join(filter(None, (what, free)))}",
+            "use a smaller preset (--preset min-memory), a smaller size, or fewer frames",
         )
     return f"{preset.name}: {where}, {_gb(allowed)} allowed on {limits.device}"
 
@@ -228,9 +251,9 @@ def choose(
     offload_model: bool | None = None,
     dtype: str | None = None,
 ) -> tuple[Preset, str]:
-    """The fastest preset that fits, and why it was taken; the error of the smallest if none does."""
+    """Return the fastest preset that fits, and why it was taken; raise the error of the smallest if none does."""
     names = ("multi-gpu",) if limits.world_size > 1 else PRESETS[:3]
-    refused: list[str] = []
+    too_large: list[str] = []
     for name in names:
         preset = load_preset(name).adapted(t5_cpu=t5_cpu, offload_model=offload_model, dtype=dtype)
         try:
@@ -238,9 +261,9 @@ def choose(
         except DeviceMemoryError as error:
             if name == names[-1]:
                 raise
-            refused.append(str(error).partition(":")[0])
+            too_large.append(str(error.reason))
         else:
-            return preset, "; ".join([why, *refused])
+            return preset, "; ".join([why, *too_large])
     raise AssertionError("unreachable: the last preset fits or raises")
 
 

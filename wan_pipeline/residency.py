@@ -1,4 +1,4 @@
-"""What lies on which device when: carries out the steps of a preset.
+"""The networks on their devices: carries out the steps of a preset.
 
 Entering a step drops what it does not allow, starts fetching what it does, in order of first use, in the background,
 and waits only for the network that is about to run. So the next network loads behind the running one, and a switch
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import LoadReport, Observer, Prewarm
-    from wan_pipeline.checkpoint import Component
     from wan_pipeline.presets import ResidencyStep
+    from wan_pipeline.wan_checkpoint import Component
 
 __all__ = ["BackgroundFetch", "FetchCancelledError", "ModuleResidency", "Placement"]
 
@@ -33,18 +33,24 @@ class FetchCancelledError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A network, and where and as what it is to be loaded."""
+    """A network, with the device and the dtype for its load."""
 
     component: Component
     device: torch.device
     dtype: torch.dtype | None
     decoder_only: bool = False
-    run: parallel.Run | None = None
+    run: parallel.DistributedRun | None = None
     """The processes that load it together."""
 
 
 class BackgroundFetch:
-    """Work in a daemon thread of its own, which begins when the fetch before it has ended. Cancellable."""
+    """Work in a daemon thread of its own, which begins when the fetch before it has ended.
+
+    Args:
+        name: The name in messages.
+        work: The work; it is given the token by which it is stopped.
+        after: The fetch that must have ended, well or not, before this one begins.
+    """
 
     def __init__(self, name: str, work: Callable[[CancelToken], None], after: BackgroundFetch | None = None) -> None:
         self.name = name
@@ -59,7 +65,7 @@ class BackgroundFetch:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """True once it has ended, well or not."""
         return self._ended.is_set()
 
     def wait(self) -> None:
@@ -73,7 +79,7 @@ class BackgroundFetch:
         self._stop.cancel(FetchCancelledError(f"fetching the {self.name} was cancelled"))
 
     def cancel(self) -> None:
-        """`stop`, and wait for the end if it has begun; one that has not never will."""
+        """Stop it, and wait for the end if it has begun; one that has not never will."""
         with self._lock:
             self.stop()
             begun = self._begun
@@ -84,11 +90,14 @@ class BackgroundFetch:
         try:
             if self._after is not None:
                 self._after._ended.wait()
+                # else each fetch would keep all that were before it
                 self._after = None
             with self._lock:
+                # under the lock: `cancel` either finds it begun and waits for the end, or keeps it from beginning
                 self._stop.check()
                 self._begun = True
             self._work(self._stop)
+        # raised to whoever waits: a thread has nobody to raise to
         except BaseException as failure:
             self.failure = failure
         finally:
@@ -96,21 +105,30 @@ class BackgroundFetch:
 
 
 @dataclass(slots=True)
-class Log:
-    """What the residency did, for reports."""
+class ResidencyLog:
+    """The loads and the waits of a residency, for reports."""
 
     loads: list[tuple[str, int, int, LoadReport]] = field(default_factory=list)
     """Each load: network, start_ns, end_ns, report."""
     waits: list[tuple[str, int, int]] = field(default_factory=list)
     """Each first use of a step: network, start_ns and end_ns of waiting for it."""
     device_peak_nbytes: int = 0
-    """What tensors held at most."""
+    """Bytes that tensors held at most."""
     device_reserved_nbytes: int = 0
-    """What the allocator held at most."""
+    """Bytes that the allocator held at most."""
 
 
 class ModuleResidency:
-    """Keeps networks on their devices as the steps allow."""
+    """The keeper of networks on their devices, as the steps allow.
+
+    Args:
+        placements: The networks in the order of first use.
+        steps: The steps of a generation.
+        observer: An observer of the loads' spans.
+        warm_ahead: Read what comes next into the page cache while a network runs.
+        warming: A warm-up of their files that is under way.
+        on_loaded: Told of every load, with the tensors by their names in the file, before anybody else has them.
+    """
 
     def __init__(
         self,
@@ -122,10 +140,6 @@ class ModuleResidency:
         warming: Prewarm | None = None,
         on_loaded: Callable[[str, Mapping[str, torch.Tensor]], None] | None = None,
     ) -> None:
-        """placements: in the order of first use. warming: a warm-up of their files that is under way.
-
-        on_loaded: told of every load, with the tensors by their names in the file, before anybody else has them.
-        """
         self._on_loaded = on_loaded
         self._placements: dict[str, Placement] = {p.component.name: p for p in placements}
         self._steps = {step.uses: step for step in steps}
@@ -139,7 +153,7 @@ class ModuleResidency:
         self._last: BackgroundFetch | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self.log = Log()
+        self.log = ResidencyLog()
 
     def start(self) -> None:
         """Begin fetching what the first step allows; returns at once. Needs no module yet."""
@@ -164,11 +178,12 @@ class ModuleResidency:
 
     def wait_all(self) -> None:
         """Wait until everything that was begun has arrived; raises the first failure."""
+        # a copy: `_finish` takes out what failed
         for name in list(self._fetches):
             self._finish(name)
 
     def resident(self) -> tuple[str, ...]:
-        """Networks that are loaded now."""
+        """Name the networks that are loaded now."""
         return tuple(name for name, fetch in self._fetches.items() if fetch.done and fetch.failure is None)
 
     def cancel(self, name: str) -> None:
@@ -181,6 +196,7 @@ class ModuleResidency:
         self._closed.set()
         if self._warming is not None:
             self._warming.stop()
+        # all are asked to end before one of them is waited for
         for fetch in self._fetches.values():
             fetch.stop()
         for name in list(self._fetches):
@@ -202,6 +218,7 @@ class ModuleResidency:
         allowed = self._steps[name].resident
         for other in [n for n in self._fetches if n not in allowed]:
             self._drop(other)
+        # nothing is ready until `_finish`, also if that raises: the next `use` must not take what was dropped for there
         self._current = None
         # what runs first, then the others in the order of first use
         for wanted in sorted(allowed, key=lambda n: n != name):
@@ -210,6 +227,7 @@ class ModuleResidency:
         if self._warm_ahead:
             order = [*self._placements]
             ahead = [n for n in order[order.index(name) + 1 :] if n not in allowed]
+            # behind the last fetch, so that the load has the disk alone; nobody waits for it
             BackgroundFetch("files", lambda stop: self._warm(ahead), self._last)
 
     def _finish(self, name: str) -> None:
@@ -221,6 +239,7 @@ class ModuleResidency:
             raise
 
     def _drop(self, name: str) -> None:
+        # the end is waited for: weights that came later would stay
         self._fetches.pop(name).cancel()
         self.note_peak()
         self._weights.pop(name, None)
@@ -249,6 +268,7 @@ class ModuleResidency:
                     device=placement.device,
                     dtype=placement.dtype,
                     decoder_only=placement.decoder_only,
+                    # views of mapped pages, where nothing is to be converted: they take no memory of this process
                     io="mapped" if placement.device.type == "cpu" else "auto",
                     cancel=cancel,
                     observer=self._observer,
@@ -262,7 +282,7 @@ class ModuleResidency:
         return load
 
     def _hand_over(self, name: str, weights: dict[str, torch.Tensor]) -> None:
-        """To the module, if it is built already; else it is kept until `provide`."""
+        """Give weights to the module, if it is built already; else they are kept until `provide`."""
         with self._lock:
             self._weights[name] = weights
             self._bind(name)

@@ -16,7 +16,7 @@ from wan_loader import OptionError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from wan_pipeline.request import Grid, Solver
+    from wan_pipeline.video_request import Grid, Solver
 
 __all__ = ["make_scheduler"]
 

@@ -1,4 +1,4 @@
-"""How to start: every option of a start, checked when it is given."""
+"""Every option of a start, checked when it is given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.request import checked_size
+from wan_pipeline.video_request import checked_size
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +19,15 @@ __all__ = ["StartOptions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartOptions:
-    """How to start."""
+    """The options of a start."""
 
     preset: str = "auto"
     device: str | torch.device = "auto"
     dtype: str | None = None
-    """bf16, fp16 or fp32; None: what the preset says."""
+    """The experts' dtype: bf16, fp16 or fp32; None leaves it to the preset."""
     t5_cpu: bool = False
     offload_model: bool | None = None
-    """None: what the preset says."""
+    """False keeps everything on the device, True one expert at a time; None leaves it to the preset."""
     like_diffusers: bool = False
     """Load all of the VAE, and all networks in the dtypes that `WanPipeline.from_pretrained(dtype=...)` gives them."""
     size: tuple[int, int] = (1280, 720)
@@ -38,7 +38,7 @@ class StartOptions:
     cache_dir: StrPath | None = None
     """None: the user's cache directory."""
     degrees: Degrees = field(default_factory=Degrees)
-    """What several processes divide."""
+    """The networks that several processes divide."""
 
     def __post_init__(self) -> None:
         preset = checked_path(self.preset, "preset", "pass a name, or the path of a TOML file")

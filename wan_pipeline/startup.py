@@ -1,4 +1,4 @@
-"""From a directory to a running start: everything that happens before the first denoising step, in its order.
+"""The start: everything that happens from the directory to the first denoising step, in its order.
 
     headers read and checked      milliseconds, no torch
     files read ahead              in the background, while torch, transformers and diffusers are imported
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import OptionError, Recorder, prewarm_files, span, start_device
 from wan_loader.distributed import local_rank, use_device, warms, world_size
 from wan_pipeline import modules, parallel, presets
-from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.fitting import choose_preset, network_dtype
 from wan_pipeline.hooks import attach
-from wan_pipeline.imports import short_imports
 from wan_pipeline.residency import BackgroundFetch, ModuleResidency, Placement
+from wan_pipeline.short_imports import short_imports
+from wan_pipeline.wan_checkpoint import open_wan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import Prewarm, StrPath
-    from wan_pipeline.cached import PipelineCache
-    from wan_pipeline.checkpoint import WanCheckpoint
+    from wan_pipeline.pipeline_cache import PipelineCache
     from wan_pipeline.presets import Preset
     from wan_pipeline.start_options import StartOptions
+    from wan_pipeline.wan_checkpoint import WanCheckpoint
 
 __all__ = ["Started", "begin"]
 
@@ -55,12 +55,12 @@ class Started:
     device: torch.device
     recorder: Recorder
     cache: PipelineCache | None = None
-    run: parallel.Run | None = None
-    """This process among others, where there are several."""
+    run: parallel.DistributedRun | None = None
+    """The process among others, where there are several."""
 
     @property
     def directory(self) -> Path:
-        """What was asked for, wherever the weights came from."""
+        """The directory that was asked for, wherever the weights came from."""
         return (self.checkpoint if self.cache is None else self.cache.source).directory
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class _StartContext:
-    """What each step of a start works with."""
+    """Values that each step of a start works with."""
 
     checkpoint: WanCheckpoint
     options: StartOptions
@@ -81,18 +81,28 @@ class _StartContext:
     cache: PipelineCache | None
 
 
-def begin(directory: StrPath, options: StartOptions) -> Started:
-    """Start. Raises everything that can be found wrong before a weight is loaded."""
+def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
+    """Start. Raises everything that can be found wrong before a weight is loaded.
+
+    Args:
+        directory: The checkpoint's directory, or what `open_wan` made of it.
+        options: The options of the start.
+
+    Returns:
+        The pipeline, whose first networks are on their way.
+    """
     recorder = Recorder()
     with span(recorder, "header"):
         checkpoint = open_wan(directory)
         options = _checked_degrees(checkpoint, options)
+    # after the headers: a wrong checkpoint is told of without the libraries, too
     if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
-        raise OptionError(f"{', '.join(missing)} not installed: pip install 'wan-loader[pipeline]'")
+        raise OptionError.because(f"{', '.join(missing)} not installed", "pip install 'wan-loader[pipeline]'")
     with span(recorder, "header"):
         cache = _open_cache(checkpoint, options)
     if cache is not None:
         checkpoint = cache.checkpoint
+    # of the processes of one machine, one warms the page cache for all
     files = [f for c in checkpoint.components for f in c.files] if warms() else []
     warming = prewarm_files(files, threads=_WARMERS)
     try:
@@ -106,12 +116,12 @@ def begin(directory: StrPath, options: StartOptions) -> Started:
 
 
 def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCache | None:
-    """What the cache holds of the experts in the dtype that they will have; None if it is not wanted."""
+    """Open what the cache holds of the experts in the dtype that they will have; None if it is not wanted."""
     from wan_loader.dtypes import dtype_name
 
     if not options.cache:
         return None
-    from wan_pipeline.cached import PipelineCache
+    from wan_pipeline.pipeline_cache import PipelineCache
 
     some = presets.load_preset("fastest" if options.preset == "auto" else options.preset)
     dtype = dtype_name(options.dtype or ("fp32" if options.like_diffusers else some.dtype))
@@ -132,12 +142,14 @@ def _begin(context: _StartContext) -> Started:
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
         first.wait()
         started = found[0]
+        # the current device is each thread's own: that of the fetching thread is set already
         use_device(started.device)
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
             started.pipe = _pipeline(context.checkpoint, _build_all(started, context.options))
             attach(started.pipe, started.residency, started.device)
+        # collectives of a load must not meet those of a network
         if started.run is not None:
             started.residency.wait_all()
     except BaseException as error:
@@ -166,15 +178,17 @@ def _start_device(device: str | torch.device, recorder: Recorder) -> None:
 
 
 def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartOptions:
-    """The options with what several processes divide by default; `OptionError` for what does not fit."""
+    """Return the options with what several processes divide by default; `OptionError` for what does not fit."""
     world = world_size()
     options.degrees.check(world, t5_cpu=options.t5_cpu)
     degrees = options.degrees.resolved(options.preset, world, t5_cpu=options.t5_cpu)
     degrees.check_model(checkpoint, options.size, options.frame_num)
     if world > 1 and (options.offload_model or options.like_diffusers):
-        raise OptionError("several processes keep everything on their devices: leave out offload_model, use WanT2V")
+        raise OptionError.because(
+            "several processes keep everything on their devices", "leave out offload_model, use WanT2V"
+        )
     if world > 1 and options.cache:
-        raise OptionError(f"the converted cache is for one process, and there are {world}: leave out --cache")
+        raise OptionError.because(f"the converted cache is for one process, and there are {world}", "leave out --cache")
     return replace(options, degrees=degrees)
 
 
@@ -189,7 +203,7 @@ def _start_fetching(context: _StartContext) -> Started:
         raise
 
 
-def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
+def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> Started:
     import torch
 
     from wan_loader import resolve_device
@@ -200,9 +214,10 @@ def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
         if preset.residency != "everything":
-            raise OptionError(
-                f"preset {preset.name} swaps networks, several processes keep them: use --preset multi-gpu"
+            raise OptionError.because(
+                f"preset {preset.name} swaps networks, several processes keep them", "use --preset multi-gpu"
             )
+        # no network gives way: all processes must have it at the same time
         steps = presets.residency_steps(preset, names)
     placements = [
         Placement(
@@ -230,7 +245,11 @@ def _fetching(context: _StartContext, run: parallel.Run | None) -> Started:
 
 
 def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
-    """The networks on meta, known to the residency; `KeyMismatchError` if a checkpoint does not fit one."""
+    """Build the networks on meta and make them known to the residency.
+
+    Raises:
+        KeyMismatchError: A checkpoint does not fit its module.
+    """
     built: dict[str, Any] = {}
     for component in started.checkpoint.components:
         dtype = network_dtype(component, started.preset, options)

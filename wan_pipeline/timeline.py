@@ -1,4 +1,4 @@
-"""When what happened from the start of the process on, and the one document that says so.
+"""The times at which things happened since the process began, and the one document that says so.
 
 The document has the fields of a `wan-loader load` report for all loads together, and `pipeline` for the rest: stages,
 time to the first denoising step, how long each network was waited for, and memory.
@@ -30,12 +30,14 @@ _START_TICKS = 19  # field 22 of /proc/self/stat, counted after the command's na
 
 
 def process_start_ns() -> int:
-    """When this process began, on the clock of spans; to a hundredth of a second."""
+    """Return the time when this process began, on the clock of spans; to a hundredth of a second."""
     try:
         text = Path("/proc/self/stat").read_text()
+        # behind the last bracket: the name of a command may hold spaces and brackets
         seconds = int(text.rpartition(")")[2].split()[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return clock_ns()
+    # the kernel counts from boot, and goes on while the machine sleeps
     age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - int(seconds * 1e9)
     return clock_ns() - age_ns
 
@@ -47,7 +49,7 @@ class Timeline:
     start_ns: int = field(default_factory=process_start_ns)
     stages: list[tuple[str, int, int]] = field(default_factory=list)
     step_ns: list[int] = field(default_factory=list)
-    """When each denoising step was submitted."""
+    """The times at which the denoising steps were submitted."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -59,13 +61,13 @@ class Timeline:
             self.stages.append((name, start_ns, clock_ns()))
 
     def first_step_s(self, started: Started) -> float | None:
-        """Seconds from the start of the process until the first denoising step could run; None if none did yet."""
+        """Return the seconds from the process's start until the first denoising step could run; None before that."""
         first = started.checkpoint.experts[0].name
         ready = [end for name, _, end in started.residency.log.waits if name == first]
         return (ready[0] - self.start_ns) / 1e9 if ready else None
 
     def document(self, started: Started) -> dict[str, Any]:
-        """The report as JSON."""
+        """Make the report as JSON."""
         log = started.residency.log
         reports = [report for *_, report in log.loads]
         return {
@@ -135,7 +137,7 @@ def _totals(reports: list[LoadReport]) -> dict[str, Any]:
 
 
 def _bottleneck(reports: list[LoadReport]) -> dict[str, Any] | None:
-    """That of the load which took longest."""
+    """Return the verdict on the load that took longest."""
     if not reports:
         return None
     found: dict[str, Any] = max(reports, key=lambda r: r.seconds).to_json()["bottleneck"]

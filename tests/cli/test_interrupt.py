@@ -15,7 +15,7 @@ from wan_loader.cli import begin_program
 begin_program()
 import typer
 from wan_loader.cli.interrupt import hand_over, unhurried
-from wan_loader.cli.program import run_program
+from wan_loader.cli.exit_codes import run_program
 
 def ready():
     os.write(1, b"ready\\n")
@@ -130,11 +130,11 @@ def test_the_question_of_a_prompt_is_not_answered_by_it(tmp_path):
 def test_programs_begin_with_the_default_action(program):
     code = f"""
 import runpy, signal, sys
-import wan_loader.cli.program as program
+import wan_loader.cli.exit_codes as exit_codes
 def run(app):
     print(signal.getsignal(signal.SIGINT).name)
     sys.exit(0)
-program.run_program = run
+exit_codes.run_program = run
 sys.argv[1:] = ["--help"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_module("{program}", run_name="__main__")

@@ -92,13 +92,13 @@ def test_errors_that_nobody_thought_of(run, monkeypatch, odd_file):
 
 
 def test_messages_with_lines_of_their_own_keep_them(capsys):
-    from wan_loader.cli import program
+    from wan_loader.cli import exit_codes
     from wan_loader.errors import KeyMismatchError
 
     def app(**_):
         raise KeyMismatchError("missing:\n  a\x1b")
 
-    assert program._run(app) == 1
+    assert exit_codes._run(app) == 1
     assert capsys.readouterr().err == "error: missing:\n  a\\x1b\n"
 
 

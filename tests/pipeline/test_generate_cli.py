@@ -14,8 +14,11 @@ pytest.importorskip("imageio_ffmpeg")
 
 from programs import PIPELINE
 
+from wan_loader.formats import checkpoint as checkpoint_module
 from wan_pipeline.commands import generate as module
 from wan_pipeline.commands.app import main
+from wan_pipeline.families import FAMILIES
+from wan_pipeline.wan_checkpoint import open_wan
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3", "--base_seed", "3"]
@@ -102,6 +105,31 @@ def test_json_and_overwriting(tiny_wan, tmp_path, run, capfd):
     assert run(*words, "--force", "--json") == 0
     assert json.loads(capfd.readouterr().out)["video"]["path"] == str(tmp_path / "v.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def noting(paths, function, path, *args):
+    paths.append(path)
+    return function(path, *args)
+
+
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+def test_a_start_reads_each_header_once(tiny_wan, tmp_path, run, monkeypatch, layout):
+    """Four networks: four openings. What the command has opened to check its flags, the start loads."""
+    opened = {"_open": [], "_open_file": []}
+    for name, paths in opened.items():
+        original = getattr(checkpoint_module, name)
+        monkeypatch.setattr(checkpoint_module, name, functools.partial(noting, paths, original))
+    words = [*SMALL, "--ckpt_dir", tiny_wan(layout), "--device", "cpu", "--save_file", tmp_path / "v.mp4"]
+    assert run("generate", *words) == 0
+    assert len(opened["_open"]) == 4
+    opened_files = sorted(opened["_open_file"])
+    assert opened_files == sorted(file for c in open_wan(tiny_wan(layout)).components for file in c.files)
+
+
+def test_the_help_names_every_model(run, capfd):
+    assert run("generate", "--help") == 0
+    told = " ".join(capfd.readouterr().out.split())
+    assert f"--task <str> {', '.join(f.task for f in FAMILIES[:-1])} or {FAMILIES[-1].task}." in told
 
 
 def test_load(tiny_wan, tmp_path, run, capfd):

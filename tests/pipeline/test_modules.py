@@ -10,7 +10,7 @@ from transformers import UMT5EncoderModel
 
 import wan_loader
 import wan_pipeline
-from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.wan_checkpoint import open_wan
 
 CLASSES = {
     "transformer": (WanTransformer3DModel, "dit"),

@@ -15,7 +15,7 @@ import torch
 import wan_pipeline
 from wan_loader.errors import CheckpointError, DeviceError, OptionError
 from wan_pipeline.presets import PRESETS
-from wan_pipeline.request import NEGATIVE_PROMPT, Request, parse_guide_scale, parse_size
+from wan_pipeline.video_request import NEGATIVE_PROMPT, VideoRequest, parse_guide_scale, parse_size
 
 PROMPT = "two cats boxing on a stage"
 SMALL = {"size": (32, 32), "frame_num": 5, "steps": 4, "seed": 3}
@@ -86,7 +86,8 @@ def test_flags_change_no_bit(tiny_wan, expected, flags):
 def test_load_diffusers(tiny_wan, layout, preset, dtype):
     from diffusers import WanPipeline
 
-    pipe = wan_pipeline.load_diffusers(tiny_wan(layout), device="cpu", dtype=dtype, preset=preset)
+    source = wan_pipeline.open_wan(tiny_wan(layout)) if preset == "balanced" else tiny_wan(layout)
+    pipe = wan_pipeline.load_diffusers(source, device="cpu", dtype=dtype, preset=preset)
     assert type(pipe) is WanPipeline
     settings = {"shift": 3.0, "guidance_scale": 5.0, "guidance_scale_2": None}
     plain = WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype)
@@ -190,11 +191,11 @@ def test_errors_come_before_anything_is_loaded(tiny_wan, tmp_path, monkeypatch):
 )
 def test_requests_that_make_no_sense(settings, match):
     with pytest.raises(OptionError, match=match):
-        Request.make("t2v-A14B", **{"prompt": "a cat", **settings})
+        VideoRequest.make("t2v-A14B", **{"prompt": "a cat", **settings})
 
 
 def test_official_defaults():
-    request = Request.make("t2v-A14B", "a cat")
+    request = VideoRequest.make("t2v-A14B", "a cat")
     assert (request.size, request.frame_num, request.steps) == ((1280, 720), 81, 40)
     assert (request.shift, request.guide_scale, request.solver) == (12.0, (3.0, 4.0), "unipc")
     assert parse_size("832*480") == parse_size("832x480") == (832, 480)

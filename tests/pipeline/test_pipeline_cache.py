@@ -15,8 +15,8 @@ import torch
 import wan_pipeline
 from wan_loader.cache.store import Store
 from wan_loader.verify import same_bits
-from wan_pipeline.cached import PipelineCache, outline_wan
-from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.pipeline_cache import PipelineCache, outline_wan
+from wan_pipeline.wan_checkpoint import open_wan
 
 SMALL = {"size": (32, 32), "frame_num": 5, "steps": 3, "seed": 3}
 

@@ -44,8 +44,17 @@ def test_what_cannot_fit_is_an_error_with_the_numbers():
         DeviceMemoryError, match=r"fastest needs 7\d\.\d GB .*text encoder 11\.4 GB .* 40\.0 GB are free"
     ):
         check_fit(load_preset("fastest"), SIZES, WORK, 0, limits(40))
-    with pytest.raises(DeviceMemoryError, match=r"min-memory needs 38\.6 GB .* 24\.0 GB are free on cuda:0"):
+    with pytest.raises(DeviceMemoryError) as error:
         choose(SIZES, WORK, 0, limits(24))
+    assert "min-memory needs 38.6 GB" in error.value.reason
+    assert "24.0 GB are free on cuda:0" in error.value.reason
+    assert "fewer frames" in error.value.remedy
+
+
+def test_the_choice_says_what_did_not_fit():
+    reason = choose(SIZES, WORK, 0, limits(45))[1]
+    assert "; preset fastest needs " in reason
+    assert reason.endswith("45.0 GB are free on cuda:0")
 
 
 def test_the_contract_binds_on_larger_devices_too():
@@ -54,8 +63,9 @@ def test_the_contract_binds_on_larger_devices_too():
 
 
 def test_the_host_is_checked():
-    with pytest.raises(HostMemoryError, match=r"needs 30\.0 GB of host memory, 16\.0 GB are available"):
+    with pytest.raises(HostMemoryError) as error:
         check_fit(load_preset("fastest"), SIZES, WORK, 30 * GB, limits(None, host_gb=16))
+    assert error.value.reason == "preset fastest needs 30.0 GB of host memory, 16.0 GB are available here"
 
 
 def test_a_cpu_has_no_contract():
@@ -136,7 +146,11 @@ def test_presets_of_ones_own(tmp_path):
         path.write_text(text)
         with pytest.raises(OptionError, match=match):
             load_preset(str(path))
-    with pytest.raises(OptionError, match="no preset is called 'slow'"):
+    with pytest.raises(OptionError) as error:
         load_preset("slow")
-    with pytest.raises(OptionError, match="cannot be read"):
+    assert error.value.reason == "no preset is called 'slow'"
+    assert error.value.remedy.startswith("use auto, fastest, ")
+    with pytest.raises(OptionError) as error:
         load_preset(str(tmp_path / "none.toml"))
+    assert error.value.path == str(tmp_path / "none.toml")
+    assert error.value.reason == "cannot be read: No such file or directory"

@@ -9,9 +9,9 @@ pytest.importorskip("diffusers")
 import torch
 
 from wan_pipeline import modules, residency
-from wan_pipeline.checkpoint import open_wan
 from wan_pipeline.presets import ResidencyStep, load_preset, residency_steps
 from wan_pipeline.residency import BackgroundFetch, FetchCancelledError, ModuleResidency, Placement
+from wan_pipeline.wan_checkpoint import open_wan
 
 NAMES = ["text_encoder", "transformer", "transformer_2", "vae"]
 

@@ -250,7 +250,7 @@ def count_calls(pipe) -> dict[str, int]:
 @pytest.mark.filterwarnings("default")
 def test_native_weights_fit_the_modules(tiny):
     from wan_pipeline.synth.arch import ARCHS
-    from wan_pipeline.synth.tensors import component_tensors
+    from wan_pipeline.synth.synth_tensors import component_tensors
 
     arch = ARCHS["t2v-A14B", "tiny"]
     for component, name in (("high_noise", "dit"), ("vae", "vae2.1"), ("text_encoder", "text_encoder")):

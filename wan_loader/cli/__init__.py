@@ -14,12 +14,12 @@ from wan_loader.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wan_loader.cli.building import follow_build, report_build
-    from wan_loader.cli.distributed import own_file
+    from wan_loader.cli.exit_codes import run_program
     from wan_loader.cli.options import JsonOut, Verbose
     from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
-    from wan_loader.cli.program import run_program
     from wan_loader.cli.progress import byte_progress, progress_bars
     from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.cli.torchrun import own_file
     from wan_loader.console import Columns, PlainConsole, marked
     from wan_loader.printable import printable
 
@@ -59,13 +59,13 @@ __getattr__ = lazy_names(
         "follow_build": "wan_loader.cli.building",
         "marked": "wan_loader.console",
         "output_console": "wan_loader.cli.render",
-        "own_file": "wan_loader.cli.distributed",
+        "own_file": "wan_loader.cli.torchrun",
         "print_json": "wan_loader.cli.output",
         "print_warnings": "wan_loader.cli.render",
         "printable": "wan_loader.printable",
         "progress_bars": "wan_loader.cli.progress",
         "report_build": "wan_loader.cli.building",
-        "run_program": "wan_loader.cli.program",
+        "run_program": "wan_loader.cli.exit_codes",
         "say": "wan_loader.cli.output",
         "show": "wan_loader.cli.output",
         "write_json": "wan_loader.cli.output",

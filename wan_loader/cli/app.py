@@ -14,10 +14,10 @@ from wan_loader.cli.compare import compare
 from wan_loader.cli.doctor import doctor
 from wan_loader.cli.estimate import estimate
 from wan_loader.cli.evict import evict
+from wan_loader.cli.exit_codes import run_program
 from wan_loader.cli.inspect import inspect
 from wan_loader.cli.load import load
 from wan_loader.cli.profile import profile
-from wan_loader.cli.program import run_program
 from wan_loader.cli.report import report
 from wan_loader.cli.run import run
 from wan_loader.cli.stage import stage
@@ -34,7 +34,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 class _Joined(TyperGroup):
-    """Our commands and those that join, which are looked for only where a name is none of ours, or all are listed."""
+    """A group of our commands and those that join, looked for only if a name is none of ours, or for a list."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Name all commands: ours, then those that have joined."""
@@ -54,7 +54,7 @@ class _Joined(TyperGroup):
 
 
 def _command(name: str, function: Callable[..., None]) -> Any:
-    """What typer makes of a function with annotated parameters."""
+    """Make of a function with annotated parameters what typer makes of it."""
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=_SETTINGS)
     alone.command(name)(function)
     return typer.main.get_command(alone)
@@ -70,6 +70,7 @@ app = typer.Typer(
     context_settings=_SETTINGS,
 )
 
+# in the order in which the help lists them
 for command in (inspect, load, bench, compare, doctor, estimate, report, warm, evict, stage):
     app.command()(command)
 app.add_typer(cache.app)

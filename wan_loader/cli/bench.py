@@ -70,7 +70,7 @@ ThreadCounts = Annotated[
     list[int] | None,
     typer.Option(min=1, max=64, help="Reads side by side of our loader; may be repeated.", show_default="chosen"),
 ]
-Part = Annotated[
+FirstFiles = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE", help="Only the first files that hold this much, such as 4GB.", callback=checked(parse_size)
@@ -92,7 +92,7 @@ def bench(
     device: Device = "auto",
     io: Ios = None,
     threads: ThreadCounts = None,
-    part: Part = None,
+    part: FirstFiles = None,
     time_limit: TimeLimit = 300.0,
     export_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all samples as JSON.")] = None,
     export_markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
@@ -119,9 +119,8 @@ def bench(
     from wan_loader.cli.output import check_outputs
 
     if world_size() > 1:
-        raise OptionError(
-            f"{world_size()} processes would disturb each other's measurements: run bench without torchrun"
-        )
+        reason = f"{world_size()} processes would disturb each other's measurements"
+        raise OptionError.because(reason, "run bench without torchrun")
     check_outputs(export_json, export_markdown, export_picture, force=force)
     if export_picture is not None and export_picture.suffix != ".svg":
         raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
@@ -152,7 +151,7 @@ def bench(
 
 
 def _entries(loaders: list[str] | None, ios: list[IoChoice] | None, threads: list[int] | None) -> list[LoaderSetup]:
-    """Loaders; ours once for each combination of its settings."""
+    """List the loaders, ours once for each combination of its settings."""
     from wan_loader.bench.loaders import find_loaders
     from wan_loader.bench.runner import LoaderSetup
 
@@ -176,12 +175,12 @@ def _places(texts: list[str] | None) -> list[Place]:
         return [Place("here")]
     places = [parse_place(text) for text in texts]
     if len({p.name for p in places}) < len(places):
-        raise OptionError("two --storage places have the same name: name them differently")
+        raise OptionError.because("two --storage places have the same name", "name them differently")
     return places
 
 
 def _machine(device: str) -> tuple[str, dict[str, Any]]:
-    """The device by its full name and the machine's card, asked for in another process: none is held here."""
+    """Ask another process for the device's full name and the machine's card: no device is held by this one."""
     from wan_loader.bench.child import ask
     from wan_loader.errors import DeviceError
 
@@ -192,7 +191,11 @@ def _machine(device: str) -> tuple[str, dict[str, Any]]:
 
 
 def _measure(settings: Settings, machine: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The result, and whether Ctrl-C or SIGTERM ended it early: then of what there is."""
+    """Measure everything.
+
+    Returns:
+        The result, and True if Ctrl-C or SIGTERM ended it early: then it is of what there is.
+    """
     from datetime import UTC, datetime
 
     from wan_loader.bench.document import to_document
@@ -220,7 +223,7 @@ def _measure(settings: Settings, machine: dict[str, Any]) -> tuple[dict[str, Any
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
+    """Let SIGTERM clean up in the body as Ctrl-C does."""
 
     def end(*_: object) -> None:
         raise KeyboardInterrupt

@@ -20,7 +20,7 @@ def report_build(build: EntryBuild | Path | None, *, json: bool) -> None:
     from wan_loader.errors import CacheError
 
     if build is None:
-        raise CacheError("another process is writing this entry: wait for it, then ask again")
+        raise CacheError.because("another process is writing this entry", "wait for it, then ask again")
     if isinstance(build, Path):
         _say_built("present", build, 0, 0.0, json=json)
         return
@@ -28,7 +28,7 @@ def report_build(build: EntryBuild | Path | None, *, json: bool) -> None:
     with stopping(build):
         follow_build(build)
         if build.path is None:
-            raise CacheError(build.failure or "the entry was not written")
+            raise CacheError.because(build.failure or "the entry was not written")
         _say_built("built", build.path, build.nbytes_written, time.monotonic() - start, json=json)
 
 
@@ -52,7 +52,7 @@ def _say_built(state: str, path: Path, nbytes: int, seconds: float, *, json: boo
 
 @contextmanager
 def stopping(build: EntryBuild | None) -> Iterator[None]:
-    """Ctrl-C in the body ends a build, which the interpreter would wait for otherwise."""
+    """Let Ctrl-C in the body end a build, which the interpreter would wait for otherwise."""
     try:
         yield
     except KeyboardInterrupt:
@@ -62,7 +62,7 @@ def stopping(build: EntryBuild | None) -> Iterator[None]:
 
 
 def follow_build(build: EntryBuild) -> None:
-    """A progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
+    """Show a progress bar until a build has ended, where stderr is a terminal; Ctrl-C ends the build."""
     with stopping(build):
         from wan_loader.cli.progress import progress_bars
 

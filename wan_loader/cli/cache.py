@@ -75,21 +75,22 @@ def build(
 
 
 def _outline(path: Path, part: str | None, dtype: str) -> Outline:
-    """What the entry will hold: all of a model whose family has joined, or of one checkpoint."""
+    """Describe what the entry will hold: all of a model whose family has joined, or one checkpoint."""
     from wan_loader.cache.cached_load import outline_checkpoint
     from wan_loader.dtypes import parse_dtype
     from wan_loader.formats import open_checkpoint
     from wan_loader.formats.hub_cache import locate
     from wan_loader.plan.dtype_policy import DtypePolicy
 
+    # a family may know the directory as a whole model; a part of a file is one checkpoint
     if part is None and os.path.isdir(directory := locate(os.fspath(path))):
         whole: Outline | None = first_answer("wan_loader.outlines", directory, parse_dtype(dtype))
         if whole is not None:
             return whole
     checkpoint = open_checkpoint(path, part=part)
-    rule = DtypePolicy(dtype)
-    rule.check(checkpoint, checkpoint.tensors)
-    return outline_checkpoint(checkpoint, rule)
+    policy = DtypePolicy(dtype)
+    policy.check(checkpoint, checkpoint.tensors)
+    return outline_checkpoint(checkpoint, policy)
 
 
 @app.command(name="list")
@@ -111,7 +112,7 @@ def list_entries(cache_dir: CacheDir = None, json: JsonOut = False, verbose: Ver
 
 
 def _store(cache_dir: Path | None) -> Store | None:
-    """The cache, if there is one: looking at it does not make it."""
+    """Open the cache, if there is one: looking at it does not make it."""
     from wan_loader.cache.store import Store, default_directory
 
     directory = cache_dir or default_directory()
@@ -184,6 +185,7 @@ def verify(
     for listed in wanted:
         if store is not None and (wrong := _check(store, listed.key, sources=sources)):
             damaged[listed.key] = wrong
+            # not removed: readers keep what they have open
             store.set_aside(listed.key)
     if json:
         print_json({"schema_version": 1, "command": "cache verify", "verified": len(wanted), "damaged": damaged})
@@ -203,12 +205,12 @@ def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
         return complete
     found = [x for x in complete if x.key.startswith(entry)]
     if not found:
-        raise OptionError(f"no entry begins with {entry!r}: see `wan-loader cache list`")
+        raise OptionError.because(f"no entry begins with {entry!r}", "see `wan-loader cache list`")
     return found
 
 
 def _check(store: Store, key: str, *, sources: bool) -> list[str]:
-    """What is wrong with an entry, which stays meanwhile; nothing if it was removed."""
+    """Return what is wrong with an entry, which stays meanwhile; nothing if it was removed."""
     from wan_loader.cache.check import check_entry, check_sources
     from wan_loader.cli.progress import counting_progress
     from wan_loader.errors import CacheError
@@ -278,7 +280,7 @@ def clear(
     listed = store.listed() if store is not None else []
     if listed and not yes:
         if not sys.stdin.isatty():
-            raise OptionError("clear removes every entry: say --yes")
+            raise OptionError.because("clear removes every entry", "say --yes")
         total = format_bytes(sum(x.nbytes for x in listed))
         typer.confirm(f"remove {_count(listed)}, {total}?", abort=True, err=True)
     removed = [x for x in listed if store is not None and store.remove(x)]

@@ -58,7 +58,11 @@ def doctor(
 def _document(
     path: Path | None, part: str | None, device: str, *, refresh: bool
 ) -> tuple[dict[str, Any], float | None]:
-    """What was found, and when the oldest of the rates in it was measured."""
+    """Look at everything.
+
+    Returns:
+        The findings, and the time at which the oldest of the rates in them was measured.
+    """
     from wan_loader.devices.resolve import device_card, resolve_device
     from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.profiler.probe.ceilings import find_ceilings

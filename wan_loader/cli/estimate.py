@@ -23,20 +23,24 @@ _FIXED_S = {"import_torch_s": 2.0, "cuda_init_s": 0.5}
 
 
 class DeviceChoice(enum.StrEnum):
-    """What weights are loaded to."""
+    """The kinds of devices that weights are loaded to."""
 
     CUDA = "cuda"
     CPU = "cpu"
 
 
 def _parse_disk(text: str) -> float:
-    """Bytes per second of a known kind of storage, or as written. Raises `OptionError`."""
+    """Read the bytes per second of a known kind of storage, or as written.
+
+    Raises:
+        OptionError: It is neither.
+    """
     from wan_loader.profiler.analysis.simulate import STORAGES
 
     if text in STORAGES:
         return STORAGES[text]
     if not text[:1].isdigit():
-        raise OptionError(f"{text!r} is no rate such as 150MB/s, and none of {', '.join(STORAGES)}")
+        raise OptionError.because(f"{text!r} is no rate such as 150MB/s, and none of {', '.join(STORAGES)}")
     return parse_rate(text)
 
 
@@ -112,7 +116,7 @@ def _document(
 
 
 def _missing(path: Path) -> list[str]:
-    """A warning, if parts of a model's directory are not here."""
+    """Return a warning, if parts of a model's directory are not here."""
     from wan_loader.formats.inventory import take_inventory
     from wan_loader.sizes import format_count
 
@@ -127,7 +131,7 @@ def _missing(path: Path) -> list[str]:
 
 
 def _rates(pcie: str | None, device: str, known: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Bytes per second of copies and casts, seconds before the first byte, each with where it is from."""
+    """Return bytes per second of copies and casts, seconds before the first byte, each with where it is from."""
     cuda = device == "cuda"
     names = ("h2d_pinned_gbps", "cast_gpu_gbps") if cuda else ("copy_gbps", "cast_cpu_gbps")
     rates = {
@@ -148,7 +152,7 @@ def _origin(keys: list[str], known: Mapping[str, float]) -> str:
 
 
 def _storages(disks: list[str] | None, known: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Each storage that was asked for, or all known ones and this machine's own: bytes per second, slowest first."""
+    """List storages with bytes per second, slowest first: those asked for, or all known ones and this machine's own."""
     from wan_loader.profiler.analysis.simulate import STORAGES
 
     rates = {name: _parse_disk(name) for name in disks} if disks else dict(STORAGES)

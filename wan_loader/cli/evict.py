@@ -79,7 +79,7 @@ def _document(target: str, results: Sequence[Evicted]) -> dict[str, Any]:
 
 
 def _total(counts: Iterable[int | None]) -> int | None:
-    """The sum; None if one of them is unknown."""
+    """Return the sum; None if one of them is unknown."""
     known = list(counts)
     return None if None in known else sum(n for n in known if n is not None)
 

@@ -48,15 +48,17 @@ _unhurried = threading.Event()
 
 
 def begin_work() -> None:
-    """After `begin_program`: from here on Ctrl-C raises KeyboardInterrupt, except in imports. Else do nothing."""
+    """Let Ctrl-C raise KeyboardInterrupt from here on, except in imports. Does nothing unless `begin_program` ran."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         return
     ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    # for the thread that reads; what Python writes to must not block
     os.set_blocking(ours, True)
     with suppress(RuntimeError):  # no thread is allowed here: Ctrl-C then takes what it takes
         threading.Thread(target=_end_in_time, args=(ours,), name="ctrl-c", daemon=True).start()
     signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _interrupt)
+    # before Python's own finders, of which it asks one
     sys.meta_path.insert(0, _GuardedImports())
 
 
@@ -71,13 +73,13 @@ def hand_over() -> None:
 
 
 def was_interrupted() -> bool:
-    """Whether Ctrl-C raised KeyboardInterrupt, which something else may have been made of since."""
+    """Return True if Ctrl-C raised KeyboardInterrupt, which something else may have been made of since."""
     return _was_interrupted.is_set()
 
 
 @contextmanager
 def unhurried() -> Iterator[None]:
-    """After Ctrl-C in the body, take the time that is needed: there are results to show, or much to remove."""
+    """Take the time that is needed after Ctrl-C in the body: there are results to show, or much to remove."""
     _unhurried.set()
     try:
         yield
@@ -91,6 +93,7 @@ def end_interrupted() -> NoReturn:
     if was_interrupted():
         say("interrupted")
     if signal.getsignal(signal.SIGINT) is _interrupt:
+        # the interpreter's own end would do it, which is left out
         flush_output()
         os._exit(INTERRUPTED)
     sys.exit(INTERRUPTED)
@@ -104,7 +107,7 @@ def _stop_builds() -> None:
 
 
 def _is_building() -> bool:
-    """Whether cache entries are being written, which are to be removed. Imports nothing, as above."""
+    """Return True if cache entries are being written, which are to be removed. Imports nothing, as above."""
     return bool(getattr(sys.modules.get("wan_loader.cache.build"), "is_building", bool)())
 
 
@@ -126,6 +129,7 @@ def _end_in_time(signals: int) -> None:
 
 @contextmanager
 def _default_action() -> Iterator[None]:
+    """Give SIGINT its default action in the body."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -135,17 +139,17 @@ def _default_action() -> Iterator[None]:
 
 
 def _commands_own() -> bool:
-    """Whether Ctrl-C is a command's, and not that of a program which it runs."""
+    """Return True if Ctrl-C is a command's, and not that of a program which it runs."""
     return signal.getsignal(signal.SIGINT) is _interrupt
 
 
 def _is_installed(spec: ModuleSpec) -> bool:
-    """Whether a module is of an installed library, and not of a program's own code, which may handle Ctrl-C."""
+    """Return True if a module is of an installed library, and not of a program's own code, which may handle Ctrl-C."""
     return bool(re.search(r"/(site|dist)-packages/", spec.origin or ""))
 
 
 class _GuardedImports(MetaPathFinder):
-    """Gives SIGINT its default action while a library is imported, with all that it imports."""
+    """A finder that gives SIGINT its default action while a library is imported, with all that it imports."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Find a module as Python does, if its import is to be guarded."""
@@ -173,6 +177,7 @@ class _GuardedLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
+            # a module must not know of the guard: others look at its loader for source and data
             module.__spec__.loader = module.__loader__ = self._loader
         with _default_action():
             self._loader.exec_module(module)

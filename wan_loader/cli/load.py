@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wan_loader.cli.building import follow_build, stopping
-from wan_loader.cli.distributed import together
 from wan_loader.cli.options import CacheDir, Device, Dtype, Io, IoChoice, JsonOut, Part, PathArgument, Threads, Verbose
+from wan_loader.cli.torchrun import together
 from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ __all__ = [
 
 
 class IoChoice(enum.StrEnum):
-    """Ways for bytes to travel."""
+    """Transports of bytes, or the choice among them."""
 
     AUTO = "auto"
     MAPPED = "mapped"
@@ -45,7 +45,7 @@ class IoChoice(enum.StrEnum):
 
 
 def verbose() -> bool:
-    """Whether -v stands on the command line."""
+    """Return True if -v stands on the command line."""
     return any(word in ("-v", "--verbose") for word in sys.argv[1:])
 
 
@@ -59,13 +59,13 @@ def usage_errors() -> Iterator[None]:
 
 
 def check_dtype(value: str | None) -> str | None:
-    """A dtype by its full name; a usage error for what is none."""
+    """Return a dtype by its full name; a usage error for what is none."""
     with usage_errors():
         return None if value is None else parse_dtype(value)
 
 
 def checked(parse: Callable[[str], object]) -> Callable[[str | list[str] | None], str | list[str] | None]:
-    """A callback for an option: what `parse` refuses is a usage error that names the option."""
+    """Make a callback for an option: what `parse` refuses is a usage error that names the option."""
 
     def check(value: str | list[str] | None) -> str | list[str] | None:
         for text in [value] if isinstance(value, str) else value or ():
@@ -77,9 +77,9 @@ def checked(parse: Callable[[str], object]) -> Callable[[str | list[str] | None]
 
 
 def _parse_device(text: str) -> None:
-    """Whether there is such a device is for the loader to say."""
+    """Raise `OptionError` for what names no device. If there is such a one is for the loader to say."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise OptionError(f"{text!r} is no device: use auto, cpu, cuda or cuda:N")
+        raise OptionError.because(f"{text!r} is no device", "use auto, cpu, cuda or cuda:N")
 
 
 PathArgument = Annotated[

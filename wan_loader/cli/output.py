@@ -39,11 +39,13 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
     wanted = [path for path in paths if path is not None]
     for path in wanted:
         if path.exists() and not force:
-            raise OutputError(f"{path} exists: choose another name, or overwrite it with --force")
+            raise OutputError.because("exists", "choose another name, or overwrite it with --force", path=path)
         if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise OutputError(f"{path} cannot be written: {path.parent} is no directory that you may write to")
+            reason = f"cannot be written: {path.parent} is no directory that you may write to"
+            raise OutputError.because(reason, path=path)
     if len({path.resolve() for path in wanted}) < len(wanted):
-        raise OutputError(f"{', '.join(map(str, wanted))}: two outputs in one file: give each a name of its own")
+        reason = f"{', '.join(map(str, wanted))}: two outputs in one file"
+        raise OutputError.because(reason, "give each a name of its own")
 
 
 @contextmanager
@@ -52,6 +54,7 @@ def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
 
     What cannot be written is one `OutputError` then: the results are not lost with a file.
     """
+    # before the body, whose printing may fail: the files are there then
     written, failures = [], []
     for path, render in files:
         if path is None:
@@ -74,12 +77,12 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def to_text(document: dict[str, Any]) -> str:
-    """A document as it stands in a file."""
+    """Render a document as it stands in a file."""
     return json.dumps(document, indent=2) + "\n"
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One document on stdout."""
+    """Print one document on stdout."""
     print(json.dumps(document, indent=2))
 
 
@@ -120,9 +123,12 @@ def hand_over_streams() -> None:
 
 
 def flush_output() -> OSError | None:
-    """Why stdout cannot be written (a full disk, a reader that left), or None. Then nothing more is written to it.
+    """Write out what was printed. After a failure nothing more is written to stdout.
 
     A program that was run in this process may have closed or replaced it.
+
+    Returns:
+        The reason why stdout cannot be written (a full disk, a reader that left), or None.
     """
     try:
         sys.stdout.flush()

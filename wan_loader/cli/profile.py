@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.distributed import own_file, together
 from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Part, Threads, Verbose
+from wan_loader.cli.torchrun import own_file, together
 from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def profile(
 
 
 def _program(context: typer.Context) -> list[str] | None:
-    """The words after a lone --, as they were typed."""
+    """Return the words after a lone --, as they were typed; None if there is none."""
     words = sys.argv[1:]
     if "--" not in words:
         if context.args:
@@ -154,9 +154,10 @@ def _profile_load(
         )
     measure = measure and is_first()
     report, spans = loaded.report, loaded.spans
+    # its weights take the memory in which the machine is to be measured
     del loaded
-    around = _surroundings(files, report.device, before, measure=measure)
-    return load_session(report, spans, around, fp32_bytes=fp32)
+    environment = _environment(files, report.device, before, measure=measure)
+    return load_session(report, spans, environment, fp32_bytes=fp32)
 
 
 def _profile_program(
@@ -172,12 +173,12 @@ def _profile_program(
     recording = run_program(words, until=until, seconds=seconds, stop=stop, stdout=stdout)
     processes = merge(recording)
     gpu = any(s.name in ("h2d", "cast") and "host to cuda" in s.label for s in processes[main_process(processes)].spans)
-    around = _surroundings(weight_files(processes), "cuda:0" if gpu else "cpu", before, measure=measure)
-    return program_session(recording, processes, around), recording.returncode
+    environment = _environment(weight_files(processes), "cuda:0" if gpu else "cpu", before, measure=measure)
+    return program_session(recording, processes, environment), recording.returncode
 
 
-def _surroundings(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Environment:
-    """What to compare with. Measured after the load, so that nothing is warmed for it."""
+def _environment(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Environment:
+    """Collect what to compare with. Measured after the load, so that nothing is warmed for it."""
     from wan_loader.profiler.analysis.assemble import Environment
     from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings
     from wan_loader.profiler.probe.storage import limits, storage_facts
@@ -198,6 +199,7 @@ def _surroundings(files: list[str], device: str, before: dict[str, Any], *, meas
 
 @contextlib.contextmanager
 def _told(text: str) -> Any:
+    """Say on a terminal what goes on in the body."""
     from wan_loader.cli.render import error_console
 
     console = error_console()

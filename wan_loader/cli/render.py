@@ -26,21 +26,21 @@ __all__ = [
 
 
 def output_console() -> PlainConsole:
-    """For results."""
+    """Return the console for results."""
     return PlainConsole()
 
 
 def error_console() -> PlainConsole:
-    """For progress and warnings."""
+    """Return the console for progress and warnings."""
     return PlainConsole(stderr=True)
 
 
 def print_load(report: LoadReport) -> None:
-    """The summary and the phase table."""
+    """Print the summary and the phase table."""
     console = output_console()
     console.print(marked("[bold]{}[/]", report.target))
     console.print(_sizes_and_time(report))
-    console.print(printable(f"way: {report.io.mode} ({report.io.reason})"))
+    console.print(printable(f"transport: {report.io.mode} ({report.io.reason})"))
     if report.cache is not None:
         console.print(printable(f"cache: {_cache_line(report.cache)}"))
     console.print()
@@ -89,7 +89,7 @@ def _phase_table(report: LoadReport) -> Columns:
 
 
 def print_spread(console: PlainConsole, found: Spread) -> None:
-    """The processes of a distributed load, one a line."""
+    """Print the processes of a distributed load, one a line."""
     table = Columns()
     for title in ("process", "seconds", "read", "received", "reading s", "collectives s", "host peak", "device peak"):
         table.add_column(title, justify="right")
@@ -104,7 +104,7 @@ def print_spread(console: PlainConsole, found: Spread) -> None:
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
-    """To stderr, one a line."""
+    """Print warnings on stderr, one a line."""
     console = error_console()
     for warning in warnings:
         console.print(f"warning: {printable(warning)}", style="yellow")

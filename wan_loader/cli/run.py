@@ -40,15 +40,17 @@ def run(
 
         wan-loader run --quiet serve.py
     """
-    from wan_loader.cli.distributed import fail_together
     from wan_loader.cli.interrupt import hand_over
     from wan_loader.cli.output import hand_over_streams, say
+    from wan_loader.cli.torchrun import fail_together
     from wan_loader.errors import OptionError, WanLoaderError
     from wan_loader.fastpath import FastPath
 
     if not script.is_file():
-        raise OptionError(f"{script} is no script: name a Python file")
+        raise OptionError.because("is no script", "name a Python file", path=script)
+    # one that cannot be read is told of before anything is changed
     script.open("rb").close()
+    # as Python leaves them for a script
     sys.argv = [str(script), *context.args]
     sys.path.insert(0, str(script.resolve().parent))
     path = FastPath()
@@ -93,7 +95,7 @@ def _flush() -> None:
 
 
 def _of_script(error: Exception, script: str) -> TracebackType | None:
-    """The traceback as the script alone would have it; None for a mistake in its syntax."""
+    """Return the traceback as the script alone would have it; None for a mistake in its syntax."""
     found = error.__traceback__
     while found is not None and found.tb_frame.f_code.co_filename != script:
         found = found.tb_next

@@ -17,7 +17,7 @@ __all__ = ["download"]
 
 
 class LayoutChoice(enum.StrEnum):
-    """How the files are laid out."""
+    """Arrangements of a checkpoint's files."""
 
     NATIVE = "native"
     DIFFUSERS = "diffusers"

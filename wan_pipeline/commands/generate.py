@@ -16,26 +16,31 @@ import typer
 from wan_loader import OptionError
 from wan_loader.cli import check_outputs, own_file, print_json, say, show, write_json
 from wan_loader.distributed import is_first, world_size
-from wan_pipeline.checkpoint import open_wan
+from wan_pipeline.families import FAMILIES
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.progress import phase_progress
-from wan_pipeline.request import Request, parse_guide_scale, parse_size
+from wan_pipeline.phase_progress import phase_progress
+from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
+from wan_pipeline.wan_checkpoint import open_wan
 
 if TYPE_CHECKING:
-    from wan_pipeline.checkpoint import WanCheckpoint
     from wan_pipeline.pipeline import WanT2V
+    from wan_pipeline.wan_checkpoint import WanCheckpoint
 
 __all__ = ["generate", "load"]
 
 
-def _names(name: str) -> tuple[str, ...]:
+_TASKS = [family.task for family in FAMILIES]
+
+
+def _spellings(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _option(name: str, help: str, **settings: Any) -> Any:
-    return typer.Option(*_names(name), help=help, **settings)
+    return typer.Option(*_spellings(name), help=help, **settings)
 
 
+_TASK_HELP = f"{', '.join(_TASKS[:-1])} or {_TASKS[-1]}."
 CkptDir = Annotated[Path, _option("ckpt_dir", "The checkpoint, in the native or the diffusers layout.")]
 PresetName = Annotated[
     str, _option("preset", "auto, fastest, balanced, min-memory, multi-gpu, or a .toml file of your own.")
@@ -73,7 +78,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks 
 def generate(
     ckpt_dir: CkptDir,
     prompt: Annotated[str, _option("prompt", "What the video shows.")],
-    task: Annotated[str | None, _option("task", "t2v-A14B or ti2v-5B.", show_default="the checkpoint's")] = None,
+    task: Annotated[str | None, _option("task", _TASK_HELP, show_default="the checkpoint's")] = None,
     size: Annotated[str | None, _option("size", "WIDTH*HEIGHT in pixels.", show_default="1280*720")] = None,
     frame_num: Annotated[int | None, _option("frame_num", "Frames, 4n+1.", show_default="81")] = None,
     sample_steps: Annotated[int | None, _option("sample_steps", "Denoising steps.", show_default="40")] = None,
@@ -119,9 +124,9 @@ def generate(
     degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
     degrees.check(world_size(), t5_cpu=t5_cpu)
     start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
-    checkpoint = open_wan(ckpt_dir)
+    start["directory"] = checkpoint = open_wan(ckpt_dir)
     if task not in (None, checkpoint.task):
-        raise OptionError(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
+        raise OptionError.because(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
     settings = {
         "size": parse_size(size) if size is not None else None,
         "frame_num": frame_num,
@@ -191,7 +196,8 @@ def _start_settings(
     offload: str | None,
 ) -> dict[str, Any]:
     if convert and dtype not in (None, "bf16", "bfloat16"):
-        raise OptionError(f"--convert_model_dtype converts to bf16, --dtype says {dtype}: leave one of them out")
+        reason = f"--convert_model_dtype converts to bf16, --dtype says {dtype}"
+        raise OptionError.because(reason, "leave one of them out")
     return {
         "directory": ckpt_dir,
         "preset": preset,
@@ -204,7 +210,7 @@ def _start_settings(
 
 def _cache_settings(cache: bool, cache_dir: Path | None) -> dict[str, Any]:
     if cache_dir is not None and not cache:
-        raise OptionError("--cache_dir needs --cache")
+        raise OptionError.because("--cache_dir needs --cache")
     return {"cache": cache, "cache_dir": cache_dir}
 
 
@@ -222,13 +228,13 @@ def _finish_cache(report: dict[str, Any], pipe: WanT2V) -> None:
         say(f"cached: {pipe.build.path}" if failure is None else f"not cached: {failure}")
 
 
-def _checked_request(checkpoint: WanCheckpoint, prompt: str, settings: dict[str, Any]) -> Request:
-    request = Request.make(checkpoint.task, prompt, **settings)
+def _checked_request(checkpoint: WanCheckpoint, prompt: str, settings: dict[str, Any]) -> VideoRequest:
+    request = VideoRequest.make(checkpoint.task, prompt, **settings)
     request.check_task(checkpoint.task, checkpoint.vae_scale[1] * 2)
     return request
 
 
-def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
+def _started(settings: dict[str, Any], request: VideoRequest | None) -> WanT2V:
     from wan_pipeline.pipeline import WanT2V
 
     if request is not None:
@@ -244,7 +250,7 @@ def _started(settings: dict[str, Any], request: Request | None) -> WanT2V:
 
 
 def _same_seed(pipe: WanT2V, seed: int) -> int:
-    """A seed that was drawn is the first process's on all of them."""
+    """Return the first process's seed on all of them, as each has drawn its own."""
     return seed if pipe.run is None else int(pipe.run.together("seed", str(seed))[0])
 
 
@@ -253,7 +259,7 @@ def _parse_bool(name: str, text: str) -> bool:
         return True
     if word in ("false", "no", "0", "n", "f"):
         return False
-    raise OptionError(f"--{name} {text}: use True or False")
+    raise OptionError.because(f"--{name} {text}", "use True or False")
 
 
 def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, result: str) -> None:

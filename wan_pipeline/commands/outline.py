@@ -1,4 +1,4 @@
-"""What `wan-loader cache build` asks about the directory of a whole model."""
+"""The answer to `wan-loader cache build` about the directory of a whole model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ __all__ = ["outline_model"]
 def outline_model(directory: str, dtype: str) -> Outline | None:
     """Describe the cache entry of a whole pipeline, with its experts as `dtype`; None for any other directory.
 
-    Raises `OptionError` without the pipeline extra, `CheckpointError` for a model that is not complete.
+    Raises:
+        OptionError: The pipeline extra is not installed.
+        CheckpointError: The model is not complete.
     """
     if layout_of(Path(directory)) is None:
         return None
     if find_spec("diffusers") is None:
-        raise OptionError("the entry of a whole pipeline needs the pipeline extra: pip install 'wan-loader[pipeline]'")
-    from wan_pipeline.cached import outline_wan
-    from wan_pipeline.checkpoint import open_wan
+        reason = "the entry of a whole pipeline needs the pipeline extra"
+        raise OptionError.because(reason, "pip install 'wan-loader[pipeline]'")
+    from wan_pipeline.pipeline_cache import outline_wan
+    from wan_pipeline.wan_checkpoint import open_wan
 
     return outline_wan(open_wan(directory), dtype)

@@ -9,11 +9,11 @@ from typing import Annotated, cast, get_args
 import typer
 
 from wan_loader import OptionError
-from wan_pipeline.synth.arch import Component, DType, Layout, Size, Task
+from wan_pipeline.synth.arch import DType, Layout, Size, SynthName, Task
 
 __all__ = ["synth"]
 
-_COMPONENTS = f"One of {', '.join(get_args(Component))}."
+_COMPONENTS = f"One of {', '.join(get_args(SynthName))}."
 
 
 def synth(
@@ -42,7 +42,7 @@ def synth(
         wan-loader synth /data/part --size full --blocks 4 --component high_noise --dtype bf16
     """
     if find_spec("diffusers") is None:
-        raise OptionError("synth needs the pipeline extra: pip install 'wan-loader[pipeline]'")
+        raise OptionError.because("synth needs the pipeline extra", "pip install 'wan-loader[pipeline]'")
     from wan_loader.cli import byte_progress, show
     from wan_loader.sizes import format_bytes, format_count
     from wan_pipeline.synth import synth as write
@@ -54,7 +54,7 @@ def synth(
             size=size,
             task=task,
             blocks=blocks,
-            components=cast("list[Component]", component) if component else None,
+            components=cast("list[SynthName]", component) if component else None,
             dtype=dtype,
             seed=seed,
             force=force,

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal
 from wan_loader import HubError, OptionError, OutputError, WanLoaderError, clock_ns
 from wan_loader.sizes import format_bytes
 from wan_loader.system import StoppedError, run_all
+from wan_pipeline.hub.download_state import DownloadState, locked_state, read_state
 from wan_pipeline.hub.layouts import REPOSITORIES, layouts_in, missing_files, wanted_files
 from wan_pipeline.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
-from wan_pipeline.hub.state import State, locked_state, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -97,14 +97,14 @@ def download(
         with quiet_hub():
             listing = list_repository(repository or REPOSITORIES[layout or "native"], revision)
             chosen, files = _choose(listing, layout)
-            state = State(place, listing.repository, listing.revision, chosen, files)
+            state = DownloadState(place, listing.repository, listing.revision, chosen, files)
             if dry_run:
-                job = _Job(listing, _with_history(state, read_state(place)), threads, progress)
+                job = _DownloadJob(listing, _with_history(state, read_state(place)), threads, progress)
                 job.look()
             else:
                 _make_directory(place)
                 with locked_state(place) as before:
-                    job = _Job(listing, _with_history(state, before), threads, progress)
+                    job = _DownloadJob(listing, _with_history(state, before), threads, progress)
                     job.look()
                     job.run(force)
     except WanLoaderError:
@@ -130,7 +130,7 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
     names = [file.path for file in listing.files]
     held = layouts_in(names)
     if not held:
-        raise OptionError(f"{listing.repository} is no WAN2.2 repository in the native or the diffusers layout")
+        raise OptionError.because(f"{listing.repository} is no WAN2.2 repository in the native or the diffusers layout")
     chosen = layout or held[0]
     if chosen not in held:
         raise OptionError.because(
@@ -140,7 +140,7 @@ def _choose(listing: Listing, layout: Layout | None) -> tuple[Layout, tuple[Remo
     return chosen, tuple(file for file in listing.files if file.path in wanted)
 
 
-def _with_history(state: State, before: State | None) -> State:
+def _with_history(state: DownloadState, before: DownloadState | None) -> DownloadState:
     """Add what was found right of this repository; another one's files are replaced like anybody's, only by force."""
     if before is not None and before.repository == state.repository:
         state.checked.update(before.checked)
@@ -157,10 +157,10 @@ def _make_directory(place: Path) -> None:
     place.mkdir()
 
 
-class _Job:
+class _DownloadJob:
     """A run of `download`."""
 
-    def __init__(self, listing: Listing, state: State, threads: int | None, progress: Progress | None) -> None:
+    def __init__(self, listing: Listing, state: DownloadState, threads: int | None, progress: Progress | None) -> None:
         self._listing = listing
         self._state = state
         self._threads = threads or _THREADS
@@ -205,6 +205,7 @@ class _Job:
         self._refuse_foreign(self._differs, force)
         todo = [f for f, status in self.found.items() if status not in ("checked", "unchecked")] + self._differs
         self._check_space(todo)
+        # before the first byte: the next run knows by it which files are these
         state.write()
         state.discard_parts({state.part(file) for file in todo})
         todo.sort(key=lambda file: -file.nbytes)  # so that no long one is left at the end
@@ -302,6 +303,7 @@ class _Job:
     def _transfer(self, file: RemoteFile) -> bool:
         """Get the rest of a file; return whether the whole is right. Bytes count as done while they are in the part."""
         part = self._state.part(file)
+        # not through a link: it would be somebody else's
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with open(fd, "r+b", buffering=0) as opened:
             # of an older revision, or of another program
@@ -315,6 +317,7 @@ class _Job:
             except HubError:
                 self._advance(-opened.tell())  # counted again when it is hashed again
                 raise
+            # before the rename: after a crash no name may stand over less than the whole
             os.fsync(fd)
         return digest.is_right
 

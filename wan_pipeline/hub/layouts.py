@@ -69,7 +69,7 @@ _DIFFUSERS = re.compile(rf"(model_index\.json|({_any(_COMPONENTS)})/[^/]+\.(json
 
 
 def layouts_in(names: Iterable[str]) -> tuple[Layout, ...]:
-    """The layouts that a listing of files holds."""
+    """Name the layouts that a listing of files holds."""
     held = set(names)
     found: list[Layout] = []
     if any(n.split("/")[0] in _EXPERT_DIRS or n in _VAE_FILES for n in held) and "model_index.json" not in held:
@@ -82,7 +82,7 @@ def layouts_in(names: Iterable[str]) -> tuple[Layout, ...]:
 
 
 def wanted_files(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
-    """Those of the files that text-to-video needs: weights, indexes, configurations, tokenizer."""
+    """Return those of the files that text-to-video needs: weights, indexes, configurations, tokenizer."""
     held = list(names)
     if layout == "diffusers":
         pattern = _DIFFUSERS
@@ -92,24 +92,26 @@ def wanted_files(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
 
 
 def layout_of(root: Path) -> Layout | None:
-    """The layout of a model's directory, complete or not; None for any other directory, such as one component's."""
+    """Find the layout of a model's directory, complete or not; None for any other, such as one component's."""
     if (root / "model_index.json").exists():
         return "diffusers" if _is_wan(root) else None
     loose = sum((root / name).exists() for name in (*_TEXT_FILES, *_VAE_FILES))
+    # one such file alone may lie anywhere
     if loose > 1 or any((root / name).is_dir() for name in (*_EXPERT_DIRS, *_TOKENIZERS)):
         return "native"
     return None
 
 
 def is_native(root: Path) -> bool:
-    """Whether a directory holds anything of a model in the native layout."""
+    """Return True if a directory holds anything of a model in the native layout."""
     return any((root / name).exists() for name in (*_EXPERT_DIRS, *_TEXT_FILES, *_VAE_FILES))
 
 
 def family_of(root: Path, layout: Layout) -> ModelFamily:
-    """The model that a directory holds, complete or not: the one for which most of what is there speaks.
+    """Find the model that a directory holds, complete or not: the one for which most of what is there speaks.
 
-    Raises `CheckpointError` for a model_index.json that is damaged.
+    Raises:
+        CheckpointError: Its model_index.json is damaged.
     """
     if layout == "diffusers":
         index, config = _read_json(root / "model_index.json"), _some_config(root / "transformer")
@@ -124,7 +126,7 @@ def family_of(root: Path, layout: Layout) -> ModelFamily:
 
 
 def _likeness(family: ModelFamily, index: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """What speaks for a model, the weightiest first: how many experts, on what they work, how large they are."""
+    """Return what speaks for a model, the weightiest first: how many experts, on what they work, how large they are."""
     return (
         (index.get("boundary_ratio") is None) == (family.boundary_ratio is None),
         config.get("in_channels") == family.sizes.channels,
@@ -134,20 +136,20 @@ def _likeness(family: ModelFamily, index: Mapping[str, Any], config: Mapping[str
 
 
 def _named_here(root: Path, family: ModelFamily, loose: Sequence[str]) -> int:
-    """How much the names of files speak for a model, that of the VAE above all."""
+    """Return how much the names of files speak for a model, that of the VAE above all."""
     has_vae = any(_is_there(root, network, loose) for network in family.networks if network.kind == "vae")
     has_expert = any(_is_there(root, network, loose) for network in family.experts)
     return 2 * has_vae + has_expert
 
 
 def _likeness_native(family: ModelFamily, configs: Mapping[str, Mapping[str, Any]]) -> tuple[bool, ...]:
-    """As `_likeness`, for models whose files are called alike."""
+    """Return what speaks for a model, as `_likeness`, where the files of several are called alike."""
     config = configs[family.experts[0].native]
     return config.get("in_dim") == family.sizes.channels, config.get("num_layers") == family.sizes.layers
 
 
 def _is_there(root: Path, network: Network, loose: Sequence[str]) -> bool:
-    """Whether something of a network is there, under a name that tells whose it is. loose: files in the directory."""
+    """Return True if something of a network is there, under a name that tells whose it is, also among `loose` files."""
     if not network.native:
         return (root / _INDEX).exists() or any(map(_is_transformer, loose))
     if (root / network.native).exists():
@@ -157,7 +159,7 @@ def _is_there(root: Path, network: Network, loose: Sequence[str]) -> bool:
 
 
 def _some_config(path: Path) -> dict[str, Any]:
-    """A network's configuration; empty where there is none that can be read, which is reported elsewhere."""
+    """Read a network's configuration; empty where there is none that can be read, which is reported elsewhere."""
     try:
         return _read_json(path / "config.json")
     except CheckpointError:
@@ -165,7 +167,7 @@ def _some_config(path: Path) -> dict[str, Any]:
 
 
 def parts_of(root: Path, layout: Layout) -> dict[str, str]:
-    """Name of each part that holds weights -> its file or directory below the root, in the order of first use."""
+    """Map each part that holds weights to its file or directory below the root, in the order of first use."""
     return _parts(root, layout, family_of(root, layout))
 
 
@@ -182,9 +184,13 @@ def _native_part(root: Path, network: Network) -> str:
 
 
 def missing_files(root: Path, layout: Layout) -> list[str]:
-    """Files that a complete checkpoint has and that are not there, relative to `root`; directories end in a slash.
+    """List the files that a complete checkpoint has and that are not there.
 
-    Raises `CheckpointError` for an index or a configuration that is damaged.
+    Returns:
+        Paths relative to `root`; those of directories end in a slash.
+
+    Raises:
+        CheckpointError: An index or a configuration is damaged.
     """
     family = family_of(root, layout)
     parts = _parts(root, layout, family)
@@ -202,7 +208,7 @@ def missing_files(root: Path, layout: Layout) -> list[str]:
 
 
 def _is_wan(root: Path) -> bool:
-    """Whether a diffusers model is one of WAN's, as far as its index tells."""
+    """Return True if a diffusers model is one of WAN's, as far as its index tells."""
     try:
         kind = _read_json(root / "model_index.json").get("_class_name")
     except CheckpointError:  # reported as missing or damaged
@@ -211,7 +217,7 @@ def _is_wan(root: Path) -> bool:
 
 
 def _called(root: Path, usual: str, word: str) -> str:
-    """The name of a file: the usual one or, where that is not there, the only one with the word in it."""
+    """Return the name of a file: the usual one or, where that is not there, the only one with the word in it."""
     if not (root / usual).exists():
         named = [c.name for c in _loose(root) if word in c.name.lower()]
         return named[0] if len(named) == 1 else usual
@@ -219,7 +225,7 @@ def _called(root: Path, usual: str, word: str) -> str:
 
 
 def _transformer_file(root: Path) -> str:
-    """The index of a transformer at the root or, where that is not there, the only checkpoint that is no other part."""
+    """Return the index of a transformer at the root, else the only checkpoint that is no other part."""
     if not (root / _INDEX).exists():
         named = [c.name for c in _loose(root) if _is_transformer(c.name)]
         return named[0] if len(named) == 1 else _INDEX
@@ -227,12 +233,12 @@ def _transformer_file(root: Path) -> str:
 
 
 def _is_transformer(name: str) -> bool:
-    """Whether a file is no other part, by its name."""
+    """Return True if a file is no other part, by its name."""
     return not any(word in name.lower() for word in _WORDS)
 
 
 def _loose(root: Path) -> tuple[Candidate, ...]:
-    """The checkpoints that lie in the directory itself."""
+    """Find the checkpoints that lie in the directory itself."""
     try:
         return look_into(str(root), by_content=False).candidates
     except FileNotFoundError:
@@ -240,11 +246,12 @@ def _loose(root: Path) -> tuple[Candidate, ...]:
 
 
 def _missing_parts(root: Path, path: Path, index: str) -> list[str]:
-    """Files that the config or the index of a part promises and that are not there."""
+    """List the files that the config or the index of a part promises and that are not there."""
     if not path.is_dir():
         return [f"{path.relative_to(root)}/"]
     missing = [] if (path / "config.json").exists() else [str((path / "config.json").relative_to(root))]
     found = look_into(str(path), by_content=False).candidates
+    # without an index, all in a directory of its own is one part; at the root lie others, too
     found = tuple(c for c in found if c.name == index) or (() if path == root else found)
     for candidate in found:
         if candidate.is_damaged_index and candidate.problem is not None:
@@ -263,7 +270,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     if len(text) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a configuration")
+        raise CheckpointError.because(f"is larger than {_MAX_JSON_BYTES} bytes: not a configuration", path=path)
     return parse_object(text, path=str(path), what="the file")

@@ -1,4 +1,4 @@
-"""What the directory of a model holds and what is missing of it, by name: the answer that `wan_loader` asks for.
+"""Recognises the directory of a model, and says what is missing of it, by name: the answer that `wan_loader` asks for.
 
 Reads indexes, configurations and the state of a download only.
 """
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from wan_loader import CheckpointError, MissingFile, ModelDirectory, ModelPart
 from wan_pipeline.families import FAMILIES
+from wan_pipeline.hub.download_state import read_state
 from wan_pipeline.hub.layouts import family_of, layout_of, missing_files, parts_of
-from wan_pipeline.hub.state import read_state
 
 if TYPE_CHECKING:
     from wan_pipeline.family import Layout, ModelFamily
-    from wan_pipeline.hub.state import State
+    from wan_pipeline.hub.download_state import DownloadState
 
 __all__ = ["recognise"]
 
@@ -51,7 +51,7 @@ def _family_and_paths(root: Path, layout: Layout) -> tuple[ModelFamily, dict[str
         return FAMILIES[0], {}
 
 
-def _missing(state: State) -> tuple[MissingFile, ...]:
+def _missing(state: DownloadState) -> tuple[MissingFile, ...]:
     found = []
     for file in state.files:
         try:
@@ -75,4 +75,4 @@ def _missing_by_layout(root: Path, layout: Layout) -> tuple[tuple[MissingFile, .
     except CheckpointError as error:
         return (), (("configuration", str(error)),)
     except OSError as error:  # nothing can be said about what is missing
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=error.filename) from error

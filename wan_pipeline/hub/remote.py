@@ -141,7 +141,7 @@ class _Sink:
     def seek(self, offset: int) -> int:
         """Begin anew, where the hub sends all again instead of the rest."""
         if offset != 0:
-            raise HubError(f"a download of {self._remote.path} cannot go on at byte {offset}")
+            raise HubError.because(f"a download of {self._remote.path} cannot go on at byte {offset}")
         self._told(-self._file.tell())
         self.digest = Digest(self._remote)
         return self._file.seek(0)

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from wan_loader import OptionError
-from wan_pipeline.synth.arch import ARCHS, Component, DType, Layout, Size, Task
+from wan_pipeline.synth.arch import ARCHS, DType, Layout, Size, SynthName, Task
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
     from wan_pipeline.synth.arch import Arch
-    from wan_pipeline.synth.layout import Plan
+    from wan_pipeline.synth.checkpoint_files import SynthPlan
 
-__all__ = ["Component", "DType", "Layout", "Size", "SynthReport", "Task", "plan_synth", "synth"]
+__all__ = ["DType", "Layout", "Size", "SynthName", "SynthReport", "Task", "plan_synth", "synth"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ def plan_synth(
     size: Size = "tiny",
     task: Task = "t2v-A14B",
     blocks: int | None = None,
-    components: Sequence[Component] | None = None,
+    components: Sequence[SynthName] | None = None,
     dtype: DType | None = None,
-) -> Plan:
+) -> SynthPlan:
     """Plan the files that `synth` would write, with tensors and exact sizes. Takes seconds: it imports diffusers."""
     arch = _arch(layout, size, task, blocks, dtype)
     return _plan(arch, layout, components, dtype)
@@ -60,7 +60,7 @@ def synth(
     size: Size = "tiny",
     task: Task = "t2v-A14B",
     blocks: int | None = None,
-    components: Sequence[Component] | None = None,
+    components: Sequence[SynthName] | None = None,
     dtype: DType | None = None,
     seed: int = 0,
     force: bool = False,
@@ -109,14 +109,14 @@ def _arch(layout: Layout, size: Size, task: Task, blocks: int | None, dtype: DTy
     return ARCHS[task, size].with_blocks(blocks)
 
 
-def _plan(arch: Arch, layout: Layout, components: Sequence[Component] | None, dtype: DType | None) -> Plan:
-    from wan_pipeline.synth.layout import plan_files
+def _plan(arch: Arch, layout: Layout, components: Sequence[SynthName] | None, dtype: DType | None) -> SynthPlan:
+    from wan_pipeline.synth.checkpoint_files import plan_files
 
     wanted = arch.components if components is None else tuple(components)
     if unknown := sorted({*wanted} - {*arch.components}):
         raise OptionError.because(f"{arch.task} has no {', '.join(unknown)}", f"use {', '.join(arch.components)}")
     if not wanted:
         raise OptionError.because("no component is wanted", f"{arch.task} has {', '.join(arch.components)}")
-    dtypes: dict[Component, DType] = {"text_encoder": "bf16", "vae": "fp32"}
+    dtypes: dict[SynthName, DType] = {"text_encoder": "bf16", "vae": "fp32"}
     dtypes |= dict.fromkeys(arch.experts, dtype or "fp32")
     return plan_files(arch, layout, [c for c in arch.components if c in wanted], dtypes)

@@ -2,7 +2,7 @@
 
 `ARCHS` holds one `Arch` for each model and size; the functions below turn it into the configurations that the layouts
 keep in files. "full" is what is published, "tiny" has the same parts, names and depth of nesting, and runs on a CPU
-within a second. No torch, no diffusers: shapes come from `tensors.py`.
+within a second. No torch, no diffusers: shapes come from `synth_tensors.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 from wan_loader import OptionError
 from wan_pipeline.families import FAMILIES, Task
-from wan_pipeline.family import Layout, ModelFamily, Network
-from wan_pipeline.family import SynthName as Component
+from wan_pipeline.family import Layout, ModelFamily, Network, SynthName
 
-__all__ = ["ARCHS", "Arch", "Component", "DType", "Dit", "Layout", "Size", "Task", "Text", "Vae"]
+__all__ = ["ARCHS", "Arch", "DType", "Dit", "Layout", "Size", "SynthName", "Task", "Text", "Vae"]
 
 Size = Literal["tiny", "full"]
 DType = Literal["fp32", "bf16", "fp16"]
@@ -153,16 +152,16 @@ class Arch:
         return self.family.task
 
     @property
-    def components(self) -> tuple[Component, ...]:
+    def components(self) -> tuple[SynthName, ...]:
         """The networks, in the order of first use."""
         return tuple(network.synth_name for network in self.family.networks)
 
     @property
-    def experts(self) -> tuple[Component, ...]:
+    def experts(self) -> tuple[SynthName, ...]:
         """The diffusion transformers, in the order in which they run."""
         return tuple(network.synth_name for network in self.family.experts)
 
-    def network(self, component: Component) -> Network:
+    def network(self, component: SynthName) -> Network:
         """Return what the family says of a network."""
         return next(network for network in self.family.networks if network.synth_name == component)
 

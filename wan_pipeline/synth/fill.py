@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from wan_pipeline.synth.tensors import ITEMSIZE
+from wan_pipeline.synth.synth_tensors import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_pipeline.synth.arch import Arch, DType
-    from wan_pipeline.synth.tensors import Tensor
+    from wan_pipeline.synth.synth_tensors import SynthTensor
 
 __all__ = ["Pool"]
 
@@ -40,7 +40,7 @@ class Pool:
         self._values = torch.randn(self._numel, generator=generator).mul_(arch.std)
         self._views = {dtype: _bytes_in(self._values, dtype) for dtype in dtypes}
 
-    def data(self, tensor: Tensor) -> Iterator[memoryview]:
+    def data(self, tensor: SynthTensor) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in buffers of a few MB; views of the pool, nothing is copied."""
         start = self._start(tensor)
         if tensor.is_scale:
@@ -55,11 +55,11 @@ class Pool:
             left -= length
             start = (start + length) % pool.nbytes
 
-    def _start(self, tensor: Tensor) -> int:
+    def _start(self, tensor: SynthTensor) -> int:
         digest = hashlib.blake2b(f"{self._seed}/{tensor.seed_name}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self._numel
 
-    def _scale(self, tensor: Tensor, start: int) -> memoryview:
+    def _scale(self, tensor: SynthTensor, start: int) -> memoryview:
         values = self._values.roll(-start) if start + tensor.numel > self._numel else self._values[start:]
         return _bytes_in(1 + values[: tensor.numel], tensor.dtype)
 

@@ -20,15 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wan_pipeline.synth.tensors import ITEMSIZE
+from wan_pipeline.synth.synth_tensors import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from wan_pipeline.synth.tensors import Tensor
+    from wan_pipeline.synth.synth_tensors import SynthTensor
 
     Buffer = bytes | memoryview
-    Data = Callable[[Tensor], Iterable[Buffer]]
+    Data = Callable[[SynthTensor], Iterable[Buffer]]
 
 __all__ = ["no_data", "pth_stream", "safetensors_stream", "stream_nbytes"]
 
@@ -40,7 +40,7 @@ _ZIP64_FROM = 0xFFFFFFFF
 _CHECKSUM_THREADS = 1
 
 
-def no_data(tensor: Tensor) -> Iterator[Buffer]:
+def no_data(tensor: SynthTensor) -> Iterator[Buffer]:
     """Return no values at all: the source for the length of all that is not data."""
     return iter(())
 
@@ -50,7 +50,7 @@ def stream_nbytes(stream: Iterable[Buffer]) -> int:
     return sum(memoryview(buffer).nbytes for buffer in stream)
 
 
-def safetensors_stream(tensors: Sequence[Tensor], data: Data) -> Iterator[Buffer]:
+def safetensors_stream(tensors: Sequence[SynthTensor], data: Data) -> Iterator[Buffer]:
     """Yield a safetensors file as the safetensors library writes it: tensors of one dtype sorted by name."""
     tensors = sorted(tensors, key=lambda t: (-ITEMSIZE[t.dtype], t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -66,7 +66,7 @@ def safetensors_stream(tensors: Sequence[Tensor], data: Data) -> Iterator[Buffer
         yield from data(tensor)
 
 
-def pth_stream(tensors: Sequence[Tensor], archive: str, data: Data) -> Iterator[Buffer]:
+def pth_stream(tensors: Sequence[SynthTensor], archive: str, data: Data) -> Iterator[Buffer]:
     """Yield a checkpoint as `torch.save` writes it: an ordered dictionary of tensors, each with its own storage."""
     zip_ = _Zip(archive)
     yield from zip_.entry("data.pkl", _pickled(tensors))
@@ -173,7 +173,7 @@ class _Pickler(pickle.Pickler):
         return _rebuild_tensor_v2, (obj.storage, 0, obj.shape, _strides(obj.shape), False, OrderedDict())
 
 
-def _pickled(tensors: Sequence[Tensor]) -> bytes:
+def _pickled(tensors: Sequence[SynthTensor]) -> bytes:
     import torch
 
     stubs: OrderedDict[str, _Stub] = OrderedDict()

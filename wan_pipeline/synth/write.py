@@ -20,8 +20,8 @@ from wan_loader.sizes import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from wan_pipeline.synth.checkpoint_files import SynthPlan, TextFile, WeightFile
     from wan_pipeline.synth.formats import Data
-    from wan_pipeline.synth.layout import Plan, TextFile, WeightFile
 
     Progress = Callable[[int, int], None]
 
@@ -53,7 +53,7 @@ def check_target(directory: Path, nbytes: int, *, force: bool) -> None:
         )
 
 
-def write_plan(plan: Plan, directory: Path, data: Data, progress: Progress | None) -> tuple[Path, ...]:
+def write_plan(plan: SynthPlan, directory: Path, data: Data, progress: Progress | None) -> tuple[Path, ...]:
     """Write all files of a plan; return their paths. Files of the same names are replaced, others stay.
 
     Raises:
@@ -101,7 +101,7 @@ class _Counter:
             self.nbytes += nbytes
 
 
-def _write_all(plan: Plan, temporary: Path, data: Data, progress: Progress | None) -> None:
+def _write_all(plan: SynthPlan, temporary: Path, data: Data, progress: Progress | None) -> None:
     counter = _Counter()
     report = progress or (lambda done, total: None)
     total = plan.nbytes

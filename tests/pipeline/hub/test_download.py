@@ -14,7 +14,7 @@ from programs import check_error, wan_loader
 from wan_loader.errors import CheckpointError, HubError, OptionError, OutputError
 from wan_pipeline.hub import download as module
 from wan_pipeline.hub.download import download
-from wan_pipeline.hub.state import HIDDEN
+from wan_pipeline.hub.download_state import HIDDEN
 
 REPOSITORY = "Wan-AI/Wan2.2-T2V-A14B"
 SHARD = "high_noise_model/diffusion_pytorch_model-00001-of-00002.safetensors"
@@ -349,7 +349,7 @@ def test_a_damaged_manifest_is_one_error(hub, target, text):
 
 
 def test_two_at_once_are_refused(hub, target):
-    from wan_pipeline.hub.state import locked_state
+    from wan_pipeline.hub.download_state import locked_state
 
     target.mkdir()
     with locked_state(target), pytest.raises(OutputError, match="another download"):

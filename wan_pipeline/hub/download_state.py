@@ -1,4 +1,4 @@
-"""What `download` knows of a directory: which files it is to hold, and which of them have been checked.
+"""The state of a download: which files a directory is to hold, and which of them have been checked.
 
 DIR/.wan-loader-download/manifest.json   repository, commit, files with lengths and digests, what was checked
 DIR/.wan-loader-download/KEY.part        a file that is being downloaded; KEY stands for name and digest
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from wan_pipeline.hub.layouts import Layout
 
-__all__ = ["HIDDEN", "State", "locked_state", "read_state"]
+__all__ = ["HIDDEN", "DownloadState", "locked_state", "read_state"]
 
 HIDDEN = ".wan-loader-download"
 _MAX_BYTES = 64 << 20
@@ -35,8 +35,8 @@ _DIGEST = re.compile(r"(sha256|git):[0-9a-f]{1,128}")
 
 
 @dataclass(slots=True)
-class State:
-    """Of one directory. Its methods may be called from any thread."""
+class DownloadState:
+    """The state of one directory. Its methods may be called from any thread."""
 
     directory: Path
     repository: str
@@ -48,26 +48,31 @@ class State:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def part(self, file: RemoteFile) -> Path:
-        """The file that is being downloaded."""
+        """Return the path of a file while it is being downloaded."""
         key = hashlib.sha256(f"{file.path}\0{file.digest}".encode()).hexdigest()[:24]
         return self.directory / HIDDEN / f"{key}.part"
 
     def target(self, file: RemoteFile) -> Path:
-        """Where it will be. Raises `OutputError` if a link is on the way."""
+        """Return the path that a file will have.
+
+        Raises:
+            OutputError: A link is on the way.
+        """
         return plain_path(self.directory, file.path)
 
     def is_checked(self, file: RemoteFile) -> bool:
-        """Whether the file is there, was found to be right, and has not been touched since."""
+        """Return True if the file is there, was found to be right, and has not been touched since."""
         return self.owns(file) and self.checked[file.path][0] == file.digest
 
     def owns(self, file: RemoteFile) -> bool:
-        """Whether what is there was found to be right for some commit, and has not been touched since."""
+        """Return True if what is there was found to be right for some commit, and has not been touched since."""
         return file.path in self.checked and self.checked[file.path][1:] == _facts(self.target(file))
 
     def note_checked(self, file: RemoteFile) -> None:
-        """A file is in place and right."""
+        """Take note that a file is in place and right."""
         facts = _facts(self.target(file))
         with self._lock:
+            # under the lock: files end in several threads, and each writes the whole manifest
             if facts is not None:
                 self.checked[file.path] = (file.digest, *facts)
             self.write()
@@ -95,6 +100,7 @@ class State:
 
 def _facts(path: Path) -> tuple[int, int] | None:
     try:
+        # of the link itself, where there is one: it was not what was checked
         facts = os.lstat(path)
     except OSError:
         return None
@@ -102,9 +108,10 @@ def _facts(path: Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def locked_state(directory: Path) -> Iterator[State | None]:
+def locked_state(directory: Path) -> Iterator[DownloadState | None]:
     """Keep other downloads out of a directory; gives what an earlier one has left there."""
     hidden = directory / HIDDEN
+    # for this user alone: others could put their own content there
     with contextlib.suppress(FileExistsError):
         hidden.mkdir(mode=0o700)
     check_private(hidden)
@@ -117,20 +124,26 @@ def locked_state(directory: Path) -> Iterator[State | None]:
         locked.close()
 
 
-def read_state(directory: Path) -> State | None:
-    """What a download has left in a directory; None where there was none. Raises for a damaged manifest."""
+def read_state(directory: Path) -> DownloadState | None:
+    """Read what a download has left in a directory; None where there was none.
+
+    Raises:
+        OutputError: The manifest is damaged, or cannot be read.
+    """
     path = directory / HIDDEN / "manifest.json"
     try:
         text = read_capped(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from error
+        raise OutputError.because(f"cannot be read: {error.strerror}", path=path) from error
     if text is None:
         raise _damaged(path, f"larger than {_MAX_BYTES} bytes")
     document = parse_object(text, path=str(path), what="the manifest")
     if document.get("schema_version") != 1:
-        raise OutputError(f"{path} was written by another version of wan-loader: use that one, or delete it")
+        raise OutputError.because(
+            "was written by another version of wan-loader", "use that one, or delete it", path=path
+        )
     try:
         return _state(Doc(document), directory)
     except DocumentError as error:
@@ -138,14 +151,15 @@ def read_state(directory: Path) -> State | None:
 
 
 def _damaged(path: Path, why: str) -> OutputError:
-    return OutputError(f"{path} is damaged ({why}): delete it and run the download again, which checks what is there")
+    remedy = "delete it and run the download again, which checks what is there"
+    return OutputError.because(f"is damaged ({why})", remedy, path=path)
 
 
-def _state(doc: Doc, directory: Path) -> State:
+def _state(doc: Doc, directory: Path) -> DownloadState:
     layout = cast("Layout", doc.choice("layout", ("native", "diffusers")))
     files = [(_remote_file(item), _checked(item)) for item in doc.docs("files")]
     checked = {file.path: facts for file, facts in files if facts is not None}
-    return State(
+    return DownloadState(
         directory, doc.text("repository"), doc.text("revision"), layout, tuple(file for file, _ in files), checked
     )
 
@@ -158,7 +172,7 @@ def _remote_file(doc: Doc) -> RemoteFile:
 
 
 def _checked(doc: Doc) -> tuple[str, int, int] | None:
-    """The digest, length and mtime of a file that was found to be right."""
+    """Read the digest, length and mtime of a file that was found to be right; None if it was not checked."""
     value = doc.optional_list("checked")
     if value is None:
         return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader import CacheError, CheckpointError, DtypePolicy
 from wan_loader.cache import CacheUse, Outline, check_entry, outline_file, read_parts
-from wan_pipeline.checkpoint import EXPERTS, open_wan
+from wan_pipeline.wan_checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from wan_loader import StrPath
     from wan_loader.cache import CachedFile, CacheReport, Entry, EntryBuild
-    from wan_pipeline.checkpoint import Component, WanCheckpoint
+    from wan_pipeline.wan_checkpoint import Component, WanCheckpoint
 
 __all__ = ["PipelineCache", "outline_wan"]
 
@@ -40,7 +40,10 @@ _MAX_SMALL_BYTES = 100_000_000
 
 
 def outline_wan(checkpoint: WanCheckpoint, dtype: str) -> Outline:
-    """What the entry of a checkpoint holds, with its experts as `dtype`. Reads the tokenizer's files (about 20 MB)."""
+    """Describe the cache entry of a checkpoint, with its experts as `dtype`.
+
+    Reads the tokenizer's files (about 20 MB) and no weight.
+    """
     files = tuple(_outline_component(c, dtype if c.name in EXPERTS else None) for c in checkpoint.components)
     return Outline(str(checkpoint.directory), dtype, files, _small_files(checkpoint))
 
@@ -63,6 +66,7 @@ def _first_use(name: str) -> tuple[int, int, str]:
         return 0, 0, name
     number = _NUMBER.search(name)
     encoder_of_vae = name.startswith(("encoder.conv", "encoder.down", "encoder.mid", "encoder.norm", "quant_conv."))
+    # text-to-video never uses the encoder: behind all that it does
     return (3 if encoder_of_vae else 1 if number else 2), int(number[0]) if number else 0, name
 
 
@@ -96,12 +100,13 @@ def _config(component: Component) -> dict[str, Any]:
 def _read_small(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MAX_SMALL_BYTES:
-            raise CacheError(f"{path} is larger than {_MAX_SMALL_BYTES} bytes: no file of a tokenizer")
+            raise CacheError.because(f"is larger than {_MAX_SMALL_BYTES} bytes: no file of a tokenizer", path=path)
         return path.read_bytes()
     except OSError as error:
+        # it is an OSError, too
         if isinstance(error, CacheError):
             raise
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -109,10 +114,17 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 class PipelineCache:
-    """The cache's part in one start: which directory is loaded, and the entry that is made of what was loaded."""
+    """The cache's part in one start: the directory that is loaded, and the entry that is made of what was loaded.
+
+    Whatever is wrong with the cache, the source is loaded; `report` says why.
+
+    Args:
+        source: The checkpoint that was asked for.
+        dtype: The dtype of the experts.
+        directory: The cache's directory; None is the user's.
+    """
 
     def __init__(self, source: WanCheckpoint, dtype: str, directory: StrPath | None) -> None:
-        """dtype: of the experts. Whatever is wrong with the cache, the source is loaded; `report` says why."""
         self.source = source
         self.checkpoint = source
         outline = outline_wan(source, dtype)
@@ -130,25 +142,31 @@ class PipelineCache:
 
     @property
     def report(self) -> CacheReport:
-        """What the cache has to do with the start."""
+        """The cache's part in the start: state, reason, entry."""
         return self._use.report
 
     @property
     def build(self) -> EntryBuild | None:
-        """The entry that is being written from what was loaded."""
+        """The entry that is being written from what was loaded; None if there is none (yet)."""
         return self._use.build
 
     def note(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """A network was loaded: `tensors` by their names in the source. Call before anybody else has them."""
+        """Take note of a network that was loaded. Call it before anybody else has the tensors, who may change them.
+
+        Args:
+            name: The network.
+            tensors: Its tensors by their names in the source.
+        """
         self._use.note(self._files[name], tensors)
 
     def close(self) -> None:
-        """The entry is not read any more; one whose networks were not all loaded is not written."""
+        """Read the entry no more, and give up one that was begun if not all of its networks were loaded."""
         self._use.close()
 
 
 def _opened(entry: Entry) -> WanCheckpoint:
     checkpoint = open_wan(entry.path)
+    # checksums only where a file was touched in a way that times do not show: reading all takes as long as a load
     if not entry.check_files() and (wrong := check_entry(entry.path, entry.manifest)):
         raise CacheError("; ".join(wrong))
     return checkpoint

@@ -12,7 +12,7 @@ from wan_loader import OptionError
 from wan_loader.arguments import checked_count
 from wan_pipeline.families import family_called
 
-__all__ = ["Grid", "Request", "Solver", "checked_size", "parse_guide_scale", "parse_size"]
+__all__ = ["Grid", "Solver", "VideoRequest", "checked_size", "parse_guide_scale", "parse_size"]
 
 Solver = Literal["unipc", "dpm++"]
 Grid = Literal["official", "diffusers"]
@@ -27,7 +27,7 @@ _MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class VideoRequest:
     """A request for one video.
 
     Raises:
@@ -72,7 +72,7 @@ class Request:
             raise OptionError.because(f"seed {self.seed}", "from 0 to 2**63 - 1")
 
     @classmethod
-    def make(cls, task: str, prompt: str, **settings: Any) -> Request:
+    def make(cls, task: str, prompt: str, **settings: Any) -> VideoRequest:
         """Make a request with the defaults of a task; settings that are None count as not given."""
         given = {key: value for key, value in settings.items() if value is not None}
         return cls(**{**asdict(family_called(task).defaults), "prompt": prompt, **given})

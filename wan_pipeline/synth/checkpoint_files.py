@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from wan_pipeline.family import ComponentName
 from wan_pipeline.synth.formats import no_data, pth_stream, safetensors_stream, stream_nbytes
-from wan_pipeline.synth.tensors import component_tensors, meta_module, native_tensors
+from wan_pipeline.synth.synth_tensors import component_tensors, meta_module, native_tensors
 from wan_pipeline.synth.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from wan_pipeline.synth.arch import Arch, Component, DType, Layout
+    from wan_pipeline.synth.arch import Arch, DType, Layout, SynthName
     from wan_pipeline.synth.formats import Buffer, Data
-    from wan_pipeline.synth.tensors import Tensor
+    from wan_pipeline.synth.synth_tensors import SynthTensor
 
-__all__ = ["Plan", "TextFile", "WeightFile", "plan_files"]
+__all__ = ["SynthPlan", "TextFile", "WeightFile", "plan_files"]
 
 _SHARD_NBYTES: dict[Layout, int] = {"native": 10_000_000_000, "diffusers": 5_000_000_000}
 _TINY_SHARDS = 2
@@ -36,7 +36,7 @@ class WeightFile:
 
     path: str
     """The path relative to the checkpoint's directory."""
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[SynthTensor, ...]
 
     def stream(self, data: Data) -> Iterator[Buffer]:
         """Yield the file's bytes in order."""
@@ -64,7 +64,7 @@ class TextFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SynthPlan:
     """The plan of a checkpoint: all its files."""
 
     weights: tuple[WeightFile, ...]
@@ -81,18 +81,20 @@ class Plan:
         return sum(file.nbytes for file in self.files)
 
 
-def plan_files(arch: Arch, layout: Layout, components: Sequence[Component], dtypes: dict[Component, DType]) -> Plan:
+def plan_files(
+    arch: Arch, layout: Layout, components: Sequence[SynthName], dtypes: dict[SynthName, DType]
+) -> SynthPlan:
     """Plan the files of the given components, and the small files that every checkpoint has."""
     files = _native(arch, components, dtypes) if layout == "native" else _diffusers(arch, components, dtypes)
     found = tuple(files)
-    return Plan(
+    return SynthPlan(
         tuple(file for file in found if isinstance(file, WeightFile)),
         tuple(file for file in found if isinstance(file, TextFile)),
     )
 
 
 def _native(
-    arch: Arch, components: Sequence[Component], dtypes: dict[Component, DType]
+    arch: Arch, components: Sequence[SynthName], dtypes: dict[SynthName, DType]
 ) -> Iterator[WeightFile | TextFile]:
     for component in components:
         tensors = native_tensors(arch, component, component_tensors(arch, component, dtypes[component]))
@@ -109,7 +111,7 @@ def _native(
 
 
 def _diffusers(
-    arch: Arch, components: Sequence[Component], dtypes: dict[Component, DType]
+    arch: Arch, components: Sequence[SynthName], dtypes: dict[SynthName, DType]
 ) -> Iterator[WeightFile | TextFile]:
     for component in components:
         folder = arch.network(component).name
@@ -126,7 +128,7 @@ def _diffusers(
     yield TextFile("model_index.json", _json(_model_index(arch, components)))
 
 
-def _sharded(stem: str, tensors: Sequence[Tensor], limit_nbytes: int) -> Iterator[WeightFile | TextFile]:
+def _sharded(stem: str, tensors: Sequence[SynthTensor], limit_nbytes: int) -> Iterator[WeightFile | TextFile]:
     """Yield shards and their index; a single file needs no index."""
     shards = _split(tensors, limit_nbytes)
     if len(shards) == 1:
@@ -143,15 +145,15 @@ def _sharded(stem: str, tensors: Sequence[Tensor], limit_nbytes: int) -> Iterato
     )
 
 
-def _shard_limit(arch: Arch, layout: Layout, tensors: Sequence[Tensor]) -> int:
+def _shard_limit(arch: Arch, layout: Layout, tensors: Sequence[SynthTensor]) -> int:
     if arch.size == "full":
         return _SHARD_NBYTES[layout]
     nbytes = [tensor.nbytes for tensor in tensors]
     return sum(nbytes) // _TINY_SHARDS + max(nbytes)
 
 
-def _split(tensors: Sequence[Tensor], limit_nbytes: int) -> list[tuple[Tensor, ...]]:
-    shards: list[list[Tensor]] = [[]]
+def _split(tensors: Sequence[SynthTensor], limit_nbytes: int) -> list[tuple[SynthTensor, ...]]:
+    shards: list[list[SynthTensor]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.nbytes > limit_nbytes:
@@ -162,7 +164,7 @@ def _split(tensors: Sequence[Tensor], limit_nbytes: int) -> list[tuple[Tensor, .
     return [tuple(shard) for shard in shards]
 
 
-def _module_config(arch: Arch, component: Component) -> str:
+def _module_config(arch: Arch, component: SynthName) -> str:
     if component == "text_encoder":
         config = meta_module(arch, "text_encoder").config
         config.architectures, config.dtype = ["UMT5EncoderModel"], "bfloat16"
@@ -178,7 +180,7 @@ def _scheduler_config() -> str:
     return str(scheduler.to_json_string())
 
 
-def _model_index(arch: Arch, components: Sequence[Component]) -> dict[str, Any]:
+def _model_index(arch: Arch, components: Sequence[SynthName]) -> dict[str, Any]:
     """Return the index of the parts; those that are not written are null, which diffusers takes as "given later"."""
     import diffusers
 

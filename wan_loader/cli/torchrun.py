@@ -17,14 +17,14 @@ __all__ = ["end", "fail_together", "own_file", "together"]
 
 
 def own_file(path: Path | None) -> Path | None:
-    """Where this process writes what is to go to `path`: run.rank1.json for run.json in a distributed run."""
+    """Return the path of this process's own file: run.rank1.json for run.json in a distributed run."""
     if path is None or world_size() == 1:
         return path
     return path.with_suffix(f".rank{process_rank()}{path.suffix}")
 
 
 def fail_together(error: WanLoaderError | OSError) -> None:
-    """In a distributed run: tell processes that wait for this one, and end it, whatever hangs in a collective."""
+    """Tell processes of a distributed run that wait for this one, and end it, whatever hangs in a collective."""
     with suppress(WanLoaderError):  # what is wrong with the environment was said
         tell_others(error)
     _end_if_joined(1)
@@ -45,7 +45,7 @@ def _end_if_joined(code: int) -> None:
 
 @contextmanager
 def together(device: str) -> Iterator[tuple[Any, Any]]:
-    """The device of this process and the group of all, which is None outside of a distributed run."""
+    """Give the device of this process and the group of all, which is None outside of a distributed run."""
     if world_size() == 1:
         yield device, None
         return

@@ -1,4 +1,4 @@
-"""What makes the imports of a start shorter: once weights load beside them, they are what a start waits for.
+"""Shorter imports: once weights load beside them, they are what a start waits for.
 
 It changes three settings of the process for as long as the body runs, and puts each back.
 """
@@ -25,7 +25,7 @@ _TURN_S = 0.0001
 
 @contextmanager
 def short_imports() -> Iterator[None]:
-    """The body imports large libraries while other threads load."""
+    """Make the imports in the body shorter, which are of large libraries while other threads load."""
     with ExitStack() as stack:
         for part in (_short_turns, paused_gc, _packages_listed_once):
             stack.enter_context(part())
@@ -34,6 +34,7 @@ def short_imports() -> Iterator[None]:
 
 @contextmanager
 def _short_turns() -> Iterator[None]:
+    """Let threads that load have the interpreter sooner."""
     before = sys.getswitchinterval()
     if before <= _TURN_S:
         yield
@@ -47,7 +48,7 @@ def _short_turns() -> Iterator[None]:
 
 @contextmanager
 def _packages_listed_once() -> Iterator[None]:
-    """transformers and diffusers each read the records of all installed packages: up to a second."""
+    """Read the records of all installed packages once: transformers and diffusers each do, for up to a second."""
     before = metadata.packages_distributions
     metadata.packages_distributions = cache(before)
     try:

@@ -1,13 +1,13 @@
-"""From a directory to the parts of a WAN checkpoint: which files, which names, which configuration, which dtypes.
+"""The facts of a WAN checkpoint: its networks with their files, names, configurations and dtypes.
 
-Both published layouts lead to the same facts, under the names that diffusers' pipeline has for its parts:
+Both published layouts lead to the same facts, under the names that diffusers' pipeline has for its networks:
 
     text_encoder      umT5 encoder
     transformer       the high-noise expert, or the only transformer
     transformer_2     the low-noise expert
     vae               the VAE
 
-Which model it is, and what is particular to that, is a `ModelFamily`.
+The model, and what is particular to it, is a `ModelFamily`.
 
 Reads headers and small JSON files only, so that whatever is wrong with a checkpoint is found in milliseconds, before
 any weight is read and before torch is imported. It builds no module and loads nothing.
@@ -47,9 +47,9 @@ class Component:
     """One network of a checkpoint."""
 
     network: Network
-    """What its family says of it."""
+    """The network as its family describes it."""
     source: str
-    """What `wan_loader` opens: a file, an index, or a directory."""
+    """The path that `wan_loader` opens: a file, an index, or a directory."""
     facts: Checkpoint = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     """Arguments of diffusers' or transformers' class."""
@@ -58,7 +58,7 @@ class Component:
 
     @property
     def name(self) -> ComponentName:
-        """What diffusers' pipelines call it."""
+        """The name that diffusers' pipelines give it."""
         return self.network.name
 
     @property
@@ -67,7 +67,12 @@ class Component:
         return self.network.keep_fp32
 
     def nbytes(self, dtype: str | None, *, decoder_only: bool = False) -> int:
-        """Bytes once loaded as `dtype` ("bfloat16", "float32"; None: as in the file)."""
+        """Add up the bytes that it takes once it is loaded.
+
+        Args:
+            dtype: The dtype that it is loaded as, "bfloat16", "float16" or "float32"; None leaves it as in the file.
+            decoder_only: Leave out the half of a VAE that only encodes.
+        """
         sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
         policy = DtypePolicy(dtype, self.keep_fp32)
         total = 0
@@ -79,12 +84,12 @@ class Component:
         return total
 
     def is_encoder_only(self, name: str) -> bool:
-        """Whether a tensor, by its name in the file, belongs to the half of a VAE that only encodes."""
+        """Return True if a tensor, by its name in the file, belongs to the half of a VAE that only encodes."""
         return name.startswith(self.network.encodes_only)
 
     @property
     def kept_parts(self) -> list[str]:
-        """Those of `keep_fp32` that names in the file have: the others are the other layout's."""
+        """The items of `keep_fp32` that names in the file have: the others are the other layout's."""
         unused = DtypePolicy(keep_fp32=self.keep_fp32).unused_parts(self.facts.names)
         return [part for part in self.keep_fp32 if part not in unused]
 
@@ -96,22 +101,22 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class WanCheckpoint:
-    """A complete WAN checkpoint: its parts in the order of first use, and the small things around them."""
+    """A complete WAN checkpoint: its networks in the order of first use, and the small things around them."""
 
     directory: Path
     layout: Layout
     components: tuple[Component, ...]
     tokenizer: Path
     scheduler: Mapping[str, Any]
-    """diffusers' scheduler configuration."""
+    """The scheduler's configuration, as diffusers keeps it."""
     boundary_ratio: float | None
-    """From which share of the noise schedule on the high-noise expert runs; None where there is one expert."""
+    """The share of the noise schedule from which on the high-noise expert runs; None where there is one expert."""
     family: ModelFamily = field(default=FAMILIES[0], kw_only=True, repr=False)
-    """Which model it is."""
+    """The model that it is."""
 
     @property
     def task(self) -> str:
-        """Which model this is, as `--task` has it."""
+        """The name of the model in `--task`."""
         return self.family.task
 
     @property
@@ -121,7 +126,7 @@ class WanCheckpoint:
 
     @property
     def vae_scale(self) -> tuple[int, int]:
-        """How many frames, and how many pixels in a row, one latent stands for."""
+        """The frames, and the pixels in a row, that one latent stands for."""
         return int(self["vae"].config.get("scale_factor_temporal", 4)), int(
             self["vae"].config.get("scale_factor_spatial", 8)
         )
@@ -131,37 +136,46 @@ class WanCheckpoint:
 
     @property
     def names(self) -> tuple[ComponentName, ...]:
-        """Names of the parts, in the order of first use."""
+        """Names of the networks, in the order of first use."""
         return tuple(c.name for c in self.components)
 
 
-def open_wan(directory: StrPath) -> WanCheckpoint:
-    """The facts of a WAN checkpoint in either layout. Reads headers only and imports no torch.
+def open_wan(directory: StrPath | WanCheckpoint) -> WanCheckpoint:
+    """Read the facts of a WAN checkpoint in either layout. Reads headers only, and imports no torch.
 
-    Raises `MissingFileError` naming everything that is missing, `CheckpointError` for another model or damaged files,
-    `OptionError` for what is no path.
+    Args:
+        directory: The directory, or OWNER/NAME in the hub's cache. A checkpoint that was opened is returned as it is:
+            no header is read twice.
+
+    Raises:
+        MissingFileError: Files are missing; the message names all of them.
+        CheckpointError: It is another model, or files are damaged.
+        OptionError: It is no path.
     """
+    if isinstance(directory, WanCheckpoint):
+        return directory
     root = Path(checked_path(directory, "directory"))
     try:
         return _open(Path(locate(str(root))))
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=error.filename or directory) from error
 
 
 def _open(root: Path) -> WanCheckpoint:
     if not root.is_dir():
-        raise MissingFileError(f"{root} is no directory: name the directory of a WAN2.2 checkpoint")
+        raise MissingFileError.because("is no directory", "name the directory of a WAN2.2 checkpoint", path=root)
     if (root / "model_index.json").exists():
         return _open_diffusers(root)
     if is_native(root):
         return _open_native(root)
     usual = FAMILIES[0]
     held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"{root} is no WAN2.2 checkpoint: neither model_index.json (diffusers layout) nor "
-        f"{usual['transformer'].native}/ and {usual['text_encoder'].native} (native layout) is there; it holds {held}"
+    raise CheckpointError.because(
+        "is no WAN2.2 checkpoint: neither model_index.json (diffusers layout) nor "
+        f"{usual['transformer'].native}/ and {usual['text_encoder'].native} (native layout) is there; it holds {held}",
+        path=root,
     )
 
 
@@ -184,7 +198,8 @@ def _open_native(root: Path) -> WanCheckpoint:
 def _open_diffusers(root: Path) -> WanCheckpoint:
     index = _read_json(root / "model_index.json")
     if (kind := index.get("_class_name")) != "WanPipeline":
-        raise CheckpointError(f"{root}/model_index.json describes a {kind!r}, not a WanPipeline: it is another model")
+        reason = f"describes a {kind!r}, not a WanPipeline: it is another model"
+        raise CheckpointError.because(reason, path=root / "model_index.json")
     _require(root, "diffusers")
     family = family_of(root, "diffusers")
     configs = {n.name: _read_json(root / n.name / "config.json") for n in family.networks if n.kind != "dit"}
@@ -203,25 +218,30 @@ def _open_diffusers(root: Path) -> WanCheckpoint:
 
 def _require(root: Path, layout: Layout) -> None:
     if missing := missing_files(root, layout):
-        raise MissingFileError(
-            f"{root} is an incomplete checkpoint ({layout} layout); missing: {', '.join(missing)}: finish the download"
-        )
+        reason = f"is an incomplete checkpoint ({layout} layout); missing: {', '.join(missing)}"
+        raise MissingFileError.because(reason, "finish the download", path=root)
 
 
 def _facts(path: Path) -> Checkpoint:
-    """Of one part; `CheckpointError` for quantised ones: the networks multiply by no scales."""
+    """Read the headers of one network; `CheckpointError` for quantised ones: the networks multiply by no scales."""
     facts = open_checkpoint(path)
+    # the first is enough
     for weight, scale in find_scales(facts.tensors).items():
-        raise CheckpointError(
-            f"{facts.path} is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support: get "
-            "the published checkpoint, or one in bf16"
-        )
+        reason = f"is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support"
+        raise CheckpointError.because(reason, "get the published checkpoint, or one in bf16", path=facts.path)
     return facts
 
 
 def _component(network: Network, path: Path, config: Mapping[str, Any] | None) -> Component:
-    """One network. path: its file or directory; config: of that directory, where the layout keeps one."""
+    """Put the facts of one network together.
+
+    Args:
+        network: The network.
+        path: Its file or directory.
+        config: The configuration in that directory, where the layout keeps one.
+    """
     if network.kind == "dit" and (path / _INDEX).exists():
+        # the index decides, where other checkpoints lie beside it
         path /= _INDEX
     facts = _facts(path)
     directory = path.parent if network.kind == "dit" and not path.is_dir() else path
@@ -233,6 +253,7 @@ def _component(network: Network, path: Path, config: Mapping[str, Any] | None) -
         config = configs.text_encoder_config(network, config, shapes, where)
     else:
         config = configs.vae_config(network, config, shapes, where)
+    # names decide, and not the layout: files of either are saved again under names of the other
     native = keymap(network.map_name).native
     is_native = all(native.rename(tensor.name) is not None for tensor in facts.tensors)
     return Component(network, facts.path, facts, config, partial(_rename, native.rename) if is_native else None)
@@ -243,16 +264,14 @@ def _rename(table: Callable[[str], str | None], name: str) -> str:
 
 
 def _checked(checkpoint: WanCheckpoint) -> WanCheckpoint:
-    """The parts must fit each other, too."""
+    """Return the checkpoint, if its networks fit each other; else raise `CheckpointError`."""
     text, expert = checkpoint["text_encoder"], checkpoint["transformer"]
     if (wants := expert.config["text_dim"]) != (gives := text.config["d_model"]):
-        raise CheckpointError(
-            f"{expert.source} takes text of width {wants}, {text.source} gives {gives}: parts of different models"
-        )
+        reason = f"takes text of width {wants}, {text.source} gives {gives}: parts of different models"
+        raise CheckpointError.because(reason, path=expert.source)
     if (wants := expert.config["in_channels"]) != (gives := checkpoint["vae"].config.get("z_dim", 16)):
-        raise CheckpointError(
-            f"{expert.source} takes {wants} latent channels, the VAE has {gives}: parts of different models"
-        )
+        reason = f"takes {wants} latent channels, the VAE has {gives}: parts of different models"
+        raise CheckpointError.because(reason, path=expert.source)
     for other in checkpoint.experts[1:]:
         _check_pair(expert, other)
     return checkpoint
@@ -262,10 +281,9 @@ def _check_pair(high: Component, low: Component) -> None:
     shapes, others = _shapes(high.facts), _shapes(low.facts)
     for name in sorted({*shapes, *others}):
         if shapes.get(name) != others.get(name):
-            raise CheckpointError(
-                f"{low.source} is an expert of another model than {high.source}: {name} is {others.get(name)} in one, "
-                f"{shapes.get(name)} in the other"
-            )
+            apart = f"{name} is {others.get(name)} in one, {shapes.get(name)} in the other"
+            reason = f"is an expert of another model than {high.source}: {apart}"
+            raise CheckpointError(f"{low.source} {reason}", path=low.source, tensor=name, reason=reason)
 
 
 def _shapes(facts: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -275,12 +293,12 @@ def _shapes(facts: Checkpoint) -> dict[str, tuple[int, ...]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {_MAX_JSON_BYTES} bytes: not a configuration")
+            raise CheckpointError.because(f"is larger than {_MAX_JSON_BYTES} bytes: not a configuration", path=path)
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): damaged, or still being downloaded") from None
+        raise CheckpointError.because(f"is not JSON ({error}): damaged, or still being downloaded", path=path) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: damaged, or another file")
+        raise CheckpointError.because("holds no JSON object: damaged, or another file", path=path)
     return value

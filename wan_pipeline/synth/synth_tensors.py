@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from wan_pipeline.keymap import MapName, keymap
 
 if TYPE_CHECKING:
-    from wan_pipeline.synth.arch import Arch, Component, DType
+    from wan_pipeline.synth.arch import Arch, DType, SynthName
 
-__all__ = ["ITEMSIZE", "Tensor", "component_tensors", "map_name", "meta_module", "native_tensors"]
+__all__ = ["ITEMSIZE", "SynthTensor", "component_tensors", "map_name", "meta_module", "native_tensors"]
 
 ITEMSIZE: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class SynthTensor:
     """One tensor of a checkpoint file that is to be written."""
 
     name: str
@@ -47,27 +47,27 @@ class Tensor:
         return leaf == "gamma" or (leaf == "weight" and "norm" in owner)
 
 
-def map_name(arch: Arch, component: Component) -> MapName:
+def map_name(arch: Arch, component: SynthName) -> MapName:
     """Return the name of a component's key map."""
     return arch.network(component).map_name
 
 
-def component_tensors(arch: Arch, component: Component, dtype: DType) -> tuple[Tensor, ...]:
+def component_tensors(arch: Arch, component: SynthName, dtype: DType) -> tuple[SynthTensor, ...]:
     """List the tensors of one component under their diffusers names, in the order of the module; aliases left out."""
     name = map_name(arch, component)
     aliases = keymap(name).aliases
     state = meta_module(arch, name).state_dict()
     return tuple(
-        Tensor(key, tuple(tensor.shape), dtype, f"{component}.{key}")
+        SynthTensor(key, tuple(tensor.shape), dtype, f"{component}.{key}")
         for key, tensor in state.items()
         if key not in aliases
     )
 
 
-def native_tensors(arch: Arch, component: Component, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def native_tensors(arch: Arch, component: SynthName, tensors: tuple[SynthTensor, ...]) -> tuple[SynthTensor, ...]:
     """Return the same tensors under their native names."""
     names = keymap(map_name(arch, component))
-    return tuple(Tensor(names.to_native(t.name), t.shape, t.dtype, t.seed_name) for t in tensors)
+    return tuple(SynthTensor(names.to_native(t.name), t.shape, t.dtype, t.seed_name) for t in tensors)
 
 
 @functools.lru_cache(maxsize=8)

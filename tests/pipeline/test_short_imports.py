@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from wan_loader.devices.driver import start_device
-from wan_pipeline.imports import short_imports
+from wan_pipeline.short_imports import short_imports
 
 
 def settings():

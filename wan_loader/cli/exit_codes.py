@@ -1,4 +1,4 @@
-"""Runs a command line: the one place where errors become messages and exit codes.
+"""A command line as a program: the one place where errors become messages and exit codes.
 
 0 fine, 1 an expected error (one message on stderr, no traceback unless -v), 2 usage, 3 a comparison failed, 130 Ctrl-C.
 """
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from wan_loader.cli.distributed import end, fail_together
 from wan_loader.cli.interrupt import INTERRUPTED, begin_work, end_interrupted, was_interrupted
 from wan_loader.cli.options import verbose
 from wan_loader.cli.output import flush_output, open_streams, say
+from wan_loader.cli.torchrun import end, fail_together
 from wan_loader.errors import WanLoaderError
 from wan_loader.printable import printable, printable_lines
 
@@ -48,6 +48,7 @@ def run_program(app: typer.Typer) -> NoReturn:
 def _run(app: typer.Typer) -> int:
     """Run the command and return the exit code."""
     try:
+        # standalone, typer would tell of errors in its own way and end the process
         return app(standalone_mode=False) or _check_output()
     except _UsageError as error:
         return _tell_usage(app, error)
