@@ -14,7 +14,7 @@ pytest.importorskip("imageio_ffmpeg")
 
 from programs import PIPELINE
 
-from wan_loader.formats import checkpoint as checkpoint_module
+from wan_loader.formats import opening as checkpoint_module
 from wan_pipeline.commands import generate as module
 from wan_pipeline.commands.app import main
 from wan_pipeline.families import FAMILIES
