@@ -250,7 +250,7 @@ def test_three_ways_in_one_plan(load, path, each):
 def test_a_slot_is_not_reused_before_its_ticket_is_done(load, path, transport, threads, n_slots):
     result = load(transport, threads=threads, n_slots=n_slots, delay_s=0.003)
     assert len(result.writer.addresses) <= n_slots * 2
-    assert result.stats.staging_nbytes == n_slots * (SLOT + PAGE)
+    assert result.stats.ring_nbytes == n_slots * (SLOT + PAGE)
     check(result, path)
 
 
@@ -276,7 +276,7 @@ def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
         Transport.MAPPED, block_bytes=SLOT, each=each, mode=TransferMode.MAPPED_HERE, faults_in=faults_in, observer=seen
     )
     assert result.writer.threads == {threading.get_ident()}
-    assert result.stats.nbytes[Transport.BUFFERED] == result.stats.staging_nbytes == 0
+    assert result.stats.nbytes[Transport.BUFFERED] == result.stats.ring_nbytes == 0
     assert ("read" in {span.name for span in seen.spans}) == faults_in
     check(result, path)
 
@@ -317,7 +317,7 @@ def test_mapping_alone_begins_before_the_last_portion_is_made(load, path):
 def test_without_stealing_everything_stays_mapped(load, path):
     result = load(Transport.MAPPED, pin_s=0.005, block_bytes=SLOT)
     assert result.stats.nbytes[Transport.BUFFERED] == 0
-    assert result.stats.staging_nbytes == 0
+    assert result.stats.ring_nbytes == 0
     check(result, path)
 
 
@@ -409,7 +409,7 @@ def test_a_load_that_fails_waits_for_pinning(load):
 def test_staging_is_bounded(load, path):
     result = load(Transport.DIRECT, threads=8, n_slots=3, delay_s=0.001)
     assert result.writer.max_pinned <= 3 * (SLOT + PAGE)
-    assert result.stats.pinned_nbytes <= result.stats.staging_nbytes == 3 * (SLOT + PAGE)
+    assert result.stats.pinned_nbytes <= result.stats.ring_nbytes == 3 * (SLOT + PAGE)
     check(result, path)
 
 

@@ -6,7 +6,7 @@ from wan_loader.errors import HostMemoryError
 from wan_loader.plan.blocks import Transport
 from wan_loader.plan.limits import (
     MAX_READS,
-    MAX_STAGING_BYTES,
+    MAX_RING_BYTES,
     MIN_BLOCK_BYTES,
     TransferMode,
     block_bytes,
@@ -101,7 +101,7 @@ def test_mapping_that_was_asked_for_is_alone():
 
 
 def test_bytes_are_read_to_their_place_where_that_is_allowed():
-    assert settings(Transport.BUFFERED, cuda=False, reads_straight=True).mode is TransferMode.IN_PLACE
+    assert settings(Transport.BUFFERED, cuda=False, reads_in_place=True).mode is TransferMode.IN_PLACE
     assert settings(Transport.BUFFERED, cuda=False).mode is TransferMode.STAGED
 
 
@@ -118,7 +118,7 @@ def test_the_driver_faults_in_what_is_there():
 @pytest.mark.parametrize("transport", list(Transport))
 def test_staging_is_bounded(transport, threads, memory):
     chosen = settings(transport, threads=threads, memory=memory)
-    assert chosen.slot_bytes * chosen.n_slots <= min(MAX_STAGING_BYTES, memory // 4)
+    assert chosen.slot_bytes * chosen.n_slots <= min(MAX_RING_BYTES, memory // 4)
     assert 1 <= chosen.threads <= chosen.n_slots
 
 

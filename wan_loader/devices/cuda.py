@@ -180,12 +180,12 @@ class _CopyEvent:
 class _CopyStream:
     """A stream, and what happened on it. Events are used again: making one takes longer than recording it."""
 
-    def __init__(self, target: CudaWriter, track: str) -> None:
-        self._target = target
+    def __init__(self, writer: CudaWriter, track: str) -> None:
+        self._writer = writer
         self._track = track
-        self._torch = target.torch
+        self._torch = writer.torch
         self.handle = driver.make_stream()
-        self._stream = target.torch.cuda.ExternalStream(self.handle, target.device)
+        self._stream = writer.torch.cuda.ExternalStream(self.handle, writer.device)
         self._copy_events: deque[_CopyEvent] = deque()
         self._events: list[Any] = []
         # lays the device's clock on the host's; before the stream waits for anything
@@ -197,10 +197,10 @@ class _CopyStream:
 
     def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> _CopyEvent:
         """Queue copies and casts; the source must stay until the ticket is done."""
-        to, submitted_ns = self._target.destinations, clock_ns()
+        to, submitted_ns = self._writer.destinations, clock_ns()
         if self._n_bound != len(to):
             self._n_bound = len(to)
-            self._stream.wait_event(self._target.allocated)
+            self._stream.wait_event(self._writer.allocated)
         plain: list[Segment] = []
         converted: list[Segment] = []
         for segment in segments:
@@ -224,20 +224,20 @@ class _CopyStream:
         return self._within
 
     def _dtypes(self, segment: Segment) -> tuple[Any, Any]:
-        destination = self._target.destinations[segment.storage]
+        destination = self._writer.destinations[segment.storage]
         return destination.source_dtype, destination.whole.dtype
 
     def _cast(self, address: int, file_start: int, source_dtype: Any, segments: Sequence[Segment]) -> None:
         """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
         first, last = segments[0].file_start - file_start, segments[-1].file_end - file_start
-        raw = self._target.bytes_on_device(address + first, last - first)
+        raw = self._writer.bytes_on_device(address + first, last - first)
         if raw.data_ptr() % source_dtype.itemsize:  # kernels need aligned elements
             raw = raw.clone()
         counts = [segment.nbytes // segment.itemsize for segment in segments]
         sources = raw.view(source_dtype).split(counts)
         targets = []
         for segment, count in zip(segments, counts, strict=True):
-            flat, start = self._target.destinations[segment.storage].flat, segment.storage_start // segment.itemsize
+            flat, start = self._writer.destinations[segment.storage].flat, segment.storage_start // segment.itemsize
             targets.append(flat if count == flat.numel() else flat[start : start + count])
         if len(segments) == 1:
             targets[0].copy_(sources[0])
@@ -245,7 +245,7 @@ class _CopyStream:
             self._torch._foreach_copy_(targets, sources)
 
     def _event(self) -> Any:
-        observed = self._target.observer is not None
+        observed = self._writer.observer is not None
         event = self._events.pop() if self._events else self._torch.cuda.Event(enable_timing=observed)
         event.record(self._stream)
         return event
@@ -253,7 +253,7 @@ class _CopyStream:
     def ended(self, copy_event: _CopyEvent) -> None:
         """Take note that a ticket is done, with the device's own times; in the order of the tickets."""
         self._copy_events.remove(copy_event)
-        observer = self._target.observer
+        observer = self._writer.observer
         if observer is not None:
             start_ns = max(copy_event.submitted_ns, self._ended_ns)  # until then the stream was busy with others
             self._ended_ns = max(start_ns, self._origin_ns + int(self._origin.elapsed_time(copy_event.event) * 1e6))

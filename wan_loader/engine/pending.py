@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["PendingBlocks"]
 
 #: Smaller pieces are not worth a read of their own.
-_ALONE_BYTES = 256 << 10
+_MIN_ALONE_BYTES = 256 << 10
 
 
 class PendingBlocks:
@@ -34,64 +34,64 @@ class PendingBlocks:
         alone, each in parts of its own, if it is `IN_PLACE`.
         may_map: whether mapped blocks stay mapped.
         """
-        self._windows: deque[Block] = deque()
+        self._mapped: deque[Block] = deque()
         self._blocks: deque[Block] = deque()
-        self._parts: deque[Block] = deque()
+        self._cut: deque[Block] = deque()
         self._slot_bytes = slot_bytes
-        self._may_steal = mode is TransferMode.SHARED
+        self._shares_mapped = mode is TransferMode.SHARED
         self._apart = mode is TransferMode.IN_PLACE
         self._may_map = may_map
 
     def add(self, blocks: Iterable[Block]) -> None:
         """More of it; before the second thread begins."""
         for block in blocks:
-            (self._windows if block.transport is Transport.MAPPED and self._may_map else self._blocks).append(block)
+            (self._mapped if block.transport is Transport.MAPPED and self._may_map else self._blocks).append(block)
 
     @property
-    def has_windows(self) -> bool:
+    def has_mapped(self) -> bool:
         """Whether mapped blocks are left."""
-        return bool(self._windows)
+        return bool(self._mapped)
 
     @property
     def is_left(self) -> bool:
         """Whether anything is left for staging."""
-        return bool(self._parts or self._blocks or (self._may_steal and self._windows))
+        return bool(self._cut or self._blocks or (self._shares_mapped and self._mapped))
 
     @property
-    def n_staged(self) -> int:
+    def n_unmapped(self) -> int:
         """Blocks that nobody but staging will take."""
         return len(self._blocks)
 
-    def next_window(self) -> Block | None:
+    def next_mapped(self) -> Block | None:
         """The next mapped block; for one thread."""
-        return _pop(self._windows, first=True)
+        return _pop(self._mapped, first=True)
 
-    def next_part(self) -> Block | None:
+    def next_read(self) -> Block | None:
         """The next block or part of one that fits a slot; for one thread."""
-        if not self._parts:
+        if not self._cut:
             block = _pop(self._blocks, first=True)
-            if block is None and self._may_steal:
-                block = _pop(self._windows, first=False)
+            if block is None and self._shares_mapped:
+                block = _pop(self._mapped, first=False)
             if block is not None:
                 transport = Transport.BUFFERED if block.transport is Transport.MAPPED else block.transport
-                parts = split(block._replace(transport=transport), self._slot_bytes)
+                cut = split(block._replace(transport=transport), self._slot_bytes)
                 if self._apart and transport is Transport.BUFFERED:
-                    parts = chain.from_iterable(apart(part, _ALONE_BYTES) for part in parts)
-                self._parts.extend(parts)
-        return _pop(self._parts, first=True)
+                    cut = chain.from_iterable(apart(each, _MIN_ALONE_BYTES) for each in cut)
+                self._cut.extend(cut)
+        return _pop(self._cut, first=True)
 
     def map_nothing(self, refused: Block) -> None:
         """Send a block that cannot be mapped, and all that have not been yet, through staging."""
         self._may_map = False
         self._blocks.append(refused)
-        while (block := self.next_window()) is not None:
+        while (block := self.next_mapped()) is not None:
             self._blocks.append(block)
 
     def cancel(self) -> None:
         """Nothing is to be done any more."""
-        self._windows.clear()
+        self._mapped.clear()
         self._blocks.clear()
-        self._parts.clear()
+        self._cut.clear()
 
 
 def _pop(blocks: deque[Block], *, first: bool) -> Block | None:

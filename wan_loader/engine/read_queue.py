@@ -33,7 +33,7 @@ class _Descriptor:
     n_running: int = 0
 
 
-class _Lane:
+class _ReadRow:
     """Descriptors of its own for the files it reads: reads are queued by descriptor."""
 
     def __init__(self, name: str, fallbacks: list[str]) -> None:
@@ -41,7 +41,7 @@ class _Lane:
         self.ended_ns = 0
         self.reading: deque[InFlightRead] = deque()
         """Under way. Those of one file end in this order, so it is enough to look at the first."""
-        self._refusals = fallbacks
+        self._fallbacks = fallbacks
         self._open: dict[int, _Descriptor] = {}
         self._own: list[int] = []
         """Descriptors to be closed."""
@@ -63,7 +63,7 @@ class _Lane:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            self._refusals.append(f"{error.strerror}: reads that could run side by side wait for each other")
+            self._fallbacks.append(f"{error.strerror}: reads that could run side by side wait for each other")
             return fd
 
     def end(self, fd: int) -> None:
@@ -85,7 +85,7 @@ class InFlightRead:
     """A slot and the read that fills it, unless the bytes go straight to their place."""
 
     slot: Slot
-    lane: _Lane
+    row: _ReadRow
     request: ReadRequest
     place: int | None = None
     """Where they go; None: into the slot."""
@@ -98,16 +98,16 @@ class ReadQueue:
     """Reads under way, and the slots that are free. For one thread."""
 
     def __init__(
-        self, n_rows: int, reader: Reader, staging: PinnedRing, backend: ReadBackend, observer: Observer | None
+        self, n_rows: int, reader: Reader, ring: PinnedRing, backend: ReadBackend, observer: Observer | None
     ) -> None:
         self._reader = reader
         self._backend = backend
         self._observer = observer
-        self._reads = [_Lane(f"reader {i}", reader.fallbacks) for i in range(n_rows)]
-        self._in_flights = [
-            InFlightRead(slot, self._reads[i % n_rows], backend.request()) for i, slot in enumerate(staging.slots)
+        self._rows = [_ReadRow(f"reader {i}", reader.fallbacks) for i in range(n_rows)]
+        self._reads = [
+            InFlightRead(slot, self._rows[i % n_rows], backend.request()) for i, slot in enumerate(ring.slots)
         ]
-        self._free = deque(self._in_flights)
+        self._free = deque(self._reads)
         self._n_reading = 0
         self._done: deque[InFlightRead] = deque()
 
@@ -127,14 +127,14 @@ class ReadQueue:
         in_flight.place = place
         in_flight.read = BlockRead(self._reader, block)
         in_flight.started_ns = clock_ns()
-        in_flight.lane.reading.append(in_flight)
+        in_flight.row.reading.append(in_flight)
         self._n_reading += 1
         self._ask(in_flight, in_flight.read)
 
     @property
     def used(self) -> list[Slot]:
         """Slots that reads were started into, in the order of their memory."""
-        return [in_flight.slot for in_flight in self._in_flights if in_flight.read is not None]
+        return [in_flight.slot for in_flight in self._reads if in_flight.read is not None]
 
     def give_back(self, in_flight: InFlightRead) -> None:
         """What was in the slot is no longer needed."""
@@ -144,16 +144,16 @@ class ReadQueue:
         """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
         self.look()
         if not self._done and self._n_reading:
-            self._backend.wait_any([lane.reading[0].request for lane in self._reads if lane.reading], timeout_s)
+            self._backend.wait_any([row.reading[0].request for row in self._rows if row.reading], timeout_s)
             self.look()
         while self._done:
             yield self._done.popleft()
 
     def look(self) -> None:
         """Take note of reads that have ended: as soon as possible, since their spans end now."""
-        for lane in self._reads:
-            while lane.reading and self._is_done(lane.reading[0]):
-                self._done.append(lane.reading.popleft())
+        for row in self._rows:
+            while row.reading and self._is_done(row.reading[0]):
+                self._done.append(row.reading.popleft())
                 self._n_reading -= 1
 
     def _is_done(self, in_flight: InFlightRead) -> bool:
@@ -167,7 +167,7 @@ class ReadQueue:
             complete = False
         else:
             complete = in_flight.read.arrived(nbytes)
-        in_flight.lane.end(in_flight.fd)
+        in_flight.row.end(in_flight.fd)
         if not complete:
             self._ask(in_flight, in_flight.read)
             return False
@@ -179,11 +179,11 @@ class ReadQueue:
         address = (in_flight.slot.address if in_flight.place is None else in_flight.place) + start
         in_flight.fd = read.fd
         try:
-            own = in_flight.lane.begin(read.fd)
+            own = in_flight.row.begin(read.fd)
             try:
                 in_flight.request.start(own, address, nbytes, position)
             except OSError:
-                in_flight.lane.end(read.fd)
+                in_flight.row.end(read.fd)
                 raise
         except OSError as error:
             read.failed(error)
@@ -191,15 +191,15 @@ class ReadQueue:
 
     def _record(self, in_flight: InFlightRead, block: Block) -> None:
         if self._observer is not None:
-            start_ns = max(in_flight.started_ns, in_flight.lane.ended_ns)  # until then its lane was busy with another
-            in_flight.lane.ended_ns = clock_ns()
-            self._observer.record(Span("read", start_ns, in_flight.lane.ended_ns, block.nbytes, in_flight.lane.name))
+            start_ns = max(in_flight.started_ns, in_flight.row.ended_ns)  # until then its lane was busy with another
+            in_flight.row.ended_ns = clock_ns()
+            self._observer.record(Span("read", start_ns, in_flight.row.ended_ns, block.nbytes, in_flight.row.name))
 
     def end(self) -> None:
         """Take back what has not begun, wait for what has: a read that hangs keeps its memory until it returns."""
-        for in_flight in self._in_flights:
+        for in_flight in self._reads:
             if in_flight.request.running:
                 in_flight.request.cancel()
-        self._backend.wait_all([in_flight.request for in_flight in self._in_flights])
-        for lane in self._reads:
-            lane.close()
+        self._backend.wait_all([in_flight.request for in_flight in self._reads])
+        for row in self._rows:
+            row.close()

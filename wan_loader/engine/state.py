@@ -25,9 +25,9 @@ class TransferStats:
 
     nbytes: Mapping[Transport, int]
     """Bytes read, by how they travelled."""
-    straight_nbytes: int = 0
+    in_place_nbytes: int = 0
     """Bytes that were read to their place, into memory that was new."""
-    staging_nbytes: int = 0
+    ring_nbytes: int = 0
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
     fallbacks: tuple[str, ...] = ()
@@ -39,9 +39,9 @@ class TransferState:
     """A transfer under way: its counters, and the clean-ups that it owes."""
 
     nbytes: dict[Transport, int] = field(default_factory=lambda: dict.fromkeys(Transport, 0))
-    straight_nbytes: int = 0
+    in_place_nbytes: int = 0
     """Bytes that were read to their place, into memory that was new."""
-    staging_nbytes: int = 0
+    ring_nbytes: int = 0
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
     fallbacks: list[str] = field(default_factory=list)
@@ -52,8 +52,8 @@ class TransferState:
         """Return the counters as they are now."""
         return TransferStats(
             nbytes=MappingProxyType(dict(self.nbytes)),
-            straight_nbytes=self.straight_nbytes,
-            staging_nbytes=self.staging_nbytes,
+            in_place_nbytes=self.in_place_nbytes,
+            ring_nbytes=self.ring_nbytes,
             pinned_nbytes=self.pinned_nbytes,
             registered_nbytes=self.registered_nbytes,
             fallbacks=tuple(self.fallbacks),

@@ -94,7 +94,7 @@ class _Transfer:
         self._cancel = cancel or CancelToken()
         self._arrived: list[Block] = []
         """In place since they were last yielded."""
-        self._mapped: list[Block] = []
+        self._submitted: list[Block] = []
         """Windows whose copies were submitted."""
         self._batches = iter(batches)
         self._all_drawn = False
@@ -133,7 +133,7 @@ class _Transfer:
             raise
         self._state.fallbacks += self._reader.fallbacks
         copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
-        yield [*self._take_arrived(), *copied, *self._mapped]
+        yield [*self._take_arrived(), *copied, *self._submitted]
 
     def _draw_first(self) -> None:
         """Begin to read before anything is allocated, unless bytes go straight to their place."""
@@ -159,7 +159,7 @@ class _Transfer:
             self._work.add(batch.blocks)
             return
         self._all_drawn = True
-        if self._work.has_windows and not self._maps_here:
+        if self._work.has_mapped and not self._maps_here:
             self._mapper_ended.clear()
             if in_background(self._map_guarded, "mapper") is None:
                 self._state.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
@@ -170,11 +170,11 @@ class _Transfer:
         return arrived
 
     def _carry_all(self) -> Iterator[Sequence[Block]]:
-        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_windows:
+        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_mapped:
             self._cancel.check()
             if self._is_staging():
                 yield from self._stage_all(self._reads or self._open_queue())
-            elif self._maps_here and self._work.has_windows:
+            elif self._maps_here and self._work.has_mapped:
                 self._stream = self._stream or self._writer.stream()
                 self._map_all(self._stream)
             elif not self._all_drawn:
@@ -215,24 +215,24 @@ class _Transfer:
     # staging: the calling thread
 
     def _open_queue(self) -> ReadQueue:
-        staging = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
-        self._state.cleanups.append(staging.close)
-        self._state.staging_nbytes = staging.nbytes
+        ring = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
+        self._state.cleanups.append(ring.close)
+        self._state.ring_nbytes = ring.nbytes
         backend = choose_backend(self._reader.fallbacks)
-        self._reads = ReadQueue(self._settings.threads, self._reader, staging, backend, self._observer)
+        self._reads = ReadQueue(self._settings.threads, self._reader, ring, backend, self._observer)
         return self._reads
 
     def _is_staging(self) -> bool:
         return self._work.is_left or (self._reads is not None and self._reads.n_reading > 0)
 
     def _start_reads(self, reads: ReadQueue) -> None:
-        while reads.has_free and (part := self._work.next_part()) is not None:
-            reads.start(part, self._place(part))
+        while reads.has_free and (block := self._work.next_read()) is not None:
+            reads.start(block, self._place(block))
 
-    def _place(self, part: Block) -> int | None:
+    def _place(self, block: Block) -> int | None:
         """Where a part is read to without staging; None if there is no such place."""
-        straight = self._in_place and part.transport is Transport.BUFFERED and len(part.segments) == 1
-        return self._writer.place(part.segments[0]) if straight else None
+        fits = self._in_place and block.transport is Transport.BUFFERED and len(block.segments) == 1
+        return self._writer.place(block.segments[0]) if fits else None
 
     def _stage_all(self, reads: ReadQueue) -> Iterator[Sequence[Block]]:
         """Bring everything that is left for staging on its way."""
@@ -245,7 +245,7 @@ class _Transfer:
                 yield self._take_arrived()
             self._start_reads(reads)
             patience_s = _PATIENCE_S
-            if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
+            if not self._all_drawn and self._work.n_unmapped < _FEW_BLOCKS:
                 self._draw()
                 self._start_reads(reads)
                 patience_s = 0.0  # there may be more to draw: mapping waits for the last of it
@@ -266,7 +266,7 @@ class _Transfer:
             self._pinning.need(slot)
             copy_event = stream.submit(slot.address, block.start - start, block.segments)
         else:
-            self._state.straight_nbytes += block.nbytes
+            self._state.in_place_nbytes += block.nbytes
         self._state.nbytes[read.transport] += block.nbytes
         if copy_event is None:  # there was nothing to copy, or the copy has taken its time
             self._free(in_flight, reads)
@@ -286,7 +286,7 @@ class _Transfer:
     def _map_guarded(self) -> None:
         try:
             with self._mapping:
-                if self._work.has_windows:
+                if self._work.has_mapped:
                     self._map_all(self._writer.stream())
         except BaseException as failure:
             self._failure = failure
@@ -295,21 +295,21 @@ class _Transfer:
             self._mapper_ended.set()
 
     def _map_all(self, stream: CopyStream) -> None:
-        while (block := self._work.next_window()) is not None:
+        while (block := self._work.next_mapped()) is not None:
             self._cancel.check()
-            address = self._map_file(block)
-            if address is None or not self._map_window(stream, block, address):
+            address = self._map_block(block)
+            if address is None or not self._submit_mapped(stream, block, address):
                 self._work.map_nothing(block)
 
-    def _map_window(self, stream: CopyStream, block: Block, address: int) -> bool:
-        if not self._pin_window(block, address):
+    def _submit_mapped(self, stream: CopyStream, block: Block, address: int) -> bool:
+        if not self._pin_mapped(block, address):
             return False
         stream.submit(address, block.page_start, block.segments)
-        self._mapped.append(block)
+        self._submitted.append(block)
         self._state.nbytes[Transport.MAPPED] += block.nbytes
         return True
 
-    def _map_file(self, block: Block) -> int | None:
+    def _map_block(self, block: Block) -> int | None:
         """Map a block's pages; returns the address of the first. None if the file system or the kernel refuses."""
         start, nbytes = block.page_start, block.page_end - block.page_start
         mapped: list[int] = []
@@ -327,7 +327,7 @@ class _Transfer:
                     raise self._reader.failed(block.file, start, nbytes, error) from error
         return address
 
-    def _pin_window(self, block: Block, address: int) -> bool:
+    def _pin_mapped(self, block: Block, address: int) -> bool:
         """False if the driver refuses."""
         nbytes = block.page_end - block.page_start
         self._state.cleanups.append(partial(self._writer.unpin, address))

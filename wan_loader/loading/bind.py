@@ -149,10 +149,10 @@ def _views(rest: Iterable[Any], filled: Iterable[tuple[Any, Any]]) -> dict[int, 
             continue
         for view in by_memory.get(old.untyped_storage()._cdata, ()):
             start = view.storage_offset() - old.storage_offset()
-            if view.dtype == old.dtype and start >= 0 and start + _extent(view) <= _extent(old):
+            if view.dtype == old.dtype and start >= 0 and start + _n_spanned(view) <= _n_spanned(old):
                 source = new if view.requires_grad and not view.is_leaf else new.detach()
-                segment = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
-                views[id(view)] = _renewed(view, segment)
+                view_of_new = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
+                views[id(view)] = _renewed(view, view_of_new)
     return views
 
 
@@ -163,7 +163,7 @@ def _has_plain_memory(tensor: Any) -> bool:
     return plain and not tensor.is_meta and tensor.numel() > 0
 
 
-def _extent(tensor: torch.Tensor) -> int:
+def _n_spanned(tensor: torch.Tensor) -> int:
     """Elements of its storage from its first to its last."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -184,7 +184,7 @@ def _renewed(old: Any, local: torch.Tensor) -> Any:
     """The tensor as what `old` was: a parameter of the same class, DTensor, or plain."""
     import torch
 
-    tensor = _as(old, local)
+    tensor = _as_distributed(old, local)
     kind = type(old)
     if not issubclass(kind, torch.nn.Parameter) and not isinstance(old, torch.nn.Parameter):
         return tensor
@@ -212,15 +212,15 @@ def is_distributed(module: torch.nn.Module) -> bool:
 
     Modules that were gathered for a forward give their full parameters back first.
     """
-    divided = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if divided is not None:  # nor still being imported, by another thread
+    fsdp_module = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if fsdp_module is not None:  # nor still being imported, by another thread
         for owner in module.modules():
-            if isinstance(owner, divided):
+            if isinstance(owner, fsdp_module):
                 owner.reshard()
     return any(map(is_dtensor, itertools.chain(module.parameters(), module.buffers())))
 
 
-def _as(old: Any, local: torch.Tensor) -> Any:
+def _as_distributed(old: Any, local: torch.Tensor) -> Any:
     """The tensor in place of `old`: where that is a DTensor, the one whose part of this process is `local`."""
     if not is_dtensor(old) or is_dtensor(local):
         return local

@@ -105,8 +105,8 @@ def _pair(request: LoadRequest, checkpoint: Checkpoint, into: Into) -> Binding:
     found = match(slots, checkpoint, into.key_map, strict=into.strict)
     targets = {name: slots[names[0]] for name, names in found.slots.items()}
     left = left_on_meta(held, targets.values())
-    if refused := [aliases[0] for aliases in left if not any(has_part(one.name, into.allow_meta) for one in aliases)]:
-        raise stays_on_meta(checkpoint.path, refused)
+    if unfilled := [aliases[0] for aliases in left if not any(has_part(one.name, into.allow_meta) for one in aliases)]:
+        raise stays_on_meta(checkpoint.path, unfilled)
     module_names = {name: names[0] for name, names in found.slots.items()}
     return Binding(
         request=replace(

@@ -37,7 +37,7 @@ def probe(
     device = resolve_device(request.device, observer)
     check_tensors_are_real()
     free, total = _device_memory(device)
-    residency, refused = _files(checkpoint, request)
+    residency, refused = _page_cache(checkpoint, request)
     return Facts(
         device=str(device),
         processors=processors(),
@@ -61,19 +61,19 @@ def _device_memory(device: torch.device) -> tuple[int | None, int | None]:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
-def _files(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency, dict[int, str]]:
+def _page_cache(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency, dict[int, str]]:
     """What of the wanted bytes is in the page cache, and which files that are not cannot be opened with O_DIRECT."""
     if not is_planned(checkpoint):
         ranges = [ByteRange(0, number, 0, file.nbytes) for number, file in enumerate(checkpoint.files)]
     else:
         ranges = storage_ranges(checkpoint, request.select(checkpoint))
     nbytes = sum(r.end - r.start for r in ranges)
-    with Reader(checkpoint.files) as files:
+    with Reader(checkpoint.files) as reader:
         unit = block_bytes(nbytes, MIN_BLOCK_BYTES)
-        residency = PageCache(files.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)
+        residency = PageCache(reader.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)
         cold = {file for file, start, end, there in residency.windows if request.io == "direct" or there < end - start}
         if request.io in ("auto", "direct"):
-            refused = {number: files.fallbacks[-1] for number in sorted(cold) if not files.open_direct(number)}
+            refused = {number: reader.fallbacks[-1] for number in sorted(cold) if not reader.open_direct(number)}
         else:
             refused = {}
     return residency, refused

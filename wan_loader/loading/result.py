@@ -117,8 +117,8 @@ def _settings(plan: LoadPlan, stats: TransferStats) -> dict[str, Any]:
         return settings
     used = plan.settings
     settings |= {"threads": used.threads, "slot_bytes": used.slot_bytes, "n_slots": used.n_slots}
-    if stats.straight_nbytes:
-        settings["nbytes_straight"] = stats.straight_nbytes
+    if stats.in_place_nbytes:
+        settings["nbytes_straight"] = stats.in_place_nbytes
     return settings
 
 

@@ -110,8 +110,8 @@ def plan_blocks(
     """
     if block_bytes < PAGE or block_bytes % PAGE:
         raise OptionError(f"block size {block_bytes} must be a multiple of {PAGE}")
-    for run in _runs(byte_ranges, max_gap):
-        for _, file, start, end, segments in split(run, block_bytes):
+    for block in _adjacent(byte_ranges, max_gap):
+        for _, file, start, end, segments in split(block, block_bytes):
             yield Block(transport(file, start, end), file, start, end, segments)
 
 
@@ -152,17 +152,17 @@ def _borders(block: Block, nbytes: int) -> Iterable[int]:
     yield block.end
 
 
-def _runs(byte_ranges: Iterable[ByteRange], max_gap: int) -> Iterable[Block]:
+def _adjacent(byte_ranges: Iterable[ByteRange], max_gap: int) -> Iterable[Block]:
     """Extents that follow each other, as one block each."""
-    run: list[Segment] = []
-    run_file, run_end = -1, 0
+    segments: list[Segment] = []
+    file_before, end_before = -1, 0
     for storage, file, start, end, itemsize, storage_start in byte_ranges:
         if start == end:
             continue
-        if run and not (file == run_file and 0 <= start - run_end <= max_gap):
-            yield Block(Transport.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
-            run = []
-        run.append(Segment(storage, storage_start, start, end - start, itemsize))
-        run_file, run_end = file, end
-    if run:
-        yield Block(Transport.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
+        if segments and not (file == file_before and 0 <= start - end_before <= max_gap):
+            yield Block(Transport.BUFFERED, file_before, segments[0].file_start, end_before, tuple(segments))
+            segments = []
+        segments.append(Segment(storage, storage_start, start, end - start, itemsize))
+        file_before, end_before = file, end
+    if segments:
+        yield Block(Transport.BUFFERED, file_before, segments[0].file_start, end_before, tuple(segments))

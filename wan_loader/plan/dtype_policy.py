@@ -24,7 +24,7 @@ def has_part(name: str, parts: Iterable[str]) -> bool:
     return any(f".{part}." in dotted for part in parts)
 
 
-def _scaled(names: Sequence[str], scales: Mapping[str, str]) -> str:
+def _scales_of(names: Sequence[str], scales: Mapping[str, str]) -> str:
     """What to know about quantised tensors, with one as an example."""
     weight, scale = names[0], scales[names[0]]
     verb = "is right" if len(names) == 1 else "are right"
@@ -66,13 +66,13 @@ class DtypePolicy:
         floats = [t.name for t in quantised if t.dtype in FLOAT8]
         if floats and self.dtype is not None:
             raise CheckpointError(
-                f"{checkpoint.path}: {_scaled(floats, scales)}; converting to {self.dtype} would leave scales out: "
+                f"{checkpoint.path}: {_scales_of(floats, scales)}; converting to {self.dtype} would leave scales out: "
                 "load the file without a dtype and apply them, or get a file that is not quantised"
             )
         if floats:
-            return [f"{_scaled(floats, scales)}: loaded as they are in the file"]
+            return [f"{_scales_of(floats, scales)}: loaded as they are in the file"]
         if quantised and self.dtype is not None:
-            return [f"{_scaled([t.name for t in quantised], scales)}: not converted, only their scales are"]
+            return [f"{_scales_of([t.name for t in quantised], scales)}: not converted, only their scales are"]
         return []
 
     def unused_parts(self, names: Collection[str]) -> list[str]:

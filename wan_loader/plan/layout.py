@@ -50,7 +50,7 @@ class StoragePlan(NamedTuple):
         return nbytes_file // ITEMSIZE[self.source] * ITEMSIZE[self.target]
 
 
-def plan_storages(tensors: Iterable[TensorFacts], rule: DtypePolicy) -> list[StoragePlan]:
+def plan_storages(tensors: Iterable[TensorFacts], policy: DtypePolicy) -> list[StoragePlan]:
     """Group tensors by the storage they share and decide its dtype, in the order in which storages are first named."""
     groups: dict[int, list[TensorFacts]] = defaultdict(list)
     for tensor in tensors:
@@ -58,9 +58,9 @@ def plan_storages(tensors: Iterable[TensorFacts], rule: DtypePolicy) -> list[Sto
     out = []
     for storage, group in groups.items():
         first = group[0]
-        plan = StoragePlan(storage, first.dtype, rule.target(first.name, first.dtype), tuple(group))
+        plan = StoragePlan(storage, first.dtype, policy.target(first.name, first.dtype), tuple(group))
         if len(group) > 1:
-            pairs = {(t.dtype, rule.target(t.name, t.dtype)) for t in group}
+            pairs = {(t.dtype, policy.target(t.name, t.dtype)) for t in group}
             if len(pairs) > 1:
                 plan = StoragePlan(storage, None, None, plan.tensors, any(a != b for a, b in pairs))
         out.append(plan)
@@ -89,12 +89,12 @@ class Layout:
     @property
     def nbytes_read(self) -> int:
         """Bytes of the files that are wanted."""
-        return sum(e.end - e.start for e in (*self.byte_ranges, *self.viewed_ranges))
+        return sum(r.end - r.start for r in (*self.byte_ranges, *self.viewed_ranges))
 
     @property
     def nbytes_viewed(self) -> int:
         """Bytes that are used where they lie in the file."""
-        return sum(e.end - e.start for e in self.viewed_ranges)
+        return sum(r.end - r.start for r in self.viewed_ranges)
 
     @property
     def nbytes_loaded(self) -> int:
@@ -121,9 +121,9 @@ def lay_out(
     return Layout(
         tuple(copied),
         tuple(p.nbytes_loaded(checkpoint.storages[p.storage].nbytes) for p in copied),
-        tuple(_extent(checkpoint, p, index, reads.get(p.storage)) for index, p in enumerate(copied)),
+        tuple(_byte_range(checkpoint, p, index, reads.get(p.storage)) for index, p in enumerate(copied)),
         tuple(viewed),
-        tuple(_extent(checkpoint, p, -1) for p in viewed),
+        tuple(_byte_range(checkpoint, p, -1) for p in viewed),
         (f"{misaligned} tensors are misaligned in the file: copied, not mapped",) if misaligned else (),
     )
 
@@ -133,8 +133,10 @@ def _can_view(checkpoint: Checkpoint, plan: StoragePlan) -> bool:
     return not plan.converts and not plan.late and all(start % ITEMSIZE[t.dtype] == 0 for t in plan.tensors)
 
 
-def _extent(checkpoint: Checkpoint, plan: StoragePlan, index: int, part: tuple[int, int] | None = None) -> ByteRange:
+def _byte_range(
+    checkpoint: Checkpoint, plan: StoragePlan, index: int, only: tuple[int, int] | None = None
+) -> ByteRange:
     file, position, nbytes = checkpoint.storages[plan.storage]
     step = ITEMSIZE[plan.source] if plan.converts and plan.source else 1
-    start, end = part or (0, nbytes)
+    start, end = only or (0, nbytes)
     return ByteRange(index, file, position + start, position + end, step, start)

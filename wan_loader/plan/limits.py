@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_READS",
-    "MAX_STAGING_BYTES",
+    "MAX_RING_BYTES",
     "MIN_BLOCK_BYTES",
     "EngineSettings",
     "TransferMode",
@@ -26,7 +26,7 @@ __all__ = [
 
 MiB = 1 << 20
 
-MAX_STAGING_BYTES = 512 * MiB
+MAX_RING_BYTES = 512 * MiB
 #: Blocks are the unit of residency and of registration: these for small loads ...
 MIN_BLOCK_BYTES = 8 * MiB
 #: ... and these at most. Larger ones register no faster.
@@ -77,13 +77,13 @@ _DISK = _Ring(12, 2, 16 * MiB)
 _CACHED = _Ring(12, 2, 4 * MiB)
 #: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
 _CASTS = _Ring(10, 2, 8 * MiB)
-_BESIDE_WINDOWS = _Ring(8, 3, 8 * MiB)
+_BESIDE_MAPPED = _Ring(8, 3, 8 * MiB)
 #: On the CPU: conversions share their work among cores, and less than this is not worth it.
 _CPU = _Ring(8, 3, 16 * MiB)
-MAX_READS = max(staging.reads for staging in (_DISK, _CACHED, _CASTS, _BESIDE_WINDOWS, _CPU))
+MAX_READS = max(ring.reads for ring in (_DISK, _CACHED, _CASTS, _BESIDE_MAPPED, _CPU))
 
 #: So many processors keep the link busy without mapping.
-_STAGING_PROCESSORS = 8
+_UNMAPPED_PROCESSORS = 8
 
 
 def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
@@ -100,7 +100,7 @@ def prefers_mapping(processors: int) -> bool:
     Registering takes a tenth of the processor time, but holds locks that slow staging beside it down: on some machines
     by half. Staging alone keeps the link busy from eight processors on (docs/design/mapped-and-staged.md).
     """
-    return processors < _STAGING_PROCESSORS
+    return processors < _UNMAPPED_PROCESSORS
 
 
 def engine_settings(
@@ -118,11 +118,11 @@ def engine_settings(
     converts: bool = False,
     cold: bool = False,
     resident: bool = False,
-    reads_straight: bool = False,
+    reads_in_place: bool = False,
 ) -> EngineSettings:
     """Settings for one load whose blocks travel on these `transports`.
 
-    threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
+    threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_RING_BYTES` and never
     more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
     room: bytes that all staging of this machine may take together, where that is known to be little.
     sharers: processes of this machine that load at the same time: together they take what one would, or half of the
@@ -132,50 +132,50 @@ def engine_settings(
     converts: whether bytes are converted on the way.
     cold: whether most of the bytes must come from storage, whatever the way.
     resident: whether none of them must.
-    reads_straight: whether bytes that need no conversion may be read to their place in the target.
+    reads_in_place: whether bytes that need no conversion may be read to their place in the target.
     """
     mapped_only = transports <= {Transport.MAPPED}
-    staging = _staging(transports, cuda=cuda, converts=converts, cold=cold)
-    slot_bytes = slot_bytes or min(staging.slot_bytes, block_bytes)
-    share = max(1, min(staging.reads, max(staging.reads, processors // 2) // sharers))
-    steals = cuda and mapped_only and io != "mapped"
-    reads = threads or (_reads_beside(processors // sharers) if steals else share)
-    most = min(MAX_STAGING_BYTES, memory_limit // 4)
+    ring = _choose_ring(transports, cuda=cuda, converts=converts, cold=cold)
+    slot_bytes = slot_bytes or min(ring.slot_bytes, block_bytes)
+    share = max(1, min(ring.reads, max(ring.reads, processors // 2) // sharers))
+    shares_mapped = cuda and mapped_only and io != "mapped"
+    reads = threads or (_reads_beside(processors // sharers) if shares_mapped else share)
+    most = min(MAX_RING_BYTES, memory_limit // 4)
     affordable = (most if room is None else min(most, room)) // (slot_bytes + PAGE)
     if affordable < 1:
         raise HostMemoryError(
             f"staging needs {slot_bytes + PAGE} bytes, more than there is room for, or than a quarter of the "
             f"{memory_limit} bytes of memory that are allowed here: allow more memory"
         )
-    n_slots = min(reads * staging.slots, max(1, affordable // sharers))
+    n_slots = min(reads * ring.slots, max(1, affordable // sharers))
     return EngineSettings(
         threads=min(reads, n_slots),
         slot_bytes=slot_bytes,
         n_slots=n_slots,
-        mode=_mode(reads_straight=reads_straight, steals=steals, maps_here=mapped_only and resident),
+        mode=_mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
         faults_in=not (cuda and resident),
     )
 
 
-def _mode(*, reads_straight: bool, steals: bool, maps_here: bool) -> TransferMode:
+def _mode(*, reads_in_place: bool, shares_mapped: bool, maps_here: bool) -> TransferMode:
     """The first that is possible."""
-    if reads_straight:
+    if reads_in_place:
         return TransferMode.IN_PLACE
-    if steals:
+    if shares_mapped:
         return TransferMode.SHARED
     return TransferMode.MAPPED_HERE if maps_here else TransferMode.STAGED
 
 
-def _staging(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:
+def _choose_ring(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:
     if not cuda:
         return _CPU
     if Transport.DIRECT in transports or (cold and Transport.MAPPED not in transports):
         return _DISK
     if Transport.MAPPED in transports:
-        return _BESIDE_WINDOWS
+        return _BESIDE_MAPPED
     return _CASTS if converts else _CACHED
 
 
 def _reads_beside(processors: int) -> int:
     """Beside the mapped way."""
-    return min(_BESIDE_WINDOWS.reads, max(1, processors // 2))
+    return min(_BESIDE_MAPPED.reads, max(1, processors // 2))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.facts import Facts
     from wan_loader.plan.layout import Layout
 
-__all__ = ["MIN_STAGING_BYTES", "check_host_memory", "check_memory", "rounded"]
+__all__ = ["MIN_RING_BYTES", "check_host_memory", "check_memory", "rounded"]
 
 #: The caching allocator rounds every tensor up to a multiple of this.
 _CUDA_ALIGNMENT = 512
@@ -21,7 +21,7 @@ _GROWTH_BYTES = 28 << 20
 _THREAD_BYTES = 512 << 10
 _PAGE_TABLE_SHARE = 256
 #: Staging is never smaller than one slot of the largest kind, and its page.
-MIN_STAGING_BYTES = (16 << 20) + PAGE
+MIN_RING_BYTES = (16 << 20) + PAGE
 
 
 def check_memory(layout: Layout, facts: Facts, path: str) -> int | None:
@@ -41,10 +41,10 @@ def check_host_memory(nbytes: int, facts: Facts, path: str) -> int | None:
     """Raise `HostMemoryError` if weights of `nbytes` do not fit; else as `check_memory`."""
     free, sharers = facts.host_free, facts.n_sharers
     beside = _GROWTH_BYTES + facts.processors * _THREAD_BYTES + nbytes // _PAGE_TABLE_SHARE
-    needed = (nbytes + beside + MIN_STAGING_BYTES) * sharers
+    needed = (nbytes + beside + MIN_RING_BYTES) * sharers
     if free is not None and needed > free:
         raise HostMemoryError(
-            f"{path} needs {needed} bytes of memory, {(beside + MIN_STAGING_BYTES) * sharers} of them beside its "
+            f"{path} needs {needed} bytes of memory, {(beside + MIN_RING_BYTES) * sharers} of them beside its "
             f"weights; {free} are available: free some memory"
         )
     return None if free is None else free - (nbytes + beside) * sharers

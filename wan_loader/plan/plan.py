@@ -146,7 +146,7 @@ def make_plan(
     notes = tuple(request.policy.check(checkpoint, tensors))
     storages = plan_storages(tensors, request.policy)
     alone, checked = reads is None, read_unit is not None
-    io = _mode(request.io, cuda=facts.cuda, checked=checked)
+    io = _io_mode(request.io, cuda=facts.cuda, checked=checked)
     views = alone and not facts.cuda and not checked and _may_view(request, checkpoint)
     layout = lay_out(checkpoint, storages, views=views, reads=reads or MappingProxyType({}))
     nbytes, viewed = layout.nbytes_read, layout.nbytes_viewed
@@ -185,7 +185,7 @@ def make_plan(
         converts=any(plan.converts for plan in layout.copied),
         cold=cold,
         resident=resident >= nbytes,
-        reads_straight=not facts.cuda and not checked,
+        reads_in_place=not facts.cuda and not checked,
     )
     return LoadPlan(
         request=request,
@@ -202,11 +202,11 @@ def make_plan(
         batch=None if cold else _BATCH_BLOCKS,
         shared=not alone,
         reason=explain(request.io, io, resident, nbytes, viewed, facts.residency.knowledge),
-        warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_refused(blocks, facts)),
+        warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_direct_fallbacks(blocks, facts)),
     )
 
 
-def _refused(blocks: Blocks, facts: Facts) -> list[str]:
+def _direct_fallbacks(blocks: Blocks, facts: Facts) -> list[str]:
     """Why files are not read with O_DIRECT that would be."""
     if not facts.direct_refused:
         return []
@@ -227,7 +227,7 @@ def _firsts(byte_ranges: Sequence[ByteRange]) -> Collection[ByteRange]:
     return {r.file: r for r in reversed(byte_ranges) if r.end > r.start}.values()
 
 
-def _mode(io: str, *, cuda: bool, checked: bool) -> str:
+def _io_mode(io: str, *, cuda: bool, checked: bool) -> str:
     """Of a mapped file, nothing passes through this process: neither to be checked, nor to be copied by the processor.
 
     It would be killed if the file shrank meanwhile. (Views are the caller's to read.)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["TransportRule", "explain", "is_uniform"]
 
 #: From this share of resident pages on, fetching only the missing ones saves more than O_DIRECT gains.
-_WORTH = 0.25
+_MIN_RESIDENT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class TransportRule:
         share = 0.0 if self.io == "direct" else self.residency.share(file, start, end)
         if share == 1.0 and self.may_map:
             return Transport.MAPPED
-        return Transport.BUFFERED if share >= _WORTH or file in self.direct_refused else Transport.DIRECT
+        return Transport.BUFFERED if share >= _MIN_RESIDENT_SHARE or file in self.direct_refused else Transport.DIRECT
 
 
 def is_uniform(io: str, resident: int, nbytes: int) -> bool:
