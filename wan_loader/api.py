@@ -9,8 +9,8 @@ from wan_loader.arguments import check_cache, check_cancel, check_group, check_m
 from wan_loader.devices.resolve import import_torch
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import OptionError
-from wan_loader.loading.bind import is_distributed
-from wan_loader.loading.binding import Into, bind, make_binding
+from wan_loader.loading.bind import Into, bind, make_binding
+from wan_loader.loading.fill import is_distributed
 from wan_loader.loading.session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
-    from wan_loader.loading.bind import KeyMap
+    from wan_loader.loading.match import KeyMap
     from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
     from wan_loader.types import IoMode, StrPath
