@@ -157,9 +157,9 @@ def no_more_threads(load, monkeypatch):
 @pytest.mark.parametrize("transport", WAYS)
 def test_without_further_threads(load, path, transport):
     result = load(transport, block_bytes=SLOT, each=3)
-    assert result.stats.fallbacks[:1] == ["no further thread may be started: pages are mapped first, staged later"] * (
-        transport is Transport.MAPPED
-    )
+    assert result.stats.fallbacks[:1] == [
+        "no further thread may be started: pages are mapped first, others read later"
+    ] * (transport is Transport.MAPPED)
     check(result, path)
 
 
@@ -332,18 +332,18 @@ def test_without_stealing_everything_stays_mapped(load, path):
 )
 @pytest.mark.parametrize("refused_from", [1, 2, 5])
 def test_refused_windows_go_through_staging(load, path, refused_from, how):
-    windows = iter(range(1, 1000))
+    registrations = iter(range(1, 1000))
     result = load(
         Transport.MAPPED,
         **how,
         block_bytes=SLOT,
-        refuse=lambda n, read_only: read_only and next(windows) >= refused_from,
+        refuse=lambda n, read_only: read_only and next(registrations) >= refused_from,
     )
     assert result.stats.nbytes[Transport.BUFFERED] > 0
     (refusal,) = result.stats.fallbacks
     assert "refused by the fake" in refusal
     assert "regist" in refusal
-    assert next(windows) == refused_from + 1, "asked for once more after the refusal"
+    assert next(registrations) == refused_from + 1, "asked for once more after the refusal"
     assert (result.writer.threads == {threading.get_ident()}) == (how.get("mode") is TransferMode.MAPPED_HERE)
     check(result, path)
 

@@ -295,7 +295,7 @@ def test_torch_is_not_imported_where_that_would_be_the_end(monkeypatch, free, li
     check_room_for_torch()
 
 
-def test_staging_takes_what_the_weights_leave(tmp_path, monkeypatch):
+def test_the_ring_takes_what_the_weights_leave(tmp_path, monkeypatch):
     tensors = weights(8, nbytes=8 * MiB)
     path = write("safetensors", tmp_path, tensors)
     wide = wan_loader.load(path, io="buffered").report.settings
@@ -344,7 +344,7 @@ def test_a_load_in_a_small_cgroup_is_never_killed(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"refused\n{64 * MiB}\n"), done.stderr
 
 
-def test_memory_limit_too_small_for_staging(tmp_path, monkeypatch):
+def test_memory_limit_too_small_for_the_ring(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
     monkeypatch.setattr("wan_loader.loading.probe.memory_limit", lambda: 16 * MiB)
     with pytest.raises(wan_loader.HostMemoryError):

@@ -95,7 +95,7 @@ def test_mapping_that_was_asked_for_is_alone():
     assert settings(Transport.MAPPED, io="mapped").mode is TransferMode.STAGED, "Ctrl-C must not wait for a disk"
     assert settings(Transport.MAPPED, resident=True).mode is TransferMode.SHARED
     assert settings(Transport.MAPPED, Transport.DIRECT, io="mapped", resident=True).mode is TransferMode.STAGED, (
-        "staging must not wait for it"
+        "the ring must not wait for it"
     )
     assert settings(Transport.MAPPED, io="mapped").threads == 8, "for what cannot be mapped"
 
@@ -116,7 +116,7 @@ def test_the_driver_faults_in_what_is_there():
 @pytest.mark.parametrize("memory", [128 * MiB, 300 * MiB, 64 * GiB])
 @pytest.mark.parametrize("threads", [None, 1, 64])
 @pytest.mark.parametrize("transport", list(Transport))
-def test_staging_is_bounded(transport, threads, memory):
+def test_the_ring_is_bounded(transport, threads, memory):
     chosen = settings(transport, threads=threads, memory=memory)
     assert chosen.slot_bytes * chosen.n_slots <= min(MAX_RING_BYTES, memory // 4)
     assert 1 <= chosen.threads <= chosen.n_slots

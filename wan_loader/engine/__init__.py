@@ -1,4 +1,4 @@
-"""Carries out plans: reads, registers, submits copies, and cleans up behind them."""
+"""The engine carries plans out: it reads, registers, submits copies, and cleans up behind them."""
 
 from wan_loader.engine.state import TransferState, TransferStats
 from wan_loader.engine.transfer import Batch, transfer_blocks

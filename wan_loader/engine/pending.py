@@ -1,4 +1,4 @@
-"""What is left to do of a load, as far as it is planned. Two threads take from it, each from its own end."""
+"""The blocks of a load that are left to do, as far as planned. Two threads take from them, each from its own end."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ if TYPE_CHECKING:
 
 __all__ = ["PendingBlocks"]
 
-#: Smaller pieces are not worth a read of their own.
+#: Smaller segments are not worth a read of their own.
 _MIN_ALONE_BYTES = 256 << 10
 
 
 class PendingBlocks:
-    """Mapped blocks, taken from the front; all others, and mapped ones from the far end, taken in parts for staging.
+    """Blocks that stay mapped, taken from the front, and blocks to be read, cut to the slots of the pinned ring.
 
-    The ends of a deque may be taken by different threads, so the split between the two ways needs no tuning: both meet
-    when everything is done.
+    Where both may take mapped blocks, reading takes them from the far end. The ends of a deque may be taken by
+    different threads, so the split between mapping and reading needs no tuning: both meet when everything is done.
     """
 
     def __init__(self, slot_bytes: int, *, mode: TransferMode, may_map: bool) -> None:
         """Begin with nothing to do.
 
-        mode: staging takes mapped blocks too if it is `SHARED`; large pieces that are read through the page cache stand
-        alone, each in parts of its own, if it is `IN_PLACE`.
-        may_map: whether mapped blocks stay mapped.
+        Args:
+            slot_bytes: The most that one read brings.
+            mode: If it is `SHARED`, mapped blocks are read too; if it is `IN_PLACE`, large segments that are read
+                through the page cache stand alone, each in reads of its own.
+            may_map: False if no block stays mapped: all are read.
         """
         self._mapped: deque[Block] = deque()
         self._blocks: deque[Block] = deque()
@@ -43,33 +45,35 @@ class PendingBlocks:
         self._may_map = may_map
 
     def add(self, blocks: Iterable[Block]) -> None:
-        """More of it; before the second thread begins."""
+        """Add blocks to what is left; before the second thread begins."""
         for block in blocks:
             (self._mapped if block.transport is Transport.MAPPED and self._may_map else self._blocks).append(block)
 
     @property
     def has_mapped(self) -> bool:
-        """Whether mapped blocks are left."""
+        """True if mapped blocks are left."""
         return bool(self._mapped)
 
     @property
     def is_left(self) -> bool:
-        """Whether anything is left for staging."""
+        """True if anything is left to be read."""
         return bool(self._cut or self._blocks or (self._shares_mapped and self._mapped))
 
     @property
     def n_unmapped(self) -> int:
-        """Blocks that nobody but staging will take."""
+        """The number of blocks that can only be read, whoever is quicker."""
         return len(self._blocks)
 
     def next_mapped(self) -> Block | None:
-        """The next mapped block; for one thread."""
+        """Take the next mapped block; for one thread. None: there is none."""
         return _pop(self._mapped, first=True)
 
     def next_read(self) -> Block | None:
-        """The next block or part of one that fits a slot; for one thread."""
+        """Take the next block to read, cut so that it fits a slot; for one thread. None: there is none."""
         if not self._cut:
+            # one thread cuts: what it has cut is its own, and no other looks at it
             block = _pop(self._blocks, first=True)
+            # from the far end: the mapper takes from the front, and both meet once
             if block is None and self._shares_mapped:
                 block = _pop(self._mapped, first=False)
             if block is not None:
@@ -81,14 +85,14 @@ class PendingBlocks:
         return _pop(self._cut, first=True)
 
     def map_nothing(self, refused: Block) -> None:
-        """Send a block that cannot be mapped, and all that have not been yet, through staging."""
+        """Have a block that cannot be mapped, and all that have not been yet, read instead."""
         self._may_map = False
         self._blocks.append(refused)
         while (block := self.next_mapped()) is not None:
             self._blocks.append(block)
 
     def cancel(self) -> None:
-        """Nothing is to be done any more."""
+        """Drop everything that is left."""
         self._mapped.clear()
         self._blocks.clear()
         self._cut.clear()

@@ -1,7 +1,7 @@
-"""Reads into staging slots, several side by side: a `ReadBackend` reads, one thread starts and collects.
+"""Reads into slots of the pinned ring, several side by side: a `ReadBackend` reads, one thread starts and collects.
 
-A lane is a row of reads that run one after the other, so that a thread that has ended one finds the next without
-waiting for anybody. Lanes run side by side; slots are dealt out to them in turn.
+A row is reads that run one after the other, so that a thread of the system that has ended one finds the next without
+waiting for anybody. Rows run side by side; slots are dealt out to them in turn.
 """
 
 from __future__ import annotations
@@ -29,26 +29,29 @@ __all__ = ["InFlightRead", "ReadQueue"]
 
 @dataclass(slots=True)
 class _Descriptor:
+    """A row's own descriptor of a file, and how many of its reads are under way."""
+
     fd: int
     n_running: int = 0
 
 
 class _ReadRow:
-    """Descriptors of its own for the files it reads: reads are queued by descriptor."""
+    """Reads that run one after the other, with descriptors of their own: reads are queued by descriptor."""
 
     def __init__(self, name: str, fallbacks: list[str]) -> None:
         self.name = name
         self.ended_ns = 0
         self.reading: deque[InFlightRead] = deque()
-        """Under way. Those of one file end in this order, so it is enough to look at the first."""
+        """The reads under way. Those of one file end in this order, so it is enough to look at the first."""
         self._fallbacks = fallbacks
         self._open: dict[int, _Descriptor] = {}
         self._own: list[int] = []
         """Descriptors to be closed."""
 
     def begin(self, fd: int) -> int:
-        """This lane's own descriptor for the file open at `fd`."""
+        """Return this row's own descriptor for the file open at `fd`, and count a read of it."""
         if fd not in self._open:
+            # files are read one after the other: what has nothing under way is done with, and descriptors are few
             for other in [key for key, descriptor in self._open.items() if not descriptor.n_running]:
                 self._close(other)
             self._open[fd] = _Descriptor(self._another(fd))
@@ -56,7 +59,7 @@ class _ReadRow:
         return self._open[fd].fd
 
     def _another(self, fd: int) -> int:
-        """Another descriptor of the same file; the same one where no further may be opened."""
+        """Return another descriptor of the same file; the same one where no further may be opened."""
         try:
             self._own.extend(map(os.dup, (fd,)))  # one call: Ctrl-C comes before it or when the result is noted
             return self._own[-1]
@@ -67,9 +70,11 @@ class _ReadRow:
             return fd
 
     def end(self, fd: int) -> None:
+        """Count a read as ended."""
         self._open[fd].n_running -= 1
 
     def close(self) -> None:
+        """Close the row's own descriptors, when none of its reads is under way."""
         self._open.clear()
         while self._own:
             os.close(self._own.pop())
@@ -88,14 +93,14 @@ class InFlightRead:
     row: _ReadRow
     request: ReadRequest
     place: int | None = None
-    """Where they go; None: into the slot."""
+    """The address that the bytes go to; None: into the slot."""
     read: BlockRead | None = None
     started_ns: int = 0
     fd: int = -1
 
 
 class ReadQueue:
-    """Reads under way, and the slots that are free. For one thread."""
+    """The reads under way, and the slots that are free. For one thread."""
 
     def __init__(
         self, n_rows: int, reader: Reader, ring: PinnedRing, backend: ReadBackend, observer: Observer | None
@@ -113,12 +118,12 @@ class ReadQueue:
 
     @property
     def n_reading(self) -> int:
-        """Reads under way, or not yet asked for."""
+        """The number of reads that are under way, or whose end nobody has asked for."""
         return self._n_reading + len(self._done)
 
     @property
     def has_free(self) -> bool:
-        """Whether another read can be started."""
+        """True if another read can be started."""
         return bool(self._free)
 
     def start(self, block: Block, place: int | None = None) -> None:
@@ -133,15 +138,22 @@ class ReadQueue:
 
     @property
     def used(self) -> list[Slot]:
-        """Slots that reads were started into, in the order of their memory."""
+        """The slots that reads were started into, in the order of their memory."""
         return [in_flight.slot for in_flight in self._reads if in_flight.read is not None]
 
     def give_back(self, in_flight: InFlightRead) -> None:
-        """What was in the slot is no longer needed."""
+        """Make a slot free: the bytes in it are no longer needed."""
         self._free.append(in_flight)
 
     def finished(self, timeout_s: float) -> Iterator[InFlightRead]:
-        """Slots that hold their blocks now. Waits for one, up to `timeout_s`. Raises what made a read fail."""
+        """Wait for reads to end, up to `timeout_s`, if none has.
+
+        Yields:
+            The reads whose blocks are in memory now.
+
+        Raises:
+            CheckpointError: A read failed, or its file is shorter than its header promised.
+        """
         self.look()
         if not self._done and self._n_reading:
             self._backend.wait_any([row.reading[0].request for row in self._rows if row.reading], timeout_s)
@@ -191,7 +203,7 @@ class ReadQueue:
 
     def _record(self, in_flight: InFlightRead, block: Block) -> None:
         if self._observer is not None:
-            start_ns = max(in_flight.started_ns, in_flight.row.ended_ns)  # until then its lane was busy with another
+            start_ns = max(in_flight.started_ns, in_flight.row.ended_ns)  # until then its row was busy with another
             in_flight.row.ended_ns = clock_ns()
             self._observer.record(Span("read", start_ns, in_flight.row.ended_ns, block.nbytes, in_flight.row.name))
 

@@ -1,12 +1,12 @@
-"""Carries out a plan, in two threads at most.
+"""The transfer: carries a plan out, in two threads at most.
 
-The calling thread looks after staging: it starts reads into slots (`read_queue`; a `ReadBackend` carries them out),
-and submits the copy of each slot as it fills. The plan comes in portions, whose destinations are allocated one after
-the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
-it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
-further thread makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything
-is done. Where only windows are wanted, to spare the processors, the calling thread maps them alone if their pages are
-resident.
+The calling thread looks after the pinned ring: it starts reads into slots (`read_queue`; a `ReadBackend` carries them
+out), and submits the copy of each slot as it fills. The plan comes in batches, whose destinations are allocated one
+after the other while earlier bytes are on their way. A second thread looks after mapped blocks, once all batches are
+there: it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and
+no further thread makes it faster, so the first thread reads such blocks too, from the far end of the queue; both meet
+when everything is done. Where there are only mapped blocks, to spare the processors, the calling thread maps them alone
+if their pages are resident.
 
 The first failure ends both and is raised.
 """
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "transfer_blocks"]
 
-#: How long a failed load waits for its clean-up, which goes on by itself after that.
+#: So long does a failed load wait for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
-#: How soon one thread notices that the other has failed.
+#: So soon does one thread notice that the other has failed.
 _PATIENCE_S = 0.1
-#: With fewer blocks than this left to read, the next portion is planned and allocated.
+#: With fewer blocks than this left to read, the next batch is planned and allocated.
 _FEW_BLOCKS = 8
 
 
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
     blocks: Sequence[Block]
     allocate: Callable[[], Sequence[Destination]]
-    """Makes the storages that no earlier portion needed, and says where they are, in their order."""
+    """Makes the storages that no earlier batch needed, and says where they are, in their order."""
 
 
 def transfer_blocks(
@@ -70,17 +70,30 @@ def transfer_blocks(
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> Iterator[Sequence[Block]]:
-    """Move every block into the target; yields blocks, or parts of them, whose bytes have arrived.
+    """Move every block into the device writer's memory.
 
     Batches are drawn in this thread, when there is little left to read, and the first is allocated while its first
-    reads are under way. Nothing is read ahead of whoever takes what is yielded but what fits the ring. Closing it, the
-    first failure of any thread, and a cancelled token end everything and release it. The caller must call `release` on
-    `state`, which tells how far it is, once all has arrived.
+    reads are under way. Nothing is read ahead of whoever takes what is yielded but what fits the ring. Closing the
+    generator, the first failure of any thread, and a cancelled token end everything and release it.
+
+    Args:
+        batches: The plan, some blocks at a time.
+        reader: The open files.
+        writer: The device's side.
+        settings: The threads and the memory of the load.
+        state: Tells how far the transfer is. The caller must call its `release` once all has arrived.
+        cancel: Stops the transfer.
+        observer: Is told of spans; None: nobody.
+
+    Yields:
+        Blocks, also cut ones, whose bytes have arrived.
     """
     yield from _Transfer(batches, reader, writer, settings, state, cancel, observer).run()
 
 
 class _Transfer:
+    """One transfer under way: its two threads, and what they share."""
+
     def __init__(
         self,
         batches: Iterable[Batch],
@@ -93,9 +106,9 @@ class _Transfer:
     ) -> None:
         self._cancel = cancel or CancelToken()
         self._arrived: list[Block] = []
-        """In place since they were last yielded."""
+        """Blocks that are in place since they were last yielded."""
         self._submitted: list[Block] = []
-        """Windows whose copies were submitted."""
+        """Mapped blocks whose copies were submitted."""
         self._batches = iter(batches)
         self._all_drawn = False
         self._reader = reader
@@ -132,6 +145,7 @@ class _Transfer:
             self._abandon()
             raise
         self._state.fallbacks += self._reader.fallbacks
+        # copies that were submitted and never asked about: `finish` has waited for them
         copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
         yield [*self._take_arrived(), *copied, *self._submitted]
 
@@ -149,7 +163,7 @@ class _Transfer:
                 self._writer.bind(batch.allocate())
 
     def _draw(self) -> None:
-        """The next portion; after the last one, mapping begins in a thread of its own.
+        """Draw the next batch; after the last one, mapping begins in a thread of its own.
 
         Not earlier: beside another Python thread, allocation would wait for the interpreter at every tensor.
         """
@@ -162,10 +176,12 @@ class _Transfer:
         if self._work.has_mapped and not self._maps_here:
             self._mapper_ended.clear()
             if in_background(self._map_guarded, "mapper") is None:
-                self._state.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
+                self._state.fallbacks.append(
+                    "no further thread may be started: pages are mapped first, others read later"
+                )
 
     def _take_arrived(self) -> Sequence[Block]:
-        """What has arrived since the last time."""
+        """Return what has arrived since the last time."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
@@ -212,7 +228,7 @@ class _Transfer:
             self._writer.finish()
         self._state.release()
 
-    # staging: the calling thread
+    # reading: the calling thread
 
     def _open_queue(self) -> ReadQueue:
         ring = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
@@ -230,12 +246,12 @@ class _Transfer:
             reads.start(block, self._place(block))
 
     def _place(self, block: Block) -> int | None:
-        """Where a part is read to without staging; None if there is no such place."""
+        """Return the address that a block is read to without the ring; None if there is no such place."""
         fits = self._in_place and block.transport is Transport.BUFFERED and len(block.segments) == 1
         return self._writer.place(block.segments[0]) if fits else None
 
     def _stage_all(self, reads: ReadQueue) -> Iterator[Sequence[Block]]:
-        """Bring everything that is left for staging on its way."""
+        """Bring everything that is left to be read on its way."""
         stream = self._stream = self._stream or self._writer.stream()
         while self._is_staging():
             self._cancel.check()
@@ -281,7 +297,7 @@ class _Transfer:
         self._arrived.append(in_flight.read.block)
         reads.give_back(in_flight)
 
-    # windows: the mapper thread, or the calling one
+    # mapped blocks: the mapper thread, or the calling one
 
     def _map_guarded(self) -> None:
         try:
@@ -310,14 +326,14 @@ class _Transfer:
         return True
 
     def _map_block(self, block: Block) -> int | None:
-        """Map a block's pages; returns the address of the first. None if the file system or the kernel refuses."""
+        """Map a block's pages; return the address of the first. None if the file system or the kernel refuses."""
         start, nbytes = block.page_start, block.page_end - block.page_start
         mapped: list[int] = []
         self._state.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
         try:
             address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
         except OSError as refusal:
-            self._state.fallbacks.append(f"pages are not mapped, read through staging: {refusal.strerror}")
+            self._state.fallbacks.append(f"pages are not mapped, read through the pinned ring: {refusal.strerror}")
             return None
         if self._settings.faults_in:
             with span(self._observer, "read", block.nbytes):
@@ -328,14 +344,16 @@ class _Transfer:
         return address
 
     def _pin_mapped(self, block: Block, address: int) -> bool:
-        """False if the driver refuses."""
+        """Register a mapped block with the driver; return False if it refuses."""
         nbytes = block.page_end - block.page_start
         self._state.cleanups.append(partial(self._writer.unpin, address))
         try:
             with span(self._observer, "register", block.nbytes):
                 self._writer.pin(address, nbytes, read_only=True)
         except PinError as refusal:
-            self._state.fallbacks.append(f"page-cache pages are not registered, read through staging: {refusal}")
+            self._state.fallbacks.append(
+                f"page-cache pages are not registered, read through the pinned ring: {refusal}"
+            )
             return False
         self._state.registered_nbytes += nbytes
         return True
