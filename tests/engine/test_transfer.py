@@ -105,7 +105,7 @@ def nbytes_by_way(blocks):
 
 
 def check(result, path):
-    """Every byte arrived, once; three threads at most told the target; everything was unpinned."""
+    """Every byte arrived, once; three threads at most told the device writer; everything was unpinned."""
     data = path.read_bytes()
     for byte_range, memory, arrived in zip(
         result.byte_ranges, result.writer.memory, result.writer.arrived, strict=True
@@ -232,7 +232,7 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
     monkeypatch.setattr(Request, "result", late)
     monkeypatch.setattr(PosixAio, "wait_any", staticmethod(wait_any))
     check(load(Transport.MAPPED, block_bytes=SLOT, each=2, n_slots=2, mode=TransferMode.SHARED), path)
-    assert waited_s, "staging was at work, too"
+    assert waited_s, "the ring was at work, too"
     assert sum(waited_s) < 0.5
 
 
@@ -283,7 +283,7 @@ def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
 
 @pytest.mark.parametrize("each", [1, 2, 7])
 def test_mapping_here_stays_here_when_some_is_staged(load, path, each):
-    """Staging draws windows, too: they are not taken by two threads then."""
+    """The reading thread draws mapped blocks, too: they are not taken by two threads then."""
     mapping = set()
 
     def refuse(n, read_only):
@@ -331,7 +331,7 @@ def test_without_stealing_everything_stays_mapped(load, path):
     ],
 )
 @pytest.mark.parametrize("refused_from", [1, 2, 5])
-def test_refused_windows_go_through_staging(load, path, refused_from, how):
+def test_refused_mapped_blocks_go_through_the_ring(load, path, refused_from, how):
     registrations = iter(range(1, 1000))
     result = load(
         Transport.MAPPED,
@@ -351,7 +351,7 @@ def test_refused_windows_go_through_staging(load, path, refused_from, how):
 @pytest.mark.parametrize("how", [SHARED, {}, {**HERE, "each": 2}])
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
 @pytest.mark.parametrize("nth", [1, 4])
-def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch, nth, code, how):
+def test_files_that_cannot_be_mapped_go_through_the_ring(load, path, monkeypatch, nth, code, how):
     """A file system without mmap; more mappings than the kernel allows."""
     plain, calls = carry.map_file, iter(range(1, 1000))
 
@@ -370,7 +370,7 @@ def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch,
 
 
 @pytest.mark.parametrize(("refused_from", "pinned"), [(1, 0), (2, 1), (3, 3), (4, 7), (5, 10)])
-def test_unpinnable_staging_still_works(load, path, refused_from, pinned):
+def test_an_unpinnable_ring_still_works(load, path, refused_from, pinned):
     result = load(Transport.BUFFERED, threads=4, n_slots=10, refuse=lambda n, read_only: n >= refused_from)
     assert result.stats.pinned_nbytes == pinned * (SLOT + PAGE)
     assert len([r for r in result.stats.fallbacks if "not pinned" in r]) == (refused_from < 5)
@@ -406,7 +406,7 @@ def test_a_load_that_fails_waits_for_pinning(load):
     assert error.writer.pinned == {}
 
 
-def test_staging_is_bounded(load, path):
+def test_the_ring_is_bounded(load, path):
     result = load(Transport.DIRECT, threads=8, n_slots=3, delay_s=0.001)
     assert result.writer.max_pinned <= 3 * (SLOT + PAGE)
     assert result.stats.pinned_nbytes <= result.stats.ring_nbytes == 3 * (SLOT + PAGE)
@@ -440,7 +440,7 @@ def test_unregistering_windows_gives_way_to_other_loads(load, transport, waits):
 
 @pytest.fixture
 def clean(path):
-    """Checks afterwards that a failed load left nothing: no thread, descriptor, mapping or staging memory."""
+    """Checks afterwards that a failed load left nothing: no thread, descriptor, mapping or ring."""
     fds, anonymous = len(os.listdir("/proc/self/fd")), anonymous_bytes()
     yield
     assert engine_threads() == set()
@@ -503,7 +503,7 @@ def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
 @pytest.mark.parametrize("nth", [1, 3])
 def test_no_descriptor_is_left(load, path, monkeypatch, transport, code, nth):
-    """Lanes then read from the file's own."""
+    """Rows then read from the file's own."""
     original, calls = os.dup, iter(range(1, 1000))
 
     def failing(fd):
