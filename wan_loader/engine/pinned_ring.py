@@ -44,8 +44,8 @@ class PinnedRing:
         try:
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise HostMemoryError(
-                f"{self.nbytes} bytes of pinned ring cannot be allocated: free some memory"
+            raise HostMemoryError.because(
+                f"{self.nbytes} bytes of pinned ring cannot be allocated", "free some memory"
             ) from error
         _OPEN.add(self)
         self._map.madvise(mmap.MADV_DONTFORK)  # a fork would make pinned pages copy-on-write under running copies

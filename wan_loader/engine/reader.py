@@ -71,9 +71,11 @@ class Reader:
         try:
             fd = self._open(file.path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise MissingFileError(f"{file.path} vanished before it could be read") from error
+            raise MissingFileError.because("vanished before it could be read", path=file.path) from error
         except OSError as error:
-            raise CheckpointError(f"{file.path} cannot be opened: {error.strerror}") from error
+            raise CheckpointError(
+                f"{file.path} cannot be opened: {error.strerror}", path=file.path, reason=error.strerror
+            ) from error
         # by its descriptor: the name may mean another file by now
         file.check_opened(fd)
         return fd
@@ -112,15 +114,24 @@ class Reader:
     def truncated(self, block: Block, reached: int) -> CheckpointError:
         """Return the error for a file that ends inside a block."""
         path = self._files[block.file].path
-        return CheckpointError(f"{path} ends at byte {reached}, {block.end} were expected: it was truncated")
+        return CheckpointError.because(
+            f"ends at byte {reached}, {block.end} were expected: it was truncated", path=path
+        )
 
     def failed(self, file: int, start: int, nbytes: int, error: OSError) -> CheckpointError:
         """Return the error for bytes of a file that could not be read."""
         path = self._files[file].path
         now = os.fstat(self.fds[file]).st_size
         if now < start + nbytes and now < self._files[file].nbytes:
-            return CheckpointError(f"{path} was truncated to {now} bytes while it was being loaded: load it again")
-        return CheckpointError(f"{path}: reading {nbytes} bytes at {start} failed: {error.strerror}: check the disk")
+            return CheckpointError.because(
+                f"was truncated to {now} bytes while it was being loaded", "load it again", path=path
+            )
+        return CheckpointError(
+            f"{path}: reading {nbytes} bytes at {start} failed: {error.strerror}: check the disk",
+            path=path,
+            reason=error.strerror,
+            remedy="check the disk",
+        )
 
 
 class BlockRead:
