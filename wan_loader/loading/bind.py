@@ -1,6 +1,6 @@
 """The pairing of a load with the module that it fills: decided before a weight is read, carried out at the end.
 
-A load that fills no module has a `Binding`, too, which binds nothing: so there is one course for all loads.
+A load that fills no module has a `Binding`, too, which binds nothing: so all loads take the same steps.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class Into:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """Which loaded tensor goes where, if there is a module to fill."""
+    """The loaded tensors and their places in a module, if there is one to fill."""
 
     request: LoadRequest
-    """What is to be loaded for it."""
+    """The request for what the module needs."""
     into: Into | None = None
     targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Name in the checkpoint -> the module's tensor whose place it takes."""
+    """The module's tensors whose places are taken, by the names in the checkpoint."""
     found: Match | None = None
     held: tuple[Held, ...] = field(default=(), repr=False)
     """Everything that the module holds."""
     on_meta: tuple[str, ...] = ()
-    """What will stay on the meta device."""
+    """The names of what will stay on the meta device."""
 
     def bind(self, tensors: Mapping[str, torch.Tensor], device: str | torch.device) -> list[str]:
-        """Put in what was loaded, and move the rest of the module to the device; says what to know."""
+        """Put in what was loaded, and move the rest of the module to the device; return notes, one line each."""
         if self.into is None:
             return []
         fill(self.into.module, self.held, [(old, tensors[name]) for name, old in self.targets.items()], device)
@@ -85,8 +85,14 @@ class Binding:
 def make_binding(request: LoadRequest, checkpoint: Checkpoint, into: Into | None) -> Binding:
     """Pair the names of a checkpoint with those of a module.
 
-    Raises `KeyMismatchError` if they disagree, or if something would stay on the meta device; `CheckpointError` where
-    the checkpoint holds scales that a conversion would leave out.
+    Args:
+        request: The wish, of which the names and the names in the module are then filled in.
+        checkpoint: The facts of the file.
+        into: The module; None: the load fills none.
+
+    Raises:
+        KeyMismatchError: The names disagree, or something would stay on the meta device.
+        CheckpointError: The checkpoint holds scales that a conversion would leave out.
     """
     if into is None:
         return Binding(request=request)

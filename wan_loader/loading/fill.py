@@ -1,4 +1,4 @@
-"""Filling a module: loaded tensors take the places of its own, and what else it holds moves to where they are.
+"""The filling of a module: loaded tensors take the places of its own, and what else it holds moves to where they are.
 
 What was one object under several names stays one object. Names were paired before (`match`).
 """
@@ -29,9 +29,17 @@ def fill(
 ) -> None:
     """Fill a module in place, and move what else it holds to `device`, so that it runs there.
 
-    held: what it holds. filled: tensors of the module, and what takes their places. What is on meta and not filled
-    stays; what shares memory with what is filled, does so afterwards. Everything new is made before the module is
-    changed.
+    Tensors on meta that are not filled stay; what shares memory with what is filled, does so afterwards. Everything new
+    is made before the module is changed.
+
+    Args:
+        module: The module to fill.
+        held: Everything that it holds.
+        filled: Tensors of the module, and what takes their places.
+        device: The device of what is filled.
+
+    Raises:
+        DeviceMemoryError: The device has no room for the rest of the module.
     """
     import torch
 
@@ -53,20 +61,24 @@ def fill(
 
 
 def _views(rest: Iterable[Any], filled: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
-    """By id, what takes the places of those that share the memory of a filled tensor: the same view of the new one.
+    """Return, by id, what replaces the tensors that share memory with a filled one: the same view of the new one.
 
-    rest: what is not filled. filled: what is, and what takes its place.
+    Args:
+        rest: Tensors that are not filled.
+        filled: Tensors that are, and what takes their places.
     """
     by_memory: dict[int, list[Any]] = {}
     for tensor in filter(_has_plain_memory, rest):
         by_memory.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
     views: dict[int, Any] = {}
     for old, new in filled if by_memory else ():
+        # with other strides, the same offsets would be other elements
         if not _has_plain_memory(old) or old.stride() != new.stride():
             continue
         for view in by_memory.get(old.untyped_storage()._cdata, ()):
             start = view.storage_offset() - old.storage_offset()
             if view.dtype == old.dtype and start >= 0 and start + _n_spanned(view) <= _n_spanned(old):
+                # a view that hangs on its parameter in autograd's graph still does; all others are leaves
                 source = new if view.requires_grad and not view.is_leaf else new.detach()
                 view_of_new = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
                 views[id(view)] = _renewed(view, view_of_new)
@@ -81,24 +93,24 @@ def _has_plain_memory(tensor: Any) -> bool:
 
 
 def _n_spanned(tensor: torch.Tensor) -> int:
-    """Elements of its storage from its first to its last."""
+    """Return the elements of a tensor's storage from its first to its last."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device. Raises `DeviceMemoryError` if it does not fit."""
+    """Return a copy on the device. Raises `DeviceMemoryError` if it does not fit."""
     import torch
 
     try:
         moved = tensor.detach().to(device)
     except torch.OutOfMemoryError as error:
         message = f"{device} has no room for what the module holds beside its weights: {error}"
-        raise DeviceMemoryError(message) from error
+        raise DeviceMemoryError(message, reason=str(error)) from error
     return moved.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
 
 def _renewed(old: Any, local: torch.Tensor) -> Any:
-    """The tensor as what `old` was: a parameter of the same class, DTensor, or plain."""
+    """Return the tensor as what `old` was: a parameter of the same class, DTensor, or plain."""
     import torch
 
     tensor = _as_distributed(old, local)
@@ -116,7 +128,7 @@ def _renewed(old: Any, local: torch.Tensor) -> Any:
 
 
 def _as_distributed(old: Any, local: torch.Tensor) -> Any:
-    """The tensor in place of `old`: where that is a DTensor, the one whose part of this process is `local`."""
+    """Return the tensor in place of `old`: where that is a DTensor, the one whose part of this process is `local`."""
     if not is_dtensor(old) or is_dtensor(local):
         return local
     return type(old).from_local(
@@ -125,16 +137,17 @@ def _as_distributed(old: Any, local: torch.Tensor) -> Any:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor. Where nothing has imported those, nothing is, and they need not be imported.
+    """Return whether a tensor is a DTensor.
 
-    Nor is anything while another thread is still importing them.
+    Where nothing has imported those, nothing is, and they need not be imported. Nor is anything while another thread is
+    still importing them.
     """
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def is_distributed(module: torch.nn.Module) -> bool:
-    """Whether a module lies on several processes: some parameter or buffer of it is a DTensor.
+    """Return whether a module lies on several processes: some parameter or buffer of it is a DTensor.
 
     Modules that were gathered for a forward give their full parameters back first.
     """

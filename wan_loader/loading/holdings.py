@@ -1,4 +1,4 @@
-"""What a module holds: parameters, buffers, and the tensors that it keeps as plain attributes.
+"""The tensors that a module holds: parameters, buffers, and those that it keeps as plain attributes.
 
 Plain attributes are those in the module's own `__dict__`, and what lies one level deep in a list, tuple or dict there.
 Modules that are hidden in attributes are not looked into: as for `module.to`, they are not part of it. Nor is what a
@@ -26,14 +26,14 @@ class Held(NamedTuple):
 
     name: str
     kind: str
-    """"parameter", "buffer" or "attribute"."""
+    """One of "parameter", "buffer" and "attribute"."""
     stored: bool
-    """Whether it is in the module's `state_dict`."""
+    """True if it is in the module's `state_dict`."""
     tensor: torch.Tensor
 
 
 def held_tensors(module: torch.nn.Module) -> Iterator[Held]:
-    """Every tensor that a module holds, under each of its names; elements of containers as `table.0`, `table.key`."""
+    """Yield each tensor that a module holds, by each of its names; elements of containers as `table.0`, `table.key`."""
     for path, owner in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for name, parameter in owner._parameters.items():

@@ -29,12 +29,12 @@ KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Which tensor of the checkpoint goes where in the module."""
+    """The pairs of a checkpoint's tensors and a module's names."""
 
     facts: tuple[TensorFacts, ...]
-    """Tensors to load, in file order."""
+    """The tensors to load, in file order."""
     slots: dict[str, tuple[str, ...]]
-    """Checkpoint name -> all module names that it fills (several where parameters are tied)."""
+    """All module names that each name of the checkpoint fills (several where parameters are tied)."""
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
 
@@ -45,9 +45,17 @@ class Match:
 
 
 def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: KeyMap | None, *, strict: bool) -> Match:
-    """Pair names. slots: the module's, of `module_slots`.
+    """Pair names.
 
-    Raises `KeyMismatchError` for missing or unexpected ones if `strict`, for wrong shapes always.
+    Args:
+        slots: The module's tensors, of `module_slots`.
+        checkpoint: The file's side.
+        key_map: Turns names of the checkpoint into names of the module.
+        strict: Missing and unexpected names are an error.
+
+    Raises:
+        KeyMismatchError: Names are missing or unexpected, if `strict`, or shapes are wrong, or two names map to one.
+        OptionError: The key map gives something that is no name.
     """
     groups = _tied_groups(slots)
     mapped: dict[str, TensorFacts] = {}
@@ -65,11 +73,13 @@ def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: Ke
             unexpected[facts.name] = facts.shape
             continue
         if name in mapped:
-            raise KeyMismatchError(f"{checkpoint.path}: {mapped[name].name!r} and {facts.name!r} both map to {name!r}")
+            message = f"{checkpoint.path}: {mapped[name].name!r} and {facts.name!r} both map to {name!r}"
+            raise KeyMismatchError(message, path=checkpoint.path, tensor=facts.name)
         if (shape := _shape(slots, name)) != facts.shape:
             misshaped[facts.name] = facts.shape, shape
         else:
             mapped[name] = facts
+        # misshaped ones, too: a wrong shape is not a missing name as well
         present.update(groups[name])
     missing = [name for name in slots if name not in present]
     if misshaped or (strict and (missing or unexpected)):
@@ -87,12 +97,13 @@ def _shape(slots: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
     try:
         return tuple(slots[name].shape)
     except RuntimeError as error:  # of a lazy module
-        message = f"{name} of the module has no shape yet: give the module its sizes, or run it once"
-        raise KeyMismatchError(message) from error
+        reason, remedy = "has no shape yet", "give the module its sizes, or run it once"
+        message = f"{name} of the module {reason}: {remedy}"
+        raise KeyMismatchError(message, tensor=name, reason=reason, remedy=remedy) from error
 
 
 def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[list[Held]]:
-    """The tensors that stay on the meta device when `targets` are filled, each under all of its names."""
+    """Return the tensors that stay on the meta device when `targets` are filled, each under all of its names."""
     filled = {id(target) for target in targets}
     left: dict[int, list[Held]] = {}
     for one in held:
@@ -102,7 +113,7 @@ def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[
 
 
 def module_slots(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer by name, tied ones under each of their names."""
+    """Return every parameter and persistent buffer by name, tied ones under each of their names."""
     slots: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, buffer in owner._buffers.items():
@@ -125,6 +136,6 @@ def _apply(key_map: KeyMap | None, name: str) -> str | None:
     if mapped is None or isinstance(mapped, str):
         return mapped
     kind = type(mapped).__name__
-    raise OptionError(
-        f"key_map gives a value of type {kind} for {name!r:.120}: every name is a str, or None to leave out"
+    raise OptionError.because(
+        f"key_map gives a value of type {kind} for {name!r:.120}", "every name is a str, or None to leave out"
     )

@@ -29,10 +29,18 @@ def probe(
 ) -> Facts:
     """Ask for all that a plan depends on, beside the checkpoint. Imports torch, and makes the device's CUDA context.
 
-    n_sharers: processes of this machine that load at the same time.
+    Costs some microseconds a file.
 
-    Raises `DeviceError` for a device that is not there, `MissingFileError` and `CheckpointError` for files that are
-    gone or were changed since their headers were read. Costs some microseconds a file.
+    Args:
+        checkpoint: The checkpoint that is to be loaded.
+        request: The wish.
+        n_sharers: The processes of this machine that load at the same time.
+        observer: Is told of spans.
+
+    Raises:
+        DeviceError: The device is not there.
+        MissingFileError: A file is gone since its header was read.
+        CheckpointError: A file was changed since its header was read.
     """
     device = resolve_device(request.device, observer)
     check_tensors_are_real()
@@ -52,7 +60,7 @@ def probe(
 
 
 def _device_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Free and total bytes of a CUDA device; what torch's allocator keeps and does not use is free."""
+    """Return free and total bytes of a CUDA device; what torch's allocator keeps and does not use is free."""
     if device.type != "cuda":
         return None, None
     import torch
@@ -62,13 +70,14 @@ def _device_memory(device: torch.device) -> tuple[int | None, int | None]:
 
 
 def _page_cache(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency, dict[int, str]]:
-    """What of the wanted bytes is in the page cache, and which files that are not cannot be opened with O_DIRECT."""
+    """Return what of the wanted bytes is in the page cache, and which other files cannot be opened with O_DIRECT."""
     if not is_planned(checkpoint):
         ranges = [ByteRange(0, number, 0, file.nbytes) for number, file in enumerate(checkpoint.files)]
     else:
         ranges = storage_ranges(checkpoint, request.select(checkpoint))
     nbytes = sum(r.end - r.start for r in ranges)
     with Reader(checkpoint.files) as reader:
+        # the blocks of the plan: what is known of a block as a whole is enough to choose its transport
         unit = block_bytes(nbytes, MIN_BLOCK_BYTES)
         residency = PageCache(reader.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)
         cold = {file for file, start, end, there in residency.windows if request.io == "direct" or there < end - start}
