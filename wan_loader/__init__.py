@@ -1,4 +1,4 @@
-"""wan-loader: huge generative models, started as fast as the hardware allows.
+"""Huge generative models, started as fast as the hardware allows.
 
 Importing this package does not import torch; the first call that needs it does.
 
@@ -174,7 +174,7 @@ def __dir__() -> list[str]:
 
 
 def _at_exit(pid: int) -> None:
-    """Other processes of a distributed run may wait for this one; forked ones are none of them."""
+    """Leave a note for the others of a distributed run, who may wait for this process; nobody waits for forked ones."""
     if "torch.distributed" in sys.modules and os.getpid() == pid:
         from wan_loader.distributed.exit_note import leave_note
 

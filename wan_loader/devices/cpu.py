@@ -90,16 +90,16 @@ def _convert(destination: Destination, source: int, segment: Segment) -> None:
     _convert_flat(destination.flat[first : first + count], raw, destination.source_dtype)
 
 
-def _convert_flat(target: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> None:
+def _convert_flat(flat: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> None:
     """Convert the bytes of elements of `dtype` into a flat tensor, by `.to`'s rules.
 
     In a forked process torch's kernels wait for ever for threads that are not there, if the parent had used some: what
     they are given at a time is then too little for them to divide.
     """
-    itemsize = raw.nbytes // max(1, target.numel())
-    step = _UNDIVIDED // itemsize if is_forked() else max(1, target.numel())
-    for start in range(0, target.numel(), step):
+    itemsize = raw.nbytes // max(1, flat.numel())
+    step = _UNDIVIDED // itemsize if is_forked() else max(1, flat.numel())
+    for start in range(0, flat.numel(), step):
         part = raw[start * itemsize : (start + step) * itemsize]
         if part.data_ptr() % itemsize:  # torch's kernels may assume aligned elements
             part = part.clone()
-        target[start : start + step].copy_(part.view(dtype))
+        flat[start : start + step].copy_(part.view(dtype))

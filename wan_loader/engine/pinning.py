@@ -101,7 +101,7 @@ class Pinning:
         except PinError as refusal:
             was_over, self._is_over = self._is_over, True
             if not was_over:  # else the other thread was refused, too
-                self._state.fallbacks.append(f"the pinned ring is not pinned, copies are slower: {refusal}")
+                self._state.fallbacks.append(f"the ring is not pinned, copies are slower: {refusal}")
         else:
             self._state.pinned_nbytes += nbytes
             for slot in slots:

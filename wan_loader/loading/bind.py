@@ -86,7 +86,7 @@ def make_binding(request: LoadRequest, checkpoint: Checkpoint, into: Into | None
     """Pair the names of a checkpoint with those of a module.
 
     Args:
-        request: The wish, of which the names and the names in the module are then filled in.
+        request: Everything that was asked for, beside the module.
         checkpoint: The facts of the file.
         into: The module; None: the load fills none.
 

@@ -33,7 +33,7 @@ def probe(
 
     Args:
         checkpoint: The checkpoint that is to be loaded.
-        request: The wish.
+        request: Everything that was asked for.
         n_sharers: The processes of this machine that load at the same time.
         observer: Is told of spans.
 

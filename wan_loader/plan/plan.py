@@ -136,7 +136,7 @@ def make_plan(
     """Decide everything about a load before anything is read or allocated. Costs about 5 microseconds a tensor.
 
     Args:
-        request: The wish.
+        request: Everything that was asked for.
         checkpoint: The checkpoint that `request.open` gave, or what takes its place: a share of it, or a converted
             copy.
         facts: The machine, as `probe` found it.

@@ -1,4 +1,4 @@
-"""The request of a load: the wish, in one frozen value, whose every field was checked when it was made."""
+"""The request of a load: what was asked for, in one frozen value, whose every field was checked when it was made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["LoadRequest"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """The wish for one load. Making one checks every value; no file is touched."""
+    """Everything that one load is asked for. Making one checks every value; no file is touched."""
 
     source: StrPath | Sequence[StrPath] | Checkpoint
     """The place of the weights, as for `open_checkpoint`; or a checkpoint that was opened, whose headers are not read
