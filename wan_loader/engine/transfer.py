@@ -189,10 +189,10 @@ class _Transfer:
         return arrived
 
     def _carry_all(self) -> Steps:
-        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_mapped:
+        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_reading() or self._work.has_mapped:
             self._cancel.check()
-            if self._is_staging():
-                yield from self._stage_all(self._reads or self._open_queue())
+            if self._is_reading():
+                yield from self._read_all(self._reads or self._open_queue())
             elif self._maps_here and self._work.has_mapped:
                 self._stream = self._stream or self._writer.stream()
                 self._map_all(self._stream)
@@ -241,7 +241,7 @@ class _Transfer:
         self._reads = ReadQueue(self._settings.threads, self._reader, ring, backend, self._observer)
         return self._reads
 
-    def _is_staging(self) -> bool:
+    def _is_reading(self) -> bool:
         return self._work.is_left or (self._reads is not None and self._reads.n_reading > 0)
 
     def _start_reads(self, reads: ReadQueue) -> None:
@@ -253,10 +253,10 @@ class _Transfer:
         fits = self._in_place and block.transport is Transport.BUFFERED and len(block.segments) == 1
         return self._writer.place(block.segments[0]) if fits else None
 
-    def _stage_all(self, reads: ReadQueue) -> Steps:
+    def _read_all(self, reads: ReadQueue) -> Steps:
         """Bring everything that is left to be read on its way."""
         stream = self._stream = self._stream or self._writer.stream()
-        while self._is_staging():
+        while self._is_reading():
             self._cancel.check()
             while self._copying and self._copying[0][0].done():
                 self._free(self._copying.popleft()[1], reads)
