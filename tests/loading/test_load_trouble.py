@@ -313,7 +313,7 @@ def test_what_freed_memory_leaves_behind_is_given_back_before_a_refusal(tmp_path
     path = write("safetensors", tmp_path, weights(2))
     free = [1000]
     monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: free[0])
-    monkeypatch.setattr("wan_loader.loading.session.trim_heap", lambda: free.insert(0, 1 << 40))
+    monkeypatch.setattr("wan_loader.loading.load_session.trim_heap", lambda: free.insert(0, 1 << 40))
     same_dicts(wan_loader.load_file(path, io="buffered"), weights(2))
 
 

@@ -19,8 +19,8 @@ from wan_loader.errors import CacheError, CheckpointError
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.facts import StorageFacts, TensorFacts
 from wan_loader.loading.bind import make_binding
+from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.run import read_tensors
-from wan_loader.loading.session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 from wan_loader.devices.resolve import current
 from wan_loader.distributed.shard_group import joined
 from wan_loader.loading.bind import make_binding
+from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.run import convert_late
-from wan_loader.loading.session import LoadSession
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.writer import DeviceWriter
     from wan_loader.engine.pinned_ring import Slot
-    from wan_loader.engine.state import TransferState
+    from wan_loader.engine.transfer_state import TransferState
     from wan_loader.events import Observer
 
 __all__ = ["Pinning"]

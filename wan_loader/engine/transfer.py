@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.writer import CopyEvent, CopyStream, DeviceWriter
     from wan_loader.engine.reader import Reader
-    from wan_loader.engine.state import TransferState
+    from wan_loader.engine.transfer_state import TransferState
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
     from wan_loader.plan.limits import EngineSettings

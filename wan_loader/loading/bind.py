@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.loading.holdings import Held
     from wan_loader.loading.match import KeyMap, Match
+    from wan_loader.loading.module_tensors import ModuleTensor
 
 __all__ = ["Binding", "Into", "bind", "make_binding"]
 
@@ -56,7 +56,7 @@ class Binding:
     targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The module's tensors whose places are taken, by the names in the checkpoint."""
     found: Match | None = None
-    held: tuple[Held, ...] = field(default=(), repr=False)
+    held: tuple[ModuleTensor, ...] = field(default=(), repr=False)
     """Everything that the module holds."""
     on_meta: tuple[str, ...] = ()
     """The names of what will stay on the meta device."""
@@ -104,7 +104,7 @@ def make_binding(request: LoadRequest, checkpoint: Checkpoint, into: Into | None
 
 
 def _pair(request: LoadRequest, checkpoint: Checkpoint, into: Into) -> Binding:
-    from wan_loader.loading.holdings import held_tensors
+    from wan_loader.loading.module_tensors import held_tensors
 
     held = tuple(held_tensors(into.module))
     slots = {one.name: one.tensor for one in held if one.stored}

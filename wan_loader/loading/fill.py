@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.loading.holdings import Held
+    from wan_loader.loading.module_tensors import ModuleTensor
 
 __all__ = ["fill", "is_distributed", "is_dtensor"]
 
 
 def fill(
     module: torch.nn.Module,
-    held: Iterable[Held],
+    held: Iterable[ModuleTensor],
     filled: Collection[tuple[torch.Tensor, torch.Tensor]],
     device: str | torch.device,
 ) -> None:
@@ -43,7 +43,7 @@ def fill(
     """
     import torch
 
-    from wan_loader.loading.holdings import substitute
+    from wan_loader.loading.module_tensors import substitute
 
     device = torch.device(device)
     new = {id(old): _renewed(old, tensor) for old, tensor in filled}

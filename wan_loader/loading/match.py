@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.formats.facts import Checkpoint, TensorFacts
-    from wan_loader.loading.holdings import Held
+    from wan_loader.loading.module_tensors import ModuleTensor
 
 __all__ = ["KeyMap", "Match", "left_on_meta", "match", "module_slots"]
 
@@ -102,10 +102,10 @@ def _shape(slots: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
         raise KeyMismatchError(message, tensor=name, reason=reason, remedy=remedy) from error
 
 
-def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[list[Held]]:
+def left_on_meta(held: Iterable[ModuleTensor], targets: Iterable[torch.Tensor]) -> list[list[ModuleTensor]]:
     """Return the tensors that stay on the meta device when `targets` are filled, each under all of its names."""
     filled = {id(target) for target in targets}
-    left: dict[int, list[Held]] = {}
+    left: dict[int, list[ModuleTensor]] = {}
     for one in held:
         if id(one.tensor) not in filled and one.tensor.is_meta:
             left.setdefault(id(one.tensor), []).append(one)

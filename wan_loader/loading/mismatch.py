@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from wan_loader.errors import Shape
-    from wan_loader.loading.holdings import Held
+    from wan_loader.loading.module_tensors import ModuleTensor
 
 __all__ = ["mismatch", "stays_on_meta"]
 
@@ -67,7 +67,7 @@ def mismatch(
     )
 
 
-def stays_on_meta(path: str, left: Sequence[Held]) -> KeyMismatchError:
+def stays_on_meta(path: str, left: Sequence[ModuleTensor]) -> KeyMismatchError:
     """Make the error for a module of which tensors would stay on the meta device: it could not run."""
     what = {held.name: f"{shown_name(held.name)} ({_KINDS[held.kind]})" for held in left}
     names = list(what)

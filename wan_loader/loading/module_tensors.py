@@ -15,13 +15,13 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Held", "held_tensors", "substitute"]
+__all__ = ["ModuleTensor", "held_tensors", "substitute"]
 
 #: What every module has: registries, hooks, flags.
 _OWN = frozenset(torch.nn.Module().__dict__)
 
 
-class Held(NamedTuple):
+class ModuleTensor(NamedTuple):
     """A tensor of a module under one of its names."""
 
     name: str
@@ -32,24 +32,24 @@ class Held(NamedTuple):
     tensor: torch.Tensor
 
 
-def held_tensors(module: torch.nn.Module) -> Iterator[Held]:
+def held_tensors(module: torch.nn.Module) -> Iterator[ModuleTensor]:
     """Yield each tensor that a module holds, by each of its names; elements of containers as `table.0`, `table.key`."""
     for path, owner in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                yield Held(prefix + name, "parameter", True, parameter)
+                yield ModuleTensor(prefix + name, "parameter", True, parameter)
         for name, buffer in owner._buffers.items():
             if buffer is not None:
-                yield Held(prefix + name, "buffer", name not in owner._non_persistent_buffers_set, buffer)
+                yield ModuleTensor(prefix + name, "buffer", name not in owner._non_persistent_buffers_set, buffer)
         for name in _plain_attributes(owner):
             value = owner.__dict__[name]
             if isinstance(value, torch.Tensor):
-                yield Held(prefix + name, "attribute", False, value)
+                yield ModuleTensor(prefix + name, "attribute", False, value)
             else:
                 for key, element in _elements(value):
                     if isinstance(element, torch.Tensor):
-                        yield Held(f"{prefix}{name}.{key}", "attribute", False, element)
+                        yield ModuleTensor(f"{prefix}{name}.{key}", "attribute", False, element)
 
 
 def substitute(module: torch.nn.Module, new: Mapping[int, Any]) -> None:
