@@ -307,6 +307,7 @@ def load_into(
         KeyMismatchError: Before any weight is read; its fields hold all missing, unexpected and mis-shaped names, and
             those that would stay on meta. Other errors are those of `load_file`.
     """
+    # first of all: module and group are needed to tell the others of an error in what follows
     check_module(module)
     check_group(group)
     with _told_to_all(group, module):

@@ -46,6 +46,7 @@ _UNREGISTERED = (0, 4, 709, 713)
 
 @cache
 def _driver() -> Any:
+    # the names with _v2 are those that cuda.h gives to the plain ones: without it, addresses would be of 32 bits
     lib = ctypes.CDLL("libcuda.so.1")
     lib.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
     lib.cuMemHostUnregister.argtypes = [ctypes.c_void_p]

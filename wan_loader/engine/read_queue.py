@@ -110,7 +110,9 @@ class ReadQueue:
         self._observer = observer
         self._rows = [_ReadRow(f"reader {i}", reader.fallbacks) for i in range(n_rows)]
         self._reads = [
-            InFlightRead(slot, self._rows[i % n_rows], backend.request()) for i, slot in enumerate(ring.slots)
+            # dealt out in turn: the first reads, into the first slots, run side by side
+            InFlightRead(slot, self._rows[i % n_rows], backend.request())
+            for i, slot in enumerate(ring.slots)
         ]
         self._free = deque(self._reads)
         self._n_reading = 0
@@ -199,6 +201,7 @@ class ReadQueue:
                 raise
         except OSError as error:
             read.failed(error)
+            # `failed` has raised, or has turned to the page cache: once more, with the other descriptor
             self._ask(in_flight, read)
 
     def _record(self, in_flight: InFlightRead, block: Block) -> None:

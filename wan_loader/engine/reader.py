@@ -52,6 +52,7 @@ class Reader:
         self._files = files
         self._check = check
         self._stack = ExitStack()
+        # None: refused, which is not asked again
         self._direct_fds: dict[int, int | None] = {}
         self.fallbacks: list[str] = []
         """Reasons why files are not read as the plan wanted."""
@@ -153,6 +154,7 @@ class BlockRead:
         reader, block = self._reader, self.block
         self.transport = transport
         if transport is Transport.DIRECT:
+            # O_DIRECT wants address, offset and length at multiples of the device's logical block: a page suits all
             self._start, self._end, self._step = block.page_start, block.page_end, PAGE
             fd = reader.direct_fd(block.file)
             assert fd is not None

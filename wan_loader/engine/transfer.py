@@ -158,6 +158,7 @@ class _Transfer:
             if self._in_place:
                 self._writer.bind((yield Need.MEMORY))
             self._work.add(blocks)
+            # reads into the ring need no destination: the disk is busy while memory is allocated
             if self._work.is_left:
                 reads = self._open_queue()
                 self._start_reads(reads)

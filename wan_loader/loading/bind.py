@@ -157,6 +157,7 @@ def bind(
         KeyMismatchError: Names or shapes disagree, or something would stay on the meta device; the module is as it was.
     """
     into = Into(module=module, key_map=key_map, strict=strict, allow_meta=tuple(allow_meta))
+    # names and shapes are all that is compared
     facts = tuple(TensorFacts(name, "", tuple(tensor.shape), 0, ()) for name, tensor in tensors.items())
     held = Checkpoint("what was loaded", "memory", (), (), facts)
     if device is None:

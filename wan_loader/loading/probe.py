@@ -81,6 +81,7 @@ def _page_cache(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency
         unit = block_bytes(nbytes, MIN_BLOCK_BYTES)
         residency = PageCache(reader.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)
         cold = {file for file, start, end, there in residency.windows if request.io == "direct" or there < end - start}
+        # asked now, by opening: only the file system knows, and the plan opens nothing
         if request.io in ("auto", "direct"):
             refused = {number: reader.fallbacks[-1] for number in sorted(cold) if not reader.open_direct(number)}
         else:

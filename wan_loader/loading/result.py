@@ -45,6 +45,7 @@ class EntryBuild(Protocol):
         """Give up; return when what was written is removed."""
 
 
+# no slots: the cached report lives in the instance's dict
 @dataclass(frozen=True, repr=False, kw_only=True)
 class LoadResult:
     """The outcome of one load."""

@@ -162,6 +162,7 @@ def _drive(
                     answer = batch = list(islice(blocks, None if is_busy(allocation.device) else plan.batch))
             elif step is Need.MEMORY:
                 with span(observer, "init"):
+                    # storages are numbered in the order of their reads: this is the last one that is needed
                     answer = allocation.copied(batch[-1].segments[-1].storage + 1)
             else:
                 yield step

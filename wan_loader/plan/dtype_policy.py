@@ -53,6 +53,7 @@ class DtypePolicy:
             return self.exact[name]
         if self.dtype is None or source not in FLOATING:
             return source
+        # by the name in the module, which is what diffusers' list speaks of
         if self.keep_fp32 and has_part(self.module_names.get(name, name), self.keep_fp32):
             return "float32"
         return self.dtype
