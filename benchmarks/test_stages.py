@@ -17,7 +17,7 @@ from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.writer import Destination
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.formats import open_checkpoint
-from wan_loader.loading.binding import Into, make_binding
+from wan_loader.loading.bind import Into, make_binding
 from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Segment
 from wan_loader.plan.dtype_policy import DtypePolicy

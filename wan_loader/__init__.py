@@ -1,4 +1,4 @@
-"""wan-loader: huge generative models, started as fast as the hardware allows.
+"""Huge generative models, started as fast as the hardware allows.
 
 Importing this package does not import torch; the first call that needs it does.
 
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer, Recorder, Span, clock_ns, span
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.formats.model_directory import MissingFile, ModelDirectory, ModelPart
-    from wan_loader.loading.bind import match, module_slots
     from wan_loader.loading.empty_weights import empty_weights
+    from wan_loader.loading.match import match, module_slots
     from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
     from wan_loader.plan.dtype_policy import DtypePolicy
@@ -98,8 +98,8 @@ _LAZY = {
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
     "load_into": "wan_loader.api",
-    "match": "wan_loader.loading.bind",
-    "module_slots": "wan_loader.loading.bind",
+    "match": "wan_loader.loading.match",
+    "module_slots": "wan_loader.loading.match",
     "open_checkpoint": "wan_loader.formats",
     "paused_gc": "wan_loader.system.collector",
     "prewarm": "wan_loader.warming.prewarm",
@@ -174,7 +174,7 @@ def __dir__() -> list[str]:
 
 
 def _at_exit(pid: int) -> None:
-    """Other processes of a distributed run may wait for this one; forked ones are none of them."""
+    """Leave a note for the others of a distributed run, who may wait for this process; nobody waits for forked ones."""
     if "torch.distributed" in sys.modules and os.getpid() == pid:
         from wan_loader.distributed.exit_note import leave_note
 

@@ -1,4 +1,4 @@
-"""`python -m wan_loader` is `wan-loader`."""
+"""The entry of `python -m wan_loader`, which is `wan-loader`."""
 
 from wan_loader.cli import main
 

@@ -1,4 +1,4 @@
-"""The public calls: `load_file` for a dict of tensors, `load_into` for a module."""
+"""The public calls: `load_file` for a dict of tensors, `load_into` for a module, `load` for the report as well."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from wan_loader.arguments import check_cache, check_cancel, check_group, check_m
 from wan_loader.devices.resolve import import_torch
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import OptionError
-from wan_loader.loading.bind import is_distributed
-from wan_loader.loading.binding import Into, bind, make_binding
-from wan_loader.loading.session import LoadSession
+from wan_loader.loading.bind import Into, bind, make_binding
+from wan_loader.loading.fill import is_distributed
+from wan_loader.loading.load_session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
-    from wan_loader.loading.bind import KeyMap
+    from wan_loader.loading.match import KeyMap
     from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
     from wan_loader.types import IoMode, StrPath
@@ -51,43 +51,57 @@ def load_file(
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a dict of tensors: `safetensors.torch.load_file` and `torch.load` in one, and faster.
 
-    path: a checkpoint from `open_checkpoint`, whose headers are then not read again; or what that takes: a file of
-        safetensors or torch.save, a *.index.json, a directory holding one checkpoint, a list of files, or a
-        repository in the hub's cache as OWNER/NAME. A shard is that file alone, as for `safetensors.torch.load_file`;
-        its index, its directory, or a pattern (`model-*-of-00002.safetensors`) means all of them.
-    device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
-    dtype: floating tensors are converted to it on the target, bit for bit as `.to(dtype)` does; None keeps the file's.
-    part: of a torch file that nests dicts, the dict to load, by its keys joined by dots: "state_dict", "model.ema".
-    names: only these tensors, the most urgent first; None loads all, in file order, which is fastest.
-    keep_fp32: with a dtype, tensors whose dotted name contains one of these parts become float32.
-    io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one way.
-    threads: reads side by side, 1 to 64 (of which the C library runs 20); None chooses.
-    cache: keep the converted tensors in the converted cache, and read them from there as long as the source is
-        unchanged. The entry is written in the background from what was loaded: the process waits for it at exit.
-        Where the cache cannot be used, the source is loaded, and a warning in the report says why.
-    cache_dir: where the cache is; None takes the user's cache directory.
-    verify: check a cache entry against its checksums while it is read; a damaged one is set aside and built again.
-        Like cache_dir, it is an `OptionError` without cache=True.
-    group: processes of torch.distributed that all make this call, such as `torch.distributed.group.WORLD`: each reads
-        its part of every tensor, they exchange, and each returns all tensors. The bytes are read once in all. Not
-        with cache=True: an entry is what one process loads.
-    cancel: a token through which another thread can stop the load; it then raises `LoadCancelledError`.
-    observer: told of each span of work, from several threads. One that raises is told no more, and the report has a
-        warning. Without one nothing is recorded, and the report has no phases.
+    After an error nothing stays allocated. On CUDA, everything has arrived when this returns. The pinned ring takes at
+    most 512 MiB of host memory.
 
-    Returns contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
-    CPU, tensors of safetensors files that need no conversion are private mappings of the file, as safetensors' own are:
-    free, lazily read, and writable without changing the file, but if the file is later rewritten in place (not
-    replaced), they may change with it, and if it is shortened, using them ends the process. io="buffered" copies, and
-    io="mapped" maps tensors of a .pth, too, which otherwise are copied, so that it may be saved over itself. A file
-    that changes while it is loaded is an error; only stores through somebody's mapping of it cannot always be seen.
-    On CUDA, everything has arrived when this returns. Staging takes at most 512 MiB of host memory.
+    Args:
+        path: A checkpoint from `open_checkpoint`, whose headers are then not read again; or what that takes: a file of
+            safetensors or torch.save, a *.index.json, a directory holding one checkpoint, a list of files, or a
+            repository in the hub's cache as OWNER/NAME. A shard is that file alone, as for
+            `safetensors.torch.load_file`; its index, its directory, or a pattern (`model-*-of-00002.safetensors`) means
+            all of them.
+        device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
+        dtype: Floating tensors are converted to it on the device, bit for bit as `.to(dtype)` does; None keeps the
+            file's.
+        part: The dict to load, of a torch file that nests dicts, by its keys joined by dots: "state_dict", "model.ema".
+        names: Only these tensors, the most urgent first; None loads all, in file order, which is fastest.
+        keep_fp32: With a dtype, tensors whose dotted name contains one of these parts become float32.
+        io: "auto" chooses from what lies in the page cache; "mapped", "direct", "buffered" force one transport.
+        threads: Reads side by side, 1 to 64 (of which the C library runs 20); None chooses.
+        cache: Keep the converted tensors in the converted cache, and read them from there as long as the source is
+            unchanged. The entry is written in the background from what was loaded: the process waits for it at exit.
+            Where the cache cannot be used, the source is loaded, and a warning in the report says why.
+        cache_dir: The directory of the cache; None takes the user's cache directory.
+        verify: Check a cache entry against its checksums while it is read; a damaged one is set aside and built again.
+            Like cache_dir, it is an `OptionError` without cache=True.
+        group: Processes of torch.distributed that all make this call, such as `torch.distributed.group.WORLD`: each
+            reads its part of every tensor, they exchange, and each returns all tensors. The bytes are read once in all.
+            A CPU load of a group copies, it maps nothing. Not with cache=True: an entry is what one process loads.
+        cancel: A token through which another thread can stop the load; it then raises `LoadCancelledError`.
+        observer: Told of each span of work, from several threads. One that raises is told no more, and the report has a
+            warning. Without one nothing is recorded, and the report has no phases.
 
-    Raises `CheckpointError`, `MissingFileError`, `DeviceError`, `DeviceMemoryError`, `HostMemoryError`, `OptionError`
-    (for arguments that make no sense, such as an open file in place of its path); then nothing stays allocated. With a
-    group also `DistributedError`: another process failed or is gone, which is noticed within ten seconds once it has
-    come here (before, only if it exits by itself: a killed one is waited for, ten minutes at most), or sees another
-    checkpoint. A CPU load of a group copies, it maps nothing.
+    Returns:
+        Contiguous tensors (strides and shared storages as in the file for .pth), each owning its memory. On the
+        CPU, tensors of safetensors files that need no conversion are private mappings of the file, as safetensors' own
+        are: free, lazily read, and writable without changing the file, but if the file is later rewritten in place (not
+        replaced), they may change with it, and if it is shortened, using them ends the process. io="buffered" copies,
+        and io="mapped" maps tensors of a .pth, too, which otherwise are copied, so that it may be saved over itself. A
+        file that changes while it is loaded is an error; only stores through somebody's mapping of it cannot always be
+        seen.
+
+    Raises:
+        CheckpointError: A file is damaged, foreign, unsafe, or changed while it was read.
+        MissingFileError: A file is not there.
+        KeyMismatchError: Names that were asked for are not there.
+        DeviceError: The device does not exist or cannot be used.
+        DeviceMemoryError: The weights do not fit on the device.
+        HostMemoryError: There is too little host memory.
+        OptionError: An argument makes no sense, such as an open file in place of its path.
+        LoadCancelledError: `cancel` was cancelled.
+        DistributedError: Another process of the group failed or is gone, which is noticed within ten seconds once it
+            has come here (before, only if it exits by itself: a killed one is waited for, ten minutes at most), or sees
+            another checkpoint.
     """
     return load(
         path,
@@ -124,13 +138,18 @@ def load(
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> LoadResult:
-    """As `load_file`, and returns the report along with the tensors, and the cache entry that is being written."""
+    """Load a checkpoint as `load_file` does, and return everything that is known of the load.
+
+    Returns:
+        The tensors, the report, and the cache entry that is being written, if one is. Arguments and errors are those of
+        `load_file`.
+    """
     check_group(group)
     with _told_to_all(group, None):
         request = _request(path, device, dtype, keep_fp32, part, names, io, threads)
-        wish = _CacheWish(cache, cache_dir, verify)
-        _check(wish, group, None, cancel, observer)
-    return _load(request, None, wish, group, cancel, observer)
+        use = _CacheUse(cache, cache_dir, verify)
+        _check(use, group, None, cancel, observer)
+    return _load(request, None, use, group, cancel, observer)
 
 
 @contextmanager
@@ -147,7 +166,7 @@ def _told_to_all(group: ProcessGroup | None, module: torch.nn.Module | None) -> 
 
 
 def _check(
-    wish: _CacheWish,
+    use: _CacheUse,
     group: ProcessGroup | None,
     into: Into | None,
     cancel: CancelToken | None,
@@ -155,15 +174,14 @@ def _check(
 ) -> None:
     check_observer(observer)
     check_cancel(cancel)
-    check_cache(cache=wish.cache, cache_dir=wish.directory, verify=wish.verify)
-    if wish.cache and _is_shared(group, into):
-        raise OptionError(
-            "the converted cache is for one process, and several load together: leave out cache (--cache)"
-        )
+    check_cache(cache=use.cache, cache_dir=use.directory, verify=use.verify)
+    if use.cache and _is_shared(group, into):
+        reason = "the converted cache is for one process, and several load together"
+        raise OptionError.because(reason, "leave out cache (--cache)")
 
 
 def _is_shared(group: ProcessGroup | None, into: Into | None) -> bool:
-    """Whether several processes load together."""
+    """Return whether several processes load together."""
     return group is not None or (into is not None and is_distributed(into.module))
 
 
@@ -194,8 +212,8 @@ def _request(
     return request
 
 
-class _CacheWish(NamedTuple):
-    """What a caller said of the converted cache."""
+class _CacheUse(NamedTuple):
+    """The arguments about the converted cache."""
 
     cache: bool
     directory: StrPath | None
@@ -205,7 +223,7 @@ class _CacheWish(NamedTuple):
 def _load(
     request: LoadRequest,
     into: Into | None,
-    wish: _CacheWish,
+    use: _CacheUse,
     group: ProcessGroup | None,
     cancel: CancelToken | None,
     observer: Observer | None,
@@ -215,10 +233,10 @@ def _load(
         from wan_loader.distributed.load import load_together
 
         return load_together(request, into, group, cancel=cancel, observer=observer)
-    if wish.cache:
+    if use.cache:
         from wan_loader.cache.cached_load import load_cached
 
-        return load_cached(request, into, wish.directory, verify=wish.verify, cancel=cancel, observer=observer)
+        return load_cached(request, into, use.directory, verify=use.verify, cancel=cancel, observer=observer)
     with LoadSession(cancel=cancel, observer=observer) as session:
         checkpoint = session.open(request)
         binding = make_binding(request, checkpoint, into)
@@ -251,37 +269,51 @@ def load_into(
 ) -> LoadReport:
     """Fill a module's parameters and persistent buffers from a checkpoint, in place.
 
-    module: may be empty (build it under `with wan_loader.empty_weights()`: no memory, no random initialisation).
-        What is one object under several names stays so; classes of parameters, their attributes and `requires_grad`
-        are kept. Parameters may be DTensors (after FSDP2's `fully_shard`): then every process of their mesh makes this
-        call, reads the rows that it keeps and nothing else, and never holds a whole tensor; what several processes
-        keep, they read in parts and exchange.
-    device: as for `load_file`. What the module holds beside its weights goes there, too, in its own dtype, so that the
-        module runs there: non-persistent buffers, what `strict=False` left as it was, and tensors in plain attributes
-        (also in a list, tuple or dict that is an attribute; not in modules that are hidden in one).
-    key_map: checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to None
-        is left out.
-    strict: missing or unexpected names are an error. Wrong shapes always are.
-    allow_meta: a module that would keep something on the meta device (a buffer or attribute that is in no checkpoint,
-        a parameter that is not in this one) cannot run and is an error, unless the dotted name contains one of these
-        parts: "rope" and "rope.freqs" both allow `blocks.0.rope.freqs`. It is told in the report, for you to fill.
-    keep_fp32: with a dtype, tensors whose dotted name in the module contains one of these parts become float32. A
-        part that no name contains is a warning in the report.
-    group: the processes that make this call; None: those of the module's DTensors, else this one alone. With a group,
-        tensors that are no DTensors are read in parts and exchanged, as for `load_file`. With a group or DTensors,
-        cache=True is an `OptionError`.
-    path, dtype, part, io, threads, cache, cache_dir, verify, cancel, observer: as for `load_file`.
+    Args:
+        module: May be empty (build it under `with wan_loader.empty_weights()`: no memory, no random initialisation).
+            What is one object under several names stays so; classes of parameters, their attributes and `requires_grad`
+            are kept. Parameters may be DTensors (after FSDP2's `fully_shard`): then every process of their mesh makes
+            this call, reads the rows that it keeps and nothing else, and never holds a whole tensor; what several
+            processes keep, they read in parts and exchange.
+        path: As for `load_file`.
+        device: As for `load_file`. What the module holds beside its weights goes there, too, in its own dtype, so that
+            the module runs there: non-persistent buffers, what `strict=False` left as it was, and tensors in plain
+            attributes (also in a list, tuple or dict that is an attribute; not in modules that are hidden in one).
+        dtype: As for `load_file`.
+        part: As for `load_file`.
+        key_map: Checkpoint name -> module name, as a mapping (names not in it stay) or a function; a name mapped to
+            None is left out.
+        strict: Missing or unexpected names are an error. Wrong shapes always are.
+        allow_meta: A module that would keep something on the meta device (a buffer or attribute that is in no
+            checkpoint, a parameter that is not in this one) cannot run and is an error, unless the dotted name contains
+            one of these
+            parts: "rope" and "rope.freqs" both allow `blocks.0.rope.freqs`. It is told in the report, for you to fill.
+        keep_fp32: With a dtype, tensors whose dotted name in the module contains one of these parts become float32. A
+            part that no name contains is a warning in the report.
+        io: As for `load_file`.
+        threads: As for `load_file`.
+        cache: As for `load_file`. With a group or DTensors, True is an `OptionError`.
+        cache_dir: As for `load_file`.
+        verify: As for `load_file`.
+        group: The processes that make this call; None: those of the module's DTensors, else this one alone. With a
+            group, tensors that are no DTensors are read in parts and exchanged, as for `load_file`.
+        cancel: As for `load_file`.
+        observer: As for `load_file`.
 
-    Raises `KeyMismatchError` before any weight is read, whose fields hold all missing, unexpected and mis-shaped names
-    and those that would stay on meta, and what `load_file` raises; the module is changed only when everything has
-    arrived.
+    Returns:
+        The report. The module is changed only when everything has arrived.
+
+    Raises:
+        KeyMismatchError: Before any weight is read; its fields hold all missing, unexpected and mis-shaped names, and
+            those that would stay on meta. Other errors are those of `load_file`.
     """
+    # first of all: module and group are needed to tell the others of an error in what follows
     check_module(module)
     check_group(group)
     with _told_to_all(group, module):
         request = _request(path, device, dtype, keep_fp32, part, None, io, threads)
         allowed = checked_strings(allow_meta, "allow_meta")
         into = Into(module=module, key_map=key_map, strict=strict, allow_meta=allowed)
-        wish = _CacheWish(cache, cache_dir, verify)
-        _check(wish, group, into, cancel, observer)
-    return _load(request, into, wish, group, cancel, observer).report
+        use = _CacheUse(cache, cache_dir, verify)
+        _check(use, group, into, cancel, observer)
+    return _load(request, into, use, group, cancel, observer).report

@@ -69,18 +69,18 @@ class DeviceWriterContract:
     def source(self):
         return Source()
 
-    def submit(self, stream, source, pieces):
-        return stream.submit(source.address, FILE_START, pieces)
+    def submit(self, stream, source, all_segments):
+        return stream.submit(source.address, FILE_START, all_segments)
 
     def test_bytes_arrive_where_they_belong(self, source):
         sizes = [1, 7, 4096, 100_001, 1_000_000]
         self.prepare(sizes)
         self.writer.bind(self.destinations)
-        pieces = segments(sizes)
-        self.submit(self.writer.stream(), source, pieces)
+        all_segments = segments(sizes)
+        self.submit(self.writer.stream(), source, all_segments)
         self.writer.finish()
-        for piece in pieces:
-            assert self.bytes_of(piece.storage) == source.bytes(piece)
+        for segment in all_segments:
+            assert self.bytes_of(segment.storage) == source.bytes(segment)
 
     def test_a_storage_in_pieces(self, source):
         """Of several blocks, in any order; nothing beside them is touched."""
@@ -96,53 +96,53 @@ class DeviceWriterContract:
     def test_the_source_is_free_once_an_event_says_so(self, source):
         self.prepare([MiB])
         self.writer.bind(self.destinations)
-        (piece,) = segments([MiB])
-        event = self.submit(self.writer.stream(), source, [piece])
+        (segment,) = segments([MiB])
+        event = self.submit(self.writer.stream(), source, [segment])
         if event is not None:
             event.wait()
             assert event.done()
             event.wait()
         source.overwrite()
         self.writer.finish()
-        assert self.bytes_of(0) == source.bytes(piece)
+        assert self.bytes_of(0) == source.bytes(segment)
 
     def test_destinations_come_in_portions(self, source):
         sizes = [3000, 50, 70_000]
         self.prepare(sizes)
-        pieces = segments(sizes)
+        all_segments = segments(sizes)
         self.writer.bind(self.destinations[:1])
         stream = self.writer.stream()
-        self.submit(stream, source, pieces[:1])
+        self.submit(stream, source, all_segments[:1])
         self.writer.bind(self.destinations[1:])
-        self.submit(stream, source, pieces[1:])
+        self.submit(stream, source, all_segments[1:])
         self.writer.finish()
-        for piece in pieces:
-            assert self.bytes_of(piece.storage) == source.bytes(piece)
+        for segment in all_segments:
+            assert self.bytes_of(segment.storage) == source.bytes(segment)
 
     def test_each_thread_has_a_stream_of_its_own(self, source):
         sizes = [1000] * 8
         self.prepare(sizes)
         self.writer.bind(self.destinations)
-        pieces, failures = segments(sizes), []
+        all_segments, failures = segments(sizes), []
 
         def submit(share):
             try:
                 stream = self.writer.stream()
-                events = [self.submit(stream, source, [piece]) for piece in share]
+                events = [self.submit(stream, source, [segment]) for segment in share]
                 for event in filter(None, events):
                     event.wait()
             except BaseException as failure:
                 failures.append(failure)
 
-        threads = [threading.Thread(target=submit, args=(pieces[i::2],)) for i in range(2)]
+        threads = [threading.Thread(target=submit, args=(all_segments[i::2],)) for i in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(10)
         assert failures == []
         self.writer.finish()
-        for piece in pieces:
-            assert self.bytes_of(piece.storage) == source.bytes(piece)
+        for segment in all_segments:
+            assert self.bytes_of(segment.storage) == source.bytes(segment)
 
     def test_a_place_may_be_read_to_instead(self, source, tmp_path):
         self.prepare([1000])
@@ -165,10 +165,10 @@ class DeviceWriterContract:
             self.writer.pin(source.address, 2 * MiB, read_only=read_only)
             pinned = True
         assert self.writer.can_pin or not pinned
-        (piece,) = segments([MiB], at=PAGE + 5)
-        self.submit(self.writer.stream(), source, [piece])
+        (segment,) = segments([MiB], at=PAGE + 5)
+        self.submit(self.writer.stream(), source, [segment])
         self.writer.finish()
-        assert self.bytes_of(0) == source.bytes(piece)
+        assert self.bytes_of(0) == source.bytes(segment)
         released = []
         thread = threading.Thread(target=lambda: released.append(self.writer.unpin(source.address)))
         thread.start()
@@ -183,11 +183,11 @@ class DeviceWriterContract:
         """As the clean-up after a failure does."""
         self.prepare([1000])
         self.writer.bind(self.destinations)
-        (piece,) = segments([1000])
-        self.submit(self.writer.stream(), source, [piece])
+        (segment,) = segments([1000])
+        self.submit(self.writer.stream(), source, [segment])
         self.writer.finish()
         self.writer.finish()
-        assert self.bytes_of(0) == source.bytes(piece)
+        assert self.bytes_of(0) == source.bytes(segment)
 
     def test_finishing_without_anything_to_do(self):
         self.prepare([1])
@@ -203,7 +203,7 @@ class ConvertingWriterContract(TensorTargets, DeviceWriterContract):
     )
     @pytest.mark.parametrize("shift", [0, 1, 3])
     def test_conversions_are_torch_s(self, source_dtype, dtype, shift):
-        """Of whole storages and of pieces of them, wherever they lie in memory."""
+        """Of whole storages and of segments of them, wherever they lie in memory."""
         source_dtype, dtype = getattr(torch, source_dtype), getattr(torch, dtype)
         source = Source()
         counts = [1, 33, 5000]
@@ -214,15 +214,15 @@ class ConvertingWriterContract(TensorTargets, DeviceWriterContract):
         writer = self.make_writer()
         writer.bind([Destination(tensor, tensor.data_ptr(), source_dtype) for tensor in tensors])
         itemsize = source_dtype.itemsize
-        pieces, at = [], FILE_START + shift
+        all_segments, at = [], FILE_START + shift
         for storage, count in enumerate(counts):
             for first, last in ((0, count // 2), (count // 2, count)):
                 if first < last:
                     nbytes = (last - first) * itemsize
-                    pieces.append(Segment(storage, first * itemsize, at, nbytes, itemsize))
+                    all_segments.append(Segment(storage, first * itemsize, at, nbytes, itemsize))
                     at += nbytes
-        assert writer.place(pieces[0]) is None, "it must pass through here to be converted"
-        writer.stream().submit(source.address, FILE_START, pieces)
+        assert writer.place(all_segments[0]) is None, "it must pass through here to be converted"
+        writer.stream().submit(source.address, FILE_START, all_segments)
         writer.finish()
         for tensor, value in zip(tensors, values, strict=True):
             assert torch.equal(tensor, value.to(self.device).to(dtype))

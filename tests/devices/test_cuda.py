@@ -60,18 +60,18 @@ def test_registered_memory_is_found_while_more_is_registered(monkeypatch):
     monkeypatch.setattr(cuda.driver, "current_context", lambda: 0)
     monkeypatch.setattr(cuda.driver, "register", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: None)
-    target = cuda.CudaWriter(0)
-    monkeypatch.setattr(target, "_view", lambda address, nbytes: range(address, address + nbytes))
-    target.pin(1000, 100, read_only=False)
+    writer = cuda.CudaWriter(0)
+    monkeypatch.setattr(writer, "_view", lambda address, nbytes: range(address, address + nbytes))
+    writer.pin(1000, 100, read_only=False)
     plain, lower = cuda.bisect_right, iter(range(900, 0, -100))
 
     def looked_up(ranges, at):
         found = plain(ranges, at)
-        another = threading.Thread(target=target.pin, args=(next(lower), 100), kwargs={"read_only": True})
+        another = threading.Thread(target=writer.pin, args=(next(lower), 100), kwargs={"read_only": True})
         another.start()
         another.join(0.05)
         return found
 
     monkeypatch.setattr(cuda, "bisect_right", looked_up)
     for at in (1000, 1050, 1090):
-        assert target.bytes_on_device(at, 10) == range(at, at + 10)
+        assert writer.bytes_on_device(at, 10) == range(at, at + 10)

@@ -124,7 +124,7 @@ def test_columns_are_read_whole_and_cut():
 
 def test_processes_of_a_machine_share_its_budgets():
     from wan_loader.plan.blocks import Transport
-    from wan_loader.plan.limits import MAX_STAGING_BYTES, engine_settings
+    from wan_loader.plan.limits import MAX_RING_BYTES, engine_settings
 
     def shared(sharers, memory=1 << 40, processors=16):
         return engine_settings(
@@ -141,9 +141,9 @@ def test_processes_of_a_machine_share_its_budgets():
     for sharers in (2, 4, 8):
         each = shared(sharers)
         assert each.threads * sharers <= alone.threads
-        assert each.n_slots * each.slot_bytes * sharers <= MAX_STAGING_BYTES
+        assert each.n_slots * each.slot_bytes * sharers <= MAX_RING_BYTES
         many = shared(sharers, processors=64)  # then half of them
         assert alone.threads < many.threads * sharers <= 32
-        assert many.n_slots * many.slot_bytes * sharers <= MAX_STAGING_BYTES
+        assert many.n_slots * many.slot_bytes * sharers <= MAX_RING_BYTES
     assert shared(64).threads == shared(64).n_slots == 1
     assert shared(8, memory=1 << 28).n_slots == 1

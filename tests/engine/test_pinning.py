@@ -66,10 +66,10 @@ class DeviceWriter:
 
 
 @pytest.fixture
-def staging():
-    staging = PinnedRing(MiB, 8)
-    yield staging
-    staging.close()
+def ring():
+    ring = PinnedRing(MiB, 8)
+    yield ring
+    ring.close()
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_refusal_between_copies_does_not_leave_the_background_behind(path):
     assert not writer.registered
 
 
-def test_one_refusal_is_reported_once(staging):
+def test_one_refusal_is_reported_once(ring):
     """Of two threads that both ask at that moment."""
     both = threading.Barrier(2)
 
@@ -120,13 +120,13 @@ def test_one_refusal_is_reported_once(staging):
 
     stats = TransferState()
     pinning = Pinning(DeviceWriter(before), stats, None)
-    pinning.begin(staging.slots[:2])
-    pinning.need(staging.slots[5])
+    pinning.begin(ring.slots[:2])
+    pinning.need(ring.slots[5])
     pinning.end()
     assert len(stats.fallbacks) == 1
 
 
-def test_a_thread_that_never_began_is_not_waited_for(staging, monkeypatch):
+def test_a_thread_that_never_began_is_not_waited_for(ring, monkeypatch):
     """Ctrl-C just before it would have."""
 
     def start(thread):
@@ -137,14 +137,14 @@ def test_a_thread_that_never_began_is_not_waited_for(staging, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(KeyboardInterrupt):
-            pinning.begin(staging.slots)
+            pinning.begin(ring.slots)
     ending = threading.Thread(target=pinning.end, daemon=True)
     ending.start()
     ending.join(1)
     assert not ending.is_alive()
 
 
-def test_what_is_not_pinned_yet_at_the_end_never_is(staging):
+def test_what_is_not_pinned_yet_at_the_end_never_is(ring):
     began = threading.Event()
 
     def before(n):
@@ -153,7 +153,7 @@ def test_what_is_not_pinned_yet_at_the_end_never_is(staging):
 
     writer = DeviceWriter(before)
     pinning = Pinning(writer, TransferState(), None)
-    pinning.begin(staging.slots)
+    pinning.begin(ring.slots)
     began.wait()
     pinning.end()
     assert writer.n_pins == 1

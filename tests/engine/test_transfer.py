@@ -104,7 +104,7 @@ def nbytes_by_way(blocks):
 
 
 def check(result, path):
-    """Every byte arrived, once; three threads at most told the target; everything was unpinned."""
+    """Every byte arrived, once; three threads at most told the device writer; everything was unpinned."""
     data = path.read_bytes()
     for byte_range, memory, arrived in zip(
         result.byte_ranges, result.writer.memory, result.writer.arrived, strict=True
@@ -166,9 +166,9 @@ def no_more_threads(load, monkeypatch):
 @pytest.mark.parametrize("transport", WAYS)
 def test_without_further_threads(load, path, transport):
     result = load(transport, block_bytes=SLOT, each=3)
-    assert result.stats.fallbacks[:1] == ["no further thread may be started: pages are mapped first, staged later"] * (
-        transport is Transport.MAPPED
-    )
+    assert result.stats.fallbacks[:1] == [
+        "no further thread may be started: pages are mapped first, others read later"
+    ] * (transport is Transport.MAPPED)
     check(result, path)
 
 
@@ -241,7 +241,7 @@ def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
     monkeypatch.setattr(AioRequest, "result", late)
     monkeypatch.setattr(PosixAio, "wait_any", staticmethod(wait_any))
     check(load(Transport.MAPPED, block_bytes=SLOT, each=2, n_slots=2, mode=TransferMode.SHARED), path)
-    assert waited_s, "staging was at work, too"
+    assert waited_s, "the ring was at work, too"
     assert sum(waited_s) < 0.5
 
 
@@ -259,7 +259,7 @@ def test_three_ways_in_one_plan(load, path, each):
 def test_a_slot_is_not_reused_before_its_ticket_is_done(load, path, transport, threads, n_slots):
     result = load(transport, threads=threads, n_slots=n_slots, delay_s=0.003)
     assert len(result.writer.addresses) <= n_slots * 2
-    assert result.stats.staging_nbytes == n_slots * (SLOT + PAGE)
+    assert result.stats.ring_nbytes == n_slots * (SLOT + PAGE)
     check(result, path)
 
 
@@ -285,14 +285,14 @@ def test_mapping_alone_needs_no_other_thread(load, path, each, faults_in):
         Transport.MAPPED, block_bytes=SLOT, each=each, mode=TransferMode.MAPPED_HERE, faults_in=faults_in, observer=seen
     )
     assert result.writer.threads == {threading.get_ident()}
-    assert result.stats.nbytes[Transport.BUFFERED] == result.stats.staging_nbytes == 0
+    assert result.stats.nbytes[Transport.BUFFERED] == result.stats.ring_nbytes == 0
     assert ("read" in {span.name for span in seen.spans}) == faults_in
     check(result, path)
 
 
 @pytest.mark.parametrize("each", [1, 2, 7])
 def test_mapping_here_stays_here_when_some_is_staged(load, path, each):
-    """Staging draws windows, too: they are not taken by two threads then."""
+    """The reading thread draws mapped blocks, too: they are not taken by two threads then."""
     mapping = set()
 
     def refuse(n, read_only):
@@ -326,7 +326,7 @@ def test_mapping_alone_begins_before_the_last_portion_is_made(load, path):
 def test_without_stealing_everything_stays_mapped(load, path):
     result = load(Transport.MAPPED, pin_s=0.005, block_bytes=SLOT)
     assert result.stats.nbytes[Transport.BUFFERED] == 0
-    assert result.stats.staging_nbytes == 0
+    assert result.stats.ring_nbytes == 0
     check(result, path)
 
 
@@ -340,19 +340,19 @@ def test_without_stealing_everything_stays_mapped(load, path):
     ],
 )
 @pytest.mark.parametrize("refused_from", [1, 2, 5])
-def test_refused_windows_go_through_staging(load, path, refused_from, how):
-    windows = iter(range(1, 1000))
+def test_refused_mapped_blocks_go_through_the_ring(load, path, refused_from, how):
+    registrations = iter(range(1, 1000))
     result = load(
         Transport.MAPPED,
         **how,
         block_bytes=SLOT,
-        refuse=lambda n, read_only: read_only and next(windows) >= refused_from,
+        refuse=lambda n, read_only: read_only and next(registrations) >= refused_from,
     )
     assert result.stats.nbytes[Transport.BUFFERED] > 0
     (refusal,) = result.stats.fallbacks
     assert "refused by the fake" in refusal
     assert "regist" in refusal
-    assert next(windows) == refused_from + 1, "asked for once more after the refusal"
+    assert next(registrations) == refused_from + 1, "asked for once more after the refusal"
     assert (result.writer.threads == {threading.get_ident()}) == (how.get("mode") is TransferMode.MAPPED_HERE)
     check(result, path)
 
@@ -360,7 +360,7 @@ def test_refused_windows_go_through_staging(load, path, refused_from, how):
 @pytest.mark.parametrize("how", [SHARED, {}, {**HERE, "each": 2}])
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOMEM])
 @pytest.mark.parametrize("nth", [1, 4])
-def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch, nth, code, how):
+def test_files_that_cannot_be_mapped_go_through_the_ring(load, path, monkeypatch, nth, code, how):
     """A file system without mmap; more mappings than the kernel allows."""
     plain, calls = carry.map_file, iter(range(1, 1000))
 
@@ -379,7 +379,7 @@ def test_files_that_cannot_be_mapped_go_through_staging(load, path, monkeypatch,
 
 
 @pytest.mark.parametrize(("refused_from", "pinned"), [(1, 0), (2, 1), (3, 3), (4, 7), (5, 10)])
-def test_unpinnable_staging_still_works(load, path, refused_from, pinned):
+def test_an_unpinnable_ring_still_works(load, path, refused_from, pinned):
     result = load(Transport.BUFFERED, threads=4, n_slots=10, refuse=lambda n, read_only: n >= refused_from)
     assert result.stats.pinned_nbytes == pinned * (SLOT + PAGE)
     assert len([r for r in result.stats.fallbacks if "not pinned" in r]) == (refused_from < 5)
@@ -415,10 +415,10 @@ def test_a_load_that_fails_waits_for_pinning(load):
     assert error.writer.pinned == {}
 
 
-def test_staging_is_bounded(load, path):
+def test_the_ring_is_bounded(load, path):
     result = load(Transport.DIRECT, threads=8, n_slots=3, delay_s=0.001)
     assert result.writer.max_pinned <= 3 * (SLOT + PAGE)
-    assert result.stats.pinned_nbytes <= result.stats.staging_nbytes == 3 * (SLOT + PAGE)
+    assert result.stats.pinned_nbytes <= result.stats.ring_nbytes == 3 * (SLOT + PAGE)
     check(result, path)
 
 
@@ -449,7 +449,7 @@ def test_unregistering_windows_gives_way_to_other_loads(load, transport, waits):
 
 @pytest.fixture
 def clean(path):
-    """Checks afterwards that a failed load left nothing: no thread, descriptor, mapping or staging memory."""
+    """Checks afterwards that a failed load left nothing: no thread, descriptor, mapping or ring."""
     fds, anonymous = len(os.listdir("/proc/self/fd")), anonymous_bytes()
     yield
     assert engine_threads() == set()
@@ -512,7 +512,7 @@ def test_read_that_cannot_be_queued(load, path, monkeypatch, place, name, code):
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
 @pytest.mark.parametrize("nth", [1, 3])
 def test_no_descriptor_is_left(load, path, monkeypatch, transport, code, nth):
-    """Lanes then read from the file's own."""
+    """Rows then read from the file's own."""
     original, calls = os.dup, iter(range(1, 1000))
 
     def failing(fd):

@@ -343,8 +343,9 @@ def test_only_the_names_asked_for_in_that_order(tmp_path):
 
 def test_a_name_that_is_not_there(tmp_path):
     path = write("safetensors", tmp_path, weights(3))
-    with pytest.raises(wan_loader.KeyMismatchError, match="nothing"):
+    with pytest.raises(wan_loader.KeyMismatchError, match="nothing") as caught:
         wan_loader.load_file(path, names=["nothing"])
+    assert (caught.value.path, caught.value.missing) == (str(path), ("nothing",))
 
 
 def test_keep_fp32(tmp_path):

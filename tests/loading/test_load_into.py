@@ -170,8 +170,9 @@ def test_names_not_in_a_mapping_stay(path, reference):
 
 @pytest.mark.parametrize("key_map", [len, {"scale": b"scale"}])
 def test_a_key_map_gives_names(path, key_map):
-    with pytest.raises(wan_loader.OptionError, match=r"key_map gives a value of type (int|bytes) for '.+': every name"):
+    with pytest.raises(wan_loader.OptionError, match=r"key_map gives a value of type (int|bytes) for '.+'") as caught:
         wan_loader.load_into(Net(), path, device="cpu", key_map=key_map)
+    assert caught.value.remedy == "every name is a str, or None to leave out"
 
 
 class Viewing(nn.Module):
@@ -266,8 +267,10 @@ def test_not_strict_reports(tmp_path, reference):
 
 def test_not_strict_still_refuses_wrong_shapes(tmp_path):
     safetensors.torch.save_file({"scale": torch.ones(2)}, tmp_path / "net.safetensors")
-    with pytest.raises(wan_loader.KeyMismatchError, match="scale"):
+    with pytest.raises(wan_loader.KeyMismatchError) as caught:
         wan_loader.load_into(empty(), tmp_path / "net.safetensors", device="cpu", strict=False)
+    assert caught.value.path == str(tmp_path / "net.safetensors")
+    assert list(caught.value.misshaped) == ["scale"]
 
 
 def test_keep_fp32(path, reference, device):

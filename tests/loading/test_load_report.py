@@ -84,7 +84,7 @@ def test_report_of_views(tmp_path):
 
 
 def test_host_memory_is_read_into_and_not_copied_to(tmp_path):
-    """Small neighbours are read together, through staging."""
+    """Small neighbours are read together, through the ring."""
     tensors = {"a": torch.ones(1000), "b": torch.ones(3), "large": torch.randn(3 * MiB), "last": torch.ones(3)}
     loaded = wan_loader.load(write("pth", tmp_path, tensors), observer=wan_loader.Recorder())
     report = loaded.report
@@ -264,7 +264,7 @@ def test_what_a_load_made_is_not_looked_at_by_the_next_collection(tmp_path):
 
 @pytest.fixture
 def portion_sizes(monkeypatch):
-    """How many blocks each portion of a load has; one at a time is the rule here."""
+    """How many blocks each batch of a load has; one at a time is the rule here."""
     sizes, plain = [], load.transfer_blocks
 
     def transfer_blocks(*args, **options):
@@ -288,7 +288,7 @@ def portion_sizes(monkeypatch):
 def test_what_is_left_is_allocated_at_once_where_the_stream_is_busy(
     tmp_path, monkeypatch, portion_sizes, busy_from, expected
 ):
-    """With each portion, copies would wait anew for what is queued there."""
+    """With each batch, copies would wait anew for what is queued there."""
     asked = itertools.count()
     monkeypatch.setattr(load, "is_busy", lambda device: next(asked) >= busy_from)
     tensors = weights(7)  # 700 kB
@@ -337,7 +337,7 @@ def test_nothing_stays_open(tmp_path, open_files, mode):
 
 
 @pytest.mark.parametrize("mode", ["direct", "buffered"])
-def test_staging_is_bounded(tmp_path, mode, monkeypatch):
+def test_the_ring_is_bounded(tmp_path, mode, monkeypatch):
     path = write("safetensors", tmp_path, weights(3))
     monkeypatch.setattr("wan_loader.loading.probe.memory_limit", lambda: 100 * MiB)
     settings = wan_loader.load(path, io=mode, threads=32).report.settings

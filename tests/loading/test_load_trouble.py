@@ -162,8 +162,8 @@ def test_read_error_names_the_file(tmp_path, device, monkeypatch, mode, code):
     monkeypatch.setattr(AioRequest, "result", failing)
     with pytest.raises(wan_loader.CheckpointError) as caught:
         wan_loader.load_file(path, device=device, io=mode)
-    assert str(path) in str(caught.value)
-    assert os.strerror(code) in str(caught.value)
+    assert caught.value.path == str(path)
+    assert caught.value.reason == os.strerror(code)
 
 
 @pytest.fixture
@@ -250,8 +250,9 @@ def test_missing_host_memory(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
     monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: 1000)
     for options in ({"io": "buffered"}, {"io": "direct"}, {"dtype": "fp64"}):
-        with pytest.raises(wan_loader.HostMemoryError, match="1000"):
+        with pytest.raises(wan_loader.HostMemoryError, match="1000") as caught:
             wan_loader.load_file(path, **options)
+        assert (caught.value.path, caught.value.remedy) == (str(path), "free some memory")
     same_dicts(wan_loader.load_file(path, io="mapped"), weights(2))
 
 
@@ -261,8 +262,9 @@ def test_weights_that_would_fit_alone_are_refused_before_reading(tmp_path, monke
     path = write(kind, tmp_path, weights(2))
     nbytes = sum(t.nbytes for t in weights(2).values())
     monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: nbytes + 16 * MiB)
-    with pytest.raises(wan_loader.HostMemoryError, match="beside its weights"):
+    with pytest.raises(wan_loader.HostMemoryError, match="beside its weights") as caught:
         wan_loader.load_file(path, io="buffered")
+    assert (caught.value.path, caught.value.remedy) == (str(path), "free some memory")
 
 
 @pytest.mark.parametrize("facts", [(None, {}), (1 << 40, {}), (None, {"ulimit -v": 1 << 40})])
@@ -288,14 +290,16 @@ def test_torch_is_not_imported_where_that_would_be_the_end(monkeypatch, free, li
     monkeypatch.setattr("wan_loader.devices.resolve.process_headrooms", lambda: limits)
     check_room_for_torch()  # it is imported
     monkeypatch.delitem(sys.modules, "torch")
-    with pytest.raises(wan_loader.HostMemoryError, match=what):
+    with pytest.raises(wan_loader.HostMemoryError) as caught:
         check_room_for_torch()
+    assert what in caught.value.reason
+    assert caught.value.remedy == "allow more memory"
     monkeypatch.setattr("wan_loader.devices.resolve.available_memory", lambda: None)
     monkeypatch.setattr("wan_loader.devices.resolve.process_headrooms", dict)
     check_room_for_torch()
 
 
-def test_staging_takes_what_the_weights_leave(tmp_path, monkeypatch):
+def test_the_ring_takes_what_the_weights_leave(tmp_path, monkeypatch):
     tensors = weights(8, nbytes=8 * MiB)
     path = write("safetensors", tmp_path, tensors)
     wide = wan_loader.load(path, io="buffered").report.settings
@@ -309,7 +313,7 @@ def test_what_freed_memory_leaves_behind_is_given_back_before_a_refusal(tmp_path
     path = write("safetensors", tmp_path, weights(2))
     free = [1000]
     monkeypatch.setattr("wan_loader.system.machine.available_memory", lambda: free[0])
-    monkeypatch.setattr("wan_loader.loading.session.trim_heap", lambda: free.insert(0, 1 << 40))
+    monkeypatch.setattr("wan_loader.loading.load_session.trim_heap", lambda: free.insert(0, 1 << 40))
     same_dicts(wan_loader.load_file(path, io="buffered"), weights(2))
 
 
@@ -318,8 +322,9 @@ def test_memory_that_is_refused_all_the_same(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
     monkeypatch.setattr("wan_loader.system.machine.process_headrooms", dict)
     monkeypatch.setattr("wan_loader.loading.run.Allocation._make", lambda *_: torch.empty(1 << 60))
-    with pytest.raises(wan_loader.HostMemoryError, match=r"safetensors.*room"):
+    with pytest.raises(wan_loader.HostMemoryError, match="no room") as caught:
         wan_loader.load_file(path, io="buffered")
+    assert caught.value.path == str(path)
 
 
 @pytest.mark.skipif(not os.access("/sys/fs/cgroup/memory/cgroup.procs", os.W_OK), reason="needs root, and cgroup v1")
@@ -344,7 +349,7 @@ def test_a_load_in_a_small_cgroup_is_never_killed(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"refused\n{64 * MiB}\n"), done.stderr
 
 
-def test_memory_limit_too_small_for_staging(tmp_path, monkeypatch):
+def test_memory_limit_too_small_for_the_ring(tmp_path, monkeypatch):
     path = write("safetensors", tmp_path, weights(2))
     monkeypatch.setattr("wan_loader.loading.probe.memory_limit", lambda: 16 * MiB)
     with pytest.raises(wan_loader.HostMemoryError):
@@ -383,8 +388,10 @@ def test_cuda_where_there_is_none(tmp_path, name):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     path = write("safetensors", tmp_path, weights(1))
-    with pytest.raises(wan_loader.DeviceError, match="CUDA"):
+    with pytest.raises(wan_loader.DeviceError) as caught:
         wan_loader.load_file(path, device=name)
+    assert "sees no CUDA device" in caught.value.reason
+    assert caught.value.remedy == "use device='cpu'"
 
 
 @pytest.mark.gpu
@@ -419,8 +426,9 @@ def test_fake_tensors_have_no_memory_to_fill(tmp_path, suffix):
 
     path = tmp_path / f"model.{suffix}"
     (torch.save if suffix == "pth" else safetensors.torch.save_file)({"w": torch.ones(3)}, path)
-    with FakeTensorMode(), pytest.raises(wan_loader.OptionError, match="FakeTensor of every tensor: load outside"):
+    with FakeTensorMode(), pytest.raises(wan_loader.OptionError, match="FakeTensor of every tensor") as caught:
         wan_loader.load_file(path, dtype="bf16")
+    assert caught.value.remedy == "load outside of it"
 
 
 def test_missing_file(tmp_path):

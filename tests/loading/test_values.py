@@ -127,8 +127,9 @@ def test_a_plan_for_a_machine_that_is_not_here(tmp_path):
     assert {block.transport.value for block in plan.blocks} == {"direct"}
     assert plan.facts.cuda
     full = Facts(device="cuda:0", processors=16, memory_limit=1 << 40, device_free=10, device_total=20)
-    with pytest.raises(wan_loader.DeviceMemoryError, match="10 of 20"):
+    with pytest.raises(wan_loader.DeviceMemoryError, match="10 of 20") as caught:
         make_plan(request, request.open(), full)
+    assert caught.value.path == request.open().path
 
 
 # in the order of arrival

@@ -22,7 +22,7 @@ def some_way(file, start, end):
 
 @st.composite
 def byte_ranges(draw, itemsizes=(1, 2, 4, 8, 16), max_items=12):
-    """Extents of a few files: neighbours, small and large gaps, jumps backwards, empty ones, any alignment."""
+    """Byte ranges of a few files: neighbours, small and large gaps, jumps backwards, empty ones, any alignment."""
     out = []
     position = {}
     for storage in range(draw(st.integers(0, max_items))):
@@ -51,7 +51,7 @@ def pieces_of(blocks):
 
 
 def check_every_byte_once_and_in_order(wanted, blocks):
-    """Put together again, the pieces are exactly the wanted extents in their order."""
+    """Put together again, the segments are exactly the wanted byte ranges in their order."""
     joined = []
     for block in blocks:
         for segment in block.segments:
@@ -90,7 +90,7 @@ def check_sizes_and_borders(wanted, blocks, block_bytes):
         assert segment.itemsize == byte_range.itemsize
         assert segment.nbytes % segment.itemsize == 0
         assert (segment.file_start - byte_range.start) % segment.itemsize == 0
-        if segment.storage_start:  # the border lies inside an extent
+        if segment.storage_start:  # the border lies inside a byte range
             to_border = -segment.file_start % block_bytes
             assert to_border < segment.itemsize
 

@@ -6,7 +6,7 @@ from wan_loader.errors import HostMemoryError
 from wan_loader.plan.blocks import Transport
 from wan_loader.plan.limits import (
     MAX_READS,
-    MAX_STAGING_BYTES,
+    MAX_RING_BYTES,
     MIN_BLOCK_BYTES,
     TransferMode,
     block_bytes,
@@ -95,13 +95,13 @@ def test_mapping_that_was_asked_for_is_alone():
     assert settings(Transport.MAPPED, io="mapped").mode is TransferMode.STAGED, "Ctrl-C must not wait for a disk"
     assert settings(Transport.MAPPED, resident=True).mode is TransferMode.SHARED
     assert settings(Transport.MAPPED, Transport.DIRECT, io="mapped", resident=True).mode is TransferMode.STAGED, (
-        "staging must not wait for it"
+        "the ring must not wait for it"
     )
     assert settings(Transport.MAPPED, io="mapped").threads == 8, "for what cannot be mapped"
 
 
 def test_bytes_are_read_to_their_place_where_that_is_allowed():
-    assert settings(Transport.BUFFERED, cuda=False, reads_straight=True).mode is TransferMode.IN_PLACE
+    assert settings(Transport.BUFFERED, cuda=False, reads_in_place=True).mode is TransferMode.IN_PLACE
     assert settings(Transport.BUFFERED, cuda=False).mode is TransferMode.STAGED
 
 
@@ -116,15 +116,16 @@ def test_the_driver_faults_in_what_is_there():
 @pytest.mark.parametrize("memory", [128 * MiB, 300 * MiB, 64 * GiB])
 @pytest.mark.parametrize("threads", [None, 1, 64])
 @pytest.mark.parametrize("transport", list(Transport))
-def test_staging_is_bounded(transport, threads, memory):
+def test_the_ring_is_bounded(transport, threads, memory):
     chosen = settings(transport, threads=threads, memory=memory)
-    assert chosen.slot_bytes * chosen.n_slots <= min(MAX_STAGING_BYTES, memory // 4)
+    assert chosen.slot_bytes * chosen.n_slots <= min(MAX_RING_BYTES, memory // 4)
     assert 1 <= chosen.threads <= chosen.n_slots
 
 
 def test_too_little_memory_is_said():
-    with pytest.raises(HostMemoryError, match="allow more memory"):
+    with pytest.raises(HostMemoryError) as caught:
         settings(Transport.DIRECT, memory=40 * MiB)
+    assert caught.value.remedy == "allow more memory"
 
 
 def test_blocks_grow_with_the_load():

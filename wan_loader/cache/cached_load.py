@@ -18,9 +18,9 @@ from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CacheError, CheckpointError
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.checkpoint_facts import StorageFacts, TensorFacts
-from wan_loader.loading.binding import make_binding
+from wan_loader.loading.bind import make_binding
+from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.run import read_tensors
-from wan_loader.loading.session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
-    from wan_loader.loading.binding import Into
+    from wan_loader.loading.bind import Into
     from wan_loader.loading.result import LoadResult
     from wan_loader.loading.run import TransferResult
     from wan_loader.plan.plan import LoadPlan

@@ -1,1 +1,1 @@
-"""Where weights end up: host memory or a CUDA device, and how bytes get there."""
+"""The devices that weights end up on: host memory or a CUDA device, and how bytes get there."""

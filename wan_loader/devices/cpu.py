@@ -1,4 +1,4 @@
-"""The CPU twin of the CUDA target: copies at once, converts with torch's own bounded thread pool.
+"""The device writer of host memory, the twin of the CUDA one: copies at once, converts with torch's own thread pool.
 
 What needs no conversion is best read to its place, and never copied. Runs in the threads that submit, which are few, so
 that conversions do not oversubscribe the cores.
@@ -32,7 +32,7 @@ _UNDIVIDED = 16384
 
 
 class CpuWriter:
-    """Ordinary host memory."""
+    """The writer of ordinary host memory, and its only copy stream."""
 
     can_pin = False
 
@@ -41,31 +41,31 @@ class CpuWriter:
         self._observer = observer
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where the next storages go."""
+        """Say where the next storages go; large ones that are to be converted are asked to lie in huge pages."""
         self._destinations += destinations
         for destination in destinations:
             if destination.source_dtype is not None and (nbytes := destination.whole.nbytes) >= _HUGE:
                 prefer_huge_pages(destination.address, nbytes)
 
     def place(self, segment: Segment) -> int | None:
-        """In its storage, if it stays as it is."""
+        """Return the place of a segment in its storage, if it stays as it is; else None."""
         destination = self._destinations[segment.storage]
         return None if destination.source_dtype is not None else destination.address + segment.storage_start
 
     def stream(self) -> CpuWriter:
-        """Nothing is kept between copies."""
+        """Return the writer itself: nothing is kept between copies."""
         return self
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
-        """There is nothing to register memory with."""
-        raise PinError("host memory needs no pinning for a CPU target")
+        """Refuse: there is nothing to register memory with."""
+        raise PinError("host memory needs no pinning for the CPU")
 
     def unpin(self, address: int) -> bool:
-        """Nothing to undo."""
+        """Return True: there is nothing to undo."""
         return True
 
     def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> None:
-        """Copy or convert the pieces now."""
+        """Copy or convert the segments now."""
         offset = address - file_start
         for converts, group in groupby(segments, lambda p: self._destinations[p.storage].source_dtype is not None):
             same = list(group)
@@ -78,7 +78,7 @@ class CpuWriter:
                         ctypes.memmove(destination.address + segment.storage_start, source, segment.nbytes)
 
     def finish(self) -> None:
-        """Everything has arrived already."""
+        """Do nothing: everything has arrived already."""
 
 
 def _convert(destination: Destination, source: int, segment: Segment) -> None:
@@ -90,16 +90,16 @@ def _convert(destination: Destination, source: int, segment: Segment) -> None:
     _convert_flat(destination.flat[first : first + count], raw, destination.source_dtype)
 
 
-def _convert_flat(target: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> None:
-    """Convert the bytes of elements of `dtype` into a flat `target`, by `.to`'s rules.
+def _convert_flat(flat: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> None:
+    """Convert the bytes of elements of `dtype` into a flat tensor, by `.to`'s rules.
 
     In a forked process torch's kernels wait for ever for threads that are not there, if the parent had used some: what
     they are given at a time is then too little for them to divide.
     """
-    itemsize = raw.nbytes // max(1, target.numel())
-    step = _UNDIVIDED // itemsize if is_forked() else max(1, target.numel())
-    for start in range(0, target.numel(), step):
+    itemsize = raw.nbytes // max(1, flat.numel())
+    step = _UNDIVIDED // itemsize if is_forked() else max(1, flat.numel())
+    for start in range(0, flat.numel(), step):
         part = raw[start * itemsize : (start + step) * itemsize]
         if part.data_ptr() % itemsize:  # torch's kernels may assume aligned elements
             part = part.clone()
-        target[start : start + step].copy_(part.view(dtype))
+        flat[start : start + step].copy_(part.view(dtype))

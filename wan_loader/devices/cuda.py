@@ -1,9 +1,9 @@
-"""The CUDA target: asynchronous copies over PCIe, and conversions on the GPU that read host memory themselves.
+"""The device writer of a CUDA device: asynchronous copies over PCIe, and conversions on the GPU that read host memory.
 
-Each line is a stream. Bytes that stay as they are are copied straight into their tensor. Bytes to be converted are read
-over PCIe by the cast kernel, at nine tenths of what a copy reaches, and without a scratch buffer that a copy fills, a
-kernel empties and both wait for. (A converting `.to(device, dtype)` from pinned memory leaves the DMA path and is nine
-times slower.)
+Each thread that submits has a stream. Bytes that stay as they are are copied straight into their tensor. Bytes to be
+converted are read over PCIe by the cast kernel, at nine tenths of what a copy reaches, and without a scratch buffer
+that a copy fills, a kernel empties and both wait for. (A converting `.to(device, dtype)` from pinned memory leaves the
+DMA path and is nine times slower.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["CudaWriter", "join_copies"]
 
 
 def _neighbours(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Pieces in rows that follow each other in the file without a gap."""
+    """Divide segments into rows that follow each other in the file without a gap."""
     row: list[Segment] = []
     for segment in segments:
         if row and segment.file_start != row[-1].file_end:
@@ -45,10 +45,14 @@ def _neighbours(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
 def join_copies(
     copies: Iterable[tuple[int, int, int]], allocation: Callable[[int], tuple[int, int]]
 ) -> Iterator[tuple[int, int, int]]:
-    """Copies (destination, source, nbytes) that follow each other on both sides, as one each.
+    """Join copies (destination, source, nbytes) that follow each other on both sides.
 
-    allocation: start and end of the memory around a destination, which no copy may leave. Every copy of its own keeps
-    the link waiting for microseconds; tensors of a file often lie in its order on the device as well.
+    Every copy of its own keeps the link waiting for microseconds; tensors of a file often lie in its order on the
+    device as well.
+
+    Args:
+        copies: The copies, in order.
+        allocation: Gives start and end of the memory around a destination, which no copy may leave.
     """
     to = source = nbytes = end = 0
     for next_to, next_source, more in copies:
@@ -77,7 +81,7 @@ class _DeviceView:
 
 
 class CudaWriter:
-    """One CUDA device. Where a line is made, it becomes the thread's current one."""
+    """The writer of one CUDA device. Where a copy stream is made, the device becomes the thread's current one."""
 
     can_pin = True
 
@@ -89,9 +93,9 @@ class CudaWriter:
         self.observer = observer
         self.destinations: list[Destination] = []
         self.allocated = torch.cuda.Event()
-        """Recorded anew with every `bind`; copies to the latest destinations wait for it."""
+        """An event that is recorded anew with every `bind`; copies to the latest destinations wait for it."""
         self._pinned: list[tuple[int, int]] = []
-        """Start and end of registered memory, in order. Threads that add to it move what others have just found."""
+        """Starts and ends of registered memory, in order. Threads that add to it move what others have just found."""
         self._pinned_lock = Lock()
         self._views: dict[int, Any] = {}
         self._streams: list[_CopyStream] = []
@@ -107,10 +111,10 @@ class CudaWriter:
         self.allocated.record(self.torch.cuda.current_stream(self.device))
 
     def place(self, segment: Segment) -> None:
-        """Nothing of the device is host memory."""
+        """Return None: nothing of the device is host memory."""
 
     def stream(self) -> _CopyStream:
-        """A stream of its own."""
+        """Make a copy stream for the calling thread."""
         self.torch.cuda.set_device(self.device)
         stream = _CopyStream(self, f"{self.device} h2d {len(self._streams)}")
         self._streams.append(stream)
@@ -123,11 +127,11 @@ class CudaWriter:
             insort(self._pinned, (address, address + nbytes))
 
     def unpin(self, address: int) -> bool:
-        """Undo `pin`, in any thread."""
+        """Undo `pin`, in any thread; return False if the memory is still registered."""
         return driver.unregister(address, self._context)
 
     def bytes_on_device(self, address: int, nbytes: int) -> Any:
-        """Bytes from `address` on as a uint8 tensor for kernels: the memory itself if it is pinned."""
+        """Return the bytes from `address` on as a uint8 tensor for kernels: the pinned memory itself, else a copy."""
         with self._pinned_lock:
             at = bisect_right(self._pinned, (address, inf))
             start, end = self._pinned[at - 1] if at else (0, 0)
@@ -136,17 +140,18 @@ class CudaWriter:
                 self._views[start] = self._view(start, end - start)
             if (view := self._views[start]) is not None:
                 return view[address - start : address - start + nbytes]
+        # `.to` is synchronous from memory that is not pinned: the slot is free when it returns
         raw = (ctypes.c_char * nbytes).from_address(address)
         return self.torch.frombuffer(raw, dtype=self.torch.uint8).to(self.device)
 
     def _view(self, address: int, nbytes: int) -> Any:
-        """Registered memory as the device sees it; None where torch made a copy, which keeps what is there now."""
+        """Return registered memory as the device sees it; None where torch made a copy, of it as it is now."""
         on_device = driver.device_address(address)
         view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
         return view if view.data_ptr() == on_device else None
 
     def finish(self) -> None:
-        """Wait for everything."""
+        """Wait for everything that was submitted, and forget the destinations."""
         for stream in self._streams:
             stream.finish()
         while self._streams:
@@ -158,7 +163,7 @@ class CudaWriter:
 
 @dataclass(slots=True, eq=False)
 class _CopyEvent:
-    """Copies up to an event."""
+    """Copies up to an event of the stream that they were submitted to."""
 
     stream: _CopyStream
     event: Any
@@ -180,12 +185,12 @@ class _CopyEvent:
 class _CopyStream:
     """A stream, and what happened on it. Events are used again: making one takes longer than recording it."""
 
-    def __init__(self, target: CudaWriter, track: str) -> None:
-        self._target = target
+    def __init__(self, writer: CudaWriter, track: str) -> None:
+        self._writer = writer
         self._track = track
-        self._torch = target.torch
+        self._torch = writer.torch
         self.handle = driver.make_stream()
-        self._stream = target.torch.cuda.ExternalStream(self.handle, target.device)
+        self._stream = writer.torch.cuda.ExternalStream(self.handle, writer.device)
         self._copy_events: deque[_CopyEvent] = deque()
         self._events: list[Any] = []
         # lays the device's clock on the host's; before the stream waits for anything
@@ -196,12 +201,14 @@ class _CopyStream:
         self._within = (0, 0)
 
     def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> _CopyEvent:
-        """Queue copies and casts; the source must stay until the ticket is done."""
-        to, submitted_ns = self._target.destinations, clock_ns()
+        """Queue copies and casts; the source must stay until the copy event is done."""
+        to, submitted_ns = self._writer.destinations, clock_ns()
+        # `bind` was called since: what was queued on the memory before must end first; once is enough for a stream
         if self._n_bound != len(to):
             self._n_bound = len(to)
-            self._stream.wait_event(self._target.allocated)
+            self._stream.wait_event(self._writer.allocated)
         plain: list[Segment] = []
+        # two kinds: the copy engine takes what stays as it is, kernels the rest
         converted: list[Segment] = []
         for segment in segments:
             (plain if to[segment.storage].source_dtype is None else converted).append(segment)
@@ -224,20 +231,20 @@ class _CopyStream:
         return self._within
 
     def _dtypes(self, segment: Segment) -> tuple[Any, Any]:
-        destination = self._target.destinations[segment.storage]
+        destination = self._writer.destinations[segment.storage]
         return destination.source_dtype, destination.whole.dtype
 
     def _cast(self, address: int, file_start: int, source_dtype: Any, segments: Sequence[Segment]) -> None:
-        """Cast neighbouring pieces of the same dtypes: one launch for many, since each costs more than a small cast."""
+        """Cast neighbouring segments of the same dtypes: one launch for many, as each costs more than a small cast."""
         first, last = segments[0].file_start - file_start, segments[-1].file_end - file_start
-        raw = self._target.bytes_on_device(address + first, last - first)
+        raw = self._writer.bytes_on_device(address + first, last - first)
         if raw.data_ptr() % source_dtype.itemsize:  # kernels need aligned elements
             raw = raw.clone()
         counts = [segment.nbytes // segment.itemsize for segment in segments]
         sources = raw.view(source_dtype).split(counts)
         targets = []
         for segment, count in zip(segments, counts, strict=True):
-            flat, start = self._target.destinations[segment.storage].flat, segment.storage_start // segment.itemsize
+            flat, start = self._writer.destinations[segment.storage].flat, segment.storage_start // segment.itemsize
             targets.append(flat if count == flat.numel() else flat[start : start + count])
         if len(segments) == 1:
             targets[0].copy_(sources[0])
@@ -245,15 +252,15 @@ class _CopyStream:
             self._torch._foreach_copy_(targets, sources)
 
     def _event(self) -> Any:
-        observed = self._target.observer is not None
+        observed = self._writer.observer is not None
         event = self._events.pop() if self._events else self._torch.cuda.Event(enable_timing=observed)
         event.record(self._stream)
         return event
 
     def ended(self, copy_event: _CopyEvent) -> None:
-        """Take note that a ticket is done, with the device's own times; in the order of the tickets."""
+        """Take note that a copy event is done, with the device's own times; in the order of submission."""
         self._copy_events.remove(copy_event)
-        observer = self._target.observer
+        observer = self._writer.observer
         if observer is not None:
             start_ns = max(copy_event.submitted_ns, self._ended_ns)  # until then the stream was busy with others
             self._ended_ns = max(start_ns, self._origin_ns + int(self._origin.elapsed_time(copy_event.event) * 1e6))

@@ -3,6 +3,7 @@
 The driver library is the same for every CUDA version that torch may be built with. ctypes releases the interpreter
 lock during a call. Where no context is given, the caller must have made torch's current in this thread
 (`torch.cuda.set_device`).
+
 Reference: CUDA Driver API, "Memory Management": cuMemHostRegister, cuMemHostUnregister, cuMemHostGetDevicePointer,
 cuMemGetAddressRange, cuMemcpyHtoDAsync; "Stream Management": cuStreamCreate, cuStreamDestroy;
 "Context Management": cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent; "Primary Context Management":
@@ -34,6 +35,7 @@ __all__ = [
     "unregister",
 ]
 
+# from cuda.h: flags of cuStreamCreate and of cuMemHostRegister, and a result of the latter
 _NON_BLOCKING = 0x01
 _PORTABLE = 0x01
 _READ_ONLY = 0x08
@@ -44,6 +46,7 @@ _UNREGISTERED = (0, 4, 709, 713)
 
 @cache
 def _driver() -> Any:
+    # the names with _v2 are those that cuda.h gives to the plain ones: without it, addresses would be of 32 bits
     lib = ctypes.CDLL("libcuda.so.1")
     lib.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
     lib.cuMemHostUnregister.argtypes = [ctypes.c_void_p]
@@ -79,12 +82,13 @@ def start_device(index: int) -> None:
     except OSError:  # no driver here
         return
     device = ctypes.c_int()
+    # never released: torch counts on the primary context for as long as the process lives
     if lib.cuInit(0) == 0 and lib.cuDeviceGet(ctypes.byref(device), index) == 0:
         lib.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), device)
 
 
 def current_context() -> int:
-    """The context that is current in this thread, for use in another."""
+    """Return the context that is current in this thread, for use in another."""
     context = ctypes.c_void_p()
     _driver().cuCtxGetCurrent(ctypes.byref(context))
     return context.value or 0
@@ -92,7 +96,7 @@ def current_context() -> int:
 
 @contextmanager
 def _within(context: int) -> Iterator[None]:
-    """Makes a context current in this thread, whichever it is. 0, or one that is gone: nothing changes."""
+    """Make a context current in this thread, whichever it is. 0, or one that is gone: nothing changes."""
     lib = _driver()
     pushed = bool(context) and lib.cuCtxPushCurrent_v2(context) == 0
     try:
@@ -103,28 +107,38 @@ def _within(context: int) -> Iterator[None]:
 
 
 def register(address: int, nbytes: int, context: int, *, read_only: bool) -> None:
-    """Pin host memory for the GPU; `read_only` allows pages of a read-only file mapping. Raises `PinError`.
+    """Pin host memory for the GPU.
 
-    Raises `DeviceError` if memory at this address was registered and is gone: copies would read its old pages.
+    Args:
+        address: The first byte.
+        nbytes: The length.
+        context: The context to register it with, of `current_context`.
+        read_only: Allow pages of a read-only file mapping.
+
+    Raises:
+        PinError: The driver refuses.
+        DeviceError: Memory at this address was registered and is gone: copies would read its old pages.
     """
     with _within(context):
         result = _driver().cuMemHostRegister_v2(address, nbytes, _READ_ONLY if read_only else _PORTABLE)
     if result == _ALREADY_REGISTERED:
-        raise DeviceError("host memory overlaps memory that is still registered with CUDA: start the process again")
+        raise DeviceError.because(
+            "host memory overlaps memory that is still registered with CUDA", "start the process again"
+        )
     if result:
         raise PinError(f"cuMemHostRegister of {nbytes} bytes: {_name(result)}")
 
 
 def device_address(address: int) -> int:
-    """Where kernels find registered memory."""
+    """Return the address at which kernels find registered memory."""
     pointer = ctypes.c_uint64()
     if result := _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(pointer), address, 0):
-        raise DeviceError(f"registered host memory is not visible to the device: {_name(result)}")
+        raise DeviceError.because(f"registered host memory is not visible to the device: {_name(result)}")
     return pointer.value
 
 
 def allocation(address: int) -> tuple[int, int]:
-    """Start and end of the device memory around an address that was allocated at once: a copy must not go beyond.
+    """Return start and end of the device memory that was allocated at once around an address: no copy may go beyond.
 
     Empty where the driver cannot say.
     """
@@ -135,7 +149,7 @@ def allocation(address: int) -> tuple[int, int]:
 
 
 def unregister(address: int, context: int) -> bool:
-    """Undo `register`, in any thread. True unless the memory is still registered.
+    """Undo `register`, in any thread. Return True unless the memory is still registered.
 
     What never was registered counts as done, and so does a context that is gone, as it is at exit.
     """
@@ -145,13 +159,13 @@ def unregister(address: int, context: int) -> bool:
 
 
 def make_stream() -> int:
-    """A stream that does not wait for the default one; the caller destroys it. Raises `DeviceError`.
+    """Make a stream that does not wait for the default one; the caller destroys it. Raises `DeviceError`.
 
     torch's first `Stream` makes dozens at once, which takes 5 ms.
     """
     stream = ctypes.c_void_p()
     if result := _driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING):
-        raise DeviceError(f"no stream could be made on the device: {_name(result)}")
+        raise DeviceError.because(f"no stream could be made on the device: {_name(result)}")
     return stream.value or 0
 
 
@@ -168,4 +182,4 @@ def copy_to_device(copies: Iterable[tuple[int, int, int]], stream: int) -> None:
     copy = _driver().cuMemcpyHtoDAsync_v2
     for destination, source, nbytes in copies:
         if result := copy(destination, source, nbytes, stream):
-            raise DeviceError(f"copy of {nbytes} bytes to the device failed: {_name(result)}")
+            raise DeviceError.because(f"copy of {nbytes} bytes to the device failed: {_name(result)}")

@@ -32,12 +32,18 @@ __all__ = [
     "resolve_device",
 ]
 
+_DEVICES = "use auto, cpu, cuda or cuda:N"
 #: What importing torch takes at the least: of memory, and of what limits of the process count.
 _TORCH_NBYTES = {"the machine or its cgroup": 128 << 20, "ulimit -v": 560 << 20, "ulimit -d": 192 << 20}
 
 
 def resolve_device(device: str | int | torch.device, observer: Observer | None = None) -> torch.device:
-    """The device meant, its CUDA context made. Raises `DeviceError` if there is no such device."""
+    """Return the device that is meant, its CUDA context made.
+
+    Raises:
+        DeviceError: There is no such device.
+        HostMemoryError: Importing torch would be the end of the process.
+    """
     check_device(device)
     with span(observer, "import"):
         import_torch()
@@ -48,22 +54,23 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
     try:
         found = torch.device(device if isinstance(device, str | torch.device) else f"cuda:{device}")
     except (RuntimeError, ValueError) as error:
-        raise DeviceError(f"device {device!r} is not a device: use auto, cpu, cuda or cuda:N") from error
+        raise DeviceError.because(f"device {device!r} is not a device", _DEVICES) from error
     if found.type == "cpu":
         if found.index:
-            raise DeviceError(f"device {str(found)!r} does not exist: there is one, cpu")
+            raise DeviceError.because(f"device {str(found)!r} does not exist", "there is one, cpu")
         return torch.device("cpu")
     if found.type != "cuda":
-        raise DeviceError(f"device {str(found)!r} is not supported: use auto, cpu, cuda or cuda:N")
+        raise DeviceError.because(f"device {str(found)!r} is not supported", _DEVICES)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        raise DeviceError(
-            f"device {str(found)!r}: this torch ({torch.__version__}) sees no CUDA device; use device='cpu'"
-        )
+        reason, remedy = f"this torch ({torch.__version__}) sees no CUDA device", "use device='cpu'"
+        raise DeviceError(f"device {str(found)!r}: {reason}; {remedy}", reason=reason, remedy=remedy)
     with span(observer, "cuda_init"):
         index = torch.cuda.current_device() if found.index is None else found.index
         if index >= count:
-            raise DeviceError(f"device {str(found)!r} does not exist: there are {count} (cuda:0 to cuda:{count - 1})")
+            there = f"there are {count} (cuda:0 to cuda:{count - 1})"
+            raise DeviceError.because(f"device {str(found)!r} does not exist", there)
+        # the context is made by the first call that needs it: here, where its time has a name
         torch.cuda.synchronize(index)
     return torch.device("cuda", index)
 
@@ -84,9 +91,9 @@ def check_room_for_torch() -> None:
         rooms["the machine or its cgroup"] = free
     for what, free in rooms.items():
         if free < (needed := _TORCH_NBYTES[what]):
-            raise HostMemoryError(
-                f"importing torch takes {format_bytes(needed)} at the least, and {what} leaves {format_bytes(free)}: "
-                "allow more memory"
+            raise HostMemoryError.because(
+                f"importing torch takes {format_bytes(needed)} at the least, and {what} leaves {format_bytes(free)}",
+                "allow more memory",
             )
 
 
@@ -95,18 +102,19 @@ def check_tensors_are_real() -> None:
     import torch
 
     if (kind := type(torch.empty(0, device="cpu"))) is not torch.Tensor:
-        raise OptionError(f"a mode of torch is active that makes a {kind.__name__} of every tensor: load outside of it")
+        reason = f"a mode of torch is active that makes a {kind.__name__} of every tensor"
+        raise OptionError.because(reason, "load outside of it")
 
 
 def current(device: str) -> AbstractContextManager[Any]:
-    """Makes the device the current one of this thread, and its context too; what was current comes back."""
+    """Make the device the current one of this thread, and its context too, for a `with` block."""
     import torch
 
     return nullcontext() if device == "cpu" else torch.cuda.device(device)
 
 
 def is_busy(device: torch.device) -> bool:
-    """Whether work is queued on the caller's stream."""
+    """Return whether work is queued on the caller's stream."""
     import torch
 
     return device.type == "cuda" and not torch.cuda.current_stream(device).query()
@@ -121,14 +129,14 @@ def reset_device_peak(device: str) -> None:
 
 
 def device_peak_bytes(device: str) -> int:
-    """The most device memory held by tensors since the reset; 0 for the CPU."""
+    """Return the most device memory held by tensors since the reset; 0 for the CPU."""
     import torch
 
     return 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def device_card(device: str) -> dict[str, object]:
-    """Facts for a report: torch, CUDA and the device."""
+    """Return facts for a report: torch, CUDA and the device."""
     import torch
 
     card: dict[str, object] = {"torch": torch.__version__}

@@ -1,7 +1,7 @@
-"""What a target is: the memory that weights end up in, and how bytes get there.
+"""The seam between the engine and a device: the memory that weights end up in, and how bytes get there.
 
-Two implementations: `CudaWriter` copies asynchronously over PCIe, `CpuWriter` is its twin in host memory. Each thread
-that submits copies asks for a line of its own.
+Two implementations: `CudaWriter` copies asynchronously over PCIe, `CpuWriter` is its twin in host memory; a third, in
+the tests, is a fake. Each thread that submits copies asks for a copy stream of its own.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class CopyEvent(Protocol):
     """Submitted copies that may still be running. For the thread that submitted them."""
 
     def done(self) -> bool:
-        """Whether the source bytes are no longer needed."""
+        """Return whether the source bytes are no longer needed."""
 
     def wait(self) -> None:
         """Return once the source bytes are no longer needed."""
 
 
 class Destination(NamedTuple):
-    """Where a storage ends up: the contiguous tensor `whole` owns (or views the whole of) its memory.
+    """The place of a storage: the contiguous tensor `whole` owns (or views the whole of) its memory.
 
     `source_dtype` is the dtype in the file where the bytes are converted on the way, else None: they are copied.
     """
@@ -47,10 +47,10 @@ class Destination(NamedTuple):
 
 
 class CopyStream(Protocol):
-    """Submits copies, in their order. For one thread, the one in which it was made."""
+    """A queue of copies, in their order. For one thread, the one in which it was made."""
 
     def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> CopyEvent | None:
-        """Start copying pieces; byte `file_start` of their file lies at `address`. None: already done.
+        """Start copying segments; byte `file_start` of their file lies at `address`. None: already done.
 
         Where `address` is one that was pinned, the copies run by themselves.
         """
@@ -60,21 +60,22 @@ class DeviceWriter(Protocol):
     """The memory that weights end up in."""
 
     can_pin: bool
+    """True if host memory can be registered for faster copies."""
 
     def bind(self, destinations: Sequence[Destination]) -> None:
         """Say where the next storages go, in their order, before anything is submitted for them."""
 
     def place(self, segment: Segment) -> int | None:
-        """Where in host memory a piece may be read to, rather than submitted; None: nowhere."""
+        """Return the host address that a segment may be read to, rather than submitted; None: nowhere."""
 
     def stream(self) -> CopyStream:
-        """A line for this thread."""
+        """Make a copy stream for this thread."""
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory for fast copies; raises `PinError`."""
 
     def unpin(self, address: int) -> bool:
-        """Undo `pin`, after the last copy from it, in any thread. False if the memory is still registered."""
+        """Undo `pin`, after the last copy from it, in any thread; return False if the memory is still registered."""
 
     def finish(self) -> None:
         """Return when everything submitted has arrived. After the last `submit` of any thread."""

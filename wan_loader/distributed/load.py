@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from wan_loader.devices.resolve import current
 from wan_loader.distributed.shard_group import joined
-from wan_loader.loading.binding import make_binding
+from wan_loader.loading.bind import make_binding
+from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.run import convert_late
-from wan_loader.loading.session import LoadSession
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
-    from wan_loader.loading.binding import Into
+    from wan_loader.loading.bind import Into
     from wan_loader.loading.result import LoadResult
     from wan_loader.plan.request import LoadRequest
 

@@ -30,7 +30,7 @@ from wan_loader.distributed.sharding import TensorSharding, borders, divide, exc
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
-from wan_loader.loading.bind import is_dtensor
+from wan_loader.loading.fill import is_dtensor
 from wan_loader.plan.layout import plan_storages
 from wan_loader.system.forks import without_forks
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from wan_loader.distributed.sharding import LocalShare
     from wan_loader.events import Observer
     from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
-    from wan_loader.loading.binding import Binding
+    from wan_loader.loading.bind import Binding
     from wan_loader.loading.run import TransferResult
     from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.plan.plan import LoadPlan

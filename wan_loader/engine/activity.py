@@ -1,4 +1,4 @@
-"""How many loads of this process are under way: work that can wait does not compete with them."""
+"""The number of loads of this process that are under way: work that can wait does not compete with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _n_loads = 0
 
 
 def _begin_child() -> None:
-    """The loads of other threads, one of which may have held the lock, are not under way in a forked process."""
+    """Begin at zero in a forked process: loads of other threads, one of which may have held the lock, stay behind."""
     global _changed, _n_loads
     _changed, _n_loads = threading.Condition(), 0
 
@@ -40,6 +40,6 @@ def loading() -> Iterator[None]:
 
 
 def wait_until_idle(timeout_s: float) -> bool:
-    """Wait until no load is under way, at most `timeout_s` seconds; says whether none is."""
+    """Wait until no load is under way, at most `timeout_s` seconds; return whether none is."""
     with _changed:
         return _changed.wait_for(lambda: _n_loads == 0, timeout_s)

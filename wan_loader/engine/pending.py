@@ -1,4 +1,4 @@
-"""What is left to do of a load, as far as it is planned. Two threads take from it, each from its own end."""
+"""The blocks of a load that are left to do, as far as planned. Two threads take from them, each from its own end."""
 
 from __future__ import annotations
 
@@ -16,82 +16,86 @@ if TYPE_CHECKING:
 
 __all__ = ["PendingBlocks"]
 
-#: Smaller pieces are not worth a read of their own.
-_ALONE_BYTES = 256 << 10
+#: Smaller segments are not worth a read of their own.
+_MIN_ALONE_BYTES = 256 << 10
 
 
 class PendingBlocks:
-    """Mapped blocks, taken from the front; all others, and mapped ones from the far end, taken in parts for staging.
+    """Blocks that stay mapped, taken from the front, and blocks to be read, cut to the slots of the pinned ring.
 
-    The ends of a deque may be taken by different threads, so the split between the two ways needs no tuning: both meet
-    when everything is done.
+    Where both may take mapped blocks, reading takes them from the far end. The ends of a deque may be taken by
+    different threads, so the split between mapping and reading needs no tuning: both meet when everything is done.
     """
 
     def __init__(self, slot_bytes: int, *, mode: TransferMode, may_map: bool) -> None:
         """Begin with nothing to do.
 
-        mode: staging takes mapped blocks too if it is `SHARED`; large pieces that are read through the page cache stand
-        alone, each in parts of its own, if it is `IN_PLACE`.
-        may_map: whether mapped blocks stay mapped.
+        Args:
+            slot_bytes: The most that one read brings.
+            mode: If it is `SHARED`, mapped blocks are read too; if it is `IN_PLACE`, large segments that are read
+                through the page cache stand alone, each in reads of its own.
+            may_map: False if no block stays mapped: all are read.
         """
-        self._windows: deque[Block] = deque()
+        self._mapped: deque[Block] = deque()
         self._blocks: deque[Block] = deque()
-        self._parts: deque[Block] = deque()
+        self._cut: deque[Block] = deque()
         self._slot_bytes = slot_bytes
-        self._may_steal = mode is TransferMode.SHARED
+        self._shares_mapped = mode is TransferMode.SHARED
         self._apart = mode is TransferMode.IN_PLACE
         self._may_map = may_map
 
     def add(self, blocks: Iterable[Block]) -> None:
-        """More of it; before the second thread begins."""
+        """Add blocks to what is left; before the second thread begins."""
         for block in blocks:
-            (self._windows if block.transport is Transport.MAPPED and self._may_map else self._blocks).append(block)
+            (self._mapped if block.transport is Transport.MAPPED and self._may_map else self._blocks).append(block)
 
     @property
-    def has_windows(self) -> bool:
-        """Whether mapped blocks are left."""
-        return bool(self._windows)
+    def has_mapped(self) -> bool:
+        """True if mapped blocks are left."""
+        return bool(self._mapped)
 
     @property
     def is_left(self) -> bool:
-        """Whether anything is left for staging."""
-        return bool(self._parts or self._blocks or (self._may_steal and self._windows))
+        """True if anything is left to be read."""
+        return bool(self._cut or self._blocks or (self._shares_mapped and self._mapped))
 
     @property
-    def n_staged(self) -> int:
-        """Blocks that nobody but staging will take."""
+    def n_unmapped(self) -> int:
+        """The number of blocks that can only be read, whoever is quicker."""
         return len(self._blocks)
 
-    def next_window(self) -> Block | None:
-        """The next mapped block; for one thread."""
-        return _pop(self._windows, first=True)
+    def next_mapped(self) -> Block | None:
+        """Take the next mapped block; for one thread. None: there is none."""
+        return _pop(self._mapped, first=True)
 
-    def next_part(self) -> Block | None:
-        """The next block or part of one that fits a slot; for one thread."""
-        if not self._parts:
+    def next_read(self) -> Block | None:
+        """Take the next block to read, cut so that it fits a slot; for one thread. None: there is none."""
+        if not self._cut:
+            # one thread cuts: what it has cut is its own, and no other looks at it
             block = _pop(self._blocks, first=True)
-            if block is None and self._may_steal:
-                block = _pop(self._windows, first=False)
+            # from the far end: the mapper takes from the front, and both meet once
+            if block is None and self._shares_mapped:
+                block = _pop(self._mapped, first=False)
             if block is not None:
                 transport = Transport.BUFFERED if block.transport is Transport.MAPPED else block.transport
-                parts = split(block._replace(transport=transport), self._slot_bytes)
+                cut = split(block._replace(transport=transport), self._slot_bytes)
                 if self._apart and transport is Transport.BUFFERED:
-                    parts = chain.from_iterable(apart(part, _ALONE_BYTES) for part in parts)
-                self._parts.extend(parts)
-        return _pop(self._parts, first=True)
+                    cut = chain.from_iterable(apart(each, _MIN_ALONE_BYTES) for each in cut)
+                self._cut.extend(cut)
+        return _pop(self._cut, first=True)
 
     def map_nothing(self, refused: Block) -> None:
-        """Send a block that cannot be mapped, and all that have not been yet, through staging."""
+        """Have a block that cannot be mapped, and all that have not been yet, read instead."""
         self._may_map = False
         self._blocks.append(refused)
-        while (block := self.next_window()) is not None:
+        while (block := self.next_mapped()) is not None:
             self._blocks.append(block)
 
     def cancel(self) -> None:
-        """Nothing is to be done any more."""
-        self._windows.clear()
+        """Drop everything that is left."""
+        self._mapped.clear()
         self._blocks.clear()
-        self._parts.clear()
+        self._cut.clear()
 
 
 def _pop(blocks: deque[Block], *, first: bool) -> Block | None:

@@ -1,7 +1,8 @@
-"""Staging memory: a bounded number of slots that bytes pass through between a file and the target.
+"""The pinned ring: a bounded number of slots that bytes pass through between a file and a device, used again and again.
 
 One anonymous mapping, asked to be of huge pages (`pin_memory=True` faults 4 KiB pages in one by one, ten times slower),
-cut into page-aligned slots. The memory is unmapped by `close`, which must come after the last copy out of it.
+cut into page-aligned slots. Registering them with the driver is `pinning`'s; on the CPU they stay as they are. The
+memory is unmapped by `close`, which must come after the last copy out of it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from wan_loader.system.posix import PAGE
 
 __all__ = ["PinnedRing", "Slot"]
 
-#: Every staging that is not closed. Memory that is registered with the driver must not be unmapped because a reference
+#: Every ring that is not closed. Memory that is registered with the driver must not be unmapped because a reference
 #: was forgotten: the driver would copy its old pages into whatever gets the address next.
 _OPEN: set[PinnedRing] = set()
 
 
 @dataclass(slots=True)
 class Slot:
-    """`view` is the slot's memory at `address`."""
+    """The memory `view`, which begins at `address`."""
 
     address: int
     view: memoryview
@@ -31,7 +32,11 @@ class Slot:
 
 
 class PinnedRing:
-    """`n_slots` slots, each of `block_bytes` and one page, so that any block fits with both ends rounded to pages."""
+    """A ring of `n_slots` slots, each of `block_bytes` and one page: any block fits with both ends rounded to pages.
+
+    Raises:
+        HostMemoryError: There is not as much memory.
+    """
 
     def __init__(self, block_bytes: int, n_slots: int) -> None:
         self.slot_bytes = block_bytes + PAGE
@@ -39,7 +44,9 @@ class PinnedRing:
         try:
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise HostMemoryError(f"{self.nbytes} bytes of staging cannot be allocated: free some memory") from error
+            raise HostMemoryError.because(
+                f"{self.nbytes} bytes of pinned ring cannot be allocated", "free some memory"
+            ) from error
         _OPEN.add(self)
         self._map.madvise(mmap.MADV_DONTFORK)  # a fork would make pinned pages copy-on-write under running copies
         with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages do as well
@@ -52,11 +59,12 @@ class PinnedRing:
         ]
 
     def close(self) -> bool:
-        """Give the memory back, once nothing of it is registered any more. Views held elsewhere keep it. True."""
+        """Give the memory back, once nothing of it is registered any more; return True. Views elsewhere keep it."""
         _OPEN.discard(self)
         for slot in self.slots:
             slot.view.release()
         self._view.release()
+        # somebody still holds a view: the mapping goes with the last one
         with contextlib.suppress(BufferError):
             self._map.close()
         return True

@@ -1,4 +1,4 @@
-"""Pins staging slots: those of the first reads in the background while they are filled, others when first used.
+"""Pinning of the ring's slots: of the first reads in the background while they are filled, else when first used.
 
 Registering a slot takes several times as long as the copy out of it, so that slots pinned between copies keep the link
 waiting. In the background it is done for many slots with one call: a thread waits for the interpreter after each.
@@ -21,31 +21,32 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.writer import DeviceWriter
     from wan_loader.engine.pinned_ring import Slot
-    from wan_loader.engine.state import TransferState
+    from wan_loader.engine.transfer_state import TransferState
     from wan_loader.events import Observer
 
 __all__ = ["Pinning"]
 
 
 class Pinning:
-    """Slots are pinned until the target refuses one. What was pinned, and why not all, is noted in `state`."""
+    """The pinning of one ring, until the device writer refuses a slot. `state` has what was pinned, and why not all."""
 
     def __init__(self, writer: DeviceWriter, state: TransferState, observer: Observer | None) -> None:
         self._writer = writer
         self._state = state
         self._observer = observer
         self._coming: dict[int, Event] = {}
-        """Is set once the slot at an address has been dealt with in the background."""
+        """Events by the address of a slot, set once it has been dealt with in the background."""
         self._at_work = Lock()
         """Held while the background pins."""
         self._is_over = not writer.can_pin
-        """Whether nothing is pinned any more."""
+        """True once nothing is pinned any more."""
         self._failure: BaseException | None = None
 
     def begin(self, slots: Sequence[Slot]) -> None:
         """Pin slots that follow each other in memory in the background: one, then twice as many at a time."""
         if self._is_over:
             return
+        # the first copy waits for one slot only, and the calls stay few
         groups: list[Sequence[Slot]] = []
         while slots:
             groups.append(slots[: 1 << len(groups)])
@@ -55,7 +56,7 @@ class Pinning:
         in_background(partial(self._pin_groups, groups), "pinning")
 
     def need(self, slot: Slot) -> None:
-        """Return when the slot is pinned, or will not be. Raises what made it fail."""
+        """Return when the slot is pinned, or will not be. Raise the background's failure, if there was one."""
         if slot.pinned:
             return
         if event := self._coming.get(slot.address):
@@ -78,6 +79,7 @@ class Pinning:
     def _pin_groups(self, groups: Sequence[Sequence[Slot]]) -> None:
         for group in groups:
             try:
+                # under the lock, so that `end` returns only when no registration is under way
                 with self._at_work:
                     if not self._is_over:
                         self._pin(group)
@@ -99,7 +101,7 @@ class Pinning:
         except PinError as refusal:
             was_over, self._is_over = self._is_over, True
             if not was_over:  # else the other thread was refused, too
-                self._state.fallbacks.append(f"staging is not pinned, copies are slower: {refusal}")
+                self._state.fallbacks.append(f"the ring is not pinned, copies are slower: {refusal}")
         else:
             self._state.pinned_nbytes += nbytes
             for slot in slots:

@@ -1,4 +1,4 @@
-"""Who carries reads out: the seam between the read queue and the system, and the choice of what is behind it.
+"""The seam between the read queue and the system, which carries reads out, and the choice of what is behind it.
 
 A further way to read (io_uring, say) is a module in `system` and a line in `choose_backend`; the contract that it must
 keep is in `tests/contracts`.
@@ -22,27 +22,27 @@ class ReadRequest(Protocol):
     """One read at a time. The memory that it fills, and the request itself, must stay until it is no longer running."""
 
     running: bool
-    """From the start until `result` has told of the end."""
+    """True from the start until `result` has told of the end."""
 
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
-        """Begin to read `nbytes` of a file at `offset` into memory at `address`. OSError if it cannot be queued."""
+        """Begin to read `nbytes` of a file at `offset` into memory at `address`; OSError if it cannot be queued."""
 
     def result(self) -> int | None:
-        """How many bytes were read, once after each start; None while the read is under way. OSError if it failed."""
+        """Return how many bytes were read, once after each start; None while the read is under way. Raises OSError."""
 
     def cancel(self) -> None:
         """Take the read back if it has not begun; `result` is to be asked all the same."""
 
 
 class ReadBackend(Protocol):
-    """Carries out reads without the thread that asks for them.
+    """A means to carry out reads without the thread that asks for them.
 
     Reads of one descriptor are carried out one after the other, in the order in which they were started; those of
     different descriptors side by side. Only requests of this backend may be given to it.
     """
 
     def request(self) -> ReadRequest:
-        """A request, which may be started again and again."""
+        """Make a request, which may be started again and again."""
 
     def wait_any(self, requests: Collection[Any], timeout_s: float) -> None:
         """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""
@@ -55,7 +55,7 @@ class ReadBackend(Protocol):
 
 
 def choose_backend(fallbacks: list[str] | None = None) -> ReadBackend:
-    """The best way to read here: POSIX AIO, or else a few Python threads; `fallbacks` is then told why."""
+    """Return the best backend here: POSIX AIO, or else a few Python threads; `fallbacks` is then told why."""
     if (reason := posix_aio.why_not()) is None:
         return PosixAio()
     if fallbacks is not None:

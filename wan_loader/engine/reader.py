@@ -1,6 +1,6 @@
-"""Reads of a checkpoint's files, with O_DIRECT or through the page cache: what to ask for, and what came of it.
+"""Reads of a checkpoint's files, with O_DIRECT or through the page cache: the bytes to ask for, and what came of it.
 
-Who carries the reads out is another's business (`engine`). What is opened must be the file whose header was read; one
+Carrying the reads out is another's business (`read_queue`). What is opened must be the file whose header was read; one
 that is shorter than its header promised is an error that names it; a short read is continued.
 """
 
@@ -27,26 +27,35 @@ __all__ = ["BlockRead", "Check", "Reader"]
 
 
 class Check(Protocol):
-    """Looks at what was read."""
+    """A look at everything that was read."""
 
     block_bytes: int
-    """What is read must be cut at multiples of this, and nowhere else."""
+    """The length of what is read together: reads are cut at its multiples, and nowhere else."""
 
     def __call__(self, file: int, start: int, end: int, view: memoryview) -> None:
         """Raise unless bytes `start` to `end` of a file are what they were."""
 
 
 class Reader:
-    """Open files of one checkpoint; a context manager that closes them."""
+    """The open files of one checkpoint; a context manager that closes them.
+
+    Args:
+        files: The files, as they were when their headers were read.
+        check: Is given every block once it is in memory, and raises if it is not what it was.
+
+    Raises:
+        MissingFileError: A file is gone.
+        CheckpointError: A file cannot be opened, or is another than the one whose header was read.
+    """
 
     def __init__(self, files: Sequence[FileFacts], check: Check | None = None) -> None:
-        """check: is given every block once it is in memory, and raises if it is not what it was."""
         self._files = files
         self._check = check
         self._stack = ExitStack()
+        # None: refused, which is not asked again
         self._direct_fds: dict[int, int | None] = {}
         self.fallbacks: list[str] = []
-        """Why files are not read with O_DIRECT though a plan wanted it."""
+        """Reasons why files are not read as the plan wanted."""
         try:
             self.fds = [self._open_first(f) for f in files]
         except BaseException:
@@ -63,9 +72,12 @@ class Reader:
         try:
             fd = self._open(file.path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise MissingFileError(f"{file.path} vanished before it could be read") from error
+            raise MissingFileError.because("vanished before it could be read", path=file.path) from error
         except OSError as error:
-            raise CheckpointError(f"{file.path} cannot be opened: {error.strerror}") from error
+            raise CheckpointError(
+                f"{file.path} cannot be opened: {error.strerror}", path=file.path, reason=error.strerror
+            ) from error
+        # by its descriptor: the name may mean another file by now
         file.check_opened(fd)
         return fd
 
@@ -75,7 +87,7 @@ class Reader:
         return fd
 
     def open_direct(self, file: int) -> bool:
-        """Open a file for O_DIRECT, once; False where the file system refuses."""
+        """Open a file for O_DIRECT, once; return False where the file system refuses."""
         if file not in self._direct_fds:
             try:
                 fd = self._open(self._files[file].path, os.O_RDONLY | os.O_DIRECT)
@@ -87,7 +99,7 @@ class Reader:
         return self._direct_fds[file] is not None
 
     def direct_fd(self, file: int) -> int | None:
-        """The descriptor for O_DIRECT, opened when it is first asked for; None if that is refused."""
+        """Return the descriptor for O_DIRECT, opened when it is first asked for; None if that is refused."""
         return self._direct_fds[file] if self.open_direct(file) else None
 
     def refuse(self, file: int, error: OSError) -> None:
@@ -101,23 +113,33 @@ class Reader:
             self._check(block.file, block.start, block.end, data)
 
     def truncated(self, block: Block, reached: int) -> CheckpointError:
-        """The error for a file that ends inside a block."""
+        """Return the error for a file that ends inside a block."""
         path = self._files[block.file].path
-        return CheckpointError(f"{path} ends at byte {reached}, {block.end} were expected: it was truncated")
+        return CheckpointError.because(
+            f"ends at byte {reached}, {block.end} were expected: it was truncated", path=path
+        )
 
     def failed(self, file: int, start: int, nbytes: int, error: OSError) -> CheckpointError:
-        """The error for a range of a file that could not be read."""
+        """Return the error for bytes of a file that could not be read."""
         path = self._files[file].path
         now = os.fstat(self.fds[file]).st_size
         if now < start + nbytes and now < self._files[file].nbytes:
-            return CheckpointError(f"{path} was truncated to {now} bytes while it was being loaded: load it again")
-        return CheckpointError(f"{path}: reading {nbytes} bytes at {start} failed: {error.strerror}: check the disk")
+            return CheckpointError.because(
+                f"was truncated to {now} bytes while it was being loaded", "load it again", path=path
+            )
+        return CheckpointError(
+            f"{path}: reading {nbytes} bytes at {start} failed: {error.strerror}: check the disk",
+            path=path,
+            reason=error.strerror,
+            remedy="check the disk",
+        )
 
 
 class BlockRead:
     """The reads that bring one block into memory: one, unless it comes back short or O_DIRECT is refused.
 
-    Into page-aligned memory that holds the block with both ends rounded to pages; the block begins at `data_start`.
+    They go into page-aligned memory that holds the block with both ends rounded to pages; the block begins at
+    `data_start`.
     """
 
     __slots__ = ("_end", "_position", "_reader", "_start", "_step", "block", "fd", "transport")
@@ -132,6 +154,7 @@ class BlockRead:
         reader, block = self._reader, self.block
         self.transport = transport
         if transport is Transport.DIRECT:
+            # O_DIRECT wants address, offset and length at multiples of the device's logical block: a page suits all
             self._start, self._end, self._step = block.page_start, block.page_end, PAGE
             fd = reader.direct_fd(block.file)
             assert fd is not None
@@ -143,20 +166,24 @@ class BlockRead:
 
     @property
     def data_start(self) -> int:
-        """Where in the memory the block begins."""
+        """The place in the memory where the block begins."""
         return self.block.start - self._start
 
     @property
     def wanted(self) -> tuple[int, int, int]:
-        """Of what is to be read next: the place in the memory, the number of bytes, the place in the file."""
+        """The next read: its place in the memory, the number of bytes, its place in the file."""
         return self._position - self._start, self._end - self._position, self._position
 
     def arrived(self, nbytes: int) -> bool:
-        """Take note of a read; whether the block is complete. Its own end must be reached, the rounding need not.
+        """Take note of a read; return whether the block is complete: its own end must be reached, not the rounding's.
 
         After a short read, the next begins at a multiple of the step; one that brings nothing new is the file's end.
+
+        Raises:
+            CheckpointError: The file ends inside the block.
         """
         reached = self._position + nbytes
+        # O_DIRECT reads beyond the block to the end of its last page, or to the end of the file
         if reached >= self.block.end:
             return True
         resume = reached - reached % self._step
@@ -166,7 +193,8 @@ class BlockRead:
         return False
 
     def failed(self, error: OSError) -> None:
-        """Begin again without O_DIRECT if that is what was refused, else raise."""
+        """Begin again without O_DIRECT if that is what was refused, else raise `CheckpointError`."""
+        # some file systems allow O_DIRECT to be opened, and refuse the first read
         if self.transport is not Transport.DIRECT or error.errno != errno.EINVAL:
             raise self._reader.failed(self.block.file, self.block.start, self.block.nbytes, error) from error
         if self._reader.direct_fd(self.block.file) is not None:

@@ -1,12 +1,12 @@
-"""Carries out a plan, in two threads at most.
+"""The transfer: carries a plan out, in two threads at most.
 
-The calling thread looks after staging: it starts reads into slots (`read_queue`; a `ReadBackend` carries them out),
-and submits the copy of each slot as it fills. The plan comes in batches, whose memory is asked for one after the
-other while earlier bytes are on their way. A second thread looks after mapped windows, once all batches are there:
-it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
-further thread makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything
-is done. Where only windows are wanted, to spare the processors, the calling thread maps them alone if their pages are
-resident.
+The calling thread looks after the pinned ring: it starts reads into slots (`read_queue`; a `ReadBackend` carries them
+out), and submits the copy of each slot as it fills. The plan comes in batches, whose memory is asked for one
+after the other while earlier bytes are on their way. A second thread looks after mapped blocks, once all batches are
+there: it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and
+no further thread makes it faster, so the first thread reads such blocks too, from the far end of the queue; both meet
+when everything is done. Where there are only mapped blocks, to spare the processors, the calling thread maps them alone
+if their pages are resident.
 
 The first failure ends both and is raised.
 """
@@ -39,23 +39,23 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.writer import CopyEvent, CopyStream, DeviceWriter
     from wan_loader.engine.reader import Reader
-    from wan_loader.engine.state import TransferState
+    from wan_loader.engine.transfer_state import TransferState
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
     from wan_loader.plan.limits import EngineSettings
 
 __all__ = ["Need", "Steps", "transfer_blocks"]
 
-#: How long a failed load waits for its clean-up, which goes on by itself after that.
+#: So long does a failed load wait for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
-#: How soon one thread notices that the other has failed.
+#: So soon does one thread notice that the other has failed.
 _PATIENCE_S = 0.1
 #: With fewer blocks than this left to read, the next batch is asked for.
 _FEW_BLOCKS = 8
 
 
 class Need(Enum):
-    """What the engine asks of whoever drives it, who sends the answer."""
+    """The questions that the engine asks of whoever drives it, who sends the answer."""
 
     BLOCKS = "blocks"
     """The next blocks, in the order in which they are wanted; nothing, if there are no more."""
@@ -75,18 +75,30 @@ def transfer_blocks(
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> Steps:
-    """Move blocks into the target; yields lists of blocks, or parts of them, whose bytes have arrived.
+    """Move every block into the device writer's memory.
 
-    In between it asks for what it needs: a `Need` that is yielded is to be answered by `send`. It asks for blocks when
-    there is little left to read, and for the memory of the first ones while their first bytes are being read. Nothing
-    is read ahead of whoever takes what is yielded but what fits the ring. Closing it, the first failure of any thread,
-    and a cancelled token end everything and release it. The caller must call `release` on `state`, which tells how far
-    it is, once all has arrived.
+    A `Need` that is yielded is to be answered by `send`. Blocks are asked for when there is little left to read, and
+    the memory of the first ones while their first bytes are being read. Nothing is read ahead of whoever takes what is
+    yielded but what fits the ring. Closing the generator, the first failure of any thread, and a cancelled token end
+    everything and release it.
+
+    Args:
+        reader: The open files.
+        writer: The device's side.
+        settings: The threads and the memory of the load.
+        state: Tells how far the transfer is. The caller must call its `release` once all has arrived.
+        cancel: Stops the transfer.
+        observer: Is told of spans; None: nobody.
+
+    Yields:
+        Lists of blocks, also cut ones, whose bytes have arrived; in between, what is needed next.
     """
     yield from _Transfer(reader, writer, settings, state, cancel, observer).run()
 
 
 class _Transfer:
+    """One transfer under way: its two threads, and what they share."""
+
     def __init__(
         self,
         reader: Reader,
@@ -98,9 +110,9 @@ class _Transfer:
     ) -> None:
         self._cancel = cancel or CancelToken()
         self._arrived: list[Block] = []
-        """In place since they were last yielded."""
-        self._mapped: list[Block] = []
-        """Windows whose copies were submitted."""
+        """Blocks that are in place since they were last yielded."""
+        self._submitted: list[Block] = []
+        """Mapped blocks whose copies were submitted."""
         self._all_drawn = False
         self._reader = reader
         self._writer = writer
@@ -136,8 +148,9 @@ class _Transfer:
             self._abandon()
             raise
         self._state.fallbacks += self._reader.fallbacks
+        # copies that were submitted and never asked about: `finish` has waited for them
         copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
-        yield [*self._take_arrived(), *copied, *self._mapped]
+        yield [*self._take_arrived(), *copied, *self._submitted]
 
     def _draw_first(self) -> Steps:
         """Begin to read before anything is allocated, unless bytes go straight to their place."""
@@ -145,6 +158,7 @@ class _Transfer:
             if self._in_place:
                 self._writer.bind((yield Need.MEMORY))
             self._work.add(blocks)
+            # reads into the ring need no destination: the disk is busy while memory is allocated
             if self._work.is_left:
                 reads = self._open_queue()
                 self._start_reads(reads)
@@ -163,22 +177,24 @@ class _Transfer:
             self._work.add(blocks)
             return
         self._all_drawn = True
-        if self._work.has_windows and not self._maps_here:
+        if self._work.has_mapped and not self._maps_here:
             self._mapper_ended.clear()
             if in_background(self._map_guarded, "mapper") is None:
-                self._state.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
+                self._state.fallbacks.append(
+                    "no further thread may be started: pages are mapped first, others read later"
+                )
 
     def _take_arrived(self) -> list[Block]:
-        """What has arrived since the last time."""
+        """Return what has arrived since the last time."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
     def _carry_all(self) -> Steps:
-        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_windows:
+        while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_reading() or self._work.has_mapped:
             self._cancel.check()
-            if self._is_staging():
-                yield from self._stage_all(self._reads or self._open_queue())
-            elif self._maps_here and self._work.has_windows:
+            if self._is_reading():
+                yield from self._read_all(self._reads or self._open_queue())
+            elif self._maps_here and self._work.has_mapped:
                 self._stream = self._stream or self._writer.stream()
                 self._map_all(self._stream)
             elif not self._all_drawn:
@@ -216,32 +232,32 @@ class _Transfer:
             self._writer.finish()
         self._state.release()
 
-    # staging: the calling thread
+    # reading: the calling thread
 
     def _open_queue(self) -> ReadQueue:
-        staging = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
-        self._state.cleanups.append(staging.close)
-        self._state.staging_nbytes = staging.nbytes
+        ring = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
+        self._state.cleanups.append(ring.close)
+        self._state.ring_nbytes = ring.nbytes
         backend = choose_backend(self._reader.fallbacks)
-        self._reads = ReadQueue(self._settings.threads, self._reader, staging, backend, self._observer)
+        self._reads = ReadQueue(self._settings.threads, self._reader, ring, backend, self._observer)
         return self._reads
 
-    def _is_staging(self) -> bool:
+    def _is_reading(self) -> bool:
         return self._work.is_left or (self._reads is not None and self._reads.n_reading > 0)
 
     def _start_reads(self, reads: ReadQueue) -> None:
-        while reads.has_free and (part := self._work.next_part()) is not None:
-            reads.start(part, self._place(part))
+        while reads.has_free and (block := self._work.next_read()) is not None:
+            reads.start(block, self._place(block))
 
-    def _place(self, part: Block) -> int | None:
-        """Where a part is read to without staging; None if there is no such place."""
-        straight = self._in_place and part.transport is Transport.BUFFERED and len(part.segments) == 1
-        return self._writer.place(part.segments[0]) if straight else None
+    def _place(self, block: Block) -> int | None:
+        """Return the address that a block is read to without the ring; None if there is no such place."""
+        fits = self._in_place and block.transport is Transport.BUFFERED and len(block.segments) == 1
+        return self._writer.place(block.segments[0]) if fits else None
 
-    def _stage_all(self, reads: ReadQueue) -> Steps:
-        """Bring everything that is left for staging on its way."""
+    def _read_all(self, reads: ReadQueue) -> Steps:
+        """Bring everything that is left to be read on its way."""
         stream = self._stream = self._stream or self._writer.stream()
-        while self._is_staging():
+        while self._is_reading():
             self._cancel.check()
             while self._copying and self._copying[0][0].done():
                 self._free(self._copying.popleft()[1], reads)
@@ -249,7 +265,7 @@ class _Transfer:
                 yield self._take_arrived()
             self._start_reads(reads)
             patience_s = _PATIENCE_S
-            if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
+            if not self._all_drawn and self._work.n_unmapped < _FEW_BLOCKS:
                 yield from self._draw()
                 self._start_reads(reads)
                 patience_s = 0.0  # there may be more to draw: mapping waits for the last of it
@@ -270,7 +286,7 @@ class _Transfer:
             self._pinning.need(slot)
             copy_event = stream.submit(slot.address, block.start - start, block.segments)
         else:
-            self._state.straight_nbytes += block.nbytes
+            self._state.in_place_nbytes += block.nbytes
         self._state.nbytes[read.transport] += block.nbytes
         if copy_event is None:  # there was nothing to copy, or the copy has taken its time
             self._free(in_flight, reads)
@@ -285,12 +301,12 @@ class _Transfer:
         self._arrived.append(in_flight.read.block)
         reads.give_back(in_flight)
 
-    # windows: the mapper thread, or the calling one
+    # mapped blocks: the mapper thread, or the calling one
 
     def _map_guarded(self) -> None:
         try:
             with self._mapping:
-                if self._work.has_windows:
+                if self._work.has_mapped:
                     self._map_all(self._writer.stream())
         except BaseException as failure:
             self._failure = failure
@@ -299,29 +315,29 @@ class _Transfer:
             self._mapper_ended.set()
 
     def _map_all(self, stream: CopyStream) -> None:
-        while (block := self._work.next_window()) is not None:
+        while (block := self._work.next_mapped()) is not None:
             self._cancel.check()
-            address = self._map_file(block)
-            if address is None or not self._map_window(stream, block, address):
+            address = self._map_block(block)
+            if address is None or not self._submit_mapped(stream, block, address):
                 self._work.map_nothing(block)
 
-    def _map_window(self, stream: CopyStream, block: Block, address: int) -> bool:
-        if not self._pin_window(block, address):
+    def _submit_mapped(self, stream: CopyStream, block: Block, address: int) -> bool:
+        if not self._pin_mapped(block, address):
             return False
         stream.submit(address, block.page_start, block.segments)
-        self._mapped.append(block)
+        self._submitted.append(block)
         self._state.nbytes[Transport.MAPPED] += block.nbytes
         return True
 
-    def _map_file(self, block: Block) -> int | None:
-        """Map a block's pages; returns the address of the first. None if the file system or the kernel refuses."""
+    def _map_block(self, block: Block) -> int | None:
+        """Map a block's pages; return the address of the first. None if the file system or the kernel refuses."""
         start, nbytes = block.page_start, block.page_end - block.page_start
         mapped: list[int] = []
         self._state.cleanups.append(partial(_unmap, mapped, nbytes))  # first: Ctrl-C may come right after the call
         try:
             address = map_file(self._reader.fds[block.file], start, nbytes, mapped)
         except OSError as refusal:
-            self._state.fallbacks.append(f"pages are not mapped, read through staging: {refusal.strerror}")
+            self._state.fallbacks.append(f"pages are not mapped, read through the pinned ring: {refusal.strerror}")
             return None
         if self._settings.faults_in:
             with span(self._observer, "read", block.nbytes):
@@ -331,15 +347,17 @@ class _Transfer:
                     raise self._reader.failed(block.file, start, nbytes, error) from error
         return address
 
-    def _pin_window(self, block: Block, address: int) -> bool:
-        """False if the driver refuses."""
+    def _pin_mapped(self, block: Block, address: int) -> bool:
+        """Register a mapped block with the driver; return False if it refuses."""
         nbytes = block.page_end - block.page_start
         self._state.cleanups.append(partial(self._writer.unpin, address))
         try:
             with span(self._observer, "register", block.nbytes):
                 self._writer.pin(address, nbytes, read_only=True)
         except PinError as refusal:
-            self._state.fallbacks.append(f"page-cache pages are not registered, read through staging: {refusal}")
+            self._state.fallbacks.append(
+                f"page-cache pages are not registered, read through the pinned ring: {refusal}"
+            )
             return False
         self._state.registered_nbytes += nbytes
         return True

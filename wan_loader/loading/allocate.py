@@ -1,9 +1,9 @@
-"""Makes the memory that weights end up in: one ordinary storage per storage of the checkpoint, and its tensors.
+"""The memory that weights end up in: one ordinary storage per storage of the checkpoint, and its tensors.
 
-The layout was decided before (`plan.layout`); an `Allocation` does it, one batch after the other. On CUDA the whole
-amount is reserved as one segment that the caching allocator then splits: allocation costs microseconds a tensor, yet
-each tensor owns its memory and can be freed alone. On the CPU a tensor that needs no conversion is a private
-(copy-on-write) view of the mapped file, which costs nothing; each view is a storage of its own.
+The layout was decided before (`plan.layout`); an `Allocation` makes it, one batch after the other. On CUDA the whole
+amount is reserved as one block of device memory that the caching allocator then splits: allocation costs microseconds a
+tensor, yet each tensor owns its memory and can be freed alone. On the CPU a tensor that needs no conversion is a
+private (copy-on-write) view of the mapped file, which costs nothing; each view is a storage of its own.
 """
 
 from __future__ import annotations
@@ -37,23 +37,28 @@ _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in se
 
 
 class Allocation:
-    """Makes the tensors of a layout, in its order. About 3 microseconds each on the CPU.
+    """The tensors of a layout, made in its order. About 3 microseconds each on the CPU.
 
     On CUDA, room for all is reserved before the first one is made: whether it suffices shows then.
     """
 
     def __init__(self, plan: LoadPlan, device: torch.device) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        """Those that were made; what is copied holds nothing yet."""
+        """The tensors that were made, by name; what is copied holds nothing yet."""
         self.destinations: list[Destination] = []
-        """Where the bytes of each copied storage go."""
+        """The places of the bytes of each copied storage."""
         self._checkpoint = plan.checkpoint
         self._layout = plan.layout
         self.device = device
         self._empty: dict[str, torch.Tensor] = {}
 
     def copied(self, count: int | None = None) -> list[Destination]:
-        """Make what is to be copied, up to the first `count` storages or all; returns where the new ones are."""
+        """Make what is to be copied, up to the first `count` storages or all; return where the new ones are.
+
+        Raises:
+            HostMemoryError: The host has no room any more.
+            DeviceMemoryError: The device has no room any more.
+        """
         import torch
 
         start = len(self.destinations)
@@ -63,11 +68,14 @@ class Allocation:
             for i in range(start, len(self._layout.copied) if count is None else count):
                 self._make(self._layout.copied[i], self._layout.copied_nbytes[i])
         except RuntimeError as error:
+            # host memory that is not there is a plain RuntimeError of torch's
             if self.device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
                 raise
             kind = HostMemoryError if self.device.type == "cpu" else DeviceMemoryError
             raise kind(  # somebody else was quicker than our check
-                f"{self._checkpoint.path}: {self.device} has no room for its weights any more: {error}"
+                f"{self._checkpoint.path}: {self.device} has no room for its weights any more: {error}",
+                path=self._checkpoint.path,
+                reason=str(error),
             ) from error
         return self.destinations[start:]
 
@@ -83,7 +91,7 @@ class Allocation:
         self.destinations.append(Destination(whole, whole.data_ptr(), source))
 
     def viewed(self, fds: Sequence[int]) -> None:
-        """Make what is used where it lies. fds: the checkpoint's files, open for reading."""
+        """Make what is used where it lies. `fds` are the checkpoint's files, open for reading."""
         shared: dict[int, mmap.mmap] = {}
         for plan in self._layout.viewed:
             shape, sole = _shape(plan, self._checkpoint.storages[plan.storage].nbytes)
@@ -91,7 +99,7 @@ class Allocation:
             self._name(plan, flat if len(shape) == 1 else flat.resize_(shape), sole)
 
     def _name(self, plan: StoragePlan, whole: torch.Tensor, sole: bool) -> None:
-        """Name the tensors of a storage. sole: `whole`, which holds all of it, is the only one."""
+        """Name the tensors of a storage. `sole`: `whole`, which holds all of it, is the only one."""
         if sole:
             self.tensors[plan.tensors[0].name] = whole
             return
@@ -104,7 +112,7 @@ class Allocation:
 
 
 def _shape(plan: StoragePlan, nbytes: int) -> tuple[tuple[int, ...], bool]:
-    """Of the tensor that holds all of a loaded storage, and whether that is the only one on it."""
+    """Return the shape of the tensor that holds all of a loaded storage, and whether that is the only one on it."""
     first, count = plan.tensors[0], nbytes // ITEMSIZE[plan.dtype]
     sole = len(plan.tensors) == 1 and _n_from_start(first.shape, first.stride, first.offset) == count
     return (first.shape if sole else (count,)), sole
@@ -112,15 +120,16 @@ def _shape(plan: StoragePlan, nbytes: int) -> tuple[tuple[int, ...], bool]:
 
 @lru_cache(maxsize=4096)
 def _n_from_start(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> int:
-    """Elements of a tensor that lie row by row from the start of its storage, -1 if they do not."""
+    """Return the elements of a tensor that lie row by row from the start of its storage, -1 if they do not."""
     return math.prod(shape) if offset == 0 and stride == contiguous_strides(shape) else -1
 
 
 def _reserve_cuda(layout: Layout, device: torch.device) -> None:
-    """Have the caching allocator hold one free segment that the tensors are then split from."""
+    """Have the caching allocator hold one free block of memory that the tensors are then split from."""
     import torch
 
     large = sum(rounded(n) for n in layout.copied_nbytes if n > _SMALL_POOL_BYTES)
+    # else what the allocator keeps and does not use must do as well: the tensors are allocated one by one
     if large <= torch.cuda.mem_get_info(device)[0]:
         torch.empty(large, dtype=torch.uint8, device=device)  # freed at once: it stays with the allocator
 
@@ -128,7 +137,7 @@ def _reserve_cuda(layout: Layout, device: torch.device) -> None:
 def _view(
     checkpoint: Checkpoint, storage: int, dtype: torch.dtype, fds: Sequence[int], shared: dict[int, mmap.mmap]
 ) -> torch.Tensor:
-    """The elements of a storage as a private mapping: written pages become copies, the file is never changed.
+    """Return the elements of a storage as a private mapping: written pages become copies, the file is never changed.
 
     Each has a mapping of its own, so that freeing it frees the pages that were written; small ones share one a file.
     """
@@ -153,7 +162,9 @@ def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> mmap.mmap
         return mmap.mmap(fd, nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
     except (ValueError, OSError) as error:
         file.check_unchanged()
-        raise CheckpointError(f"{file.path} cannot be mapped ({error}): load it with io='buffered'") from error
+        raise CheckpointError.because(
+            f"cannot be mapped ({error})", "load it with io='buffered'", path=file.path
+        ) from error
 
 
 def convert_storage(tensors: dict[str, torch.Tensor], plan: StoragePlan) -> None:

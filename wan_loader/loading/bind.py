@@ -1,258 +1,165 @@
-"""Binding loaded tensors to a module: names first, weights later.
+"""The pairing of a load with the module that it fills: decided before a weight is read, carried out at the end.
 
-`match` compares a checkpoint's names and shapes with a module's, before any weight is read, and lists everything that
-disagrees in one error; `left_on_meta` tells what would not be filled. `bind` puts the tensors in, and moves the rest to
-where they are; what was one object stays one object.
+A load that fills no module has a `Binding`, too, which binds nothing: so all loads take the same steps.
 """
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from wan_loader.errors import DeviceMemoryError, KeyMismatchError, OptionError
-from wan_loader.loading.mismatch import mismatch
+from wan_loader.arguments import check_flag, check_key_map, check_module, checked_strings
+from wan_loader.errors import KeyMismatchError
+from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
+from wan_loader.loading.fill import fill
+from wan_loader.loading.match import left_on_meta, match
+from wan_loader.loading.mismatch import stays_on_meta
+from wan_loader.plan.dtype_policy import has_part
+from wan_loader.plan.request import LoadRequest
+from wan_loader.printable import some
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Mapping, Sequence
 
     import torch
 
-    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
-    from wan_loader.loading.holdings import Held
+    from wan_loader.loading.match import KeyMap, Match
+    from wan_loader.loading.module_tensors import ModuleTensor
 
-__all__ = ["KeyMap", "Match", "bind", "is_distributed", "is_dtensor", "left_on_meta", "match", "module_slots"]
-
-#: Checkpoint name -> module name; None leaves a tensor of the checkpoint out.
-KeyMap = Mapping[str, str | None] | Callable[[str], str | None]
+__all__ = ["Binding", "Into", "bind", "make_binding"]
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """Which tensor of the checkpoint goes where in the module."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Into:
+    """The module that is to be filled, and how its names go with those of a checkpoint."""
 
-    facts: tuple[TensorFacts, ...]
-    """Tensors to load, in file order."""
-    slots: dict[str, tuple[str, ...]]
-    """Checkpoint name -> all module names that it fills (several where parameters are tied)."""
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
+    module: torch.nn.Module
+    key_map: KeyMap | None = None
+    strict: bool = True
+    allow_meta: tuple[str, ...] = ()
+    """Parts of the names of what may stay on the meta device."""
 
-    @property
-    def module_names(self) -> list[str]:
-        """Every name in the module, filled or missing."""
-        return [*itertools.chain.from_iterable(self.slots.values()), *self.missing]
+    def __post_init__(self) -> None:
+        check_module(self.module)
+        check_key_map(self.key_map)
+        check_flag(self.strict, "strict")
+        object.__setattr__(self, "allow_meta", checked_strings(self.allow_meta, "allow_meta"))
 
 
-def match(slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint, key_map: KeyMap | None, *, strict: bool) -> Match:
-    """Pair names. slots: the module's, of `module_slots`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """The loaded tensors and their places in a module, if there is one to fill."""
 
-    Raises `KeyMismatchError` for missing or unexpected ones if `strict`, for wrong shapes always.
+    request: LoadRequest
+    """The request for what the module needs."""
+    into: Into | None = None
+    targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The module's tensors whose places are taken, by the names in the checkpoint."""
+    found: Match | None = None
+    held: tuple[ModuleTensor, ...] = field(default=(), repr=False)
+    """Everything that the module holds."""
+    on_meta: tuple[str, ...] = ()
+    """The names of what will stay on the meta device."""
+
+    def bind(self, tensors: Mapping[str, torch.Tensor], device: str | torch.device) -> list[str]:
+        """Put in what was loaded, and move the rest of the module to the device; return notes, one line each."""
+        if self.into is None:
+            return []
+        fill(self.into.module, self.held, [(old, tensors[name]) for name, old in self.targets.items()], device)
+        return self._notes()
+
+    def _notes(self) -> list[str]:
+        if self.found is None:
+            return []
+        notes = {
+            "not in the checkpoint": self.found.missing,
+            "in the checkpoint, but not in the module": self.found.unexpected,
+            "still on the meta device, compute them before use": self.on_meta,
+            "in keep_fp32, but part of no name in the module": self.request.policy.unused_parts(
+                self.found.module_names
+            ),
+        }
+        return [f"{title}: {some(names)}" for title, names in notes.items() if names]
+
+
+def make_binding(request: LoadRequest, checkpoint: Checkpoint, into: Into | None) -> Binding:
+    """Pair the names of a checkpoint with those of a module.
+
+    Args:
+        request: Everything that was asked for, beside the module.
+        checkpoint: The facts of the file.
+        into: The module; None: the load fills none.
+
+    Raises:
+        KeyMismatchError: The names disagree, or something would stay on the meta device.
+        CheckpointError: The checkpoint holds scales that a conversion would leave out.
     """
-    groups = _tied_groups(slots)
-    mapped: dict[str, TensorFacts] = {}
-    unexpected: dict[str, tuple[int, ...]] = {}
-    renamed: dict[str, str] = {}
-    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    present: set[str] = set()
-    for facts in checkpoint.tensors:
-        name = _apply(key_map, facts.name)
-        if name is None:
-            continue
-        if name != facts.name:
-            renamed[facts.name] = name
-        if name not in slots:
-            unexpected[facts.name] = facts.shape
-            continue
-        if name in mapped:
-            raise KeyMismatchError(f"{checkpoint.path}: {mapped[name].name!r} and {facts.name!r} both map to {name!r}")
-        if (shape := _shape(slots, name)) != facts.shape:
-            misshaped[facts.name] = facts.shape, shape
-        else:
-            mapped[name] = facts
-        present.update(groups[name])
-    missing = [name for name in slots if name not in present]
-    if misshaped or (strict and (missing or unexpected)):
-        lacking = {n: _shape(slots, n) for n in missing if strict and groups[n][0] == n}  # tied ones once
-        foreign = unexpected if strict else {}
-        raise mismatch(checkpoint.path, missing=lacking, unexpected=foreign, misshaped=misshaped, renamed=renamed)
-    # Where the file holds a tied tensor under several names, the module's last one counts, as for `load_state_dict`.
-    chosen = {groups[name]: mapped[name] for name in slots if name in mapped}
-    taken = tuple(facts for name, facts in mapped.items() if chosen[groups[name]] is facts)
-    notes = tuple(f"{name} (as {renamed[name]})" if name in renamed else name for name in unexpected)
-    return Match(taken, {f.name: names for names, f in chosen.items()}, tuple(missing), notes)
-
-
-def _shape(slots: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    if into is None:
+        return Binding(request=request)
     try:
-        return tuple(slots[name].shape)
-    except RuntimeError as error:  # of a lazy module
-        message = f"{name} of the module has no shape yet: give the module its sizes, or run it once"
-        raise KeyMismatchError(message) from error
+        return _pair(request, checkpoint, into)
+    except KeyMismatchError:
+        request.policy.check(checkpoint, checkpoint.tensors)  # scales are not the module's: this says more
+        raise
 
 
-def left_on_meta(held: Iterable[Held], targets: Iterable[torch.Tensor]) -> list[list[Held]]:
-    """The tensors that stay on the meta device when `targets` are filled, each under all of its names."""
-    filled = {id(target) for target in targets}
-    left: dict[int, list[Held]] = {}
-    for one in held:
-        if id(one.tensor) not in filled and one.tensor.is_meta:
-            left.setdefault(id(one.tensor), []).append(one)
-    return list(left.values())
+def _pair(request: LoadRequest, checkpoint: Checkpoint, into: Into) -> Binding:
+    from wan_loader.loading.module_tensors import held_tensors
+
+    held = tuple(held_tensors(into.module))
+    slots = {one.name: one.tensor for one in held if one.stored}
+    found = match(slots, checkpoint, into.key_map, strict=into.strict)
+    targets = {name: slots[names[0]] for name, names in found.slots.items()}
+    left = left_on_meta(held, targets.values())
+    if unfilled := [aliases[0] for aliases in left if not any(has_part(one.name, into.allow_meta) for one in aliases)]:
+        raise stays_on_meta(checkpoint.path, unfilled)
+    module_names = {name: names[0] for name, names in found.slots.items()}
+    return Binding(
+        request=replace(
+            request,
+            names=tuple(facts.name for facts in found.facts),
+            policy=replace(request.policy, module_names=module_names),
+        ),
+        into=into,
+        targets=targets,
+        found=found,
+        held=held,
+        on_meta=tuple(aliases[0].name for aliases in left),
+    )
 
 
 def bind(
     module: torch.nn.Module,
-    held: Iterable[Held],
-    filled: Collection[tuple[torch.Tensor, torch.Tensor]],
-    device: str | torch.device,
-) -> None:
-    """Fill a module in place, and move what else it holds to `device`, so that it runs there.
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    device: str | torch.device | None = None,
+    key_map: KeyMap | None = None,
+    strict: bool = True,
+    allow_meta: Sequence[str] = (),
+) -> list[str]:
+    """Put tensors that were loaded into a module, in place of its own, as `load_into` does.
 
-    held: what it holds. filled: tensors of the module, and what takes their places. What is on meta and not filled
-    stays; what shares memory with what is filled, does so afterwards. Everything new is made before the module is
-    changed.
+    Nothing is copied: the module holds the very tensors, as parameters of the classes that it had. What is one object
+    under several names stays so.
+
+    Args:
+        module: May be empty, built under `empty_weights`.
+        tensors: By their names in the checkpoint, as `load_file` returns them.
+        device: Where the rest of the module goes; None means the device of the tensors.
+        key_map: As for `load_into`.
+        strict: As for `load_into`.
+        allow_meta: As for `load_into`.
+
+    Returns:
+        What the caller should know, one line each: names that were left out, what stays on the meta device.
+
+    Raises:
+        KeyMismatchError: Names or shapes disagree, or something would stay on the meta device; the module is as it was.
     """
-    import torch
-
-    from wan_loader.loading.holdings import substitute
-
-    device = torch.device(device)
-    new = {id(old): _renewed(old, tensor) for old, tensor in filled}
-    rest = [one.tensor for one in held if id(one.tensor) not in new and not one.tensor.is_meta]
-    new |= _views(rest, [(old, new[id(old)]) for old, _ in filled] if rest else ())
-    dtensors = False
-    for *_, old in held:
-        if type(old) is not torch.nn.Parameter and is_dtensor(old):
-            dtensors = True
-        elif id(old) not in new and old.device != device and not old.is_meta:
-            new[id(old)] = _renewed(old, _moved(old, device))
-    substitute(module, new)
-    if dtensors:
-        module.load_state_dict({}, strict=False)  # changes nothing; FSDP2's hooks take note of the new parameters
-
-
-def _views(rest: Iterable[Any], filled: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
-    """By id, what takes the places of those that share the memory of a filled tensor: the same view of the new one.
-
-    rest: what is not filled. filled: what is, and what takes its place.
-    """
-    by_memory: dict[int, list[Any]] = {}
-    for tensor in filter(_has_plain_memory, rest):
-        by_memory.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
-    views: dict[int, Any] = {}
-    for old, new in filled if by_memory else ():
-        if not _has_plain_memory(old) or old.stride() != new.stride():
-            continue
-        for view in by_memory.get(old.untyped_storage()._cdata, ()):
-            start = view.storage_offset() - old.storage_offset()
-            if view.dtype == old.dtype and start >= 0 and start + _extent(view) <= _extent(old):
-                source = new if view.requires_grad and not view.is_leaf else new.detach()
-                segment = source.as_strided(view.size(), view.stride(), new.storage_offset() + start)
-                views[id(view)] = _renewed(view, segment)
-    return views
-
-
-def _has_plain_memory(tensor: Any) -> bool:
-    import torch
-
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return plain and not tensor.is_meta and tensor.numel() > 0
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """Elements of its storage from its first to its last."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device. Raises `DeviceMemoryError` if it does not fit."""
-    import torch
-
-    try:
-        moved = tensor.detach().to(device)
-    except torch.OutOfMemoryError as error:
-        message = f"{device} has no room for what the module holds beside its weights: {error}"
-        raise DeviceMemoryError(message) from error
-    return moved.requires_grad_(tensor.requires_grad and tensor.is_leaf)
-
-
-def _renewed(old: Any, local: torch.Tensor) -> Any:
-    """The tensor as what `old` was: a parameter of the same class, DTensor, or plain."""
-    import torch
-
-    tensor = _as(old, local)
-    kind = type(old)
-    if not issubclass(kind, torch.nn.Parameter) and not isinstance(old, torch.nn.Parameter):
-        return tensor
-    requires_grad = old.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
-    if issubclass(kind, torch.nn.Parameter):  # the class itself would make an empty one inside of `empty_weights`
-        new: Any = torch.Tensor._make_subclass(kind, tensor, requires_grad)
-    else:
-        new = torch.nn.Parameter(tensor, requires_grad=requires_grad)
-    if old.__dict__:
-        new.__dict__.update(old.__dict__)
-    return new
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor. Where nothing has imported those, nothing is, and they need not be imported.
-
-    Nor is anything while another thread is still importing them.
-    """
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return dtensor is not None and isinstance(tensor, dtensor)
-
-
-def is_distributed(module: torch.nn.Module) -> bool:
-    """Whether a module lies on several processes: some parameter or buffer of it is a DTensor.
-
-    Modules that were gathered for a forward give their full parameters back first.
-    """
-    divided = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if divided is not None:  # nor still being imported, by another thread
-        for owner in module.modules():
-            if isinstance(owner, divided):
-                owner.reshard()
-    return any(map(is_dtensor, itertools.chain(module.parameters(), module.buffers())))
-
-
-def _as(old: Any, local: torch.Tensor) -> Any:
-    """The tensor in place of `old`: where that is a DTensor, the one whose part of this process is `local`."""
-    if not is_dtensor(old) or is_dtensor(local):
-        return local
-    return type(old).from_local(
-        local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-    )
-
-
-def module_slots(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer by name, tied ones under each of their names."""
-    slots: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and name not in owner._non_persistent_buffers_set:
-                slots[f"{prefix}.{name}" if prefix else name] = buffer
-    return slots
-
-
-def _tied_groups(slots: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
-    by_object: dict[int, list[str]] = {}
-    for name, tensor in slots.items():
-        by_object.setdefault(id(tensor), []).append(name)
-    return {name: tuple(by_object[id(tensor)]) for name, tensor in slots.items()}
-
-
-def _apply(key_map: KeyMap | None, name: str) -> str | None:
-    if key_map is None:
-        return name
-    mapped: object = key_map.get(name, name) if isinstance(key_map, Mapping) else key_map(name)
-    if mapped is None or isinstance(mapped, str):
-        return mapped
-    kind = type(mapped).__name__
-    raise OptionError(
-        f"key_map gives a value of type {kind} for {name!r:.120}: every name is a str, or None to leave out"
-    )
+    into = Into(module=module, key_map=key_map, strict=strict, allow_meta=tuple(allow_meta))
+    # names and shapes are all that is compared
+    facts = tuple(TensorFacts(name, "", tuple(tensor.shape), 0, ()) for name, tensor in tensors.items())
+    held = Checkpoint("what was loaded", "memory", (), (), facts)
+    if device is None:
+        device = next((tensor.device for tensor in tensors.values()), "cpu")
+    return make_binding(LoadRequest(source=held), held, into).bind(tensors, device)

@@ -30,7 +30,7 @@ _n_open = 0
 
 
 class _Here(threading.local):
-    """How deep this thread is inside of blocks."""
+    """The depth of this thread inside of blocks."""
 
     depth = 0
 
@@ -82,6 +82,7 @@ def _make_parameter(cls: Any, *args: Any, **kwargs: Any) -> Any:
     made = type.__call__(cls, *args, **kwargs)
     if not _here.depth or type(made) is not cls or made.is_meta or is_lazy(made):
         return made
+    # a subclass's own __torch_function__ would see a parameter that is not whole yet
     with torch._C.DisableTorchFunctionSubclass():
         empty = torch.empty_like(made.detach(), device="meta")
         parameter = torch.Tensor._make_subclass(cls, empty, made.requires_grad)
@@ -98,7 +99,7 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class _EmptyLayers(TorchFunctionMode):
-    """Has torch's own layers allocate nothing, initialisers do nothing with what is on meta, and that stay there."""
+    """A mode in which torch's own layers allocate nothing, and what is on meta stays there, uninitialised."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,7 +118,7 @@ class _EmptyLayers(TorchFunctionMode):
 
 
 def _moved(tensor: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> torch.Tensor:
-    """`tensor.to(...)` of what has no weights yet: of another dtype maybe, but nowhere else."""
+    """Return `tensor.to(...)` of what has no weights yet: of another dtype maybe, but nowhere else."""
     where = [arg for arg in args if not isinstance(arg, bool)]  # the parser knows nothing of `copy`
     _, dtype, _, memory_format = torch._C._nn._parse_to(*where, **kwargs)
     return tensor.to(dtype or tensor.dtype, memory_format=memory_format or torch.preserve_format)

@@ -1,6 +1,6 @@
 """Errors about names, short enough to be read: counts, a few examples, and what the names themselves suggest.
 
-What is suggested follows from structure alone (a prefix, the same shapes under other names); nothing here knows the
+The suggestions follow from structure alone (a prefix, the same shapes under other names); nothing here knows the
 names of a model. A family of models that has joined may say which key map fits (entry points of the group
 `wan_loader.key_maps`, functions `hint(missing, unexpected) -> str | None`).
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from wan_loader.errors import Shape
-    from wan_loader.loading.holdings import Held
+    from wan_loader.loading.module_tensors import ModuleTensor
 
 __all__ = ["mismatch", "stays_on_meta"]
 
@@ -39,10 +39,14 @@ def mismatch(
     misshaped: Mapping[str, tuple[Shape, Shape]],
     renamed: Mapping[str, str],
 ) -> KeyMismatchError:
-    """The error for a checkpoint that does not fit a module.
+    """Make the error for a checkpoint that does not fit a module.
 
-    missing, unexpected: names with their shapes, in the module and in the file. misshaped: shapes in the file and in
-    the module. renamed: what the caller's key map made of names of the file, where it changed them.
+    Args:
+        path: The checkpoint.
+        missing: Names with their shapes in the module.
+        unexpected: Names with their shapes in the file.
+        misshaped: Shapes in the file and in the module.
+        renamed: Names in the file that the caller's key map changed, and what it made of them.
     """
     lines = [f"{path} does not fit the module:"]
     as_what = {name: f"{shown_name(name)} (as {shown_name(renamed[name])})" for name in unexpected if name in renamed}
@@ -59,12 +63,12 @@ def mismatch(
             lines += _listed(title, list(names), texts)
     lines += _hints(missing, unexpected, renamed)
     return KeyMismatchError(
-        "\n  ".join(lines), missing=tuple(missing), unexpected=tuple(unexpected), misshaped=dict(misshaped)
+        "\n  ".join(lines), missing=tuple(missing), unexpected=tuple(unexpected), misshaped=dict(misshaped), path=path
     )
 
 
-def stays_on_meta(path: str, left: Sequence[Held]) -> KeyMismatchError:
-    """The error for a module of which tensors would stay on the meta device: it could not run."""
+def stays_on_meta(path: str, left: Sequence[ModuleTensor]) -> KeyMismatchError:
+    """Make the error for a module of which tensors would stay on the meta device: it could not run."""
     what = {held.name: f"{shown_name(held.name)} ({_KINDS[held.kind]})" for held in left}
     names = list(what)
     lines = [
@@ -73,7 +77,7 @@ def stays_on_meta(path: str, left: Sequence[Held]) -> KeyMismatchError:
         'build the module with `with wan_loader.empty_weights(): ...` instead of torch.device("meta"): then what it',
         f"computes is real; or name what you fill yourself afterwards: allow_meta=[{names[0]!r}]",
     ]
-    return KeyMismatchError("\n  ".join(lines), on_meta=names)
+    return KeyMismatchError("\n  ".join(lines), on_meta=names, path=path)
 
 
 def _listed(title: str, names: Sequence[str], texts: Mapping[str, str]) -> Iterator[str]:
@@ -113,7 +117,7 @@ def _prefix_hint(theirs: str, ours: str, unexpected: Collection[str]) -> Iterato
 
 
 def _prefixes(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]) -> tuple[str, str] | None:
-    """The prefix in the file and that in the module which, exchanged, make most names match; None without such."""
+    """Return the prefixes in the file and in the module which, exchanged, make most names match; None without such."""
     ends: dict[str, list[str]] = {}
     for name in missing:
         for start in _starts(name):
@@ -134,7 +138,7 @@ def _prefixes(missing: Mapping[str, Shape], unexpected: Mapping[str, Shape]) -> 
 
 
 def _starts(name: str) -> Iterator[str]:
-    """ "" and what precedes each part of a dotted name, the shortest first."""
+    """Yield "" and what precedes each part of a dotted name, the shortest first."""
     yield ""
     at = name.find(".") + 1
     while at:

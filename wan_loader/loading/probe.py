@@ -29,15 +29,23 @@ def probe(
 ) -> Facts:
     """Ask for all that a plan depends on, beside the checkpoint. Imports torch, and makes the device's CUDA context.
 
-    n_sharers: processes of this machine that load at the same time.
+    Costs some microseconds a file.
 
-    Raises `DeviceError` for a device that is not there, `MissingFileError` and `CheckpointError` for files that are
-    gone or were changed since their headers were read. Costs some microseconds a file.
+    Args:
+        checkpoint: The checkpoint that is to be loaded.
+        request: Everything that was asked for.
+        n_sharers: The processes of this machine that load at the same time.
+        observer: Is told of spans.
+
+    Raises:
+        DeviceError: The device is not there.
+        MissingFileError: A file is gone since its header was read.
+        CheckpointError: A file was changed since its header was read.
     """
     device = resolve_device(request.device, observer)
     check_tensors_are_real()
     free, total = _device_memory(device)
-    residency, refused = _files(checkpoint, request)
+    residency, refused = _page_cache(checkpoint, request)
     return Facts(
         device=str(device),
         processors=processors(),
@@ -52,7 +60,7 @@ def probe(
 
 
 def _device_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Free and total bytes of a CUDA device; what torch's allocator keeps and does not use is free."""
+    """Return free and total bytes of a CUDA device; what torch's allocator keeps and does not use is free."""
     if device.type != "cuda":
         return None, None
     import torch
@@ -61,19 +69,21 @@ def _device_memory(device: torch.device) -> tuple[int | None, int | None]:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
-def _files(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency, dict[int, str]]:
-    """What of the wanted bytes is in the page cache, and which files that are not cannot be opened with O_DIRECT."""
+def _page_cache(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency, dict[int, str]]:
+    """Return what of the wanted bytes is in the page cache, and which other files cannot be opened with O_DIRECT."""
     if not is_planned(checkpoint):
         ranges = [ByteRange(0, number, 0, file.nbytes) for number, file in enumerate(checkpoint.files)]
     else:
         ranges = storage_ranges(checkpoint, request.select(checkpoint))
     nbytes = sum(r.end - r.start for r in ranges)
-    with Reader(checkpoint.files) as files:
+    with Reader(checkpoint.files) as reader:
+        # the blocks of the plan: what is known of a block as a whole is enough to choose its transport
         unit = block_bytes(nbytes, MIN_BLOCK_BYTES)
-        residency = PageCache(files.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)
+        residency = PageCache(reader.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)
         cold = {file for file, start, end, there in residency.windows if request.io == "direct" or there < end - start}
+        # asked now, by opening: only the file system knows, and the plan opens nothing
         if request.io in ("auto", "direct"):
-            refused = {number: files.fallbacks[-1] for number in sorted(cold) if not files.open_direct(number)}
+            refused = {number: reader.fallbacks[-1] for number in sorted(cold) if not reader.open_direct(number)}
         else:
             refused = {}
     return residency, refused

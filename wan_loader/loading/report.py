@@ -1,4 +1,4 @@
-"""What a load reports: one frozen value, and the JSON document of it that other tools rely on.
+"""The report of a load: one frozen value, and the JSON document of it that other tools rely on.
 
 Phases are computed from spans. They overlap, so their busy times do not add up to the wall time.
 """
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class IoReport:
-    """How the bytes travelled, and why so."""
+    """The transports of the bytes, and why so."""
 
     mode: str
     reason: str
@@ -37,7 +37,7 @@ class IoReport:
     nbytes_direct: int = 0
     nbytes_buffered: int = 0
     nbytes_viewed: int = 0
-    """Of `nbytes_mapped`: tensors that are views of the file. Nothing was moved; pages are read when first used."""
+    """The bytes of `nbytes_mapped` that are views of the file. Nothing was moved; pages are read when first used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class MemoryReport:
 
     host_peak_bytes: int
     pinned_bytes: int
-    """Pinned staging. Registered page-cache pages are not in it: they are the page cache's own."""
+    """The pinned ring. Registered page-cache pages are not in it: they are the page cache's own."""
     device_peak_bytes: int
     registered_bytes: int = 0
     """Page-cache pages registered for the GPU, until shortly after the load."""
@@ -54,14 +54,14 @@ class MemoryReport:
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """What the converted cache had to do with a load."""
+    """The converted cache's share in a load."""
 
     state: str
     """"hit": read from an entry; "building": read from the source, an entry is being written in the background;
     "source": read from the source, and why."""
     reason: str
     entry: str | None = None
-    """Directory of the entry that was read."""
+    """The directory of the entry that was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Bottleneck:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LoadReport:
-    """What one load did."""
+    """The record of one load."""
 
     command: str
     target: str
@@ -85,9 +85,9 @@ class LoadReport:
     dtype: str | None
     seconds: float
     nbytes_file: int
-    """Bytes of tensor data in the files."""
+    """The bytes of tensor data in the files."""
     nbytes_device: int
-    """Bytes of the tensors once loaded."""
+    """The bytes of the tensors once loaded."""
     n_tensors: int
     io: IoReport
     phases: tuple[Phase, ...]
@@ -100,7 +100,7 @@ class LoadReport:
     """None where no cache was asked for."""
 
     def __str__(self) -> str:
-        """One line: what, how much, how long, which ways; a second one if there are warnings."""
+        """Say in one line what, how much, how long, by which transports; in a second one if there are warnings."""
         size = f"{format_count(self.n_tensors, 'tensor')}, {format_bytes(self.nbytes_file)}"
         rate = f" ({self.gbps:.3g} GB/s)" if self.gbps else ""
         line = f"{self.target} to {self.device}: {size} in {format_seconds(self.seconds)}{rate}, {self.io.mode}"
@@ -118,7 +118,7 @@ class LoadReport:
         return moved / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `--json`: bytes as integers, seconds as floats."""
+        """Return the document of `--json`: bytes as integers, seconds as floats."""
         return {
             "schema_version": SCHEMA_VERSION,
             "command": self.command,

@@ -1,4 +1,4 @@
-"""The result of a load: the tensors, the plan that was carried out, what was counted, and the report about it."""
+"""The result of a load: the tensors, the plan that was carried out, the counters, and the report about it."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ class EntryBuild(Protocol):
     """The entry, once it is complete."""
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end, at most `timeout_s` seconds; returns whether it has come."""
+        """Wait for the end, at most `timeout_s` seconds; return whether it has come."""
 
     def stop(self) -> None:
-        """Give up; returns when what was written is removed."""
+        """Give up; return when what was written is removed."""
 
 
+# no slots: the cached report lives in the instance's dict
 @dataclass(frozen=True, repr=False, kw_only=True)
 class LoadResult:
-    """What one load came to."""
+    """The outcome of one load."""
 
     tensors: dict[str, torch.Tensor]
     """The loaded tensors by their names in the checkpoint, in the order in which they were asked for."""
@@ -56,11 +57,11 @@ class LoadResult:
     seconds: float
     memory: MemoryReport
     spans: tuple[Span, ...] = ()
-    """What happened when; empty where nobody observed the load."""
+    """The spans of work; empty where nobody observed the load."""
     warnings: tuple[str, ...] = ()
-    """Beside those of the plan and of the transfer."""
+    """Warnings beside those of the plan and of the transfer."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """For the report, beside those of the plan."""
+    """Settings for the report, beside those of the plan."""
     cache: CacheReport | None = None
     build: EntryBuild | None = None
     """The cache entry that is being written from this load."""
@@ -73,8 +74,10 @@ class LoadResult:
 
     @cached_property
     def report(self) -> LoadReport:
-        """The report, made when it is asked for: that takes milliseconds, for which nobody waits who only wants the
-        tensors. It keeps none of them."""
+        """The report, made when it is asked for. It keeps none of the tensors.
+
+        Making it takes milliseconds, for which nobody waits who only wants the tensors.
+        """
         return _report(self)
 
 
@@ -117,8 +120,8 @@ def _settings(plan: LoadPlan, stats: TransferStats) -> dict[str, Any]:
         return settings
     used = plan.settings
     settings |= {"threads": used.threads, "slot_bytes": used.slot_bytes, "n_slots": used.n_slots}
-    if stats.straight_nbytes:
-        settings["nbytes_straight"] = stats.straight_nbytes
+    if stats.in_place_nbytes:
+        settings["nbytes_straight"] = stats.in_place_nbytes
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Carries out a plan: allocates, has the engine move the bytes, and yields what has arrived.
+"""The run of a plan: it allocates, has the engine move the bytes, and yields what has arrived.
 
 What can be known to fail without reading a weight has failed before, when the plan was made. What is yielded is in
 place, but only once everything has arrived it is known that no file was changed meanwhile.
@@ -43,10 +43,10 @@ __all__ = ["TransferResult", "collect", "convert_late", "read_tensors", "run"]
 
 @dataclass(slots=True)
 class TransferResult:
-    """What carrying out a plan came to."""
+    """The outcome of a run: the tensors, and what is still owed for them."""
 
     tensors: dict[str, torch.Tensor]
-    """By name, in the order in which they were wanted."""
+    """The tensors by name, in the order in which they were wanted."""
     state: TransferState
     """The counters, and what must be released once nothing is read from the transfer's memory any more."""
     destinations: Sequence[Destination] = ()
@@ -56,12 +56,22 @@ class TransferResult:
 def run(
     plan: LoadPlan, *, check: Check | None = None, cancel: CancelToken | None = None, observer: Observer | None = None
 ) -> Generator[dict[str, torch.Tensor], None, TransferResult]:
-    """Carry out a plan; yields tensors by name as their bytes arrive, each once, and returns all of them.
-
-    check: is given every block while it is read, and raises if it is not what it was.
+    """Carry out a plan.
 
     The caller must call `release` on the result's `state`, once nothing is read from the transfer's memory any more.
     Closing the generator, `cancel`, and the first failure of any thread stop everything; then nothing stays allocated.
+
+    Args:
+        plan: The plan.
+        check: Is given every block while it is read, and raises if it is not what it was.
+        cancel: Stops the run.
+        observer: Is told of spans.
+
+    Yields:
+        Tensors by name as their bytes arrive, each once.
+
+    Returns:
+        All tensors, with the state of the transfer.
     """
     if plan.through_torch:
         return (yield from _run_through_torch(plan, cancel, observer))
@@ -79,6 +89,7 @@ def run(
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here
                 allocation.viewed(reader.fds)
+            # once more at the end: bytes from before and after a change would be mixed
             for file in plan.checkpoint.files:
                 file.check_unchanged()
             if not plan.shared:
@@ -87,6 +98,7 @@ def run(
             tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors}
             yield {name: tensor for name, tensor in tensors.items() if name not in arrivals.told}
         except BaseException:
+            # whoever would have to is not given the state
             state.release()
             raise
     state.nbytes[Transport.MAPPED] += plan.layout.nbytes_viewed
@@ -94,16 +106,16 @@ def run(
 
 
 class _Arrivals:
-    """Tells which tensors have all of their bytes."""
+    """The bytes that have yet to arrive, and the tensors that have all of theirs."""
 
     def __init__(self, plan: LoadPlan) -> None:
         self._storages = plan.layout.copied
         self._missing = [r.end - r.start for r in plan.layout.byte_ranges]
-        """Bytes that have yet to arrive, of each copied storage."""
+        """The bytes that have yet to arrive, of each copied storage."""
         self.told: set[str] = set()
 
     def complete(self, blocks: Sequence[Block]) -> list[str]:
-        """Take note of blocks that are in place; returns the names of tensors that are complete with them."""
+        """Take note of blocks that are in place; return the names of tensors that are complete with them."""
         names: list[str] = []
         for block in blocks:
             for segment in block.segments:
@@ -115,7 +127,7 @@ class _Arrivals:
 
 
 def collect(arrivals: Generator[dict[str, torch.Tensor], None, TransferResult]) -> TransferResult:
-    """Have all of a run arrive; returns its result."""
+    """Have all of a run arrive; return its result."""
     with closing(arrivals):
         while True:
             try:
@@ -131,7 +143,10 @@ def _drive(
     """Give the engine what it asks for: blocks of the plan, some at a time, and the storages that they need.
 
     All blocks that are left, where work is queued on the caller's stream: memory may be handed out that it still uses,
-    so copies would wait for it anew with each batch. Yields what has arrived.
+    so copies would wait for it anew with each batch.
+
+    Yields:
+        Blocks that have arrived.
     """
     blocks, batch = iter(plan.blocks), list[Any]()
     answer: Sequence[Any] | None = None
@@ -147,6 +162,7 @@ def _drive(
                     answer = batch = list(islice(blocks, None if is_busy(allocation.device) else plan.batch))
             elif step is Need.MEMORY:
                 with span(observer, "init"):
+                    # storages are numbered in the order of their reads: this is the last one that is needed
                     answer = allocation.copied(batch[-1].segments[-1].storage + 1)
             else:
                 yield step

@@ -1,1 +1,1 @@
-"""Pure decisions: what is read, how, in which order, with how much memory. No file is opened here."""
+"""Pure decisions: which bytes are read, how, in which order, with how much memory. No file is opened here."""

@@ -1,15 +1,15 @@
-"""The plan of a load: which bytes of which file go where, in which order, on which way. Pure: no file is touched.
+"""The blocks of a load: which bytes of which file go where, in which order, by which transport. No file is touched.
 
-    extents     one wanted storage each: a byte range of a file
-    runs        extents that follow each other in one file (small gaps are read and thrown away)
-    blocks      runs cut at multiples of the block size, each with one way to travel
-    pieces      the parts of a block that go into one storage
+    ByteRange   the wanted bytes of one storage, in a file
+    Block       byte ranges that follow each other in one file (small gaps are read and thrown away), cut at multiples
+                of the block size; the unit of a transport
+    Segment     the bytes of a block that go into one storage
 
 Blocks are made one by one (`plan_blocks`), so that the first can be on their way before the last are planned.
 
-Every wanted byte is in exactly one piece. Inside a run, blocks meet at multiples of the block size, so that O_DIRECT
-reads and registered pages touch no page twice; only where a converted tensor is misaligned in the file does a border
-move by less than one element.
+Every wanted byte is in exactly one segment. Where byte ranges are joined, blocks meet at multiples of the block size,
+so that O_DIRECT reads and registered pages touch no page twice; only where a converted tensor is misaligned in the file
+does a border move by less than one element.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_GAP", "Block", "ByteRange", "Segment", "Transport", "apart", "plan_blocks", "split"]
 
-#: Gaps up to this size inside a run are read through: cheaper than another request. Zip records are 64 B apart.
+#: Gaps up to this size between byte ranges are read through: cheaper than another request. Zip records are 64 B apart.
 MAX_GAP = 64 << 10
 
 
 class Transport(Enum):
-    """How a block's bytes travel."""
+    """The kinds of journey that a block's bytes can make."""
 
     MAPPED = "mapped"
     DIRECT = "direct"
@@ -48,29 +48,29 @@ class ByteRange(NamedTuple):
     start: int
     end: int
     itemsize: int = 1
-    """Element size when the bytes are converted on the way (blocks are then cut between elements), else 1."""
+    """The element size when the bytes are converted on the way (blocks are then cut between elements), else 1."""
     storage_start: int = 0
-    """Where in the storage they belong, counted in bytes of the file."""
+    """The place in the storage where they belong, counted in bytes of the file."""
 
 
 class Segment(NamedTuple):
-    """`nbytes` at `file_start` of the block's file belong at byte `storage_start` of storage number `storage`."""
+    """`nbytes` at `file_start` of the block's file, to be put at byte `storage_start` of storage number `storage`."""
 
     storage: int
     storage_start: int
     file_start: int
     nbytes: int
     itemsize: int = 1
-    """As in `ByteRange`."""
+    """The element size, as in `ByteRange`."""
 
     @property
     def file_end(self) -> int:
-        """End of the piece in the file."""
+        """The end of the segment in the file."""
         return self.file_start + self.nbytes
 
 
 class Block(NamedTuple):
-    """Bytes `start` to `end` of one file and where they go."""
+    """Bytes `start` to `end` of one file, and the storages that they go to."""
 
     transport: Transport
     file: int
@@ -80,7 +80,7 @@ class Block(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read, gaps included."""
+        """The bytes to read, gaps included."""
         return self.end - self.start
 
     @property
@@ -103,15 +103,25 @@ def plan_blocks(
 ) -> Iterator[Block]:
     """Plan a load of `byte_ranges`, in their order, one block after the other.
 
-    block_bytes: upper bound of a block, a multiple of `PAGE`. `way(file, start, end)` says how a range travels; it is
-    asked once per block. Extents that follow each other in a file, with gaps of at most `max_gap` bytes, are read
-    together, so give them in file order unless another order is worth smaller reads. Costs about 3 microseconds per
-    block and per extent.
+    Costs about 3 microseconds per block and per byte range.
+
+    Args:
+        byte_ranges: Those that follow each other in a file, with gaps of at most `max_gap` bytes, are read together, so
+            give them in file order unless another order is worth smaller reads.
+        block_bytes: The upper bound of a block, a multiple of `PAGE`.
+        transport: `transport(file, start, end)` says how bytes travel; it is asked once per block.
+        max_gap: The most bytes between two byte ranges that are read and thrown away.
+
+    Yields:
+        Blocks, each with its transport.
+
+    Raises:
+        OptionError: The block size is no multiple of a page.
     """
     if block_bytes < PAGE or block_bytes % PAGE:
-        raise OptionError(f"block size {block_bytes} must be a multiple of {PAGE}")
-    for run in _runs(byte_ranges, max_gap):
-        for _, file, start, end, segments in split(run, block_bytes):
+        raise OptionError.because(f"block size {block_bytes} must be a multiple of {PAGE}")
+    for block in _adjacent(byte_ranges, max_gap):
+        for _, file, start, end, segments in split(block, block_bytes):
             yield Block(transport(file, start, end), file, start, end, segments)
 
 
@@ -123,6 +133,7 @@ def split(block: Block, nbytes: int) -> Iterator[Block]:
     segments = deque(block.segments)
     for border in _borders(block, nbytes):
         inside: list[Segment] = []
+        # a segment that straddles the border is divided: its rest goes back to the front of the queue
         while segments and segments[0].file_start < border:
             segment = segments.popleft()
             if segment.file_end > border:
@@ -131,12 +142,12 @@ def split(block: Block, nbytes: int) -> Iterator[Block]:
                 segments.appendleft(Segment(segment.storage, start + head, border, rest, segment.itemsize))
                 segment = Segment(segment.storage, start, segment.file_start, head, segment.itemsize)
             inside.append(segment)
-        if inside:  # else the part lies in a gap
+        if inside:  # else this stretch lies in a gap
             yield Block(block.transport, block.file, inside[0].file_start, inside[-1].file_end, tuple(inside))
 
 
 def apart(block: Block, nbytes: int) -> Iterator[Block]:
-    """Cut a block so that each piece of `nbytes` or more is a block of its own."""
+    """Cut a block so that each segment of `nbytes` or more is a block of its own."""
     for large, group in groupby(block.segments, key=lambda segment: segment.nbytes >= nbytes):
         same = tuple(group)
         for segments in ((segment,) for segment in same) if large else (same,):
@@ -148,21 +159,23 @@ def _borders(block: Block, nbytes: int) -> Iterable[int]:
     for border in range((block.start // nbytes + 1) * nbytes, block.end, nbytes):
         straddling = block.segments[bisect_left(starts, border) - 1]
         inside = border < straddling.file_end
+        # back to the last whole element: a cast cannot take half of one
         yield border - ((border - straddling.file_start) % straddling.itemsize if inside else 0)
     yield block.end
 
 
-def _runs(byte_ranges: Iterable[ByteRange], max_gap: int) -> Iterable[Block]:
-    """Extents that follow each other, as one block each."""
-    run: list[Segment] = []
-    run_file, run_end = -1, 0
+def _adjacent(byte_ranges: Iterable[ByteRange], max_gap: int) -> Iterable[Block]:
+    """Join byte ranges that follow each other, as one block each, of any length."""
+    segments: list[Segment] = []
+    file_before, end_before = -1, 0
     for storage, file, start, end, itemsize, storage_start in byte_ranges:
+        # a tensor without elements has no bytes to read
         if start == end:
             continue
-        if run and not (file == run_file and 0 <= start - run_end <= max_gap):
-            yield Block(Transport.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
-            run = []
-        run.append(Segment(storage, storage_start, start, end - start, itemsize))
-        run_file, run_end = file, end
-    if run:
-        yield Block(Transport.BUFFERED, run_file, run[0].file_start, run_end, tuple(run))
+        if segments and not (file == file_before and 0 <= start - end_before <= max_gap):
+            yield Block(Transport.BUFFERED, file_before, segments[0].file_start, end_before, tuple(segments))
+            segments = []
+        segments.append(Segment(storage, storage_start, start, end - start, itemsize))
+        file_before, end_before = file, end
+    if segments:
+        yield Block(Transport.BUFFERED, file_before, segments[0].file_start, end_before, tuple(segments))

@@ -1,4 +1,4 @@
-"""Which dtype each tensor gets: a pure rule, the same as diffusers and transformers apply."""
+"""The dtype of each tensor: a pure rule, the same as diffusers and transformers apply."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["DtypePolicy", "has_part"]
 
 
 def has_part(name: str, parts: Iterable[str]) -> bool:
-    """Whether a name contains one of these as whole dotted parts: "blocks.0.norm2" has "norm2" and "blocks.0"."""
+    """Return whether a name has one of these as whole dotted parts: "blocks.0.norm2" has "norm2" and "blocks.0"."""
     dotted = f".{name}."
     return any(f".{part}." in dotted for part in parts)
 
 
-def _scaled(names: Sequence[str], scales: Mapping[str, str]) -> str:
-    """What to know about quantised tensors, with one as an example."""
+def _scales_of(names: Sequence[str], scales: Mapping[str, str]) -> str:
+    """Say what is to be known about quantised tensors, with one as an example."""
     weight, scale = names[0], scales[names[0]]
     verb = "is right" if len(names) == 1 else "are right"
     return f"{format_count(len(names), 'quantised tensor')} {verb} only with a scale, such as {weight!r} with {scale!r}"
@@ -33,48 +33,56 @@ def _scaled(names: Sequence[str], scales: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DtypePolicy:
-    """`dtype` applies to floating tensors; None leaves every tensor as it is in the file."""
+    """The dtypes that tensors get: `dtype` for floating ones; None leaves every tensor as it is in the file."""
 
     dtype: str | None = None
     keep_fp32: tuple[str, ...] = ()
-    """Tensors whose name has one of these parts (`has_part`) become float32 when a dtype is asked for, as diffusers'
-    `_keep_in_fp32_modules`."""
+    """Parts of names (`has_part`): tensors that have one become float32 when a dtype is asked for, as diffusers'
+    `_keep_in_fp32_modules`.
+    """
 
     module_names: Mapping[str, str] = field(default_factory=dict)
-    """What a tensor is called in the module, where that differs from the checkpoint."""
+    """The name of a tensor in the module, where that differs from the checkpoint."""
 
     exact: Mapping[str, str] = field(default_factory=dict)
-    """Dtypes of single tensors by their names, which count more than all else."""
+    """The dtypes of single tensors by their names, which count more than all else."""
 
     def target(self, name: str, source: str) -> str:
-        """The dtype that a tensor of dtype `source` gets."""
+        """Return the dtype that a tensor of dtype `source` gets."""
         if name in self.exact:
             return self.exact[name]
         if self.dtype is None or source not in FLOATING:
             return source
+        # by the name in the module, which is what diffusers' list speaks of
         if self.keep_fp32 and has_part(self.module_names.get(name, name), self.keep_fp32):
             return "float32"
         return self.dtype
 
     def check(self, checkpoint: Checkpoint, wanted: Sequence[TensorFacts]) -> list[str]:
-        """What is to be said about quantised tensors among those that are wanted; usually nothing.
+        """Say what is to be known about quantised tensors among those that are wanted; usually nothing.
 
-        Raises `CheckpointError` where some would be converted without the scale by which they are to be multiplied.
+        Raises:
+            CheckpointError: Some would be converted without the scale by which they are to be multiplied.
         """
         scales = find_scales(checkpoint.tensors)
         quantised = [t for t in wanted if t.name in scales] if scales else []
         floats = [t.name for t in quantised if t.dtype in FLOAT8]
         if floats and self.dtype is not None:
+            reason = f"{_scales_of(floats, scales)}; converting to {self.dtype} would leave scales out"
+            remedy = "load the file without a dtype and apply them, or get a file that is not quantised"
             raise CheckpointError(
-                f"{checkpoint.path}: {_scaled(floats, scales)}; converting to {self.dtype} would leave scales out: "
-                "load the file without a dtype and apply them, or get a file that is not quantised"
+                f"{checkpoint.path}: {reason}: {remedy}",
+                path=checkpoint.path,
+                tensor=floats[0],
+                reason=reason,
+                remedy=remedy,
             )
         if floats:
-            return [f"{_scaled(floats, scales)}: loaded as they are in the file"]
+            return [f"{_scales_of(floats, scales)}: loaded as they are in the file"]
         if quantised and self.dtype is not None:
-            return [f"{_scaled([t.name for t in quantised], scales)}: not converted, only their scales are"]
+            return [f"{_scales_of([t.name for t in quantised], scales)}: not converted, only their scales are"]
         return []
 
     def unused_parts(self, names: Collection[str]) -> list[str]:
-        """Those of `keep_fp32` that none of these names has."""
+        """Return the parts of `keep_fp32` that none of these names has."""
         return [part for part in self.keep_fp32 if not any(has_part(name, (part,)) for name in names)]

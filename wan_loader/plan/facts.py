@@ -1,4 +1,4 @@
-"""The facts that a plan depends on beside the checkpoint: what was asked of the system, once, as a frozen value."""
+"""The facts that a plan depends on beside the checkpoint: the system's answers, as a frozen value."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Facts"]
 class Facts:
     """The machine as a load finds it. Amounts of memory are bytes; None means that they are unknown.
 
-    `loading.probe` asks for them. Made by hand, they describe a machine that is not there: so `estimate` plays a plan
-    for other hardware, and so plans are tested.
+    `loading.probe` asks for them, once a load. Made by hand, they describe a machine that is not there: so `estimate`
+    plays a plan for other hardware, and so plans are tested.
     """
 
     device: str = "cpu"
-    """"cpu" or "cuda:N"."""
+    """Either "cpu" or "cuda:N"."""
     processors: int = 1
     residency: Residency = field(default_factory=Residency)
     """The page cache's share in the wanted bytes of the files."""
     direct_refused: Mapping[int, str] = field(default_factory=dict)
-    """Numbers of files that cannot be opened with O_DIRECT, and why. Only where some bytes are cold."""
+    """The numbers of files that cannot be opened with O_DIRECT, and why. Only where some bytes are cold."""
     memory_limit: int
     """The most that this process may ever have."""
     host_free: int | None = None
@@ -38,5 +38,5 @@ class Facts:
 
     @property
     def cuda(self) -> bool:
-        """Return whether the weights go to a CUDA device."""
+        """True if the weights go to a CUDA device."""
         return self.device != "cpu"

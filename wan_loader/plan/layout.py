@@ -1,4 +1,4 @@
-"""The layout of a load: what becomes of each storage of a checkpoint, and which of its bytes are read. Pure.
+"""The layout of a load: the fate of each storage of a checkpoint, and the bytes of it that are read. Pure.
 
 A storage of the file becomes one ordinary storage in memory. On the CPU a tensor that needs no conversion may instead
 be a private view of the mapped file, which costs nothing.
@@ -24,14 +24,14 @@ __all__ = ["Layout", "StoragePlan", "lay_out", "plan_storages", "storage_ranges"
 
 
 class StoragePlan(NamedTuple):
-    """What becomes of one storage: its dtype in the file and its dtype once loaded, None where it is only bytes."""
+    """The fate of one storage: its dtype in the file and its dtype once loaded, None where it is only bytes."""
 
     storage: int
     source: str | None
     target: str | None
     tensors: tuple[TensorFacts, ...]
     late: bool = False
-    """Its tensors need different dtypes: each is converted after the load and no longer shares memory."""
+    """True if its tensors need different dtypes: each is converted after the load and no longer shares memory."""
 
     @property
     def dtype(self) -> str:
@@ -40,17 +40,17 @@ class StoragePlan(NamedTuple):
 
     @property
     def converts(self) -> bool:
-        """Whether bytes are converted on the way."""
+        """True if bytes are converted on the way."""
         return self.source != self.target
 
     def nbytes_loaded(self, nbytes_file: int) -> int:
-        """Bytes once loaded."""
+        """Return the bytes that a storage of `nbytes_file` has once loaded."""
         if self.source == self.target or self.source is None or self.target is None:
             return nbytes_file
         return nbytes_file // ITEMSIZE[self.source] * ITEMSIZE[self.target]
 
 
-def plan_storages(tensors: Iterable[TensorFacts], rule: DtypePolicy) -> list[StoragePlan]:
+def plan_storages(tensors: Iterable[TensorFacts], policy: DtypePolicy) -> list[StoragePlan]:
     """Group tensors by the storage they share and decide its dtype, in the order in which storages are first named."""
     groups: dict[int, list[TensorFacts]] = defaultdict(list)
     for tensor in tensors:
@@ -58,9 +58,10 @@ def plan_storages(tensors: Iterable[TensorFacts], rule: DtypePolicy) -> list[Sto
     out = []
     for storage, group in groups.items():
         first = group[0]
-        plan = StoragePlan(storage, first.dtype, rule.target(first.name, first.dtype), tuple(group))
+        plan = StoragePlan(storage, first.dtype, policy.target(first.name, first.dtype), tuple(group))
         if len(group) > 1:
-            pairs = {(t.dtype, rule.target(t.name, t.dtype)) for t in group}
+            pairs = {(t.dtype, policy.target(t.name, t.dtype)) for t in group}
+            # read as plain bytes: no single dtype describes this memory while it is filled
             if len(pairs) > 1:
                 plan = StoragePlan(storage, None, None, plan.tensors, any(a != b for a, b in pairs))
         out.append(plan)
@@ -75,30 +76,30 @@ def storage_ranges(checkpoint: Checkpoint, tensors: Iterable[TensorFacts]) -> li
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What is copied and what is used where it lies, with sizes; nothing is allocated yet."""
+    """The storages that are copied and those that are used where they lie, with sizes; nothing is allocated yet."""
 
     copied: tuple[StoragePlan, ...]
     copied_nbytes: tuple[int, ...]
-    """Bytes once loaded, for each of `copied`."""
+    """The bytes once loaded, for each of `copied`."""
     byte_ranges: tuple[ByteRange, ...]
-    """What must be read, in the wanted order; `Extent.storage` counts `copied`."""
+    """The bytes that must be read, in the wanted order; `ByteRange.storage` counts `copied`."""
     viewed: tuple[StoragePlan, ...]
     viewed_ranges: tuple[ByteRange, ...]
     warnings: tuple[str, ...] = ()
 
     @property
     def nbytes_read(self) -> int:
-        """Bytes of the files that are wanted."""
-        return sum(e.end - e.start for e in (*self.byte_ranges, *self.viewed_ranges))
+        """The bytes of the files that are wanted."""
+        return sum(r.end - r.start for r in (*self.byte_ranges, *self.viewed_ranges))
 
     @property
     def nbytes_viewed(self) -> int:
-        """Bytes that are used where they lie in the file."""
-        return sum(e.end - e.start for e in self.viewed_ranges)
+        """The bytes that are used where they lie in the file."""
+        return sum(r.end - r.start for r in self.viewed_ranges)
 
     @property
     def nbytes_loaded(self) -> int:
-        """Bytes once loaded."""
+        """The bytes once loaded."""
         return sum(self.copied_nbytes) + self.nbytes_viewed
 
 
@@ -109,21 +110,26 @@ def lay_out(
     views: bool,
     reads: Mapping[int, tuple[int, int]] = MappingProxyType({}),
 ) -> Layout:
-    """Decide for each storage. `views`: use the mapped file where neither dtype nor alignment stands against it.
+    """Decide for each storage whether it is copied or viewed.
 
-    reads: storages of which only some bytes, from and to, are read; the others come from elsewhere.
+    Args:
+        checkpoint: The checkpoint that the storages are of.
+        plans: The storages.
+        views: Use the mapped file where neither dtype nor alignment stands against it.
+        reads: Storages of which only some bytes, from and to, are read; the others come from elsewhere.
     """
     viewed: list[StoragePlan] = []
     copied: list[StoragePlan] = []
     for plan in plans:
         (viewed if views and _can_view(checkpoint, plan) else copied).append(plan)
+    # kernels rely on elements that begin at multiples of their size: other views would be refused
     misaligned = sum(not p.converts and not p.late for p in copied) if views else 0
     return Layout(
         tuple(copied),
         tuple(p.nbytes_loaded(checkpoint.storages[p.storage].nbytes) for p in copied),
-        tuple(_extent(checkpoint, p, index, reads.get(p.storage)) for index, p in enumerate(copied)),
+        tuple(_byte_range(checkpoint, p, index, reads.get(p.storage)) for index, p in enumerate(copied)),
         tuple(viewed),
-        tuple(_extent(checkpoint, p, -1) for p in viewed),
+        tuple(_byte_range(checkpoint, p, -1) for p in viewed),
         (f"{misaligned} tensors are misaligned in the file: copied, not mapped",) if misaligned else (),
     )
 
@@ -133,8 +139,10 @@ def _can_view(checkpoint: Checkpoint, plan: StoragePlan) -> bool:
     return not plan.converts and not plan.late and all(start % ITEMSIZE[t.dtype] == 0 for t in plan.tensors)
 
 
-def _extent(checkpoint: Checkpoint, plan: StoragePlan, index: int, part: tuple[int, int] | None = None) -> ByteRange:
+def _byte_range(
+    checkpoint: Checkpoint, plan: StoragePlan, index: int, only: tuple[int, int] | None = None
+) -> ByteRange:
     file, position, nbytes = checkpoint.storages[plan.storage]
     step = ITEMSIZE[plan.source] if plan.converts and plan.source else 1
-    start, end = part or (0, nbytes)
+    start, end = only or (0, nbytes)
     return ByteRange(index, file, position + start, position + end, step, start)

@@ -1,4 +1,7 @@
-"""How many threads, how much staging: pure decisions from the ways and the machine's limits. Defaults live here."""
+"""The number of reads and the size of the pinned ring: pure decisions from the transports and the machine's limits.
+
+The defaults live here: `_DISK`, `_CACHED` and the others are the sizes of the ring that bytes are staged in.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_READS",
-    "MAX_STAGING_BYTES",
+    "MAX_RING_BYTES",
     "MIN_BLOCK_BYTES",
     "EngineSettings",
     "TransferMode",
@@ -26,7 +29,7 @@ __all__ = [
 
 MiB = 1 << 20
 
-MAX_STAGING_BYTES = 512 * MiB
+MAX_RING_BYTES = 512 * MiB
 #: Blocks are the unit of residency and of registration: these for small loads ...
 MIN_BLOCK_BYTES = 8 * MiB
 #: ... and these at most. Larger ones register no faster.
@@ -34,40 +37,45 @@ MAX_BLOCK_BYTES = 32 * MiB
 
 
 class TransferMode(Enum):
-    """Who moves which bytes of a load."""
+    """The ways to share the bytes of a load among its threads."""
 
     STAGED = auto()
-    """Everything passes through staging, except for what is mapped: a thread of its own takes that."""
+    """Everything passes through the pinned ring, except for what is mapped: a thread of its own takes that."""
     SHARED = auto()
-    """What is mapped is taken by both, that thread from the front and staging from the far end, until they meet."""
+    """Mapped blocks are taken by both, that thread from the front and the ring from the far end, until they meet."""
     MAPPED_HERE = auto()
     """The calling thread maps too, batch by batch: where there is nothing else to do, and no page that a disk must
-    bring: Ctrl-C would wait for it."""
+    bring: Ctrl-C would wait for it.
+    """
     IN_PLACE = auto()
     """Nothing is mapped, and bytes that need no conversion are read to where they belong, where the writer has room for
-    that."""
+    that.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How many threads and how much memory a load may use."""
+    """The threads and the memory that a load may use."""
 
     threads: int
-    """Reads side by side."""
+    """The most reads side by side."""
     slot_bytes: int
-    """Size of a staging slot: larger blocks pass through it in parts."""
+    """The size of a slot of the pinned ring: larger blocks are cut to it."""
     n_slots: int
     mode: TransferMode = TransferMode.STAGED
     faults_in: bool = True
-    """Whether pages of windows are faulted in before they are registered. The driver does so itself, at less expense,
-    but under a lock: not for pages that a disk must bring."""
+    """True if pages of mapped blocks are faulted in before they are registered. The driver does so itself, at less
+    expense, but under a lock: not for pages that a disk must bring.
+    """
 
 
 class _Ring(NamedTuple):
+    """The shape of a pinned ring that keeps one kind of load busy."""
+
     reads: int
-    """Reads side by side."""
+    """The reads side by side."""
     slots: int
-    """For each: one is filled while the other is emptied."""
+    """The slots for each read: one is filled while the other is emptied."""
     slot_bytes: int
 
 
@@ -77,17 +85,17 @@ _DISK = _Ring(12, 2, 16 * MiB)
 _CACHED = _Ring(12, 2, 4 * MiB)
 #: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
 _CASTS = _Ring(10, 2, 8 * MiB)
-_BESIDE_WINDOWS = _Ring(8, 3, 8 * MiB)
-#: On the CPU: conversions share their work among cores, and less than this is not worth it.
+_BESIDE_MAPPED = _Ring(8, 3, 8 * MiB)
+#: To host memory: conversions share their work among cores, and less than this is not worth it.
 _CPU = _Ring(8, 3, 16 * MiB)
-MAX_READS = max(staging.reads for staging in (_DISK, _CACHED, _CASTS, _BESIDE_WINDOWS, _CPU))
+MAX_READS = max(ring.reads for ring in (_DISK, _CACHED, _CASTS, _BESIDE_MAPPED, _CPU))
 
-#: So many processors keep the link busy without mapping.
-_STAGING_PROCESSORS = 8
+#: So many processors keep the link busy without mapping (measured: docs/design/mapped-and-staged.md).
+_UNMAPPED_PROCESSORS = 8
 
 
 def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
-    """Size of the plan's blocks for a load of `nbytes`: small loads get smaller ones, so that stages overlap."""
+    """Return the size of the blocks for a load of `nbytes`: small loads get smaller ones, so that stages overlap."""
     size = at_least
     while size < MAX_BLOCK_BYTES and size * 64 < nbytes:
         size *= 2
@@ -95,12 +103,12 @@ def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
 
 
 def prefers_mapping(processors: int) -> bool:
-    """Whether pages that are resident should be registered with the driver rather than read through staging.
+    """Return whether resident pages should be registered with the driver rather than read through the pinned ring.
 
-    Registering takes a tenth of the processor time, but holds locks that slow staging beside it down: on some machines
-    by half. Staging alone keeps the link busy from eight processors on (docs/design/mapped-and-staged.md).
+    Registering takes a tenth of the processor time, but holds locks that slow reading beside it down: on some machines
+    by half. Reading alone keeps the link busy from eight processors on (docs/design/mapped-and-staged.md).
     """
-    return processors < _STAGING_PROCESSORS
+    return processors < _UNMAPPED_PROCESSORS
 
 
 def engine_settings(
@@ -118,64 +126,80 @@ def engine_settings(
     converts: bool = False,
     cold: bool = False,
     resident: bool = False,
-    reads_straight: bool = False,
+    reads_in_place: bool = False,
 ) -> EngineSettings:
-    """Settings for one load whose blocks travel on these `transports`.
+    """Decide the settings for one load whose blocks travel by these `transports`.
 
-    threads: reads side by side that were asked for; None chooses. Staging takes at most `MAX_STAGING_BYTES` and never
-    more than a quarter of `memory_limit` (bytes); where that allows fewer slots than reads, there are fewer reads.
-    room: bytes that all staging of this machine may take together, where that is known to be little.
-    sharers: processes of this machine that load at the same time: together they take what one would, or half of the
-    processors if that is more, though no less than one slot each.
-    block_bytes: size of the plan's blocks, and so the most that is read at once.
-    slot_bytes: where the size of what is read at once is given; None chooses.
-    converts: whether bytes are converted on the way.
-    cold: whether most of the bytes must come from storage, whatever the way.
-    resident: whether none of them must.
-    reads_straight: whether bytes that need no conversion may be read to their place in the target.
+    The pinned ring takes at most `MAX_RING_BYTES` and never more than a quarter of `memory_limit`; where that allows
+    fewer slots than reads, there are fewer reads.
+
+    Args:
+        transports: All that occur in the plan.
+        io: The mode that the plan uses.
+        threads: The reads side by side that were asked for; None chooses.
+        memory_limit: The bytes that this process may ever have.
+        processors: The processors that it may use.
+        cuda: The weights go to a CUDA device.
+        room: The bytes that all rings of this machine may take together, where that is known to be little.
+        sharers: The processes of this machine that load at the same time: together they take what one would, or half of
+            the processors if that is more, though no less than one slot each.
+        block_bytes: The size of the plan's blocks, and so the most that is read at once.
+        slot_bytes: The size of a slot, where what is read at once is given; None chooses.
+        converts: Bytes are converted on the way.
+        cold: Most of the bytes must come from storage, whatever the transport.
+        resident: None of them must.
+        reads_in_place: Bytes that need no conversion may be read to their place in memory.
+
+    Raises:
+        HostMemoryError: There is no room for a single slot.
     """
     mapped_only = transports <= {Transport.MAPPED}
-    staging = _staging(transports, cuda=cuda, converts=converts, cold=cold)
-    slot_bytes = slot_bytes or min(staging.slot_bytes, block_bytes)
-    share = max(1, min(staging.reads, max(staging.reads, processors // 2) // sharers))
-    steals = cuda and mapped_only and io != "mapped"
-    reads = threads or (_reads_beside(processors // sharers) if steals else share)
-    most = min(MAX_STAGING_BYTES, memory_limit // 4)
+    ring = _choose_ring(transports, cuda=cuda, converts=converts, cold=cold)
+    # a slot larger than a block would stay partly empty
+    slot_bytes = slot_bytes or min(ring.slot_bytes, block_bytes)
+    share = max(1, min(ring.reads, max(ring.reads, processors // 2) // sharers))
+    shares_mapped = cuda and mapped_only and io != "mapped"
+    reads = threads or (_reads_beside(processors // sharers) if shares_mapped else share)
+    most = min(MAX_RING_BYTES, memory_limit // 4)
+    # a block whose ends are not at pages takes one page more than its length
     affordable = (most if room is None else min(most, room)) // (slot_bytes + PAGE)
     if affordable < 1:
-        raise HostMemoryError(
-            f"staging needs {slot_bytes + PAGE} bytes, more than there is room for, or than a quarter of the "
-            f"{memory_limit} bytes of memory that are allowed here: allow more memory"
+        raise HostMemoryError.because(
+            f"the pinned ring needs {slot_bytes + PAGE} bytes, more than there is room for, or than a quarter of the "
+            f"{memory_limit} bytes of memory that are allowed here",
+            "allow more memory",
         )
-    n_slots = min(reads * staging.slots, max(1, affordable // sharers))
+    # with fewer slots than reads, some reads could never start
+    n_slots = min(reads * ring.slots, max(1, affordable // sharers))
     return EngineSettings(
         threads=min(reads, n_slots),
         slot_bytes=slot_bytes,
         n_slots=n_slots,
-        mode=_mode(reads_straight=reads_straight, steals=steals, maps_here=mapped_only and resident),
+        mode=_mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
+        # resident pages need no disk: then the driver's own faulting is cheaper, and its lock is held for a moment only
         faults_in=not (cuda and resident),
     )
 
 
-def _mode(*, reads_straight: bool, steals: bool, maps_here: bool) -> TransferMode:
-    """The first that is possible."""
-    if reads_straight:
+def _mode(*, reads_in_place: bool, shares_mapped: bool, maps_here: bool) -> TransferMode:
+    """Return the first mode that is possible."""
+    if reads_in_place:
         return TransferMode.IN_PLACE
-    if steals:
+    if shares_mapped:
         return TransferMode.SHARED
     return TransferMode.MAPPED_HERE if maps_here else TransferMode.STAGED
 
 
-def _staging(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:
+def _choose_ring(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:
     if not cuda:
         return _CPU
     if Transport.DIRECT in transports or (cold and Transport.MAPPED not in transports):
         return _DISK
     if Transport.MAPPED in transports:
-        return _BESIDE_WINDOWS
+        return _BESIDE_MAPPED
     return _CASTS if converts else _CACHED
 
 
 def _reads_beside(processors: int) -> int:
-    """Beside the mapped way."""
-    return min(_BESIDE_WINDOWS.reads, max(1, processors // 2))
+    """Return the number of reads beside a thread that maps."""
+    return min(_BESIDE_MAPPED.reads, max(1, processors // 2))

@@ -1,4 +1,4 @@
-"""Whether a load fits: into the device's memory, and into the host's, with what it needs beside the weights. Pure."""
+"""The check that a load fits: into the device's memory, and into the host's, beside what else it needs. Pure."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ if TYPE_CHECKING:
     from wan_loader.plan.facts import Facts
     from wan_loader.plan.layout import Layout
 
-__all__ = ["MIN_STAGING_BYTES", "check_host_memory", "check_memory", "rounded"]
+__all__ = ["MIN_RING_BYTES", "check_host_memory", "check_memory", "rounded"]
 
 #: The caching allocator rounds every tensor up to a multiple of this.
 _CUDA_ALIGNMENT = 512
-#: Host memory that a load takes beside weights and staging: what the libraries grow by when they are first used, ...
+#: Host memory that a load takes beside weights and ring: what the libraries grow by when they are first used, ...
 _GROWTH_BYTES = 28 << 20
 #: ... stacks and heaps of one thread for each processor, and page tables.
 _THREAD_BYTES = 512 << 10
 _PAGE_TABLE_SHARE = 256
-#: Staging is never smaller than one slot of the largest kind, and its page.
-MIN_STAGING_BYTES = (16 << 20) + PAGE
+#: The pinned ring is never smaller than one slot of the largest kind, and its page.
+MIN_RING_BYTES = (16 << 20) + PAGE
 
 
 def check_memory(layout: Layout, facts: Facts, path: str) -> int | None:
-    """Raise `DeviceMemoryError` or `HostMemoryError` if what is copied cannot fit.
+    """Raise unless there is memory for everything that is copied.
 
-    Returns how many bytes of the host's memory are left for the staging of all that load at the same time; None where
-    that is unknown, or nothing is copied.
+    Returns:
+        The bytes of the host's memory that are left for the pinned rings of all that load at the same time; None where
+        that is unknown, or nothing is copied.
+
+    Raises:
+        DeviceMemoryError: The device has no room for the weights.
+        HostMemoryError: The host has no room, for weights or for what a load takes beside them.
     """
     if facts.cuda:
         _check_device_memory(layout, facts, path)
@@ -38,14 +43,17 @@ def check_memory(layout: Layout, facts: Facts, path: str) -> int | None:
 
 
 def check_host_memory(nbytes: int, facts: Facts, path: str) -> int | None:
-    """Raise `HostMemoryError` if weights of `nbytes` do not fit; else as `check_memory`."""
+    """Raise `HostMemoryError` if weights of `nbytes` do not fit; else return what `check_memory` does."""
     free, sharers = facts.host_free, facts.n_sharers
     beside = _GROWTH_BYTES + facts.processors * _THREAD_BYTES + nbytes // _PAGE_TABLE_SHARE
-    needed = (nbytes + beside + MIN_STAGING_BYTES) * sharers
+    # all sharers draw on the same memory, and see the same amount free
+    needed = (nbytes + beside + MIN_RING_BYTES) * sharers
     if free is not None and needed > free:
-        raise HostMemoryError(
-            f"{path} needs {needed} bytes of memory, {(beside + MIN_STAGING_BYTES) * sharers} of them beside its "
-            f"weights; {free} are available: free some memory"
+        raise HostMemoryError.because(
+            f"needs {needed} bytes of memory, {(beside + MIN_RING_BYTES) * sharers} of them beside its "
+            f"weights; {free} are available",
+            "free some memory",
+            path=path,
         )
     return None if free is None else free - (nbytes + beside) * sharers
 
@@ -53,9 +61,10 @@ def check_host_memory(nbytes: int, facts: Facts, path: str) -> int | None:
 def _check_device_memory(layout: Layout, facts: Facts, path: str) -> None:
     needed = sum(map(rounded, layout.copied_nbytes))
     if facts.device_free is not None and needed > facts.device_free:
-        raise DeviceMemoryError(
-            f"{path} needs {needed} bytes on {facts.device}, {facts.device_free} of {facts.device_total} are free: "
-            "ask for a smaller dtype or another device, or end what else runs there"
+        raise DeviceMemoryError.because(
+            f"needs {needed} bytes on {facts.device}, {facts.device_free} of {facts.device_total} are free",
+            "ask for a smaller dtype or another device, or end what else runs there",
+            path=path,
         )
 
 

@@ -1,4 +1,4 @@
-"""The plan of a load: what is read, how, in which order, with how much memory. Made before a weight is read. Pure.
+"""The plan of a load, made before a weight is read: which bytes, how, in which order, with how much memory. Pure.
 
 A plan is a value: it can be printed, compared, and played through for other hardware (`profiler.analysis.simulate`).
 Its blocks are made anew each time they are asked for, one by one, so that the first read does not wait for the last.
@@ -54,13 +54,13 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """What one load is going to do. `print(plan)` says it in words."""
+    """Everything that one load is going to do. `print(plan)` says it in words."""
 
     request: LoadRequest
     checkpoint: Checkpoint
     facts: Facts
     tensors: Sequence[TensorFacts]
-    """What is loaded, the most urgent first."""
+    """The tensors to load, the most urgent first."""
     storages: Sequence[StoragePlan]
     """The storages of those tensors, in the order in which they are first named."""
     io: str
@@ -69,28 +69,28 @@ class LoadPlan:
     blocks: Blocks
     settings: EngineSettings
     resident: int | None
-    """Bytes of what is wanted that are in the page cache; None: unknown."""
+    """The bytes of what is wanted that are in the page cache; None: unknown."""
     batch: int | None
-    """How many blocks are planned and allocated at once; None: all."""
+    """The number of blocks that are planned and allocated at once; None: all."""
     reason: str
-    """Why the bytes travel as they do, in one sentence."""
+    """The reason why the bytes travel as they do, in one sentence."""
     shared: bool = False
-    """Whether other processes read the rest of some storages: what is read is not complete without an exchange."""
+    """True if other processes read the rest of some storages: what is read is not complete without an exchange."""
     warnings: tuple[str, ...] = ()
 
     @property
     def through_torch(self) -> bool:
-        """Return whether nothing can be planned: `torch.load` reads the files."""
+        """True if nothing can be planned: `torch.load` reads the files."""
         return not is_planned(self.checkpoint)
 
     @property
     def nbytes_file(self) -> int:
-        """Return the bytes of the wanted storages in the files."""
+        """The bytes of the wanted storages in the files."""
         return sum(self.checkpoint.storages[s.storage].nbytes for s in self.storages)
 
     @property
     def nbytes_loaded(self) -> int:
-        """Return the bytes that the tensors have once loaded."""
+        """The bytes that the tensors have once loaded."""
         return sum(s.nbytes_loaded(self.checkpoint.storages[s.storage].nbytes) for s in self.storages)
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class LoadPlan:
         return "\n".join([*lines, *(f"  note    {warning}" for warning in self.warnings)])
 
     def _transports(self) -> list[tuple[str, int, int]]:
-        """How much travels in which way, in how many blocks."""
+        """Count the bytes and the blocks of each transport."""
         found: dict[str, tuple[int, int]] = {}
         for block in self.blocks:
             nbytes, count = found.get(block.transport.value, (0, 0))
@@ -135,21 +135,29 @@ def make_plan(
 ) -> LoadPlan:
     """Decide everything about a load before anything is read or allocated. Costs about 5 microseconds a tensor.
 
-    checkpoint: what `request.open` gave, or what takes its place: a share of it, or a converted copy.
-    reads: where several processes load together, the storages of which this one reads only some bytes, from and to.
-    read_unit: where each block is checked while it is read: the bytes that must be read together.
+    Args:
+        request: Everything that was asked for.
+        checkpoint: The checkpoint that `request.open` gave, or what takes its place: a share of it, or a converted
+            copy.
+        facts: The machine, as `probe` found it.
+        reads: Where several processes load together, the storages of which this one reads only some bytes, from and to.
+        read_unit: Where each block is checked while it is read: the bytes that must be read together.
 
-    Raises `KeyMismatchError` for names that are not there, `CheckpointError` for what cannot be converted,
-    `DeviceMemoryError` and `HostMemoryError` for what does not fit.
+    Raises:
+        KeyMismatchError: Names that were asked for are not there.
+        CheckpointError: Something cannot be converted.
+        DeviceMemoryError: The weights do not fit on the device.
+        HostMemoryError: The load does not fit into the host's memory.
     """
     tensors = request.select(checkpoint)
     notes = tuple(request.policy.check(checkpoint, tensors))
     storages = plan_storages(tensors, request.policy)
     alone, checked = reads is None, read_unit is not None
-    io = _mode(request.io, cuda=facts.cuda, checked=checked)
+    io = _io_mode(request.io, cuda=facts.cuda, checked=checked)
     views = alone and not facts.cuda and not checked and _may_view(request, checkpoint)
     layout = lay_out(checkpoint, storages, views=views, reads=reads or MappingProxyType({}))
     nbytes, viewed = layout.nbytes_read, layout.nbytes_viewed
+    # torch.load holds the files in host memory, whatever the device is
     if not is_planned(checkpoint):
         read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
         room = check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
@@ -162,10 +170,11 @@ def make_plan(
         residency=facts.residency,
         direct_refused=facts.direct_refused.keys(),
     )
-    # what lies between a process's own bytes, others read
+    # of a shared load, what lies between a process's own bytes is read by others: gaps are not read through
     blocks = Blocks(
         layout.byte_ranges, block_bytes(nbytes, read_unit or MIN_BLOCK_BYTES), rule, MAX_GAP if alone else PAGE
     )
+    # planning all blocks only to learn their transports costs milliseconds: one byte range a file is enough here
     if is_uniform(io, resident, nbytes):
         transports = {rule(r.file, r.start, r.end) for r in _firsts(layout.byte_ranges)}
     else:
@@ -185,7 +194,7 @@ def make_plan(
         converts=any(plan.converts for plan in layout.copied),
         cold=cold,
         resident=resident >= nbytes,
-        reads_straight=not facts.cuda and not checked,
+        reads_in_place=not facts.cuda and not checked,
     )
     return LoadPlan(
         request=request,
@@ -202,12 +211,12 @@ def make_plan(
         batch=None if cold else _BATCH_BLOCKS,
         shared=not alone,
         reason=explain(request.io, io, resident, nbytes, viewed, facts.residency.knowledge),
-        warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_refused(blocks, facts)),
+        warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_direct_fallbacks(blocks, facts)),
     )
 
 
-def _refused(blocks: Blocks, facts: Facts) -> list[str]:
-    """Why files are not read with O_DIRECT that would be."""
+def _direct_fallbacks(blocks: Blocks, facts: Facts) -> list[str]:
+    """Say why files are not read with O_DIRECT that would be."""
     if not facts.direct_refused:
         return []
     wanted = replace(blocks, rule=replace(blocks.rule, direct_refused=()))
@@ -216,19 +225,19 @@ def _refused(blocks: Blocks, facts: Facts) -> list[str]:
 
 
 def _may_view(request: LoadRequest, checkpoint: Checkpoint) -> bool:
-    """Whether host tensors may stay in the mapped file: as safetensors' own do, and torch's own only where asked."""
+    """Return whether host tensors may stay in the mapped file: safetensors' do, and torch's only where asked."""
     if request.owned:
         return False
     return request.io == "mapped" or (request.io == "auto" and format_of(checkpoint).stays_mapped)
 
 
 def _firsts(byte_ranges: Sequence[ByteRange]) -> Collection[ByteRange]:
-    """One byte range of each file."""
+    """Return one byte range of each file."""
     return {r.file: r for r in reversed(byte_ranges) if r.end > r.start}.values()
 
 
-def _mode(io: str, *, cuda: bool, checked: bool) -> str:
-    """Of a mapped file, nothing passes through this process: neither to be checked, nor to be copied by the processor.
+def _io_mode(io: str, *, cuda: bool, checked: bool) -> str:
+    """Return the mode to use: nothing of a mapped file passes through this process, to be checked or copied.
 
     It would be killed if the file shrank meanwhile. (Views are the caller's to read.)
     """

@@ -1,4 +1,4 @@
-"""The request of a load: what is wanted, in one frozen value, whose every field was checked when it was made."""
+"""The request of a load: what was asked for, in one frozen value, whose every field was checked when it was made."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ __all__ = ["LoadRequest"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """What one load is asked for. Making one checks every value; no file is touched."""
+    """Everything that one load is asked for. Making one checks every value; no file is touched."""
 
     source: StrPath | Sequence[StrPath] | Checkpoint
-    """Where the weights are, as for `open_checkpoint`; or a checkpoint that was opened, whose headers are not read
-    again."""
+    """The place of the weights, as for `open_checkpoint`; or a checkpoint that was opened, whose headers are not read
+    again.
+    """
     device: str | int | torch.device = "cpu"
     policy: DtypePolicy = field(default_factory=DtypePolicy)
     """The dtype that each tensor gets."""
     part: str | None = None
-    """Of a file that nests dicts, the dict to load."""
+    """The dict to load, of a file that nests dicts."""
     names: tuple[str, ...] | None = None
     """The tensors to load, the most urgent first; None: all, in file order."""
     io: str = "auto"
     threads: int | None = None
-    """Reads side by side; None: the plan chooses."""
+    """The reads side by side; None: the plan chooses."""
     owned: bool = False
-    """Whether no tensor may stay in the mapped file."""
+    """True if no tensor may stay in the mapped file."""
 
     def __post_init__(self) -> None:
         check_device(self.device)
         check_io(self.io)
+        # a frozen value is normalised in place, once, before anybody has seen it
         object.__setattr__(self, "threads", checked_threads(self.threads))
         check_part(self.part)
         if isinstance(self.source, Checkpoint):
@@ -58,7 +60,7 @@ class LoadRequest:
             object.__setattr__(self, "names", checked_strings(self.names, "names"))
 
     def open(self) -> Checkpoint:
-        """Read the headers, unless that was done; no weight is read. Raises as `open_checkpoint`."""
+        """Read the headers, unless that was done; no weight is read. Raises the errors of `open_checkpoint`."""
         return self.source if isinstance(self.source, Checkpoint) else open_checkpoint(self.source, part=self.part)
 
     def select(self, checkpoint: Checkpoint) -> Sequence[TensorFacts]:
@@ -68,5 +70,6 @@ class LoadRequest:
         by_name = {tensor.name: tensor for tensor in checkpoint.tensors}
         if missing := [name for name in self.names if name not in by_name]:
             message = f"{checkpoint.path} lacks {len(missing)} of the names asked for: {some(missing)}"
-            raise KeyMismatchError(message, missing=missing)
+            raise KeyMismatchError(message, missing=missing, path=checkpoint.path)
+        # a name that was given twice is loaded once
         return [by_name[name] for name in dict.fromkeys(self.names)]

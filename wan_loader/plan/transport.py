@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["TransportRule", "explain", "is_uniform"]
 
 #: From this share of resident pages on, fetching only the missing ones saves more than O_DIRECT gains.
-_WORTH = 0.25
+_MIN_RESIDENT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportRule:
-    """How a range of a file travels.
+    """The rule by which the bytes of a file get their transport.
 
     Resident pages are mapped for the GPU where that is faster, and else read with ordinary calls; always so for the
     CPU, where a mapped file that shrinks would kill the process. Cold ranges are read with O_DIRECT, which leaves the
@@ -31,11 +31,10 @@ class TransportRule:
 
     io: str
     may_map: bool
-    """Whether the target can fetch mapped pages, is best served so, and the bytes need not pass through this
-    process."""
+    """True if the device can fetch mapped pages, is best served so, and this process need not see the bytes."""
     residency: Residency
     direct_refused: Collection[int] = ()
-    """Files that cannot be read with O_DIRECT."""
+    """The files that cannot be read with O_DIRECT."""
 
     def __call__(self, file: int, start: int, end: int) -> Transport:
         """Return the transport of bytes `start` to `end` of file number `file`."""
@@ -43,14 +42,15 @@ class TransportRule:
             return Transport.MAPPED
         if self.io == "buffered":
             return Transport.BUFFERED
+        # io="direct" was asked for to leave the page cache alone: what is resident there is read past it as well
         share = 0.0 if self.io == "direct" else self.residency.share(file, start, end)
         if share == 1.0 and self.may_map:
             return Transport.MAPPED
-        return Transport.BUFFERED if share >= _WORTH or file in self.direct_refused else Transport.DIRECT
+        return Transport.BUFFERED if share >= _MIN_RESIDENT_SHARE or file in self.direct_refused else Transport.DIRECT
 
 
 def is_uniform(io: str, resident: int, nbytes: int) -> bool:
-    """Return whether all blocks of a file travel alike: one way was asked for, or all or nothing is resident."""
+    """Return whether all blocks of a file travel alike: one transport was asked for, or all or nothing is resident."""
     return io != "auto" or resident == 0 or resident >= nbytes
 
 
@@ -59,7 +59,13 @@ def explain(
 ) -> str:
     """Say in one sentence why the bytes travel as they do.
 
-    io: the mode that is used, which may be another than the one that was asked for.
+    Args:
+        asked: The mode that was asked for.
+        io: The mode that is used, which may be another.
+        resident: The wanted bytes that are in the page cache.
+        nbytes: The wanted bytes.
+        nbytes_viewed: The bytes that stay in the mapped file.
+        knowledge: The quality of what is known about the page cache.
     """
     if nbytes == 0:
         return "there are no bytes to move"

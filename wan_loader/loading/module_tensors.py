@@ -1,4 +1,4 @@
-"""What a module holds: parameters, buffers, and the tensors that it keeps as plain attributes.
+"""The tensors that a module holds: parameters, buffers, and those that it keeps as plain attributes.
 
 Plain attributes are those in the module's own `__dict__`, and what lies one level deep in a list, tuple or dict there.
 Modules that are hidden in attributes are not looked into: as for `module.to`, they are not part of it. Nor is what a
@@ -15,41 +15,41 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Held", "held_tensors", "substitute"]
+__all__ = ["ModuleTensor", "held_tensors", "substitute"]
 
 #: What every module has: registries, hooks, flags.
 _OWN = frozenset(torch.nn.Module().__dict__)
 
 
-class Held(NamedTuple):
+class ModuleTensor(NamedTuple):
     """A tensor of a module under one of its names."""
 
     name: str
     kind: str
-    """"parameter", "buffer" or "attribute"."""
+    """One of "parameter", "buffer" and "attribute"."""
     stored: bool
-    """Whether it is in the module's `state_dict`."""
+    """True if it is in the module's `state_dict`."""
     tensor: torch.Tensor
 
 
-def held_tensors(module: torch.nn.Module) -> Iterator[Held]:
-    """Every tensor that a module holds, under each of its names; elements of containers as `table.0`, `table.key`."""
+def held_tensors(module: torch.nn.Module) -> Iterator[ModuleTensor]:
+    """Yield each tensor that a module holds, by each of its names; elements of containers as `table.0`, `table.key`."""
     for path, owner in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                yield Held(prefix + name, "parameter", True, parameter)
+                yield ModuleTensor(prefix + name, "parameter", True, parameter)
         for name, buffer in owner._buffers.items():
             if buffer is not None:
-                yield Held(prefix + name, "buffer", name not in owner._non_persistent_buffers_set, buffer)
+                yield ModuleTensor(prefix + name, "buffer", name not in owner._non_persistent_buffers_set, buffer)
         for name in _plain_attributes(owner):
             value = owner.__dict__[name]
             if isinstance(value, torch.Tensor):
-                yield Held(prefix + name, "attribute", False, value)
+                yield ModuleTensor(prefix + name, "attribute", False, value)
             else:
                 for key, element in _elements(value):
                     if isinstance(element, torch.Tensor):
-                        yield Held(f"{prefix}{name}.{key}", "attribute", False, element)
+                        yield ModuleTensor(f"{prefix}{name}.{key}", "attribute", False, element)
 
 
 def substitute(module: torch.nn.Module, new: Mapping[int, Any]) -> None:

@@ -1,7 +1,7 @@
 """One load from its first moment to its result: clocks, spans, memory peaks, and the clean-up after a failure.
 
-The steps are called in their order, by whoever loads: `loading.load` for one process, and the wrappers around a load
-(`cache`, `distributed`) with steps of their own between them.
+The steps are called in their order, by whoever loads: `api` for one process, and the wrappers around a load (`cache`,
+`distributed`) with steps of their own between them.
 
     request -> open -> plan -> run -> result
 """
@@ -49,7 +49,7 @@ _RELEASE_PAUSE_S = 0.001
 
 
 class _Watched:
-    """Records spans, and tells the caller's observer of them, until that fails: it is not obeyed, only reported."""
+    """A recorder of spans that also tells the caller's observer, until that fails: it is not obeyed, only reported."""
 
     def __init__(self, observer: Observer) -> None:
         self.recorder = Recorder()
@@ -58,6 +58,7 @@ class _Watched:
 
     def record(self, span: Span) -> None:
         self.recorder.record(span)
+        # without a lock: threads may call a failing observer once more each, which does no harm
         if self.failure is None:
             try:
                 self._observer.record(span)
@@ -80,7 +81,7 @@ class LoadSession:
 
     @property
     def observer(self) -> Observer | None:
-        """Whom to tell of spans; None: nobody."""
+        """The one to tell of spans; None: nobody."""
         return self._watched
 
     def span(self, name: str) -> AbstractContextManager[None]:
@@ -122,7 +123,7 @@ class LoadSession:
         read_unit: int | None = None,
         n_sharers: int = 1,
     ) -> LoadPlan:
-        """Ask the system what must be known, and decide; arguments as of `make_plan` and `probe`."""
+        """Ask the system what must be known, and decide. The arguments are those of `make_plan` and `probe`."""
         self.cancel.check()
         reset_peak_resident()
         facts = probe(checkpoint, request, n_sharers=n_sharers, observer=self._watched)
@@ -136,7 +137,7 @@ class LoadSession:
                 return make(replace(facts, host_free=free_memory()))
 
     def run(self, plan: LoadPlan, check: Check | None = None) -> TransferResult:
-        """Carry a plan out, to its end; arguments as of `run`."""
+        """Carry a plan out, to its end. The arguments are those of `run`."""
         with current(plan.facts.device), loading():
             arrivals = run(plan, check=check, cancel=self.cancel, observer=self._watched)
             self._transfer = collect(arrivals)
@@ -153,11 +154,16 @@ class LoadSession:
     ) -> LoadResult:
         """End the load: from here on, what it took is released.
 
-        warnings, settings: for the report, beside those of the plan.
+        Args:
+            plan: The plan that was carried out.
+            transfer: The result of the run.
+            warnings: For the report, beside those of the plan.
+            settings: For the report, beside those of the plan.
         """
         seconds, state, device = (clock_ns() - self._start_ns) / 1e9, transfer.state, plan.facts.device
         stats = state.stats()
         memory = MemoryReport(peak_resident(), stats.pinned_nbytes, device_peak_bytes(device), stats.registered_nbytes)
+        # released below: an error from here on must not do so a second time
         self._transfer = None
         if plan.facts.cuda:  # unregistering takes time that nobody has to wait for
             in_background(partial(state.release, _RELEASE_PAUSE_S), "release")

@@ -1,4 +1,4 @@
-"""The state of a transfer: what it has done, what it has taken, and how that is given back."""
+"""The state of a transfer: its counters, what it has taken, and how that is given back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TransferState", "TransferStats"]
 
-#: How long windows may stay registered after a load because of others.
+#: So long may mapped blocks stay registered after a load because of others.
 _IDLE_SECONDS = 3.0
 
 
@@ -24,14 +24,16 @@ class TransferStats:
     """The counters of a transfer that is over, in bytes."""
 
     nbytes: Mapping[Transport, int]
-    """Bytes read, by how they travelled."""
-    straight_nbytes: int = 0
-    """Bytes that were read to their place, into memory that was new."""
-    staging_nbytes: int = 0
+    """The bytes read, by their transport."""
+    in_place_nbytes: int = 0
+    """The bytes that were read to their place, into memory that was new."""
+    ring_nbytes: int = 0
+    """The size of the pinned ring, pinned or not."""
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
+    """The bytes of the page cache that were registered with the driver."""
     fallbacks: tuple[str, ...] = ()
-    """Reasons for every transport that was not taken."""
+    """The reasons for every transport that was not taken."""
 
 
 @dataclass(slots=True)
@@ -39,31 +41,31 @@ class TransferState:
     """A transfer under way: its counters, and the clean-ups that it owes."""
 
     nbytes: dict[Transport, int] = field(default_factory=lambda: dict.fromkeys(Transport, 0))
-    straight_nbytes: int = 0
-    """Bytes that were read to their place, into memory that was new."""
-    staging_nbytes: int = 0
+    in_place_nbytes: int = 0
+    """The bytes that were read to their place, into memory that was new."""
+    ring_nbytes: int = 0
     pinned_nbytes: int = 0
     registered_nbytes: int = 0
     fallbacks: list[str] = field(default_factory=list)
     cleanups: list[Callable[[], bool]] = field(default_factory=list)
-    """What unregisters and unmaps the places that the copies came from, to be called last first."""
+    """Steps that unregister and unmap what the copies came from, to be called last first. False: not possible yet."""
 
     def stats(self) -> TransferStats:
         """Return the counters as they are now."""
         return TransferStats(
             nbytes=MappingProxyType(dict(self.nbytes)),
-            straight_nbytes=self.straight_nbytes,
-            staging_nbytes=self.staging_nbytes,
+            in_place_nbytes=self.in_place_nbytes,
+            ring_nbytes=self.ring_nbytes,
             pinned_nbytes=self.pinned_nbytes,
             registered_nbytes=self.registered_nbytes,
             fallbacks=tuple(self.fallbacks),
         )
 
     def release(self, pause_s: float = 0.0) -> None:
-        """Unregister and unmap. In any thread, after the target has finished.
+        """Unregister and unmap. In any thread, after the device writer has finished.
 
-        Unregistering windows holds the driver's lock for long. With `pause_s`, that gives way to other loads, and there
-        are pauses between the steps for whoever else uses the device.
+        Unregistering mapped blocks holds the driver's lock for long. With `pause_s`, that gives way to other loads, and
+        there are pauses between the steps for whoever else uses the device.
         """
         deadline = monotonic() + _IDLE_SECONDS
         while self.cleanups:
