@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from entries import flip
 
-from wan_loader.cache.check import check_entry
+from wan_loader.cache.checksums import check_entry
 from wan_loader.cache.manifest import MANIFEST_NAME, parse_manifest
 from wan_loader.cache.store import Store, default_directory
 from wan_loader.errors import CacheError

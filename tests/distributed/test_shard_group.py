@@ -57,7 +57,7 @@ def test_what_still_runs_after_a_failure_is_aborted(ends, monkeypatch):
     """And the group, whose next message would meet it, is not used again."""
     monkeypatch.setattr("wan_loader.distributed.exchange._GRACE_S", 0.01)
     monkeypatch.setattr(
-        "wan_loader.distributed.exchange._gather",
+        "wan_loader.distributed.exchange._start_gather",
         lambda *_: SimpleNamespace(is_completed=lambda: ends or group.aborted),
     )
     group: Any = Group()

@@ -16,7 +16,7 @@ import pytest
 from wan_loader.errors import CheckpointError, HostMemoryError, MissingFileError, OutputError
 from wan_loader.stage_copy import blocks, copying
 from wan_loader.stage_copy import stage as module
-from wan_loader.stage_copy.entry import HIDDEN
+from wan_loader.stage_copy.journal import HIDDEN
 from wan_loader.stage_copy.stage import stage
 from wan_loader.stage_copy.unstage import unstage
 
@@ -628,7 +628,7 @@ def test_killed_and_removed_leaves_nothing(source, target):
 
 
 def test_two_at_once_are_refused(source, target):
-    from wan_loader.stage_copy.entry import open_entry
+    from wan_loader.stage_copy.journal import open_entry
 
     with open_entry(target, source.name) as entry:
         entry.note_made("x")

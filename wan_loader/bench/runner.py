@@ -19,7 +19,7 @@ from wan_loader.bench.storage import Place, copied_files, leftovers, part_of, re
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
 from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.profiler.probe.storage import storage_facts
+from wan_loader.profiler.probe.system_facts import storage_facts
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 from wan_loader.warming.evict import evict
 

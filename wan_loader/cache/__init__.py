@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from wan_loader.system.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from wan_loader.cache.cached_load import read_parts
-    from wan_loader.cache.check import check_entry
+    from wan_loader.cache.cached_load import read_segments
+    from wan_loader.cache.checksums import check_entry
     from wan_loader.cache.entry import Entry
     from wan_loader.cache.outline import CachedFile, Outline, outline_file
     from wan_loader.cache.use import CacheUse
@@ -36,7 +36,7 @@ __all__ = [
     "Outline",
     "check_entry",
     "outline_file",
-    "read_parts",
+    "read_segments",
 ]
 
 __getattr__ = lazy_names(
@@ -48,9 +48,9 @@ __getattr__ = lazy_names(
         "Entry": "wan_loader.cache.entry",
         "EntryBuild": "wan_loader.loading.result",
         "Outline": "wan_loader.cache.outline",
-        "check_entry": "wan_loader.cache.check",
+        "check_entry": "wan_loader.cache.checksums",
         "outline_file": "wan_loader.cache.outline",
-        "read_parts": "wan_loader.cache.cached_load",
+        "read_segments": "wan_loader.cache.cached_load",
     },
 )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from wan_loader.cache.content import batches, parts_of
+from wan_loader.cache.loaded_tensors import batches, segments_of
 from wan_loader.cache.manifest import BLOCK_BYTES, EntryFile, Manifest
 from wan_loader.cache.outline import safetensors_header
 from wan_loader.engine.activity import wait_until_idle
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from wan_loader.cache.content import LoadedTensors, ReadParts
-    from wan_loader.cache.entry import Building
-    from wan_loader.cache.outline import CachedFile, Outline, SourceFile
+    from wan_loader.cache.entry import UnfinishedEntry
+    from wan_loader.cache.loaded_tensors import LoadedTensors, ReadSegments
+    from wan_loader.cache.outline import CachedFile, Outline, SourceIdentity
 
 __all__ = ["Build", "content_digest", "is_building", "stop_builds", "wait_for_builds"]
 
@@ -49,11 +49,11 @@ class Build:
 
     def __init__(
         self,
-        building: Building,
+        building: UnfinishedEntry,
         outline: Outline,
-        sources: Sequence[SourceFile],
+        sources: Sequence[SourceIdentity],
         loaded: LoadedTensors,
-        read: ReadParts,
+        read: ReadSegments,
         *,
         digest_contents: bool = False,
     ) -> None:
@@ -131,8 +131,8 @@ class Build:
 
     def _data(self, file: CachedFile) -> Iterator[memoryview]:
         """The tensors' bytes, in order."""
-        parts = (part for tensor in file.tensors for part in parts_of(tensor))
-        for batch in batches(parts, self._loaded):
+        segments = (segment for tensor in file.tensors for segment in segments_of(tensor))
+        for batch in batches(segments, self._loaded):
             while not wait_until_idle(0.2):
                 self._check_stop()
             self._check_stop()
@@ -199,11 +199,11 @@ class _Writer:
         view = memoryview(data)
         while view:
             border = self._next_border()
-            part = view[: border - self._position]
-            self._hasher.update(part)
-            self._write_all(part)
-            self._position += len(part)
-            view = view[len(part) :]
+            segment = view[: border - self._position]
+            self._hasher.update(segment)
+            self._write_all(segment)
+            self._position += len(segment)
+            view = view[len(segment) :]
             if self._position == border:
                 self._end_block()
 
@@ -212,9 +212,9 @@ class _Writer:
             return self._header_nbytes
         return (self._position // BLOCK_BYTES + 1) * BLOCK_BYTES
 
-    def _write_all(self, part: memoryview) -> None:
-        while part:
-            part = part[self._out.write(part) :]
+    def _write_all(self, segment: memoryview) -> None:
+        while segment:
+            segment = segment[self._out.write(segment) :]
 
     def _end_block(self) -> None:
         self._blocks.append(self._hasher.hexdigest())

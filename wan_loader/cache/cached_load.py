@@ -10,8 +10,8 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_loader.cache.check import BlockCheck, check_entry, check_header
-from wan_loader.cache.content import warm_up
+from wan_loader.cache.checksums import BlockCheck, check_entry, check_header
+from wan_loader.cache.loaded_tensors import prepare_fingerprints
 from wan_loader.cache.outline import Outline, outline_file
 from wan_loader.cache.use import CacheUse
 from wan_loader.dtypes import ITEMSIZE
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.cache.content import Part
+    from wan_loader.cache.loaded_tensors import TensorSegment
     from wan_loader.cache.outline import CachedFile
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.types import StrPath
 
-__all__ = ["ENTRY_FILE", "load_cached", "outline_checkpoint", "read_parts"]
+__all__ = ["ENTRY_FILE", "load_cached", "outline_checkpoint", "read_segments"]
 
 #: The one file of an entry that was made from one checkpoint.
 ENTRY_FILE = "model.safetensors"
@@ -73,12 +73,14 @@ def load_cached(
             wanted = [t.name for t in request.select(source)]
             request.policy.check(source, request.select(source))
             outline = outline_checkpoint(source, request.policy)
-            use = CacheUse(outline, directory, read_parts)
+            use = CacheUse(outline, directory, read_segments)
         with use:
             moved = _from_entry(session, request, use, outline.files[0], verify=verify)
             if moved is None:
                 if use.report.state == "building":
-                    threading.Thread(target=warm_up, args=(request.device,), name="warm up", daemon=True).start()
+                    threading.Thread(
+                        target=prepare_fingerprints, args=(request.device,), name="prepare fingerprints", daemon=True
+                    ).start()
                 plan = session.plan(request, source)
                 moved = plan, session.run(plan)
             plan, transfer = moved
@@ -139,15 +141,15 @@ def _open_entry(
     return checkpoint, None
 
 
-def read_parts(file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """Read parts of tensors from the source, converted: 1-D host tensors that own their memory."""
+def read_segments(file: CachedFile, segments: Sequence[TensorSegment]) -> list[torch.Tensor]:
+    """Read segments of tensors from the source, converted: 1-D host tensors that own their memory."""
     storages, tensors = [], []
-    for index, part in enumerate(parts):
-        facts = part.tensor.source
+    for index, segment in enumerate(segments):
+        facts = segment.tensor.source
         place, itemsize = file.checkpoint.storages[facts.storage], ITEMSIZE[facts.dtype]
-        storages.append(StorageFacts(place.file, place.start + part.start * itemsize, part.count * itemsize))
-        tensors.append(TensorFacts(str(index), facts.dtype, (part.count,), index, (1,)))
-    segments = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(tensors))
-    policy = DtypePolicy(exact={str(index): part.tensor.dtype for index, part in enumerate(parts)})
-    read = read_tensors(LoadRequest(source=segments, policy=policy, owned=True))
-    return [read[str(index)] for index in range(len(parts))]
+        storages.append(StorageFacts(place.file, place.start + segment.start * itemsize, segment.count * itemsize))
+        tensors.append(TensorFacts(str(index), facts.dtype, (segment.count,), index, (1,)))
+    trimmed = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(tensors))
+    policy = DtypePolicy(exact={str(index): segment.tensor.dtype for index, segment in enumerate(segments)})
+    read = read_tensors(LoadRequest(source=trimmed, policy=policy, owned=True))
+    return [read[str(index)] for index in range(len(segments))]

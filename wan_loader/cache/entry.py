@@ -13,7 +13,7 @@ from wan_loader.cache.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, EntryFi
 from wan_loader.errors import CacheError, NewerFormatError
 from wan_loader.system.files import LockedDirectory, is_foreign, remove_tree, sync_directory
 
-__all__ = ["NEWER", "Building", "Entry", "Listed", "look_at", "read_manifest"]
+__all__ = ["NEWER", "Entry", "ListedEntry", "UnfinishedEntry", "look_at", "read_manifest"]
 
 #: State of an entry that a newer version of this program wrote.
 NEWER = "newer format"
@@ -49,7 +49,7 @@ class Entry(LockedDirectory):
         return as_left
 
 
-class Building(LockedDirectory):
+class UnfinishedEntry(LockedDirectory):
     """An entry that only this process writes. `publish` or `abandon` it."""
 
     def plan(self, nbytes: int) -> None:
@@ -113,7 +113,7 @@ class Building(LockedDirectory):
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedEntry:
     """An entry as `list` shows it."""
 
     key: str
@@ -139,7 +139,7 @@ class Listed:
         return max(self.nbytes, self.planned_nbytes)
 
 
-def look_at(path: Path, room: str) -> Listed | None:
+def look_at(path: Path, room: str) -> ListedEntry | None:
     state, manifest = room, None
     if is_foreign(path):
         state = "unreadable: not a directory"
@@ -164,7 +164,9 @@ def look_at(path: Path, room: str) -> Listed | None:
         )
     except OSError:  # it went away meanwhile
         return None
-    return Listed(path.name, path, nbytes, used, manifest, state, _planned_nbytes(path) if state == "building" else 0)
+    return ListedEntry(
+        path.name, path, nbytes, used, manifest, state, _planned_nbytes(path) if state == "building" else 0
+    )
 
 
 def _planned_nbytes(path: Path) -> int:
@@ -189,8 +191,8 @@ def read_manifest(path: Path) -> Manifest:
 def _regular(root: Path, relative: str) -> os.stat_result:
     """What the system says of a regular file below `root`; neither it nor a directory on the way may be a link."""
     path = root
-    for part in relative.split("/"):
-        path = path / part
+    for name in relative.split("/"):
+        path = path / name
         try:
             st = os.lstat(path)
         except OSError as error:

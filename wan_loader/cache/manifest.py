@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from wan_loader.cache.outline import FORMAT_VERSION, SourceFile
+from wan_loader.cache.outline import FORMAT_VERSION, SourceIdentity
 from wan_loader.documents import Doc, DocumentError
 from wan_loader.errors import CacheError, CheckpointError, NewerFormatError
 from wan_loader.formats.strict_json import parse_object
@@ -94,7 +94,7 @@ class Manifest:
     dtype: str | None
     created: float
     """Seconds since the epoch."""
-    sources: tuple[SourceFile, ...]
+    sources: tuple[SourceIdentity, ...]
     files: tuple[EntryFile, ...]
     contents: tuple[str, ...] = ()
     """Checksums of the source files' contents, where they were asked for."""
@@ -149,15 +149,15 @@ def _typed(doc: Doc) -> Manifest:
         label=doc.text("label"),
         dtype=doc.optional_text("dtype"),
         created=doc.number("created"),
-        sources=tuple(_source_file(file) for file in doc.docs("sources")),
+        sources=tuple(_source_identity(file) for file in doc.docs("sources")),
         files=tuple(_entry_file(file) for file in doc.docs("files")),
         contents=doc.texts("contents"),
     )
 
 
-def _source_file(doc: Doc) -> SourceFile:
+def _source_identity(doc: Doc) -> SourceIdentity:
     facts = (doc.whole(name) for name in ("nbytes", "mtime_ns", "ctime_ns", "inode"))
-    return SourceFile(doc.text("path"), *facts)
+    return SourceIdentity(doc.text("path"), *facts)
 
 
 def _entry_file(doc: Doc) -> EntryFile:

@@ -37,7 +37,7 @@ __all__ = [
     "CachedFile",
     "CachedTensor",
     "Outline",
-    "SourceFile",
+    "SourceIdentity",
     "outline_file",
     "safetensors_header",
     "why_not",
@@ -79,7 +79,7 @@ class CachedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFile:
+class SourceIdentity:
     """A file of the source, and what tells whether it is still the same."""
 
     path: str
@@ -106,12 +106,12 @@ class Outline:
         return sum(f.nbytes for f in self.files) + sum(map(len, self.small_files.values()))
 
     @property
-    def sources(self) -> tuple[SourceFile, ...]:
+    def sources(self) -> tuple[SourceIdentity, ...]:
         """The identity that the source's files have now. One stat a file; `CheckpointError` if one is gone."""
         paths = dict.fromkeys(file.path for cached in self.files for file in cached.checkpoint.files)
-        return tuple(_source_file(path) for path in paths)
+        return tuple(_source_identity(path) for path in paths)
 
-    def key(self, sources: Sequence[SourceFile]) -> str:
+    def key(self, sources: Sequence[SourceIdentity]) -> str:
         """The entry's name: 32 hexadecimal digits. Costs about 5 microseconds a tensor."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((FORMAT_VERSION, PAGE)).encode())
@@ -131,10 +131,10 @@ class Outline:
         return digest.hexdigest()
 
 
-def _source_file(path: str) -> SourceFile:
+def _source_identity(path: str) -> SourceIdentity:
     stat_file(path)
     st = os.stat(path)
-    return SourceFile(os.path.abspath(path), st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino)
+    return SourceIdentity(os.path.abspath(path), st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino)
 
 
 def outline_file(

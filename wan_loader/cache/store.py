@@ -20,7 +20,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from wan_loader.cache.entry import Building, Entry, Listed, look_at, read_manifest
+from wan_loader.cache.entry import Entry, ListedEntry, UnfinishedEntry, look_at, read_manifest
 from wan_loader.cache.locks import lock, removable
 from wan_loader.cache.manifest import MANIFEST_NAME
 from wan_loader.errors import CacheError
@@ -29,7 +29,7 @@ from wan_loader.system.files import is_foreign, remove_tree
 
 __all__ = ["Store", "default_directory"]
 
-_ROOMS = ("entries", "building", "damaged", "trash")
+_DIRECTORIES = ("entries", "building", "damaged", "trash")
 _TAG_NAME = "CACHEDIR.TAG"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# https://bford.info/cachedir/\n"
 #: Of the disk's free space, what the cache takes unless told otherwise.
@@ -59,7 +59,7 @@ class Store:
             self._check_ours()
             if create:
                 self._make()
-            for room in _ROOMS:
+            for room in _DIRECTORIES:
                 self._check(self.root / room)
         except OSError as error:
             if isinstance(error, CacheError):
@@ -85,7 +85,7 @@ class Store:
         tag = self.root / _TAG_NAME
         if not tag.exists():
             tag.write_text(_TAG)
-        for room in _ROOMS:
+        for room in _DIRECTORIES:
             (self.root / room).mkdir(mode=0o700, exist_ok=True)
 
     def _check(self, path: Path) -> None:
@@ -149,7 +149,7 @@ class Store:
             raise
         return entry
 
-    def begin(self, key: str, nbytes: int, max_size: int | None = None) -> Building | None:
+    def begin(self, key: str, nbytes: int, max_size: int | None = None) -> UnfinishedEntry | None:
         """Become the one that builds an entry, after making room for it; None if it exists or another builds it.
 
         max_size: bytes the whole cache may take; None: half of what would be free without it. Raises `CacheError` if
@@ -167,7 +167,7 @@ class Store:
             time.sleep(0.01)
         else:
             return None
-        building = Building(path, locked.fd)
+        building = UnfinishedEntry(path, locked.fd)
         try:
             if os.path.lexists(self.root / "entries" / key):
                 building.abandon()
@@ -209,14 +209,14 @@ class Store:
                 f"an entry of {format_bytes(nbytes)} does not fit: {self.root} has {format_bytes(left)} free"
             )
 
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[ListedEntry]:
         """Everything in the cache, last used first."""
         listed = [look_at(path, "complete") for path in self._paths("entries")]
         listed += [look_at(path, "building") for path in self._paths("building")]
         listed += [look_at(path, "damaged") for path in self._paths("damaged")]
         return sorted((x for x in listed if x is not None), key=lambda x: -x.used)
 
-    def prune(self, *, max_size: int | None = None, max_age_s: float | None = None) -> list[Listed]:
+    def prune(self, *, max_size: int | None = None, max_age_s: float | None = None) -> list[ListedEntry]:
         """Remove damaged entries, those not used for `max_age_s` seconds, and the least recently used over `max_size`.
 
         What is being read or built stays, and what a newer version of this program wrote. Returns what was removed.
@@ -229,7 +229,7 @@ class Store:
                 removed.append(listed)
         return removed + ([] if max_size is None else self._remove_least_used(max_size))
 
-    def _remove_least_used(self, max_size: int) -> list[Listed]:
+    def _remove_least_used(self, max_size: int) -> list[ListedEntry]:
         listed = self.listed()
         removed, kept = [], sum(x.claim for x in listed if x.stays)
         for entry in (x for x in listed if not x.stays):
@@ -239,7 +239,7 @@ class Store:
                 kept += entry.nbytes
         return removed
 
-    def remove(self, listed: Listed) -> bool:
+    def remove(self, listed: ListedEntry) -> bool:
         """Remove an entry; False if it is being read or built."""
         with removable(listed.path) as locked:
             if locked:

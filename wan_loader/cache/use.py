@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from wan_loader.cache.build import Build
-from wan_loader.cache.content import LoadedTensors
+from wan_loader.cache.loaded_tensors import LoadedTensors
 from wan_loader.cache.outline import why_not, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError, MissingFileError
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.cache.content import ReadParts
-    from wan_loader.cache.entry import Building, Entry
-    from wan_loader.cache.outline import Outline, SourceFile
+    from wan_loader.cache.entry import Entry, UnfinishedEntry
+    from wan_loader.cache.loaded_tensors import ReadSegments
+    from wan_loader.cache.outline import Outline, SourceIdentity
     from wan_loader.types import StrPath
 
 __all__ = ["CacheUse", "begin_build", "build_entry", "find_entry"]
@@ -55,8 +55,8 @@ def _put_aside(store: Store, key: str, why: Exception) -> str:
 
 
 def begin_build(
-    store: Store, outline: Outline, sources: Sequence[SourceFile], max_size: int | None = None
-) -> Building | None:
+    store: Store, outline: Outline, sources: Sequence[SourceIdentity], max_size: int | None = None
+) -> UnfinishedEntry | None:
     """`Store.begin`, once the source's times are old enough to tell any later change."""
     newest = max((s.ctime_ns for s in sources), default=0) / 1e9
     if 0 <= (age := time.time() - newest) < _CLOCK_TICK_S:
@@ -65,7 +65,7 @@ def begin_build(
 
 
 def build_entry(
-    store: Store, outline: Outline, read: ReadParts, *, max_size: int | None = None, digest_contents: bool = False
+    store: Store, outline: Outline, read: ReadSegments, *, max_size: int | None = None, digest_contents: bool = False
 ) -> Build | Path | None:
     """Begin to write an entry from its source; its path if there is a valid one, None if another process writes it.
 
@@ -88,7 +88,7 @@ def build_entry(
 class CacheUse:
     """What the cache does for one source, from the look for an entry to the one that is written. A context manager."""
 
-    def __init__(self, outline: Outline, directory: StrPath | None, read: ReadParts) -> None:
+    def __init__(self, outline: Outline, directory: StrPath | None, read: ReadSegments) -> None:
         """Look for an entry; begin to build one if there is none.
 
         directory: of the cache; None: the user's. read: reads from the source what cannot be taken from memory.
@@ -102,7 +102,7 @@ class CacheUse:
         self._outline = outline
         self._read = read
         self._store: Store | None = None
-        self._building: Building | None = None
+        self._building: UnfinishedEntry | None = None
         self._loaded = LoadedTensors()
         self._missing = {file.path for file in outline.files}
         if (reason := why_source(outline)) is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.distributed.liveness import Liveness
     from wan_loader.distributed.sharding import Chunk, Exchange
 
-__all__ = ["carry", "check_usable"]
+__all__ = ["carry_out", "check_usable"]
 
 #: How long collectives have to end by themselves after something failed, and to end once they were aborted.
 _GRACE_S = 1.0
@@ -43,7 +43,7 @@ def check_usable(group: ProcessGroup) -> None:
         )
 
 
-def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup, liveness: Liveness) -> None:
+def carry_out(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup, liveness: Liveness) -> None:
     """Carry out an exchange. flats: storages by number, 1-D. Returns when everything has arrived.
 
     Raises what failed here, or `DistributedError` for what failed elsewhere; either way no collective is left behind.
@@ -53,7 +53,7 @@ def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup
     me = what.holders.index(liveness.rank)
     raw = {storage: flat.view(torch.uint8) for storage, flat in flats.items()}
     device = next(iter(raw.values())).device
-    _meet(group, device, liveness)
+    _connect(group, device, liveness)
     with _Collectives(group, device, liveness) as collectives:
         for gather in what.gathers:
             whole = raw[gather.storage][: gather.nbytes * len(what.holders)]
@@ -64,7 +64,7 @@ def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup
         _finish(collectives.device)
 
 
-def _meet(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None:
+def _connect(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None:
     """Have NCCL connect the processes of a group, which it else does within the first collective of the group.
 
     That call returns when all have come, and nothing ends it: so it is made in a thread, which is left behind where
@@ -80,7 +80,7 @@ def _meet(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None
         try:
             with torch.cuda.device(device):
                 places = torch.zeros(group.size(), dtype=torch.uint8, device=device)
-                _gather(places, places[group.rank() : group.rank() + 1], group).wait()
+                _start_gather(places, places[group.rank() : group.rank() + 1], group).wait()
         except BaseException as error:
             errors.append(error)
 
@@ -118,7 +118,7 @@ class _Collectives:
 
     def gather(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
         """Start to fill `whole` with everybody's `mine`, which is a part of it already."""
-        self._works.append(_gather(whole, mine, self._group))
+        self._works.append(_start_gather(whole, mine, self._group))
 
     def wait(self) -> None:
         """Wait for all that was started."""
@@ -164,7 +164,7 @@ def _send(
             inside.copy_(outside)
 
 
-def _gather(whole: torch.Tensor, mine: torch.Tensor, group: ProcessGroup) -> Any:
+def _start_gather(whole: torch.Tensor, mine: torch.Tensor, group: ProcessGroup) -> Any:
     import torch.distributed as dist
 
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13

@@ -11,25 +11,25 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["how_ended", "leave_note"]
+__all__ = ["leave_exit_note", "read_exit_note"]
 
 #: How long an exit waits for the store, which another thread may hold.
 _PATIENCE_S = 1.0
 _MAX_TEXT = 1000
 
 
-def leave_note() -> None:
+def leave_exit_note() -> None:
     """Say that this process ends, and with which uncaught error; nothing outside of a distributed run."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
     if distributed.get_world_size() > 1:
-        writing = threading.Thread(target=_write, args=(distributed.get_rank(),), name="ended", daemon=True)
+        writing = threading.Thread(target=_write, args=(distributed.get_rank(),), name="exit note", daemon=True)
         writing.start()
         writing.join(_PATIENCE_S)
 
 
-def how_ended(store: Any, rank: int) -> str | None:
+def read_exit_note(store: Any, rank: int) -> str | None:
     """What process `rank` left: its uncaught error or nothing; None if it has not ended, or left no note."""
     key = _key(rank)
     return store.get(key).decode(errors="replace") if store.check([key]) else None

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.distributed.exit_note import how_ended
+from wan_loader.distributed.exit_note import read_exit_note
 from wan_loader.errors import DistributedError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Liveness:
         self._problem: str | None = None
         self._noticed = threading.Event()
         self._end = threading.Event()
-        self._watch = threading.Thread(target=self._watching, name="peers", daemon=True)
+        self._watch = threading.Thread(target=self._watching, name="liveness", daemon=True)
 
     def __enter__(self) -> Liveness:
         try:
@@ -155,7 +155,7 @@ class Liveness:
                     "was started, and whether every process makes the same calls"
                 )
             if poll % _POLLS_A_LOOK == 0:
-                why = how_ended(self._store, rank)
+                why = read_exit_note(self._store, rank)
                 if why is not None and not self._store.check([key]):  # it may have come, and ended then
                     raise DistributedError(
                         f"process {rank} ended{f' with {why}' * bool(why)} before it came to {stage!r}: see its own "

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.resolve import check_room_for_torch
-from wan_loader.distributed.exchange import carry, check_usable
+from wan_loader.distributed.exchange import carry_out, check_usable
 from wan_loader.distributed.liveness import Liveness, own_connection
 from wan_loader.distributed.processes import run_liveness
 from wan_loader.distributed.sharding import TensorSharding, borders, divide, exchanges
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
 
-__all__ = ["ShardGroup", "joined"]
+__all__ = ["ShardGroup", "open_shard_group"]
 
 #: How long a load waits for a process that has not called it yet.
 PATIENCE_S = 600.0
@@ -71,7 +71,7 @@ class ShardGroup:
     n_local: int = 1
     """Processes of the team on this machine."""
     local_share: LocalShare | None = None
-    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    shared_borders: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scales: dict[int, tuple[int, int]] = field(default_factory=dict)
     _shardings: dict[tuple[Any, ...], TensorSharding] = field(default_factory=dict)
 
@@ -112,7 +112,7 @@ class ShardGroup:
         assert self.local_share is not None
         plans = plan_storages(request.select(self.local_share.checkpoint), request.policy)
         out: dict[int, tuple[int, int]] = {}
-        self.parts, self.scales = {}, {}
+        self.shared_borders, self.scales = {}, {}
         for holders in dict.fromkeys(h for h in self.local_share.holders if len(h) > 1):
             shared = [p for p in plans if self.local_share.holders[p.storage] == holders]
             nbytes = [self.local_share.checkpoint.storages[p.storage].nbytes for p in shared]
@@ -121,7 +121,7 @@ class ShardGroup:
             for plan, ends, scale in zip(
                 shared, borders(nbytes, [s for s, _ in scales], len(holders)), scales, strict=True
             ):
-                self.parts[plan.storage], self.scales[plan.storage] = ends, scale
+                self.shared_borders[plan.storage], self.scales[plan.storage] = ends, scale
                 out[plan.storage] = (ends[me], ends[me + 1])
         return out
 
@@ -130,15 +130,15 @@ class ShardGroup:
         assert self.local_share is not None
         copied = plan.layout.copied
         flats = {storage.storage: to.flat for storage, to in zip(copied, transfer.destinations, strict=True)}
-        if self.parts:
+        if self.shared_borders:
             _check_backend(self.group, flats)
         for group in self.groups.values():
             check_usable(group)
         _check_devices(self.liveness.ranks, self.liveness.agree("read", _identity(self.group, flats)))
         received = 0
-        for what in exchanges(self.local_share.holders, self.parts, self.scales):
+        for what in exchanges(self.local_share.holders, self.shared_borders, self.scales):
             with span(observer, "shard", nbytes := what.nbytes_received(self.rank)):
-                carry(what, flats, self.groups[what.holders], self.liveness)
+                carry_out(what, flats, self.groups[what.holders], self.liveness)
             received += nbytes
         return {
             "rank": self.rank,
@@ -173,7 +173,7 @@ class ShardGroup:
         shardings: Mapping[str, TensorSharding],
         rule: DtypePolicy,
     ) -> None:
-        wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_blocks) for t in tensors]
+        wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_shards) for t in tensors]
         mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}
         facts = [json.loads(text) for text in self.liveness.agree("headers", json.dumps(mine))]
         for key, what, cure in (
@@ -207,7 +207,7 @@ class _GroupToken(CancelToken):
 
 
 @contextmanager
-def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup]:
+def open_shard_group(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup]:
     """The group of a load. Every process of it must come here.
 
     group: None takes the one that the module's DTensors lie on. Loads of the same group in several threads take turns.

@@ -52,9 +52,9 @@ class TensorSharding:
 
     holders: tuple[int, ...]
     """Ranks that keep the same block, this process among them, in the order of their group."""
-    n_blocks: int = 1
+    n_shards: int = 1
     """Into how many blocks of rows the tensor is cut."""
-    block: int = 0
+    shard: int = 0
     """Which of them this process keeps."""
 
 
@@ -106,10 +106,10 @@ class Exchange:
         return gathered + sum(c.end - c.start for m in self.messages for c in m if c.owner != me)
 
 
-def rows(n_rows: int, n_blocks: int, block: int) -> tuple[int, int]:
+def rows(n_rows: int, n_shards: int, shard: int) -> tuple[int, int]:
     """First and last-plus-one row of a block, as `torch.chunk` cuts: equal blocks, the last ones smaller or empty."""
-    size = -(-n_rows // n_blocks)
-    return min(block * size, n_rows), min((block + 1) * size, n_rows)
+    size = -(-n_rows // n_shards)
+    return min(shard * size, n_rows), min((shard + 1) * size, n_rows)
 
 
 def divide(
@@ -127,7 +127,7 @@ def divide(
     cuts: dict[str, tuple[int, int]] = {}
     for tensor in tensors:
         sharding = shardings[tensor.name]
-        cut = sharding.n_blocks > 1
+        cut = sharding.n_shards > 1
         if cut and _row_by_row(tensor) and is_planned(checkpoint):
             block, storage = _block(tensor, checkpoint.storages[tensor.storage], sharding)
             facts.append(block._replace(storage=len(storages)))
@@ -135,7 +135,7 @@ def divide(
             holders.append(sharding.holders)
             continue
         if cut:
-            cuts[tensor.name] = rows(tensor.shape[0], sharding.n_blocks, sharding.block)
+            cuts[tensor.name] = rows(tensor.shape[0], sharding.n_shards, sharding.shard)
         if tensor.storage not in whole:
             whole[tensor.storage] = len(storages)
             storages.append(checkpoint.storages[tensor.storage])
@@ -155,7 +155,7 @@ def _holders_of_storages(
     found: dict[int, set[tuple[int, ...]]] = defaultdict(set)
     for tensor in tensors:
         sharding = shardings[tensor.name]
-        if sharding.n_blocks == 1:
+        if sharding.n_shards == 1:
             found[tensor.storage].add(sharding.holders)
         elif not _row_by_row(tensor):
             found[tensor.storage].add(alone)
@@ -167,7 +167,7 @@ def _row_by_row(tensor: TensorFacts) -> bool:
 
 
 def _block(tensor: TensorFacts, storage: StorageFacts, sharding: TensorSharding) -> tuple[TensorFacts, StorageFacts]:
-    first, last = rows(tensor.shape[0], sharding.n_blocks, sharding.block)
+    first, last = rows(tensor.shape[0], sharding.n_shards, sharding.shard)
     shape = (last - first, *tensor.shape[1:])
     row_nbytes = tensor.nbytes // max(tensor.shape[0], 1)
     start = storage.start + tensor.offset * ITEMSIZE[tensor.dtype] + first * row_nbytes
@@ -189,20 +189,20 @@ def borders(nbytes: Sequence[int], itemsizes: Sequence[int], n_holders: int) -> 
             seen += total
         else:
             step = itemsize * _ALIGN_ELEMENTS
-            part = total // n_holders // step * step
-            out.append((*(part * i for i in range(n_holders)), total))
+            range_nbytes = total // n_holders // step * step
+            out.append((*(range_nbytes * i for i in range(n_holders)), total))
     return out
 
 
 def exchanges(
-    holders: Sequence[tuple[int, ...]], parts: Mapping[int, tuple[int, ...]], scales: Mapping[int, tuple[int, int]]
+    holders: Sequence[tuple[int, ...]], borders_of: Mapping[int, tuple[int, ...]], scales: Mapping[int, tuple[int, int]]
 ) -> list[Exchange]:
     """What is exchanged after reading, one `Exchange` for each set of holders, in the order of the storages.
 
-    parts: borders of each shared storage, in bytes of the file. scales: element sizes of each, in the file and loaded.
+    borders_of: of each shared storage, in bytes of the file. scales: element sizes of each, in the file and loaded.
     """
     together: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for storage in parts:
+    for storage in borders_of:
         together[holders[storage]].append(storage)
     out = []
     for group, storages in together.items():
@@ -210,7 +210,7 @@ def exchanges(
         chunks: list[Chunk] = []
         for storage in storages:
             source, target = scales[storage]
-            ends = [border // source * target for border in parts[storage]]
+            ends = [border // source * target for border in borders_of[storage]]
             segment = ends[1] if 0 < ends[1] < ends[-1] else 0
             if segment:
                 gathers.append(Gather(storage, segment))

@@ -7,8 +7,8 @@ import os
 import sys
 import time
 
-from . import imports
-from .recorder import Recorder
+from . import import_hooks
+from .recorder import AgentRecorder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,25 +19,25 @@ __all__ = ["start"]
 _KEPT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "WORLD_SIZE")
 #: What to call when a module has arrived: (module here, function, attribute of what arrived).
 _HOOKS = {
-    "torch": ("tensors", "hook_torch"),
-    "torch.distributed.fsdp": ("tensors", "hook_distributed"),
-    "safetensors": ("weights", "hook_safetensors"),
-    "safetensors.torch": ("weights", "hook_safetensors_torch"),
-    "transformers.modeling_utils": ("weights", "hook_pretrained", "PreTrainedModel"),
-    "transformers.tokenization_utils_base": ("weights", "hook_pretrained", "PreTrainedTokenizerBase"),
-    "diffusers.models.modeling_utils": ("weights", "hook_pretrained", "ModelMixin"),
-    "diffusers.pipelines.pipeline_utils": ("weights", "hook_pretrained", "DiffusionPipeline"),
+    "torch": ("torch_hooks", "hook_torch"),
+    "torch.distributed.fsdp": ("torch_hooks", "hook_distributed"),
+    "safetensors": ("weight_hooks", "hook_safetensors"),
+    "safetensors.torch": ("weight_hooks", "hook_safetensors_torch"),
+    "transformers.modeling_utils": ("weight_hooks", "hook_pretrained", "PreTrainedModel"),
+    "transformers.tokenization_utils_base": ("weight_hooks", "hook_pretrained", "PreTrainedTokenizerBase"),
+    "diffusers.models.modeling_utils": ("weight_hooks", "hook_pretrained", "ModelMixin"),
+    "diffusers.pipelines.pipeline_utils": ("weight_hooks", "hook_pretrained", "DiffusionPipeline"),
 }
 
 
-class _Recorder(Recorder):
+class _FileRecorder(AgentRecorder):
     def file(self, path: Any, reader: Any, mapped: Any) -> None:
         """Remember a weight file, once, with what was in the page cache when it was opened."""
         files = self.facts.setdefault("files", {})
         if path in files:
             return
         try:
-            from .weights import cached_bytes
+            from .weight_hooks import cached_bytes
 
             nbytes, resident = cached_bytes(path)
         except Exception:  # gone, or not a plain file
@@ -58,10 +58,10 @@ def start(directory: Any) -> None:
         "env": {k: environ[k] for k in _KEPT if k in environ},
     }
     deadline = environ.get("WAN_LOADER_TRACE_DEADLINE")
-    recorder = _Recorder(directory, first, int(deadline) if deadline else None)
+    recorder = _FileRecorder(directory, first, int(deadline) if deadline else None)
     recorder.whole("import", "python", first["started"], recorder._clock())
     hooks = {name: _hook(recorder, *where) for name, where in _HOOKS.items()}
-    imports.install(recorder, hooks)
+    import_hooks.install(recorder, hooks)
     if environ.get("WAN_LOADER_TRACE_UNTIL"):
         _watch_output(recorder, environ["WAN_LOADER_TRACE_UNTIL"])
     atexit.register(lambda: _finish(recorder))

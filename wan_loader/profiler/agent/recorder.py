@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["MIN_BYTES", "Recorder"]
+__all__ = ["MIN_BYTES", "AgentRecorder"]
 
 #: Tensor operations on less than this are not worth a clock reading.
 MIN_BYTES = 65536
@@ -38,7 +38,7 @@ class _Stack(_local):
         self.track = ""
 
 
-class Recorder:
+class AgentRecorder:
     """Where the hooks report to. `on` turns False when the recording ends."""
 
     def __init__(

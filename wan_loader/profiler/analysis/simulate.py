@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.facts import Checkpoint
     from wan_loader.plan.plan import LoadPlan
 
-__all__ = ["STORAGES", "Hardware", "Part", "Prediction", "parts_of", "plan_elsewhere", "simulate"]
+__all__ = ["STORAGES", "Hardware", "Prediction", "SimulatedBlock", "blocks_of", "plan_elsewhere", "simulate"]
 
 #: Sequential reads of large pieces, in bytes per second, as such storage is sold and measured.
 STORAGES: Mapping[str, float] = {
@@ -54,7 +54,7 @@ class Hardware:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SimulatedBlock:
     """Bytes that pass through the pipeline together."""
 
     nbytes: int
@@ -88,26 +88,26 @@ def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> 
     return make_plan(request, checkpoint, facts)
 
 
-def parts_of(plan: LoadPlan) -> list[Part]:
+def blocks_of(plan: LoadPlan) -> list[SimulatedBlock]:
     """Return what is read, in the order of the plan, in pieces of a slot."""
     converts = [storage.converts for storage in plan.layout.copied]
-    parts: list[Part] = []
+    blocks: list[SimulatedBlock] = []
     for block in chain.from_iterable(split(block, plan.settings.slot_bytes) for block in plan.blocks):
         for cast, segments in groupby(block.segments, key=lambda segment: converts[segment.storage]):
-            parts.append(Part(sum(segment.nbytes for segment in segments), cast))
-    return parts
+            blocks.append(SimulatedBlock(sum(segment.nbytes for segment in segments), cast))
+    return blocks
 
 
-def simulate(parts: Sequence[Part], hardware: Hardware) -> Prediction:
+def simulate(blocks: Sequence[SimulatedBlock], hardware: Hardware) -> Prediction:
     """Play the pipeline through."""
     read = copied = cast = hardware.fixed_s
     freed: list[float] = []
     read_s = copy_s = cast_s = 0.0
-    for i, part in enumerate(parts):
+    for i, block in enumerate(blocks):
         slot_free = freed[i - hardware.slots] if i >= hardware.slots else 0.0
-        reading, copying = part.nbytes / hardware.disk, part.nbytes / hardware.copy
-        converting = part.nbytes / hardware.cast if part.cast else 0.0
-        if not hardware.cuda and part.cast:
+        reading, copying = block.nbytes / hardware.disk, block.nbytes / hardware.copy
+        converting = block.nbytes / hardware.cast if block.cast else 0.0
+        if not hardware.cuda and block.cast:
             copying = 0.0  # on the CPU the conversion is the copy
         read = max(read, slot_free) + reading
         lane = max(read, copied) if hardware.cuda else max(read, copied, cast)

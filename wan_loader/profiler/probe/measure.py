@@ -35,10 +35,10 @@ __all__ = [
     "warm_ranges",
 ]
 
-_PIECE = 4 << 20
+_BLOCK_BYTES = 4 << 20
 _THREADS = 8
-#: Some disks give more, the more is asked for at once: larger pieces where the files have enough of them.
-_DISK_PIECE = 16 << 20
+#: Some disks give more, the more is asked for at once: larger blocks where the files have enough of them.
+_DISK_BLOCK_BYTES = 16 << 20
 _DISK_THREADS = 16
 _SECONDS = 1.5
 _CAST_BYTES = 128 << 20
@@ -47,23 +47,23 @@ _GPU_BYTES = 256 << 20
 _START_BYTES = 512 << 20
 
 
-def cold_ranges(paths: Sequence[str], nbytes: int = _PIECE, most: int = 1024) -> list[tuple[str, int]]:
+def cold_ranges(paths: Sequence[str], nbytes: int = _BLOCK_BYTES, most: int = 1024) -> list[tuple[str, int]]:
     """Pieces of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
     return _ranges(paths, nbytes, most, wanted=0.0)
 
 
 def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
     """Pieces of the files that are in the page cache entirely."""
-    return _ranges(paths, _PIECE, most, wanted=1.0)
+    return _ranges(paths, _BLOCK_BYTES, most, wanted=1.0)
 
 
 def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: float) -> list[tuple[str, int]]:
-    pieces = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
-    step = max(1, len(pieces) // (2 * most))
+    blocks = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
+    step = max(1, len(blocks) // (2 * most))
     found: list[tuple[str, int]] = []
     with ExitStack() as stack:
         pages: dict[str, PageCache] = {}
-        for path, start in pieces[::step]:
+        for path, start in blocks[::step]:
             if path not in pages:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
@@ -85,18 +85,18 @@ def _size(path: str) -> int:
 
 def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Callable[[], int] = clock_ns) -> float:
     """GB/s with O_DIRECT on cold ranges of these files."""
-    piece = _DISK_PIECE
-    ranges = cold_ranges(paths, piece)
+    block_bytes = _DISK_BLOCK_BYTES
+    ranges = cold_ranges(paths, block_bytes)
     if len(ranges) < 2 * _DISK_THREADS:
-        piece = _PIECE
-        ranges = cold_ranges(paths, piece)
+        block_bytes = _BLOCK_BYTES
+        ranges = cold_ranges(paths, block_bytes)
     if not ranges:
         if doubts := describe(paths):
             raise UnmeasuredError(f"the disk was not measured: {doubts[0]}")
         raise UnmeasuredError(
             "too little of the files is outside of the page cache to measure their disk (`wan-loader evict` helps)"
         )
-    return _read_rate(ranges, os.O_DIRECT, seconds, clock, piece=piece, threads=_DISK_THREADS)
+    return _read_rate(ranges, os.O_DIRECT, seconds, clock, block_bytes=block_bytes, threads=_DISK_THREADS)
 
 
 def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Callable[[], int] = clock_ns) -> float:
@@ -105,14 +105,16 @@ def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Cal
     if ranges:
         return _read_rate(ranges * 8, 0, seconds, clock)
     with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
-        file.truncate(32 * _PIECE)
+        file.truncate(32 * _BLOCK_BYTES)
         path = f"/proc/self/fd/{file.fileno()}"
         if not os.path.exists(path):
             raise UnmeasuredError("the page cache was not measured: there is no /proc")
-        _check_free(4 * 32 * _PIECE, "reads")
-        for start in range(0, 32 * _PIECE, _PIECE):
-            os.pwrite(file.fileno(), bytes(_PIECE), start)
-        return _read_rate([(path, start) for start in range(0, 32 * _PIECE, _PIECE)] * 32, 0, seconds, clock)
+        _check_free(4 * 32 * _BLOCK_BYTES, "reads")
+        for start in range(0, 32 * _BLOCK_BYTES, _BLOCK_BYTES):
+            os.pwrite(file.fileno(), bytes(_BLOCK_BYTES), start)
+        return _read_rate(
+            [(path, start) for start in range(0, 32 * _BLOCK_BYTES, _BLOCK_BYTES)] * 32, 0, seconds, clock
+        )
 
 
 def _read_rate(
@@ -121,16 +123,16 @@ def _read_rate(
     seconds: float,
     clock: Callable[[], int],
     *,
-    piece: int = _PIECE,
+    block_bytes: int = _BLOCK_BYTES,
     threads: int = _THREADS,
 ) -> float:
     todo = iter(ranges)
     threads = min(threads, len(ranges))
-    _check_free(2 * threads * piece, "reads")
+    _check_free(2 * threads * block_bytes, "reads")
     with ExitStack() as stack:
-        buffers = [stack.enter_context(mmap.mmap(-1, piece)) for _ in range(threads)]
+        buffers = [stack.enter_context(mmap.mmap(-1, block_bytes)) for _ in range(threads)]
         for buffer in buffers:
-            buffer.write(bytes(piece))  # page faults are not what is measured
+            buffer.write(bytes(block_bytes))  # page faults are not what is measured
         start_ns = clock()
         deadline_ns = start_ns + int(seconds * 1e9)
 
@@ -234,8 +236,8 @@ def _registration(index: int, clock: Callable[[], int]) -> dict[str, float]:
 
     torch.cuda.set_device(index)
     with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
-        for start in range(0, _GPU_BYTES, _PIECE):
-            os.pwrite(file.fileno(), bytes(_PIECE), start)
+        for start in range(0, _GPU_BYTES, _BLOCK_BYTES):
+            os.pwrite(file.fileno(), bytes(_BLOCK_BYTES), start)
         address = map_file(file.fileno(), 0, _GPU_BYTES)
         try:
             populate(address, _GPU_BYTES)

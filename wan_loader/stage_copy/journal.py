@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HIDDEN",
-    "Entry",
-    "Manifest",
-    "Planned",
+    "PlannedFile",
+    "StageEntry",
+    "StageManifest",
     "entries",
     "open_entry",
 ]
@@ -52,7 +52,7 @@ _MADE_LINE = re.compile(r"m (\".*\")")
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedFile:
     """One version of one file that is to be in place."""
 
     path: str
@@ -67,22 +67,22 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class StageManifest:
     """What is staged under one name."""
 
     source: str
     name: str
     is_directory: bool
-    files: tuple[Planned, ...]
+    files: tuple[PlannedFile, ...]
     complete: bool = False
 
     @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 
-    def planned(self, file: SourceFile) -> Planned:
+    def planned(self, file: SourceFile) -> PlannedFile:
         """Where a file of the source goes."""
-        return Planned(
+        return PlannedFile(
             f"{self.name}/{file.relative}" if self.is_directory else file.relative, file.nbytes, file.mtime_ns
         )
 
@@ -93,13 +93,13 @@ def _digest(text: str) -> str:
     return str(xxhash.xxh3_64_hexdigest(text.encode(errors="surrogateescape")))
 
 
-class Entry:
+class StageEntry:
     """The state of one staged name, locked; a context manager."""
 
     def __init__(self, directory: Path, home: Path) -> None:
         self.directory = directory
         self.home = home
-        self.manifest: Manifest | None = None
+        self.manifest: StageManifest | None = None
         self.blocks: dict[str, dict[tuple[int, int], str]] = {}
         """Version of a file -> start and length of a block -> checksum of what was written."""
         self.placed: dict[str, tuple[str, int, int]] = {}
@@ -110,7 +110,7 @@ class Entry:
         self._locked: LockedDirectory | None = None
         self._journal_fd = -1
 
-    def __enter__(self) -> Entry:
+    def __enter__(self) -> StageEntry:
         refusal = f"{self.directory}: another process is staging the same: wait for it"
         self._locked = lock_or_refuse(self.home, refusal)
         try:
@@ -130,11 +130,11 @@ class Entry:
         if self._locked is not None:
             self._locked.close()
 
-    def part(self, file: Planned) -> Path:
+    def part(self, file: PlannedFile) -> Path:
         """The file that is being copied."""
         return self.home / f"{file.key}.part"
 
-    def target(self, file: Planned) -> Path:
+    def target(self, file: PlannedFile) -> Path:
         """Where it will be."""
         return plain_path(self.directory, file.path)
 
@@ -149,27 +149,27 @@ class Entry:
             return False
         return stat.S_ISREG(facts.st_mode) and (facts.st_size, facts.st_mtime_ns) == (nbytes, mtime_ns)
 
-    def holds(self, file: Planned) -> bool:
+    def holds(self, file: PlannedFile) -> bool:
         """Whether this version is in place."""
         return self.owns(file.path) and self.placed[file.path][0] == file.key
 
-    def write_manifest(self, manifest: Manifest) -> None:
+    def write_manifest(self, manifest: StageManifest) -> None:
         """Replace the manifest."""
         document = {"schema_version": 1, **asdict(manifest)}
         write_text(self.home / "manifest.json", json.dumps(document, indent=1) + "\n")
         self.manifest = manifest
 
-    def note_block(self, file: Planned, start: int, nbytes: int, checksum: str) -> None:
+    def note_block(self, file: PlannedFile, start: int, nbytes: int, checksum: str) -> None:
         """A block has been written."""
         self._append(f"b {file.key} {start} {nbytes} {checksum}")
         self.blocks.setdefault(file.key, {})[start, nbytes] = checksum
 
-    def forget_blocks(self, file: Planned) -> None:
+    def forget_blocks(self, file: PlannedFile) -> None:
         """What was written is gone."""
         if self.blocks.pop(file.key, None):
             self._append(f"r {file.key}")
 
-    def note_placed(self, file: Planned, mtime_ns: int) -> None:
+    def note_placed(self, file: PlannedFile, mtime_ns: int) -> None:
         """A file is about to be renamed into place."""
         self._append(f"p {file.key} {file.nbytes} {mtime_ns} {json.dumps(file.path)}")
         self.placed[file.path] = (file.key, file.nbytes, mtime_ns)
@@ -222,17 +222,17 @@ class Entry:
             self.made.append(path)
 
 
-def open_entry(directory: Path, name: str) -> Entry:
+def open_entry(directory: Path, name: str) -> StageEntry:
     """The entry of a name in DIR, made if it is not there. Raises `OutputError`."""
     hidden = directory / HIDDEN
     for path in (hidden, hidden / _digest(name)):
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         check_private(path)
-    return Entry(directory, hidden / _digest(name))
+    return StageEntry(directory, hidden / _digest(name))
 
 
-def entries(directory: Path) -> Iterator[Entry]:
+def entries(directory: Path) -> Iterator[StageEntry]:
     """All entries in DIR."""
     hidden = directory / HIDDEN
     if not os.path.lexists(hidden):
@@ -240,7 +240,7 @@ def entries(directory: Path) -> Iterator[Entry]:
     check_private(hidden)
     for home in sorted(hidden.iterdir()):
         check_private(home)
-        yield Entry(directory, home)
+        yield StageEntry(directory, home)
 
 
 def _capped(path: Path) -> bytes:
@@ -259,7 +259,7 @@ def _quoted(text: str) -> str | None:
     return path if is_below(path) else None
 
 
-def _parse_manifest(text: bytes, where: str) -> Manifest:
+def _parse_manifest(text: bytes, where: str) -> StageManifest:
     document = parse_object(text, path=where, what="the manifest", holds_paths=True)
     if document.get("schema_version") != 1:
         raise OutputError(f"{where} was written by another version of wan-loader: use that one, or delete it")
@@ -270,8 +270,8 @@ def _parse_manifest(text: bytes, where: str) -> Manifest:
         raise OutputError(f"{where} is damaged ({error}): delete {home}, and what is staged, by hand") from None
 
 
-def _manifest(doc: Doc) -> Manifest:
-    return Manifest(
+def _manifest(doc: Doc) -> StageManifest:
+    return StageManifest(
         doc.text("source"),
         _below(doc, "name"),
         doc.boolean("is_directory"),
@@ -280,9 +280,9 @@ def _manifest(doc: Doc) -> Manifest:
     )
 
 
-def _planned(doc: Doc) -> Planned:
+def _planned(doc: Doc) -> PlannedFile:
     doc.only("path", "nbytes", "mtime_ns")
-    return Planned(_below(doc, "path"), doc.whole("nbytes"), doc.moment("mtime_ns"))
+    return PlannedFile(_below(doc, "path"), doc.whole("nbytes"), doc.moment("mtime_ns"))
 
 
 def _below(doc: Doc, key: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from wan_loader.devices.resolve import current
-from wan_loader.distributed.shard_group import joined
+from wan_loader.distributed.shard_group import open_shard_group
 from wan_loader.loading.binding import make_binding
 from wan_loader.loading.run import convert_late
 from wan_loader.loading.session import LoadSession
@@ -30,7 +30,7 @@ __all__ = ["load_together", "refuse"]
 
 def refuse(error: Exception, group: ProcessGroup | None, module: torch.nn.Module | None) -> NoReturn:
     """Tell the others that this process will not load with them, and raise the error that is why."""
-    with joined(group, module):
+    with open_shard_group(group, module):
         raise error
 
 
@@ -48,7 +48,7 @@ def load_together(
 
     Raises `DistributedError` where another process failed or wants something else, and what a load raises.
     """
-    with joined(group, None if into is None else into.module) as shards:
+    with open_shard_group(group, None if into is None else into.module) as shards:
         request = replace(request, device=shards.device(request.device))
         with LoadSession(cancel=shards.token(cancel), observer=observer) as session:
             checkpoint = session.open(request)

@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from wan_loader.cache.build import content_digest
-from wan_loader.cache.check import BlockCheck, check_entry, check_header, check_sources
+from wan_loader.cache.checksums import BlockCheck, check_entry, check_header, check_sources
 from wan_loader.cache.manifest import BLOCK_BYTES, MANIFEST_NAME, EntryFile, Manifest, digest
-from wan_loader.cache.outline import SourceFile
+from wan_loader.cache.outline import SourceIdentity
 from wan_loader.errors import CacheError, CheckpointError
 
 HEADER = 4096
@@ -134,7 +134,7 @@ def test_contents_of_sources(tmp_path):
         label="m",
         dtype=None,
         created=0,
-        sources=tuple(SourceFile(str(p), 1000, 0, 0, 0) for p in paths),
+        sources=tuple(SourceIdentity(str(p), 1000, 0, 0, 0) for p in paths),
         files=(),
         contents=tuple(content_digest(str(p)) for p in paths),
     )
