@@ -8,22 +8,22 @@ What needs a GPU is measured by `wan-loader bench` and the scripts beside this f
 """
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
-from wan_loader.loading.filling import Filling
 
 from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.writer import Destination
 from wan_loader.engine.pinned_ring import PinnedRing
-from wan_loader.engine.reader import Reader
 from wan_loader.formats import open_checkpoint
-from wan_loader.plan.blocks import Segment, plan_blocks
+from wan_loader.loading.binding import Into, make_binding
+from wan_loader.loading.probe import probe
+from wan_loader.plan.blocks import Segment
 from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.plan.layout import lay_out, plan_storages
-from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
-from wan_loader.plan.transport import choose_transport
-from wan_loader.system.page_cache import PageCache
+from wan_loader.plan.limits import MIN_BLOCK_BYTES
+from wan_loader.plan.plan import make_plan
+from wan_loader.plan.request import LoadRequest
 from wan_loader.system.posix import cached_bytes
 
 #: For the full native checkpoint: headers of 12 shards and two .pth, and the plan of all 2,626 tensors.
@@ -35,21 +35,13 @@ def read_headers(paths):
 
 
 def plan_all(checkpoints):
-    """As a load to a GPU plans, with residency asked for; returns how many blocks were planned."""
-    n_blocks = 0
+    """Plan a load to a GPU of each, with residency asked for; returns how many blocks were planned."""
+    policy, n_blocks = DtypePolicy("bfloat16", ("norm2",)), 0
     for checkpoint in checkpoints:
-        with Reader(checkpoint.files) as reader:
-            storages = plan_storages(checkpoint.tensors, DtypePolicy("bfloat16", ("norm2",)))
-            layout = lay_out(checkpoint, storages, views=False)
-            page_cache = PageCache(reader.fds)
-            page_cache.total(layout.byte_ranges)
-            transport = choose_transport("auto", may_map=True, reader=reader, page_cache=page_cache)
-            n_blocks += sum(
-                1
-                for _ in plan_blocks(
-                    layout.byte_ranges, block_bytes=block_bytes(layout.nbytes_read), transport=transport
-                )
-            )
+        request = LoadRequest(source=checkpoint, policy=policy)
+        # as if there were a GPU, whose load is planned block by block, however much memory is here
+        facts = replace(probe(checkpoint, request), device="cuda:0")
+        n_blocks += sum(1 for _ in make_plan(request, checkpoint, facts).blocks)
     return n_blocks
 
 
@@ -76,9 +68,8 @@ def test_match_and_bind_of_one_expert(benchmark, expert):
     tensors = {t.name: torch.empty(1) for t in checkpoint.tensors}
 
     def run(module):
-        filling = Filling(module=module, key_map=None, strict=True, allow_meta=())
-        filling.match(checkpoint)
-        filling.bind(tensors, torch.device("cpu"))
+        binding = make_binding(LoadRequest(source=checkpoint), checkpoint, Into(module=module))
+        binding.bind(tensors, "cpu")
 
     benchmark.pedantic(run, setup=lambda: ((build(),), {}), rounds=5)
 

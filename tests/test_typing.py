@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def test_a_misspelt_keyword_is_an_error(tmp_path, keyword, error):
 
 
 def test_the_version_has_one_source():
-    from importlib.metadata import version
-
     import wan_loader
 
-    assert version("wan-loader") == wan_loader.__version__
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in settings["project"]
+    assert wan_loader.__version__ in (ROOT / settings["tool"]["hatch"]["version"]["path"]).read_text()

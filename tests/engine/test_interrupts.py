@@ -9,9 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engine_runs import run_transfer
+from engine_runs import Batch, run_transfer
 
-from wan_loader.engine import Batch
 from wan_loader.engine.reader import Reader
 from wan_loader.formats.facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks

@@ -8,10 +8,10 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
-from engine_runs import run_transfer
+from engine_runs import Batch, run_transfer
 
 from wan_loader.devices.writer import PinError
-from wan_loader.engine import Batch, TransferState
+from wan_loader.engine import TransferState
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
 from wan_loader.engine.reader import Reader

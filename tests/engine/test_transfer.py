@@ -11,10 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engine_runs import run_transfer
+from engine_runs import Batch, run_transfer
 from fake_device import FakeDevice
 
-from wan_loader.engine import Batch
 from wan_loader.engine import transfer as carry
 from wan_loader.engine.activity import loading
 from wan_loader.engine.reader import Reader
@@ -120,9 +119,19 @@ def check(result, path):
     assert mappings_of(path) == 0
 
 
+@pytest.fixture(autouse=True)
+def strays():
+    """Threads that others have left: Ctrl-C in the middle of Python's own Event.wait may leave one waiting for ever."""
+    _strays.clear()
+    _strays.update(threading.enumerate())
+
+
+_strays = set()
+
+
 def engine_threads():
     """Names of the engine's threads that stay. One whose work is over may still be on its way out."""
-    threads = [t for t in threading.enumerate() if t.name in ("mapper", "pinning")]
+    threads = [t for t in set(threading.enumerate()) - _strays if t.name in ("mapper", "pinning")]
     for thread in threads:
         thread.join(1)
     return {t.name for t in threads if t.is_alive()}

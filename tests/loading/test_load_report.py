@@ -21,6 +21,7 @@ from loader_cases import IO, KINDS, MiB, same_dicts, weights, write, write_by_ha
 import wan_loader  # noqa: E402
 from wan_loader.devices.resolve import is_busy  # noqa: E402
 from wan_loader.devices.writer import PinError  # noqa: E402
+from wan_loader.engine import Need  # noqa: E402
 from wan_loader.loading import run as load  # noqa: E402
 from wan_loader.plan import plan as course  # noqa: E402
 from wan_loader.system.posix_aio import Request  # noqa: E402
@@ -266,13 +267,16 @@ def portion_sizes(monkeypatch):
     """How many blocks each portion of a load has; one at a time is the rule here."""
     sizes, plain = [], load.transfer_blocks
 
-    def transfer_blocks(batches, *rest, **options):
-        def counted():
-            for batch in batches:
-                sizes.append(len(batch.blocks))
-                yield batch
-
-        return plain(counted(), *rest, **options)
+    def transfer_blocks(*args, **options):
+        steps, answer = plain(*args, **options), None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration:
+                return
+            answer = yield step
+            if step is Need.BLOCKS and answer:
+                sizes.append(len(answer))
 
     monkeypatch.setattr(load, "transfer_blocks", transfer_blocks)
     monkeypatch.setattr(course, "block_bytes", lambda *_: 64 << 10)

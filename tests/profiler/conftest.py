@@ -28,7 +28,8 @@ def ceilings(checkpoint, tmp_path_factory):
 
     cache = tmp_path_factory.mktemp("cache") / "ceilings.json"
     values = dict(find_ceilings([str(checkpoint)], device="cpu", file=cache).values)
-    reached = {phase.name: phase.gbps for phase in wan_loader.load(checkpoint, io="buffered").report.phases}
+    report = wan_loader.load(checkpoint, io="buffered", observer=wan_loader.Recorder()).report
+    reached = {phase.name: phase.gbps for phase in report.phases}
     values["copy_gbps"] = min(values["copy_gbps"], reached["read"])
     return values
 

@@ -88,34 +88,34 @@ class TestOwnLoads:
         self.expect("wait", profile(small_tensors, ceilings, threads=1))
 
     def test_headers(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader import api
+        from wan_loader.plan import request
 
-        monkeypatch.setattr(api, "open_checkpoint", slowed(api.open_checkpoint, SECONDS))
+        monkeypatch.setattr(request, "open_checkpoint", slowed(request.open_checkpoint, SECONDS))
         self.expect("header", profile(checkpoint, ceilings))
 
     def test_planning(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.loading import run as load
+        from wan_loader.plan import plan
 
-        monkeypatch.setattr(load, "plan_storages", slowed(load.plan_storages, SECONDS))
+        monkeypatch.setattr(plan, "plan_storages", slowed(plan.plan_storages, SECONDS))
         self.expect("init", profile(checkpoint, ceilings))
 
     def test_imports(self, checkpoint, ceilings, monkeypatch):
-        from wan_loader.loading import run as load
+        from wan_loader.loading import probe
 
-        resolve = load.resolve_device
+        resolve = probe.resolve_device
 
         def slow(device, observer):
             with span(observer, "import"):
                 time.sleep(ceilings["import_torch_s"] * 2 + SECONDS)
             return resolve(device, observer)
 
-        monkeypatch.setattr(load, "resolve_device", slow)
+        monkeypatch.setattr(probe, "resolve_device", slow)
         self.expect("import", profile(checkpoint, ceilings))
 
     def test_binding(self, checkpoint, ceilings, monkeypatch):
         from wan_loader.loading import run as load
 
-        monkeypatch.setattr(load, "_convert_late", slowed(load._convert_late, SECONDS))
+        monkeypatch.setattr(load, "convert_late", slowed(load.convert_late, SECONDS))
         self.expect("assign", profile(checkpoint, ceilings))
 
     def expect(self, phase, session):

@@ -1,8 +1,8 @@
 """Carries out a plan, in two threads at most.
 
 The calling thread looks after staging: it starts reads into slots (`read_queue`; a `ReadBackend` carries them out),
-and submits the copy of each slot as it fills. The plan comes in portions, whose destinations are allocated one after
-the other while earlier bytes are on their way. A second thread looks after mapped windows, once all portions are there:
+and submits the copy of each slot as it fills. The plan comes in batches, whose memory is asked for one after the
+other while earlier bytes are on their way. A second thread looks after mapped windows, once all batches are there:
 it registers their pages with the driver and submits their copies. Registering is slower than the PCIe link and no
 further thread makes it faster, so staging takes windows too, from the far end of the queue; both meet when everything
 is done. Where only windows are wanted, to spare the processors, the calling thread maps them alone if their pages are
@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Generator
 from contextlib import suppress
+from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.writer import PinError
@@ -33,35 +35,38 @@ from wan_loader.system.posix import map_file, populate, unmap
 from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Sequence
 
-    from wan_loader.devices.writer import CopyEvent, CopyStream, Destination, DeviceWriter
+    from wan_loader.devices.writer import CopyEvent, CopyStream, DeviceWriter
     from wan_loader.engine.reader import Reader
     from wan_loader.engine.state import TransferState
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
     from wan_loader.plan.limits import EngineSettings
 
-__all__ = ["Batch", "transfer_blocks"]
+__all__ = ["Need", "Steps", "transfer_blocks"]
 
 #: How long a failed load waits for its clean-up, which goes on by itself after that.
 _END_SECONDS = 0.9
 #: How soon one thread notices that the other has failed.
 _PATIENCE_S = 0.1
-#: With fewer blocks than this left to read, the next portion is planned and allocated.
+#: With fewer blocks than this left to read, the next batch is asked for.
 _FEW_BLOCKS = 8
 
 
-class Batch(NamedTuple):
-    """Some of a load: blocks, in the order in which they are wanted."""
+class Need(Enum):
+    """What the engine asks of whoever drives it, who sends the answer."""
 
-    blocks: Sequence[Block]
-    allocate: Callable[[], Sequence[Destination]]
-    """Makes the storages that no earlier portion needed, and says where they are, in their order."""
+    BLOCKS = "blocks"
+    """The next blocks, in the order in which they are wanted; nothing, if there are no more."""
+    MEMORY = "memory"
+    """The destinations of the storages that those blocks need and no earlier ones did, in their order."""
+
+
+Steps = Generator[Need | list["Block"], Any, None]
 
 
 def transfer_blocks(
-    batches: Iterable[Batch],
     reader: Reader,
     writer: DeviceWriter,
     settings: EngineSettings,
@@ -69,21 +74,21 @@ def transfer_blocks(
     *,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
-) -> Iterator[Sequence[Block]]:
-    """Move every block into the target; yields blocks, or parts of them, whose bytes have arrived.
+) -> Steps:
+    """Move blocks into the target; yields lists of blocks, or parts of them, whose bytes have arrived.
 
-    Batches are drawn in this thread, when there is little left to read, and the first is allocated while its first
-    reads are under way. Nothing is read ahead of whoever takes what is yielded but what fits the ring. Closing it, the
-    first failure of any thread, and a cancelled token end everything and release it. The caller must call `release` on
-    `state`, which tells how far it is, once all has arrived.
+    In between it asks for what it needs: a `Need` that is yielded is to be answered by `send`. It asks for blocks when
+    there is little left to read, and for the memory of the first ones while their first bytes are being read. Nothing
+    is read ahead of whoever takes what is yielded but what fits the ring. Closing it, the first failure of any thread,
+    and a cancelled token end everything and release it. The caller must call `release` on `state`, which tells how far
+    it is, once all has arrived.
     """
-    yield from _Transfer(batches, reader, writer, settings, state, cancel, observer).run()
+    yield from _Transfer(reader, writer, settings, state, cancel, observer).run()
 
 
 class _Transfer:
     def __init__(
         self,
-        batches: Iterable[Batch],
         reader: Reader,
         writer: DeviceWriter,
         settings: EngineSettings,
@@ -96,7 +101,6 @@ class _Transfer:
         """In place since they were last yielded."""
         self._mapped: list[Block] = []
         """Windows whose copies were submitted."""
-        self._batches = iter(batches)
         self._all_drawn = False
         self._reader = reader
         self._writer = writer
@@ -120,10 +124,10 @@ class _Transfer:
         self._state = state
         self._pinning = Pinning(writer, self._state, observer)
 
-    def run(self) -> Iterator[Sequence[Block]]:
+    def run(self) -> Steps:
         try:
             self._cancel.check()
-            self._draw_first()
+            yield from self._draw_first()
             yield from self._carry_all()
             with span(self._observer, "wait"):
                 self._writer.finish()
@@ -135,28 +139,28 @@ class _Transfer:
         copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
         yield [*self._take_arrived(), *copied, *self._mapped]
 
-    def _draw_first(self) -> None:
+    def _draw_first(self) -> Steps:
         """Begin to read before anything is allocated, unless bytes go straight to their place."""
-        if batch := next(self._batches, None):
+        if blocks := (yield Need.BLOCKS):
             if self._in_place:
-                self._writer.bind(batch.allocate())
-            self._work.add(batch.blocks)
+                self._writer.bind((yield Need.MEMORY))
+            self._work.add(blocks)
             if self._work.is_left:
                 reads = self._open_queue()
                 self._start_reads(reads)
                 self._pinning.begin(reads.used)
             if not self._in_place:
-                self._writer.bind(batch.allocate())
+                self._writer.bind((yield Need.MEMORY))
 
-    def _draw(self) -> None:
-        """The next portion; after the last one, mapping begins in a thread of its own.
+    def _draw(self) -> Steps:
+        """Take the next batch of blocks; after the last one, mapping begins in a thread of its own.
 
         Not earlier: beside another Python thread, allocation would wait for the interpreter at every tensor.
         """
-        if batch := next(self._batches, None):
-            if destinations := batch.allocate():
+        if blocks := (yield Need.BLOCKS):
+            if destinations := (yield Need.MEMORY):
                 self._writer.bind(destinations)
-            self._work.add(batch.blocks)
+            self._work.add(blocks)
             return
         self._all_drawn = True
         if self._work.has_windows and not self._maps_here:
@@ -164,12 +168,12 @@ class _Transfer:
             if in_background(self._map_guarded, "mapper") is None:
                 self._state.fallbacks.append("no further thread may be started: pages are mapped first, staged later")
 
-    def _take_arrived(self) -> Sequence[Block]:
+    def _take_arrived(self) -> list[Block]:
         """What has arrived since the last time."""
         arrived, self._arrived = self._arrived, []
         return arrived
 
-    def _carry_all(self) -> Iterator[Sequence[Block]]:
+    def _carry_all(self) -> Steps:
         while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_staging() or self._work.has_windows:
             self._cancel.check()
             if self._is_staging():
@@ -178,7 +182,7 @@ class _Transfer:
                 self._stream = self._stream or self._writer.stream()
                 self._map_all(self._stream)
             elif not self._all_drawn:
-                self._draw()
+                yield from self._draw()
             else:
                 self._mapper_ended.wait(_PATIENCE_S)
         self._raise_failure()
@@ -234,7 +238,7 @@ class _Transfer:
         straight = self._in_place and part.transport is Transport.BUFFERED and len(part.segments) == 1
         return self._writer.place(part.segments[0]) if straight else None
 
-    def _stage_all(self, reads: ReadQueue) -> Iterator[Sequence[Block]]:
+    def _stage_all(self, reads: ReadQueue) -> Steps:
         """Bring everything that is left for staging on its way."""
         stream = self._stream = self._stream or self._writer.stream()
         while self._is_staging():
@@ -246,7 +250,7 @@ class _Transfer:
             self._start_reads(reads)
             patience_s = _PATIENCE_S
             if not self._all_drawn and self._work.n_staged < _FEW_BLOCKS:
-                self._draw()
+                yield from self._draw()
                 self._start_reads(reads)
                 patience_s = 0.0  # there may be more to draw: mapping waits for the last of it
             elif not reads.n_reading and self._copying:

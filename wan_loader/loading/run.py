@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.cuda import CudaWriter
 from wan_loader.devices.resolve import check_room_for_torch, is_busy
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import Batch, TransferState, transfer_blocks
+from wan_loader.engine import Need, TransferState, transfer_blocks
 from wan_loader.engine.reader import Reader
 from wan_loader.events import span
 from wan_loader.formats.known import format_of
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from wan_loader.cancel import CancelToken
     from wan_loader.devices.writer import Destination, DeviceWriter
+    from wan_loader.engine import Steps
     from wan_loader.engine.reader import Check
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
@@ -71,8 +71,8 @@ def run(
     with Reader(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
-        batches = _batches(plan, allocation, observer)
-        for blocks in transfer_blocks(batches, reader, writer, plan.settings, state, cancel=cancel, observer=observer):
+        steps = transfer_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
+        for blocks in _drive(steps, plan, allocation, observer):
             if names := arrivals.complete(blocks):
                 yield {name: allocation.tensors[name] for name in names}
         try:
@@ -125,24 +125,31 @@ def collect(arrivals: Generator[dict[str, torch.Tensor], None, TransferResult]) 
                 return result
 
 
-def _batches(plan: LoadPlan, allocation: Allocation, observer: Observer | None) -> Iterator[Batch]:
-    """Some blocks at a time, with the storages that they are the first to need.
+def _drive(
+    steps: Steps, plan: LoadPlan, allocation: Allocation, observer: Observer | None
+) -> Iterator[Sequence[Block]]:
+    """Give the engine what it asks for: blocks of the plan, some at a time, and the storages that they need.
 
-    All that are left, where work is queued on the caller's stream: memory may be handed out that it still uses, so
-    copies would wait for it anew with each batch.
+    All blocks that are left, where work is queued on the caller's stream: memory may be handed out that it still uses,
+    so copies would wait for it anew with each batch. Yields what has arrived.
     """
-
-    def allocate(count: int) -> list[Destination]:
-        with span(observer, "init"):
-            return allocation.copied(count)
-
-    blocks = iter(plan.blocks)
-    while True:
-        with span(observer, "init"):
-            batch = list(islice(blocks, None if is_busy(allocation.device) else plan.batch))
-        if not batch:
-            return
-        yield Batch(batch, partial(allocate, batch[-1].segments[-1].storage + 1))
+    blocks, batch = iter(plan.blocks), list[Any]()
+    answer: Sequence[Any] | None = None
+    with closing(steps):
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration:
+                return
+            answer = None
+            if step is Need.BLOCKS:
+                with span(observer, "init"):
+                    answer = batch = list(islice(blocks, None if is_busy(allocation.device) else plan.batch))
+            elif step is Need.MEMORY:
+                with span(observer, "init"):
+                    answer = allocation.copied(batch[-1].segments[-1].storage + 1)
+            else:
+                yield step
 
 
 def _run_through_torch(
