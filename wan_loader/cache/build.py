@@ -1,4 +1,4 @@
-"""Writes an entry, in the background: one thread that gives way to loads of the same process.
+"""The writing of an entry in the background: one thread that gives way to loads of the same process.
 
 What fails here fails alone: the load it belongs to is long done. The half-written entry is removed, the reason is kept
 in `Build.failure` and told to the log once.
@@ -45,7 +45,16 @@ class _StoppedError(Exception):
 
 
 class Build:
-    """An entry that is being written. The interpreter waits for it at exit; `stop` ends it."""
+    """An entry that is being written. The interpreter waits for it at exit; `stop` ends it.
+
+    Args:
+        building: The entry, which only this process writes. It is published or abandoned here.
+        outline: The content of the entry.
+        sources: The identity of the source's files before the first byte was read.
+        loaded: The tensors that were just loaded.
+        read: Reads from the source what cannot be taken from memory.
+        digest_contents: Keep checksums of the source files' contents, too.
+    """
 
     def __init__(
         self,
@@ -57,7 +66,6 @@ class Build:
         *,
         digest_contents: bool = False,
     ) -> None:
-        """sources: their identity before the first byte was read. loaded: what was just loaded. read: the source."""
         self._building = building
         self._outline = outline
         self._sources = tuple(sources)
@@ -70,23 +78,23 @@ class Build:
         self.nbytes = outline.nbytes
         self.nbytes_written = 0
         self.nbytes_from_source = 0
-        """Of the bytes written: those that were read from the source again."""
+        """The part of the bytes written that was read from the source again."""
         self.failure: str | None = None
         self.path: Path | None = None
         """The entry, once it is complete."""
 
     def start(self) -> Build:
-        """Begin."""
+        """Begin to write, and return the build itself."""
         _running.add(self)
         self._thread.start()
         return self
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end, at most `timeout_s` seconds; says whether it has come."""
+        """Wait for the end, at most `timeout_s` seconds; return True if it has come."""
         return self._thread.ident is None or self._ended.wait(timeout_s)
 
     def stop(self) -> None:
-        """Give up; what was written is removed. Returns when that is done."""
+        """Give up. Return when what was written is removed."""
         self._stop.set()
         self.wait()
 
@@ -130,7 +138,7 @@ class Build:
         return writer.entry_file(file.path)
 
     def _data(self, file: CachedFile) -> Iterator[memoryview]:
-        """The tensors' bytes, in order."""
+        """Yield the tensors' bytes, in order."""
         segments = (segment for tensor in file.tensors for segment in segments_of(tensor))
         for batch in batches(segments, self._loaded):
             while not wait_until_idle(0.2):
@@ -163,18 +171,22 @@ def wait_for_builds() -> None:
 
 
 def is_building() -> bool:
-    """Whether this process is writing entries."""
+    """Return True while this process is writing entries."""
     return bool(_running)
 
 
 def stop_builds() -> None:
-    """Give up every entry that this process is writing; returns when what was written is removed."""
+    """Give up every entry that this process is writing; return when what was written is removed."""
     for build in list(_running):
         build.stop()
 
 
 def content_digest(path: str) -> str:
-    """The checksum of a whole file's content. Reads it all."""
+    """Return the checksum of a whole file's content. Reads it all.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     hasher = xxhash.xxh3_128()
     try:
         with open(path, "rb", buffering=0) as f:
@@ -186,7 +198,7 @@ def content_digest(path: str) -> str:
 
 
 class _Writer:
-    """Writes a file in order, and takes the checksums of its blocks on the way."""
+    """A file that is written in order; the checksums of its blocks are taken on the way."""
 
     def __init__(self, out: Any, header_nbytes: int) -> None:
         self._out = out
@@ -221,7 +233,7 @@ class _Writer:
         self._hasher.reset()
 
     def entry_file(self, path: str) -> EntryFile:
-        """What was written."""
+        """Say what was written."""
         if self._position > self._header_nbytes and self._position % BLOCK_BYTES:
             self._end_block()
         return EntryFile(path, self._position, self._header_nbytes, tuple(self._blocks))

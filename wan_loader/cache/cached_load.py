@@ -47,7 +47,7 @@ ENTRY_FILE = "model.safetensors"
 
 
 def outline_checkpoint(checkpoint: Checkpoint, policy: DtypePolicy) -> Outline:
-    """What an entry of a checkpoint holds: all of its tensors under their names, in the dtypes of the policy."""
+    """Outline an entry of a checkpoint: all of its tensors under their names, in the dtypes of the policy."""
     label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
     return Outline(label, policy.dtype, (outline_file(ENTRY_FILE, checkpoint, policy.target),))
 
@@ -63,7 +63,13 @@ def load_cached(
 ) -> LoadResult:
     """Load what is asked for, from the cache where that holds it converted; else keep it there.
 
-    directory: of the cache; None: the user's. verify: check an entry against its checksums while it is read.
+    Args:
+        request: The load.
+        into: The module that is to be filled; None returns the tensors alone.
+        directory: The directory of the cache; None is the user's.
+        verify: Check an entry against its checksums while it is read.
+        cancel: Stops the load.
+        observer: Is told of spans.
     """
     with LoadSession(cancel=cancel, observer=observer) as session:
         source = session.open(request)
@@ -117,7 +123,11 @@ def _from_entry(
 def _open_entry(
     request: LoadRequest, use: CacheUse, outlined: CachedFile, *, verify: bool
 ) -> tuple[Checkpoint, BlockCheck | None]:
-    """The entry as a checkpoint, and what checks its blocks, if they are to be checked while they are read."""
+    """Open the entry as a checkpoint; with it comes the check of its blocks, if that happens while they are read.
+
+    Raises:
+        CacheError: The entry holds other files or tensors than are made from its source, or its checksums are wrong.
+    """
     entry = use.entry
     assert entry is not None
     files = entry.manifest.files

@@ -1,4 +1,4 @@
-"""Checks entries against their checksums: all of one at once, or block by block while a load reads them."""
+"""The comparison of entries with their checksums: all of one at once, or block by block while a load reads them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["BlockCheck", "check_entry", "check_header", "check_sources"]
 
 
 class BlockCheck:
-    """Says whether the blocks of an entry's file are what was written."""
+    """The check of an entry's file while it is read: its blocks must be what was written."""
 
     block_bytes = BLOCK_BYTES
 
@@ -30,7 +30,17 @@ class BlockCheck:
         self._expected = dict(zip(file.ranges(), file.blocks, strict=True))
 
     def __call__(self, file: int, start: int, end: int, view: memoryview) -> None:
-        """Raise `CacheError` unless bytes `start` to `end` are a block and its checksum is right. `file`: always 0."""
+        """Compare a block with its checksum.
+
+        Args:
+            file: Always 0: an entry that is checked this way has one file.
+            start: The first byte of the block.
+            end: The byte after its last one.
+            view: Its bytes.
+
+        Raises:
+            CacheError: The checksum is wrong, or the bytes are not a block.
+        """
         expected = self._expected.get((start, end))
         if expected is None:
             raise CacheError(f"{self._path}: bytes {start} to {end} have no checksum of their own: load all tensors")
@@ -39,10 +49,15 @@ class BlockCheck:
 
 
 def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | None = None) -> list[str]:
-    """Read an entry again; returns what is wrong with it, nothing if it is sound.
+    """Read an entry again, through the page cache, at the disk's speed. Holds a block (16 MiB) for each processor.
 
-    tell: called with the number of bytes that were checked, from several threads. Reads through the page cache at the
-    speed of the disk; holds a block (16 MiB) for each processor.
+    Args:
+        path: The entry's directory.
+        manifest: Its manifest.
+        tell: Called with the number of bytes that were checked, from several threads.
+
+    Returns:
+        Sentences that say what is wrong with it; none if it is sound.
     """
     known = {MANIFEST_NAME, *(file.path for file in manifest.files)}
     wrong = [f"{path / name} does not belong to the entry" for name in sorted(_found(path) - known)]
@@ -80,7 +95,7 @@ def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | No
 
 
 def _found(path: Path) -> set[str]:
-    """Files and links, relative to `path`."""
+    """List files and links, relative to `path`."""
     found = set()
     for directory, directories, names in os.walk(path):
         links = (name for name in directories if os.path.islink(os.path.join(directory, name)))
@@ -96,9 +111,10 @@ def _size(place: Path) -> int | None:
 
 
 def check_sources(manifest: Manifest) -> list[str]:
-    """Read the source files of an entry again; returns those whose content is not what the entry was made from.
+    """Read the source files of an entry again: those that are there, if the entry was built with checksums of contents.
 
-    Only those that are there, and only if the entry was built with checksums of contents.
+    Returns:
+        A sentence for each file whose content is not what the entry was made from.
     """
     pairs = zip(manifest.sources, manifest.contents, strict=False)
     return [
@@ -109,7 +125,11 @@ def check_sources(manifest: Manifest) -> list[str]:
 
 
 def check_header(path: Path, file: EntryFile) -> None:
-    """Raise `CacheError` unless the header of a file of an entry is what was written. Reads only the header."""
+    """Compare the header of a file of an entry with its checksum. Reads only the header.
+
+    Raises:
+        CacheError: It is not what was written, or cannot be read.
+    """
     place = path / file.path
     try:
         with open(place, "rb") as f:

@@ -29,14 +29,18 @@ class Entry(LockedDirectory):
     manifest: Manifest
 
     def file(self, path: str) -> Path:
-        """Where a file of the entry lies."""
+        """Return the place of a file of the entry."""
         return self.path / path
 
     def check_files(self) -> bool:
-        """Raise `CacheError` unless every file has its size and was not written to. One stat each.
+        """Look whether every file has its size and was not written to. Costs one stat each.
 
-        Returns whether nothing else about them changed. If something did, such as the mode, a program that sets times
-        may have hidden a change of the content: only checksums can tell.
+        Returns:
+            True if nothing else about them changed. If something did, such as the mode, a program that sets times may
+            have hidden a change of the content: only checksums can tell.
+
+        Raises:
+            CacheError: A file is missing, has another size, or was written to.
         """
         as_left = True
         for file in self.manifest.files:
@@ -53,7 +57,11 @@ class UnfinishedEntry(LockedDirectory):
     """An entry that only this process writes. `publish` or `abandon` it."""
 
     def plan(self, nbytes: int) -> None:
-        """Tell other processes how large it will be. Before anything is written."""
+        """Tell other processes how large it will be, before anything is written.
+
+        Raises:
+            CacheError: The directory cannot be written.
+        """
         try:
             with os.fdopen(self.create(_PLANNED_NAME), "w") as f:
                 f.write(str(nbytes))
@@ -61,15 +69,21 @@ class UnfinishedEntry(LockedDirectory):
             raise CacheError(f"cache directory {self.path}: {error.strerror}: free space, or name another") from error
 
     def create(self, path: str) -> int:
-        """A new file of the entry, open for writing; the caller closes it. Directories on the way are made."""
+        """Open a new file of the entry for writing; the caller closes it. Directories on the way are made."""
         place = self.path / path
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def publish(self, manifest: Manifest) -> Path | None:
-        """Put everything on the disk and make the entry visible; None if another process was first.
+        """Put everything on the disk and make the entry visible.
 
         The manifest gets the times that the files have from here on: nobody touches them again.
+
+        Returns:
+            The place of the entry; None if another process was first.
+
+        Raises:
+            CacheError: The directory of entries cannot be written.
         """
         (self.path / _PLANNED_NAME).unlink(missing_ok=True)
         manifest = replace(manifest, files=tuple(map(self._seal, manifest.files)))
@@ -121,16 +135,16 @@ class ListedEntry:
     nbytes: int
     """Bytes on the disk."""
     used: float
-    """Seconds since the epoch, when it was last loaded or made."""
+    """The moment when it was last loaded or made, in seconds since the epoch."""
     manifest: Manifest | None
     state: str
     """"complete", "in use", "building", "damaged", "newer format", or "unreadable: why"."""
     planned_nbytes: int = 0
-    """Of an entry that is being built: what it will have."""
+    """Bytes that it will have, while it is being built."""
 
     @property
     def stays(self) -> bool:
-        """Whether it is not ours to remove for another entry: somebody builds it, or a newer version can use it."""
+        """True if it is not ours to remove for another entry: somebody builds it, or a newer version can use it."""
         return self.state in ("building", NEWER)
 
     @property
@@ -139,17 +153,23 @@ class ListedEntry:
         return max(self.nbytes, self.planned_nbytes)
 
 
-def look_at(path: Path, room: str) -> ListedEntry | None:
-    state, manifest = room, None
+def look_at(path: Path, kind: str) -> ListedEntry | None:
+    """Look at what lies below entries/, building/ or damaged/; None if it went away meanwhile.
+
+    Args:
+        path: The directory of the entry.
+        kind: Its state as its place tells: "complete", "building" or "damaged".
+    """
+    state, manifest = kind, None
     if is_foreign(path):
         state = "unreadable: not a directory"
-    elif room != "building":
+    elif kind != "building":
         try:
             manifest = read_manifest(path)
         except CacheError as error:
-            if room == "complete":
+            if kind == "complete":
                 state = NEWER if isinstance(error, NewerFormatError) else f"unreadable: {error}"
-    if room == "complete" and manifest is not None:
+    if kind == "complete" and manifest is not None:
         locked = lock(path, alone=True)
         if locked is None:
             state = "in use"
@@ -170,13 +190,18 @@ def look_at(path: Path, room: str) -> ListedEntry | None:
 
 
 def _planned_nbytes(path: Path) -> int:
-    """0 where it does not say."""
+    """Read how large an entry will be; 0 where it does not say."""
     with suppress(OSError, ValueError), open(path / _PLANNED_NAME, "rb") as f:
         return max(0, int(f.read(20)))
     return 0
 
 
 def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of an entry.
+
+    Raises:
+        CacheError: It is missing, a link, damaged, or of another version.
+    """
     place = path / MANIFEST_NAME
     try:
         _regular(path, MANIFEST_NAME)
@@ -189,7 +214,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _regular(root: Path, relative: str) -> os.stat_result:
-    """What the system says of a regular file below `root`; neither it nor a directory on the way may be a link."""
+    """Stat a regular file below `root`; neither it nor a directory on the way may be a link."""
     path = root
     for name in relative.split("/"):
         path = path / name

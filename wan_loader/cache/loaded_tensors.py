@@ -57,13 +57,15 @@ class TensorSegment:
 
 
 class ReadSegments(Protocol):
-    """Reads segments of one file's tensors from the source, converted: 1-D host tensors, in the order of `segments`."""
+    """A reader of segments of one file's tensors from the source, converted."""
 
-    def __call__(self, file: CachedFile, segments: Sequence[TensorSegment]) -> list[torch.Tensor]: ...
+    def __call__(self, file: CachedFile, segments: Sequence[TensorSegment]) -> list[torch.Tensor]:
+        """Read them: 1-D host tensors that own their memory, in the order of `segments`."""
+        ...
 
 
 def segments_of(tensor: CachedTensor) -> Iterator[TensorSegment]:
-    """A tensor, cut into segments."""
+    """Cut a tensor into segments of `SEGMENT_BYTES` and a rest."""
     itemsize = ITEMSIZE[tensor.dtype]
     total, step = tensor.nbytes // itemsize, SEGMENT_BYTES // itemsize
     for start in range(0, total, step):
@@ -71,7 +73,7 @@ def segments_of(tensor: CachedTensor) -> Iterator[TensorSegment]:
 
 
 class LoadedTensors:
-    """What is known of loaded tensors without keeping them: weak references and fingerprints."""
+    """Knowledge of loaded tensors that does not keep them: weak references and fingerprints."""
 
     def __init__(self) -> None:
         self._storages: dict[CachedTensor, weakref.ref[Any]] = {}
@@ -80,9 +82,13 @@ class LoadedTensors:
         self._stream: torch.cuda.Stream | None = None
 
     def note(self, file: CachedFile, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take fingerprints, before anybody else has the tensors. `tensors` go by their names in the source.
+        """Take fingerprints, before anybody else has the tensors.
 
-        Left out: small ones, and views of the file, which nobody has read yet.
+        Left out are small tensors, and views of the file, which nobody has read yet.
+
+        Args:
+            file: The file of the entry that they go to.
+            tensors: The tensors, by their names in the source.
         """
         import torch
 
@@ -101,11 +107,11 @@ class LoadedTensors:
             torch.cuda.current_stream(device).synchronize()
 
     def knows(self, segment: TensorSegment) -> bool:
-        """Whether `take` may have the segment."""
+        """Return True if `take` may have the segment."""
         return segment.tensor in self._storages
 
     def take(self, segment: TensorSegment) -> torch.Tensor | None:
-        """The segment's bytes in host memory, valid until the next call; None if it must be read from the source."""
+        """Return a segment's bytes in host memory, valid until the next call; None if the source must be read."""
         storage = self._storages[segment.tensor]() if self.knows(segment) else None
         if storage is None:
             return None
@@ -117,7 +123,7 @@ class LoadedTensors:
         return words if _same(_fingerprint(words), expected) else None
 
     def _to_host(self, words: torch.Tensor) -> torch.Tensor:
-        """On a stream of its own: what was loaded is complete, and nobody has to wait for this copy."""
+        """Copy on a stream of its own: what was loaded is complete, and nobody has to wait for this copy."""
         import torch
 
         if self._buffer is None:
@@ -151,7 +157,7 @@ def _range(words: torch.Tensor, segment: TensorSegment) -> torch.Tensor:
 
 
 def _fingerprint(words: torch.Tensor) -> list[torch.Tensor]:
-    """Sums of the words by position modulo each prime: taken modulo their product first, so in one pass.
+    """Sum the words by position modulo each prime: taken modulo their product first, so in one pass.
 
     A last row that is not full is summed by itself. Nothing but sums and copies: each kind of kernel costs a GPU tens
     of milliseconds when it is first used.
@@ -184,7 +190,7 @@ def prepare_fingerprints(device: str | int | torch.device) -> None:
 
 
 def batches(segments: Iterable[TensorSegment], loaded: LoadedTensors) -> Iterator[list[TensorSegment]]:
-    """Neighbouring segments that go together to one read, `SEGMENT_BYTES` at most; what was loaded stands alone."""
+    """Yield neighbouring segments that are read together, `SEGMENT_BYTES` at most; what was loaded stands alone."""
     batch: list[TensorSegment] = []
     for segment in segments:
         alone = loaded.knows(segment)

@@ -1,10 +1,10 @@
-"""What an entry says about itself: which source it was made from, its files, and a checksum for every block of them.
+"""The manifest of an entry: which source it was made from, its files, and a checksum for every block of them.
 
 The manifest carries a checksum of its own. It is untrusted like any file: strictly read, with caps; what is wrong with
 it is a `CacheError`, and the entry is then not used.
 
 Blocks end at multiples of `BLOCK_BYTES` of the file; the header of a safetensors file, up to the first tensor, is a
-block of its own. So the blocks are what a whole load reads in one piece each, and can be checked while they pass.
+block of its own. So the blocks are what a load of everything reads at once, and can be checked while they pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CLOCKS_DIFFER_S = 2.0
 
 
 def digest(block: Any) -> str:
-    """The checksum of a block: XXH3, 128 bits. Finds accidents, not forgers; releases the interpreter lock."""
+    """Return the checksum of a block: XXH3, 128 bits. Finds accidents, not forgers; releases the interpreter lock."""
     return xxhash.xxh3_128_hexdigest(block)
 
 
@@ -43,38 +43,40 @@ class EntryFile:
     """One file of an entry."""
 
     path: str
-    """Relative to the entry, with `/`."""
+    """The path relative to the entry, with `/`."""
     nbytes: int
     header_nbytes: int
-    """Where the first tensor begins; 0 in files that hold none."""
+    """The place where the first tensor begins; 0 in files that hold none."""
     blocks: tuple[str, ...]
-    """Checksums, in order."""
+    """Checksums of the blocks, in order."""
     mtime_ns: int | None = None
-    """When it was last written to, once it was complete. None: the version that wrote it did not say."""
+    """The moment when it was last written to, once it was complete; None if the version that wrote it did not say."""
     ctime_ns: int | None = None
-    """When anything about it last changed, which no program can set."""
+    """The moment when anything about it last changed, which no program can set."""
 
     def was_touched(self, st: os.stat_result, created: float) -> bool:
-        """Whether a file was written to since; `created` is when its manifest was."""
+        """Tell whether a file was written to since; `created` is when its manifest was."""
         if self.mtime_ns is None:
             return st.st_mtime > created + _CLOCKS_DIFFER_S
         return st.st_mtime_ns != self.mtime_ns
 
     def is_as_left(self, st: os.stat_result) -> bool:
-        """Whether nothing about a file changed, as far as it is known. A mode or an owner may; so may an mtime that
-        was put back."""
+        """Tell whether nothing about a file changed, as far as it is known.
+
+        A mode or an owner may have changed; so may an mtime that was put back.
+        """
         return self.ctime_ns in (None, st.st_ctime_ns)
 
     @property
     def n_blocks(self) -> int:
-        """How many blocks a file of this size has."""
+        """The number of blocks that a file of this size has."""
         if self.nbytes <= self.header_nbytes:
             return 1 if self.header_nbytes else 0
         data = -(-self.nbytes // BLOCK_BYTES) - self.header_nbytes // BLOCK_BYTES
         return data + (1 if self.header_nbytes else 0)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Start and end of each block."""
+        """Yield start and end of each block."""
         start = 0
         if self.header_nbytes:
             yield 0, self.header_nbytes
@@ -87,7 +89,7 @@ class EntryFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What an entry says about itself."""
+    """The statements of an entry about itself."""
 
     key: str
     label: str
@@ -105,7 +107,7 @@ class Manifest:
         return sum(f.nbytes for f in self.files)
 
     def to_bytes(self) -> bytes:
-        """The document, with its own checksum."""
+        """Return the document, with its own checksum."""
         body = {"format_version": FORMAT_VERSION, **asdict(self)}
         body["files"] = [{k: v for k, v in file.items() if v is not None} for file in body["files"]]
         return json.dumps({**body, "digest": _body_digest(body)}, indent=1).encode()
@@ -116,7 +118,16 @@ def _body_digest(body: dict[str, Any]) -> str:
 
 
 def parse_manifest(text: bytes, path: str) -> Manifest:
-    """Read a manifest; `path` names it in errors. Raises `CacheError` for anything but a sound one of this version."""
+    """Read a manifest.
+
+    Args:
+        text: The document.
+        path: Its name in errors.
+
+    Raises:
+        NewerFormatError: A newer version of this program wrote it.
+        CacheError: It is anything else but a sound one of this version.
+    """
     if len(text) > MAX_MANIFEST_BYTES:
         raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
     try:
@@ -172,6 +183,6 @@ def _entry_file(doc: Doc) -> EntryFile:
 
 
 def is_plain(path: str) -> bool:
-    """Whether a relative path stays inside its directory."""
+    """Tell whether a relative path stays inside its directory."""
     parts = path.split("/")
     return path.isprintable() and len(parts) <= 4 and all(p not in ("", ".", "..") for p in parts)

@@ -40,17 +40,24 @@ _TRIES = 3
 
 
 def default_directory() -> Path:
-    """Where the cache is unless told otherwise: the user's cache directory of this system."""
+    """Return the place of the cache unless told otherwise: the user's cache directory of this system."""
     from platformdirs import user_cache_path
 
     return user_cache_path("wan-loader") / "converted"
 
 
 class Store:
-    """A cache directory."""
+    """A cache directory: opened, made if needed, and cleared of what killed processes left.
+
+    Args:
+        directory: The directory; None is the user's.
+        create: Make what is missing.
+
+    Raises:
+        CacheError: It is a link, somebody else's, writable by others, used for other things, or cannot be written.
+    """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, *, create: bool = True) -> None:
-        """Open it, make it if needed, sweep what killed processes left. Raises `CacheError`."""
         self.root = Path(directory) if directory is not None else default_directory()
         try:
             if create and not self.root.is_symlink():
@@ -59,8 +66,8 @@ class Store:
             self._check_ours()
             if create:
                 self._make()
-            for room in _DIRECTORIES:
-                self._check(self.root / room)
+            for name in _DIRECTORIES:
+                self._check(self.root / name)
         except OSError as error:
             if isinstance(error, CacheError):
                 raise
@@ -68,7 +75,7 @@ class Store:
         self._sweep()
 
     def _check_ours(self) -> None:
-        """What lies in a directory that somebody uses for something else must not be swept away."""
+        """Refuse a directory that somebody uses for something else: what lies there must not be swept away."""
         names = os.listdir(self.root)
         if names and (_TAG_NAME not in names or not self._tag_is_ours()):
             raise CacheError(
@@ -77,7 +84,7 @@ class Store:
             )
 
     def _tag_is_ours(self) -> bool:
-        """Other programs tag their caches, too. An empty one is being written by another process."""
+        """Read the tag: other programs tag their caches, too. An empty one is being written by another process."""
         with open(self.root / _TAG_NAME, "rb") as tag:
             return tag.read(len(_TAG) + 1) in (b"", _TAG.encode())
 
@@ -85,8 +92,8 @@ class Store:
         tag = self.root / _TAG_NAME
         if not tag.exists():
             tag.write_text(_TAG)
-        for room in _DIRECTORIES:
-            (self.root / room).mkdir(mode=0o700, exist_ok=True)
+        for name in _DIRECTORIES:
+            (self.root / name).mkdir(mode=0o700, exist_ok=True)
 
     def _check(self, path: Path) -> None:
         try:
@@ -119,15 +126,20 @@ class Store:
         for path in self._paths("trash"):
             remove_tree(path)
 
-    def _paths(self, room: str) -> list[Path]:
+    def _paths(self, directory: str) -> list[Path]:
         with suppress(OSError):
-            return sorted(self.root / room / name for name in os.listdir(self.root / room))
+            return sorted(self.root / directory / name for name in os.listdir(self.root / directory))
         return []
 
     def find(self, key: str, *, use: bool = True) -> Entry | None:
-        """The entry of a key, locked for reading until it is closed; None if there is none.
+        """Find the entry of a key, locked for reading until it is closed; None if there is none.
 
-        use: count this as its last use. Raises `CacheError` if there is one that cannot be used.
+        Args:
+            key: The name of the entry.
+            use: Count this as its last use.
+
+        Raises:
+            CacheError: There is one that cannot be used.
         """
         path = self.root / "entries" / key
         if is_foreign(path):
@@ -152,8 +164,13 @@ class Store:
     def begin(self, key: str, nbytes: int, max_size: int | None = None) -> UnfinishedEntry | None:
         """Become the one that builds an entry, after making room for it; None if it exists or another builds it.
 
-        max_size: bytes the whole cache may take; None: half of what would be free without it. Raises `CacheError` if
-        the entry cannot fit.
+        Args:
+            key: The name of the entry.
+            nbytes: The size that it will have.
+            max_size: Bytes the whole cache may take; None is half of what would be free without it.
+
+        Raises:
+            CacheError: The entry cannot fit, or the directory cannot be written.
         """
         path = self.root / "building" / key
         for _ in range(_TRIES):  # a sweeper may take what is not locked yet
@@ -182,7 +199,7 @@ class Store:
         return building
 
     def _make_room(self, nbytes: int, max_size: int | None) -> None:
-        """For a new entry of `nbytes`, which has told its plan already: two that are begun at once see each other."""
+        """Make room for a new entry of `nbytes`, which has told its plan already: two begun at once see each other."""
         listed = self.listed()
         fixed = sum(x.claim for x in listed if x.stays or x.state == "in use")
         unwritten = sum(x.claim - x.nbytes for x in listed if x.state == "building")
@@ -210,7 +227,7 @@ class Store:
             )
 
     def listed(self) -> list[ListedEntry]:
-        """Everything in the cache, last used first."""
+        """List everything in the cache, last used first."""
         listed = [look_at(path, "complete") for path in self._paths("entries")]
         listed += [look_at(path, "building") for path in self._paths("building")]
         listed += [look_at(path, "damaged") for path in self._paths("damaged")]
@@ -219,7 +236,10 @@ class Store:
     def prune(self, *, max_size: int | None = None, max_age_s: float | None = None) -> list[ListedEntry]:
         """Remove damaged entries, those not used for `max_age_s` seconds, and the least recently used over `max_size`.
 
-        What is being read or built stays, and what a newer version of this program wrote. Returns what was removed.
+        Entries that are being read or built stay, and those that a newer version of this program wrote.
+
+        Returns:
+            The entries that were removed.
         """
         removed, now = [], time.time()
         for listed in self.listed():
@@ -240,14 +260,18 @@ class Store:
         return removed
 
     def remove(self, listed: ListedEntry) -> bool:
-        """Remove an entry; False if it is being read or built."""
+        """Remove an entry; return False if it is being read or built."""
         with removable(listed.path) as locked:
             if locked:
                 self._discard(listed.path)
             return locked
 
     def set_aside(self, key: str) -> Path | None:
-        """Move an entry whose check failed to damaged/, where nobody loads it; readers keep what they have open."""
+        """Move an entry whose check failed to damaged/, where nobody loads it; readers keep what they have open.
+
+        Returns:
+            The new place; None if another process was first, or it cannot be moved.
+        """
         entry, place = self.root / "entries" / key, self.root / "damaged" / key
         if not os.path.lexists(entry):  # another process was first
             return None
@@ -259,7 +283,7 @@ class Store:
         return None
 
     def _discard(self, path: Path) -> None:
-        """Out of sight in one step, then away."""
+        """Take a directory out of sight in one step, then away."""
         trash = self.root / "trash" / uuid.uuid4().hex
         with suppress(OSError):
             path.rename(trash)

@@ -1,4 +1,4 @@
-"""One source's dealings with the converted cache, for loads of a checkpoint and for starts of a whole model alike.
+"""The state machine of one source in the converted cache, for loads of a checkpoint and for starts of a whole model.
 
     hit         there is a valid entry: read it instead of the source
     building    there is none, and this process writes it, once all of its files were noted
@@ -41,7 +41,7 @@ _CLOCK_TICK_S = 0.02
 
 
 def find_entry(store: Store, key: str, warn: Callable[[str], object]) -> Entry | None:
-    """`Store.find`; an entry that is damaged is set aside, with a warning, and there is none."""
+    """Find an entry as `Store.find` does; one that is damaged is set aside, with a warning, and there is none."""
     try:
         return store.find(key)
     except (CacheError, CheckpointError) as error:  # the entry's file may vanish or be damaged, too
@@ -57,7 +57,7 @@ def _put_aside(store: Store, key: str, why: Exception) -> str:
 def begin_build(
     store: Store, outline: Outline, sources: Sequence[SourceIdentity], max_size: int | None = None
 ) -> UnfinishedEntry | None:
-    """`Store.begin`, once the source's times are old enough to tell any later change."""
+    """Begin as `Store.begin` does, once the source's times are old enough to tell any later change."""
     newest = max((s.ctime_ns for s in sources), default=0) / 1e9
     if 0 <= (age := time.time() - newest) < _CLOCK_TICK_S:
         time.sleep(_CLOCK_TICK_S - age)
@@ -67,9 +67,20 @@ def begin_build(
 def build_entry(
     store: Store, outline: Outline, read: ReadSegments, *, max_size: int | None = None, digest_contents: bool = False
 ) -> Build | Path | None:
-    """Begin to write an entry from its source; its path if there is a valid one, None if another process writes it.
+    """Begin to write an entry from its source.
 
-    digest_contents: keep checksums of the source files' contents, too. Raises `CacheError`.
+    Args:
+        store: The cache.
+        outline: The content of the entry.
+        read: Reads from the source.
+        max_size: Bytes the whole cache may take; None is half of what would be free without it.
+        digest_contents: Keep checksums of the source files' contents, too.
+
+    Returns:
+        The build; the path of the entry if there is a valid one; None if another process writes it.
+
+    Raises:
+        CacheError: The source cannot be cached, the entry does not fit, or the cache cannot be written.
     """
     for file in outline.files:
         if (reason := why_not(file)) is not None:
@@ -86,13 +97,17 @@ def build_entry(
 
 
 class CacheUse:
-    """What the cache does for one source, from the look for an entry to the one that is written. A context manager."""
+    """The dealings of a source with the cache, from the look for an entry to the writing of one. A context manager.
+
+    To make one is to look for an entry, and to begin to build one if there is none.
+
+    Args:
+        outline: The content of the entry.
+        directory: The directory of the cache; None is the user's.
+        read: Reads from the source what cannot be taken from memory.
+    """
 
     def __init__(self, outline: Outline, directory: StrPath | None, read: ReadSegments) -> None:
-        """Look for an entry; begin to build one if there is none.
-
-        directory: of the cache; None: the user's. read: reads from the source what cannot be taken from memory.
-        """
         self.entry: Entry | None = None
         """The entry that is to be read, as long as it is a hit."""
         self.build: Build | None = None
@@ -136,7 +151,7 @@ class CacheUse:
         self.report = CacheReport("hit", why, str(self.entry.path))
 
     def set_aside(self, why: Exception) -> None:
-        """The entry is damaged: load from the source, and build it again."""
+        """Set the entry aside, which is damaged: load from the source, and build it again."""
         assert self.entry is not None
         assert self._store is not None
         key = self.entry.path.name
@@ -148,10 +163,13 @@ class CacheUse:
             self._unusable(error)
 
     def note(self, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """A file's tensors were loaded from the source: call before anybody else has them. With the last file, the
-        entry begins to be written in the background.
+        """Note that a file's tensors were loaded from the source, before anybody else has them.
 
-        path: of the file in the entry. tensors: by their names in the source.
+        With the last file, the entry begins to be written in the background.
+
+        Args:
+            path: The path of the file in the entry.
+            tensors: The tensors, by their names in the source.
         """
         if self._building is None or path not in self._missing:
             return

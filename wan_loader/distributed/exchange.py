@@ -1,7 +1,7 @@
-"""The collectives of a load: blocks that were read in parts become whole on each of their holders.
+"""The collectives of a load: storages of which each holder has read a byte range become whole on all of them.
 
-Large blocks are gathered in place: each holder's part already lies where it belongs. Small ones travel together in
-messages, through a buffer. Bytes are moved, not numbers, so every dtype that torch has can be exchanged.
+Large storages are gathered in place: each holder's byte range already lies where it belongs. Small ones travel together
+in messages, through a buffer. Bytes are moved, not numbers, so every dtype that torch has can be exchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ _connected: WeakSet[ProcessGroup] = WeakSet()
 
 
 def check_usable(group: ProcessGroup) -> None:
-    """Raise `DistributedError` if an exchange in this group has failed before."""
+    """Refuse a group in which an exchange has failed before.
+
+    Raises:
+        DistributedError: What is sent through it next could end up in a collective that never ended.
+    """
     if group in _broken:
         raise DistributedError(
             "an exchange in this process group failed before: call torch.distributed.destroy_process_group() and "
@@ -44,9 +48,18 @@ def check_usable(group: ProcessGroup) -> None:
 
 
 def carry_out(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup, liveness: Liveness) -> None:
-    """Carry out an exchange. flats: storages by number, 1-D. Returns when everything has arrived.
+    """Carry out an exchange. Return when everything has arrived.
 
-    Raises what failed here, or `DistributedError` for what failed elsewhere; either way no collective is left behind.
+    Whatever is raised, no collective is left behind.
+
+    Args:
+        what: The exchange, the same for each of its holders.
+        flats: The loaded storages by number, 1-D; they are filled in.
+        group: The holders.
+        liveness: Ends the waiting for a process that failed.
+
+    Raises:
+        DistributedError: Another process failed or is gone.
     """
     import torch
 
@@ -126,7 +139,7 @@ class _Collectives:
             self._liveness.wait(work)
 
     def _completed_within(self, seconds: float) -> bool:
-        """Whether all end by themselves, as they do where the others go on."""
+        """Return True if all end by themselves, as they do where the others go on."""
         end = time.monotonic() + seconds
         while not all(work.is_completed() for work in self._works):
             if time.monotonic() > end:

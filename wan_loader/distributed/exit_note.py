@@ -1,4 +1,4 @@
-"""Processes that have ended: each leaves a note in the store of torch.distributed when its interpreter exits.
+"""Notes of processes that have ended: left in the store of torch.distributed when their interpreters exit.
 
 A process that ends before it ever came to a load has no heartbeat that could stop; whoever waits for it finds the note.
 There is none of a process that was killed, or that left torch.distributed (`destroy_process_group`) before it ended.
@@ -19,7 +19,7 @@ _MAX_TEXT = 1000
 
 
 def leave_exit_note() -> None:
-    """Say that this process ends, and with which uncaught error; nothing outside of a distributed run."""
+    """Say that this process ends, and with which uncaught error; do nothing outside of a distributed run."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
@@ -30,7 +30,7 @@ def leave_exit_note() -> None:
 
 
 def read_exit_note(store: Any, rank: int) -> str | None:
-    """What process `rank` left: its uncaught error or nothing; None if it has not ended, or left no note."""
+    """Read what process `rank` left: its uncaught error or nothing; None if it has not ended, or left no note."""
     key = _key(rank)
     return store.get(key).decode(errors="replace") if store.check([key]) else None
 

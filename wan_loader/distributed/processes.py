@@ -1,6 +1,6 @@
 """The processes of a distributed run, as torchrun starts them: who is who, whose device is which, how they meet.
 
-Reads the environment that torchrun sets, and says which part of it is missing. Imports torch only where that is needed.
+Reads the environment that torchrun sets, and says what of it is missing. Imports torch only where that is needed.
 """
 
 from __future__ import annotations
@@ -56,37 +56,42 @@ def _from_environment(name: str, default: int | None = None) -> int:
 
 
 def world_size() -> int:
-    """How many processes a distributed run has; 1 outside of one."""
+    """Return the number of processes that a distributed run has; 1 outside of one."""
     return _from_environment("WORLD_SIZE", 1)
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return True in the process that prints and writes."""
     return process_rank() == 0
 
 
 def process_rank() -> int:
-    """This process's number in a distributed run; 0 outside of one."""
+    """Return this process's number in a distributed run; 0 outside of one."""
     return 0 if world_size() == 1 else _from_environment("RANK")
 
 
 def local_rank() -> int:
-    """This process's number among those of its machine; 0 outside of a distributed run."""
+    """Return this process's number among those of its machine; 0 outside of a distributed run."""
     return 0 if world_size() == 1 else _from_environment("LOCAL_RANK")
 
 
 def warms() -> bool:
-    """Whether this process reads files ahead: one of each machine does."""
+    """Return True if this process reads files ahead: one of each machine does."""
     return local_rank() == 0
 
 
 def next_name() -> str:
-    """What a run is called in the store: the same in each process, and new for each run of a process."""
+    """Name a run in the store: the same in each process, and new for each run of a process."""
     return f"run/{next(_runs)}"
 
 
 def open_store() -> Any:
-    """A connection to the run's key-value store, which torchrun or process 0 holds."""
+    """Connect to the run's key-value store, which torchrun or process 0 holds.
+
+    Raises:
+        OptionError: The environment of a distributed run is incomplete or makes no sense.
+        DistributedError: The store cannot be reached.
+    """
     import torch.distributed
 
     stores: Any = torch.distributed
@@ -114,12 +119,12 @@ def _holds_store() -> bool:
 
 @dataclass(slots=True)
 class Joined:
-    """This process, connected with the others."""
+    """The connection of this process with the others."""
 
     device: torch.device
     liveness: Liveness
     started_torch: bool
-    """Whether torch.distributed was started here, and is ended here."""
+    """True if torch.distributed was started here, and is ended here."""
 
     def leave(self, error: BaseException | None = None) -> None:
         """Leave when all do; with an error, the others are told, and nobody waits."""
@@ -139,11 +144,15 @@ class Joined:
 
 
 def join(device: str | torch.device) -> Joined:
-    """Meet the other processes and start torch.distributed, unless the caller has. device: "auto" and "cuda" mean the
-    GPU of this process's local rank.
+    """Meet the other processes and start torch.distributed, unless the caller has.
 
-    Raises `OptionError` where the environment of a distributed run is incomplete, `DeviceError` where there are
-    more processes than GPUs, `DistributedError` where the others fail or do not come.
+    Args:
+        device: The device of this process; "auto" and "cuda" mean the GPU of its local rank.
+
+    Raises:
+        OptionError: The environment of a distributed run is incomplete.
+        DeviceError: There are more processes than GPUs.
+        DistributedError: The others fail or do not come.
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
@@ -173,7 +182,7 @@ def join(device: str | torch.device) -> Joined:
 
 
 def run_liveness() -> Liveness | None:
-    """The processes of the run that this one has joined, and not left; None outside of one."""
+    """Return the liveness of the run that this process has joined, and not left; None outside of one."""
     return _joined[-1] if _joined else None
 
 
@@ -192,7 +201,12 @@ def tell_others(error: BaseException) -> None:
 
 
 def own_device(device: str | torch.device) -> torch.device:
-    """The device of this process, made current: "auto" and "cuda" mean the GPU of its local rank."""
+    """Resolve the device of this process and make it current: "auto" and "cuda" mean the GPU of its local rank.
+
+    Raises:
+        OptionError: A GPU was named that several processes would share.
+        DeviceError: The device is not there.
+    """
     import torch
 
     from wan_loader.devices.resolve import resolve_device

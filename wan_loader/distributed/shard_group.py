@@ -1,8 +1,8 @@
 """Processes that load together: torch.distributed's groups and DTensors on one side, the plan's numbers on the other.
 
-    joined      who takes part, from the module's DTensors or from the group that was given
-    compare     everybody sees the same checkpoint and wants the same of it, before anything is read
-    exchange    what was read in parts travels to those that need it
+    open_shard_group    who takes part, from the module's DTensors or from the group that was given
+    divide              everybody sees the same checkpoint and wants the same of it, before anything is read
+    exchange            what each has read travels to those that need it
 
 Reading and exchanging follow each other within a load: collectives of a load never run beside others of the caller's
 thread, and their order is the same on every process.
@@ -67,9 +67,9 @@ class ShardGroup:
     liveness: Liveness
     group: ProcessGroup
     groups: dict[tuple[int, ...], ProcessGroup]
-    """By the ranks in them."""
+    """Process groups by the ranks in them."""
     n_local: int = 1
-    """Processes of the team on this machine."""
+    """The number of processes of the group on this machine."""
     local_share: LocalShare | None = None
     shared_borders: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scales: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -77,13 +77,14 @@ class ShardGroup:
 
     @property
     def rank(self) -> int:
-        """This process, counted over the whole run."""
+        """The number of this process, counted over the whole run."""
         return self.liveness.rank
 
     def device(self, device: str | int | torch.device) -> str | int | torch.device:
-        """Where this process loads to: "cuda" is the GPU that the group is bound to, whatever the thread's current one.
+        """Choose where this process loads to: "cuda" is the GPU that the group is bound to, not the thread's own.
 
-        Raises `OptionError` for another GPU than that one: the group could not exchange what arrives there.
+        Raises:
+            OptionError: Another GPU than that one was named: the group could not exchange what arrives there.
         """
         bound = self.group.bound_device_id
         if bound is None or not _is_cuda(device):
@@ -95,11 +96,15 @@ class ShardGroup:
         )
 
     def token(self, cancel: CancelToken | None) -> CancelToken:
-        """A token through which the failure of another process ends the load of this one; `cancel` does, too."""
+        """Make a token through which the failure of another process ends the load of this one; `cancel` does, too."""
         return _GroupToken(self.liveness, cancel)
 
     def divide(self, binding: Binding, checkpoint: Checkpoint) -> LocalShare:
-        """Compare with the others, and say what this process keeps."""
+        """Compare with the others, and say what this process keeps.
+
+        Raises:
+            DistributedError: They see another checkpoint, or want something else.
+        """
         tensors, slots, rule = binding.request.select(checkpoint), binding.targets, binding.request.policy
         rule.check(checkpoint, tensors)
         shardings = {t.name: self._sharding(slots.get(t.name)) for t in tensors}
@@ -108,7 +113,11 @@ class ShardGroup:
         return self.local_share
 
     def reads(self, request: LoadRequest) -> dict[int, tuple[int, int]]:
-        """Which bytes of each storage that others hold, too, this process reads; storages not in it are read whole."""
+        """Choose the bytes that this process reads of each storage that others hold, too; others are read whole.
+
+        Returns:
+            Number of a storage -> start and end, in bytes of the file.
+        """
         assert self.local_share is not None
         plans = plan_storages(request.select(self.local_share.checkpoint), request.policy)
         out: dict[int, tuple[int, int]] = {}
@@ -126,7 +135,12 @@ class ShardGroup:
         return out
 
     def exchange(self, plan: LoadPlan, transfer: TransferResult, observer: Observer | None) -> dict[str, int]:
-        """Fill in what the others have read; returns facts for the report."""
+        """Fill in what the others have read; return facts for the report.
+
+        Raises:
+            OptionError: The group cannot exchange on the device that was loaded to.
+            DistributedError: Another process failed, or two of them load to one GPU.
+        """
         assert self.local_share is not None
         copied = plan.layout.copied
         flats = {storage.storage: to.flat for storage, to in zip(copied, transfer.destinations, strict=True)}
@@ -192,7 +206,7 @@ class ShardGroup:
 
 
 class _GroupToken(CancelToken):
-    """Also asks whether the other processes live, and the caller's own token."""
+    """A token that also asks whether the other processes live, and the caller's own token."""
 
     def __init__(self, liveness: Liveness, own: CancelToken | None) -> None:
         super().__init__()
@@ -208,9 +222,16 @@ class _GroupToken(CancelToken):
 
 @contextmanager
 def open_shard_group(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup]:
-    """The group of a load. Every process of it must come here.
+    """Open the group of a load. Every process of it must come here.
 
-    group: None takes the one that the module's DTensors lie on. Loads of the same group in several threads take turns.
+    Loads of the same group in several threads take turns.
+
+    Args:
+        group: The processes; None takes the group that the module's DTensors lie on.
+        module: The module that is to be filled, where there is one.
+
+    Raises:
+        OptionError: torch.distributed is not started, or this process is not in the group.
     """
     check_room_for_torch()
     with without_forks():
@@ -245,7 +266,7 @@ def _is_cuda(device: str | int | torch.device) -> bool:
 
 
 def _identity(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> str:
-    """The GPU that NCCL will use here, by a name that no other one of any machine has; nothing where it uses none."""
+    """Name the GPU that NCCL will use here, as no other one of any machine is named; empty where it uses none."""
     import torch
     import torch.distributed as dist
 
@@ -256,7 +277,11 @@ def _identity(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> str:
 
 
 def _check_devices(ranks: Sequence[int], identities: Sequence[str]) -> None:
-    """Raise, in every process alike, if two processes hold their tensors on one GPU: no collective could run there."""
+    """Refuse, in every process alike, that two of them hold their tensors on one GPU: no collective could run there.
+
+    Raises:
+        DistributedError: Two do.
+    """
     owner: dict[str, int] = {}
     for rank, identity in zip(ranks, identities, strict=True):
         if identity and (other := owner.setdefault(identity, rank)) != rank:
@@ -267,7 +292,7 @@ def _check_devices(ranks: Sequence[int], identities: Sequence[str]) -> None:
 
 
 def _group_of(module: torch.nn.Module) -> ProcessGroup:
-    """All processes that the module's DTensors lie on."""
+    """Find the group of all processes that the module's DTensors lie on."""
     import torch.distributed as dist
 
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
@@ -285,7 +310,11 @@ def _group_of(module: torch.nn.Module) -> ProcessGroup:
 
 
 def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGroup) -> TensorSharding:
-    """Blocks and holders of DTensors; `OptionError` for placements other than `Shard(0)` and `Replicate`."""
+    """Read shards and holders off a DTensor's mesh and placements.
+
+    Raises:
+        OptionError: The placements are others than `Shard(0)` and `Replicate`.
+    """
     import torch.distributed as dist
     from torch.distributed.tensor import Replicate, Shard
 
@@ -314,7 +343,7 @@ def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGro
 
 
 def _digest(checkpoint: Checkpoint) -> str:
-    """Of everything the headers say, and of two samples of each file: other weights of the same shapes show."""
+    """Hash everything that the headers say, and two samples of each file: other weights of the same shapes show."""
     facts = (checkpoint.format, checkpoint.storages, checkpoint.tensors, [f.nbytes for f in checkpoint.files])
     parts = [repr(facts).encode()]
     for file in checkpoint.files:

@@ -1,4 +1,4 @@
-"""A load of several processes: each reads its part of the bytes, and they exchange. A wrapper around a load.
+"""A load of several processes: each reads its share of the bytes, and they exchange. A wrapper around a load.
 
 Reading and exchanging follow each other within a load: collectives of a load never run beside others of the caller's
 thread, and their order is the same on every process.
@@ -44,9 +44,15 @@ def load_together(
 ) -> LoadResult:
     """Load as one of the processes of a group, all of which make this call.
 
-    group: None takes the one that the DTensors of the module lie on.
+    Args:
+        request: The load that this process asks for.
+        into: The module that is to be filled; None returns the tensors alone.
+        group: The processes; None takes the group that the DTensors of the module lie on.
+        cancel: Stops the load, here and by its failure in the others.
+        observer: Is told of spans.
 
-    Raises `DistributedError` where another process failed or wants something else, and what a load raises.
+    Raises:
+        DistributedError: Another process failed or wants something else.
     """
     with open_shard_group(group, None if into is None else into.module) as shards:
         request = replace(request, device=shards.device(request.device))

@@ -1,4 +1,4 @@
-"""What `stage` knows of one staged checkpoint, kept beside the copy so that any later process can go on or undo it.
+"""The state of one staged checkpoint, kept beside the copy so that any later process can go on or undo it.
 
     DIR/.wan-loader-stage/ID/manifest.json   source, files, whether all is there
     DIR/.wan-loader-stage/ID/journal         one line for each block written, file placed, directory made
@@ -56,19 +56,19 @@ class PlannedFile:
     """One version of one file that is to be in place."""
 
     path: str
-    """Below DIR, with slashes."""
+    """The path below DIR, with slashes."""
     nbytes: int
     mtime_ns: int
 
     @property
     def key(self) -> str:
-        """Names this version: 16 hex digits."""
+        """The name of this version: 16 hex digits."""
         return _digest(f"{self.path}\0{self.nbytes}\0{self.mtime_ns}")
 
 
 @dataclass(frozen=True, slots=True)
 class StageManifest:
-    """What is staged under one name."""
+    """The list of what is staged under one name."""
 
     source: str
     name: str
@@ -78,10 +78,11 @@ class StageManifest:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all files."""
         return sum(file.nbytes for file in self.files)
 
     def planned(self, file: SourceFile) -> PlannedFile:
-        """Where a file of the source goes."""
+        """Plan where a file of the source goes."""
         return PlannedFile(
             f"{self.name}/{file.relative}" if self.is_directory else file.relative, file.nbytes, file.mtime_ns
         )
@@ -131,15 +132,15 @@ class StageEntry:
             self._locked.close()
 
     def part(self, file: PlannedFile) -> Path:
-        """The file that is being copied."""
+        """Return the path of the file that is being copied."""
         return self.home / f"{file.key}.part"
 
     def target(self, file: PlannedFile) -> Path:
-        """Where it will be."""
+        """Return the path where it will be."""
         return plain_path(self.directory, file.path)
 
     def owns(self, path: str) -> bool:
-        """Whether what lies at a path below DIR is what this entry put there, untouched since."""
+        """Return True if what lies at a path below DIR is what this entry put there, untouched since."""
         if path not in self.placed:
             return False
         _, nbytes, mtime_ns = self.placed[path]
@@ -150,7 +151,7 @@ class StageEntry:
         return stat.S_ISREG(facts.st_mode) and (facts.st_size, facts.st_mtime_ns) == (nbytes, mtime_ns)
 
     def holds(self, file: PlannedFile) -> bool:
-        """Whether this version is in place."""
+        """Return True if this version is in place."""
         return self.owns(file.path) and self.placed[file.path][0] == file.key
 
     def write_manifest(self, manifest: StageManifest) -> None:
@@ -160,22 +161,22 @@ class StageEntry:
         self.manifest = manifest
 
     def note_block(self, file: PlannedFile, start: int, nbytes: int, checksum: str) -> None:
-        """A block has been written."""
+        """Note that a block has been written."""
         self._append(f"b {file.key} {start} {nbytes} {checksum}")
         self.blocks.setdefault(file.key, {})[start, nbytes] = checksum
 
     def forget_blocks(self, file: PlannedFile) -> None:
-        """What was written is gone."""
+        """Note that what was written is gone."""
         if self.blocks.pop(file.key, None):
             self._append(f"r {file.key}")
 
     def note_placed(self, file: PlannedFile, mtime_ns: int) -> None:
-        """A file is about to be renamed into place."""
+        """Note that a file is about to be renamed into place."""
         self._append(f"p {file.key} {file.nbytes} {mtime_ns} {json.dumps(file.path)}")
         self.placed[file.path] = (file.key, file.nbytes, mtime_ns)
 
     def note_made(self, path: str) -> None:
-        """A directory is about to be made."""
+        """Note that a directory is about to be made."""
         self._append(f"m {json.dumps(path)}")
         self.made.append(path)
 
@@ -223,7 +224,11 @@ class StageEntry:
 
 
 def open_entry(directory: Path, name: str) -> StageEntry:
-    """The entry of a name in DIR, made if it is not there. Raises `OutputError`."""
+    """Open the entry of a name in DIR, made if it is not there; entering it locks it.
+
+    Raises:
+        OutputError: The directory is not ours alone.
+    """
     hidden = directory / HIDDEN
     for path in (hidden, hidden / _digest(name)):
         with contextlib.suppress(FileExistsError):
@@ -233,7 +238,7 @@ def open_entry(directory: Path, name: str) -> StageEntry:
 
 
 def entries(directory: Path) -> Iterator[StageEntry]:
-    """All entries in DIR."""
+    """Yield all entries in DIR."""
     hidden = directory / HIDDEN
     if not os.path.lexists(hidden):
         return
@@ -251,7 +256,7 @@ def _capped(path: Path) -> bytes:
 
 
 def _quoted(text: str) -> str | None:
-    """The path that a journal line names, or None where it is not one below DIR."""
+    """Decode the path that a journal line names; None where it is not one below DIR."""
     try:
         path = json.loads(text)
     except (ValueError, RecursionError):

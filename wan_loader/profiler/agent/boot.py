@@ -1,4 +1,4 @@
-"""Starts the recording inside a program, from the sitecustomize that the profiler put on PYTHONPATH."""
+"""The start of the recording inside a program, from the sitecustomize that the profiler put on PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def start(directory: Any) -> None:
 
 
 def _hook(recorder: Any, module: str, function: str, attribute: Any = None) -> Any:
-    """A function of this package, imported when it is needed: the start of a program must not wait for it."""
+    """Make a hook of a function of this package, imported when needed: the start of a program must not wait for it."""
 
     def hook(arrived: Any) -> None:
         from importlib import import_module
@@ -80,7 +80,7 @@ def _hook(recorder: Any, module: str, function: str, attribute: Any = None) -> A
 
 
 def _process_start() -> Any:
-    """When this process began, on the clock of the spans; 10 ms exact."""
+    """Return when this process began, on the clock of the spans; 10 ms exact."""
     now = time.perf_counter_ns()
     try:
         with open("/proc/self/stat") as f:

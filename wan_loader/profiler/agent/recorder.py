@@ -1,4 +1,4 @@
-"""Keeps spans inside a foreign program and writes them to one file per process, as lines of JSON.
+"""The keeper of spans inside a foreign program: it writes them to one file per process, as lines of JSON.
 
 Per thread there is a stack of open spans. The innermost one gets the time, so spans of a thread never overlap, and
 what an outer span shows is its own time only. Lines are written at most every 100 ms of recorded work and at the end,
@@ -39,7 +39,7 @@ class _Stack(_local):
 
 
 class AgentRecorder:
-    """Where the hooks report to. `on` turns False when the recording ends."""
+    """The recorder that the hooks report to. `on` turns False when the recording ends."""
 
     def __init__(
         self, directory: Any, start_facts: Any = None, deadline_ns: Any = None, clock: Any = time.perf_counter_ns
@@ -90,14 +90,17 @@ class AgentRecorder:
         self._check(now)
 
     def around(self) -> Any:
-        """(name, label, ...) of the innermost span of this thread, or None."""
+        """Return (name, label, ...) of the innermost span of this thread, or None."""
         stack = self._stack.open
         return stack[-1] if stack else None
 
     def end(self, nbytes: Any = 0, kind: Any = None, before: Any = None) -> None:
         """Close the innermost span of this thread.
 
-        kind: (name, label), where they are known only now. before: counters from the beginning, to find page faults.
+        Args:
+            nbytes: The bytes that it worked on.
+            kind: Name and label, where they are known only now.
+            before: Counters from the beginning, to find page faults.
         """
         now, stack = self._clock(), self._stack
         name, label, start = stack.open.pop()
@@ -119,7 +122,7 @@ class AgentRecorder:
             self._stack.open[-1][2] = start
 
     def whole(self, name: Any, label: Any, start: Any, end: Any) -> None:
-        """A span that is over already, outside of all others."""
+        """Record a span that is over already, outside of all others."""
         self._row(name, label, start, end, 0)
 
     def _row(self, name: Any, label: Any, start: Any, end: Any, nbytes: Any) -> None:
@@ -146,7 +149,7 @@ class AgentRecorder:
     # counters
 
     def counters(self) -> Any:
-        """(bytes from storage, bytes through read calls, CPU time of this thread) so far."""
+        """Return (bytes from storage, bytes through read calls, CPU time of this thread) so far."""
         read, rchar = self.io()
         if read - self._read_bytes > _AHEAD_BYTES:
             self._credit_ns += (read - self._read_bytes) * _NS_PER_BYTE
@@ -154,7 +157,7 @@ class AgentRecorder:
         return read, rchar, time.thread_time_ns()
 
     def io(self) -> Any:
-        """(bytes from storage, bytes through read calls) of this process; zeros where the kernel does not say."""
+        """Return (bytes from storage, bytes through read calls) of this process; zeros if the kernel does not say."""
         if self._io is None:
             return 0, 0
         try:
@@ -164,7 +167,7 @@ class AgentRecorder:
             return 0, 0
 
     def _faults(self, before: Any, wall_ns: Any, nbytes: Any) -> Any:
-        """(time blocked, bytes fetched) of an operation of this thread on `nbytes`.
+        """Tell (time blocked, bytes fetched) of an operation of this thread on `nbytes`.
 
         Where most of the bytes were fetched meanwhile, time off the CPU was spent waiting for storage. Where fewer
         were, they may have been asked for ahead of time: then waiting is believed as far as the bytes fetched so far
@@ -183,7 +186,7 @@ class AgentRecorder:
     # the file
 
     def note(self, **entry: Any) -> None:
-        """A line that is not a span."""
+        """Write a line that is not a span."""
         if self.on:
             self._write(entry)
 
@@ -249,7 +252,7 @@ def _track_name() -> Any:
 
 
 def _dumps(value: Any) -> Any:
-    """JSON. The json package is used where the program has it anyway: importing it takes longer than all of this."""
+    """Write JSON. The json package is used where the program has it: importing it takes longer than all of this."""
     json = sys.modules.get("json")
     if hasattr(json, "dumps"):
         return json.dumps(value)  # type: ignore[union-attr]

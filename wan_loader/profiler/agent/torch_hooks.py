@@ -1,6 +1,6 @@
 """Hooks on torch: copies, conversions, construction, random initialisation, loading, sharding, CUDA's start.
 
-Wrapped once torch has been imported. Copies and conversions of less than 64 kB are left alone.
+They are put in place once torch has been imported. Copies and conversions of less than 64 kB are left alone.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _hook_load(recorder: Any, torch: Any) -> Any:
 
 
 def _size(tensor: Any) -> Any:
-    """Bytes of a tensor or a storage, without calling what a subclass of the program's own overrides."""
+    """Count the bytes of a tensor or a storage, without calling what a subclass of the program's own overrides."""
     try:
         if type(tensor) in _plain:
             return tensor.nbytes
@@ -92,7 +92,7 @@ def _size(tensor: Any) -> Any:
 
 
 def _move(recorder: Any, torch: Any, original: Any) -> Any:
-    """A method that returns the tensor elsewhere, or as another dtype, or itself."""
+    """Wrap a method that returns the tensor elsewhere, or as another dtype, or itself."""
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,13 +132,13 @@ def _copy(recorder: Any, torch: Any, original: Any) -> Any:
 
 
 def _moving(recorder: Any) -> Any:
-    """Whether this is a part of another move, as in tensor subclasses: only the whole is recorded."""
+    """Tell whether this is a part of another move, as in tensor subclasses: only the whole is recorded."""
     around = recorder.around()
     return around is not None and around[1] is _MOVE
 
 
 def _counters(recorder: Any, source: Any) -> Any:
-    """The counters before a move; None where it cannot cause page faults, since the source is on a GPU."""
+    """Return the counters before a move; None where it cannot cause page faults, since the source is on a GPU."""
     return None if type(source) in _plain and source.is_cuda else recorder.counters()
 
 
@@ -169,7 +169,7 @@ def _close(recorder: Any, torch: Any, source: Any, target: Any, before: Any, fre
 
 
 def _classify(torch: Any, source: Any, target: Any, fresh: Any) -> Any:
-    """(name, label) of a move; None for one that moves nothing."""
+    """Find (name, label) of a move; None for one that moves nothing."""
     here, there = source.device.type, target.device.type
     if here == "meta" or there == "meta":
         return None
@@ -189,7 +189,7 @@ def _short(dtype: Any) -> Any:
 
 
 def _context_missing(torch: Any) -> Any:
-    """Whether the GPU still has no context: the first copy will make it."""
+    """Tell whether the GPU still has no context: the first copy will make it."""
     try:
         if not torch.cuda.is_initialized():  # asking for the device would initialise it
             return True
@@ -268,6 +268,6 @@ def _wrap_init(recorder: Any, cls: Any, building: Any) -> Any:
 
 
 def hook_distributed(recorder: Any, distributed: Any) -> None:
-    """Sharding and the process group, by whatever of it this module offers."""
+    """Wrap sharding and the process group, by whatever of it this module offers."""
     for name in ("init_process_group", "fully_shard"):
         patch(recorder, distributed, name, lambda f, n=name: timed(recorder, f, "shard", n))

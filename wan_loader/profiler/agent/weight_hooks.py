@@ -18,7 +18,7 @@ _SYS_CACHESTAT = 451
 
 
 def cached_bytes(path: Any) -> Any:
-    """(bytes, bytes in the page cache or None where the kernel cannot say) of a file."""
+    """Return (bytes, bytes in the page cache or None where the kernel cannot say) of a file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
@@ -35,12 +35,12 @@ def hook_safetensors(recorder: Any, module: Any) -> None:
 
 
 def hook_safetensors_torch(recorder: Any, module: Any) -> None:
-    """`load_file` as a whole; what happens inside it is recorded too."""
+    """Wrap `load_file` as a whole; what happens inside it is recorded too."""
     patch(recorder, module, "load_file", lambda f: timed(recorder, f, "read", "safetensors.torch.load_file"))
 
 
 def hook_pretrained(recorder: Any, owner: Any) -> None:
-    """`from_pretrained` as a frame around what is recorded inside it."""
+    """Wrap `from_pretrained` as a frame around what is recorded inside it."""
     method = vars(owner).get("from_pretrained")
     if isinstance(method, classmethod):
         wrapped = timed(recorder, method.__func__, "other", lambda args, kwargs: args[0].__name__ + ".from_pretrained")

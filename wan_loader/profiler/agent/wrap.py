@@ -18,7 +18,7 @@ def drop_frame(error: Any) -> None:
 
 
 def timed(recorder: Any, original: Any, name: Any, label: Any, nbytes_of: Any = None) -> Any:
-    """`original`, recorded as a span. `nbytes_of(before, args)` gives its bytes from the counters before it."""
+    """Wrap `original` as a span. `nbytes_of(before)` gives its bytes from the counters before it."""
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,1 +1,1 @@
-"""From a recording to a session with its verdict and advice. Pure."""
+"""The way of a recording to a session with its verdict and advice. Pure."""

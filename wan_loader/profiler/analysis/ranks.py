@@ -24,34 +24,34 @@ class RankSummary:
     rank: int
     seconds: float
     nbytes_read: int
-    """What it read itself."""
+    """Bytes that it read itself."""
     nbytes_received: int
-    """What came from others."""
+    """Bytes that came from others."""
     read_s: float
-    """Busy with reading."""
+    """Seconds busy with reading."""
     shard_s: float
-    """Busy with collectives, waiting for the others included."""
+    """Seconds busy with collectives, waiting for the others included."""
     device_peak_bytes: int
     host_peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class RankComparison:
-    """All of them."""
+    """The processes of one load, side by side."""
 
     target: str
     n_processes: int
-    """Of the load; sessions of some of them may be missing."""
+    """The number of processes of the load; sessions of some of them may be missing."""
     ranks: tuple[RankSummary, ...]
 
     @property
     def nbytes_read(self) -> int:
-        """By all of them."""
+        """Bytes read by all of them."""
         return sum(m.nbytes_read for m in self.ranks)
 
     @property
     def sentence(self) -> str:
-        """What stands out."""
+        """The sentence that says what stands out."""
         slowest, fastest = (choose(self.ranks, key=lambda m: m.read_s) for choose in (max, min))
         middle = statistics.median(m.read_s for m in self.ranks)
         late = slowest.read_s - fastest.read_s
@@ -64,7 +64,7 @@ class RankComparison:
         return f"the processes are even; {share:.0%} of the time goes into collectives"
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `report --json` for several sessions."""
+        """Return the document of `report --json` for several sessions."""
         return {
             "schema_version": SCHEMA_VERSION,
             "command": "report",
@@ -77,7 +77,11 @@ class RankComparison:
 
 
 def compare_ranks(sessions: Sequence[Session]) -> RankComparison:
-    """Sessions of the processes of one load, by rank. `SessionError` for sessions of different loads."""
+    """Compare sessions of the processes of one load, by rank.
+
+    Raises:
+        SessionError: They are of different loads, or of a load by one process.
+    """
     ranks = sorted((_summary(session) for session in sessions), key=lambda m: m.rank)
     first = sessions[0].report
     sizes = {(s.report.target, s.report.settings.get("processes")) for s in sessions}

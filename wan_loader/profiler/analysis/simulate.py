@@ -1,7 +1,7 @@
-"""Predicts a load on other hardware: the pipeline of reader, ring, copy and cast, played through piece by piece. Pure.
+"""The prediction of a load on other hardware: reader, ring, copy and cast, played through block by block. Pure.
 
-The plan is the one that a load would carry out, and it is cut as the engine cuts it. A resource works on one piece at a
-time at its rate; a piece is read once a slot of the ring is free, copied once it was read, converted once it was
+The plan is the one that a load would carry out, and it is cut as the engine cuts it. A resource works on one block at a
+time at its rate; a block is read once a slot of the ring is free, copied once it was read, converted once it was
 copied, and its slot is free again after the copy (on a GPU) or after the conversion (on the CPU).
 """
 
@@ -45,12 +45,12 @@ class Hardware:
 
     disk: float
     copy: float
-    """Host to device, or memory to memory for a CPU target."""
+    """Host to device, or memory to memory for a load to the CPU."""
     cast: float
     cuda: bool
     slots: int = 24
     fixed_s: float = 0.0
-    """Before the first byte: imports, the CUDA context."""
+    """Seconds before the first byte: imports, the CUDA context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,10 @@ class Prediction:
 def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> LoadPlan:
     """Plan a load of a whole checkpoint from a cold disk, on a machine that need not be there.
 
-    dtype, errors: as of `DtypePolicy`.
+    Args:
+        checkpoint: The checkpoint.
+        dtype: As for `DtypePolicy`, whose errors are raised.
+        cuda: Load to a GPU.
     """
     facts = Facts(device="cuda:0" if cuda else "cpu", processors=processors(), memory_limit=memory_limit())
     request = LoadRequest(source=checkpoint, device=facts.device, policy=DtypePolicy(dtype), owned=True)
@@ -89,7 +92,7 @@ def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> 
 
 
 def blocks_of(plan: LoadPlan) -> list[SimulatedBlock]:
-    """Return what is read, in the order of the plan, in pieces of a slot."""
+    """Return what is read, in the order of the plan, in blocks of a slot."""
     converts = [storage.converts for storage in plan.layout.copied]
     blocks: list[SimulatedBlock] = []
     for block in chain.from_iterable(split(block, plan.settings.slot_bytes) for block in plan.blocks):

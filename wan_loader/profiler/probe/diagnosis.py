@@ -1,4 +1,4 @@
-"""What is wrong with a machine, from its facts and ceilings."""
+"""Advice about a machine, from its facts and ceilings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MiB = 1 << 20
 
 
 def diagnose(document: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Advice with its evidence, from the facts that `doctor` collected."""
+    """Give advice with its evidence, from the facts that `doctor` collected."""
     limits, storage, ceilings = document["limits"], document["storage"], document["ceilings"]
     nbytes = document["files"]["nbytes"]
     checks = (_memory(limits, nbytes), _locking(limits, document["device"]), _disk(storage, ceilings), _cuda(document))

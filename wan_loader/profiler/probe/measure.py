@@ -1,4 +1,4 @@
-"""Measures what this machine can do. Reads only, evicts nothing, and takes well under ten seconds.
+"""Measurements of what this machine can do. They only read, evict nothing, and take well under ten seconds.
 
 The disk is read with O_DIRECT, and only where the files are not in the page cache: such reads leave the cache as it
 is. Each function returns GB/s or seconds; what cannot be measured raises `UnmeasuredError` with the reason.
@@ -48,12 +48,12 @@ _START_BYTES = 512 << 20
 
 
 def cold_ranges(paths: Sequence[str], nbytes: int = _BLOCK_BYTES, most: int = 1024) -> list[tuple[str, int]]:
-    """Pieces of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
+    """Find blocks of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
     return _ranges(paths, nbytes, most, wanted=0.0)
 
 
 def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
-    """Pieces of the files that are in the page cache entirely."""
+    """Find blocks of the files that are in the page cache entirely."""
     return _ranges(paths, _BLOCK_BYTES, most, wanted=1.0)
 
 
@@ -84,7 +84,7 @@ def _size(path: str) -> int:
 
 
 def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s with O_DIRECT on cold ranges of these files."""
+    """Measure GB/s with O_DIRECT on cold ranges of these files."""
     block_bytes = _DISK_BLOCK_BYTES
     ranges = cold_ranges(paths, block_bytes)
     if len(ranges) < 2 * _DISK_THREADS:
@@ -100,7 +100,7 @@ def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Call
 
 
 def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s of reading resident ranges of these files, or of an unnamed file in memory where there are none."""
+    """Measure GB/s of reading resident ranges of these files, or of an unnamed file in memory where there are none."""
     ranges = warm_ranges(paths)
     if ranges:
         return _read_rate(ranges * 8, 0, seconds, clock)
@@ -157,13 +157,13 @@ def _read_rate(
 
 
 def _check_free(nbytes: int, what: str) -> None:
-    """Measuring must not push others out of the memory, nor this process over the limit of its cgroup."""
+    """Look for free memory: measuring must not push others out of it, nor this process over the limit of its cgroup."""
     if (free := available_memory()) is not None and free < nbytes:
         raise UnmeasuredError(f"too little memory is free to measure {what}")
 
 
 def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
+    """Measure GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
     import ctypes
 
     nbytes = 256 << 20
@@ -178,7 +178,7 @@ def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
 
 
 def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads, into fresh memory."""
+    """Measure GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads, into fresh memory."""
     import torch
 
     if device == "cpu":
@@ -206,7 +206,7 @@ def _wait(device: str) -> None:
 
 
 def measure_device(index: int, *, clock: Callable[[], int] = clock_ns) -> dict[str, float]:
-    """GB/s of copies to a CUDA device from pinned and pageable memory, of registering pages, of casts on it."""
+    """Measure GB/s of copies to a CUDA device from pinned and pageable memory, of registering pages, of casts on it."""
     import torch
 
     device = f"cuda:{index}"
@@ -228,7 +228,7 @@ def measure_device(index: int, *, clock: Callable[[], int] = clock_ns) -> dict[s
 
 
 def _registration(index: int, clock: Callable[[], int]) -> dict[str, float]:
-    """Registering pages of a file mapping, read-only, as the mapped way does; absent where it is refused."""
+    """Measure registering pages of a file mapping, read-only, as mapped loads do; absent where it is refused."""
     import torch
 
     from wan_loader.devices import driver
@@ -264,7 +264,7 @@ print(b - a, time.perf_counter() - b, torch.cuda.is_available())
 
 
 def measure_start(python: str = sys.executable) -> dict[str, float]:
-    """Seconds that `import torch` and a CUDA context take in a fresh process."""
+    """Measure the seconds that `import torch` and a CUDA context take in a fresh process."""
     _check_free(_START_BYTES, "the start of another Python")
     done = subprocess.run([python, "-c", _START], capture_output=True, text=True, timeout=60, check=False)
     words: list[Any] = done.stdout.split()

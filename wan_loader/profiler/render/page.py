@@ -59,7 +59,7 @@ ol { margin: 0; padding-left: 20px; } li { margin-bottom: 10px; } li small { dis
 
 
 def to_page(session: Session) -> str:
-    """The document of `--html`."""
+    """Return the document of `--html`."""
     process = session.processes[session.subject]
     colours = "".join(
         f".p-{kind.name} {{ fill: {colour}; background: {colour}; }} .l-{kind.name} {{ stroke: {colour}; }}"
