@@ -6,8 +6,8 @@
 Makes the checkpoints that a step needs (random weights in the published shapes) in the first directory, which should
 lie on the disk to be measured, unless they are there. 60 GB are enough with --only; flashpack packs a copy beside.
 `sparse-*` have holes for weights, which take no time to make and no room: for what is in the page cache anyway.
-Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for the peers,
-`liveness`.
+Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for rival
+loaders, `peers`.
 """
 
 from __future__ import annotations

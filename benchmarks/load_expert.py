@@ -49,7 +49,7 @@ def warm(path: Path) -> None:
 
 
 def measure_copy_ceiling() -> float:
-    """Best of several pinned host-to-device copies of 4 GiB in pieces of 16 MiB, GB/s."""
+    """Best of several pinned host-to-device copies of 4 GiB in blocks of 16 MiB, GB/s."""
     import torch
 
     host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()

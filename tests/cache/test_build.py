@@ -1,4 +1,4 @@
-"""UnfinishedEntry in the background: it gives way, is waited for, can be stopped, and fails alone."""
+"""Builds in the background: one gives way, is waited for, can be stopped, and fails alone."""
 
 import errno
 import logging

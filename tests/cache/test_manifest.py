@@ -47,6 +47,7 @@ def forged(**changes):
 def refused(text, match=None):
     with pytest.raises(CacheError, match=match) as caught:
         parse_manifest(text, "/cache/manifest.json")
+    assert caught.value.path == "/cache/manifest.json"
     assert str(caught.value).startswith("/cache/manifest.json")
 
 

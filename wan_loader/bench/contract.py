@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """A way to load, ours or a rival's."""
+    """A loader, ours or a rival's."""
 
     name: str
     packages: tuple[str, ...]

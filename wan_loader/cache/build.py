@@ -114,7 +114,8 @@ class Build:
         files += [self._write_small(name, content) for name, content in self._outline.small_files.items()]
         contents = tuple(map(content_digest, (s.path for s in self._sources))) if self._digest_contents else ()
         if self._outline.sources != self._sources:
-            raise CheckpointError(f"{self._outline.label} was changed while its cache entry was being written")
+            reason = "was changed while its cache entry was being written"
+            raise CheckpointError(f"{self._outline.label} {reason}", reason=reason)
         return Manifest(
             key=self._building.path.name,
             label=self._outline.label,
@@ -193,7 +194,7 @@ def content_digest(path: str) -> str:
             while block := f.read(_DIGEST_READ_BYTES):
                 hasher.update(block)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     return hasher.hexdigest()
 
 

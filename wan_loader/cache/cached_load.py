@@ -132,13 +132,15 @@ def _open_entry(
     assert entry is not None
     files = entry.manifest.files
     if [file.path for file in files] != [ENTRY_FILE]:
-        raise CacheError(f"{entry.path} holds other files than {ENTRY_FILE}: damaged or foreign")
+        raise CacheError.because(f"holds other files than {ENTRY_FILE}: damaged or foreign", path=entry.path)
     check_header(entry.path, files[0])
     checkpoint = open_checkpoint(entry.file(ENTRY_FILE))
     as_left = entry.check_files()  # what is changed from here on, the load finds
     held = {(t.name, t.dtype, t.shape) for t in checkpoint.tensors}
     if held != {(t.name, t.dtype, t.source.shape) for t in outlined.tensors}:
-        raise CacheError(f"{entry.path} holds other tensors than are made from its source: damaged or foreign")
+        raise CacheError.because(
+            "holds other tensors than are made from its source: damaged or foreign", path=entry.path
+        )
     use.accept(
         "the source is unchanged" + ("" if as_left else "; the entry's files have new modes: checksums compared")
     )
@@ -147,7 +149,7 @@ def _open_entry(
     if len(request.select(checkpoint)) == len(checkpoint.tensors):
         return checkpoint, BlockCheck(entry.file(ENTRY_FILE), files[0])
     if wrong := check_entry(entry.path, entry.manifest):
-        raise CacheError("; ".join(wrong))
+        raise CacheError("; ".join(wrong), path=entry.path)
     return checkpoint, None
 
 

@@ -43,9 +43,11 @@ class BlockCheck:
         """
         expected = self._expected.get((start, end))
         if expected is None:
-            raise CacheError(f"{self._path}: bytes {start} to {end} have no checksum of their own: load all tensors")
+            raise CacheError.because(
+                f"has no checksum for bytes {start} to {end} alone", "load all tensors", path=self._path
+            )
         if digest(view) != expected:
-            raise CacheError(f"{self._path}: bytes {start} to {end} do not match their checksum: damaged")
+            raise CacheError.because(f"is damaged: bytes {start} to {end} do not match their checksum", path=self._path)
 
 
 def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | None = None) -> list[str]:
@@ -135,6 +137,6 @@ def check_header(path: Path, file: EntryFile) -> None:
         with open(place, "rb") as f:
             header = f.read(file.header_nbytes)
     except OSError as error:
-        raise CacheError(f"{place} cannot be read: {error.strerror}") from error
+        raise CacheError.because(f"cannot be read: {error.strerror}", path=place) from error
     if not file.blocks or digest(header) != file.blocks[0]:
-        raise CacheError(f"{place}: its header does not match its checksum: damaged")
+        raise CacheError.because("is damaged: its header does not match its checksum", path=place)

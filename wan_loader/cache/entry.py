@@ -46,9 +46,13 @@ class Entry(LockedDirectory):
         for file in self.manifest.files:
             st = _regular(self.path, file.path)
             if st.st_size != file.nbytes:
-                raise CacheError(f"{self.file(file.path)} has {st.st_size} bytes, not {file.nbytes}: damaged")
+                raise CacheError.because(
+                    f"has {st.st_size} bytes, not {file.nbytes}: damaged", path=self.file(file.path)
+                )
             if file.was_touched(st, self.manifest.created):
-                raise CacheError(f"{self.file(file.path)} was touched after it was written: it may have been changed")
+                raise CacheError.because(
+                    "was touched after it was written: it may have been changed", path=self.file(file.path)
+                )
             as_left = as_left and file.is_as_left(st)
         return as_left
 
@@ -66,7 +70,9 @@ class UnfinishedEntry(LockedDirectory):
             with os.fdopen(self.create(_PLANNED_NAME), "w") as f:
                 f.write(str(nbytes))
         except OSError as error:
-            raise CacheError(f"cache directory {self.path}: {error.strerror}: free space, or name another") from error
+            raise CacheError.because(
+                f"cannot be written: {error.strerror}", "free space, or name another cache directory", path=self.path
+            ) from error
 
     def create(self, path: str) -> int:
         """Open a new file of the entry for writing; the caller closes it. Directories on the way are made."""
@@ -102,7 +108,7 @@ class UnfinishedEntry(LockedDirectory):
             place_taken = True
         except OSError as error:  # a directory that is not empty is ENOTEMPTY
             if not place.exists():
-                raise CacheError(f"{place} cannot be written: {error.strerror}") from error
+                raise CacheError.because(f"cannot be written: {error.strerror}", path=place) from error
             place_taken = True
         else:
             place_taken = False
@@ -210,7 +216,7 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         if isinstance(error, CacheError):
             raise
-        raise CacheError(f"{place} cannot be read: {error.strerror}: the entry is not used") from error
+        raise CacheError.because(f"cannot be read: {error.strerror}: the entry is not used", path=place) from error
 
 
 def _regular(root: Path, relative: str) -> os.stat_result:
@@ -221,9 +227,9 @@ def _regular(root: Path, relative: str) -> os.stat_result:
         try:
             st = os.lstat(path)
         except OSError as error:
-            raise CacheError(f"{path} is missing from its entry: damaged") from error
+            raise CacheError.because("is missing from its entry: damaged", path=path) from error
         if stat.S_ISLNK(st.st_mode):
-            raise CacheError(f"{path} is a link, which no entry holds: not used")
+            raise CacheError.because("is a link, which no entry holds: not used", path=path)
     if not stat.S_ISREG(st.st_mode):
-        raise CacheError(f"{path} is not a regular file: damaged")
+        raise CacheError.because("is not a regular file: damaged", path=path)
     return st

@@ -26,7 +26,9 @@ def lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> LockedDirectory
     try:
         return lock_directory(path, alone=alone, patience_s=patience_s)
     except OSError as error:
-        raise CacheError(f"{path} cannot be locked ({error.strerror}): name another file system") from error
+        raise CacheError.because(
+            f"cannot be locked ({error.strerror})", "name another file system", path=path
+        ) from error
 
 
 @contextmanager

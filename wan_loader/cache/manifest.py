@@ -129,28 +129,32 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
         CacheError: It is anything else but a sound one of this version.
     """
     if len(text) > MAX_MANIFEST_BYTES:
-        raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+        raise CacheError.because(f"is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest", path=path)
     try:
         body = parse_object(text, path=path, what="the manifest", holds_paths=True)
     except CheckpointError as error:
-        raise CacheError(str(error)) from None
+        raise CacheError(str(error), path=path, reason=error.reason, remedy=error.remedy) from None
     if (version := body.pop("format_version", None)) != FORMAT_VERSION:
         kind = NewerFormatError if type(version) is int and version > FORMAT_VERSION else CacheError
-        raise kind(f"{path} has format version {version!r}, this program knows {FORMAT_VERSION}")
+        raise kind.because(f"has format version {version!r}, this program knows {FORMAT_VERSION}", path=path)
     said = body.pop("digest", None)
     if said != _body_digest({"format_version": FORMAT_VERSION, **body}):
-        raise CacheError(f"{path} does not match its own checksum: damaged")
+        raise CacheError.because("does not match its own checksum: damaged", path=path)
     try:
         manifest = _typed(Doc(body))
     except DocumentError as error:
-        raise CacheError(f"{path} is no manifest ({error}): damaged or foreign") from None
+        raise CacheError.because(f"is no manifest ({error}): damaged or foreign", path=path) from None
     if manifest.to_bytes() != text:
-        raise CacheError(f"{path} is not as it was written: damaged")
+        raise CacheError.because("is not as it was written: damaged", path=path)
     for file in manifest.files:
         if not is_plain(file.path):
-            raise CacheError(f"{path} names {file.path!r}, which is not inside the entry: damaged or foreign")
+            raise CacheError.because(
+                f"names {file.path!r}, which is not inside the entry: damaged or foreign", path=path
+            )
         if file.header_nbytes > file.nbytes or len(file.blocks) != file.n_blocks:
-            raise CacheError(f"{path}: {file.path} has {len(file.blocks)} checksums, not one for each block: damaged")
+            raise CacheError.because(
+                f"has {len(file.blocks)} checksums of {file.path}, not one for each block: damaged", path=path
+            )
     return manifest
 
 

@@ -205,7 +205,7 @@ def safetensors_header(tensors: Sequence[CachedTensor]) -> bytes:
     position = 0
     for t in tensors:
         if t.name in entries:
-            raise CacheError(f"two tensors would be called {t.name!r} in the cache")
+            raise CacheError(f"two tensors would be called {t.name!r} in the cache", tensor=t.name)
         shape = list(t.source.shape)
         if t.dtype == "float4_e2m1fn_x2" and shape:
             shape[-1] *= 2

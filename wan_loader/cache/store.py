@@ -71,16 +71,19 @@ class Store:
         except OSError as error:
             if isinstance(error, CacheError):
                 raise
-            raise CacheError(f"cache directory {self.root}: {error.strerror}: name another with --cache-dir") from error
+            raise CacheError.because(
+                f"cannot hold the cache: {error.strerror}", "name another directory with --cache-dir", path=self.root
+            ) from error
         self._sweep()
 
     def _check_ours(self) -> None:
         """Refuse a directory that somebody uses for something else: what lies there must not be swept away."""
         names = os.listdir(self.root)
         if names and (_TAG_NAME not in names or not self._tag_is_ours()):
-            raise CacheError(
-                f"{self.root} holds other things, such as {min(names)!r}, and is no cache: name a new or empty "
-                "directory with --cache-dir"
+            raise CacheError.because(
+                f"holds other things, such as {min(names)!r}, and is no cache",
+                "name a new or empty directory with --cache-dir",
+                path=self.root,
             )
 
     def _tag_is_ours(self) -> bool:
@@ -104,16 +107,20 @@ class Store:
             return
         if not stat.S_ISDIR(st.st_mode):
             what = "a link" if stat.S_ISLNK(st.st_mode) else "no directory"
-            raise CacheError(f"cache directory {path} is {what}: name a real directory with --cache-dir")
+            raise CacheError.because(
+                f"is {what}, and cannot hold the cache", "name a real directory with --cache-dir", path=path
+            )
         if st.st_uid not in (os.geteuid(), 0):
-            raise CacheError(
-                f"cache directory {path} belongs to user {st.st_uid}: weights from there could be anybody's; "
-                "name a directory of your own with --cache-dir"
+            raise CacheError.because(
+                f"belongs to user {st.st_uid}, and weights from there could be anybody's",
+                "name a directory of your own with --cache-dir",
+                path=path,
             )
         if st.st_mode & 0o022:
-            raise CacheError(
-                f"cache directory {path} can be written by others (mode {st.st_mode & 0o777:o}): "
-                f"run `chmod go-w {path}`, or name another with --cache-dir"
+            raise CacheError.because(
+                f"can be written by others (mode {st.st_mode & 0o777:o})",
+                f"run `chmod go-w {path}`, or name another directory with --cache-dir",
+                path=path,
             )
 
     def _sweep(self) -> None:
@@ -143,7 +150,7 @@ class Store:
         """
         path = self.root / "entries" / key
         if is_foreign(path):
-            raise CacheError(f"{path} is a link or a file, which no entry is: not used")
+            raise CacheError.because("is a link or a file, which no entry is: not used", path=path)
         locked = lock(path, alone=False, patience_s=_PATIENCE_S)
         if locked is None:
             return None
@@ -151,7 +158,7 @@ class Store:
         try:
             entry.manifest = read_manifest(path)
             if entry.manifest.key != key:
-                raise CacheError(f"{path} holds the manifest of another entry: damaged")
+                raise CacheError.because("holds the manifest of another entry: damaged", path=path)
             entry.check_files()
             if use:
                 with suppress(OSError):
@@ -178,7 +185,9 @@ class Store:
                 with suppress(FileExistsError):  # `exist_ok` fails where it goes away meanwhile
                     path.mkdir(mode=0o700)
             except OSError as error:
-                raise CacheError(f"cache directory {path.parent}: {error.strerror}: name another") from error
+                raise CacheError.because(
+                    f"cannot hold the cache: {error.strerror}", "name another directory", path=path.parent
+                ) from error
             if (locked := lock(path, alone=True)) is not None:
                 break
             time.sleep(0.01)
@@ -206,10 +215,11 @@ class Store:
         free = shutil.disk_usage(self.root).free
         budget = max_size if max_size is not None else int((free + sum(x.nbytes for x in listed)) * _DEFAULT_SHARE)
         if nbytes > budget:
-            raise CacheError(
-                f"an entry of {format_bytes(nbytes)} is more than the {format_bytes(budget)} that the cache in "
-                f"{self.root} may take: allow more with --max-size, or name a larger disk with --cache-dir"
+            what = (
+                f"{format_bytes(nbytes)} is more than the {format_bytes(budget)} that the cache in {self.root} may take"
             )
+            remedy = "allow more with --max-size, or name a larger disk with --cache-dir"
+            raise CacheError(f"an entry of {what}: {remedy}", path=self.root, remedy=remedy)
         removed = 0
         if fixed <= budget:  # else nothing that could be removed would be enough
             removed = sum(r.nbytes for r in self._remove_least_used(budget))
@@ -218,12 +228,14 @@ class Store:
             raise CacheError(
                 f"an entry of {format_bytes(nbytes)} does not fit: the cache in {self.root} may take "
                 f"{format_bytes(budget)}, and {format_bytes(fixed - nbytes)} of that are in use, "
-                "being written, or of a newer format"
+                "being written, or of a newer format",
+                path=self.root,
             )
         if unwritten > free + removed:
             left = max(0, free + removed - (unwritten - nbytes))
             raise CacheError(
-                f"an entry of {format_bytes(nbytes)} does not fit: {self.root} has {format_bytes(left)} free"
+                f"an entry of {format_bytes(nbytes)} does not fit: {self.root} has {format_bytes(left)} free",
+                path=self.root,
             )
 
     def listed(self) -> list[ListedEntry]:

@@ -84,7 +84,7 @@ def build_entry(
     """
     for file in outline.files:
         if (reason := why_not(file)) is not None:
-            raise CacheError(f"{outline.label} cannot be cached: {reason}")
+            raise CacheError(f"{outline.label} cannot be cached: {reason}", reason=reason)
     sources = outline.sources
     if (entry := find_entry(store, outline.key(sources), _LOG.warning)) is not None:
         entry.close()

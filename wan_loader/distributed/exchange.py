@@ -41,9 +41,9 @@ def check_usable(group: ProcessGroup) -> None:
         DistributedError: What is sent through it next could end up in a collective that never ended.
     """
     if group in _broken:
-        raise DistributedError(
-            "an exchange in this process group failed before: call torch.distributed.destroy_process_group() and "
-            "init_process_group() again in every process"
+        raise DistributedError.because(
+            "an exchange in this process group failed before",
+            "call torch.distributed.destroy_process_group() and init_process_group() again in every process",
         )
 
 

@@ -173,16 +173,16 @@ class Liveness:
                 return
             self.check()
             if self.patience_s is not None and time.monotonic() - start > self.patience_s:
-                raise DistributedError(
-                    f"process {rank} did not come to {stage!r} within {self.patience_s:.0f} s: see whether it "
-                    "was started, and whether every process makes the same calls"
+                raise DistributedError.because(
+                    f"process {rank} did not come to {stage!r} within {self.patience_s:.0f} s",
+                    "see whether it was started, and whether every process makes the same calls",
                 )
             if poll % _POLLS_A_LOOK == 0:
                 why = read_exit_note(self._store, rank)
                 if why is not None and not self._store.check([key]):  # it may have come, and ended then
-                    raise DistributedError(
-                        f"process {rank} ended{f' with {why}' * bool(why)} before it came to {stage!r}: see its own "
-                        "output, and whether every process makes the same calls"
+                    raise DistributedError.because(
+                        f"process {rank} ended{f' with {why}' * bool(why)} before it came to {stage!r}",
+                        "see its own output, and whether every process makes the same calls",
                     )
             time.sleep(_POLL_S)
 

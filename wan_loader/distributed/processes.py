@@ -43,6 +43,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 #: How long a failed process that holds the store stays for the others: those that are here, those that still start.
 _LINGER_S = 3.0
 _LINGER_START_S = 10.0
+_TORCHRUN = "start the processes with torchrun --nproc_per_node N"
 _runs = iter(range(1 << 30))
 _joined: list[Liveness] = []
 
@@ -51,7 +52,7 @@ def _from_environment(name: str, default: int | None = None) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
         why = "not set" if not text else f"{text!r}, not a number"
-        raise OptionError(f"{name} is {why}: start the processes with torchrun --nproc_per_node N")
+        raise OptionError.because(f"{name} is {why}", _TORCHRUN)
     return int(text)
 
 
@@ -96,18 +97,18 @@ def open_store() -> Any:
 
     stores: Any = torch.distributed
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise OptionError(f"{' and '.join(missing)} not set: start the processes with torchrun --nproc_per_node N")
+        raise OptionError.because(f"{' and '.join(missing)} not set", _TORCHRUN)
     rank, world = process_rank(), world_size()
     if rank >= world:
-        raise OptionError(f"RANK is {rank}, WORLD_SIZE {world}: start the processes with torchrun --nproc_per_node N")
+        raise OptionError.because(f"RANK is {rank}, WORLD_SIZE {world}", _TORCHRUN)
     host, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT")
     if not 0 < port < 65536:
-        raise OptionError(f"MASTER_PORT {port} is no port: start the processes with torchrun --nproc_per_node N")
+        raise OptionError.because(f"MASTER_PORT {port} is no port", _TORCHRUN)
     try:
         store = stores.TCPStore(host, port, None, _holds_store(), _REACH, wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise DistributedError(
+        raise DistributedError.because(
             f"process {rank} cannot reach the others at {host}:{port} (MASTER_ADDR, MASTER_PORT): {reason}"
         ) from error
     return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -216,7 +217,7 @@ def own_device(device: str | torch.device) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda:") and local_world > 1:
-        raise OptionError(f"--device {name}: {local_world} processes cannot share it; use --device cuda")
+        raise OptionError.because(f"--device {name}: {local_world} processes cannot share it", "use --device cuda")
     found = resolve_device(f"cuda:{local}" if name == "cuda" else name)
     use_device(found)
     return found

@@ -91,8 +91,8 @@ class ShardGroup:
             return device
         if str(device) in ("auto", "cuda") or device in (bound, str(bound), bound.index):
             return bound
-        raise OptionError(
-            f"device {str(device)!r}: the group is bound to {str(bound)!r}: pass device='cuda', or another group"
+        raise OptionError.because(
+            f"device {str(device)!r}: the group is bound to {str(bound)!r}", "pass device='cuda', or another group"
         )
 
     def token(self, cancel: CancelToken | None) -> CancelToken:
@@ -190,7 +190,7 @@ class ShardGroup:
         wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_shards) for t in tensors]
         mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}
         facts = [json.loads(text) for text in self.liveness.agree("headers", json.dumps(mine))]
-        for key, what, cure in (
+        for key, what, remedy in (
             (
                 "checkpoint",
                 f"see another checkpoint at {checkpoint.path}",
@@ -199,8 +199,8 @@ class ShardGroup:
             ("request", "ask for other tensors, dtypes or shards", "call with the same module and options everywhere"),
         ):
             if others := [r for r, f in zip(self.liveness.ranks, facts, strict=True) if f[key] != facts[0][key]]:
-                raise DistributedError(
-                    f"processes {', '.join(map(str, others))} {what} than process {self.liveness.ranks[0]}: {cure}"
+                raise DistributedError.because(
+                    f"processes {', '.join(map(str, others))} {what} than process {self.liveness.ranks[0]}", remedy
                 )
         self.n_local = sum(f["host"] == mine["host"] for f in facts)
 
@@ -241,7 +241,9 @@ def open_shard_group(group: ProcessGroup | None, module: torch.nn.Module | None 
         assert module is not None
         group = _group_of(module)
     if not dist.is_initialized():
-        raise OptionError("torch.distributed is not started: call init_process_group before a load with a group")
+        raise OptionError.because(
+            "torch.distributed is not started", "call init_process_group before a load with a group"
+        )
     ranks = tuple(dist.get_process_group_ranks(group))
     rank = dist.get_rank()
     if rank not in ranks:
@@ -256,8 +258,8 @@ def _check_backend(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> No
 
     device = next(iter(flats.values())).device.type
     if f"{device}:" not in (config := dist.get_backend_config(group)):
-        raise OptionError(
-            f"the group exchanges through {config}, not on {device}: load to that device, or pass another"
+        raise OptionError.because(
+            f"the group exchanges through {config}, not on {device}", "load to that device, or pass another"
         )
 
 
@@ -285,9 +287,10 @@ def _check_devices(ranks: Sequence[int], identities: Sequence[str]) -> None:
     owner: dict[str, int] = {}
     for rank, identity in zip(ranks, identities, strict=True):
         if identity and (other := owner.setdefault(identity, rank)) != rank:
-            raise DistributedError(
-                f"processes {other} and {rank} load to the same GPU: pass device='cuda:N' with the GPU of each, or "
-                "bind each to its own with torch.distributed.init_process_group(device_id=...)"
+            raise DistributedError.because(
+                f"processes {other} and {rank} load to the same GPU",
+                "pass device='cuda:N' with the GPU of each, or bind each to its own with "
+                "torch.distributed.init_process_group(device_id=...)",
             )
 
 
@@ -302,8 +305,8 @@ def _group_of(module: torch.nn.Module) -> ProcessGroup:
         return cast("ProcessGroup", world)
     mesh, *others = meshes
     if others or mesh.ndim != 1:
-        raise OptionError(
-            "the module's tensors lie on parts of the run: pass group=, with the processes of all of them"
+        raise OptionError.because(
+            "the module's tensors lie on parts of the run", "pass group=, with the processes of all of them"
         )
     found: ProcessGroup = mesh.get_group()
     return found

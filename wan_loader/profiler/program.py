@@ -80,7 +80,7 @@ def command_line(words: Sequence[str]) -> list[str]:
         OptionError: There is no program, or it cannot be executed.
     """
     if not words:
-        raise OptionError("no program: write it after --, as in `wan-loader profile -- python generate.py`")
+        raise OptionError.because("no program", "write it after --, as in `wan-loader profile -- python generate.py`")
     if words[0] == "-m" or (words[0].endswith(".py") and not os.access(words[0], os.X_OK)):
         return [sys.executable, *words]
     if shutil.which(words[0]) is None:
@@ -118,7 +118,7 @@ def run_program(
         try:
             child = subprocess.Popen(argv, env=environ, stdout=stdout)
         except OSError as error:
-            raise OptionError(f"{argv[0]} cannot be started: {error.strerror}") from error
+            raise OptionError.because(f"cannot be started: {error.strerror}", path=argv[0]) from error
         watcher = _Watcher(home / "spans", child, deadline_ns if stop else None, stop=stop and bool(until))
         with _forwarded_signals(child):
             watcher.start()

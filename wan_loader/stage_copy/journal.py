@@ -251,7 +251,7 @@ def entries(directory: Path) -> Iterator[StageEntry]:
 def _capped(path: Path) -> bytes:
     text = read_capped(path, _MAX_BYTES)
     if text is None:
-        raise OutputError(f"{path} is larger than {_MAX_BYTES} bytes: damaged; delete {path.parent}")
+        raise OutputError.because(f"is larger than {_MAX_BYTES} bytes, and damaged", f"delete {path.parent}", path=path)
     return text
 
 
@@ -267,12 +267,16 @@ def _quoted(text: str) -> str | None:
 def _parse_manifest(text: bytes, where: str) -> StageManifest:
     document = parse_object(text, path=where, what="the manifest", holds_paths=True)
     if document.get("schema_version") != 1:
-        raise OutputError(f"{where} was written by another version of wan-loader: use that one, or delete it")
+        raise OutputError.because(
+            "was written by another version of wan-loader", "use that one, or delete it", path=where
+        )
     try:
         return _manifest(Doc(document))
     except DocumentError as error:
         home = os.path.dirname(where)
-        raise OutputError(f"{where} is damaged ({error}): delete {home}, and what is staged, by hand") from None
+        raise OutputError.because(
+            f"is damaged ({error})", f"delete {home}, and what is staged, by hand", path=where
+        ) from None
 
 
 def _manifest(doc: Doc) -> StageManifest:

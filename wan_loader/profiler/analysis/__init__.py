@@ -1,1 +1,1 @@
-"""The way of a recording to a session with its verdict and advice. Pure."""
+"""The analysis that makes a session, with its verdict and advice, of a recording. Pure."""

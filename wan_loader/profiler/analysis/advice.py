@@ -75,7 +75,7 @@ def _construction(e: Evidence) -> Iterator[Advice]:
 
 
 def _cpu_cast(e: Evidence) -> Iterator[Advice]:
-    """Advise against converting on the CPU on the way to a GPU."""
+    """Advise against converting on the CPU before a copy to a GPU."""
     rows = [r for r in e.labels("cast") if "on the CPU" in r[0] or "converting copy" in r[0]]
     seconds, nbytes = sum(r[1] for r in rows), sum(r[2] for r in rows)
     if rows and e.cuda:
@@ -158,8 +158,8 @@ def _pressure(e: Evidence) -> Iterator[Advice]:
 def _slots(e: Evidence) -> Iterator[Advice]:
     seconds = e.slot_wait_s
     if seconds:
-        evidence = f"readers waited {seconds:.2f} s for a staging slot while nothing else was at its limit"
-        yield Advice("slots", "allow more memory for staging, or fewer threads", evidence, seconds)
+        evidence = f"readers waited {seconds:.2f} s for a slot of the pinned ring while nothing else was at its limit"
+        yield Advice("slots", "allow more memory for the pinned ring, or fewer threads", evidence, seconds)
 
 
 _RULES: tuple[Callable[[Evidence], Iterator[Advice]], ...] = (

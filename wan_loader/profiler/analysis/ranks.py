@@ -94,7 +94,9 @@ def _summary(session: Session) -> RankSummary:
     report, settings = session.report, session.report.settings
     whole = [settings.get(name) for name in ("rank", "processes", "nbytes_read", "nbytes_received")]
     if not all(isinstance(value, int) and value >= 0 for value in whole):
-        raise SessionError("a session is of a load by one process: several sessions make a report of a distributed one")
+        raise SessionError.because(
+            "a session is of a load by one process", "several sessions make a report of a distributed one"
+        )
     busy = {phase.name: phase.busy_s for phase in report.phases}
     return RankSummary(
         rank=settings["rank"],

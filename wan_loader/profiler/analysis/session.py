@@ -155,7 +155,7 @@ def read_session(path: StrPath) -> Session:
     try:
         return _session(Doc(document))
     except DocumentError as error:
-        raise SessionError(f"{path} is not a session saved by `wan-loader profile -o`: {error}") from None
+        raise SessionError.because(f"is not a session saved by `wan-loader profile -o`: {error}", path=path) from None
 
 
 def _refuse_others(path: StrPath, document: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ def _refuse_others(path: StrPath, document: dict[str, Any]) -> None:
         return
     command = document["command"]
     saved = "not a session saved by `wan-loader profile -o`"
-    raise SessionError(f"{path} is a result of `{command}`, {saved}: {_OTHERS[command]}")
+    raise SessionError.because(f"is a result of `{command}`, {saved}", _OTHERS[command], path=path)
 
 
 def _session(doc: Doc) -> Session:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STORAGES", "Hardware", "Prediction", "SimulatedBlock", "blocks_of", "plan_elsewhere", "simulate"]
 
-#: Sequential reads of large pieces, in bytes per second, as such storage is sold and measured.
+#: Sequential reads of large blocks, in bytes per second, as such storage is sold and measured.
 STORAGES: Mapping[str, float] = {
     "hdd": 0.18e9,
     "sata-ssd": 0.53e9,
@@ -113,8 +113,8 @@ def simulate(blocks: Sequence[SimulatedBlock], hardware: Hardware) -> Prediction
         if not hardware.cuda and block.cast:
             copying = 0.0  # on the CPU the conversion is the copy
         read = max(read, slot_free) + reading
-        lane = max(read, copied) if hardware.cuda else max(read, copied, cast)
-        copied = lane + copying
+        begin = max(read, copied) if hardware.cuda else max(read, copied, cast)
+        copied = begin + copying
         cast = max(copied, cast) + converting
         freed.append(copied if hardware.cuda else cast)
         read_s, copy_s, cast_s = read_s + reading, copy_s + copying, cast_s + converting

@@ -31,7 +31,10 @@ def _memory(limits: Mapping[str, Any], nbytes: int) -> Iterator[tuple[str, str]]
         text = f"{format_bytes(nbytes)} of weights, {format_bytes(free)} of memory free"
         yield "end what else uses the memory, or the page cache cannot keep the files", text
     if limits.get("transparent_huge_pages") == "never":
-        yield "set /sys/kernel/mm/transparent_hugepage/enabled to madvise: staging is made faster", "it is set to never"
+        yield (
+            "set /sys/kernel/mm/transparent_hugepage/enabled to madvise: the pinned ring is made faster",
+            "it is set to never",
+        )
 
 
 def _locking(limits: Mapping[str, Any], device: str) -> Iterator[tuple[str, str]]:

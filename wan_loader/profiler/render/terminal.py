@@ -49,7 +49,7 @@ def print_session(console: Console, session: Session) -> None:
     console.print(marked("[bold]{}[/]\n{}", session.report.target, headline(session)))
     console.print(marked("{}", machine_line(session)), style="dim")
     if session.report.io.reason:
-        console.print(marked("way: {} ({})", session.report.io.mode, session.report.io.reason))
+        console.print(marked("transport: {} ({})", session.report.io.mode, session.report.io.reason))
     console.print()
     console.print(_phase_table(session, max(10, min(60, console.width - 60))))
     console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
