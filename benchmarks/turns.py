@@ -6,7 +6,9 @@
 Makes the checkpoints it needs (60 GB, in the shapes of A14B's experts) unless they are there. Every sample is a fresh
 process that has imported torch and the loader and made the CUDA context before its clock starts; which of the two comes
 first alternates. The page cache is warm: one load of each case comes before those that count. The last process of each
-case compares every tensor with safetensors, bit for bit. "plan" is `open_checkpoint` of 2,626 tensors.
+case compares every tensor with safetensors, bit for bit. "plan" is `open_checkpoint` of 2,626 tensors; "start" is a
+whole process that starts a pipeline (two blocks an expert, 18 GB, all resident), imports included, until all networks
+have arrived.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +30,7 @@ CASES = {
     "fp32 to bf16": ("fp32", "bf16"),
     "plan safetensors": ("plan.safetensors", "plan"),
     "plan pth": ("plan.pth", "plan"),
+    "start": ("start", "start"),
 }
 _PLANNED = 2626
 _FILES = 6
@@ -68,6 +72,19 @@ if check == "check" and out is not None:
                 expected = file.get_tensor(key).to(out[key].dtype)
                 equal &= torch.equal(expected.view(torch.uint8), out[key].view(torch.uint8))
 print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_s, "equal": equal}))
+"""
+
+
+_START = """
+import json, os, resource, sys, time
+path, device = sys.argv[1:3]
+from wan_pipeline import WanT2V
+
+with WanT2V.from_checkpoint(path, preset="fastest", device=device, size=(832, 480), frame_num=17) as pipe:
+    pipe.wait()
+    seconds = (time.monotonic_ns() - int(os.environ["TURNS_START_NS"])) / 1e9
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "equal": None}))
 """
 
 
@@ -119,13 +136,32 @@ def make_planned(directory: Path) -> None:
         torch.save(state, directory / "plan.pth")
 
 
+def make_start(path: Path, checkout: Path, size: str) -> None:
+    """A whole model in the published shapes, with few blocks."""
+    if not path.exists():
+        words = ["-m", "wan_pipeline", "synth", str(path), "--size", size, "--blocks", "2", "--dtype", "bf16"]
+        subprocess.run([sys.executable, *words], env=_environment(checkout), stdout=subprocess.DEVNULL, check=True)
+
+
+def _environment(checkout: Path) -> dict[str, str]:
+    """For a process that imports from a checkout; byte code is kept, as it is where people start programs."""
+    others = os.environ.get("PYTHONPATH", "")
+    path = f"{checkout.resolve()}{os.pathsep}{others}"
+    keeps = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    started = str(time.monotonic_ns())
+    return keeps | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TURNS_START_NS": started}
+
+
 def sample(checkout: Path, path: Path, device: str, dtype: str, *, check: bool = False) -> dict[str, float]:
     """One load in a fresh process that imports the loader from a checkout."""
-    others = os.environ.get("PYTHONPATH", "")
-    env = os.environ | {"PYTHONPATH": f"{checkout.resolve()}{os.pathsep}{others}", "PYTHONWARNINGS": "ignore"}
-    words = [str(path), device, dtype, "check" if check else "-"]
+    program, words = _START if dtype == "start" else _SAMPLE, [str(path), device, dtype, "check" if check else "-"]
     done = subprocess.run(
-        [sys.executable, "-c", _SAMPLE, *words], env=env, cwd=path.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *words],
+        env=_environment(checkout),
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"{checkout}: {done.stderr}")
@@ -136,11 +172,13 @@ def take_turns(case: str, args: argparse.Namespace) -> dict[str, list[dict[str, 
     """All samples of a case."""
     name, dtype = CASES[case]
     path, ways = args.directory / name, {"before": args.before, "after": args.after}
-    sample(args.after, path, args.device, dtype)  # from here on the page cache is warm
+    for checkout in ways.values():  # from here on the page cache is warm, and byte code is compiled
+        sample(checkout, path, args.device, dtype)
     samples: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
-    for i in range(args.pairs):
+    pairs = args.starts if dtype == "start" else args.pairs
+    for i in range(pairs):
         for way in ("before", "after") if i % 2 else ("after", "before"):
-            last = i == args.pairs - 1
+            last = i == pairs - 1
             samples[way].append(sample(ways[way], path, args.device, dtype, check=last and dtype != "plan"))
     return samples
 
@@ -164,6 +202,7 @@ def main() -> None:
     parser.add_argument("before", type=Path, help="a checkout")
     parser.add_argument("after", type=Path, help="another one")
     parser.add_argument("--pairs", type=int, default=8, help="samples of each (default: 8)")
+    parser.add_argument("--starts", type=int, default=5, help="samples of each for the case start (default: 5)")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--case", action="append", choices=CASES, help="only this one (again for more)")
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: some MB")
@@ -175,6 +214,8 @@ def main() -> None:
         make_expert(args.directory / "bf16", 40, "bfloat16", width)
     if "fp32 to bf16" in cases:
         make_expert(args.directory / "fp32", 20, "float32", width)
+    if "start" in cases:
+        make_start(args.directory / "start", args.after, args.size)
     make_planned(args.directory)
     document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count(), "turns": {}}
     for case in cases:
