@@ -73,6 +73,7 @@ class Build:
         self._read = read
         self._digest_contents = digest_contents
         self._stop = threading.Event()
+        # not a daemon: a program that ends after its load still gets its entry
         self._thread = threading.Thread(target=self._run, name="cache", daemon=False)
         self._ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self.nbytes = outline.nbytes
@@ -101,6 +102,7 @@ class Build:
     def _run(self) -> None:
         try:
             self.path = self._building.publish(self._write())
+        # of every kind: a thread that dies with a message of its own would tell nobody which entry is missing
         except BaseException as failure:
             self._building.abandon()
             self.failure = _reason(failure, self._outline)
@@ -113,6 +115,7 @@ class Build:
         files = [self._write_tensors(file) for file in self._outline.files]
         files += [self._write_small(name, content) for name, content in self._outline.small_files.items()]
         contents = tuple(map(content_digest, (s.path for s in self._sources))) if self._digest_contents else ()
+        # the identities once more: what was read meanwhile may be of two versions of the file
         if self._outline.sources != self._sources:
             reason = "was changed while its cache entry was being written"
             raise CheckpointError(f"{self._outline.label} {reason}", reason=reason)
@@ -142,6 +145,7 @@ class Build:
         """Yield the tensors' bytes, in order."""
         segments = (segment for tensor in file.tensors for segment in segments_of(tensor))
         for batch in batches(segments, self._loaded):
+            # a load of this process goes first; between two looks, a stop must come through
             while not wait_until_idle(0.2):
                 self._check_stop()
             self._check_stop()

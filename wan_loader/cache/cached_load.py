@@ -103,6 +103,7 @@ def _from_entry(
     session: LoadSession, request: LoadRequest, use: CacheUse, outlined: CachedFile, *, verify: bool
 ) -> tuple[LoadPlan, TransferResult] | None:
     """Load from the entry; None where there is none, or one that turns out to be damaged, which is then set aside."""
+    # again where one was set aside: another process may have put a sound one there since
     while use.entry is not None:
         try:
             with session.span("header"):
@@ -110,6 +111,7 @@ def _from_entry(
             whole = len(request.select(entry)) == len(entry.tensors)
             plan = session.plan(
                 replace(request, names=None) if whole else request,
+                # the report names what was asked for, not the file in the cache
                 replace(entry, path=outlined.checkpoint.path, part=outlined.checkpoint.part),
                 read_unit=check.block_bytes if check is not None else None,
             )
@@ -133,6 +135,7 @@ def _open_entry(
     files = entry.manifest.files
     if [file.path for file in files] != [ENTRY_FILE]:
         raise CacheError.because(f"holds other files than {ENTRY_FILE}: damaged or foreign", path=entry.path)
+    # before it is parsed: the header says where everything lies
     check_header(entry.path, files[0])
     checkpoint = open_checkpoint(entry.file(ENTRY_FILE))
     as_left = entry.check_files()  # what is changed from here on, the load finds
@@ -148,6 +151,7 @@ def _open_entry(
         return checkpoint, None
     if len(request.select(checkpoint)) == len(checkpoint.tensors):
         return checkpoint, BlockCheck(entry.file(ENTRY_FILE), files[0])
+    # a part of the tensors is not made of whole blocks, so everything is compared before
     if wrong := check_entry(entry.path, entry.manifest):
         raise CacheError("; ".join(wrong), path=entry.path)
     return checkpoint, None

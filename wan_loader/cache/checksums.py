@@ -80,6 +80,7 @@ def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | No
         file, start, end, said = job
         place = path / file.path
         try:
+            # opened for each block: threads share no descriptor, and a link that was put there is refused
             fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 data = os.pread(fd, end - start, start)
@@ -100,6 +101,7 @@ def _found(path: Path) -> set[str]:
     """List files and links, relative to `path`."""
     found = set()
     for directory, directories, names in os.walk(path):
+        # os.walk counts links to directories as directories, and does not go into them
         links = (name for name in directories if os.path.islink(os.path.join(directory, name)))
         found |= {os.path.relpath(os.path.join(directory, name), path) for name in (*names, *links)}
     return found

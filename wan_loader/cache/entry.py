@@ -91,6 +91,7 @@ class UnfinishedEntry(LockedDirectory):
         Raises:
             CacheError: The directory of entries cannot be written.
         """
+        # not a file of the entry: its place must hold nothing that the manifest does not name
         (self.path / _PLANNED_NAME).unlink(missing_ok=True)
         manifest = replace(manifest, files=tuple(map(self._seal, manifest.files)))
         fd = self.create(MANIFEST_NAME)
@@ -99,6 +100,7 @@ class UnfinishedEntry(LockedDirectory):
             f.flush()
             os.fsync(f.fileno())
             os.fchmod(f.fileno(), _SEALED)
+        # names are safe on the disk only with their directories, inner ones first; then the rename may show them
         for directory, _, _ in os.walk(self.path, topdown=False):
             sync_directory(Path(directory))
         place = self.path.parent.parent / "entries" / self.path.name
@@ -122,6 +124,7 @@ class UnfinishedEntry(LockedDirectory):
         return place
 
     def _seal(self, file: EntryFile) -> EntryFile:
+        # the last change of the file: the times that are read now are those that later looks must find
         os.chmod(self.path / file.path, _SEALED)
         st = os.stat(self.path / file.path)
         return replace(file, mtime_ns=st.st_mtime_ns, ctime_ns=st.st_ctime_ns)
@@ -176,6 +179,7 @@ def look_at(path: Path, kind: str) -> ListedEntry | None:
             if kind == "complete":
                 state = NEWER if isinstance(error, NewerFormatError) else f"unreadable: {error}"
     if kind == "complete" and manifest is not None:
+        # taken and given back: it cannot be had while somebody reads the entry
         locked = lock(path, alone=True)
         if locked is None:
             state = "in use"
@@ -184,6 +188,7 @@ def look_at(path: Path, kind: str) -> ListedEntry | None:
     try:
         used = os.lstat(path / MANIFEST_NAME if manifest is not None else path).st_mtime
         nbytes = sum(
+            # what is taken on the disk, not the length: that is what removing it would give back
             os.lstat(os.path.join(directory, name)).st_blocks * 512
             for directory, _, names in (() if path.is_symlink() else os.walk(path))
             for name in names

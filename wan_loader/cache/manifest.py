@@ -57,6 +57,7 @@ class EntryFile:
     def was_touched(self, st: os.stat_result, created: float) -> bool:
         """Tell whether a file was written to since; `created` is when its manifest was."""
         if self.mtime_ns is None:
+            # an older version left no times: only a file that is younger than its manifest was surely touched
             return st.st_mtime > created + _CLOCKS_DIFFER_S
         return st.st_mtime_ns != self.mtime_ns
 
@@ -137,6 +138,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     if (version := body.pop("format_version", None)) != FORMAT_VERSION:
         kind = NewerFormatError if type(version) is int and version > FORMAT_VERSION else CacheError
         raise kind.because(f"has format version {version!r}, this program knows {FORMAT_VERSION}", path=path)
+    # over the parsed object: the text itself holds the checksum
     said = body.pop("digest", None)
     if said != _body_digest({"format_version": FORMAT_VERSION, **body}):
         raise CacheError.because("does not match its own checksum: damaged", path=path)
@@ -144,6 +146,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
         manifest = _typed(Doc(body))
     except DocumentError as error:
         raise CacheError.because(f"is no manifest ({error}): damaged or foreign", path=path) from None
+    # spaces, order of keys, other spellings of a number: whatever the checksum of the object does not see
     if manifest.to_bytes() != text:
         raise CacheError.because("is not as it was written: damaged", path=path)
     for file in manifest.files:

@@ -116,6 +116,7 @@ class Outline:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((FORMAT_VERSION, PAGE)).encode())
         for s in sources:
+            # the name alone: a directory that was moved as a whole is the same source
             digest.update(repr((Path(s.path).name, s.nbytes, s.mtime_ns, s.ctime_ns, s.inode)).encode())
         for file in self.files:
             digest.update(repr(file.path).encode())
@@ -160,7 +161,9 @@ def outline_file(
         if name is not None:
             tensors.append(CachedTensor(name, target(facts.name, facts.dtype), facts))
     ranks = order or {}
+    # sorts are stable: what has no rank stays in file order
     tensors.sort(key=lambda t: ranks.get(t.name, len(ranks)))
+    # a tensor whose size is no multiple of 8 would misalign all that follow it
     whole = [t for t in tensors if t.nbytes % _ALIGNMENT == 0]
     odd = [t for t in tensors if t.nbytes % _ALIGNMENT]
     odd.sort(key=lambda t: -ITEMSIZE[t.dtype])
@@ -207,6 +210,7 @@ def safetensors_header(tensors: Sequence[CachedTensor]) -> bytes:
         if t.name in entries:
             raise CacheError(f"two tensors would be called {t.name!r} in the cache", tensor=t.name)
         shape = list(t.source.shape)
+        # torch counts pairs of 4-bit numbers, safetensors the numbers
         if t.dtype == "float4_e2m1fn_x2" and shape:
             shape[-1] *= 2
         entries[t.name] = {

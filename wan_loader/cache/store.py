@@ -110,6 +110,7 @@ class Store:
             raise CacheError.because(
                 f"is {what}, and cannot hold the cache", "name a real directory with --cache-dir", path=path
             )
+        # root may write anywhere anyway
         if st.st_uid not in (os.geteuid(), 0):
             raise CacheError.because(
                 f"belongs to user {st.st_uid}, and weights from there could be anybody's",
@@ -127,6 +128,7 @@ class Store:
         for path in self._paths("building"):
             if is_foreign(path):
                 remove_tree(path)
+            # whoever writes holds a lock: that it can be had says that the process is gone
             elif (left := lock(path, alone=True)) is not None:
                 with left:
                     self._discard(path)
@@ -156,6 +158,7 @@ class Store:
             return None
         entry = Entry(path, locked.fd)
         try:
+            # after the lock: before it, a remover could be at work
             entry.manifest = read_manifest(path)
             if entry.manifest.key != key:
                 raise CacheError.because("holds the manifest of another entry: damaged", path=path)
@@ -195,6 +198,7 @@ class Store:
             return None
         building = UnfinishedEntry(path, locked.fd)
         try:
+            # published by another process between our look and our lock
             if os.path.lexists(self.root / "entries" / key):
                 building.abandon()
                 return None
@@ -296,6 +300,7 @@ class Store:
 
     def _discard(self, path: Path) -> None:
         """Take a directory out of sight in one step, then away."""
+        # a rename is atomic: nobody ever finds half an entry under its name
         trash = self.root / "trash" / uuid.uuid4().hex
         with suppress(OSError):
             path.rename(trash)

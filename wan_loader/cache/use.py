@@ -58,6 +58,7 @@ def begin_build(
     store: Store, outline: Outline, sources: Sequence[SourceIdentity], max_size: int | None = None
 ) -> UnfinishedEntry | None:
     """Begin as `Store.begin` does, once the source's times are old enough to tell any later change."""
+    # ctime, not mtime: no program can set it back
     newest = max((s.ctime_ns for s in sources), default=0) / 1e9
     if 0 <= (age := time.time() - newest) < _CLOCK_TICK_S:
         time.sleep(_CLOCK_TICK_S - age)
@@ -127,6 +128,7 @@ class CacheUse:
         try:
             self._store = Store(directory)
             self._look()
+        # an OSError as well, but of the source: no load can do without it
         except MissingFileError:
             raise
         except OSError as error:  # also `CacheError`
@@ -154,6 +156,7 @@ class CacheUse:
         """Set the entry aside, which is damaged: load from the source, and build it again."""
         assert self.entry is not None
         assert self._store is not None
+        # noted before the entry is left; the lock is given back before the rename
         key = self.entry.path.name
         self._leave_entry()
         try:

@@ -85,6 +85,7 @@ def _connect(group: ProcessGroup, device: torch.device, liveness: Liveness) -> N
     """
     import torch
 
+    # gloo connects when a group is made
     if device.type != "cuda" or group.bound_device_id is not None or group in _connected:
         return
     errors: list[BaseException] = []
@@ -99,6 +100,7 @@ def _connect(group: ProcessGroup, device: torch.device, liveness: Liveness) -> N
 
     thread = threading.Thread(target=connect, name="connect", daemon=True)
     _broken.add(group)
+    # until it has returned, the group counts as broken: nothing may be sent behind a call that hangs
     thread.start()
     while thread.is_alive():
         liveness.check()
@@ -159,6 +161,7 @@ def _send(
 ) -> None:
     import torch
 
+    # a gather wants as much from everybody: the one with most to send sets the size
     size = max(sum(c.end - c.start for c in message if c.owner == owner) for owner in range(n))
     buffer = torch.empty(n * size, dtype=torch.uint8, device=raw[message[0].storage].device)
     position = [owner * size for owner in range(n)]

@@ -26,6 +26,7 @@ def leave_exit_note() -> None:
     if distributed.get_world_size() > 1:
         writing = threading.Thread(target=_write, args=(distributed.get_rank(),), name="exit note", daemon=True)
         writing.start()
+        # a daemon, waited for so long: an exit must not hang with the store
         writing.join(_PATIENCE_S)
 
 

@@ -111,6 +111,7 @@ class Liveness:
         """Stop watching and being watched, after the last `agree`."""
         self._end.set()
         if self._watch.ident is not None:
+            # never without a limit: a call to a store that is stopped but not dead does not return
             self._watch.join(1.0)
 
     def fail(self, error: BaseException) -> None:
@@ -118,6 +119,7 @@ class Liveness:
         self._problem = self._known() or _sentence(self.rank, error)[:_MAX_TEXT]
         text = json.dumps([self.rank, self._problem])
         with contextlib.suppress(Exception):  # the store may be gone with its process
+            # only the first failure counts: those that follow are its consequences
             self._store.compare_set(f"{self._name}/failed", "", text)
             self._store.set(self._key("left", self.rank), "")
 
@@ -206,6 +208,7 @@ class Liveness:
             while not work.is_completed():
                 self.check()
                 time.sleep(pause)
+                # short ones end at once, and long ones must not take a processor
                 pause = min(pause * 1.5, 0.005)
             work.wait()
         except DistributedError:
@@ -215,6 +218,7 @@ class Liveness:
 
     def explained(self, error: RuntimeError) -> DistributedError:
         """Make the failure behind a broken connection, if that comes out, of what torch says of it."""
+        # the connection often breaks before the note of the failure is read, so the watcher gets time for that
         self._noticed.wait(SILENCE_S + 4 * _BEAT_S)
         return DistributedError(self._problem or f"torch.distributed failed: {_first_line(error)}")
 

@@ -111,6 +111,7 @@ def open_store() -> Any:
         raise DistributedError.because(
             f"process {rank} cannot reach the others at {host}:{port} (MASTER_ADDR, MASTER_PORT): {reason}"
         ) from error
+    # torchrun starts everybody again after a failure, with the same store: old keys must not be found
     return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -165,6 +166,7 @@ def join(device: str | torch.device) -> Joined:
         liveness = stack.enter_context(
             Liveness(own_connection(store), rank, range(world), next_name(), patience_s=_WAIT_S)
         )
+        # within the watch: an error here is told to those that wait in `agree`
         mine = own_device(device)
         liveness.agree("start")
         if starts:
@@ -176,7 +178,9 @@ def join(device: str | torch.device) -> Joined:
                 timeout=COLLECTIVE_TIMEOUT,
                 device_id=mine if mine.type == "cuda" else None,
             )
+        # from here on a slow process is one that works; one that is gone is noticed by its heartbeat
         liveness.patience_s = None
+        # everything is well: what was entered stays open, and is closed by `Joined.leave`
         stack.pop_all()
         _joined.append(liveness)
         return Joined(mine, liveness, starts)
@@ -235,4 +239,5 @@ def end_now(code: int) -> None:
     """End this process without waiting for what hangs in torch.distributed."""
     sys.stdout.flush()
     sys.stderr.flush()
+    # no clean-up of the interpreter: it would join the threads of a collective that never ends
     os._exit(code)

@@ -89,6 +89,7 @@ class ShardGroup:
         bound = self.group.bound_device_id
         if bound is None or not _is_cuda(device):
             return device
+        # an index, a name and a torch.device are told apart here: each of them may name the same GPU
         if str(device) in ("auto", "cuda") or device in (bound, str(bound), bound.index):
             return bound
         raise OptionError.because(
@@ -148,6 +149,7 @@ class ShardGroup:
             _check_backend(self.group, flats)
         for group in self.groups.values():
             check_usable(group)
+        # everybody has read everything from here on: nothing that is wrong with a file can interrupt the collectives
         _check_devices(self.liveness.ranks, self.liveness.agree("read", _identity(self.group, flats)))
         received = 0
         for what in exchanges(self.local_share.holders, self.shared_borders, self.scales):
@@ -202,6 +204,7 @@ class ShardGroup:
                 raise DistributedError.because(
                     f"processes {', '.join(map(str, others))} {what} than process {self.liveness.ranks[0]}", remedy
                 )
+        # they share the processors and the memory of this machine
         self.n_local = sum(f["host"] == mine["host"] for f in facts)
 
 
@@ -331,6 +334,7 @@ def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGro
             kept.append(dim)
     if len(cut) + len(kept) != mesh.ndim or len(cut) > 1 or coordinate is None:
         raise OptionError(f"placements {placements} cannot be loaded: one Shard(0), and Replicate, can")
+    # the row of the mesh in which this process lies, along the replicated dimensions
     ranks = mesh.mesh[tuple(slice(None) if dim in kept else coordinate[dim] for dim in range(mesh.ndim))]
     holders = tuple(int(rank) for rank in ranks.flatten())
     if len(holders) > 1 and holders not in shard_group.groups:
@@ -362,6 +366,7 @@ def _hash(data: bytes) -> str:
 
 def _host() -> str:
     try:
+        # containers may have one name each on one machine, or the same one on several
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""

@@ -191,10 +191,12 @@ def borders(nbytes: Sequence[int], itemsizes: Sequence[int], n_holders: int) -> 
     seen, out = 0, []
     for total, itemsize in zip(nbytes, itemsizes, strict=True):
         if total < SMALL_BYTES:
+            # by the middle of the storage, so that each holder gets a run of neighbours of about the same size
             owner = min(n_holders - 1, (seen + total // 2) * n_holders // max(small_total, 1))
             out.append((*([0] * (owner + 1)), *([total] * (n_holders - owner))))
             seen += total
         else:
+            # the last holder gets the rest; the others end at a whole element, whose loaded size may be another
             step = itemsize * _ALIGN_ELEMENTS
             range_nbytes = total // n_holders // step * step
             out.append((*(range_nbytes * i for i in range(n_holders)), total))
@@ -221,6 +223,7 @@ def exchanges(
         for storage in storages:
             source, target = scales[storage]
             ends = [border // source * target for border in borders_of[storage]]
+            # an equal segment for everybody is gathered in place; the rest of the last holder travels as a chunk
             segment = ends[1] if 0 < ends[1] < ends[-1] else 0
             if segment:
                 gathers.append(Gather(storage, segment))

@@ -144,6 +144,7 @@ def _furnish(home: Path) -> None:
     (home / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(package=_PACKAGE))
     for source in (*home.glob("*.py"), *home.glob("*/*.py")):
         with suppress(py_compile.PyCompileError, OSError):
+            # for the Python that runs here; another one compiles for itself
             py_compile.compile(str(source))
 
 
@@ -210,6 +211,7 @@ class _Watcher:
         if self._kill_ns is not None:
             if now > self._kill_ns:
                 self._child.kill()
+        # only with --stop: otherwise the recording ends by itself, inside the program
         elif self._deadline_ns is not None and now > self._deadline_ns:
             self._stop("the time given with --for was over")
         elif self._stop_when_ended and any(b'"why": "until"' in p.read_bytes() for p in self._directory.glob("*")):

@@ -197,6 +197,7 @@ class StageEntry:
         with self._lock:
             if self._journal_fd < 0:
                 raise OSError(errno.EBADF, "the journal is closed")
+            # one write, appended: a process that is killed leaves a line or none
             os.write(self._journal_fd, line.encode() + b"\n")
 
     def _read(self) -> None:
@@ -207,6 +208,7 @@ class StageEntry:
         self._journal_fd = os.open(self.home / "journal", flags, 0o600)
         text = _capped(self.home / "journal")
         complete = text[: text.rfind(b"\n") + 1]
+        # a power cut may leave half a line, which the next one must not continue
         if len(complete) < len(text):
             os.ftruncate(self._journal_fd, len(complete))
         for line in complete.decode(errors="replace").splitlines():

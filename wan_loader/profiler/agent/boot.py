@@ -59,6 +59,7 @@ def start(directory: Any) -> None:
     }
     deadline = environ.get("WAN_LOADER_TRACE_DEADLINE")
     recorder = _FileRecorder(directory, first, int(deadline) if deadline else None)
+    # what Python itself took until sitecustomize
     recorder.whole("import", "python", first["started"], recorder._clock())
     hooks = {name: _hook(recorder, *where) for name, where in _HOOKS.items()}
     import_hooks.install(recorder, hooks)
@@ -85,6 +86,7 @@ def _process_start() -> Any:
     try:
         with open("/proc/self/stat") as f:
             ticks = int(f.read().rpartition(")")[2].split()[19])
+        # field 22 of proc(5), in clock ticks since boot; the clock of the spans begins elsewhere
         age = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
         return now - max(0, age)
     except (OSError, ValueError, AttributeError, IndexError):
@@ -103,6 +105,7 @@ def _watch_output(recorder: Any, text: Any) -> Any:
             if isinstance(s, str):
                 if text in tail + s:
                     recorder.stop("until")
+                # the text may come in several writes
                 tail = (tail + s)[-len(text) :]
             return result
 

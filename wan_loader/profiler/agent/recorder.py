@@ -74,6 +74,7 @@ class AgentRecorder:
         for fd in (self._file, self._io):
             if fd is not None:
                 os.close(fd)
+        # a child writes a file of its own, from its fork on
         self._start_facts = {**self._start_facts, "forked": True, "started": self._clock()}
         self._open_files()
         self.on = self.on and was_on
@@ -199,11 +200,13 @@ class AgentRecorder:
 
     def flush(self, now: Any = None) -> None:
         """Write what is pending. Does nothing where another thread, or this one below a signal, is at it."""
+        # never waits: a signal handler runs in the thread that may hold it
         if not self._lock.acquire(False):
             return
         try:
             self._flushed_ns = now or self._clock()
             rows, self._pending = self._pending, []
+            # rows that were written must not grow any more
             self._generation += 1
             still_open = [[name, start, label] for name, label, start in self._stack.open]
             if rows or still_open:

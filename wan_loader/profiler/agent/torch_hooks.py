@@ -25,6 +25,7 @@ _RANDOM = ("uniform_", "normal_", "exponential_", "random_", "bernoulli_", "log_
 #: Label of a move whose kind is not known yet.
 _MOVE = "move"
 
+# types of which nbytes can be read directly; subclasses may answer with Python code of their own
 _plain: set[Any] = set()
 _overrides: list[Any] = []
 
@@ -98,6 +99,7 @@ def _move(recorder: Any, torch: Any, original: Any) -> Any:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not recorder.on or _size(self) < MIN_BYTES or _moving(recorder):
             return _plainly(original, self, *args, **kwargs)
+        # asked for before: afterwards the context is there
         fresh, before = _context_missing(torch), _counters(recorder, self)
         recorder.begin("h2d", _MOVE)
         result = self
@@ -231,6 +233,7 @@ def _hook_modules(recorder: Any, module_class: Any) -> None:
         super(module_class, cls).__init_subclass__(**kwargs)
         _wrap_init(recorder, cls, building)
 
+    # a torch that has one of its own keeps it: classes made later are then not seen
     if "__init_subclass__" not in vars(module_class):
         hook: Any = __init_subclass__
         module_class.__init_subclass__ = classmethod(hook)
@@ -247,6 +250,7 @@ def _wrap_init(recorder: Any, cls: Any, building: Any) -> Any:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
         me = get_ident()
+        # submodules are a part of the outermost one; sharding is told apart wherever it happens
         outermost = recorder.on and (me not in building or name == "shard")
         if outermost:
             building.add(me)

@@ -46,6 +46,7 @@ def patch(recorder: Any, owner: Any, attribute: Any, make: Any) -> None:
     original = getattr(owner, attribute, None)
     if original is None:
         return
+    # looked up without inheritance: to undo is to put back exactly what the owner itself had
     own = vars(owner).get(attribute)
     try:
         setattr(owner, attribute, make(original))

@@ -63,6 +63,7 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Environment,
         end_ns=process.end_ns,
         device=report.device,
         ceilings=around.ceilings,
+        # unknown counts as cold, as it does for a load
         cold_bytes=max(0, report.nbytes_file - (report.io.resident_before or 0)),
         nbytes_file=report.nbytes_file,
         fresh_bytes=_fresh_bytes(report.settings),
@@ -90,6 +91,7 @@ def program_session(recording: Recording, processes: Sequence[Process], around: 
     files = [f for f in process.facts.get("files", {}).values() if isinstance(f, dict)]
     nbytes = sum(int(f.get("nbytes") or 0) for f in files)
     counts = [f.get("resident_before") for f in files]
+    # one file that the kernel tells nothing of makes the sum unknown
     resident = None if None in counts else sum(map(int, filter(None, counts)))
     device = "cuda" if any("host to cuda" in s.label for s in process.spans if s.name in ("h2d", "cast")) else "cpu"
     report = _program_report(recording, process, device, nbytes, resident)

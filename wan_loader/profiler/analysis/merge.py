@@ -61,8 +61,10 @@ def _process(log: Sequence[dict[str, Any]], recording: Recording) -> Process | N
     direct = pid == recording.pid
     rows = [row for line in log for row in _rows(line.get("spans"))]
     last_ns = max([row[2] for row in rows] + [line["at"] for line in log if isinstance(line.get("at"), int)] + [zero])
+    # a process id may have been used by another process before
     samples = [s for s in recording.samples.get(pid, ()) if s.at_ns >= begin.get("started", zero)]
     if end is None:
+        # killed: nobody wrote when, so the last sign of life counts
         last_ns = recording.end_ns if direct else max([last_ns, *(s.at_ns for s in samples)])
         rows += _cut_short(log, last_ns)
     elif direct and end.get("why") == "exit":

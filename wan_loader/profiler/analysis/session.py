@@ -132,6 +132,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _process_json(process: Process) -> dict[str, Any]:
     tracks = sorted({s.track for s in process.spans})
+    # names once, and numbers in the rows: a session has thousands of spans and a few dozen names
     labels = sorted({s.label for s in process.spans})
     track_at = {name: i for i, name in enumerate(tracks)}
     label_at = {name: i for i, name in enumerate(labels)}

@@ -107,6 +107,7 @@ def simulate(blocks: Sequence[SimulatedBlock], hardware: Hardware) -> Prediction
     freed: list[float] = []
     read_s = copy_s = cast_s = 0.0
     for i, block in enumerate(blocks):
+        # the slot that this block gets was that of the block one ring earlier
         slot_free = freed[i - hardware.slots] if i >= hardware.slots else 0.0
         reading, copying = block.nbytes / hardware.disk, block.nbytes / hardware.copy
         converting = block.nbytes / hardware.cast if block.cast else 0.0

@@ -98,8 +98,10 @@ def find_ceilings(
     new = tuple(k for k in found if found[k] != known.get(k))
     if new:
         now = {_SINCE: time.time()}
+        # kept under the disk, not under the machine: both may change without the other
         on_disk = {k: v for k, v in found.items() if k == "disk_gbps"}
         rest = {k: v for k, v in found.items() if k != "disk_gbps"}
+        # the date of the oldest value stays, unless all are new
         kept = {k: v for k, v in store.get(machine, {}).items() if k != _SINCE or not refresh}
         store = {**store, machine: {**now, **kept, **rest}}
         if on_disk and disk:

@@ -59,6 +59,7 @@ def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
 
 def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: float) -> list[tuple[str, int]]:
     blocks = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
+    # twice as many are looked at as are wanted: some are not in the state that is asked for
     step = max(1, len(blocks) // (2 * most))
     found: list[tuple[str, int]] = []
     with ExitStack() as stack:
@@ -184,6 +185,7 @@ def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) ->
     if device == "cpu":
         _check_free(_CAST_BYTES * 4, "casts")
     source = torch.ones(_CAST_BYTES // 4, dtype=torch.float32, device=device)
+    # warms up: the first conversion starts threads, or loads a kernel
     source.to(torch.bfloat16)
     rates = []
     for _ in range(3):
@@ -240,6 +242,7 @@ def _registration(index: int, clock: Callable[[], int]) -> dict[str, float]:
             os.pwrite(file.fileno(), bytes(_BLOCK_BYTES), start)
         address = map_file(file.fileno(), 0, _GPU_BYTES)
         try:
+            # page faults are not what is measured
             populate(address, _GPU_BYTES)
             start_ns = clock()
             driver.register(address, _GPU_BYTES, driver.current_context(), read_only=True)

@@ -35,6 +35,7 @@ def to_trace(session: Session) -> dict[str, Any]:
 def _process_events(pid: int, process: Process) -> Iterator[dict[str, Any]]:
     title = process.title if process.rank is None else f"rank {process.rank}: {process.title}"
     yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": title}}
+    # viewers order tracks by sort_index: the main thread first
     tracks = sorted({s.track for s in process.spans}, key=lambda t: (t != "MainThread", t))
     for tid, track in enumerate(tracks, 1):
         yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": track or "main"}}
