@@ -20,11 +20,11 @@ def make_sparse(directory, **options):
         target = directory / weights.path
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
-            for piece in weights.stream(_hole):
-                if isinstance(piece, int):
-                    file.seek(piece, os.SEEK_CUR)
+            for segment in weights.stream(_hole):
+                if isinstance(segment, int):
+                    file.seek(segment, os.SEEK_CUR)
                 else:
-                    file.write(piece)
+                    file.write(segment)
             file.truncate(weights.nbytes)
     return plan
 

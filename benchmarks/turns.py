@@ -113,8 +113,8 @@ def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
         shard, tensors = f"model-{i + 1:05d}-of-{_FILES:05d}.safetensors", {}
         for k, name in enumerate(names[i::_FILES]):
             tensor = torch.empty(shapes[name], dtype=kind)
-            for piece in tensor.view(-1).view(torch.int16).split(pool.numel()):
-                piece.copy_(pool.roll(7919 * (i + k))[: piece.numel()])
+            for segment in tensor.view(-1).view(torch.int16).split(pool.numel()):
+                segment.copy_(pool.roll(7919 * (i + k))[: segment.numel()])
             tensors[name] = tensor
         save_file(tensors, path / shard)
         return dict.fromkeys(tensors, shard)

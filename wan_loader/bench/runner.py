@@ -214,8 +214,8 @@ class _Bench:
         elif self._place.rate and (loader.name != "ours" or entry.io == "mapped"):
             reason = "only reads of our own loader's ring can be slowed down"
             result.fail({"status": "not applicable", "reason": reason})
-        elif refusal := loader.refusal(self._task(result, self._case)):
-            result.fail({"status": "not applicable", "reason": refusal})
+        elif why := loader.why_not_applicable(self._task(result, self._case)):
+            result.fail({"status": "not applicable", "reason": why})
         elif loader.convert is not None:
             self._convert(result, stack)
         return result

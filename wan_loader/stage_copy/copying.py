@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import OutputError
-from wan_loader.stage_copy import blocks
+from wan_loader.stage_copy import copy_blocks
 from wan_loader.system.posix import start_writeback
 from wan_loader.system.threads import StoppedError, run_all
 from wan_loader.warming.evict import drop_pages
@@ -62,34 +62,34 @@ class Copying:
         """List the blocks that no earlier run has written."""
         with contextlib.suppress(OSError):
             if os.stat(self._entry.part(file)).st_size == file.nbytes:
-                return [b for b in range(blocks.n_blocks(file)) if self._noted(file, b) is None]
+                return [b for b in range(copy_blocks.n_blocks(file)) if self._noted(file, b) is None]
         self._entry.forget_blocks(file)
-        return list(range(blocks.n_blocks(file)))
+        return list(range(copy_blocks.n_blocks(file)))
 
     def copy(self, work: Sequence[tuple[PlannedFile, int]]) -> None:
         """Read blocks, and write them to their parts; make the parts of all empty files, too."""
         for file in {file for file, _ in work} | {f for f in self._sources if not f.nbytes}:
-            with blocks.opened(self._entry.part(file), os.O_RDWR | os.O_CREAT) as fd:
+            with copy_blocks.opened(self._entry.part(file), os.O_RDWR | os.O_CREAT) as fd:
                 # at full length from the start: threads write blocks in any order
                 os.ftruncate(fd, file.nbytes)
         for file in {file for file, _ in work} - set(self._cold):
             # asked before anything is read: afterwards all of it is there
-            self._cold[file] = blocks.cold_blocks(self._sources[file])
-        total = sum(blocks.block_nbytes(file, block) for file, block in work)
+            self._cold[file] = copy_blocks.cold_blocks(self._sources[file])
+        total = sum(copy_blocks.block_nbytes(file, block) for file, block in work)
         self._each("copying", (partial(self._copy_block, file, block) for file, block in work), total)
 
     def _copy_block(self, file: PlannedFile, block: int) -> None:
-        start, nbytes = block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block)
+        start, nbytes = block * copy_blocks.BLOCK_BYTES, copy_blocks.block_nbytes(file, block)
         view = self._buffer()[:nbytes]
-        blocks.read_source(self._sources[file], start, view, keep_pages=block not in self._cold[file])
+        copy_blocks.read_source(self._sources[file], start, view, keep_pages=block not in self._cold[file])
         self._check_stop()
-        with blocks.opened(self._entry.part(file), os.O_WRONLY) as fd:
-            blocks.write(fd, start, view)
+        with copy_blocks.opened(self._entry.part(file), os.O_WRONLY) as fd:
+            copy_blocks.write(fd, start, view)
             if not self._in_memory:
                 start_writeback(fd, start, nbytes)
         # noted after it was written; a machine that goes down may lose the bytes and keep the note,
         # so that blocks of an earlier run are always read back
-        self._entry.note_block(file, start, nbytes, blocks.checksum(view))
+        self._entry.note_block(file, start, nbytes, copy_blocks.checksum(view))
         with self._lock:
             self._done += nbytes
             self.nbytes_copied += nbytes
@@ -100,12 +100,14 @@ class Copying:
 
     def _settle_file(self, file: PlannedFile) -> None:
         # once more at the end, or a change during the last block would go unseen
-        blocks.check_unchanged(self._sources[file])
+        copy_blocks.check_unchanged(self._sources[file])
         if cold := self._cold.get(file):  # what reading ahead has brought back
-            with blocks.opened(self._sources[file].path, os.O_RDONLY) as fd:
+            with copy_blocks.opened(self._sources[file].path, os.O_RDONLY) as fd:
                 for block in cold:
-                    os.posix_fadvise(fd, block * blocks.BLOCK_BYTES, blocks.BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
-        with blocks.opened(self._entry.part(file), os.O_RDWR) as fd:
+                    os.posix_fadvise(
+                        fd, block * copy_blocks.BLOCK_BYTES, copy_blocks.BLOCK_BYTES, os.POSIX_FADV_DONTNEED
+                    )
+        with copy_blocks.opened(self._entry.part(file), os.O_RDWR) as fd:
             os.fsync(fd)
             if not self._in_memory:
                 drop_pages(fd)
@@ -137,18 +139,18 @@ class Copying:
     ) -> list[tuple[PlannedFile, int]]:
         """Read blocks back, of the parts or of what is in place; return those that are not what was written."""
         self._bad = []
-        total = sum(blocks.block_nbytes(file, block) for file, block in work)
+        total = sum(copy_blocks.block_nbytes(file, block) for file, block in work)
         self._each("verifying", (partial(self._compare_block, f, b, in_place) for f, b in work), total)
         return list(self._bad)
 
     def _compare_block(self, file: PlannedFile, block: int, in_place: bool) -> None:
         self._check_stop()
-        nbytes = blocks.block_nbytes(file, block)
+        nbytes = copy_blocks.block_nbytes(file, block)
         view = self._buffer()[:nbytes]
         path = self._entry.target(file) if in_place else self._entry.part(file)
-        with blocks.opened(path, os.O_RDONLY) as fd:
-            whole = fill(fd, block * blocks.BLOCK_BYTES, view) == nbytes
-        same = whole and blocks.checksum(view) == self._noted(file, block)
+        with copy_blocks.opened(path, os.O_RDONLY) as fd:
+            whole = fill(fd, block * copy_blocks.BLOCK_BYTES, view) == nbytes
+        same = whole and copy_blocks.checksum(view) == self._noted(file, block)
         with self._lock:
             self._done += nbytes
             self.nbytes_verified += nbytes
@@ -162,12 +164,12 @@ class Copying:
 
     def _noted(self, file: PlannedFile, block: int) -> str | None:
         """Return the checksum of a block as it was written, by this run or an earlier one."""
-        place = (block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block))
+        place = (block * copy_blocks.BLOCK_BYTES, copy_blocks.block_nbytes(file, block))
         return self._entry.blocks.get(file.key, {}).get(place)
 
     def _buffer(self) -> memoryview:
         if not hasattr(self._buffers, "view"):
-            self._buffers.view = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
+            self._buffers.view = memoryview(mmap.mmap(-1, copy_blocks.BLOCK_BYTES))
         view: memoryview = self._buffers.view
         return view
 

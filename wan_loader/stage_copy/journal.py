@@ -112,8 +112,7 @@ class StageEntry:
         self._journal_fd = -1
 
     def __enter__(self) -> StageEntry:
-        refusal = f"{self.directory}: another process is staging the same: wait for it"
-        self._locked = lock_or_refuse(self.home, refusal)
+        self._locked = lock_or_refuse(self.home, f"{self.directory}: another process is staging the same: wait for it")
         try:
             self._read()
         except BaseException:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import CheckpointError, HostMemoryError, OutputError, WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.sizes import format_bytes
-from wan_loader.stage_copy import blocks
+from wan_loader.stage_copy import copy_blocks
 from wan_loader.stage_copy.copying import Copying
 from wan_loader.stage_copy.journal import PlannedFile, StageEntry, StageManifest, open_entry
 from wan_loader.system.files import sync_directory
@@ -96,7 +96,7 @@ def stage(
     try:
         place = _make_directory(place, tree)
         with open_entry(place, tree.name) as entry:
-            buffers = affordable_buffers(threads or default_threads(), blocks.BLOCK_BYTES)
+            buffers = affordable_buffers(threads or default_threads(), copy_blocks.BLOCK_BYTES)
             job = _Job(tree, entry, buffers, progress)
             job.run(verify, force)
     except WanLoaderError:
@@ -169,10 +169,10 @@ class _Job:
         entry.write_manifest(self._manifest)
         # from here on the manifest is there: whatever happens can be gone on with, or taken away
         left = {file: self.copying.blocks_left(file) for file in todo}
-        resumed = [(f, b) for f in todo for b in set(range(blocks.n_blocks(f))) - set(left[f])]
+        resumed = [(f, b) for f in todo for b in set(range(copy_blocks.n_blocks(f))) - set(left[f])]
         self.copying.copy([(file, block) for file in todo for block in left[file]])
         self.copying.settle(todo)
-        again = resumed if verify is False else [(f, b) for f in todo for b in range(blocks.n_blocks(f))]
+        again = resumed if verify is False else [(f, b) for f in todo for b in range(copy_blocks.n_blocks(f))]
         self.warnings += self.copying.verify(again)
         for file in todo:
             self._place(file, force)
@@ -237,7 +237,7 @@ class _Job:
 
     def _damaged_in_place(self) -> set[PlannedFile]:
         held = [file for file in self._manifest.files if self._entry.holds(file)]
-        bad = self.copying.compare([(f, b) for f in held for b in range(blocks.n_blocks(f))], in_place=True)
+        bad = self.copying.compare([(f, b) for f in held for b in range(copy_blocks.n_blocks(f))], in_place=True)
         damaged = {file for file, _ in bad}
         self.warnings += [f"{f.path} was no longer what had been staged, and was copied again" for f in damaged]
         return damaged
