@@ -1,4 +1,4 @@
-"""The course of a bench: places and cases one after the other, loaders in turn within each, one process a sample.
+"""The sequence of a bench: places and cases one after the other, loaders in turn within each, one process a sample.
 
 Within a case the loaders take turns, and each round begins with another one, so that what changes over time (heat,
 neighbours, the disk's own cache) hits all of them alike. A loader that fails is reported and not run again in that

@@ -54,7 +54,7 @@ class TensorSharding:
     holders: tuple[int, ...]
     """Ranks that keep the same shard, this process among them, in the order of their group."""
     n_shards: int = 1
-    """The number of shards, which are blocks of rows, that the tensor is cut into."""
+    """The number of shards, which are ranges of rows, that the tensor is cut into."""
     shard: int = 0
     """The number of the one that this process keeps."""
 
