@@ -56,7 +56,7 @@ def cpu_seconds() -> float:
 
 
 def sample(case: str, path: Path, cache_dir: Path, device: str, check: bool) -> dict:
-    """One load in this process."""
+    """Load once in this process."""
     import torch
 
     import wan_loader

@@ -62,7 +62,7 @@ def divide(tree, mesh) -> None:
 
 
 def load(placement: str, loader: str, path: Path, dtype: str | None, threads: int | None, device, mesh) -> dict:
-    """What this process keeps, by name; and our loader's report."""
+    """Return what this process keeps, by name; and our loader's report."""
     import safetensors.torch
     import torch
     import torch.distributed as dist
@@ -94,7 +94,7 @@ def load(placement: str, loader: str, path: Path, dtype: str | None, threads: in
 
 
 def check(path: Path, tensors: dict, dtype: str | None) -> int:
-    """Compare what this process keeps with the files; how many tensors that were."""
+    """Compare what this process keeps with the files; return how many tensors that were."""
     import torch
     from safetensors import safe_open
     from torch.distributed.tensor import DTensor
@@ -116,7 +116,7 @@ def check(path: Path, tensors: dict, dtype: str | None) -> int:
 
 
 def warm_up(mesh, device) -> None:
-    """What is paid once a process: imports, and the first collective."""
+    """Do what is paid once a process: imports, and the first collective."""
     import safetensors.torch  # noqa: F401
     import torch
     import torch.distributed as dist
@@ -132,7 +132,7 @@ def warm_up(mesh, device) -> None:
 def sample(
     placement: str, loader: str, path: Path, dtype: str | None, threads: int | None, verify: bool, kind: str
 ) -> dict:
-    """This process's part of one load; the parent makes them fresh ones."""
+    """Load this process's share once; the parent makes fresh processes."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -171,7 +171,7 @@ def sample(
 
 
 def run_sample(case: tuple, path: Path, options: argparse.Namespace, verify: bool) -> dict:
-    """All processes of one sample, and what they come to together."""
+    """Run all processes of one sample, and sum up what they come to together."""
     _, placement, loader, cache = case
     if cache == "cold":
         evict(path)

@@ -10,7 +10,7 @@ from wan_pipeline.synth import plan_synth
 
 
 def make_sparse(directory, **options):
-    """Write the files of `plan_synth(**options)` with holes for data; returns the plan."""
+    """Write the files of `plan_synth(**options)` with holes for data; return the plan."""
     plan = plan_synth(**options)
     for text in plan.texts:
         target = directory / text.path
@@ -30,5 +30,5 @@ def make_sparse(directory, **options):
 
 
 def _hole(tensor):
-    """A length instead of data; nothing at all for the thread that computes checksums, which nobody checks here."""
+    """Return a length instead of data; nothing at all for the thread of checksums, which nobody checks here."""
     return iter([tensor.nbytes] if threading.current_thread() is threading.main_thread() else [])

@@ -35,7 +35,7 @@ def read_headers(paths):
 
 
 def plan_all(checkpoints):
-    """Plan a load to a GPU of each, with residency asked for; returns how many blocks were planned."""
+    """Plan a load to a GPU of each, with the page cache asked; return how many blocks were planned."""
     policy, n_blocks = DtypePolicy("bfloat16", ("norm2",)), 0
     for checkpoint in checkpoints:
         request = LoadRequest(source=checkpoint, policy=policy)
@@ -81,7 +81,7 @@ def test_residency_probe(benchmark, checkpoint):
 
 
 def test_pinned_ring(benchmark, mb):
-    """Making the ring, touching its slots once, giving it back."""
+    """Make the ring, touch its slots once, give it back."""
     slot_bytes, n_slots = min(MIN_BLOCK_BYTES, mb * 10**6 // 4096 * 4096), 3
 
     def run():
