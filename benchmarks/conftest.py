@@ -1,4 +1,4 @@
-"""What the suites measure on: a checkpoint of full size without weights, and small ones with them.
+"""The checkpoints that the suites measure on: of full size without weights, and small ones with them.
 
 The sizes are small unless WAN_LOADER_BENCH_MB says otherwise, so that every suite also runs as a test.
 """
@@ -18,13 +18,13 @@ MB = 10**6
 
 @pytest.fixture(scope="session")
 def mb():
-    """Size of the checkpoints that are really loaded, in MB."""
+    """Return the size of the checkpoints that are really loaded, in MB."""
     return int(os.environ.get("WAN_LOADER_BENCH_MB", "8"))
 
 
 @pytest.fixture(scope="session")
 def native(tmp_path_factory):
-    """The four checkpoints of WAN2.2-T2V-A14B as published, 126 GB, without the weights."""
+    """Make the four checkpoints of WAN2.2-T2V-A14B as published, 126 GB, without the weights."""
     directory = tmp_path_factory.mktemp("native")
     make_sparse(directory, layout="native", size="full")
     return [
@@ -35,7 +35,7 @@ def native(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def expert(tmp_path_factory):
-    """One expert in the diffusers layout, bf16, without the weights, and the module that it fills, empty."""
+    """Make one expert in the diffusers layout, bf16, without weights, and the empty module that it fills."""
     from diffusers import WanTransformer3DModel
 
     directory = tmp_path_factory.mktemp("expert")
@@ -51,7 +51,7 @@ def expert(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=["one_large", "many_small"])
 def checkpoint(request, tmp_path_factory, mb):
-    """The same bytes as 8 tensors, or as tensors of 1 kB."""
+    """Make a file of the same bytes as 8 tensors, or as tensors of 1 kB."""
     path = tmp_path_factory.mktemp("loads") / f"{request.param}.safetensors"
     nbytes = 1024 if request.param == "many_small" else mb * MB // 8
     save_file({f"block.{i}.weight": torch.randn(nbytes // 4) for i in range(mb * MB // nbytes)}, path)

@@ -9,7 +9,7 @@ Cases, interleaved, each sample in a fresh process with torch imported and the C
     first       the first load with cache=True: read and converted as before, the entry is written behind it
     second      a load that finds the entry
 
-`seconds` is the call, `build_seconds` what the entry took in the background after it. Cold is proved by residency
+`seconds` is the call, `build_seconds` what the entry took in the background after it. Cold is proved by the page cache
 before the call. The first sample of a case compares every tensor with the source, bit for bit.
 """
 
@@ -56,7 +56,7 @@ def cpu_seconds() -> float:
 
 
 def sample(case: str, path: Path, cache_dir: Path, device: str, check: bool) -> dict:
-    """One load in this process."""
+    """Load once in this process."""
     import torch
 
     import wan_loader

@@ -6,8 +6,8 @@
 Makes the checkpoints that a step needs (random weights in the published shapes) in the first directory, which should
 lie on the disk to be measured, unless they are there. 60 GB are enough with --only; flashpack packs a copy beside.
 `sparse-*` have holes for weights, which take no time to make and no room: for what is in the page cache anyway.
-Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for the peers,
-`liveness`.
+Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for rival
+loaders, `peers`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ STEPS = {
 
 
 def make(directory: Path, name: str) -> Path:
-    """The checkpoint of a step; made unless it is there."""
+    """Return the checkpoint of a step; it is made unless it is there."""
     target = directory / name
     if name in ("small", "many", "huge"):
         return _make_plain(target, name)
@@ -97,7 +97,7 @@ def _synth(target: Path, **shape) -> None:
 
 
 def _make_plain(target: Path, name: str) -> Path:
-    """small: 90 MB in 100 tensors; many: 10,000 of 1 kB; huge: one of 20 GB."""
+    """Make one of three files; small: 90 MB in 100 tensors; many: 10,000 of 1 kB; huge: one of 20 GB."""
     path = target / "model.safetensors"
     if path.exists():
         return target
@@ -114,7 +114,7 @@ def _make_plain(target: Path, name: str) -> Path:
 
 
 def command(paths: list[str], step: Step, results: Path, name: str) -> list[str]:
-    """The bench of a step."""
+    """Return the bench of a step."""
     exports = (("json", "json"), ("markdown", "md"), ("picture", "svg"))
     words = [sys.executable, "-m", "wan_loader", "bench", *paths, *shlex.split(step.options), "--force"]
     for option, suffix in exports:

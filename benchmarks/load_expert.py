@@ -49,7 +49,7 @@ def warm(path: Path) -> None:
 
 
 def measure_copy_ceiling() -> float:
-    """Best of several pinned host-to-device copies of 4 GiB in pieces of 16 MiB, GB/s."""
+    """Return the best of several pinned host-to-device copies of 4 GiB in blocks of 16 MiB, GB/s."""
     import torch
 
     host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
@@ -67,7 +67,7 @@ def measure_copy_ceiling() -> float:
 
 
 def measure_disk_ceiling(path: Path, threads: int, block: int) -> float:
-    """Cold O_DIRECT reads of all whole blocks, GB/s."""
+    """Return the rate of cold O_DIRECT reads of all whole blocks, GB/s."""
     import mmap
 
     evict(path)
@@ -100,7 +100,7 @@ def measure_disk_ceiling(path: Path, threads: int, block: int) -> float:
 
 
 def sample(loader: str, path: Path, io: str, dtype: str | None, check: bool) -> dict:
-    """One load in this process; the parent makes it a fresh one."""
+    """Load once in this process; the parent makes it a fresh one."""
     import torch
     from safetensors.torch import load_file
 

@@ -78,7 +78,7 @@ def cases(n: int) -> list[Case]:
 
 
 def run_case(case: Case, options: argparse.Namespace, path: Path, results: Path) -> dict:
-    """All processes of a case; with `error` where one of them failed or had not ended in time."""
+    """Run all processes of a case; with `error` where one of them failed or had not ended in time."""
     spec = {"ckpt": str(path), "device": options.device, "start": case.start, "steps": options.steps}
     spec |= {"size": options.wh, "frame_num": options.frames, "result": str(results / case.name)}
     spec |= {"videos": case.videos or (case.name,)}
@@ -102,7 +102,7 @@ def run_case(case: Case, options: argparse.Namespace, path: Path, results: Path)
 
 
 def environments(n: int) -> list[dict]:
-    """The environment of each process, as torchrun sets it."""
+    """Return the environment of each process, as torchrun sets it."""
     if n == 1:
         return [{}]
     with socket.socket() as free:
@@ -121,7 +121,7 @@ def start_process(spec: dict, env: dict) -> subprocess.Popen:
 
 
 def problem(result: str, watched: list[dict], timeout_s: float) -> str:
-    """The last lines of the processes that failed."""
+    """Return the last lines of the processes that failed."""
     lines = [f"no end after {timeout_s:g} s"] if max(x["seconds"] for x in watched) >= timeout_s else []
     for rank, process in enumerate(watched):
         text = Path(f"{result}.{rank}.stderr").read_text(errors="replace").strip()
@@ -131,7 +131,7 @@ def problem(result: str, watched: list[dict], timeout_s: float) -> str:
 
 
 def warm(path: Path) -> float:
-    """Bring the weights into the page cache; the share that is there then."""
+    """Bring the weights into the page cache; return the share that is there then."""
     from wan_loader.warming.evict import resident_bytes
     from wan_loader.warming.tree import list_tree
     from wan_loader.warming.warm import warm

@@ -72,7 +72,7 @@ def make_videos(spec: dict) -> dict:
 
 
 def count_calls(pipe, *names: str) -> dict[str, int]:
-    """How often each network has run, from now on."""
+    """Count how often each network has run, from now on."""
     calls = dict.fromkeys(names, 0)
 
     def counting(name: str):
@@ -87,7 +87,7 @@ def count_calls(pipe, *names: str) -> dict[str, int]:
 
 
 def make_video(pipe, name: str, settings: dict, spec: dict) -> dict:
-    """One video; steps are timed with the device synchronised after each."""
+    """Make one video; steps are timed with the device synchronised after each."""
     import numpy as np
 
     before, kind = pipe.report()["pipeline"], name.removeprefix("fp32 ")
@@ -115,7 +115,7 @@ def make_video(pipe, name: str, settings: dict, spec: dict) -> dict:
 
 @contextlib.contextmanager
 def kept(owner, name: str, what):
-    """What a method is called with and returns, as `what` makes of it, in a list."""
+    """List what a method is called with and returns, as `what` makes of it."""
     method, found = getattr(owner, name), []
 
     def keeping(*args, **options):
@@ -129,7 +129,7 @@ def kept(owner, name: str, what):
 
 
 def unscaled(latents, config):
-    """What the VAE is given, in the units of the noise."""
+    """Return what the VAE is given, in the units of the noise."""
     import torch
 
     mean, std = (
@@ -139,7 +139,7 @@ def unscaled(latents, config):
 
 
 def other_attention(device: str, precise: bool):
-    """A kernel that the device does not take by itself for the experts; a GPU takes the efficient one in fp32."""
+    """Choose a kernel that the device does not itself take for the experts; a GPU has the efficient one in fp32."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     efficient = device == "cuda" and not precise
@@ -148,7 +148,7 @@ def other_attention(device: str, precise: bool):
 
 @contextlib.contextmanager
 def exchanged(blocks):
-    """The first block in the place of the last, and the other way round."""
+    """Put the first block in the place of the last, and the last in that of the first."""
     blocks[0], blocks[-1] = blocks[-1], blocks[0]
     yield
     blocks[0], blocks[-1] = blocks[-1], blocks[0]

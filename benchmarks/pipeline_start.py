@@ -44,7 +44,7 @@ PROMPT = "two cats boxing on a stage"
 
 
 class FirstStepError(Exception):
-    """Ends a sample when the first denoising step would begin."""
+    """The end of a sample, when the first denoising step would begin."""
 
 
 # --- the measured processes
@@ -71,7 +71,7 @@ def stop_at_first_step(pipe, device, found):
 
 
 def call(pipe, size, frames):
-    """One call of a plain diffusers pipeline."""
+    """Call a plain diffusers pipeline once."""
     pipe.set_progress_bar_config(disable=True)
     pipe(PROMPT, width=size[0], height=size[1], num_frames=frames, num_inference_steps=4, output_type="latent")
 
@@ -83,7 +83,7 @@ def import_all():
 
 
 def import_and_start_device(args, found):
-    """All imports and the device's context, timed; what follows is loading."""
+    """Time all imports and the device's context; what follows is loading."""
     import_all()
     found["imports_s"] = elapsed_s()
     if args.device.startswith("cuda"):
@@ -203,7 +203,7 @@ def finish(args, pipe, found):
 
 
 def run_ours(args, preset):
-    """A whole video; steps are timed with the device synchronised after each."""
+    """Make a whole video; steps are timed with the device synchronised after each."""
     from wan_pipeline import WanT2V
     from wan_pipeline.presets import load_preset
 
@@ -282,7 +282,7 @@ def warm(directory):
 
 
 def sample(args, name, cache):
-    """One fresh process."""
+    """Run one fresh process."""
     {"cold": evict, "warm": warm}[cache](args.ckpt)
     share = resident_share(args.ckpt)
     result = Path(args.directory) / "sample.json"
@@ -305,7 +305,7 @@ def sample(args, name, cache):
 
 
 def watch_memory(process):
-    """The process's peaks of anonymous and of mapped file memory while it runs."""
+    """Watch the process's peaks of anonymous and of mapped file memory while it runs."""
     peaks = {"host_anonymous_peak_bytes": 0, "host_mapped_file_peak_bytes": 0}
     while process.poll() is None:
         with contextlib.suppress(OSError):

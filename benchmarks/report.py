@@ -35,7 +35,7 @@ class Row:
 
 
 def rows_of(document: dict, chosen: dict) -> list[Row]:
-    """The rows of the one case that is chosen. Raises ValueError unless there is exactly one."""
+    """Return the rows of the one case that is chosen; ValueError unless there is exactly one."""
     rows = _rows_of_bench(document, chosen) if document.get("command") == "bench" else _rows_of_expert(document, chosen)
     if not rows:
         raise ValueError(f"{chosen['file']} has nothing that readme.toml asks for: {chosen}")
@@ -89,7 +89,7 @@ def _rows_of_expert(document: dict, chosen: dict) -> list[Row]:
 
 
 def table(document: dict, chosen: dict) -> str:
-    """One titled table, the machine, and where we lose."""
+    """Write one titled table, the machine, and where we lose."""
     rows = rows_of(document, chosen)
     lines = [f"{chosen['title']}:", "", "| | seconds | GB/s | of the limit | CPU-seconds | samples |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
@@ -116,20 +116,20 @@ def _line(row: Row) -> str:
 
 
 def _digits(value: float | None) -> str:
-    """Three of them, or all before the point."""
+    """Write three digits, or all before the point."""
     if value is None:
         return ""
     return f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"
 
 
 def section() -> str:
-    """Everything between the markers."""
+    """Write everything between the markers."""
     chosen = tomllib.loads((RESULTS / "readme.toml").read_text())["table"]
     return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c) for c in chosen)
 
 
 def replaced(text: str, new: str) -> str:
-    """README with a new section. Raises ValueError where a marker is missing."""
+    """Return README with a new section; ValueError where a marker is missing."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:

@@ -2,7 +2,7 @@
 
     python benchmarks/several_gpus.py /data/bench --processes 2 --output benchmarks/results/NAME.json
 
-Two ways to keep it: divided (FSDP2: each process keeps its rows) and replicated (each keeps all). Two loaders for each:
+Two placements: divided (FSDP2: each process keeps its rows) and replicated (each keeps all). Two loaders for each:
 ours, and safetensors in every process, followed by `fully_shard` where it is to be divided. Every sample is a set of
 fresh processes; the clock runs from a barrier after the start of CUDA and NCCL to the barrier after the last byte has
 arrived. Cold means no page of the files is resident, warm means all are; both are checked and stand in the sample. The
@@ -27,9 +27,9 @@ from pathlib import Path
 from load_expert import GB, evict, files_of, read_bytes, resident_share, warm
 
 CASES = [
-    (f"{way}, {loader}, {cache}", way, loader, cache)
+    (f"{placement}, {loader}, {cache}", placement, loader, cache)
     for cache in ("warm", "cold")
-    for way in ("divided", "replicated")
+    for placement in ("divided", "replicated")
     for loader in ("wan-loader", "usual")
 ]
 
@@ -61,8 +61,8 @@ def divide(tree, mesh) -> None:
     fully_shard(tree, mesh=mesh)
 
 
-def load(way: str, loader: str, path: Path, dtype: str | None, threads: int | None, device, mesh) -> dict:
-    """What this process keeps, by name; and our loader's report."""
+def load(placement: str, loader: str, path: Path, dtype: str | None, threads: int | None, device, mesh) -> dict:
+    """Return what this process keeps, by name; and our loader's report."""
     import safetensors.torch
     import torch
     import torch.distributed as dist
@@ -71,20 +71,20 @@ def load(way: str, loader: str, path: Path, dtype: str | None, threads: int | No
 
     cast = getattr(torch, dtype) if dtype else None
     if loader == "wan-loader":
-        if way == "replicated":
+        if placement == "replicated":
             loaded = wan_loader.load(path, device=device, dtype=dtype, threads=threads, group=dist.group.WORLD)
             return {"tensors": loaded.tensors, "report": loaded.report.to_json()}
         tree = tree_of(path)
         divide(tree, mesh)
         report = wan_loader.load_into(tree, path, device=device, dtype=dtype, threads=threads)
         return {"tensors": dict(tree.named_parameters()), "report": report.to_json()}
-    on = "cpu" if way == "divided" else str(device)
+    on = "cpu" if placement == "divided" else str(device)
     state = {}
     for name in files_of(path):
         state |= safetensors.torch.load_file(name, device=on)
     if cast:
         state = {name: tensor.to(cast) for name, tensor in state.items()}
-    if way == "replicated":
+    if placement == "replicated":
         return {"tensors": state}
     tree = tree_of(path)
     tree.load_state_dict(state, assign=True)
@@ -94,7 +94,7 @@ def load(way: str, loader: str, path: Path, dtype: str | None, threads: int | No
 
 
 def check(path: Path, tensors: dict, dtype: str | None) -> int:
-    """Compare what this process keeps with the files; how many tensors that were."""
+    """Compare what this process keeps with the files; return how many tensors that were."""
     import torch
     from safetensors import safe_open
     from torch.distributed.tensor import DTensor
@@ -116,7 +116,7 @@ def check(path: Path, tensors: dict, dtype: str | None) -> int:
 
 
 def warm_up(mesh, device) -> None:
-    """What is paid once a process: imports, and the first collective."""
+    """Do what is paid once a process: imports, and the first collective."""
     import safetensors.torch  # noqa: F401
     import torch
     import torch.distributed as dist
@@ -129,8 +129,10 @@ def warm_up(mesh, device) -> None:
     dist.all_reduce(torch.ones(1, device=device))
 
 
-def sample(way: str, loader: str, path: Path, dtype: str | None, threads: int | None, verify: bool, kind: str) -> dict:
-    """This process's part of one load; the parent makes them fresh ones."""
+def sample(
+    placement: str, loader: str, path: Path, dtype: str | None, threads: int | None, verify: bool, kind: str
+) -> dict:
+    """Load this process's share once; the parent makes fresh processes."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -145,7 +147,7 @@ def sample(way: str, loader: str, path: Path, dtype: str | None, threads: int | 
     resident = resident_share(path)
     dist.barrier()
     before, start = read_bytes(), time.perf_counter()
-    loaded = load(way, loader, path, dtype, threads, device, mesh)
+    loaded = load(placement, loader, path, dtype, threads, device, mesh)
     if kind == "cuda":
         torch.cuda.synchronize()
     own_seconds = time.perf_counter() - start
@@ -169,8 +171,8 @@ def sample(way: str, loader: str, path: Path, dtype: str | None, threads: int | 
 
 
 def run_sample(case: tuple, path: Path, options: argparse.Namespace, verify: bool) -> dict:
-    """All processes of one sample, and what they come to together."""
-    _, way, loader, cache = case
+    """Run all processes of one sample, and sum up what they come to together."""
+    _, placement, loader, cache = case
     if cache == "cold":
         evict(path)
     for _ in range(3):
@@ -180,7 +182,7 @@ def run_sample(case: tuple, path: Path, options: argparse.Namespace, verify: boo
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(options.processes)}
-    spec = json.dumps([way, loader, str(path), options.dtype, options.threads, verify, options.device])
+    spec = json.dumps([placement, loader, str(path), options.dtype, options.threads, verify, options.device])
     command = [sys.executable, __file__, "--sample", spec]
     started = [
         subprocess.Popen(
@@ -238,8 +240,8 @@ def main() -> None:
     parser.add_argument("--sample", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.sample:
-        way, loader, path, *rest = json.loads(options.sample)
-        print(json.dumps(sample(way, loader, Path(path), *rest)))
+        placement, loader, path, *rest = json.loads(options.sample)
+        print(json.dumps(sample(placement, loader, Path(path), *rest)))
         return
     run(options)
 

@@ -10,7 +10,7 @@ from wan_pipeline.synth import plan_synth
 
 
 def make_sparse(directory, **options):
-    """Write the files of `plan_synth(**options)` with holes for data; returns the plan."""
+    """Write the files of `plan_synth(**options)` with holes for data; return the plan."""
     plan = plan_synth(**options)
     for text in plan.texts:
         target = directory / text.path
@@ -20,15 +20,15 @@ def make_sparse(directory, **options):
         target = directory / weights.path
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
-            for piece in weights.stream(_hole):
-                if isinstance(piece, int):
-                    file.seek(piece, os.SEEK_CUR)
+            for segment in weights.stream(_hole):
+                if isinstance(segment, int):
+                    file.seek(segment, os.SEEK_CUR)
                 else:
-                    file.write(piece)
+                    file.write(segment)
             file.truncate(weights.nbytes)
     return plan
 
 
 def _hole(tensor):
-    """A length instead of data; nothing at all for the thread that computes checksums, which nobody checks here."""
+    """Return a length instead of data; nothing at all for the thread of checksums, which nobody checks here."""
     return iter([tensor.nbytes] if threading.current_thread() is threading.main_thread() else [])

@@ -35,7 +35,7 @@ def read_headers(paths):
 
 
 def plan_all(checkpoints):
-    """Plan a load to a GPU of each, with residency asked for; returns how many blocks were planned."""
+    """Plan a load to a GPU of each, with the page cache asked; return how many blocks were planned."""
     policy, n_blocks = DtypePolicy("bfloat16", ("norm2",)), 0
     for checkpoint in checkpoints:
         request = LoadRequest(source=checkpoint, policy=policy)
@@ -80,15 +80,15 @@ def test_residency_probe(benchmark, checkpoint):
         assert benchmark(cached_bytes, file.fileno(), 0, nbytes) == nbytes
 
 
-def test_staging_ring(benchmark, mb):
-    """Making the ring, touching its slots once, giving it back."""
+def test_pinned_ring(benchmark, mb):
+    """Make the ring, touch its slots once, give it back."""
     slot_bytes, n_slots = min(MIN_BLOCK_BYTES, mb * 10**6 // 4096 * 4096), 3
 
     def run():
-        staging = PinnedRing(slot_bytes, n_slots)
-        for slot in staging.slots:
+        ring = PinnedRing(slot_bytes, n_slots)
+        for slot in ring.slots:
             ctypes.memset(slot.address, 1, slot_bytes)
-        return staging.close()
+        return ring.close()
 
     assert benchmark(run)
 
@@ -101,6 +101,6 @@ def test_copy_and_cast(benchmark, mb, dtype):
     flat = torch.empty(count, dtype=torch.bfloat16 if dtype else torch.float32)
     target = CpuWriter()
     target.bind([Destination(flat, flat.data_ptr(), dtype)])
-    pieces = [Segment(0, 0, 0, count * 4, 4)]
-    benchmark(target.submit, source.data_ptr(), 0, pieces)
+    segments = [Segment(0, 0, 0, count * 4, 4)]
+    benchmark(target.submit, source.data_ptr(), 0, segments)
     assert flat[-1] == 1

@@ -90,7 +90,7 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_s
 
 
 def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
-    """Blocks in the shapes of an A14B expert (`width` 5120), random bytes, in six shards with an index."""
+    """Make blocks in the shapes of an A14B expert (`width` 5120), random bytes, in six shards with an index."""
     import torch
     from safetensors.torch import save_file
 
@@ -114,8 +114,8 @@ def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
         shard, tensors = f"model-{i + 1:05d}-of-{_FILES:05d}.safetensors", {}
         for k, name in enumerate(names[i::_FILES]):
             tensor = torch.empty(shapes[name], dtype=kind)
-            for piece in tensor.view(-1).view(torch.int16).split(pool.numel()):
-                piece.copy_(pool.roll(7919 * (i + k))[: piece.numel()])
+            for segment in tensor.view(-1).view(torch.int16).split(pool.numel()):
+                segment.copy_(pool.roll(7919 * (i + k))[: segment.numel()])
             tensors[name] = tensor
         save_file(tensors, path / shard)
         return dict.fromkeys(tensors, shard)
@@ -127,7 +127,7 @@ def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
 
 
 def make_planned(directory: Path) -> None:
-    """As many tensors as a whole model has, tiny ones, in both formats."""
+    """Make as many tensors as a whole model has, tiny ones, in both formats."""
     import torch
     from safetensors.torch import save_file
 
@@ -138,14 +138,14 @@ def make_planned(directory: Path) -> None:
 
 
 def make_start(path: Path, checkout: Path, size: str) -> None:
-    """A whole model in the published shapes, with few blocks."""
+    """Make a whole model in the published shapes, with few blocks."""
     if not path.exists():
         words = ["-m", "wan_pipeline", "synth", str(path), "--size", size, "--blocks", "2", "--dtype", "bf16"]
         subprocess.run([sys.executable, *words], env=_environment(checkout), stdout=subprocess.DEVNULL, check=True)
 
 
 def _environment(checkout: Path) -> dict[str, str]:
-    """For a process that imports from a checkout; byte code is kept, as it is where people start programs."""
+    """Make the environment of a process that imports from a checkout; byte code is kept, as it is for users."""
     others = os.environ.get("PYTHONPATH", "")
     path = f"{checkout.resolve()}{os.pathsep}{others}"
     keeps = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -155,7 +155,7 @@ def _environment(checkout: Path) -> dict[str, str]:
 
 
 def sample(checkout: Path, path: Path, device: str, dtype: str, *, check: bool = False) -> dict[str, float]:
-    """One load in a fresh process that imports the loader from a checkout."""
+    """Load once in a fresh process that imports the loader from a checkout."""
     program, words = _START if dtype == "start" else _SAMPLE, [str(path), device, dtype, "check" if check else "-"]
     done = subprocess.run(
         [sys.executable, "-c", program, *words],
@@ -171,7 +171,7 @@ def sample(checkout: Path, path: Path, device: str, dtype: str, *, check: bool =
 
 
 def take_turns(case: str, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """All samples of a case."""
+    """Take all samples of a case."""
     name, dtype = CASES[case]
     path, ways = args.directory / name, {"before": args.before, "after": args.after}
     for checkout in ways.values():  # from here on the page cache is warm, and byte code is compiled
@@ -186,7 +186,7 @@ def take_turns(case: str, args: argparse.Namespace) -> dict[str, list[dict[str, 
 
 
 def told(case: str, samples: dict[str, list[dict[str, float]]]) -> str:
-    """A line for a case: medians, and the ratio of the two in each pair."""
+    """Write a line for a case: medians, and the ratio of the two in each pair."""
     seconds = {way: [s["seconds"] for s in found] for way, found in samples.items()}
     ratios = sorted(after / before for before, after in zip(seconds["before"], seconds["after"], strict=True))
     wrong = "" if all(s["equal"] is not False for found in samples.values() for s in found) else "  WRONG TENSORS"

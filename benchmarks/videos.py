@@ -20,7 +20,7 @@ TOLERANCE = 2.0
 
 
 def compare(path: Path, reference: Path, seed: int = 0) -> dict:
-    """A video beside another one of the same noise."""
+    """Compare a video with another one of the same noise."""
     video, one = np.load(path), np.load(reference)
     difference = np.abs(video["frames"].astype(np.float64) - one["frames"]) * 255
     rms = float(np.sqrt((difference**2).mean()))
@@ -40,7 +40,7 @@ def compare(path: Path, reference: Path, seed: int = 0) -> dict:
 
 
 def noise(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """What the pipeline begins with."""
+    """Return the noise that the pipeline begins with."""
     import torch
 
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
@@ -51,7 +51,7 @@ def distance(a: np.ndarray, b: np.ndarray | float = 0.0) -> float:
 
 
 def judge(video: dict, yardsticks: dict[str, dict]) -> dict[str, dict]:
-    """How many times each yardstick a video is away, and whether that is within the tolerance in frames and latents."""
+    """Count how many times each yardstick a video is away, and judge by the tolerance in frames and latents."""
     found = {}
     for name, yardstick in yardsticks.items():
         pairs = {key: (video[key], yardstick[key]) for key in ("mean_levels", "latents")}
@@ -61,7 +61,7 @@ def judge(video: dict, yardsticks: dict[str, dict]) -> dict[str, dict]:
 
 
 def verdicts(videos: dict[str, dict], controls: Sequence[str]) -> list[str]:
-    """What the comparison says, and whether it can say anything. controls: videos that really are others."""
+    """Return what the comparison says, and whether it can say anything. controls: videos that really are others."""
     lines = []
     if (one := videos.get("one")) is not None:
         lines.append(

@@ -176,9 +176,9 @@ def __dir__() -> list[str]:
 def _at_exit(pid: int) -> None:
     """Leave a note for the others of a distributed run, who may wait for this process; nobody waits for forked ones."""
     if "torch.distributed" in sys.modules and os.getpid() == pid:
-        from wan_loader.distributed.exit_note import leave_note
+        from wan_loader.distributed.exit_note import leave_exit_note
 
-        leave_note()
+        leave_exit_note()
 
 
 atexit.register(_at_exit, os.getpid())

@@ -159,7 +159,7 @@ def _told_to_all(group: ProcessGroup | None, module: torch.nn.Module | None) -> 
         yield
     except Exception as error:
         if group is not None or (module is not None and is_distributed(module)):
-            from wan_loader.distributed.load import refuse
+            from wan_loader.distributed.shared_load import refuse
 
             refuse(error, group, module)
         raise
@@ -230,7 +230,7 @@ def _load(
 ) -> LoadResult:
     """Load alone, or through one of the wrappers around a load, whose modules are imported where they are wanted."""
     if _is_shared(group, into):
-        from wan_loader.distributed.load import load_together
+        from wan_loader.distributed.shared_load import load_together
 
         return load_together(request, into, group, cancel=cancel, observer=observer)
     if use.cache:

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from wan_loader import CacheError, CheckpointError, DtypePolicy
-from wan_loader.cache import CacheUse, Outline, check_entry, outline_file, read_parts
+from wan_loader.cache import CacheUse, Outline, check_entry, outline_file, read_segments
 from wan_pipeline.wan_checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class PipelineCache:
         self.checkpoint = source
         outline = outline_wan(source, dtype)
         self._files = {file.path.partition("/")[0]: file.path for file in outline.files}
-        self._use = CacheUse(outline, directory, read_parts)
+        self._use = CacheUse(outline, directory, read_segments)
         if (entry := self._use.entry) is not None:
             try:
                 self.checkpoint = _opened(entry)

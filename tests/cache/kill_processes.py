@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import wan_loader
 from wan_loader import api  # noqa: F401 - imported before the forks
-from wan_loader.cache.check import check_entry
+from wan_loader.cache.checksums import check_entry
 from wan_loader.cache.store import Store
 
 FP32 = {"big": (600, 1024), "odd": (1023,), "empty": (0, 3), "scalar": ()}

@@ -1,4 +1,4 @@
-"""Building in the background: it gives way, is waited for, can be stopped, and fails alone."""
+"""Builds in the background: one gives way, is waited for, can be stopped, and fails alone."""
 
 import errno
 import logging
@@ -20,8 +20,8 @@ import safetensors.torch  # noqa: E402
 import wan_loader  # noqa: E402
 from wan_loader.cache import build as build_module  # noqa: E402
 from wan_loader.cache.build import wait_for_builds  # noqa: E402
-from wan_loader.cache.cached_load import outline_checkpoint, read_parts  # noqa: E402
-from wan_loader.cache.check import check_entry  # noqa: E402
+from wan_loader.cache.cached_load import outline_checkpoint, read_segments  # noqa: E402
+from wan_loader.cache.checksums import check_entry  # noqa: E402
 from wan_loader.cache.manifest import BLOCK_BYTES, digest  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.cache.use import begin_build, build_entry  # noqa: E402
@@ -67,7 +67,7 @@ def check_hit(path, cache):
 
 
 def test_from_the_source_alone(path, cache):
-    build = build_entry(Store(cache), outline(path), read_parts, digest_contents=True)
+    build = build_entry(Store(cache), outline(path), read_segments, digest_contents=True)
     assert build.wait(60)
     assert (build.failure, build.nbytes_written) == (None, build.nbytes)
     assert build.nbytes_from_source == build.nbytes
@@ -76,14 +76,14 @@ def test_from_the_source_alone(path, cache):
     assert len(manifest.contents) == 1
     assert manifest.label == str(path)
     check_hit(path, cache)
-    assert build_entry(Store(cache), outline(path), read_parts) == build.path, "it is there"
+    assert build_entry(Store(cache), outline(path), read_segments) == build.path, "it is there"
 
 
 def test_checksums_are_those_of_the_file(path, cache):
     """By another way: from the bytes on the disk."""
     torch.manual_seed(8)
     safetensors.torch.save_file({"a": torch.randn(9 * MiB), "b": torch.randn(3)}, path)
-    build = build_entry(Store(cache), outline(path), read_parts)
+    build = build_entry(Store(cache), outline(path), read_segments)
     build.wait()
     (file,) = Store(cache).find(build.path.name).manifest.files
     data = (build.path / file.path).read_bytes()
@@ -149,9 +149,9 @@ def test_stopped_after_ctrl_c_ended_the_waiting(path, cache, monkeypatch):
 
 def test_two_at_once_share_the_budget(path, cache):
     with loading():  # neither can write yet
-        first = build_entry(Store(cache), outline(path), read_parts, max_size=6_000_000)
+        first = build_entry(Store(cache), outline(path), read_segments, max_size=6_000_000)
         with pytest.raises(wan_loader.CacheError, match="being written"):
-            build_entry(Store(cache), outline(path, "float16"), read_parts, max_size=6_000_000)
+            build_entry(Store(cache), outline(path, "float16"), read_segments, max_size=6_000_000)
     assert first.wait(30)
     assert first.failure is None
     assert rooms(cache) == ONE
@@ -353,15 +353,15 @@ def test_a_source_that_cannot_be_cached(tmp_path, cache):
     base = torch.randn(9)
     torch.save({"a": base, "b": base[2:]}, tmp_path / "m.pth")
     with pytest.raises(wan_loader.CacheError, match="cannot be cached"):
-        build_entry(Store(cache), outline(tmp_path / "m.pth"), read_parts)
+        build_entry(Store(cache), outline(tmp_path / "m.pth"), read_segments)
     assert rooms(cache) == NOTHING
 
 
 def test_a_damaged_entry_is_replaced(path, cache):
-    first = build_entry(Store(cache), outline(path), read_parts)
+    first = build_entry(Store(cache), outline(path), read_segments)
     first.wait()
     (Path(first.path) / "manifest.json").unlink()
-    second = build_entry(Store(cache), outline(path), read_parts)
+    second = build_entry(Store(cache), outline(path), read_segments)
     second.wait()
     assert second.path == first.path
     check_hit(path, cache)

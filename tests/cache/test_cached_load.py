@@ -22,9 +22,9 @@ from safetensors import safe_open  # noqa: E402
 from torch import nn  # noqa: E402
 
 import wan_loader  # noqa: E402
-from wan_loader.cache.cached_load import read_parts  # noqa: E402
-from wan_loader.cache.check import check_entry  # noqa: E402
-from wan_loader.cache.content import Part  # noqa: E402
+from wan_loader.cache.cached_load import read_segments  # noqa: E402
+from wan_loader.cache.checksums import check_entry  # noqa: E402
+from wan_loader.cache.loaded_tensors import TensorSegment  # noqa: E402
 from wan_loader.cache.manifest import EntryFile, digest, parse_manifest  # noqa: E402
 from wan_loader.cache.outline import outline_file  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
@@ -325,7 +325,7 @@ def test_what_is_written_from_the_source_does_not_lie_in_it(path):
     """A source that is truncated while its entry is written is an error; out of a mapping, it would be a signal."""
     file = outline_file("x", wan_loader.open_checkpoint(path), lambda name, dtype: dtype)
     tensor = next(t for t in file.tensors if t.name == "big")
-    (part,) = read_parts(file, [Part(tensor, 1024, 2048)])
+    (part,) = read_segments(file, [TensorSegment(tensor, 1024, 2048)])
     os.truncate(path, 0)
     same(part, weights()["big"][1:3].reshape(-1))
 

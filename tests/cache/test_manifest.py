@@ -15,7 +15,7 @@ from wan_loader.cache.manifest import (
     is_plain,
     parse_manifest,
 )
-from wan_loader.cache.outline import SourceFile
+from wan_loader.cache.outline import SourceIdentity
 from wan_loader.errors import CacheError
 
 
@@ -25,7 +25,7 @@ def manifest(**changes):
         "label": "/models/ü \udcff'\"\n",
         "dtype": "bfloat16",
         "created": 1700000000.25,
-        "sources": (SourceFile("/models/m.safetensors", 10, 2**62, 4, 5),),
+        "sources": (SourceIdentity("/models/m.safetensors", 10, 2**62, 4, 5),),
         "files": (
             EntryFile("model.safetensors", BLOCK_BYTES + 1, 4096, ("a" * 32, "b" * 32, "c" * 32), 2**62, 2**62 + 1),
             EntryFile("sub/config.json", 3, 0, ("d" * 32,)),
@@ -47,6 +47,7 @@ def forged(**changes):
 def refused(text, match=None):
     with pytest.raises(CacheError, match=match) as caught:
         parse_manifest(text, "/cache/manifest.json")
+    assert caught.value.path == "/cache/manifest.json"
     assert str(caught.value).startswith("/cache/manifest.json")
 
 

@@ -338,7 +338,6 @@ def slow(self, part):
     time.sleep(0.3)
     write(self, part)
 build._Writer._write_all = slow
-build.PART_BYTES = 1 << 16
 if os.environ.get("SLOW_VERIFY"):
     import wan_loader.verify
     def verify(path, tensors, **options):

@@ -14,7 +14,7 @@ from programs import ROOT, run  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from wan_loader.errors import SessionError  # noqa: E402
-from wan_loader.profiler.analysis.ranks import spread  # noqa: E402
+from wan_loader.profiler.analysis.ranks import compare_ranks  # noqa: E402
 from wan_loader.profiler.analysis.session import read_session  # noqa: E402
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "150"}
@@ -74,12 +74,12 @@ def test_the_slow_one_is_named(profiled):
         report = dataclasses.replace(session.report, phases=tuple(phases), seconds=seconds + 1)
         return dataclasses.replace(session, report=report)
 
-    slow = spread([slowed(sessions[0], 2.0), slowed(sessions[1], 9.0)])
+    slow = compare_ranks([slowed(sessions[0], 2.0), slowed(sessions[1], 9.0)])
     assert "process 1 reads for 9.00 s, 7.00 s longer than process 0" in slow.sentence
-    assert "even" in spread([slowed(sessions[0], 2.0), slowed(sessions[1], 2.1)]).sentence
+    assert "even" in compare_ranks([slowed(sessions[0], 2.0), slowed(sessions[1], 2.1)]).sentence
     alone = dataclasses.replace(sessions[0].report, settings={})
     with pytest.raises(SessionError, match="one process"):
-        spread([dataclasses.replace(sessions[0], report=alone)])
+        compare_ranks([dataclasses.replace(sessions[0], report=alone)])
 
 
 def test_load_together(profiled, ranks):

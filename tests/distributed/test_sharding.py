@@ -1,4 +1,4 @@
-"""Who reads what: rows, parts and exchanges, for any sizes and any number of processes."""
+"""Who reads what: rows, byte ranges and exchanges, for any sizes and any number of processes."""
 
 import pytest
 from hypothesis import given, settings

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_loader
-from wan_loader.distributed import shard_group as team_module
+from wan_loader.distributed import shard_group as group_module
 from wan_loader.formats.checkpoint_facts import Checkpoint
 from wan_loader.loading import run as load_module
 from wan_loader.plan.limits import MAX_READS
@@ -212,13 +212,13 @@ class OnHeader:
 
 def threads():
     """Loads in several threads take turns: collectives of one must not meet those of another."""
-    carry, together, most = team_module.carry, [], []
+    carry_out, together, most = group_module.carry_out, [], []
 
     def slow(*parts):
         together.append(1)
         most.append(len(together))
         time.sleep(0.2)
-        carry(*parts)
+        carry_out(*parts)
         together.pop()
 
     loaded = {}
@@ -226,7 +226,7 @@ def threads():
     def load(name, observer):
         loaded[name] = wan_loader.load_file(HERE / name, device=DEVICE, group=dist.group.WORLD, observer=observer)
 
-    team_module.carry, running = slow, []
+    group_module.carry_out, running = slow, []
     for name in ("net.safetensors", "odd.pth"):
         observer = OnHeader()
         running.append(threading.Thread(target=load, args=(name, observer)))
@@ -234,7 +234,7 @@ def threads():
         observer.seen.wait(0.1 if running[1:] else 60)  # all processes begin in the same order
     for thread in running:
         thread.join()
-    team_module.carry = carry
+    group_module.carry_out = carry_out
     assert set(most) == {1}, most
     compare(loaded["net.safetensors"])
     compare(loaded["odd.pth"], torch.load(HERE / "odd.pth"))

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 import wan_loader
 from wan_loader.distributed import exchange
 from wan_loader.distributed import liveness as liveness
-from wan_loader.distributed import shard_group as team_module
+from wan_loader.distributed import shard_group as group_module
 
 HERE, CASE, DEVICE = Path(sys.argv[1]), sys.argv[2], sys.argv[3] if sys.argv[3:] else "cpu"
 WORLD = dist.group.WORLD
@@ -116,11 +116,11 @@ def options(me):
     else:
         assert torch.equal(load_pair()["a"], torch.arange(700_000.0))
     if me == 0:  # the others make no such call
-        team_module.PATIENCE_S = 0.5
+        group_module.PATIENCE_S = 0.5
         check(failing(load), wan_loader.DistributedError, "process 1 did not come", "makes the same calls")
-        team_module.PATIENCE_S = 600.0
+        group_module.PATIENCE_S = 600.0
     else:
-        team_module._name((0, 1, 2))
+        group_module._name((0, 1, 2))
     dist.barrier()
 
 
@@ -143,7 +143,7 @@ def broken_link(*parts):
 
 def exchange_fails(me, victim, at):
     """The exchange of one process fails before its collective number `at`, when the others have queued theirs."""
-    started, gather = [], exchange._gather
+    started, gather = [], exchange._start_gather
 
     def fails(*parts):
         if me == victim and len(started) == at:
@@ -152,10 +152,10 @@ def exchange_fails(me, victim, at):
         started.append(1)
         return gather(*parts)
 
-    exchange._gather = fails
+    exchange._start_gather = fails
     error = failing(lambda: load("many.safetensors", io="mapped" if DEVICE == "cuda" else "buffered"))
     check(error, RuntimeError if me == victim else wan_loader.DistributedError, "the link is down")
-    exchange._gather = gather
+    exchange._start_gather = gather
     error = failing(load)
     check(error, wan_loader.DistributedError, "failed before", "init_process_group")
     everybody("has seen it")
@@ -228,8 +228,8 @@ def main():
     elif CASE == "survive":
         survive(me)
     elif CASE == "exchange" and me == 1:
-        exchange._gather = lambda *parts: kill_me()
-        team_module.carry = exchange.carry
+        exchange._start_gather = lambda *parts: kill_me()
+        group_module.carry_out = exchange.carry_out
         load()
     else:
         last = dist.get_world_size() - 1 if CASE != "kill-first" else 0

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
 from wan_loader.formats.inventory import checkpoints_in
-from wan_loader.profiler.analysis.simulate import STORAGES, Hardware, Part, parts_of, plan_elsewhere, simulate
+from wan_loader.profiler.analysis.simulate import (
+    STORAGES,
+    Hardware,
+    SimulatedBlock,
+    blocks_of,
+    plan_elsewhere,
+    simulate,
+)
 from wan_loader.profiler.probe import measure
 from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
 from wan_loader.profiler.probe.diagnosis import diagnose
@@ -45,25 +52,25 @@ def hardware(**changes):
 
 
 def test_the_slowest_resource_sets_the_pace():
-    parts = [Part(8 << 20, cast=False)] * 1000
-    nbytes = sum(p.nbytes for p in parts)
-    by_disk = simulate(parts, hardware())
+    blocks = [SimulatedBlock(8 << 20, cast=False)] * 1000
+    nbytes = sum(p.nbytes for p in blocks)
+    by_disk = simulate(blocks, hardware())
     assert by_disk.seconds == pytest.approx(nbytes / 1e9, rel=0.01)
     assert by_disk.bottleneck == "disk"
-    by_copy = simulate(parts, hardware(disk=100e9))
+    by_copy = simulate(blocks, hardware(disk=100e9))
     assert by_copy.seconds == pytest.approx(nbytes / 10e9, rel=0.02)
     assert by_copy.bottleneck == "copy"
 
 
 def test_one_slot_makes_stages_take_turns():
-    parts = [Part(8 << 20, cast=False)] * 100
-    one = simulate(parts, hardware(copy=1e9, slots=1))
+    blocks = [SimulatedBlock(8 << 20, cast=False)] * 100
+    one = simulate(blocks, hardware(copy=1e9, slots=1))
     assert one.seconds == pytest.approx(one.read_s + one.copy_s)
 
 
 def test_conversion_on_the_cpu_is_the_copy():
-    parts = [Part(8 << 20, cast=True)] * 100
-    found = simulate(parts, hardware(cuda=False, cast=2e9, disk=100e9))
+    blocks = [SimulatedBlock(8 << 20, cast=True)] * 100
+    found = simulate(blocks, hardware(cuda=False, cast=2e9, disk=100e9))
     assert found.copy_s == 0
     assert found.bottleneck == "cast"
 
@@ -74,8 +81,8 @@ def test_fixed_costs_come_first():
 
 @given(st.lists(st.integers(1, 9 << 20), max_size=50), st.integers(1, 5), st.booleans())
 def test_bounds(sizes, slots, cuda):
-    parts = [Part(n, cast=n % 2 == 0) for n in sizes]
-    found = simulate(parts, hardware(slots=slots, cuda=cuda, copy=2e9, cast=3e9))
+    blocks = [SimulatedBlock(n, cast=n % 2 == 0) for n in sizes]
+    found = simulate(blocks, hardware(slots=slots, cuda=cuda, copy=2e9, cast=3e9))
     work = (found.read_s, found.copy_s, found.cast_s)
     assert max(work) - 1e-9 <= found.seconds <= sum(work) + 1e-9
 
@@ -83,7 +90,7 @@ def test_bounds(sizes, slots, cuda):
 def test_parts_hold_every_byte_once(checkpoint):
     (found,) = checkpoints_in(checkpoint)
     for cuda in (True, False):
-        plain, cast = (parts_of(plan_elsewhere(found, dtype, cuda=cuda)) for dtype in (None, "bfloat16"))
+        plain, cast = (blocks_of(plan_elsewhere(found, dtype, cuda=cuda)) for dtype in (None, "bfloat16"))
         assert sum(p.nbytes for p in plain) == sum(p.nbytes for p in cast) == found.nbytes
         assert not any(p.cast for p in plain)
         assert all(p.cast for p in cast)

@@ -116,8 +116,10 @@ def test_module_and_missing_program(tmp_path):
     assert command_line(["true"]) == ["true"]
     with pytest.raises(OptionError, match="no-such-program"):
         command_line(["no-such-program-here"])
-    with pytest.raises(OptionError, match="after --"):
+    with pytest.raises(OptionError) as error:
         command_line([])
+    assert error.value.reason == "no program"
+    assert "after --" in error.value.remedy
 
 
 def test_program_that_is_no_python():

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from wan_loader.profiler.agent.recorder import Recorder
+from wan_loader.profiler.agent.recorder import AgentRecorder
 
 
 class Clock:
@@ -25,7 +25,7 @@ def clock():
 @pytest.fixture
 def recorder(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
-    recorder = Recorder(str(tmp_path), {"argv": ["x"]}, clock=clock)
+    recorder = AgentRecorder(str(tmp_path), {"argv": ["x"]}, clock=clock)
     recorder.directory = tmp_path
     return recorder
 
@@ -127,7 +127,7 @@ def test_nothing_is_recorded_after_the_end(recorder, clock):
 
 def test_a_deadline_ends_the_recording(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
-    recorder = Recorder(str(tmp_path), {}, deadline_ns=clock.now + 10, clock=clock)
+    recorder = AgentRecorder(str(tmp_path), {}, deadline_ns=clock.now + 10, clock=clock)
     turn(clock, 200_000)
     recorder.begin("read", "x")
     assert not recorder.on
@@ -135,7 +135,7 @@ def test_a_deadline_ends_the_recording(tmp_path, clock, monkeypatch):
 
 def test_a_vanished_directory_is_no_error(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
-    assert not Recorder(str(tmp_path / "gone"), {}, clock=clock).on
+    assert not AgentRecorder(str(tmp_path / "gone"), {}, clock=clock).on
 
 
 def test_imports_nothing_but_the_standard_library():

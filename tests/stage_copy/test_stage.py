@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from wan_loader.errors import CheckpointError, HostMemoryError, MissingFileError, OutputError
-from wan_loader.stage_copy import blocks, copying
+from wan_loader.stage_copy import copy_blocks, copying
 from wan_loader.stage_copy import stage as module
-from wan_loader.stage_copy.entry import HIDDEN
+from wan_loader.stage_copy.journal import HIDDEN
 from wan_loader.stage_copy.stage import stage
 from wan_loader.stage_copy.unstage import unstage
 
@@ -25,7 +25,7 @@ BLOCK = 64 << 10
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(copy_blocks, "BLOCK_BYTES", BLOCK)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_file_and_an_index_are_copied_into_the_directory_itself(tmp_path, targ
 
 def test_the_second_time_nothing_is_read(source, target, monkeypatch):
     stage(source, target)
-    monkeypatch.setattr(blocks, "read_source", None)
+    monkeypatch.setattr(copy_blocks, "read_source", None)
     assert stage(source, target).nbytes_copied == 0
 
 
@@ -208,7 +208,7 @@ def flip_once(monkeypatch, times=1):
             data[len(data) // 2] ^= 4
         return write(fd, data, offset)
 
-    monkeypatch.setattr(blocks.os, "pwrite", pwrite)
+    monkeypatch.setattr(copy_blocks.os, "pwrite", pwrite)
 
 
 def test_a_flipped_bit_is_found_and_copied_again(source, target, monkeypatch):
@@ -246,7 +246,7 @@ def test_a_damaged_part_of_a_killed_run_is_found_even_without_verify(source, tar
     with pytest.raises(KeyboardInterrupt):
         stage(source, target, threads=1)
     monkeypatch.undo()
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(copy_blocks, "BLOCK_BYTES", BLOCK)
     (part, *_) = [p for p in target.rglob("*.part") if p.stat().st_size > BLOCK]
     with part.open("r+b") as file:
         file.write(b"damaged")
@@ -256,7 +256,7 @@ def test_a_damaged_part_of_a_killed_run_is_found_even_without_verify(source, tar
 
 
 def stopped_after(monkeypatch, n_blocks):
-    read, left = blocks.read_source, [n_blocks]
+    read, left = copy_blocks.read_source, [n_blocks]
 
     def interrupted(*arguments, **options):
         if not left[0]:
@@ -264,7 +264,7 @@ def stopped_after(monkeypatch, n_blocks):
         left[0] -= 1
         read(*arguments, **options)
 
-    monkeypatch.setattr(blocks, "read_source", interrupted)
+    monkeypatch.setattr(copy_blocks, "read_source", interrupted)
 
 
 def test_what_an_interrupted_run_has_copied_is_not_copied_again(source, target, monkeypatch):
@@ -273,7 +273,7 @@ def test_what_an_interrupted_run_has_copied_is_not_copied_again(source, target, 
         stage(source, target, threads=1)
     assert not content(target)
     monkeypatch.undo()
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(copy_blocks, "BLOCK_BYTES", BLOCK)
     result = stage(source, target)
     assert 0 < result.nbytes_copied < result.nbytes - 2 * BLOCK
     assert not result.warnings
@@ -339,7 +339,7 @@ def test_blocks_of_another_size_are_copied_again_without_a_warning(source, targe
 @pytest.mark.parametrize("what", ["grows", "shrinks", "vanishes", "touched", "rewritten"])
 def test_a_source_that_changes_is_an_error_that_names_it(source, target, monkeypatch, what):
     path = source / "transformer/a-00001.safetensors"
-    read, calls = blocks.read_source, []
+    read, calls = copy_blocks.read_source, []
 
     def rewrite():
         """With its old time put back."""
@@ -359,7 +359,7 @@ def test_a_source_that_changes_is_an_error_that_names_it(source, target, monkeyp
                 "rewritten": rewrite,
             }[what]()
 
-    monkeypatch.setattr(blocks, "read_source", changing)
+    monkeypatch.setattr(copy_blocks, "read_source", changing)
     with pytest.raises(CheckpointError, match=r"a-00001\.safetensors (changed|vanished|was truncated)"):
         stage(source, target, threads=1)
     assert not content(target)
@@ -397,7 +397,7 @@ def test_a_disk_that_fills_up_is_one_error_and_the_next_run_goes_on(source, targ
         left[0] -= 1
         return write(fd, data, offset)
 
-    monkeypatch.setattr(blocks.os, "pwrite", full)
+    monkeypatch.setattr(copy_blocks.os, "pwrite", full)
     with pytest.raises(OutputError) as error:
         stage(source, target, threads=1)
     assert error.value.path == str(target)
@@ -582,10 +582,10 @@ def test_names_of_300_characters(tmp_path, target):
 
 _SLOW = """
 import sys
-from wan_loader.stage_copy import blocks
+from wan_loader.stage_copy import copy_blocks
 from wan_loader.stage_copy import copying
 from wan_loader.stage_copy import stage as module
-module.blocks.BLOCK_BYTES = 4096
+module.copy_blocks.BLOCK_BYTES = 4096
 module.stage(sys.argv[1], sys.argv[2])
 """
 
@@ -628,7 +628,7 @@ def test_killed_and_removed_leaves_nothing(source, target):
 
 
 def test_two_at_once_are_refused(source, target):
-    from wan_loader.stage_copy.entry import open_entry
+    from wan_loader.stage_copy.journal import open_entry
 
     with open_entry(target, source.name) as entry:
         entry.note_made("x")

@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """A way to load, ours or a rival's."""
+    """A loader, ours or a rival's."""
 
     name: str
     packages: tuple[str, ...]
@@ -69,7 +69,7 @@ class Loader:
     convert: Callable[[LoadTask], None] | None = None
     """A call that writes `task.packed`, once, outside the clock."""
 
-    def refusal(self, task: LoadTask) -> str | None:
+    def why_not_applicable(self, task: LoadTask) -> str | None:
         """Return why this loader cannot do a task, as far as that is known without trying; pure."""
         if task.format not in self.formats:
             return f"does not read {task.format} files"

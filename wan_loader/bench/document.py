@@ -42,7 +42,7 @@ def to_document(
             "caches": list(settings.caches),
         },
         "machine": dict(machine),
-        "environment": _peer_settings(os.environ),
+        "environment": _rival_settings(os.environ),
         "loaders": [_loader(entry) for entry in settings.entries],
         "cases": [_case(case, settings) for case in cases],
     }
@@ -50,7 +50,7 @@ def to_document(
     return document
 
 
-def _peer_settings(environ: Mapping[str, str]) -> dict[str, str]:
+def _rival_settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables by which loaders are set; nothing that may be a secret."""
     return {
         name: value

@@ -43,7 +43,7 @@ def find_loaders(names: Sequence[str]) -> list[Loader]:
 
 
 def _kept(pairs: Iterable[tuple[str, Any]], task: LoadTask) -> dict[str, Any]:
-    """Keep all tensors, each converted on the target after its copy: the fast order, which not every user finds."""
+    """Keep all tensors, each converted on the device after its copy: the fast order, which not every user finds."""
     if task.dtype is None:
         return dict(pairs)
     dtype = torch_dtype(task.dtype)
@@ -97,7 +97,7 @@ def _torch(task: LoadTask) -> Outcome:
 
 
 def _copy_into_empty(path: str, device: str) -> Iterator[tuple[str, Any]]:
-    """Copy tensors as load_state_dict fills a module on the target from a state dict on the CPU."""
+    """Copy tensors as load_state_dict fills a module on the device from a state dict on the CPU."""
     import torch
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""The course of a bench: places and cases one after the other, loaders in turn within each, one process a sample.
+"""The sequence of a bench: places and cases one after the other, loaders in turn within each, one process a sample.
 
 Within a case the loaders take turns, and each round begins with another one, so that what changes over time (heat,
 neighbours, the disk's own cache) hits all of them alike. A loader that fails is reported and not run again in that
@@ -19,7 +19,7 @@ from wan_loader.bench.storage import Place, copied_files, leftovers, part_of, re
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
 from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.profiler.probe.storage import storage_facts
+from wan_loader.profiler.probe.system_facts import storage_facts
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 from wan_loader.warming.evict import evict
 
@@ -214,8 +214,8 @@ class _Bench:
         elif self._place.rate and (loader.name != "ours" or entry.io == "mapped"):
             reason = "only reads of our own loader's ring can be slowed down"
             result.fail({"status": "not applicable", "reason": reason})
-        elif refusal := loader.refusal(self._task(result, self._case)):
-            result.fail({"status": "not applicable", "reason": refusal})
+        elif why := loader.why_not_applicable(self._task(result, self._case)):
+            result.fail({"status": "not applicable", "reason": why})
         elif loader.convert is not None:
             self._convert(result, stack)
         return result

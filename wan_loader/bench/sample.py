@@ -113,7 +113,7 @@ def measure_ceiling(request: Mapping[str, Any]) -> dict[str, Any]:
 def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
     """Take one load, timed, counted and, if asked for, compared."""
     loader, task = LOADERS[request["loader"]], _task(request)
-    if reason := loader.refusal(task):
+    if reason := loader.why_not_applicable(task):
         raise NotApplicableError(reason)
     if request.get("rate"):
         throttle_reads(request["rate"])

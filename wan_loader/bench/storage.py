@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.errors import OptionError, OutputError
 from wan_loader.profiler.analysis.simulate import STORAGES
-from wan_loader.profiler.probe.storage import storage_facts
+from wan_loader.profiler.probe.system_facts import storage_facts
 from wan_loader.sizes import format_bytes, parse_rate
 from wan_loader.system.machine import available_memory
 from wan_loader.warming.evict import resident_bytes

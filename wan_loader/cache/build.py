@@ -1,4 +1,4 @@
-"""Writes an entry, in the background: one thread that gives way to loads of the same process.
+"""The writing of an entry in the background: one thread that gives way to loads of the same process.
 
 What fails here fails alone: the load it belongs to is long done. The half-written entry is removed, the reason is kept
 in `Build.failure` and told to the log once.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from wan_loader.cache.content import batches, parts_of
+from wan_loader.cache.loaded_tensors import batches, segments_of
 from wan_loader.cache.manifest import BLOCK_BYTES, EntryFile, Manifest
 from wan_loader.cache.outline import safetensors_header
 from wan_loader.engine.activity import wait_until_idle
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from wan_loader.cache.content import LoadedTensors, ReadParts
-    from wan_loader.cache.entry import Building
-    from wan_loader.cache.outline import CachedFile, Outline, SourceFile
+    from wan_loader.cache.entry import UnfinishedEntry
+    from wan_loader.cache.loaded_tensors import LoadedTensors, ReadSegments
+    from wan_loader.cache.outline import CachedFile, Outline, SourceIdentity
 
 __all__ = ["Build", "content_digest", "is_building", "stop_builds", "wait_for_builds"]
 
@@ -45,19 +45,27 @@ class _StoppedError(Exception):
 
 
 class Build:
-    """An entry that is being written. The interpreter waits for it at exit; `stop` ends it."""
+    """An entry that is being written. The interpreter waits for it at exit; `stop` ends it.
+
+    Args:
+        building: The entry, which only this process writes. It is published or abandoned here.
+        outline: The content of the entry.
+        sources: The identity of the source's files before the first byte was read.
+        loaded: The tensors that were just loaded.
+        read: Reads from the source what cannot be taken from memory.
+        digest_contents: Keep checksums of the source files' contents, too.
+    """
 
     def __init__(
         self,
-        building: Building,
+        building: UnfinishedEntry,
         outline: Outline,
-        sources: Sequence[SourceFile],
+        sources: Sequence[SourceIdentity],
         loaded: LoadedTensors,
-        read: ReadParts,
+        read: ReadSegments,
         *,
         digest_contents: bool = False,
     ) -> None:
-        """sources: their identity before the first byte was read. loaded: what was just loaded. read: the source."""
         self._building = building
         self._outline = outline
         self._sources = tuple(sources)
@@ -65,34 +73,36 @@ class Build:
         self._read = read
         self._digest_contents = digest_contents
         self._stop = threading.Event()
+        # not a daemon: a program that ends after its load still gets its entry
         self._thread = threading.Thread(target=self._run, name="cache", daemon=False)
         self._ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self.nbytes = outline.nbytes
         self.nbytes_written = 0
         self.nbytes_from_source = 0
-        """Of the bytes written: those that were read from the source again."""
+        """The part of the bytes written that was read from the source again."""
         self.failure: str | None = None
         self.path: Path | None = None
         """The entry, once it is complete."""
 
     def start(self) -> Build:
-        """Begin."""
+        """Begin to write, and return the build itself."""
         _running.add(self)
         self._thread.start()
         return self
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end, at most `timeout_s` seconds; says whether it has come."""
+        """Wait for the end, at most `timeout_s` seconds; return True if it has come."""
         return self._thread.ident is None or self._ended.wait(timeout_s)
 
     def stop(self) -> None:
-        """Give up; what was written is removed. Returns when that is done."""
+        """Give up. Return when what was written is removed."""
         self._stop.set()
         self.wait()
 
     def _run(self) -> None:
         try:
             self.path = self._building.publish(self._write())
+        # of every kind: a thread that dies with a message of its own would tell nobody which entry is missing
         except BaseException as failure:
             self._building.abandon()
             self.failure = _reason(failure, self._outline)
@@ -105,8 +115,10 @@ class Build:
         files = [self._write_tensors(file) for file in self._outline.files]
         files += [self._write_small(name, content) for name, content in self._outline.small_files.items()]
         contents = tuple(map(content_digest, (s.path for s in self._sources))) if self._digest_contents else ()
+        # the identities once more: what was read meanwhile may be of two versions of the file
         if self._outline.sources != self._sources:
-            raise CheckpointError(f"{self._outline.label} was changed while its cache entry was being written")
+            reason = "was changed while its cache entry was being written"
+            raise CheckpointError(f"{self._outline.label} {reason}", reason=reason)
         return Manifest(
             key=self._building.path.name,
             label=self._outline.label,
@@ -130,9 +142,10 @@ class Build:
         return writer.entry_file(file.path)
 
     def _data(self, file: CachedFile) -> Iterator[memoryview]:
-        """The tensors' bytes, in order."""
-        parts = (part for tensor in file.tensors for part in parts_of(tensor))
-        for batch in batches(parts, self._loaded):
+        """Yield the tensors' bytes, in order."""
+        segments = (segment for tensor in file.tensors for segment in segments_of(tensor))
+        for batch in batches(segments, self._loaded):
+            # a load of this process goes first; between two looks, a stop must come through
             while not wait_until_idle(0.2):
                 self._check_stop()
             self._check_stop()
@@ -163,30 +176,34 @@ def wait_for_builds() -> None:
 
 
 def is_building() -> bool:
-    """Whether this process is writing entries."""
+    """Return True while this process is writing entries."""
     return bool(_running)
 
 
 def stop_builds() -> None:
-    """Give up every entry that this process is writing; returns when what was written is removed."""
+    """Give up every entry that this process is writing; return when what was written is removed."""
     for build in list(_running):
         build.stop()
 
 
 def content_digest(path: str) -> str:
-    """The checksum of a whole file's content. Reads it all."""
+    """Return the checksum of a whole file's content. Reads it all.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     hasher = xxhash.xxh3_128()
     try:
         with open(path, "rb", buffering=0) as f:
             while block := f.read(_DIGEST_READ_BYTES):
                 hasher.update(block)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
     return hasher.hexdigest()
 
 
 class _Writer:
-    """Writes a file in order, and takes the checksums of its blocks on the way."""
+    """A file that is written in order; the checksums of its blocks are taken on the way."""
 
     def __init__(self, out: Any, header_nbytes: int) -> None:
         self._out = out
@@ -199,11 +216,11 @@ class _Writer:
         view = memoryview(data)
         while view:
             border = self._next_border()
-            part = view[: border - self._position]
-            self._hasher.update(part)
-            self._write_all(part)
-            self._position += len(part)
-            view = view[len(part) :]
+            segment = view[: border - self._position]
+            self._hasher.update(segment)
+            self._write_all(segment)
+            self._position += len(segment)
+            view = view[len(segment) :]
             if self._position == border:
                 self._end_block()
 
@@ -212,16 +229,16 @@ class _Writer:
             return self._header_nbytes
         return (self._position // BLOCK_BYTES + 1) * BLOCK_BYTES
 
-    def _write_all(self, part: memoryview) -> None:
-        while part:
-            part = part[self._out.write(part) :]
+    def _write_all(self, segment: memoryview) -> None:
+        while segment:
+            segment = segment[self._out.write(segment) :]
 
     def _end_block(self) -> None:
         self._blocks.append(self._hasher.hexdigest())
         self._hasher.reset()
 
     def entry_file(self, path: str) -> EntryFile:
-        """What was written."""
+        """Say what was written."""
         if self._position > self._header_nbytes and self._position % BLOCK_BYTES:
             self._end_block()
         return EntryFile(path, self._position, self._header_nbytes, tuple(self._blocks))

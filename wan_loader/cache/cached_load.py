@@ -10,8 +10,8 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_loader.cache.check import BlockCheck, check_entry, check_header
-from wan_loader.cache.content import warm_up
+from wan_loader.cache.checksums import BlockCheck, check_entry, check_header
+from wan_loader.cache.loaded_tensors import prepare_fingerprints
 from wan_loader.cache.outline import Outline, outline_file
 from wan_loader.cache.use import CacheUse
 from wan_loader.dtypes import ITEMSIZE
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.cache.content import Part
+    from wan_loader.cache.loaded_tensors import TensorSegment
     from wan_loader.cache.outline import CachedFile
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.types import StrPath
 
-__all__ = ["ENTRY_FILE", "load_cached", "outline_checkpoint", "read_parts"]
+__all__ = ["ENTRY_FILE", "load_cached", "outline_checkpoint", "read_segments"]
 
 #: The one file of an entry that was made from one checkpoint.
 ENTRY_FILE = "model.safetensors"
 
 
 def outline_checkpoint(checkpoint: Checkpoint, policy: DtypePolicy) -> Outline:
-    """What an entry of a checkpoint holds: all of its tensors under their names, in the dtypes of the policy."""
+    """Outline an entry of a checkpoint: all of its tensors under their names, in the dtypes of the policy."""
     label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
     return Outline(label, policy.dtype, (outline_file(ENTRY_FILE, checkpoint, policy.target),))
 
@@ -63,7 +63,13 @@ def load_cached(
 ) -> LoadResult:
     """Load what is asked for, from the cache where that holds it converted; else keep it there.
 
-    directory: of the cache; None: the user's. verify: check an entry against its checksums while it is read.
+    Args:
+        request: The load.
+        into: The module that is to be filled; None returns the tensors alone.
+        directory: The directory of the cache; None is the user's.
+        verify: Check an entry against its checksums while it is read.
+        cancel: Stops the load.
+        observer: Is told of spans.
     """
     with LoadSession(cancel=cancel, observer=observer) as session:
         source = session.open(request)
@@ -73,12 +79,14 @@ def load_cached(
             wanted = [t.name for t in request.select(source)]
             request.policy.check(source, request.select(source))
             outline = outline_checkpoint(source, request.policy)
-            use = CacheUse(outline, directory, read_parts)
+            use = CacheUse(outline, directory, read_segments)
         with use:
             moved = _from_entry(session, request, use, outline.files[0], verify=verify)
             if moved is None:
                 if use.report.state == "building":
-                    threading.Thread(target=warm_up, args=(request.device,), name="warm up", daemon=True).start()
+                    threading.Thread(
+                        target=prepare_fingerprints, args=(request.device,), name="prepare fingerprints", daemon=True
+                    ).start()
                 plan = session.plan(request, source)
                 moved = plan, session.run(plan)
             plan, transfer = moved
@@ -95,6 +103,7 @@ def _from_entry(
     session: LoadSession, request: LoadRequest, use: CacheUse, outlined: CachedFile, *, verify: bool
 ) -> tuple[LoadPlan, TransferResult] | None:
     """Load from the entry; None where there is none, or one that turns out to be damaged, which is then set aside."""
+    # again where one was set aside: another process may have put a sound one there since
     while use.entry is not None:
         try:
             with session.span("header"):
@@ -102,6 +111,7 @@ def _from_entry(
             whole = len(request.select(entry)) == len(entry.tensors)
             plan = session.plan(
                 replace(request, names=None) if whole else request,
+                # the report names what was asked for, not the file in the cache
                 replace(entry, path=outlined.checkpoint.path, part=outlined.checkpoint.part),
                 read_unit=check.block_bytes if check is not None else None,
             )
@@ -115,18 +125,25 @@ def _from_entry(
 def _open_entry(
     request: LoadRequest, use: CacheUse, outlined: CachedFile, *, verify: bool
 ) -> tuple[Checkpoint, BlockCheck | None]:
-    """The entry as a checkpoint, and what checks its blocks, if they are to be checked while they are read."""
+    """Open the entry as a checkpoint; with it comes the check of its blocks, if that happens while they are read.
+
+    Raises:
+        CacheError: The entry holds other files or tensors than are made from its source, or its checksums are wrong.
+    """
     entry = use.entry
     assert entry is not None
     files = entry.manifest.files
     if [file.path for file in files] != [ENTRY_FILE]:
-        raise CacheError(f"{entry.path} holds other files than {ENTRY_FILE}: damaged or foreign")
+        raise CacheError.because(f"holds other files than {ENTRY_FILE}: damaged or foreign", path=entry.path)
+    # before it is parsed: the header says where everything lies
     check_header(entry.path, files[0])
     checkpoint = open_checkpoint(entry.file(ENTRY_FILE))
     as_left = entry.check_files()  # what is changed from here on, the load finds
     held = {(t.name, t.dtype, t.shape) for t in checkpoint.tensors}
     if held != {(t.name, t.dtype, t.source.shape) for t in outlined.tensors}:
-        raise CacheError(f"{entry.path} holds other tensors than are made from its source: damaged or foreign")
+        raise CacheError.because(
+            "holds other tensors than are made from its source: damaged or foreign", path=entry.path
+        )
     use.accept(
         "the source is unchanged" + ("" if as_left else "; the entry's files have new modes: checksums compared")
     )
@@ -134,20 +151,21 @@ def _open_entry(
         return checkpoint, None
     if len(request.select(checkpoint)) == len(checkpoint.tensors):
         return checkpoint, BlockCheck(entry.file(ENTRY_FILE), files[0])
+    # a part of the tensors is not made of whole blocks, so everything is compared before
     if wrong := check_entry(entry.path, entry.manifest):
-        raise CacheError("; ".join(wrong))
+        raise CacheError("; ".join(wrong), path=entry.path)
     return checkpoint, None
 
 
-def read_parts(file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """Read parts of tensors from the source, converted: 1-D host tensors that own their memory."""
+def read_segments(file: CachedFile, segments: Sequence[TensorSegment]) -> list[torch.Tensor]:
+    """Read segments of tensors from the source, converted: 1-D host tensors that own their memory."""
     storages, tensors = [], []
-    for index, part in enumerate(parts):
-        facts = part.tensor.source
+    for index, segment in enumerate(segments):
+        facts = segment.tensor.source
         place, itemsize = file.checkpoint.storages[facts.storage], ITEMSIZE[facts.dtype]
-        storages.append(StorageFacts(place.file, place.start + part.start * itemsize, part.count * itemsize))
-        tensors.append(TensorFacts(str(index), facts.dtype, (part.count,), index, (1,)))
-    segments = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(tensors))
-    policy = DtypePolicy(exact={str(index): part.tensor.dtype for index, part in enumerate(parts)})
-    read = read_tensors(LoadRequest(source=segments, policy=policy, owned=True))
-    return [read[str(index)] for index in range(len(parts))]
+        storages.append(StorageFacts(place.file, place.start + segment.start * itemsize, segment.count * itemsize))
+        tensors.append(TensorFacts(str(index), facts.dtype, (segment.count,), index, (1,)))
+    trimmed = replace(file.checkpoint, storages=tuple(storages), tensors=tuple(tensors))
+    policy = DtypePolicy(exact={str(index): segment.tensor.dtype for index, segment in enumerate(segments)})
+    read = read_tensors(LoadRequest(source=trimmed, policy=policy, owned=True))
+    return [read[str(index)] for index in range(len(segments))]

@@ -18,16 +18,22 @@ __all__ = ["lock", "removable"]
 
 
 def lock(path: Path, *, alone: bool, patience_s: float = 0.0) -> LockedDirectory | None:
-    """Lock a directory as `lock_directory` does. Raises `CacheError` where the file system has no locks."""
+    """Lock a directory as `lock_directory` does.
+
+    Raises:
+        CacheError: The file system has no locks.
+    """
     try:
         return lock_directory(path, alone=alone, patience_s=patience_s)
     except OSError as error:
-        raise CacheError(f"{path} cannot be locked ({error.strerror}): name another file system") from error
+        raise CacheError.because(
+            f"cannot be locked ({error.strerror})", "name another file system", path=path
+        ) from error
 
 
 @contextmanager
 def removable(path: Path) -> Iterator[bool]:
-    """Keep others from what is to be removed; gives whether it may be: what is no directory has no users."""
+    """Keep others from what is to be removed. Yields True if it may be: what is no directory has no users."""
     if is_foreign(path):
         yield True
         return

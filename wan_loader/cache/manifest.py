@@ -1,10 +1,10 @@
-"""What an entry says about itself: which source it was made from, its files, and a checksum for every block of them.
+"""The manifest of an entry: which source it was made from, its files, and a checksum for every block of them.
 
 The manifest carries a checksum of its own. It is untrusted like any file: strictly read, with caps; what is wrong with
 it is a `CacheError`, and the entry is then not used.
 
 Blocks end at multiples of `BLOCK_BYTES` of the file; the header of a safetensors file, up to the first tensor, is a
-block of its own. So the blocks are what a whole load reads in one piece each, and can be checked while they pass.
+block of its own. So the blocks are what a load of everything reads at once, and can be checked while they pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from wan_loader.cache.outline import FORMAT_VERSION, SourceFile
+from wan_loader.cache.outline import FORMAT_VERSION, SourceIdentity
 from wan_loader.documents import Doc, DocumentError
 from wan_loader.errors import CacheError, CheckpointError, NewerFormatError
 from wan_loader.formats.strict_json import parse_object
@@ -34,7 +34,7 @@ _CLOCKS_DIFFER_S = 2.0
 
 
 def digest(block: Any) -> str:
-    """The checksum of a block: XXH3, 128 bits. Finds accidents, not forgers; releases the interpreter lock."""
+    """Return the checksum of a block: XXH3, 128 bits. Finds accidents, not forgers; releases the interpreter lock."""
     return xxhash.xxh3_128_hexdigest(block)
 
 
@@ -43,38 +43,41 @@ class EntryFile:
     """One file of an entry."""
 
     path: str
-    """Relative to the entry, with `/`."""
+    """The path relative to the entry, with `/`."""
     nbytes: int
     header_nbytes: int
-    """Where the first tensor begins; 0 in files that hold none."""
+    """The place where the first tensor begins; 0 in files that hold none."""
     blocks: tuple[str, ...]
-    """Checksums, in order."""
+    """Checksums of the blocks, in order."""
     mtime_ns: int | None = None
-    """When it was last written to, once it was complete. None: the version that wrote it did not say."""
+    """The moment when it was last written to, once it was complete; None if the version that wrote it did not say."""
     ctime_ns: int | None = None
-    """When anything about it last changed, which no program can set."""
+    """The moment when anything about it last changed, which no program can set."""
 
     def was_touched(self, st: os.stat_result, created: float) -> bool:
-        """Whether a file was written to since; `created` is when its manifest was."""
+        """Tell whether a file was written to since; `created` is when its manifest was."""
         if self.mtime_ns is None:
+            # an older version left no times: only a file that is younger than its manifest was surely touched
             return st.st_mtime > created + _CLOCKS_DIFFER_S
         return st.st_mtime_ns != self.mtime_ns
 
     def is_as_left(self, st: os.stat_result) -> bool:
-        """Whether nothing about a file changed, as far as it is known. A mode or an owner may; so may an mtime that
-        was put back."""
+        """Tell whether nothing about a file changed, as far as it is known.
+
+        A mode or an owner may have changed; so may an mtime that was put back.
+        """
         return self.ctime_ns in (None, st.st_ctime_ns)
 
     @property
     def n_blocks(self) -> int:
-        """How many blocks a file of this size has."""
+        """The number of blocks that a file of this size has."""
         if self.nbytes <= self.header_nbytes:
             return 1 if self.header_nbytes else 0
         data = -(-self.nbytes // BLOCK_BYTES) - self.header_nbytes // BLOCK_BYTES
         return data + (1 if self.header_nbytes else 0)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Start and end of each block."""
+        """Yield start and end of each block."""
         start = 0
         if self.header_nbytes:
             yield 0, self.header_nbytes
@@ -87,14 +90,14 @@ class EntryFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What an entry says about itself."""
+    """The statements of an entry about itself."""
 
     key: str
     label: str
     dtype: str | None
     created: float
     """Seconds since the epoch."""
-    sources: tuple[SourceFile, ...]
+    sources: tuple[SourceIdentity, ...]
     files: tuple[EntryFile, ...]
     contents: tuple[str, ...] = ()
     """Checksums of the source files' contents, where they were asked for."""
@@ -105,7 +108,7 @@ class Manifest:
         return sum(f.nbytes for f in self.files)
 
     def to_bytes(self) -> bytes:
-        """The document, with its own checksum."""
+        """Return the document, with its own checksum."""
         body = {"format_version": FORMAT_VERSION, **asdict(self)}
         body["files"] = [{k: v for k, v in file.items() if v is not None} for file in body["files"]]
         return json.dumps({**body, "digest": _body_digest(body)}, indent=1).encode()
@@ -116,30 +119,45 @@ def _body_digest(body: dict[str, Any]) -> str:
 
 
 def parse_manifest(text: bytes, path: str) -> Manifest:
-    """Read a manifest; `path` names it in errors. Raises `CacheError` for anything but a sound one of this version."""
+    """Read a manifest.
+
+    Args:
+        text: The document.
+        path: Its name in errors.
+
+    Raises:
+        NewerFormatError: A newer version of this program wrote it.
+        CacheError: It is anything else but a sound one of this version.
+    """
     if len(text) > MAX_MANIFEST_BYTES:
-        raise CacheError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+        raise CacheError.because(f"is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest", path=path)
     try:
         body = parse_object(text, path=path, what="the manifest", holds_paths=True)
     except CheckpointError as error:
-        raise CacheError(str(error)) from None
+        raise CacheError(str(error), path=path, reason=error.reason, remedy=error.remedy) from None
     if (version := body.pop("format_version", None)) != FORMAT_VERSION:
         kind = NewerFormatError if type(version) is int and version > FORMAT_VERSION else CacheError
-        raise kind(f"{path} has format version {version!r}, this program knows {FORMAT_VERSION}")
+        raise kind.because(f"has format version {version!r}, this program knows {FORMAT_VERSION}", path=path)
+    # over the parsed object: the text itself holds the checksum
     said = body.pop("digest", None)
     if said != _body_digest({"format_version": FORMAT_VERSION, **body}):
-        raise CacheError(f"{path} does not match its own checksum: damaged")
+        raise CacheError.because("does not match its own checksum: damaged", path=path)
     try:
         manifest = _typed(Doc(body))
     except DocumentError as error:
-        raise CacheError(f"{path} is no manifest ({error}): damaged or foreign") from None
+        raise CacheError.because(f"is no manifest ({error}): damaged or foreign", path=path) from None
+    # spaces, order of keys, other spellings of a number: whatever the checksum of the object does not see
     if manifest.to_bytes() != text:
-        raise CacheError(f"{path} is not as it was written: damaged")
+        raise CacheError.because("is not as it was written: damaged", path=path)
     for file in manifest.files:
         if not is_plain(file.path):
-            raise CacheError(f"{path} names {file.path!r}, which is not inside the entry: damaged or foreign")
+            raise CacheError.because(
+                f"names {file.path!r}, which is not inside the entry: damaged or foreign", path=path
+            )
         if file.header_nbytes > file.nbytes or len(file.blocks) != file.n_blocks:
-            raise CacheError(f"{path}: {file.path} has {len(file.blocks)} checksums, not one for each block: damaged")
+            raise CacheError.because(
+                f"has {len(file.blocks)} checksums of {file.path}, not one for each block: damaged", path=path
+            )
     return manifest
 
 
@@ -149,15 +167,15 @@ def _typed(doc: Doc) -> Manifest:
         label=doc.text("label"),
         dtype=doc.optional_text("dtype"),
         created=doc.number("created"),
-        sources=tuple(_source_file(file) for file in doc.docs("sources")),
+        sources=tuple(_source_identity(file) for file in doc.docs("sources")),
         files=tuple(_entry_file(file) for file in doc.docs("files")),
         contents=doc.texts("contents"),
     )
 
 
-def _source_file(doc: Doc) -> SourceFile:
+def _source_identity(doc: Doc) -> SourceIdentity:
     facts = (doc.whole(name) for name in ("nbytes", "mtime_ns", "ctime_ns", "inode"))
-    return SourceFile(doc.text("path"), *facts)
+    return SourceIdentity(doc.text("path"), *facts)
 
 
 def _entry_file(doc: Doc) -> EntryFile:
@@ -172,6 +190,6 @@ def _entry_file(doc: Doc) -> EntryFile:
 
 
 def is_plain(path: str) -> bool:
-    """Whether a relative path stays inside its directory."""
+    """Tell whether a relative path stays inside its directory."""
     parts = path.split("/")
     return path.isprintable() and len(parts) <= 4 and all(p not in ("", ".", "..") for p in parts)

@@ -1,12 +1,12 @@
-"""What an entry of the cache holds, decided from headers alone; and its key. Pure, but for the stat of the source.
+"""The outline of an entry: what it will hold, decided from headers alone; and its key. Pure, but for the source's stat.
 
 An entry is a directory of ordinary safetensors files, each with its data section at a multiple of 4096 bytes, and of
 small files beside them. Tensors lie in the order of first use; only those whose size would misalign what follows them
 come last, largest elements first, because safetensors allows no gap between tensors.
 
 The key covers everything that the bytes of an entry depend on: the identity of the source's files, each tensor's name,
-dtype and place there, its name and dtype in the entry, and the format's version. Another key map, dtype rule or source
-is another key.
+dtype and place there, its name and dtype in the entry, and the format's version. Another key map, dtype policy or
+source is another key.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "CachedFile",
     "CachedTensor",
     "Outline",
-    "SourceFile",
+    "SourceIdentity",
     "outline_file",
     "safetensors_header",
     "why_not",
@@ -67,10 +67,10 @@ class CachedFile:
     """One safetensors file of an entry."""
 
     path: str
-    """Relative to the entry, with `/`."""
+    """The path relative to the entry, with `/`."""
     checkpoint: Checkpoint = field(repr=False)
     tensors: tuple[CachedTensor, ...] = field(repr=False)
-    """In the order in which they lie in the file."""
+    """The tensors, in the order in which they lie in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +79,7 @@ class CachedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFile:
+class SourceIdentity:
     """A file of the source, and what tells whether it is still the same."""
 
     path: str
@@ -91,10 +91,10 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What an entry will hold."""
+    """The content of an entry that is to be."""
 
     label: str
-    """What people call the source: its path."""
+    """The name that people call the source by: its path."""
     dtype: str | None
     files: tuple[CachedFile, ...]
     small_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
@@ -106,16 +106,17 @@ class Outline:
         return sum(f.nbytes for f in self.files) + sum(map(len, self.small_files.values()))
 
     @property
-    def sources(self) -> tuple[SourceFile, ...]:
+    def sources(self) -> tuple[SourceIdentity, ...]:
         """The identity that the source's files have now. One stat a file; `CheckpointError` if one is gone."""
         paths = dict.fromkeys(file.path for cached in self.files for file in cached.checkpoint.files)
-        return tuple(_source_file(path) for path in paths)
+        return tuple(_source_identity(path) for path in paths)
 
-    def key(self, sources: Sequence[SourceFile]) -> str:
-        """The entry's name: 32 hexadecimal digits. Costs about 5 microseconds a tensor."""
+    def key(self, sources: Sequence[SourceIdentity]) -> str:
+        """Return the entry's name: 32 hexadecimal digits. Costs about 5 microseconds a tensor."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((FORMAT_VERSION, PAGE)).encode())
         for s in sources:
+            # the name alone: a directory that was moved as a whole is the same source
             digest.update(repr((Path(s.path).name, s.nbytes, s.mtime_ns, s.ctime_ns, s.inode)).encode())
         for file in self.files:
             digest.update(repr(file.path).encode())
@@ -131,10 +132,10 @@ class Outline:
         return digest.hexdigest()
 
 
-def _source_file(path: str) -> SourceFile:
+def _source_identity(path: str) -> SourceIdentity:
     stat_file(path)
     st = os.stat(path)
-    return SourceFile(os.path.abspath(path), st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino)
+    return SourceIdentity(os.path.abspath(path), st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino)
 
 
 def outline_file(
@@ -147,8 +148,12 @@ def outline_file(
 ) -> CachedFile:
     """Decide one file of an entry: every tensor of a checkpoint.
 
-    target: name and dtype in the source -> dtype in the entry. rename: name in the source -> name in the entry; None
-    leaves a tensor out. order: the rank of first use, by name in the entry; others follow, in file order.
+    Args:
+        path: The path relative to the entry, with `/`.
+        checkpoint: The source.
+        target: Name and dtype in the source -> dtype in the entry.
+        rename: Name in the source -> name in the entry; None leaves a tensor out.
+        order: The rank of first use, by name in the entry; others follow, in file order.
     """
     tensors = []
     for facts in checkpoint.tensors:
@@ -156,7 +161,9 @@ def outline_file(
         if name is not None:
             tensors.append(CachedTensor(name, target(facts.name, facts.dtype), facts))
     ranks = order or {}
+    # sorts are stable: what has no rank stays in file order
     tensors.sort(key=lambda t: ranks.get(t.name, len(ranks)))
+    # a tensor whose size is no multiple of 8 would misalign all that follow it
     whole = [t for t in tensors if t.nbytes % _ALIGNMENT == 0]
     odd = [t for t in tensors if t.nbytes % _ALIGNMENT]
     odd.sort(key=lambda t: -ITEMSIZE[t.dtype])
@@ -164,7 +171,7 @@ def outline_file(
 
 
 def why_not(file: CachedFile) -> str | None:
-    """Why a checkpoint cannot be kept in the cache with what its tensors share and are; None if it can."""
+    """Explain why a checkpoint cannot be kept in the cache with what its tensors share and are; None if it can."""
     checkpoint = file.checkpoint
     if not is_planned(checkpoint):
         return "only torch.load can read the file"
@@ -185,20 +192,25 @@ def why_not(file: CachedFile) -> str | None:
 
 
 def why_source(outline: Outline) -> str | None:
-    """Why a load has nothing to gain from an entry, or cannot have one; None if it is worth one."""
+    """Explain why a load has nothing to gain from an entry, or cannot have one; None if it is worth one."""
     if all(t.dtype == t.source.dtype for file in outline.files for t in file.tensors):
         return "nothing is converted: the source is as fast"
     return next((reason for file in outline.files if (reason := why_not(file)) is not None), None)
 
 
 def safetensors_header(tensors: Sequence[CachedTensor]) -> bytes:
-    """Length and JSON of a safetensors file, filled with spaces so that the data begins at a multiple of `PAGE`."""
+    """Return length and JSON of a safetensors file, filled with spaces so that the data begins at a multiple of `PAGE`.
+
+    Raises:
+        CacheError: Two tensors would have one name.
+    """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for t in tensors:
         if t.name in entries:
-            raise CacheError(f"two tensors would be called {t.name!r} in the cache")
+            raise CacheError(f"two tensors would be called {t.name!r} in the cache", tensor=t.name)
         shape = list(t.source.shape)
+        # torch counts pairs of 4-bit numbers, safetensors the numbers
         if t.dtype == "float4_e2m1fn_x2" and shape:
             shape[-1] *= 2
         entries[t.name] = {

@@ -1,4 +1,4 @@
-"""One source's dealings with the converted cache, for loads of a checkpoint and for starts of a whole model alike.
+"""The state machine of one source in the converted cache, for loads of a checkpoint and for starts of a whole model.
 
     hit         there is a valid entry: read it instead of the source
     building    there is none, and this process writes it, once all of its files were noted
@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from wan_loader.cache.build import Build
-from wan_loader.cache.content import LoadedTensors
+from wan_loader.cache.loaded_tensors import LoadedTensors
 from wan_loader.cache.outline import why_not, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError, MissingFileError
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.cache.content import ReadParts
-    from wan_loader.cache.entry import Building, Entry
-    from wan_loader.cache.outline import Outline, SourceFile
+    from wan_loader.cache.entry import Entry, UnfinishedEntry
+    from wan_loader.cache.loaded_tensors import ReadSegments
+    from wan_loader.cache.outline import Outline, SourceIdentity
     from wan_loader.types import StrPath
 
 __all__ = ["CacheUse", "begin_build", "build_entry", "find_entry"]
@@ -41,7 +41,7 @@ _CLOCK_TICK_S = 0.02
 
 
 def find_entry(store: Store, key: str, warn: Callable[[str], object]) -> Entry | None:
-    """`Store.find`; an entry that is damaged is set aside, with a warning, and there is none."""
+    """Find an entry as `Store.find` does; one that is damaged is set aside, with a warning, and there is none."""
     try:
         return store.find(key)
     except (CacheError, CheckpointError) as error:  # the entry's file may vanish or be damaged, too
@@ -55,9 +55,10 @@ def _put_aside(store: Store, key: str, why: Exception) -> str:
 
 
 def begin_build(
-    store: Store, outline: Outline, sources: Sequence[SourceFile], max_size: int | None = None
-) -> Building | None:
-    """`Store.begin`, once the source's times are old enough to tell any later change."""
+    store: Store, outline: Outline, sources: Sequence[SourceIdentity], max_size: int | None = None
+) -> UnfinishedEntry | None:
+    """Begin as `Store.begin` does, once the source's times are old enough to tell any later change."""
+    # ctime, not mtime: no program can set it back
     newest = max((s.ctime_ns for s in sources), default=0) / 1e9
     if 0 <= (age := time.time() - newest) < _CLOCK_TICK_S:
         time.sleep(_CLOCK_TICK_S - age)
@@ -65,15 +66,26 @@ def begin_build(
 
 
 def build_entry(
-    store: Store, outline: Outline, read: ReadParts, *, max_size: int | None = None, digest_contents: bool = False
+    store: Store, outline: Outline, read: ReadSegments, *, max_size: int | None = None, digest_contents: bool = False
 ) -> Build | Path | None:
-    """Begin to write an entry from its source; its path if there is a valid one, None if another process writes it.
+    """Begin to write an entry from its source.
 
-    digest_contents: keep checksums of the source files' contents, too. Raises `CacheError`.
+    Args:
+        store: The cache.
+        outline: The content of the entry.
+        read: Reads from the source.
+        max_size: Bytes the whole cache may take; None is half of what would be free without it.
+        digest_contents: Keep checksums of the source files' contents, too.
+
+    Returns:
+        The build; the path of the entry if there is a valid one; None if another process writes it.
+
+    Raises:
+        CacheError: The source cannot be cached, the entry does not fit, or the cache cannot be written.
     """
     for file in outline.files:
         if (reason := why_not(file)) is not None:
-            raise CacheError(f"{outline.label} cannot be cached: {reason}")
+            raise CacheError(f"{outline.label} cannot be cached: {reason}", reason=reason)
     sources = outline.sources
     if (entry := find_entry(store, outline.key(sources), _LOG.warning)) is not None:
         entry.close()
@@ -86,13 +98,17 @@ def build_entry(
 
 
 class CacheUse:
-    """What the cache does for one source, from the look for an entry to the one that is written. A context manager."""
+    """The dealings of a source with the cache, from the look for an entry to the writing of one. A context manager.
 
-    def __init__(self, outline: Outline, directory: StrPath | None, read: ReadParts) -> None:
-        """Look for an entry; begin to build one if there is none.
+    To make one is to look for an entry, and to begin to build one if there is none.
 
-        directory: of the cache; None: the user's. read: reads from the source what cannot be taken from memory.
-        """
+    Args:
+        outline: The content of the entry.
+        directory: The directory of the cache; None is the user's.
+        read: Reads from the source what cannot be taken from memory.
+    """
+
+    def __init__(self, outline: Outline, directory: StrPath | None, read: ReadSegments) -> None:
         self.entry: Entry | None = None
         """The entry that is to be read, as long as it is a hit."""
         self.build: Build | None = None
@@ -102,7 +118,7 @@ class CacheUse:
         self._outline = outline
         self._read = read
         self._store: Store | None = None
-        self._building: Building | None = None
+        self._building: UnfinishedEntry | None = None
         self._loaded = LoadedTensors()
         self._missing = {file.path for file in outline.files}
         if (reason := why_source(outline)) is not None:
@@ -112,6 +128,7 @@ class CacheUse:
         try:
             self._store = Store(directory)
             self._look()
+        # an OSError as well, but of the source: no load can do without it
         except MissingFileError:
             raise
         except OSError as error:  # also `CacheError`
@@ -136,9 +153,10 @@ class CacheUse:
         self.report = CacheReport("hit", why, str(self.entry.path))
 
     def set_aside(self, why: Exception) -> None:
-        """The entry is damaged: load from the source, and build it again."""
+        """Set the entry aside, which is damaged: load from the source, and build it again."""
         assert self.entry is not None
         assert self._store is not None
+        # noted before the entry is left; the lock is given back before the rename
         key = self.entry.path.name
         self._leave_entry()
         try:
@@ -148,10 +166,13 @@ class CacheUse:
             self._unusable(error)
 
     def note(self, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """A file's tensors were loaded from the source: call before anybody else has them. With the last file, the
-        entry begins to be written in the background.
+        """Note that a file's tensors were loaded from the source, before anybody else has them.
 
-        path: of the file in the entry. tensors: by their names in the source.
+        With the last file, the entry begins to be written in the background.
+
+        Args:
+            path: The path of the file in the entry.
+            tensors: The tensors, by their names in the source.
         """
         if self._building is None or path not in self._missing:
             return

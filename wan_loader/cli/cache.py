@@ -17,7 +17,7 @@ from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_age, parse_size
 
 if TYPE_CHECKING:
-    from wan_loader.cache.entry import Listed
+    from wan_loader.cache.entry import ListedEntry
     from wan_loader.cache.outline import Outline
     from wan_loader.cache.store import Store
 
@@ -64,13 +64,13 @@ def build(
 
         wan-loader cache build model --cache-dir /mnt/nvme/cache
     """
-    from wan_loader.cache.cached_load import read_parts
+    from wan_loader.cache.cached_load import read_segments
     from wan_loader.cache.store import Store
     from wan_loader.cache.use import build_entry
 
     size = _size(max_size)
     outline = _outline(path, part, dtype)
-    begun = build_entry(Store(cache_dir), outline, read_parts, max_size=size, digest_contents=contents)
+    begun = build_entry(Store(cache_dir), outline, read_segments, max_size=size, digest_contents=contents)
     report_build(begun, json=json)
 
 
@@ -119,7 +119,7 @@ def _store(cache_dir: Path | None) -> Store | None:
     return Store(directory, create=False) if os.path.lexists(directory) else None
 
 
-def _as_json(listed: Listed) -> dict[str, Any]:
+def _as_json(listed: ListedEntry) -> dict[str, Any]:
     manifest = listed.manifest
     return {
         "key": listed.key,
@@ -133,7 +133,7 @@ def _as_json(listed: Listed) -> dict[str, Any]:
     }
 
 
-def _print_entries(store: Store | None, listed: list[Listed]) -> None:
+def _print_entries(store: Store | None, listed: list[ListedEntry]) -> None:
     from wan_loader.cli.render import output_console
     from wan_loader.console import Columns
     from wan_loader.printable import printable
@@ -199,7 +199,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
+def _wanted(store: Store | None, entry: str | None) -> list[ListedEntry]:
     complete = [x for x in store.listed() if x.state != "damaged" and not x.stays] if store is not None else []
     if entry is None:
         return complete
@@ -211,7 +211,7 @@ def _wanted(store: Store | None, entry: str | None) -> list[Listed]:
 
 def _check(store: Store, key: str, *, sources: bool) -> list[str]:
     """Return what is wrong with an entry, which stays meanwhile; nothing if it was removed."""
-    from wan_loader.cache.check import check_entry, check_sources
+    from wan_loader.cache.checksums import check_entry, check_sources
     from wan_loader.cli.progress import counting_progress
     from wan_loader.errors import CacheError
 
@@ -287,7 +287,7 @@ def clear(
     _say_removed("cache clear", removed, json=json)
 
 
-def _say_removed(command: str, removed: list[Listed], *, json: bool) -> None:
+def _say_removed(command: str, removed: list[ListedEntry], *, json: bool) -> None:
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console
     from wan_loader.sizes import format_bytes
@@ -300,7 +300,7 @@ def _say_removed(command: str, removed: list[Listed], *, json: bool) -> None:
         output_console().print(f"{_count(removed)} removed, {format_bytes(nbytes)}")
 
 
-def _count(listed: list[Listed]) -> str:
+def _count(listed: list[ListedEntry]) -> str:
     from wan_loader.sizes import format_count
 
     return format_count(len(listed), "entry", "entries")

@@ -67,7 +67,7 @@ def _document(
     from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.profiler.probe.ceilings import find_ceilings
     from wan_loader.profiler.probe.diagnosis import diagnose
-    from wan_loader.profiler.probe.storage import limits, storage_facts
+    from wan_loader.profiler.probe.system_facts import limits, storage_facts
     from wan_loader.system.machine import machine_card
     from wan_loader.system.page_cache import describe
     from wan_loader.warming.evict import resident_bytes

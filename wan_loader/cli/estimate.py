@@ -87,27 +87,27 @@ def _document(
 ) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
     from wan_loader.formats.inventory import checkpoints_in
-    from wan_loader.profiler.analysis.simulate import Hardware, parts_of, plan_elsewhere, simulate
+    from wan_loader.profiler.analysis.simulate import Hardware, blocks_of, plan_elsewhere, simulate
     from wan_loader.profiler.probe.ceilings import known_ceilings
 
     checkpoints = checkpoints_in(path, part)
     plans = [plan_elsewhere(c, dtype_name(dtype), cuda=device == "cuda") for c in checkpoints]
-    parts, slots = [part for plan in plans for part in parts_of(plan)], min(plan.settings.n_slots for plan in plans)
+    blocks, slots = [block for plan in plans for block in blocks_of(plan)], min(plan.settings.n_slots for plan in plans)
     known = known_ceilings([f.path for c in checkpoints for f in c.files], device=device)
     rates = _rates(pcie, device, known)
     copy, cast, fixed_s = rates["copy"]["bytes_per_s"], rates["cast"]["bytes_per_s"], rates["fixed"]["seconds"]
     rows = []
     for name, rate in _storages(disk, known):
         hardware = Hardware(disk=rate, copy=copy, cast=cast, cuda=device == "cuda", slots=slots, fixed_s=fixed_s)
-        rows.append({"storage": name, "disk_bytes_per_s": rate, **_row(simulate(parts, hardware))})
+        rows.append({"storage": name, "disk_bytes_per_s": rate, **_row(simulate(blocks, hardware))})
     return {
         "schema_version": 1,
         "command": "estimate",
         "target": str(path),
         "device": device,
         "dtype": dtype,
-        "nbytes": sum(p.nbytes for p in parts),
-        "nbytes_converted": sum(p.nbytes for p in parts if p.cast),
+        "nbytes": sum(p.nbytes for p in blocks),
+        "nbytes_converted": sum(p.nbytes for p in blocks if p.cast),
         "checkpoints": [{"path": c.path, "nbytes": c.nbytes} for c in checkpoints],
         "rates": rates,
         "estimates": rows,

@@ -136,7 +136,7 @@ def _profile_load(
     import wan_loader
     from wan_loader.cli.progress import reading_progress
     from wan_loader.profiler.analysis.assemble import load_session
-    from wan_loader.profiler.probe.storage import limits
+    from wan_loader.profiler.probe.system_facts import limits
 
     checkpoint = wan_loader.open_checkpoint(path, part=part)
     files = [f.path for f in checkpoint.files]
@@ -165,7 +165,7 @@ def _profile_program(
 ) -> tuple[Session, int]:
     from wan_loader.profiler.analysis.assemble import program_session, weight_files
     from wan_loader.profiler.analysis.merge import main_process, merge
-    from wan_loader.profiler.probe.storage import limits
+    from wan_loader.profiler.probe.system_facts import limits
     from wan_loader.profiler.program import run_program
 
     before = limits()
@@ -181,7 +181,7 @@ def _environment(files: list[str], device: str, before: dict[str, Any], *, measu
     """Collect what to compare with. Measured after the load, so that nothing is warmed for it."""
     from wan_loader.profiler.analysis.assemble import Environment
     from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings
-    from wan_loader.profiler.probe.storage import limits, storage_facts
+    from wan_loader.profiler.probe.system_facts import limits, storage_facts
 
     after = limits()
     stalled = after.get("memory_stall_s", 0.0) - before.get("memory_stall_s", 0.0)

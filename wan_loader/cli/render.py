@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wan_loader.loading.report import CacheReport, LoadReport
-    from wan_loader.profiler.analysis.ranks import Spread
+    from wan_loader.profiler.analysis.ranks import RankComparison
 
 __all__ = [
     "error_console",
     "output_console",
     "print_load",
-    "print_spread",
+    "print_ranks",
     "print_warnings",
 ]
 
@@ -88,17 +88,17 @@ def _phase_table(report: LoadReport) -> Columns:
     return table
 
 
-def print_spread(console: PlainConsole, found: Spread) -> None:
+def print_ranks(console: PlainConsole, found: RankComparison) -> None:
     """Print the processes of a distributed load, one a line."""
     table = Columns()
     for title in ("process", "seconds", "read", "received", "reading s", "collectives s", "host peak", "device peak"):
         table.add_column(title, justify="right")
-    for m in found.members:
+    for m in found.ranks:
         sizes = (m.nbytes_read, m.nbytes_received, m.host_peak_bytes, m.device_peak_bytes)
         read, received, host, device = map(format_bytes, sizes)
         times = (f"{m.seconds:.3f}", f"{m.read_s:.3f}", f"{m.shard_s:.3f}")
         table.add_row(str(m.rank), times[0], read, received, times[1], times[2], host, device)
-    console.print(f"{printable(found.target)}: {len(found.members)} of {found.n_processes} processes")
+    console.print(f"{printable(found.target)}: {len(found.ranks)} of {found.n_processes} processes")
     console.print(table)
     console.print(f"{format_bytes(found.nbytes_read)} read in all; {found.sentence}")
 

@@ -51,12 +51,12 @@ def report(
 
 def _compare(paths: list[Path], *, json: bool) -> None:
     from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import output_console, print_spread
-    from wan_loader.profiler.analysis.ranks import spread
+    from wan_loader.cli.render import output_console, print_ranks
+    from wan_loader.profiler.analysis.ranks import compare_ranks
     from wan_loader.profiler.analysis.session import read_session
 
-    found = spread([read_session(path) for path in paths])
+    found = compare_ranks([read_session(path) for path in paths])
     if json:
         print_json(found.to_json())
     else:
-        print_spread(output_console(), found)
+        print_ranks(output_console(), found)

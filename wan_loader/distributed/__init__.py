@@ -1,4 +1,12 @@
-"""Loads of several processes: who reads what, how they exchange it, and how they notice that one failed.
+"""Loads of several processes: they agree, share the reading, exchange what they read, and notice that one failed.
+
+    processes     who is who and whose device is which, as torchrun starts them
+    liveness      heartbeats and failures, told beside the collectives
+    exit_note     the last word of a process that has ended
+    sharding      who reads what, and what is exchanged afterwards
+    exchange      the collectives
+    shard_group   the processes of one load: torch.distributed's groups and DTensors on one side, the plan on the other
+    shared_load   a load by several processes, wrapped around a load
 
 Public are the names below, for programs that torchrun starts; they are imported when they are first asked for.
 """

@@ -1,7 +1,7 @@
-"""The collectives of a load: blocks that were read in parts become whole on each of their holders.
+"""The collectives of a load: storages of which each holder has read a byte range become whole on all of them.
 
-Large blocks are gathered in place: each holder's part already lies where it belongs. Small ones travel together in
-messages, through a buffer. Bytes are moved, not numbers, so every dtype that torch has can be exchanged.
+Large storages are gathered in place: each holder's byte range already lies where it belongs. Small ones travel together
+in messages, through a buffer. Bytes are moved, not numbers, so every dtype that torch has can be exchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_loader.distributed.liveness import Liveness
     from wan_loader.distributed.sharding import Chunk, Exchange
 
-__all__ = ["carry", "check_usable"]
+__all__ = ["carry_out", "check_usable"]
 
 #: How long collectives have to end by themselves after something failed, and to end once they were aborted.
 _GRACE_S = 1.0
@@ -35,25 +35,38 @@ _connected: WeakSet[ProcessGroup] = WeakSet()
 
 
 def check_usable(group: ProcessGroup) -> None:
-    """Raise `DistributedError` if an exchange in this group has failed before."""
+    """Refuse a group in which an exchange has failed before.
+
+    Raises:
+        DistributedError: What is sent through it next could end up in a collective that never ended.
+    """
     if group in _broken:
-        raise DistributedError(
-            "an exchange in this process group failed before: call torch.distributed.destroy_process_group() and "
-            "init_process_group() again in every process"
+        raise DistributedError.because(
+            "an exchange in this process group failed before",
+            "call torch.distributed.destroy_process_group() and init_process_group() again in every process",
         )
 
 
-def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup, liveness: Liveness) -> None:
-    """Carry out an exchange. flats: storages by number, 1-D. Returns when everything has arrived.
+def carry_out(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup, liveness: Liveness) -> None:
+    """Carry out an exchange. Return when everything has arrived.
 
-    Raises what failed here, or `DistributedError` for what failed elsewhere; either way no collective is left behind.
+    Whatever is raised, no collective is left behind.
+
+    Args:
+        what: The exchange, the same for each of its holders.
+        flats: The loaded storages by number, 1-D; they are filled in.
+        group: The holders.
+        liveness: Ends the waiting for a process that failed.
+
+    Raises:
+        DistributedError: Another process failed or is gone.
     """
     import torch
 
     me = what.holders.index(liveness.rank)
     raw = {storage: flat.view(torch.uint8) for storage, flat in flats.items()}
     device = next(iter(raw.values())).device
-    _meet(group, device, liveness)
+    _connect(group, device, liveness)
     with _Collectives(group, device, liveness) as collectives:
         for gather in what.gathers:
             whole = raw[gather.storage][: gather.nbytes * len(what.holders)]
@@ -64,7 +77,7 @@ def carry(what: Exchange, flats: Mapping[int, torch.Tensor], group: ProcessGroup
         _finish(collectives.device)
 
 
-def _meet(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None:
+def _connect(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None:
     """Have NCCL connect the processes of a group, which it else does within the first collective of the group.
 
     That call returns when all have come, and nothing ends it: so it is made in a thread, which is left behind where
@@ -72,6 +85,7 @@ def _meet(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None
     """
     import torch
 
+    # gloo connects when a group is made
     if device.type != "cuda" or group.bound_device_id is not None or group in _connected:
         return
     errors: list[BaseException] = []
@@ -80,12 +94,13 @@ def _meet(group: ProcessGroup, device: torch.device, liveness: Liveness) -> None
         try:
             with torch.cuda.device(device):
                 places = torch.zeros(group.size(), dtype=torch.uint8, device=device)
-                _gather(places, places[group.rank() : group.rank() + 1], group).wait()
+                _start_gather(places, places[group.rank() : group.rank() + 1], group).wait()
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=connect, name="connect", daemon=True)
     _broken.add(group)
+    # until it has returned, the group counts as broken: nothing may be sent behind a call that hangs
     thread.start()
     while thread.is_alive():
         liveness.check()
@@ -118,7 +133,7 @@ class _Collectives:
 
     def gather(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
         """Start to fill `whole` with everybody's `mine`, which is a part of it already."""
-        self._works.append(_gather(whole, mine, self._group))
+        self._works.append(_start_gather(whole, mine, self._group))
 
     def wait(self) -> None:
         """Wait for all that was started."""
@@ -126,7 +141,7 @@ class _Collectives:
             self._liveness.wait(work)
 
     def _completed_within(self, seconds: float) -> bool:
-        """Whether all end by themselves, as they do where the others go on."""
+        """Return True if all end by themselves, as they do where the others go on."""
         end = time.monotonic() + seconds
         while not all(work.is_completed() for work in self._works):
             if time.monotonic() > end:
@@ -146,6 +161,7 @@ def _send(
 ) -> None:
     import torch
 
+    # a gather wants as much from everybody: the one with most to send sets the size
     size = max(sum(c.end - c.start for c in message if c.owner == owner) for owner in range(n))
     buffer = torch.empty(n * size, dtype=torch.uint8, device=raw[message[0].storage].device)
     position = [owner * size for owner in range(n)]
@@ -164,7 +180,7 @@ def _send(
             inside.copy_(outside)
 
 
-def _gather(whole: torch.Tensor, mine: torch.Tensor, group: ProcessGroup) -> Any:
+def _start_gather(whole: torch.Tensor, mine: torch.Tensor, group: ProcessGroup) -> Any:
     import torch.distributed as dist
 
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13

@@ -1,4 +1,4 @@
-"""Processes that have ended: each leaves a note in the store of torch.distributed when its interpreter exits.
+"""Notes of processes that have ended: left in the store of torch.distributed when their interpreters exit.
 
 A process that ends before it ever came to a load has no heartbeat that could stop; whoever waits for it finds the note.
 There is none of a process that was killed, or that left torch.distributed (`destroy_process_group`) before it ended.
@@ -11,26 +11,27 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["how_ended", "leave_note"]
+__all__ = ["leave_exit_note", "read_exit_note"]
 
 #: How long an exit waits for the store, which another thread may hold.
 _PATIENCE_S = 1.0
 _MAX_TEXT = 1000
 
 
-def leave_note() -> None:
-    """Say that this process ends, and with which uncaught error; nothing outside of a distributed run."""
+def leave_exit_note() -> None:
+    """Say that this process ends, and with which uncaught error; do nothing outside of a distributed run."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
     if distributed.get_world_size() > 1:
-        writing = threading.Thread(target=_write, args=(distributed.get_rank(),), name="ended", daemon=True)
+        writing = threading.Thread(target=_write, args=(distributed.get_rank(),), name="exit note", daemon=True)
         writing.start()
+        # a daemon, waited for so long: an exit must not hang with the store
         writing.join(_PATIENCE_S)
 
 
-def how_ended(store: Any, rank: int) -> str | None:
-    """What process `rank` left: its uncaught error or nothing; None if it has not ended, or left no note."""
+def read_exit_note(store: Any, rank: int) -> str | None:
+    """Read what process `rank` left: its uncaught error or nothing; None if it has not ended, or left no note."""
     key = _key(rank)
     return store.get(key).decode(errors="replace") if store.check([key]) else None
 

@@ -1,9 +1,9 @@
-"""What processes tell each other beside the collectives: that they live, how far they are, what failed.
+"""Messages of processes beside the collectives: that they live, how far they are, what failed.
 
 It all goes through the store that torch.distributed was started with (a small key-value server), so it works while a
 collective hangs and before the first one. Each process counts up a heartbeat; a process that fails leaves its error;
 the others notice either within seconds. A process that is gone without a word (killed, out of memory) is noticed when
-its heartbeat has stood still for `SILENCE_S`; one that ended without ever coming, by the note that it left (`ended`).
+its heartbeat has stood still for `SILENCE_S`; one that ended without ever coming, by its exit note (`exit_note`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.distributed.exit_note import how_ended
+from wan_loader.distributed.exit_note import read_exit_note
 from wan_loader.errors import DistributedError
 
 if TYPE_CHECKING:
@@ -38,9 +38,10 @@ _REACH_S = 5.0
 
 
 def own_connection(store: Any) -> Any:
-    """Another connection to a store: one that others use may be held for as long as they wait.
+    """Open another connection to a store: one that others use may be held for as long as they wait.
 
-    Raises `DistributedError` where the process that holds it is gone; torch would try for half an hour.
+    Raises:
+        DistributedError: The process that holds the store is gone; torch would try for half an hour.
     """
     base = store
     while hasattr(base, "underlying_store"):  # under its prefixes
@@ -54,12 +55,19 @@ def own_connection(store: Any) -> Any:
 
 
 class Liveness:
-    """The processes `ranks`, of which this is `rank`. A context manager: leaving it with an error tells the others.
+    """The processes of a run or a load, as one of them sees them. A context manager that tells the others of an error.
 
-    All of them make one with the same `name`, which no two runs share. patience_s: how long `agree` waits for a
-    process that has not come yet; None waits for ever. on_failure: called with what happened, in a thread of its own,
-    when another process has failed or is gone and this one has not closed `GRACE_S` later: it may hang in a collective.
-    outer: the run that this is a part of, where there is one; what happens there happens here, too.
+    All of them make one with the same name, which no two runs share.
+
+    Args:
+        store: The key-value store, through a connection of its own (`own_connection`).
+        rank: This process.
+        ranks: All processes that take part, this one among them.
+        name: The prefix of its keys in the store.
+        patience_s: The time that `agree` waits for a process that has not come yet; None waits for ever.
+        on_failure: Called with what happened, in a thread of its own, when another process has failed or is gone and
+            this one has not closed `GRACE_S` later: it may hang in a collective.
+        outer: The run that this load belongs to, where there is one; what happens there happens here, too.
     """
 
     def __init__(
@@ -84,7 +92,7 @@ class Liveness:
         self._problem: str | None = None
         self._noticed = threading.Event()
         self._end = threading.Event()
-        self._watch = threading.Thread(target=self._watching, name="peers", daemon=True)
+        self._watch = threading.Thread(target=self._watching, name="liveness", daemon=True)
 
     def __enter__(self) -> Liveness:
         try:
@@ -100,9 +108,10 @@ class Liveness:
             self.fail(error)
 
     def close(self) -> None:
-        """Stop watching and being watched: after the last `agree`."""
+        """Stop watching and being watched, after the last `agree`."""
         self._end.set()
         if self._watch.ident is not None:
+            # never without a limit: a call to a store that is stopped but not dead does not return
             self._watch.join(1.0)
 
     def fail(self, error: BaseException) -> None:
@@ -110,11 +119,12 @@ class Liveness:
         self._problem = self._known() or _sentence(self.rank, error)[:_MAX_TEXT]
         text = json.dumps([self.rank, self._problem])
         with contextlib.suppress(Exception):  # the store may be gone with its process
+            # only the first failure counts: those that follow are its consequences
             self._store.compare_set(f"{self._name}/failed", "", text)
             self._store.set(self._key("left", self.rank), "")
 
     def linger(self, limit_s: float) -> None:
-        """After `fail`, where this process holds the store: wait until the others have learnt from it what failed."""
+        """Wait, after `fail` in the process that holds the store, until the others have learnt from it what failed."""
         others = [self._key("left", rank) for rank in self.ranks if rank != self.rank]
         end = time.monotonic() + limit_s
         with contextlib.suppress(RuntimeError):
@@ -122,7 +132,11 @@ class Liveness:
                 time.sleep(_POLL_S)
 
     def check(self) -> None:
-        """Raise `DistributedError` if a process has failed or is gone. Costs nothing."""
+        """Look whether all live, which costs nothing.
+
+        Raises:
+            DistributedError: A process has failed or is gone.
+        """
         if (problem := self._known()) is not None:
             raise DistributedError(problem)
 
@@ -130,7 +144,18 @@ class Liveness:
         return (self._outer._known() if self._outer is not None else None) or self._problem
 
     def agree(self, stage: str, fact: str = "") -> list[str]:
-        """Wait until every process has come to `stage`; returns what each gave as `fact`, in the order of `ranks`."""
+        """Wait until every process has come to `stage`.
+
+        Args:
+            stage: A name, the same in all of them.
+            fact: The text that this process gives to the others.
+
+        Returns:
+            What each gave, in the order of `ranks`.
+
+        Raises:
+            DistributedError: A process failed, ended, is gone, or did not come in time.
+        """
         try:
             self._store.set(self._key(stage, self.rank), fact)
             start = time.monotonic()
@@ -150,21 +175,21 @@ class Liveness:
                 return
             self.check()
             if self.patience_s is not None and time.monotonic() - start > self.patience_s:
-                raise DistributedError(
-                    f"process {rank} did not come to {stage!r} within {self.patience_s:.0f} s: see whether it "
-                    "was started, and whether every process makes the same calls"
+                raise DistributedError.because(
+                    f"process {rank} did not come to {stage!r} within {self.patience_s:.0f} s",
+                    "see whether it was started, and whether every process makes the same calls",
                 )
             if poll % _POLLS_A_LOOK == 0:
-                why = how_ended(self._store, rank)
+                why = read_exit_note(self._store, rank)
                 if why is not None and not self._store.check([key]):  # it may have come, and ended then
-                    raise DistributedError(
-                        f"process {rank} ended{f' with {why}' * bool(why)} before it came to {stage!r}: see its own "
-                        "output, and whether every process makes the same calls"
+                    raise DistributedError.because(
+                        f"process {rank} ended{f' with {why}' * bool(why)} before it came to {stage!r}",
+                        "see its own output, and whether every process makes the same calls",
                     )
             time.sleep(_POLL_S)
 
     def leave(self) -> None:
-        """After the last `agree`. The first process may hold the store: it stays until the others need it no more."""
+        """Leave after the last `agree`. The first process may hold the store: it stays until no other needs it."""
         key = self._key("left", self.rank)
         with contextlib.suppress(RuntimeError):
             self._store.set(key, "")
@@ -173,12 +198,17 @@ class Liveness:
         self.close()
 
     def wait(self, work: Any) -> None:
-        """Wait for an asynchronous collective; a failure of another process ends the waiting."""
+        """Wait for an asynchronous collective; a failure of another process ends the waiting.
+
+        Raises:
+            DistributedError: A process failed or is gone, or the collective itself failed.
+        """
         try:
             pause = 0.0001
             while not work.is_completed():
                 self.check()
                 time.sleep(pause)
+                # short ones end at once, and long ones must not take a processor
                 pause = min(pause * 1.5, 0.005)
             work.wait()
         except DistributedError:
@@ -187,7 +217,8 @@ class Liveness:
             raise self.explained(error) from error
 
     def explained(self, error: RuntimeError) -> DistributedError:
-        """What torch says when a connection broke, as the failure that was behind it, if that comes out."""
+        """Make the failure behind a broken connection, if that comes out, of what torch says of it."""
+        # the connection often breaks before the note of the failure is read, so the watcher gets time for that
         self._noticed.wait(SILENCE_S + 4 * _BEAT_S)
         return DistributedError(self._problem or f"torch.distributed failed: {_first_line(error)}")
 
@@ -218,7 +249,7 @@ class Liveness:
         return None if rank == self.rank else str(what)
 
     def _gone(self, beats: dict[int, bytes], silent: dict[int, int]) -> str | None:
-        """Counts its own beats, not seconds: a machine that was suspended has lost nobody."""
+        """Say who is gone. It counts its own beats, not seconds: a machine that was suspended has lost nobody."""
         others = sorted(self._here - {self.rank})
         for rank, beat in zip(others, self._store.multi_get([self._key("beat", r) for r in others]), strict=True):
             silent[rank] = silent.get(rank, 0) + 1 if beats.get(rank) == beat else 0
@@ -241,5 +272,5 @@ def _store_is_gone(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """torch appends stack traces to its messages."""
+    """Cut a message of torch before the stack trace that it appends."""
     return str(error).partition("\n")[0]

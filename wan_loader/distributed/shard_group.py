@@ -1,8 +1,8 @@
 """Processes that load together: torch.distributed's groups and DTensors on one side, the plan's numbers on the other.
 
-    joined      who takes part, from the module's DTensors or from the group that was given
-    compare     everybody sees the same checkpoint and wants the same of it, before anything is read
-    exchange    what was read in parts travels to those that need it
+    open_shard_group    who takes part, from the module's DTensors or from the group that was given
+    divide              everybody sees the same checkpoint and wants the same of it, before anything is read
+    exchange            what each has read travels to those that need it
 
 Reading and exchanging follow each other within a load: collectives of a load never run beside others of the caller's
 thread, and their order is the same on every process.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.resolve import check_room_for_torch
-from wan_loader.distributed.exchange import carry, check_usable
+from wan_loader.distributed.exchange import carry_out, check_usable
 from wan_loader.distributed.liveness import Liveness, own_connection
 from wan_loader.distributed.processes import run_liveness
 from wan_loader.distributed.sharding import TensorSharding, borders, divide, exchanges
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
 
-__all__ = ["ShardGroup", "joined"]
+__all__ = ["ShardGroup", "open_shard_group"]
 
 #: How long a load waits for a process that has not called it yet.
 PATIENCE_S = 600.0
@@ -67,39 +67,45 @@ class ShardGroup:
     liveness: Liveness
     group: ProcessGroup
     groups: dict[tuple[int, ...], ProcessGroup]
-    """By the ranks in them."""
+    """Process groups by the ranks in them."""
     n_local: int = 1
-    """Processes of the team on this machine."""
+    """The number of processes of the group on this machine."""
     local_share: LocalShare | None = None
-    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    shared_borders: dict[int, tuple[int, ...]] = field(default_factory=dict)
     scales: dict[int, tuple[int, int]] = field(default_factory=dict)
     _shardings: dict[tuple[Any, ...], TensorSharding] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
-        """This process, counted over the whole run."""
+        """The number of this process, counted over the whole run."""
         return self.liveness.rank
 
     def device(self, device: str | int | torch.device) -> str | int | torch.device:
-        """Where this process loads to: "cuda" is the GPU that the group is bound to, whatever the thread's current one.
+        """Choose where this process loads to: "cuda" is the GPU that the group is bound to, not the thread's own.
 
-        Raises `OptionError` for another GPU than that one: the group could not exchange what arrives there.
+        Raises:
+            OptionError: Another GPU than that one was named: the group could not exchange what arrives there.
         """
         bound = self.group.bound_device_id
         if bound is None or not _is_cuda(device):
             return device
+        # an index, a name and a torch.device are told apart here: each of them may name the same GPU
         if str(device) in ("auto", "cuda") or device in (bound, str(bound), bound.index):
             return bound
-        raise OptionError(
-            f"device {str(device)!r}: the group is bound to {str(bound)!r}: pass device='cuda', or another group"
+        raise OptionError.because(
+            f"device {str(device)!r}: the group is bound to {str(bound)!r}", "pass device='cuda', or another group"
         )
 
     def token(self, cancel: CancelToken | None) -> CancelToken:
-        """A token through which the failure of another process ends the load of this one; `cancel` does, too."""
+        """Make a token through which the failure of another process ends the load of this one; `cancel` does, too."""
         return _GroupToken(self.liveness, cancel)
 
     def divide(self, binding: Binding, checkpoint: Checkpoint) -> LocalShare:
-        """Compare with the others, and say what this process keeps."""
+        """Compare with the others, and say what this process keeps.
+
+        Raises:
+            DistributedError: They see another checkpoint, or want something else.
+        """
         tensors, slots, rule = binding.request.select(checkpoint), binding.targets, binding.request.policy
         rule.check(checkpoint, tensors)
         shardings = {t.name: self._sharding(slots.get(t.name)) for t in tensors}
@@ -108,11 +114,15 @@ class ShardGroup:
         return self.local_share
 
     def reads(self, request: LoadRequest) -> dict[int, tuple[int, int]]:
-        """Which bytes of each storage that others hold, too, this process reads; storages not in it are read whole."""
+        """Choose the bytes that this process reads of each storage that others hold, too; others are read whole.
+
+        Returns:
+            Number of a storage -> start and end, in bytes of the file.
+        """
         assert self.local_share is not None
         plans = plan_storages(request.select(self.local_share.checkpoint), request.policy)
         out: dict[int, tuple[int, int]] = {}
-        self.parts, self.scales = {}, {}
+        self.shared_borders, self.scales = {}, {}
         for holders in dict.fromkeys(h for h in self.local_share.holders if len(h) > 1):
             shared = [p for p in plans if self.local_share.holders[p.storage] == holders]
             nbytes = [self.local_share.checkpoint.storages[p.storage].nbytes for p in shared]
@@ -121,24 +131,30 @@ class ShardGroup:
             for plan, ends, scale in zip(
                 shared, borders(nbytes, [s for s, _ in scales], len(holders)), scales, strict=True
             ):
-                self.parts[plan.storage], self.scales[plan.storage] = ends, scale
+                self.shared_borders[plan.storage], self.scales[plan.storage] = ends, scale
                 out[plan.storage] = (ends[me], ends[me + 1])
         return out
 
     def exchange(self, plan: LoadPlan, transfer: TransferResult, observer: Observer | None) -> dict[str, int]:
-        """Fill in what the others have read; returns facts for the report."""
+        """Fill in what the others have read; return facts for the report.
+
+        Raises:
+            OptionError: The group cannot exchange on the device that was loaded to.
+            DistributedError: Another process failed, or two of them load to one GPU.
+        """
         assert self.local_share is not None
         copied = plan.layout.copied
         flats = {storage.storage: to.flat for storage, to in zip(copied, transfer.destinations, strict=True)}
-        if self.parts:
+        if self.shared_borders:
             _check_backend(self.group, flats)
         for group in self.groups.values():
             check_usable(group)
+        # everybody has read everything from here on: nothing that is wrong with a file can interrupt the collectives
         _check_devices(self.liveness.ranks, self.liveness.agree("read", _identity(self.group, flats)))
         received = 0
-        for what in exchanges(self.local_share.holders, self.parts, self.scales):
+        for what in exchanges(self.local_share.holders, self.shared_borders, self.scales):
             with span(observer, "shard", nbytes := what.nbytes_received(self.rank)):
-                carry(what, flats, self.groups[what.holders], self.liveness)
+                carry_out(what, flats, self.groups[what.holders], self.liveness)
             received += nbytes
         return {
             "rank": self.rank,
@@ -173,10 +189,10 @@ class ShardGroup:
         shardings: Mapping[str, TensorSharding],
         rule: DtypePolicy,
     ) -> None:
-        wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_blocks) for t in tensors]
+        wanted = [(t.name, rule.target(t.name, t.dtype), shardings[t.name].n_shards) for t in tensors]
         mine = {"host": _host(), "checkpoint": _digest(checkpoint), "request": _hash(repr(wanted).encode())}
         facts = [json.loads(text) for text in self.liveness.agree("headers", json.dumps(mine))]
-        for key, what, cure in (
+        for key, what, remedy in (
             (
                 "checkpoint",
                 f"see another checkpoint at {checkpoint.path}",
@@ -185,14 +201,15 @@ class ShardGroup:
             ("request", "ask for other tensors, dtypes or shards", "call with the same module and options everywhere"),
         ):
             if others := [r for r, f in zip(self.liveness.ranks, facts, strict=True) if f[key] != facts[0][key]]:
-                raise DistributedError(
-                    f"processes {', '.join(map(str, others))} {what} than process {self.liveness.ranks[0]}: {cure}"
+                raise DistributedError.because(
+                    f"processes {', '.join(map(str, others))} {what} than process {self.liveness.ranks[0]}", remedy
                 )
+        # they share the processors and the memory of this machine
         self.n_local = sum(f["host"] == mine["host"] for f in facts)
 
 
 class _GroupToken(CancelToken):
-    """Also asks whether the other processes live, and the caller's own token."""
+    """A token that also asks whether the other processes live, and the caller's own token."""
 
     def __init__(self, liveness: Liveness, own: CancelToken | None) -> None:
         super().__init__()
@@ -207,10 +224,17 @@ class _GroupToken(CancelToken):
 
 
 @contextmanager
-def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup]:
-    """The group of a load. Every process of it must come here.
+def open_shard_group(group: ProcessGroup | None, module: torch.nn.Module | None = None) -> Iterator[ShardGroup]:
+    """Open the group of a load. Every process of it must come here.
 
-    group: None takes the one that the module's DTensors lie on. Loads of the same group in several threads take turns.
+    Loads of the same group in several threads take turns.
+
+    Args:
+        group: The processes; None takes the group that the module's DTensors lie on.
+        module: The module that is to be filled, where there is one.
+
+    Raises:
+        OptionError: torch.distributed is not started, or this process is not in the group.
     """
     check_room_for_torch()
     with without_forks():
@@ -220,7 +244,9 @@ def joined(group: ProcessGroup | None, module: torch.nn.Module | None = None) ->
         assert module is not None
         group = _group_of(module)
     if not dist.is_initialized():
-        raise OptionError("torch.distributed is not started: call init_process_group before a load with a group")
+        raise OptionError.because(
+            "torch.distributed is not started", "call init_process_group before a load with a group"
+        )
     ranks = tuple(dist.get_process_group_ranks(group))
     rank = dist.get_rank()
     if rank not in ranks:
@@ -235,8 +261,8 @@ def _check_backend(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> No
 
     device = next(iter(flats.values())).device.type
     if f"{device}:" not in (config := dist.get_backend_config(group)):
-        raise OptionError(
-            f"the group exchanges through {config}, not on {device}: load to that device, or pass another"
+        raise OptionError.because(
+            f"the group exchanges through {config}, not on {device}", "load to that device, or pass another"
         )
 
 
@@ -245,7 +271,7 @@ def _is_cuda(device: str | int | torch.device) -> bool:
 
 
 def _identity(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> str:
-    """The GPU that NCCL will use here, by a name that no other one of any machine has; nothing where it uses none."""
+    """Name the GPU that NCCL will use here, as no other one of any machine is named; empty where it uses none."""
     import torch
     import torch.distributed as dist
 
@@ -256,18 +282,23 @@ def _identity(group: ProcessGroup, flats: Mapping[int, torch.Tensor]) -> str:
 
 
 def _check_devices(ranks: Sequence[int], identities: Sequence[str]) -> None:
-    """Raise, in every process alike, if two processes hold their tensors on one GPU: no collective could run there."""
+    """Refuse, in every process alike, that two of them hold their tensors on one GPU: no collective could run there.
+
+    Raises:
+        DistributedError: Two do.
+    """
     owner: dict[str, int] = {}
     for rank, identity in zip(ranks, identities, strict=True):
         if identity and (other := owner.setdefault(identity, rank)) != rank:
-            raise DistributedError(
-                f"processes {other} and {rank} load to the same GPU: pass device='cuda:N' with the GPU of each, or "
-                "bind each to its own with torch.distributed.init_process_group(device_id=...)"
+            raise DistributedError.because(
+                f"processes {other} and {rank} load to the same GPU",
+                "pass device='cuda:N' with the GPU of each, or bind each to its own with "
+                "torch.distributed.init_process_group(device_id=...)",
             )
 
 
 def _group_of(module: torch.nn.Module) -> ProcessGroup:
-    """All processes that the module's DTensors lie on."""
+    """Find the group of all processes that the module's DTensors lie on."""
     import torch.distributed as dist
 
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
@@ -277,15 +308,19 @@ def _group_of(module: torch.nn.Module) -> ProcessGroup:
         return cast("ProcessGroup", world)
     mesh, *others = meshes
     if others or mesh.ndim != 1:
-        raise OptionError(
-            "the module's tensors lie on parts of the run: pass group=, with the processes of all of them"
+        raise OptionError.because(
+            "the module's tensors lie on parts of the run", "pass group=, with the processes of all of them"
         )
     found: ProcessGroup = mesh.get_group()
     return found
 
 
 def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGroup) -> TensorSharding:
-    """Blocks and holders of DTensors; `OptionError` for placements other than `Shard(0)` and `Replicate`."""
+    """Read shards and holders off a DTensor's mesh and placements.
+
+    Raises:
+        OptionError: The placements are others than `Shard(0)` and `Replicate`.
+    """
     import torch.distributed as dist
     from torch.distributed.tensor import Replicate, Shard
 
@@ -299,6 +334,7 @@ def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGro
             kept.append(dim)
     if len(cut) + len(kept) != mesh.ndim or len(cut) > 1 or coordinate is None:
         raise OptionError(f"placements {placements} cannot be loaded: one Shard(0), and Replicate, can")
+    # the row of the mesh in which this process lies, along the replicated dimensions
     ranks = mesh.mesh[tuple(slice(None) if dim in kept else coordinate[dim] for dim in range(mesh.ndim))]
     holders = tuple(int(rank) for rank in ranks.flatten())
     if len(holders) > 1 and holders not in shard_group.groups:
@@ -314,7 +350,7 @@ def _mesh_sharding(mesh: Any, placements: tuple[Any, ...], shard_group: ShardGro
 
 
 def _digest(checkpoint: Checkpoint) -> str:
-    """Of everything the headers say, and of two samples of each file: other weights of the same shapes show."""
+    """Hash everything that the headers say, and two samples of each file: other weights of the same shapes show."""
     facts = (checkpoint.format, checkpoint.storages, checkpoint.tensors, [f.nbytes for f in checkpoint.files])
     parts = [repr(facts).encode()]
     for file in checkpoint.files:
@@ -330,6 +366,7 @@ def _hash(data: bytes) -> str:
 
 def _host() -> str:
     try:
+        # containers may have one name each on one machine, or the same one on several
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""

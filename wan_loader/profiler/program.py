@@ -1,4 +1,4 @@
-"""Runs any program with the recording inside it, and brings back what its processes wrote.
+"""The run of any program with the recording inside it; what its processes wrote is brought back.
 
 The program keeps its standard streams, its signals and its exit code. A sitecustomize in a temporary directory on
 PYTHONPATH starts the recording in every Python process that the program starts, and then runs the sitecustomize that
@@ -58,25 +58,29 @@ finally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """What a run left behind, not yet interpreted. Times are on the clock of the spans."""
+    """The remains of a run, not yet interpreted. Times are on the clock of the spans."""
 
     argv: tuple[str, ...]
     pid: int
     start_ns: int
     end_ns: int
     returncode: int
-    """As subprocess has it: negative for a signal."""
+    """The exit code as subprocess has it: negative for a signal."""
     logs: tuple[tuple[dict[str, Any], ...], ...]
     """The lines of each process."""
     samples: Mapping[int, Sequence[Sample]]
     stopped: str = ""
-    """Why the program was stopped from outside, if it was."""
+    """The reason why the program was stopped from outside, if it was."""
 
 
 def command_line(words: Sequence[str]) -> list[str]:
-    """The program to start: a script or `-m module` gets this Python in front. Raises `OptionError`."""
+    """Complete the program to start: a script or `-m module` gets this Python in front.
+
+    Raises:
+        OptionError: There is no program, or it cannot be executed.
+    """
     if not words:
-        raise OptionError("no program: write it after --, as in `wan-loader profile -- python generate.py`")
+        raise OptionError.because("no program", "write it after --, as in `wan-loader profile -- python generate.py`")
     if words[0] == "-m" or (words[0].endswith(".py") and not os.access(words[0], os.X_OK)):
         return [sys.executable, *words]
     if shutil.which(words[0]) is None:
@@ -94,8 +98,15 @@ def run_program(
 ) -> Recording:
     """Run a program to its end and return the recording.
 
-    until, seconds: the recording ends when the program prints this text, or after this time; the program goes on, or
-    with `stop` gets SIGTERM (and SIGKILL ten seconds later). stdout: a descriptor for the program's own output.
+    Args:
+        words: The program and its arguments.
+        until: The recording ends when the program prints this text; the program goes on.
+        seconds: The recording ends after this time; the program goes on.
+        stop: When the recording ends, the program gets SIGTERM, and SIGKILL ten seconds later.
+        stdout: A descriptor for the program's own output.
+
+    Raises:
+        OptionError: The program cannot be started.
     """
     argv = command_line(words)
     with tempfile.TemporaryDirectory(prefix="wan-loader-") as temporary:
@@ -107,7 +118,7 @@ def run_program(
         try:
             child = subprocess.Popen(argv, env=environ, stdout=stdout)
         except OSError as error:
-            raise OptionError(f"{argv[0]} cannot be started: {error.strerror}") from error
+            raise OptionError.because(f"cannot be started: {error.strerror}", path=argv[0]) from error
         watcher = _Watcher(home / "spans", child, deadline_ns if stop else None, stop=stop and bool(until))
         with _forwarded_signals(child):
             watcher.start()
@@ -127,12 +138,13 @@ def run_program(
 
 
 def _furnish(home: Path) -> None:
-    """The directory for PYTHONPATH: sitecustomize, a compiled copy of `agent`, and room for the spans."""
+    """Fill the directory for PYTHONPATH: sitecustomize, a compiled copy of `agent`, and room for the spans."""
     (home / "spans").mkdir()
     shutil.copytree(_AGENT, home / _PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     (home / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(package=_PACKAGE))
     for source in (*home.glob("*.py"), *home.glob("*/*.py")):
         with suppress(py_compile.PyCompileError, OSError):
+            # for the Python that runs here; another one compiles for itself
             py_compile.compile(str(source))
 
 
@@ -150,7 +162,7 @@ def _environment(home: Path, until: str | None, deadline_ns: int | None) -> dict
 
 @contextmanager
 def _forwarded_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ctrl-C reaches the program from the terminal; other signals are passed on. This process outlives them."""
+    """Pass signals on to the program, which gets Ctrl-C from the terminal itself. This process outlives them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -165,7 +177,7 @@ def _forwarded_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 class _Watcher:
-    """Samples the kernel's counters of the program's processes, and stops it when it was asked to."""
+    """A thread that samples the kernel's counters of the program's processes, and stops it when it was asked to."""
 
     def __init__(self, directory: Path, child: subprocess.Popen[bytes], deadline_ns: int | None, *, stop: bool) -> None:
         self.samples: dict[int, list[Sample]] = {}
@@ -183,7 +195,7 @@ class _Watcher:
         self._thread.start()
 
     def finish(self) -> None:
-        """The program has ended."""
+        """End the sampling: the program has ended."""
         self._over.set()
         self._thread.join()
 
@@ -199,6 +211,7 @@ class _Watcher:
         if self._kill_ns is not None:
             if now > self._kill_ns:
                 self._child.kill()
+        # only with --stop: otherwise the recording ends by itself, inside the program
         elif self._deadline_ns is not None and now > self._deadline_ns:
             self._stop("the time given with --for was over")
         elif self._stop_when_ended and any(b'"why": "until"' in p.read_bytes() for p in self._directory.glob("*")):
@@ -221,7 +234,7 @@ def _sample(pid: int) -> Sample | None:
 
 
 def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
-    """Lines of one process; a line that was being written when it was killed is left out."""
+    """Read the lines of one process; one that was being written when it was killed is left out."""
     lines = []
     for line in path.read_bytes().splitlines():
         with suppress(ValueError, RecursionError):

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import OutputError
-from wan_loader.stage_copy import blocks
+from wan_loader.stage_copy import copy_blocks
 from wan_loader.system.posix import start_writeback
 from wan_loader.system.threads import StoppedError, run_all
 from wan_loader.warming.evict import drop_pages
@@ -22,7 +22,7 @@ from wan_loader.warming.prewarm import fill
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from wan_loader.stage_copy.entry import Entry, Planned
+    from wan_loader.stage_copy.journal import PlannedFile, StageEntry
     from wan_loader.warming.tree import SourceFile
 
     Progress = Callable[[str, int, int], None]
@@ -35,8 +35,8 @@ class Copying:
 
     def __init__(
         self,
-        entry: Entry,
-        sources: Mapping[Planned, SourceFile],
+        entry: StageEntry,
+        sources: Mapping[PlannedFile, SourceFile],
         *,
         in_memory: bool,
         threads: int,
@@ -50,67 +50,69 @@ class Copying:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._buffers = threading.local()
-        self._cold: dict[Planned, set[int]] = {}
+        self._cold: dict[PlannedFile, set[int]] = {}
         self._done = 0
-        self._bad: list[tuple[Planned, int]] = []
+        self._bad: list[tuple[PlannedFile, int]] = []
         self.nbytes_copied = 0
         """Bytes read from the sources."""
         self.nbytes_verified = 0
         """Bytes read back and compared."""
 
-    def blocks_left(self, file: Planned) -> list[int]:
+    def blocks_left(self, file: PlannedFile) -> list[int]:
         """List the blocks that no earlier run has written."""
         with contextlib.suppress(OSError):
             if os.stat(self._entry.part(file)).st_size == file.nbytes:
-                return [b for b in range(blocks.n_blocks(file)) if self._noted(file, b) is None]
+                return [b for b in range(copy_blocks.n_blocks(file)) if self._noted(file, b) is None]
         self._entry.forget_blocks(file)
-        return list(range(blocks.n_blocks(file)))
+        return list(range(copy_blocks.n_blocks(file)))
 
-    def copy(self, work: Sequence[tuple[Planned, int]]) -> None:
+    def copy(self, work: Sequence[tuple[PlannedFile, int]]) -> None:
         """Read blocks, and write them to their parts; make the parts of all empty files, too."""
         for file in {file for file, _ in work} | {f for f in self._sources if not f.nbytes}:
-            with blocks.opened(self._entry.part(file), os.O_RDWR | os.O_CREAT) as fd:
+            with copy_blocks.opened(self._entry.part(file), os.O_RDWR | os.O_CREAT) as fd:
                 # at full length from the start: threads write blocks in any order
                 os.ftruncate(fd, file.nbytes)
         for file in {file for file, _ in work} - set(self._cold):
             # asked before anything is read: afterwards all of it is there
-            self._cold[file] = blocks.cold_blocks(self._sources[file])
-        total = sum(blocks.block_nbytes(file, block) for file, block in work)
+            self._cold[file] = copy_blocks.cold_blocks(self._sources[file])
+        total = sum(copy_blocks.block_nbytes(file, block) for file, block in work)
         self._each("copying", (partial(self._copy_block, file, block) for file, block in work), total)
 
-    def _copy_block(self, file: Planned, block: int) -> None:
-        start, nbytes = block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block)
+    def _copy_block(self, file: PlannedFile, block: int) -> None:
+        start, nbytes = block * copy_blocks.BLOCK_BYTES, copy_blocks.block_nbytes(file, block)
         view = self._buffer()[:nbytes]
-        blocks.read_source(self._sources[file], start, view, keep_pages=block not in self._cold[file])
+        copy_blocks.read_source(self._sources[file], start, view, keep_pages=block not in self._cold[file])
         self._check_stop()
-        with blocks.opened(self._entry.part(file), os.O_WRONLY) as fd:
-            blocks.write(fd, start, view)
+        with copy_blocks.opened(self._entry.part(file), os.O_WRONLY) as fd:
+            copy_blocks.write(fd, start, view)
             if not self._in_memory:
                 start_writeback(fd, start, nbytes)
         # noted after it was written; a machine that goes down may lose the bytes and keep the note,
         # so that blocks of an earlier run are always read back
-        self._entry.note_block(file, start, nbytes, blocks.checksum(view))
+        self._entry.note_block(file, start, nbytes, copy_blocks.checksum(view))
         with self._lock:
             self._done += nbytes
             self.nbytes_copied += nbytes
 
-    def settle(self, files: Sequence[Planned]) -> None:
+    def settle(self, files: Sequence[PlannedFile]) -> None:
         """Bring everything onto the storage, and out of the page cache, so that it is the storage that is read back."""
         self._each("writing", (partial(self._settle_file, file) for file in files), 0)
 
-    def _settle_file(self, file: Planned) -> None:
+    def _settle_file(self, file: PlannedFile) -> None:
         # once more at the end, or a change during the last block would go unseen
-        blocks.check_unchanged(self._sources[file])
+        copy_blocks.check_unchanged(self._sources[file])
         if cold := self._cold.get(file):  # what reading ahead has brought back
-            with blocks.opened(self._sources[file].path, os.O_RDONLY) as fd:
+            with copy_blocks.opened(self._sources[file].path, os.O_RDONLY) as fd:
                 for block in cold:
-                    os.posix_fadvise(fd, block * blocks.BLOCK_BYTES, blocks.BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
-        with blocks.opened(self._entry.part(file), os.O_RDWR) as fd:
+                    os.posix_fadvise(
+                        fd, block * copy_blocks.BLOCK_BYTES, copy_blocks.BLOCK_BYTES, os.POSIX_FADV_DONTNEED
+                    )
+        with copy_blocks.opened(self._entry.part(file), os.O_RDWR) as fd:
             os.fsync(fd)
             if not self._in_memory:
                 drop_pages(fd)
 
-    def verify(self, work: Sequence[tuple[Planned, int]]) -> list[str]:
+    def verify(self, work: Sequence[tuple[PlannedFile, int]]) -> list[str]:
         """Compare blocks, and copy once more what differs.
 
         Returns:
@@ -132,21 +134,23 @@ class Copying:
         names = ", ".join(sorted({file.path for file, _ in bad}))
         return [f"{len(bad)} blocks were not what had been copied, and were copied again: {names}"]
 
-    def compare(self, work: Sequence[tuple[Planned, int]], *, in_place: bool = False) -> list[tuple[Planned, int]]:
+    def compare(
+        self, work: Sequence[tuple[PlannedFile, int]], *, in_place: bool = False
+    ) -> list[tuple[PlannedFile, int]]:
         """Read blocks back, of the parts or of what is in place; return those that are not what was written."""
         self._bad = []
-        total = sum(blocks.block_nbytes(file, block) for file, block in work)
+        total = sum(copy_blocks.block_nbytes(file, block) for file, block in work)
         self._each("verifying", (partial(self._compare_block, f, b, in_place) for f, b in work), total)
         return list(self._bad)
 
-    def _compare_block(self, file: Planned, block: int, in_place: bool) -> None:
+    def _compare_block(self, file: PlannedFile, block: int, in_place: bool) -> None:
         self._check_stop()
-        nbytes = blocks.block_nbytes(file, block)
+        nbytes = copy_blocks.block_nbytes(file, block)
         view = self._buffer()[:nbytes]
         path = self._entry.target(file) if in_place else self._entry.part(file)
-        with blocks.opened(path, os.O_RDONLY) as fd:
-            whole = fill(fd, block * blocks.BLOCK_BYTES, view) == nbytes
-        same = whole and blocks.checksum(view) == self._noted(file, block)
+        with copy_blocks.opened(path, os.O_RDONLY) as fd:
+            whole = fill(fd, block * copy_blocks.BLOCK_BYTES, view) == nbytes
+        same = whole and copy_blocks.checksum(view) == self._noted(file, block)
         with self._lock:
             self._done += nbytes
             self.nbytes_verified += nbytes
@@ -158,14 +162,14 @@ class Copying:
         tick = None if self._progress is None else lambda: self._progress(step, self._done, total)  # type: ignore[misc]
         run_all(tasks, threads=self._threads, stop=self._stop, tick=tick)
 
-    def _noted(self, file: Planned, block: int) -> str | None:
+    def _noted(self, file: PlannedFile, block: int) -> str | None:
         """Return the checksum of a block as it was written, by this run or an earlier one."""
-        place = (block * blocks.BLOCK_BYTES, blocks.block_nbytes(file, block))
+        place = (block * copy_blocks.BLOCK_BYTES, copy_blocks.block_nbytes(file, block))
         return self._entry.blocks.get(file.key, {}).get(place)
 
     def _buffer(self) -> memoryview:
         if not hasattr(self._buffers, "view"):
-            self._buffers.view = memoryview(mmap.mmap(-1, blocks.BLOCK_BYTES))
+            self._buffers.view = memoryview(mmap.mmap(-1, copy_blocks.BLOCK_BYTES))
         view: memoryview = self._buffers.view
         return view
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import CheckpointError, HostMemoryError, OutputError, WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.sizes import format_bytes
-from wan_loader.stage_copy import blocks
+from wan_loader.stage_copy import copy_blocks
 from wan_loader.stage_copy.copying import Copying
-from wan_loader.stage_copy.entry import Entry, Manifest, Planned, open_entry
+from wan_loader.stage_copy.journal import PlannedFile, StageEntry, StageManifest, open_entry
 from wan_loader.system.files import sync_directory
 from wan_loader.system.machine import affordable_buffers, available_memory
 from wan_loader.system.mounts import mount_of
@@ -96,7 +96,7 @@ def stage(
     try:
         place = _make_directory(place, tree)
         with open_entry(place, tree.name) as entry:
-            buffers = affordable_buffers(threads or default_threads(), blocks.BLOCK_BYTES)
+            buffers = affordable_buffers(threads or default_threads(), copy_blocks.BLOCK_BYTES)
             job = _Job(tree, entry, buffers, progress)
             job.run(verify, force)
     except WanLoaderError:
@@ -147,9 +147,9 @@ def _make_directory(directory: Path, tree: Tree) -> Path:
 class _Job:
     """A run of `stage` over a locked entry."""
 
-    def __init__(self, tree: Tree, entry: Entry, threads: int, progress: Progress | None) -> None:
+    def __init__(self, tree: Tree, entry: StageEntry, threads: int, progress: Progress | None) -> None:
         self._entry = entry
-        self._manifest = Manifest(tree.path, tree.name, tree.is_directory, ())
+        self._manifest = StageManifest(tree.path, tree.name, tree.is_directory, ())
         self._sources = {self._manifest.planned(file): file for file in tree.files}
         self._manifest = replace(self._manifest, files=tuple(self._sources))
         mount = mount_of(entry.directory)
@@ -169,10 +169,10 @@ class _Job:
         entry.write_manifest(self._manifest)
         # from here on the manifest is there: whatever happens can be gone on with, or taken away
         left = {file: self.copying.blocks_left(file) for file in todo}
-        resumed = [(f, b) for f in todo for b in set(range(blocks.n_blocks(f))) - set(left[f])]
+        resumed = [(f, b) for f in todo for b in set(range(copy_blocks.n_blocks(f))) - set(left[f])]
         self.copying.copy([(file, block) for file in todo for block in left[file]])
         self.copying.settle(todo)
-        again = resumed if verify is False else [(f, b) for f in todo for b in range(blocks.n_blocks(f))]
+        again = resumed if verify is False else [(f, b) for f in todo for b in range(copy_blocks.n_blocks(f))]
         self.warnings += self.copying.verify(again)
         for file in todo:
             self._place(file, force)
@@ -185,7 +185,7 @@ class _Job:
 
     # Before anything is written
 
-    def _check_target(self, before: Manifest | None, force: bool) -> None:
+    def _check_target(self, before: StageManifest | None, force: bool) -> None:
         entry, name = self._entry, self._manifest.name
         if before is not None and before.source != self._manifest.source and not force:
             raise OutputError.because(
@@ -213,7 +213,7 @@ class _Job:
                 where = entry.directory / path
                 raise OutputError(f"{where}{more} {reason}: {remedy}", path=where, reason=reason, remedy=remedy)
 
-    def _check_space(self, todo: Sequence[Planned]) -> None:
+    def _check_space(self, todo: Sequence[PlannedFile]) -> None:
         needed = sum(file.nbytes for file in todo)
         for file in todo:
             with contextlib.suppress(OSError):
@@ -235,14 +235,14 @@ class _Job:
                 path=self._entry.directory,
             )
 
-    def _damaged_in_place(self) -> set[Planned]:
+    def _damaged_in_place(self) -> set[PlannedFile]:
         held = [file for file in self._manifest.files if self._entry.holds(file)]
-        bad = self.copying.compare([(f, b) for f in held for b in range(blocks.n_blocks(f))], in_place=True)
+        bad = self.copying.compare([(f, b) for f in held for b in range(copy_blocks.n_blocks(f))], in_place=True)
         damaged = {file for file, _ in bad}
         self.warnings += [f"{f.path} was no longer what had been staged, and was copied again" for f in damaged]
         return damaged
 
-    def _place(self, file: Planned, force: bool) -> None:
+    def _place(self, file: PlannedFile, force: bool) -> None:
         entry, part, source = self._entry, self._entry.part(file), self._sources[file]
         os.utime(part, ns=(source.mtime_ns, source.mtime_ns))
         with contextlib.suppress(OSError):  # file systems without modes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import MissingFileError, OutputError, WanLoaderError
-from wan_loader.stage_copy.entry import Entry, entries
+from wan_loader.stage_copy.journal import StageEntry, entries
 
 if TYPE_CHECKING:
     from wan_loader.types import StrPath
@@ -62,7 +62,7 @@ def unstage(directory: StrPath, source: StrPath | None = None) -> Unstaged:
     return Unstaged(tuple(names), nbytes, n_files, tuple(kept))
 
 
-def _is_copy(entry: Entry, source: StrPath) -> bool:
+def _is_copy(entry: StageEntry, source: StrPath) -> bool:
     """Return whether the entry was made from `source`.
 
     Raises:
@@ -93,7 +93,7 @@ def _nothing(directory: Path, source: StrPath | None) -> WanLoaderError:
     return MissingFileError(f"{reason} in {directory}", path=directory, reason=reason)
 
 
-def _remove(entry: Entry) -> tuple[int, int, list[str]]:
+def _remove(entry: StageEntry) -> tuple[int, int, list[str]]:
     count = size = 0
     kept: list[str] = []
     for path, (_, nbytes, _) in sorted(entry.placed.items()):

@@ -1,2 +1,12 @@
-"""The part of the profiler that runs inside a foreign program. Copied next to a sitecustomize, so it imports only the
-standard library and itself, works on any Python from 3.9, and never raises into the program."""
+"""The part of the profiler that runs inside a foreign program.
+
+It is copied next to a sitecustomize, so it imports only the standard library and itself, works on any Python from 3.9,
+and never raises into the program.
+
+    boot           starts the recording
+    recorder       keeps spans and writes them down
+    import_hooks   times modules, and calls the other hooks when a module has arrived
+    torch_hooks    copies, conversions, construction, random initialisation, loading, sharding, CUDA's start
+    weight_hooks   safetensors, transformers and diffusers
+    wrap           wrappers that leave no trace
+"""

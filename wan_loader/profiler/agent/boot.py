@@ -1,4 +1,4 @@
-"""Starts the recording inside a program, from the sitecustomize that the profiler put on PYTHONPATH."""
+"""The start of the recording inside a program, from the sitecustomize that the profiler put on PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import sys
 import time
 
-from . import imports
-from .recorder import Recorder
+from . import import_hooks
+from .recorder import AgentRecorder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,25 +19,25 @@ __all__ = ["start"]
 _KEPT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "WORLD_SIZE")
 #: What to call when a module has arrived: (module here, function, attribute of what arrived).
 _HOOKS = {
-    "torch": ("tensors", "hook_torch"),
-    "torch.distributed.fsdp": ("tensors", "hook_distributed"),
-    "safetensors": ("weights", "hook_safetensors"),
-    "safetensors.torch": ("weights", "hook_safetensors_torch"),
-    "transformers.modeling_utils": ("weights", "hook_pretrained", "PreTrainedModel"),
-    "transformers.tokenization_utils_base": ("weights", "hook_pretrained", "PreTrainedTokenizerBase"),
-    "diffusers.models.modeling_utils": ("weights", "hook_pretrained", "ModelMixin"),
-    "diffusers.pipelines.pipeline_utils": ("weights", "hook_pretrained", "DiffusionPipeline"),
+    "torch": ("torch_hooks", "hook_torch"),
+    "torch.distributed.fsdp": ("torch_hooks", "hook_distributed"),
+    "safetensors": ("weight_hooks", "hook_safetensors"),
+    "safetensors.torch": ("weight_hooks", "hook_safetensors_torch"),
+    "transformers.modeling_utils": ("weight_hooks", "hook_pretrained", "PreTrainedModel"),
+    "transformers.tokenization_utils_base": ("weight_hooks", "hook_pretrained", "PreTrainedTokenizerBase"),
+    "diffusers.models.modeling_utils": ("weight_hooks", "hook_pretrained", "ModelMixin"),
+    "diffusers.pipelines.pipeline_utils": ("weight_hooks", "hook_pretrained", "DiffusionPipeline"),
 }
 
 
-class _Recorder(Recorder):
+class _FileRecorder(AgentRecorder):
     def file(self, path: Any, reader: Any, mapped: Any) -> None:
         """Remember a weight file, once, with what was in the page cache when it was opened."""
         files = self.facts.setdefault("files", {})
         if path in files:
             return
         try:
-            from .weights import cached_bytes
+            from .weight_hooks import cached_bytes
 
             nbytes, resident = cached_bytes(path)
         except Exception:  # gone, or not a plain file
@@ -58,17 +58,18 @@ def start(directory: Any) -> None:
         "env": {k: environ[k] for k in _KEPT if k in environ},
     }
     deadline = environ.get("WAN_LOADER_TRACE_DEADLINE")
-    recorder = _Recorder(directory, first, int(deadline) if deadline else None)
+    recorder = _FileRecorder(directory, first, int(deadline) if deadline else None)
+    # what Python itself took until sitecustomize
     recorder.whole("import", "python", first["started"], recorder._clock())
     hooks = {name: _hook(recorder, *where) for name, where in _HOOKS.items()}
-    imports.install(recorder, hooks)
+    import_hooks.install(recorder, hooks)
     if environ.get("WAN_LOADER_TRACE_UNTIL"):
         _watch_output(recorder, environ["WAN_LOADER_TRACE_UNTIL"])
     atexit.register(lambda: _finish(recorder))
 
 
 def _hook(recorder: Any, module: str, function: str, attribute: Any = None) -> Any:
-    """A function of this package, imported when it is needed: the start of a program must not wait for it."""
+    """Make a hook of a function of this package, imported when needed: the start of a program must not wait for it."""
 
     def hook(arrived: Any) -> None:
         from importlib import import_module
@@ -80,11 +81,12 @@ def _hook(recorder: Any, module: str, function: str, attribute: Any = None) -> A
 
 
 def _process_start() -> Any:
-    """When this process began, on the clock of the spans; 10 ms exact."""
+    """Return when this process began, on the clock of the spans; 10 ms exact."""
     now = time.perf_counter_ns()
     try:
         with open("/proc/self/stat") as f:
             ticks = int(f.read().rpartition(")")[2].split()[19])
+        # field 22 of proc(5), in clock ticks since boot; the clock of the spans begins elsewhere
         age = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
         return now - max(0, age)
     except (OSError, ValueError, AttributeError, IndexError):
@@ -103,6 +105,7 @@ def _watch_output(recorder: Any, text: Any) -> Any:
             if isinstance(s, str):
                 if text in tail + s:
                     recorder.stop("until")
+                # the text may come in several writes
                 tail = (tail + s)[-len(text) :]
             return result
 

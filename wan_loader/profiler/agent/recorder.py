@@ -1,4 +1,4 @@
-"""Keeps spans inside a foreign program and writes them to one file per process, as lines of JSON.
+"""The keeper of spans inside a foreign program: it writes them to one file per process, as lines of JSON.
 
 Per thread there is a stack of open spans. The innermost one gets the time, so spans of a thread never overlap, and
 what an outer span shows is its own time only. Lines are written at most every 100 ms of recorded work and at the end,
@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["MIN_BYTES", "Recorder"]
+__all__ = ["MIN_BYTES", "AgentRecorder"]
 
 #: Tensor operations on less than this are not worth a clock reading.
 MIN_BYTES = 65536
@@ -38,8 +38,8 @@ class _Stack(_local):
         self.track = ""
 
 
-class Recorder:
-    """Where the hooks report to. `on` turns False when the recording ends."""
+class AgentRecorder:
+    """The recorder that the hooks report to. `on` turns False when the recording ends."""
 
     def __init__(
         self, directory: Any, start_facts: Any = None, deadline_ns: Any = None, clock: Any = time.perf_counter_ns
@@ -74,6 +74,7 @@ class Recorder:
         for fd in (self._file, self._io):
             if fd is not None:
                 os.close(fd)
+        # a child writes a file of its own, from its fork on
         self._start_facts = {**self._start_facts, "forked": True, "started": self._clock()}
         self._open_files()
         self.on = self.on and was_on
@@ -90,14 +91,17 @@ class Recorder:
         self._check(now)
 
     def around(self) -> Any:
-        """(name, label, ...) of the innermost span of this thread, or None."""
+        """Return (name, label, ...) of the innermost span of this thread, or None."""
         stack = self._stack.open
         return stack[-1] if stack else None
 
     def end(self, nbytes: Any = 0, kind: Any = None, before: Any = None) -> None:
         """Close the innermost span of this thread.
 
-        kind: (name, label), where they are known only now. before: counters from the beginning, to find page faults.
+        Args:
+            nbytes: The bytes that it worked on.
+            kind: Name and label, where they are known only now.
+            before: Counters from the beginning, to find page faults.
         """
         now, stack = self._clock(), self._stack
         name, label, start = stack.open.pop()
@@ -119,7 +123,7 @@ class Recorder:
             self._stack.open[-1][2] = start
 
     def whole(self, name: Any, label: Any, start: Any, end: Any) -> None:
-        """A span that is over already, outside of all others."""
+        """Record a span that is over already, outside of all others."""
         self._row(name, label, start, end, 0)
 
     def _row(self, name: Any, label: Any, start: Any, end: Any, nbytes: Any) -> None:
@@ -146,7 +150,7 @@ class Recorder:
     # counters
 
     def counters(self) -> Any:
-        """(bytes from storage, bytes through read calls, CPU time of this thread) so far."""
+        """Return (bytes from storage, bytes through read calls, CPU time of this thread) so far."""
         read, rchar = self.io()
         if read - self._read_bytes > _AHEAD_BYTES:
             self._credit_ns += (read - self._read_bytes) * _NS_PER_BYTE
@@ -154,7 +158,7 @@ class Recorder:
         return read, rchar, time.thread_time_ns()
 
     def io(self) -> Any:
-        """(bytes from storage, bytes through read calls) of this process; zeros where the kernel does not say."""
+        """Return (bytes from storage, bytes through read calls) of this process; zeros if the kernel does not say."""
         if self._io is None:
             return 0, 0
         try:
@@ -164,7 +168,7 @@ class Recorder:
             return 0, 0
 
     def _faults(self, before: Any, wall_ns: Any, nbytes: Any) -> Any:
-        """(time blocked, bytes fetched) of an operation of this thread on `nbytes`.
+        """Tell (time blocked, bytes fetched) of an operation of this thread on `nbytes`.
 
         Where most of the bytes were fetched meanwhile, time off the CPU was spent waiting for storage. Where fewer
         were, they may have been asked for ahead of time: then waiting is believed as far as the bytes fetched so far
@@ -183,7 +187,7 @@ class Recorder:
     # the file
 
     def note(self, **entry: Any) -> None:
-        """A line that is not a span."""
+        """Write a line that is not a span."""
         if self.on:
             self._write(entry)
 
@@ -196,11 +200,13 @@ class Recorder:
 
     def flush(self, now: Any = None) -> None:
         """Write what is pending. Does nothing where another thread, or this one below a signal, is at it."""
+        # never waits: a signal handler runs in the thread that may hold it
         if not self._lock.acquire(False):
             return
         try:
             self._flushed_ns = now or self._clock()
             rows, self._pending = self._pending, []
+            # rows that were written must not grow any more
             self._generation += 1
             still_open = [[name, start, label] for name, label, start in self._stack.open]
             if rows or still_open:
@@ -249,7 +255,7 @@ def _track_name() -> Any:
 
 
 def _dumps(value: Any) -> Any:
-    """JSON. The json package is used where the program has it anyway: importing it takes longer than all of this."""
+    """Write JSON. The json package is used where the program has it: importing it takes longer than all of this."""
     json = sys.modules.get("json")
     if hasattr(json, "dumps"):
         return json.dumps(value)  # type: ignore[union-attr]

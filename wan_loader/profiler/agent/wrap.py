@@ -18,7 +18,7 @@ def drop_frame(error: Any) -> None:
 
 
 def timed(recorder: Any, original: Any, name: Any, label: Any, nbytes_of: Any = None) -> Any:
-    """`original`, recorded as a span. `nbytes_of(before, args)` gives its bytes from the counters before it."""
+    """Wrap `original` as a span. `nbytes_of(before)` gives its bytes from the counters before it."""
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -46,6 +46,7 @@ def patch(recorder: Any, owner: Any, attribute: Any, make: Any) -> None:
     original = getattr(owner, attribute, None)
     if original is None:
         return
+    # looked up without inheritance: to undo is to put back exactly what the owner itself had
     own = vars(owner).get(attribute)
     try:
         setattr(owner, attribute, make(original))

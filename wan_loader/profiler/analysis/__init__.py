@@ -1,1 +1,1 @@
-"""From a recording to a session with its verdict and advice. Pure."""
+"""The analysis that makes a session, with its verdict and advice, of a recording. Pure."""

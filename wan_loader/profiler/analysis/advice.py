@@ -1,4 +1,4 @@
-"""What to change: rules over the evidence of one session. Pure.
+"""Rules over the evidence of one session that say what to change. Pure.
 
 Each rule says what speaks for it in this session and what it would win, computed from this session's own numbers. A
 rule without evidence says nothing, and wins below 2 % of the wall time, or below 5 ms, are not mentioned.
@@ -26,7 +26,7 @@ _EMPTY = "build the model under `with wan_loader.empty_weights():`"
 
 
 def advise(e: Evidence) -> tuple[Advice, ...]:
-    """All that applies, the largest gain first."""
+    """Return all that applies, the largest gain first."""
     found = [advice for rule in _RULES for advice in rule(e) if advice.gain_s >= max(_WORTH * e.seconds, _WORTH_S)]
     return tuple(sorted(found, key=lambda a: -a.gain_s))
 
@@ -36,7 +36,7 @@ def _gb(nbytes: float) -> str:
 
 
 def _fp32_file(e: Evidence) -> Iterator[Advice]:
-    """fp32 in the file, less wanted: a converted copy halves what is read."""
+    """Advise a converted copy, which halves what is read: fp32 in the file, less wanted."""
     if e.kind == "load" and e.dtype in ("bf16", "fp16", "bfloat16", "float16") and e.fp32_bytes > e.nbytes_file / 2:
         moved = sum(e.blame.get(name, 0.0) for name in ("read", "h2d", "cast", "register"))
         evidence = f"{_gb(e.fp32_bytes)} of {_gb(e.nbytes_file)} in the files are fp32, {e.dtype} was asked for"
@@ -56,7 +56,7 @@ def _fp32_file(e: Evidence) -> Iterator[Advice]:
 
 
 def _random_init(e: Evidence) -> Iterator[Advice]:
-    """Weights that are drawn and then overwritten."""
+    """Advise against weights that are drawn and then overwritten."""
     seconds = e.blame.get("random_init", 0.0)
     if seconds and (e.nbytes_file or "assign" in e.phases):
         nbytes = e.phases["random_init"].nbytes
@@ -75,7 +75,7 @@ def _construction(e: Evidence) -> Iterator[Advice]:
 
 
 def _cpu_cast(e: Evidence) -> Iterator[Advice]:
-    """Converted on the CPU on the way to a GPU."""
+    """Advise against converting on the CPU before a copy to a GPU."""
     rows = [r for r in e.labels("cast") if "on the CPU" in r[0] or "converting copy" in r[0]]
     seconds, nbytes = sum(r[1] for r in rows), sum(r[2] for r in rows)
     if rows and e.cuda:
@@ -106,7 +106,7 @@ def _one_reader(e: Evidence) -> Iterator[Advice]:
 
 
 def _cold(e: Evidence) -> Iterator[Advice]:
-    """The page cache was cold though there is room for the files."""
+    """Advise to warm the page cache, which was cold though there is room for the files."""
     seconds, cache = e.blame.get("read", 0.0), e.ceilings.get("page_cache_gbps")
     free = int(e.limits.get("memory_available_bytes") or 0)
     if e.cold_bytes and cache and free > 2 * e.nbytes_file:
@@ -130,7 +130,7 @@ def _slow_storage(e: Evidence) -> Iterator[Advice]:
 
 
 def _taking_turns(e: Evidence) -> Iterator[Advice]:
-    """Reading, converting and copying one after the other."""
+    """Advise against reading, converting and copying one after the other."""
     parts = [e.blame.get(name, 0.0) for name in ("read", "cast", "h2d", "assign")]
     gain = sum(parts) - max(parts)
     busy = sum(e.phases[n].busy_s for n in ("read", "cast", "h2d", "assign") if n in e.phases)
@@ -158,8 +158,8 @@ def _pressure(e: Evidence) -> Iterator[Advice]:
 def _slots(e: Evidence) -> Iterator[Advice]:
     seconds = e.slot_wait_s
     if seconds:
-        evidence = f"readers waited {seconds:.2f} s for a staging slot while nothing else was at its limit"
-        yield Advice("slots", "allow more memory for staging, or fewer threads", evidence, seconds)
+        evidence = f"readers waited {seconds:.2f} s for a slot of the pinned ring while nothing else was at its limit"
+        yield Advice("slots", "allow more memory for the pinned ring, or fewer threads", evidence, seconds)
 
 
 _RULES: tuple[Callable[[Evidence], Iterator[Advice]], ...] = (

@@ -1,4 +1,4 @@
-"""From what was recorded to a session: verdict and advice are drawn here, once, and saved with it. Pure."""
+"""The making of a session of what was recorded: verdict and advice are drawn here, once, and saved with it. Pure."""
 
 from __future__ import annotations
 
@@ -25,23 +25,30 @@ __all__ = ["Environment", "load_session", "program_session", "weight_files"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What is known of the machine around a recording."""
+    """The facts about the machine around a recording."""
 
     ceilings: Mapping[str, float] = field(default_factory=dict)
     storage: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
-    """Before the recording; `memory_stalled_s` is what was added during it."""
+    """The limits before the recording; `memory_stalled_s` is what was added during it."""
     notes: tuple[str, ...] = ()
 
 
 def _fresh_bytes(settings: Mapping[str, Any]) -> int:
-    """How much was read into new memory: to its place, or into slots, each for the first time."""
+    """Count what was read into new memory: to its place, or into slots, each for the first time."""
     slots = int(settings.get("n_slots", 0)) * int(settings.get("slot_bytes", 0))
     return slots + int(settings.get("nbytes_straight", 0))
 
 
 def load_session(report: LoadReport, spans: Sequence[Span], around: Environment, *, fp32_bytes: int = 0) -> Session:
-    """A load of our own, with the spans that its observer recorded."""
+    """Make the session of a load of our own.
+
+    Args:
+        report: Its report.
+        spans: The spans that its observer recorded.
+        around: The machine.
+        fp32_bytes: Bytes of fp32 tensors in the files.
+    """
     zero = min((s.start_ns for s in spans), default=0)
     marks = tuple(
         Mark(s.name, s.start_ns - zero, s.end_ns - zero, s.nbytes, s.track)
@@ -56,6 +63,7 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Environment,
         end_ns=process.end_ns,
         device=report.device,
         ceilings=around.ceilings,
+        # unknown counts as cold, as it does for a load
         cold_bytes=max(0, report.nbytes_file - (report.io.resident_before or 0)),
         nbytes_file=report.nbytes_file,
         fresh_bytes=_fresh_bytes(report.settings),
@@ -72,17 +80,18 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Environment,
 
 
 def weight_files(processes: Sequence[Process]) -> list[str]:
-    """Paths of the weight files that a program opened."""
+    """List the paths of the weight files that a program opened."""
     return sorted({path for p in processes for path in p.facts.get("files", {}) if path.startswith("/")})
 
 
 def program_session(recording: Recording, processes: Sequence[Process], around: Environment) -> Session:
-    """A program, from the processes that `merge` made of its recording."""
+    """Make the session of a program, from the processes that `merge` made of its recording."""
     subject = main_process(processes)
     process = processes[subject]
     files = [f for f in process.facts.get("files", {}).values() if isinstance(f, dict)]
     nbytes = sum(int(f.get("nbytes") or 0) for f in files)
     counts = [f.get("resident_before") for f in files]
+    # one file that the kernel tells nothing of makes the sum unknown
     resident = None if None in counts else sum(map(int, filter(None, counts)))
     device = "cuda" if any("host to cuda" in s.label for s in process.spans if s.name in ("h2d", "cast")) else "cpu"
     report = _program_report(recording, process, device, nbytes, resident)

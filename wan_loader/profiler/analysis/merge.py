@@ -1,4 +1,4 @@
-"""From the lines that a program's processes wrote to processes with spans. Pure.
+"""The making of processes with spans of the lines that a program's processes wrote. Pure.
 
 The lines come from inside a foreign program: what does not have the expected form is left out.
 """
@@ -23,7 +23,7 @@ _WORK = frozenset(kind.name for kind in PHASE_TABLE if kind.is_work)
 
 
 def merge(recording: Recording) -> tuple[Process, ...]:
-    """One process per log, in the order in which they started; times count from the start of the program."""
+    """Make one process of each log, in the order in which they started; times count from the start of the program."""
     processes = [p for log in recording.logs if (p := _process(log, recording)) is not None]
     if not any(p.pid == recording.pid for p in processes):
         processes.append(_unseen(recording))
@@ -31,7 +31,7 @@ def merge(recording: Recording) -> tuple[Process, ...]:
 
 
 def main_process(processes: Sequence[Process]) -> int:
-    """The process to report on: the one with the most start-up work, not the launcher that waits for it."""
+    """Choose the process to report on: the one with the most start-up work, not the launcher that waits for it."""
     return max(range(len(processes)), key=lambda i: _work(processes[i]))
 
 
@@ -43,7 +43,7 @@ def _work(process: Process) -> tuple[float, bool, float]:
 
 
 def describe_exit(returncode: int) -> str:
-    """ "exit 3", "killed by SIGTERM"."""
+    """Say "exit 3", or "killed by SIGTERM"."""
     if returncode >= 0:
         return f"exit {returncode}"
     try:
@@ -61,8 +61,10 @@ def _process(log: Sequence[dict[str, Any]], recording: Recording) -> Process | N
     direct = pid == recording.pid
     rows = [row for line in log for row in _rows(line.get("spans"))]
     last_ns = max([row[2] for row in rows] + [line["at"] for line in log if isinstance(line.get("at"), int)] + [zero])
+    # a process id may have been used by another process before
     samples = [s for s in recording.samples.get(pid, ()) if s.at_ns >= begin.get("started", zero)]
     if end is None:
+        # killed: nobody wrote when, so the last sign of life counts
         last_ns = recording.end_ns if direct else max([last_ns, *(s.at_ns for s in samples)])
         rows += _cut_short(log, last_ns)
     elif direct and end.get("why") == "exit":
@@ -84,7 +86,7 @@ def _process(log: Sequence[dict[str, Any]], recording: Recording) -> Process | N
 
 
 def _rows(value: Any) -> Iterable[list[Any]]:
-    """Rows of the right form."""
+    """Yield rows of the right form."""
     kinds = (str, int, int, int, str, str)
     for row in value if isinstance(value, list) else ():
         if isinstance(row, list) and len(row) == 6 and all(isinstance(v, k) for v, k in zip(row, kinds, strict=True)):
@@ -92,7 +94,7 @@ def _rows(value: Any) -> Iterable[list[Any]]:
 
 
 def _cut_short(log: Sequence[dict[str, Any]], last_ns: int) -> list[list[Any]]:
-    """What was open when the process was killed, as far as it was written."""
+    """Return what was open when the process was killed, as far as it was written."""
     for line in reversed(log):
         if isinstance(line.get("spans"), list):
             innermost = line.get("open") or []
@@ -132,7 +134,7 @@ def _facts(begin: dict[str, Any], end: dict[str, Any] | None, log: Sequence[dict
 
 
 def _unseen(recording: Recording) -> Process:
-    """The program itself, where nothing could be recorded inside it."""
+    """Make a process of the program itself, where nothing could be recorded inside it."""
     return Process(
         title=" ".join(recording.argv)[:300],
         pid=recording.pid,

@@ -60,7 +60,7 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        """From its start to its end."""
+        """Seconds from its start to its end."""
         return (self.end_ns - self.start_ns) / 1e9
 
 
@@ -81,7 +81,7 @@ class Session:
     kind: str
     """"load" or "program"."""
     report: LoadReport
-    """Of the load, or of the process that did most of the work (`processes[subject]`)."""
+    """The report of the load, or of the process that did most of the work (`processes[subject]`)."""
     processes: tuple[Process, ...]
     subject: int = 0
     verdict: Verdict
@@ -90,18 +90,18 @@ class Session:
     """Names to GB/s or seconds; absent: not measured."""
     storage: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """What could not be known, and why."""
+    """Sentences that say what could not be known, and why."""
 
     def __repr__(self) -> str:
         return f"Session({self.kind!r}, {self.report!r}, {len(self.processes)} processes, {self.verdict!r})"
 
     @property
     def spans(self) -> tuple[Mark, ...]:
-        """Of the process that the report is about."""
+        """The spans of the process that the report is about."""
         return self.processes[self.subject].spans
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `-o` and `--json`."""
+        """Return the document of `-o` and `--json`."""
         bottleneck = Bottleneck(
             self.verdict.phase,
             self.verdict.why,
@@ -132,6 +132,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _process_json(process: Process) -> dict[str, Any]:
     tracks = sorted({s.track for s in process.spans})
+    # names once, and numbers in the rows: a session has thousands of spans and a few dozen names
     labels = sorted({s.label for s in process.spans})
     track_at = {name: i for i, name in enumerate(tracks)}
     label_at = {name: i for i, name in enumerate(labels)}
@@ -145,22 +146,30 @@ def _process_json(process: Process) -> dict[str, Any]:
 
 
 def read_session(path: StrPath) -> Session:
-    """A saved session. Raises `SessionError` for a file that is missing, damaged, or something else."""
+    """Read a saved session.
+
+    Raises:
+        SessionError: The file is missing, damaged, or something else.
+    """
     document = read_json(path, "not a saved session")
     _refuse_others(path, document)
     try:
         return _session(Doc(document))
     except DocumentError as error:
-        raise SessionError(f"{path} is not a session saved by `wan-loader profile -o`: {error}") from None
+        raise SessionError.because(f"is not a session saved by `wan-loader profile -o`: {error}", path=path) from None
 
 
 def _refuse_others(path: StrPath, document: dict[str, Any]) -> None:
-    """Raise `SessionError` for the document of another command, and say what shows it."""
+    """Refuse the document of another command, and say what shows it.
+
+    Raises:
+        SessionError: It is one.
+    """
     if "processes" in document or document.get("command") not in list(_OTHERS):
         return
     command = document["command"]
     saved = "not a session saved by `wan-loader profile -o`"
-    raise SessionError(f"{path} is a result of `{command}`, {saved}: {_OTHERS[command]}")
+    raise SessionError.because(f"is a result of `{command}`, {saved}", _OTHERS[command], path=path)
 
 
 def _session(doc: Doc) -> Session:
@@ -227,7 +236,7 @@ def _report(doc: Doc) -> LoadReport:
 
 
 def _phases(docs: Sequence[Doc]) -> tuple[Phase, ...]:
-    """Each phase once: those that are not known here are one, whose seconds add up."""
+    """Take each phase once: those that are not known here are one, whose seconds add up."""
     found: dict[str, Phase] = {}
     for doc in docs:
         name, busy_s, nbytes = known_phase(doc.text("name")), doc.number("busy_s"), doc.whole("nbytes")

@@ -1,7 +1,7 @@
-"""Predicts a load on other hardware: the pipeline of reader, ring, copy and cast, played through piece by piece. Pure.
+"""The prediction of a load on other hardware: reader, ring, copy and cast, played through block by block. Pure.
 
-The plan is the one that a load would carry out, and it is cut as the engine cuts it. A resource works on one piece at a
-time at its rate; a piece is read once a slot of the ring is free, copied once it was read, converted once it was
+The plan is the one that a load would carry out, and it is cut as the engine cuts it. A resource works on one block at a
+time at its rate; a block is read once a slot of the ring is free, copied once it was read, converted once it was
 copied, and its slot is free again after the copy (on a GPU) or after the conversion (on the CPU).
 """
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.plan.plan import LoadPlan
 
-__all__ = ["STORAGES", "Hardware", "Part", "Prediction", "parts_of", "plan_elsewhere", "simulate"]
+__all__ = ["STORAGES", "Hardware", "Prediction", "SimulatedBlock", "blocks_of", "plan_elsewhere", "simulate"]
 
-#: Sequential reads of large pieces, in bytes per second, as such storage is sold and measured.
+#: Sequential reads of large blocks, in bytes per second, as such storage is sold and measured.
 STORAGES: Mapping[str, float] = {
     "hdd": 0.18e9,
     "sata-ssd": 0.53e9,
@@ -45,16 +45,16 @@ class Hardware:
 
     disk: float
     copy: float
-    """Host to device, or memory to memory for a CPU target."""
+    """Host to device, or memory to memory for a load to the CPU."""
     cast: float
     cuda: bool
     slots: int = 24
     fixed_s: float = 0.0
-    """Before the first byte: imports, the CUDA context."""
+    """Seconds before the first byte: imports, the CUDA context."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SimulatedBlock:
     """Bytes that pass through the pipeline together."""
 
     nbytes: int
@@ -81,37 +81,41 @@ class Prediction:
 def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> LoadPlan:
     """Plan a load of a whole checkpoint from a cold disk, on a machine that need not be there.
 
-    dtype, errors: as of `DtypePolicy`.
+    Args:
+        checkpoint: The checkpoint.
+        dtype: As for `DtypePolicy`, whose errors are raised.
+        cuda: Load to a GPU.
     """
     facts = Facts(device="cuda:0" if cuda else "cpu", processors=processors(), memory_limit=memory_limit())
     request = LoadRequest(source=checkpoint, device=facts.device, policy=DtypePolicy(dtype), owned=True)
     return make_plan(request, checkpoint, facts)
 
 
-def parts_of(plan: LoadPlan) -> list[Part]:
-    """Return what is read, in the order of the plan, in pieces of a slot."""
+def blocks_of(plan: LoadPlan) -> list[SimulatedBlock]:
+    """Return what is read, in the order of the plan, in blocks of a slot."""
     converts = [storage.converts for storage in plan.layout.copied]
-    parts: list[Part] = []
+    blocks: list[SimulatedBlock] = []
     for block in chain.from_iterable(split(block, plan.settings.slot_bytes) for block in plan.blocks):
         for cast, segments in groupby(block.segments, key=lambda segment: converts[segment.storage]):
-            parts.append(Part(sum(segment.nbytes for segment in segments), cast))
-    return parts
+            blocks.append(SimulatedBlock(sum(segment.nbytes for segment in segments), cast))
+    return blocks
 
 
-def simulate(parts: Sequence[Part], hardware: Hardware) -> Prediction:
+def simulate(blocks: Sequence[SimulatedBlock], hardware: Hardware) -> Prediction:
     """Play the pipeline through."""
     read = copied = cast = hardware.fixed_s
     freed: list[float] = []
     read_s = copy_s = cast_s = 0.0
-    for i, part in enumerate(parts):
+    for i, block in enumerate(blocks):
+        # the slot that this block gets was that of the block one ring earlier
         slot_free = freed[i - hardware.slots] if i >= hardware.slots else 0.0
-        reading, copying = part.nbytes / hardware.disk, part.nbytes / hardware.copy
-        converting = part.nbytes / hardware.cast if part.cast else 0.0
-        if not hardware.cuda and part.cast:
+        reading, copying = block.nbytes / hardware.disk, block.nbytes / hardware.copy
+        converting = block.nbytes / hardware.cast if block.cast else 0.0
+        if not hardware.cuda and block.cast:
             copying = 0.0  # on the CPU the conversion is the copy
         read = max(read, slot_free) + reading
-        lane = max(read, copied) if hardware.cuda else max(read, copied, cast)
-        copied = lane + copying
+        begin = max(read, copied) if hardware.cuda else max(read, copied, cast)
+        copied = begin + copying
         cast = max(copied, cast) + converting
         freed.append(copied if hardware.cuda else cast)
         read_s, copy_s, cast_s = read_s + reading, copy_s + copying, cast_s + converting

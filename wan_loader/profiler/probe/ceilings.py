@@ -53,17 +53,17 @@ class Ceilings:
     values: Mapping[str, float]
     notes: tuple[str, ...] = ()
     measured: tuple[str, ...] = field(default=())
-    """Which were measured now rather than taken from the cache."""
+    """The names of those that were measured now rather than taken from the cache."""
     since: float | None = None
-    """When the oldest of them was measured, in seconds since the epoch; None where the cache does not say."""
+    """The moment when the oldest of them was measured, in seconds since the epoch; None if the cache does not say."""
 
     def get(self, name: str) -> float | None:
-        """A ceiling, or None where it is not known."""
+        """Return a ceiling, or None where it is not known."""
         return self.values.get(name)
 
 
 def cache_file() -> Path:
-    """Where measured ceilings are kept: $XDG_CACHE_HOME/wan-loader, else ~/.cache/wan-loader."""
+    """Return the place where measured ceilings are kept: $XDG_CACHE_HOME/wan-loader, else ~/.cache/wan-loader."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "wan-loader" / "ceilings.json"
 
@@ -71,9 +71,14 @@ def cache_file() -> Path:
 def find_ceilings(
     paths: Sequence[str], *, device: str = "cpu", refresh: bool = False, quick: bool = False, file: Path | None = None
 ) -> Ceilings:
-    """Ceilings for loading these files to a device, from the cache or measured now.
+    """Find the ceilings of loads of these files, in the cache or by measuring, which costs up to ten seconds.
 
-    quick: leave out the start of a fresh interpreter (seconds). Costs up to ten seconds where nothing is cached.
+    Args:
+        paths: The files.
+        device: The device to load to.
+        refresh: Measure again what is cached.
+        quick: Leave out the start of a fresh interpreter (seconds).
+        file: The cache; None is the user's.
     """
     file = file or cache_file()
     store = _read(file)
@@ -93,8 +98,10 @@ def find_ceilings(
     new = tuple(k for k in found if found[k] != known.get(k))
     if new:
         now = {_SINCE: time.time()}
+        # kept under the disk, not under the machine: both may change without the other
         on_disk = {k: v for k, v in found.items() if k == "disk_gbps"}
         rest = {k: v for k, v in found.items() if k != "disk_gbps"}
+        # the date of the oldest value stays, unless all are new
         kept = {k: v for k, v in store.get(machine, {}).items() if k != _SINCE or not refresh}
         store = {**store, machine: {**now, **kept, **rest}}
         if on_disk and disk:
@@ -105,14 +112,20 @@ def find_ceilings(
 
 
 def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | None = None) -> dict[str, float]:
-    """What was measured before on this machine; measures nothing. device: "cpu" or "cuda" (any measured GPU)."""
+    """Return what was measured before on this machine; measure nothing.
+
+    Args:
+        paths: The files.
+        device: "cpu", or "cuda" for any GPU that was measured.
+        file: The cache; None is the user's.
+    """
     store = _read(file or cache_file())
     here = [entry for key, entry in store.items() if key.startswith(f"machine {device}")]
     return _values(*here, store.get(_disk_key(paths), {}))
 
 
 def _values(*entries: Mapping[str, float]) -> dict[str, float]:
-    """Cached entries together, the last one wins; without their dates."""
+    """Join cached entries, the last one wins; their dates are left out."""
     return {k: v for entry in entries for k, v in entry.items() if k != _SINCE}
 
 
@@ -156,7 +169,7 @@ def _disk_key(paths: Sequence[str]) -> str:
 
 
 def _read(file: Path) -> dict[str, dict[str, float]]:
-    """What is cached and has the right form."""
+    """Read what is cached and has the right form."""
     try:
         document = parse_object(file.read_bytes(), path=str(file), what="the document")
     except (OSError, CheckpointError):

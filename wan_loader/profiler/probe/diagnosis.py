@@ -1,4 +1,4 @@
-"""What is wrong with a machine, from its facts and ceilings."""
+"""Advice about a machine, from its facts and ceilings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MiB = 1 << 20
 
 
 def diagnose(document: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Advice with its evidence, from the facts that `doctor` collected."""
+    """Give advice with its evidence, from the facts that `doctor` collected."""
     limits, storage, ceilings = document["limits"], document["storage"], document["ceilings"]
     nbytes = document["files"]["nbytes"]
     checks = (_memory(limits, nbytes), _locking(limits, document["device"]), _disk(storage, ceilings), _cuda(document))
@@ -31,7 +31,10 @@ def _memory(limits: Mapping[str, Any], nbytes: int) -> Iterator[tuple[str, str]]
         text = f"{format_bytes(nbytes)} of weights, {format_bytes(free)} of memory free"
         yield "end what else uses the memory, or the page cache cannot keep the files", text
     if limits.get("transparent_huge_pages") == "never":
-        yield "set /sys/kernel/mm/transparent_hugepage/enabled to madvise: staging is made faster", "it is set to never"
+        yield (
+            "set /sys/kernel/mm/transparent_hugepage/enabled to madvise: the pinned ring is made faster",
+            "it is set to never",
+        )
 
 
 def _locking(limits: Mapping[str, Any], device: str) -> Iterator[tuple[str, str]]:

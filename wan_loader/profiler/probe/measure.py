@@ -1,4 +1,4 @@
-"""Measures what this machine can do. Reads only, evicts nothing, and takes well under ten seconds.
+"""Measurements of what this machine can do. They only read, evict nothing, and take well under ten seconds.
 
 The disk is read with O_DIRECT, and only where the files are not in the page cache: such reads leave the cache as it
 is. Each function returns GB/s or seconds; what cannot be measured raises `UnmeasuredError` with the reason.
@@ -35,10 +35,10 @@ __all__ = [
     "warm_ranges",
 ]
 
-_PIECE = 4 << 20
+_BLOCK_BYTES = 4 << 20
 _THREADS = 8
-#: Some disks give more, the more is asked for at once: larger pieces where the files have enough of them.
-_DISK_PIECE = 16 << 20
+#: Some disks give more, the more is asked for at once: larger blocks where the files have enough of them.
+_DISK_BLOCK_BYTES = 16 << 20
 _DISK_THREADS = 16
 _SECONDS = 1.5
 _CAST_BYTES = 128 << 20
@@ -47,23 +47,24 @@ _GPU_BYTES = 256 << 20
 _START_BYTES = 512 << 20
 
 
-def cold_ranges(paths: Sequence[str], nbytes: int = _PIECE, most: int = 1024) -> list[tuple[str, int]]:
-    """Pieces of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
+def cold_ranges(paths: Sequence[str], nbytes: int = _BLOCK_BYTES, most: int = 1024) -> list[tuple[str, int]]:
+    """Find blocks of `nbytes` of the files of which no page is in the page cache, spread evenly: at most `most`."""
     return _ranges(paths, nbytes, most, wanted=0.0)
 
 
 def warm_ranges(paths: Sequence[str], most: int = 256) -> list[tuple[str, int]]:
-    """Pieces of the files that are in the page cache entirely."""
-    return _ranges(paths, _PIECE, most, wanted=1.0)
+    """Find blocks of the files that are in the page cache entirely."""
+    return _ranges(paths, _BLOCK_BYTES, most, wanted=1.0)
 
 
 def _ranges(paths: Sequence[str], nbytes: int, most: int, *, wanted: float) -> list[tuple[str, int]]:
-    pieces = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
-    step = max(1, len(pieces) // (2 * most))
+    blocks = [(path, start) for path in paths for start in range(0, _size(path) - nbytes + 1, nbytes)]
+    # twice as many are looked at as are wanted: some are not in the state that is asked for
+    step = max(1, len(blocks) // (2 * most))
     found: list[tuple[str, int]] = []
     with ExitStack() as stack:
         pages: dict[str, PageCache] = {}
-        for path, start in pieces[::step]:
+        for path, start in blocks[::step]:
             if path not in pages:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
@@ -84,35 +85,37 @@ def _size(path: str) -> int:
 
 
 def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s with O_DIRECT on cold ranges of these files."""
-    piece = _DISK_PIECE
-    ranges = cold_ranges(paths, piece)
+    """Measure GB/s with O_DIRECT on cold ranges of these files."""
+    block_bytes = _DISK_BLOCK_BYTES
+    ranges = cold_ranges(paths, block_bytes)
     if len(ranges) < 2 * _DISK_THREADS:
-        piece = _PIECE
-        ranges = cold_ranges(paths, piece)
+        block_bytes = _BLOCK_BYTES
+        ranges = cold_ranges(paths, block_bytes)
     if not ranges:
         if doubts := describe(paths):
             raise UnmeasuredError(f"the disk was not measured: {doubts[0]}")
         raise UnmeasuredError(
             "too little of the files is outside of the page cache to measure their disk (`wan-loader evict` helps)"
         )
-    return _read_rate(ranges, os.O_DIRECT, seconds, clock, piece=piece, threads=_DISK_THREADS)
+    return _read_rate(ranges, os.O_DIRECT, seconds, clock, block_bytes=block_bytes, threads=_DISK_THREADS)
 
 
 def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s of reading resident ranges of these files, or of an unnamed file in memory where there are none."""
+    """Measure GB/s of reading resident ranges of these files, or of an unnamed file in memory where there are none."""
     ranges = warm_ranges(paths)
     if ranges:
         return _read_rate(ranges * 8, 0, seconds, clock)
     with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
-        file.truncate(32 * _PIECE)
+        file.truncate(32 * _BLOCK_BYTES)
         path = f"/proc/self/fd/{file.fileno()}"
         if not os.path.exists(path):
             raise UnmeasuredError("the page cache was not measured: there is no /proc")
-        _check_free(4 * 32 * _PIECE, "reads")
-        for start in range(0, 32 * _PIECE, _PIECE):
-            os.pwrite(file.fileno(), bytes(_PIECE), start)
-        return _read_rate([(path, start) for start in range(0, 32 * _PIECE, _PIECE)] * 32, 0, seconds, clock)
+        _check_free(4 * 32 * _BLOCK_BYTES, "reads")
+        for start in range(0, 32 * _BLOCK_BYTES, _BLOCK_BYTES):
+            os.pwrite(file.fileno(), bytes(_BLOCK_BYTES), start)
+        return _read_rate(
+            [(path, start) for start in range(0, 32 * _BLOCK_BYTES, _BLOCK_BYTES)] * 32, 0, seconds, clock
+        )
 
 
 def _read_rate(
@@ -121,16 +124,16 @@ def _read_rate(
     seconds: float,
     clock: Callable[[], int],
     *,
-    piece: int = _PIECE,
+    block_bytes: int = _BLOCK_BYTES,
     threads: int = _THREADS,
 ) -> float:
     todo = iter(ranges)
     threads = min(threads, len(ranges))
-    _check_free(2 * threads * piece, "reads")
+    _check_free(2 * threads * block_bytes, "reads")
     with ExitStack() as stack:
-        buffers = [stack.enter_context(mmap.mmap(-1, piece)) for _ in range(threads)]
+        buffers = [stack.enter_context(mmap.mmap(-1, block_bytes)) for _ in range(threads)]
         for buffer in buffers:
-            buffer.write(bytes(piece))  # page faults are not what is measured
+            buffer.write(bytes(block_bytes))  # page faults are not what is measured
         start_ns = clock()
         deadline_ns = start_ns + int(seconds * 1e9)
 
@@ -155,13 +158,13 @@ def _read_rate(
 
 
 def _check_free(nbytes: int, what: str) -> None:
-    """Measuring must not push others out of the memory, nor this process over the limit of its cgroup."""
+    """Look for free memory: measuring must not push others out of it, nor this process over the limit of its cgroup."""
     if (free := available_memory()) is not None and free < nbytes:
         raise UnmeasuredError(f"too little memory is free to measure {what}")
 
 
 def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
+    """Measure GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
     import ctypes
 
     nbytes = 256 << 20
@@ -176,12 +179,13 @@ def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
 
 
 def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) -> float:
-    """GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads, into fresh memory."""
+    """Measure GB/s of fp32 input that is converted to bf16 on a device, with torch's own threads, into fresh memory."""
     import torch
 
     if device == "cpu":
         _check_free(_CAST_BYTES * 4, "casts")
     source = torch.ones(_CAST_BYTES // 4, dtype=torch.float32, device=device)
+    # warms up: the first conversion starts threads, or loads a kernel
     source.to(torch.bfloat16)
     rates = []
     for _ in range(3):
@@ -204,7 +208,7 @@ def _wait(device: str) -> None:
 
 
 def measure_device(index: int, *, clock: Callable[[], int] = clock_ns) -> dict[str, float]:
-    """GB/s of copies to a CUDA device from pinned and pageable memory, of registering pages, of casts on it."""
+    """Measure GB/s of copies to a CUDA device from pinned and pageable memory, of registering pages, of casts on it."""
     import torch
 
     device = f"cuda:{index}"
@@ -226,7 +230,7 @@ def measure_device(index: int, *, clock: Callable[[], int] = clock_ns) -> dict[s
 
 
 def _registration(index: int, clock: Callable[[], int]) -> dict[str, float]:
-    """Registering pages of a file mapping, read-only, as the mapped way does; absent where it is refused."""
+    """Measure registering pages of a file mapping, read-only, as mapped loads do; absent where it is refused."""
     import torch
 
     from wan_loader.devices import driver
@@ -234,10 +238,11 @@ def _registration(index: int, clock: Callable[[], int]) -> dict[str, float]:
 
     torch.cuda.set_device(index)
     with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
-        for start in range(0, _GPU_BYTES, _PIECE):
-            os.pwrite(file.fileno(), bytes(_PIECE), start)
+        for start in range(0, _GPU_BYTES, _BLOCK_BYTES):
+            os.pwrite(file.fileno(), bytes(_BLOCK_BYTES), start)
         address = map_file(file.fileno(), 0, _GPU_BYTES)
         try:
+            # page faults are not what is measured
             populate(address, _GPU_BYTES)
             start_ns = clock()
             driver.register(address, _GPU_BYTES, driver.current_context(), read_only=True)
@@ -262,7 +267,7 @@ print(b - a, time.perf_counter() - b, torch.cuda.is_available())
 
 
 def measure_start(python: str = sys.executable) -> dict[str, float]:
-    """Seconds that `import torch` and a CUDA context take in a fresh process."""
+    """Measure the seconds that `import torch` and a CUDA context take in a fresh process."""
     _check_free(_START_BYTES, "the start of another Python")
     done = subprocess.run([python, "-c", _START], capture_output=True, text=True, timeout=60, check=False)
     words: list[Any] = done.stdout.split()

@@ -18,7 +18,7 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def timeline_bar(spans: Iterable[Span], start_ns: int, end_ns: int, width: int = 40) -> str:
-    """How busy a phase was over time: one block character for each slice of [start, end)."""
+    """Draw how busy a phase was over time: one block character for each slice of [start, end)."""
     step = max(1.0, (end_ns - start_ns) / width)
     busy = [0.0] * width
     for a, b in union(spans):

@@ -27,7 +27,7 @@ _GAP = 0.5
 
 
 def axis_step(length: float, most: int = 8) -> float:
-    """A round distance (1, 2 or 5 times a power of ten) that divides `length` into at most `most` parts."""
+    """Return a round distance (1, 2 or 5 times a power of ten) that divides `length` into at most `most` steps."""
     step = 1e-6
     while True:
         for factor in (1, 2, 5):
@@ -37,7 +37,7 @@ def axis_step(length: float, most: int = 8) -> float:
 
 
 def timeline_svg(process: Process) -> str:
-    """One row for each thread or stream, spans coloured by phase, with a hover text each."""
+    """Draw one row for each thread or stream, spans coloured by phase, with a hover text each."""
     tracks = sorted({s.track for s in process.spans}, key=lambda t: (t != "MainThread", t))[:_MAX_TRACKS]
     height = _ROW * len(tracks) + 28
     scale = (_WIDTH - _LEFT - 10) / max(1, process.end_ns - process.start_ns)
@@ -68,7 +68,7 @@ def _hover(span: Mark) -> str:
 
 
 def _visible(spans: Sequence[Mark], scale: float) -> list[Mark]:
-    """Spans of one track; neighbours of one phase that look like one are one."""
+    """Join neighbours of one phase that look like one; spans are of one track."""
     out: list[Mark] = []
     for span in sorted(spans, key=lambda s: s.start_ns):
         last = out[-1] if out else None
@@ -84,7 +84,7 @@ def _visible(spans: Sequence[Mark], scale: float) -> list[Mark]:
 
 
 def _time_axis(seconds: float, bottom: float) -> list[str]:
-    """Vertical lines at round times."""
+    """Draw vertical lines at round times."""
     step = axis_step(max(seconds, 1e-6))
     scale = (_WIDTH - _LEFT - 10) / max(seconds, 1e-9)
     parts = []
@@ -96,7 +96,7 @@ def _time_axis(seconds: float, bottom: float) -> list[str]:
 
 
 def throughput_svg(process: Process) -> str:
-    """Bytes per second over time: read by the process, copied to the target, fetched from storage by the kernel."""
+    """Draw bytes per second over time: read by the process, copied to the device, fetched from storage by kernel."""
     length = process.end_ns - process.start_ns
     shifted = [
         Mark(s.name, s.start_ns - process.start_ns, s.end_ns - process.start_ns, s.nbytes) for s in process.spans
@@ -133,7 +133,7 @@ def _rate_axis(top: float, height: int) -> list[str]:
 
 
 def _fetched(process: Process) -> list[Mark]:
-    """Bytes from storage between two samples, as spans."""
+    """Make spans of the bytes from storage between two samples."""
     zero = process.start_ns
     return [
         Mark("read", a.at_ns - zero, b.at_ns - zero, max(0, b.read_bytes - a.read_bytes))

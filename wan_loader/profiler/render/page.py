@@ -59,7 +59,7 @@ ol { margin: 0; padding-left: 20px; } li { margin-bottom: 10px; } li small { dis
 
 
 def to_page(session: Session) -> str:
-    """The document of `--html`."""
+    """Return the document of `--html`."""
     process = session.processes[session.subject]
     colours = "".join(
         f".p-{kind.name} {{ fill: {colour}; background: {colour}; }} .l-{kind.name} {{ stroke: {colour}; }}"
@@ -126,7 +126,7 @@ def _throughput(process: Process) -> list[str]:
         return []
     names = [("read", _dot("read"))]
     if any(s.name == "h2d" for s in process.spans):
-        names.append(("copied to the target", _dot("h2d")))
+        names.append(("copied to the device", _dot("h2d")))
     if process.samples:
         names.append(("fetched from storage (kernel)", '<i class="dot" style="background:#d9822b"></i>'))
     return [f'<h2>Throughput</h2><section>{_legend(names)}<div class="scroll">{drawing}</div></section>']
@@ -181,7 +181,7 @@ def _processes(session: Session) -> list[str]:
 
 
 def _footnotes(session: Session) -> str:
-    lines = [f"way: {session.report.io.mode} ({session.report.io.reason})"] if session.report.io.reason else []
+    lines = [f"transport: {session.report.io.mode} ({session.report.io.reason})"] if session.report.io.reason else []
     lines += [f"this machine: {ceilings_line(session.ceilings)}"] if session.ceilings else []
     lines += [f"note: {note}" for note in session.notes] + [f"warning: {w}" for w in session.report.warnings]
     return "<h2>Notes</h2>" + "".join(f'<p class="soft">{markup_text(line)}</p>' for line in lines) if lines else ""

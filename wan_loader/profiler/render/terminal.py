@@ -20,7 +20,7 @@ _STYLE = {"slow": "bold red", "limit": "bold green", "unknown": "bold yellow"}
 
 
 def headline(session: Session) -> str:
-    """What was measured, in one line."""
+    """Say in one line what was measured."""
     report = session.report
     text = f"{format_seconds(report.seconds)}"
     if report.nbytes_file:
@@ -29,7 +29,7 @@ def headline(session: Session) -> str:
 
 
 def machine_line(session: Session) -> str:
-    """The machine, in one line; what is not known is left out."""
+    """Describe the machine in one line; what is not known is left out."""
     card, storage = session.report.machine, session.storage
     parts = [str(card["cpu"])] if "cpu" in card else []
     if "cores" in card:
@@ -45,11 +45,11 @@ def machine_line(session: Session) -> str:
 
 
 def print_session(console: Console, session: Session) -> None:
-    """The whole report."""
+    """Print the whole report."""
     console.print(marked("[bold]{}[/]\n{}", session.report.target, headline(session)))
     console.print(marked("{}", machine_line(session)), style="dim")
     if session.report.io.reason:
-        console.print(marked("way: {} ({})", session.report.io.mode, session.report.io.reason))
+        console.print(marked("transport: {} ({})", session.report.io.mode, session.report.io.reason))
     console.print()
     console.print(_phase_table(session, max(10, min(60, console.width - 60))))
     console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
@@ -73,7 +73,7 @@ def print_session(console: Console, session: Session) -> None:
 
 
 def ceilings_line(ceilings: dict[str, float]) -> str:
-    """All that was measured, in one line."""
+    """List all that was measured in one line."""
     parts = []
     for name, value in ceilings.items():
         words = name.replace("_", " ")
@@ -82,6 +82,7 @@ def ceilings_line(ceilings: dict[str, float]) -> str:
 
 
 def _phase_table(session: Session, width: int) -> Columns:
+    """Make the table of phases, each with its timeline."""
     process = session.processes[session.subject]
     paced = attribute(process.spans, process.start_ns, process.end_ns)
     table = Columns()
@@ -108,7 +109,7 @@ def _phase_table(session: Session, width: int) -> Columns:
 
 
 def _process_table(session: Session) -> Columns:
-    """Processes side by side; those that did nothing worth showing are left out."""
+    """Put processes side by side; those that did nothing worth showing are left out."""
     table = Columns()
     names = [p.name for p in session.report.phases if p.busy_s > 0.01]
     table.add_column("process", overflow="ellipsis", max_width=44, no_wrap=True)

@@ -1,7 +1,7 @@
 """A session as a Chrome trace: opens in Perfetto and chrome://tracing. Pure.
 
 One process each, one track a thread or a device stream, whose spans never overlap, and counters: bytes read but not yet
-copied, slots of the staging ring taken, bytes per second from storage, resident memory.
+copied, slots of the pinned ring taken, bytes per second from storage, resident memory.
 Format: "Trace Event Format" (complete events "X", counters "C", metadata "M"; times in microseconds).
 """
 
@@ -22,7 +22,7 @@ __all__ = ["to_trace", "without_overlap"]
 
 
 def to_trace(session: Session) -> dict[str, Any]:
-    """The document of `--trace`."""
+    """Return the document of `--trace`."""
     events: list[dict[str, Any]] = []
     slot_bytes = session.report.settings.get("slot_bytes")
     for number, process in enumerate(session.processes, 1):
@@ -35,6 +35,7 @@ def to_trace(session: Session) -> dict[str, Any]:
 def _process_events(pid: int, process: Process) -> Iterator[dict[str, Any]]:
     title = process.title if process.rank is None else f"rank {process.rank}: {process.title}"
     yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": title}}
+    # viewers order tracks by sort_index: the main thread first
     tracks = sorted({s.track for s in process.spans}, key=lambda t: (t != "MainThread", t))
     for tid, track in enumerate(tracks, 1):
         yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": track or "main"}}
@@ -56,7 +57,7 @@ def _process_events(pid: int, process: Process) -> Iterator[dict[str, Any]]:
 
 
 def without_overlap(spans: Sequence[Mark]) -> list[Mark]:
-    """Spans of one track in order, each cut where the next one begins: device times are rounded."""
+    """Order the spans of one track, each cut where the next one begins: device times are rounded."""
     from dataclasses import replace
 
     ordered = sorted(spans, key=lambda s: (s.start_ns, s.end_ns))

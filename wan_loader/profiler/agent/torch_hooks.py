@@ -1,6 +1,6 @@
 """Hooks on torch: copies, conversions, construction, random initialisation, loading, sharding, CUDA's start.
 
-Wrapped once torch has been imported. Copies and conversions of less than 64 kB are left alone.
+They are put in place once torch has been imported. Copies and conversions of less than 64 kB are left alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _RANDOM = ("uniform_", "normal_", "exponential_", "random_", "bernoulli_", "log_
 #: Label of a move whose kind is not known yet.
 _MOVE = "move"
 
+# types of which nbytes can be read directly; subclasses may answer with Python code of their own
 _plain: set[Any] = set()
 _overrides: list[Any] = []
 
@@ -81,7 +82,7 @@ def _hook_load(recorder: Any, torch: Any) -> Any:
 
 
 def _size(tensor: Any) -> Any:
-    """Bytes of a tensor or a storage, without calling what a subclass of the program's own overrides."""
+    """Count the bytes of a tensor or a storage, without calling what a subclass of the program's own overrides."""
     try:
         if type(tensor) in _plain:
             return tensor.nbytes
@@ -92,12 +93,13 @@ def _size(tensor: Any) -> Any:
 
 
 def _move(recorder: Any, torch: Any, original: Any) -> Any:
-    """A method that returns the tensor elsewhere, or as another dtype, or itself."""
+    """Wrap a method that returns the tensor elsewhere, or as another dtype, or itself."""
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not recorder.on or _size(self) < MIN_BYTES or _moving(recorder):
             return _plainly(original, self, *args, **kwargs)
+        # asked for before: afterwards the context is there
         fresh, before = _context_missing(torch), _counters(recorder, self)
         recorder.begin("h2d", _MOVE)
         result = self
@@ -132,13 +134,13 @@ def _copy(recorder: Any, torch: Any, original: Any) -> Any:
 
 
 def _moving(recorder: Any) -> Any:
-    """Whether this is a part of another move, as in tensor subclasses: only the whole is recorded."""
+    """Tell whether this is a part of another move, as in tensor subclasses: only the whole is recorded."""
     around = recorder.around()
     return around is not None and around[1] is _MOVE
 
 
 def _counters(recorder: Any, source: Any) -> Any:
-    """The counters before a move; None where it cannot cause page faults, since the source is on a GPU."""
+    """Return the counters before a move; None where it cannot cause page faults, since the source is on a GPU."""
     return None if type(source) in _plain and source.is_cuda else recorder.counters()
 
 
@@ -169,7 +171,7 @@ def _close(recorder: Any, torch: Any, source: Any, target: Any, before: Any, fre
 
 
 def _classify(torch: Any, source: Any, target: Any, fresh: Any) -> Any:
-    """(name, label) of a move; None for one that moves nothing."""
+    """Find (name, label) of a move; None for one that moves nothing."""
     here, there = source.device.type, target.device.type
     if here == "meta" or there == "meta":
         return None
@@ -189,7 +191,7 @@ def _short(dtype: Any) -> Any:
 
 
 def _context_missing(torch: Any) -> Any:
-    """Whether the GPU still has no context: the first copy will make it."""
+    """Tell whether the GPU still has no context: the first copy will make it."""
     try:
         if not torch.cuda.is_initialized():  # asking for the device would initialise it
             return True
@@ -231,6 +233,7 @@ def _hook_modules(recorder: Any, module_class: Any) -> None:
         super(module_class, cls).__init_subclass__(**kwargs)
         _wrap_init(recorder, cls, building)
 
+    # a torch that has one of its own keeps it: classes made later are then not seen
     if "__init_subclass__" not in vars(module_class):
         hook: Any = __init_subclass__
         module_class.__init_subclass__ = classmethod(hook)
@@ -247,6 +250,7 @@ def _wrap_init(recorder: Any, cls: Any, building: Any) -> Any:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> Any:
         me = get_ident()
+        # submodules are a part of the outermost one; sharding is told apart wherever it happens
         outermost = recorder.on and (me not in building or name == "shard")
         if outermost:
             building.add(me)
@@ -268,6 +272,6 @@ def _wrap_init(recorder: Any, cls: Any, building: Any) -> Any:
 
 
 def hook_distributed(recorder: Any, distributed: Any) -> None:
-    """Sharding and the process group, by whatever of it this module offers."""
+    """Wrap sharding and the process group, by whatever of it this module offers."""
     for name in ("init_process_group", "fully_shard"):
         patch(recorder, distributed, name, lambda f, n=name: timed(recorder, f, "shard", n))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from wan_loader.stage_copy.entry import Planned
+    from wan_loader.stage_copy.journal import PlannedFile
     from wan_loader.warming.tree import SourceFile
 
 __all__ = [
@@ -32,12 +32,12 @@ __all__ = [
 BLOCK_BYTES = 16 << 20
 
 
-def n_blocks(file: Planned) -> int:
+def n_blocks(file: PlannedFile) -> int:
     """Return the number of blocks of a file."""
     return -(-file.nbytes // BLOCK_BYTES)
 
 
-def block_nbytes(file: Planned, block: int) -> int:
+def block_nbytes(file: PlannedFile, block: int) -> int:
     """Return the length of a block: the last one of a file may be shorter."""
     return min(BLOCK_BYTES, file.nbytes - block * BLOCK_BYTES)
 

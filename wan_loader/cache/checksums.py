@@ -1,4 +1,4 @@
-"""Checks entries against their checksums: all of one at once, or block by block while a load reads them."""
+"""The comparison of entries with their checksums: all of one at once, or block by block while a load reads them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["BlockCheck", "check_entry", "check_header", "check_sources"]
 
 
 class BlockCheck:
-    """Says whether the blocks of an entry's file are what was written."""
+    """The check of an entry's file while it is read: its blocks must be what was written."""
 
     block_bytes = BLOCK_BYTES
 
@@ -30,19 +30,36 @@ class BlockCheck:
         self._expected = dict(zip(file.ranges(), file.blocks, strict=True))
 
     def __call__(self, file: int, start: int, end: int, view: memoryview) -> None:
-        """Raise `CacheError` unless bytes `start` to `end` are a block and its checksum is right. `file`: always 0."""
+        """Compare a block with its checksum.
+
+        Args:
+            file: Always 0: an entry that is checked this way has one file.
+            start: The first byte of the block.
+            end: The byte after its last one.
+            view: Its bytes.
+
+        Raises:
+            CacheError: The checksum is wrong, or the bytes are not a block.
+        """
         expected = self._expected.get((start, end))
         if expected is None:
-            raise CacheError(f"{self._path}: bytes {start} to {end} have no checksum of their own: load all tensors")
+            raise CacheError.because(
+                f"has no checksum for bytes {start} to {end} alone", "load all tensors", path=self._path
+            )
         if digest(view) != expected:
-            raise CacheError(f"{self._path}: bytes {start} to {end} do not match their checksum: damaged")
+            raise CacheError.because(f"is damaged: bytes {start} to {end} do not match their checksum", path=self._path)
 
 
 def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | None = None) -> list[str]:
-    """Read an entry again; returns what is wrong with it, nothing if it is sound.
+    """Read an entry again, through the page cache, at the disk's speed. Holds a block (16 MiB) for each processor.
 
-    tell: called with the number of bytes that were checked, from several threads. Reads through the page cache at the
-    speed of the disk; holds a block (16 MiB) for each processor.
+    Args:
+        path: The entry's directory.
+        manifest: Its manifest.
+        tell: Called with the number of bytes that were checked, from several threads.
+
+    Returns:
+        Sentences that say what is wrong with it; none if it is sound.
     """
     known = {MANIFEST_NAME, *(file.path for file in manifest.files)}
     wrong = [f"{path / name} does not belong to the entry" for name in sorted(_found(path) - known)]
@@ -63,6 +80,7 @@ def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | No
         file, start, end, said = job
         place = path / file.path
         try:
+            # opened for each block: threads share no descriptor, and a link that was put there is refused
             fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 data = os.pread(fd, end - start, start)
@@ -80,9 +98,10 @@ def check_entry(path: Path, manifest: Manifest, tell: Callable[[int], None] | No
 
 
 def _found(path: Path) -> set[str]:
-    """Files and links, relative to `path`."""
+    """List files and links, relative to `path`."""
     found = set()
     for directory, directories, names in os.walk(path):
+        # os.walk counts links to directories as directories, and does not go into them
         links = (name for name in directories if os.path.islink(os.path.join(directory, name)))
         found |= {os.path.relpath(os.path.join(directory, name), path) for name in (*names, *links)}
     return found
@@ -96,9 +115,10 @@ def _size(place: Path) -> int | None:
 
 
 def check_sources(manifest: Manifest) -> list[str]:
-    """Read the source files of an entry again; returns those whose content is not what the entry was made from.
+    """Read the source files of an entry again: those that are there, if the entry was built with checksums of contents.
 
-    Only those that are there, and only if the entry was built with checksums of contents.
+    Returns:
+        A sentence for each file whose content is not what the entry was made from.
     """
     pairs = zip(manifest.sources, manifest.contents, strict=False)
     return [
@@ -109,12 +129,16 @@ def check_sources(manifest: Manifest) -> list[str]:
 
 
 def check_header(path: Path, file: EntryFile) -> None:
-    """Raise `CacheError` unless the header of a file of an entry is what was written. Reads only the header."""
+    """Compare the header of a file of an entry with its checksum. Reads only the header.
+
+    Raises:
+        CacheError: It is not what was written, or cannot be read.
+    """
     place = path / file.path
     try:
         with open(place, "rb") as f:
             header = f.read(file.header_nbytes)
     except OSError as error:
-        raise CacheError(f"{place} cannot be read: {error.strerror}") from error
+        raise CacheError.because(f"cannot be read: {error.strerror}", path=place) from error
     if not file.blocks or digest(header) != file.blocks[0]:
-        raise CacheError(f"{place}: its header does not match its checksum: damaged")
+        raise CacheError.because("is damaged: its header does not match its checksum", path=place)

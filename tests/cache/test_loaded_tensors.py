@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from wan_loader.cache import content  # noqa: E402
-from wan_loader.cache.content import PART_BYTES, LoadedTensors, batches, parts_of  # noqa: E402
+from wan_loader.cache import loaded_tensors  # noqa: E402
+from wan_loader.cache.loaded_tensors import SEGMENT_BYTES, LoadedTensors, batches, segments_of  # noqa: E402
 from wan_loader.cache.outline import CachedTensor  # noqa: E402
 from wan_loader.formats.checkpoint_facts import TensorFacts, contiguous_strides  # noqa: E402
 
@@ -28,28 +28,28 @@ def noted(tensors, entry):
 
 
 @hypothesis.settings(deadline=None)
-@hypothesis.given(st.integers(0, 5 * PART_BYTES // 2), st.sampled_from(["bool", "bfloat16", "float32", "complex64"]))
+@hypothesis.given(st.integers(0, 5 * SEGMENT_BYTES // 2), st.sampled_from(["bool", "bfloat16", "float32", "complex64"]))
 def test_parts_cover_a_tensor_once(count, dtype):
     tensor = cached("x", (count,), dtype)
     position = 0
-    for part in parts_of(tensor):
-        assert part.start == position
-        assert 0 < part.nbytes <= PART_BYTES
-        position += part.count
+    for segment in segments_of(tensor):
+        assert segment.start == position
+        assert 0 < segment.nbytes <= SEGMENT_BYTES
+        position += segment.count
     assert position == count
 
 
 def test_batches_keep_the_order_and_the_size():
     big = cached("big", (MiB, 1))
-    entry = [cached("a", (7,)), big, cached("b", (3,)), cached("c", (PART_BYTES // 2 - 2,)), cached("d", (9,))]
+    entry = [cached("a", (7,)), big, cached("b", (3,)), cached("c", (SEGMENT_BYTES // 2 - 2,)), cached("d", (9,))]
     loaded = noted({"big": torch.zeros(MiB, 1, dtype=torch.bfloat16)}, entry)
-    parts = [p for t in entry for p in parts_of(t)]
-    made = list(batches(parts, loaded))
-    assert [p for batch in made for p in batch] == parts
+    segments = [p for t in entry for p in segments_of(t)]
+    made = list(batches(segments, loaded))
+    assert [p for batch in made for p in batch] == segments
     assert [[p.tensor.name for p in batch] for batch in made] == [["a"], ["big"], ["b"], ["c"], ["d"]] or [
         [p.tensor.name for p in batch] for batch in made
     ] == [["a"], ["big"], ["b", "c"], ["d"]]
-    assert all(sum(p.nbytes for p in batch) <= PART_BYTES for batch in made)
+    assert all(sum(p.nbytes for p in batch) <= SEGMENT_BYTES for batch in made)
 
 
 def test_what_is_worth_remembering(device):
@@ -72,31 +72,31 @@ def test_what_is_worth_remembering(device):
         "of another dtype": big.half(),
     }
     loaded = noted(tensors, entry)
-    known = {t.name for t in entry if loaded.knows(next(parts_of(t)))}
+    known = {t.name for t in entry if loaded.knows(next(segments_of(t)))}
     assert known == ({"big"} if device == "cpu" else {"big", "as in the file"})
 
 
 def test_nothing_is_kept_alive(device):
     tensor = torch.randn(MiB, device=device).bfloat16()
     loaded = noted({"x": tensor}, [cached("x", (MiB,))])
-    storage = content.weakref.ref(tensor.untyped_storage())
+    storage = loaded_tensors.weakref.ref(tensor.untyped_storage())
     del tensor
     gc.collect()
     assert storage() is None
-    assert loaded.take(next(parts_of(next(iter(loaded._storages))))) is None
+    assert loaded.take(next(segments_of(next(iter(loaded._storages))))) is None
 
 
 def taken(tensor, loaded, entry):
-    parts = []
-    for part in parts_of(entry):
-        words = loaded.take(part)
+    segments = []
+    for segment in segments_of(entry):
+        words = loaded.take(segment)
         if words is None:
             return None
-        parts.append(words.clone().view(torch.uint8))  # valid until the next part is taken
-    return torch.cat(parts).view(tensor.dtype)
+        segments.append(words.clone().view(torch.uint8))  # valid until the next segment is taken
+    return torch.cat(segments).view(tensor.dtype)
 
 
-@pytest.mark.parametrize("shape", [(MiB,), (1024, 1025), (PART_BYTES // 2 + 4 * 509,)])
+@pytest.mark.parametrize("shape", [(MiB,), (1024, 1025), (SEGMENT_BYTES // 2 + 4 * 509,)])
 def test_unchanged_is_taken_bit_for_bit(device, shape):
     tensor = torch.randn(shape, device=device).bfloat16()
     entry = cached("x", shape)
@@ -169,21 +169,21 @@ def test_any_two_blocks_swapped_are_seen(data):
     """Of random content: whatever the distance and the length, up to where rows of 4 MB meet."""
     torch.manual_seed(6)
     words = torch.randint(-(2**62), 2**62, (300_000,))
-    before = content._fingerprint(words)
+    before = loaded_tensors._fingerprint(words)
     length = data.draw(st.integers(1, 2000))
     i = data.draw(st.integers(0, 140_000))
     j = data.draw(st.one_of(st.integers(i + length, 290_000), st.integers(4, 200).map(lambda n: i + 509 * n + 2036)))
     first = words[i : i + length].clone()
     words[i : i + length] = words[j : j + length]
     words[j : j + length] = first
-    assert not content._same(content._fingerprint(words), before)
+    assert not loaded_tensors._same(loaded_tensors._fingerprint(words), before)
 
 
 def test_no_memory_for_a_fingerprint_is_no_error(monkeypatch):
     def full(_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(content, "_fingerprint", full)
+    monkeypatch.setattr(loaded_tensors, "_fingerprint", full)
     entry = cached("x", (MiB,))
     loaded = noted({"x": torch.zeros(MiB, dtype=torch.bfloat16)}, [entry])
-    assert not loaded.knows(next(parts_of(entry)))
+    assert not loaded.knows(next(segments_of(entry)))

@@ -18,10 +18,11 @@ _SYS_CACHESTAT = 451
 
 
 def cached_bytes(path: Any) -> Any:
-    """(bytes, bytes in the page cache or None where the kernel cannot say) of a file."""
+    """Return (bytes, bytes in the page cache or None where the kernel cannot say) of a file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
+        # struct cachestat_range and struct cachestat; the first field of the answer counts cached pages
         window, stat = (ctypes.c_uint64 * 2)(0, size), (ctypes.c_uint64 * 5)()
         failed = ctypes.CDLL(None).syscall(_SYS_CACHESTAT, fd, window, stat, 0)
         return size, None if failed else min(size, stat[0] * os.sysconf("SC_PAGE_SIZE"))
@@ -35,12 +36,12 @@ def hook_safetensors(recorder: Any, module: Any) -> None:
 
 
 def hook_safetensors_torch(recorder: Any, module: Any) -> None:
-    """`load_file` as a whole; what happens inside it is recorded too."""
+    """Wrap `load_file` as a whole; what happens inside it is recorded too."""
     patch(recorder, module, "load_file", lambda f: timed(recorder, f, "read", "safetensors.torch.load_file"))
 
 
 def hook_pretrained(recorder: Any, owner: Any) -> None:
-    """`from_pretrained` as a frame around what is recorded inside it."""
+    """Wrap `from_pretrained` as a frame around what is recorded inside it."""
     method = vars(owner).get("from_pretrained")
     if isinstance(method, classmethod):
         wrapped = timed(recorder, method.__func__, "other", lambda args, kwargs: args[0].__name__ + ".from_pretrained")
@@ -85,6 +86,7 @@ def _opener(recorder: Any, original: Any) -> Any:
             return _Slice(recorder, self._device, self._file.get_slice(name))
 
     safe_open.__module__, safe_open.__qualname__ = original.__module__, original.__qualname__
+    # older versions: what the program asks for with hasattr must come out the same
     if not hasattr(original, "get_tensors"):
         del safe_open.get_tensors
     return safe_open
@@ -119,6 +121,7 @@ def _fetch(recorder: Any, device: Any, method: Any, *args: Any, **kwargs: Any) -
         if on_cpu:
             read, called = recorder.io()
             fetched = max(read - before[0], called - before[1])
+            # a view of the mapping reads nothing now: its bytes count where they are touched
             recorder.end(fetched if fetched >= MIN_BYTES else 0)
         else:
             tensors = result.values() if isinstance(result, dict) else (result,)

@@ -1,4 +1,4 @@
-"""What `stage` knows of one staged checkpoint, kept beside the copy so that any later process can go on or undo it.
+"""The state of one staged checkpoint, kept beside the copy so that any later process can go on or undo it.
 
     DIR/.wan-loader-stage/ID/manifest.json   source, files, whether all is there
     DIR/.wan-loader-stage/ID/journal         one line for each block written, file placed, directory made
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HIDDEN",
-    "Entry",
-    "Manifest",
-    "Planned",
+    "PlannedFile",
+    "StageEntry",
+    "StageManifest",
     "entries",
     "open_entry",
 ]
@@ -52,37 +52,38 @@ _MADE_LINE = re.compile(r"m (\".*\")")
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedFile:
     """One version of one file that is to be in place."""
 
     path: str
-    """Below DIR, with slashes."""
+    """The path below DIR, with slashes."""
     nbytes: int
     mtime_ns: int
 
     @property
     def key(self) -> str:
-        """Names this version: 16 hex digits."""
+        """The name of this version: 16 hex digits."""
         return _digest(f"{self.path}\0{self.nbytes}\0{self.mtime_ns}")
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """What is staged under one name."""
+class StageManifest:
+    """The list of what is staged under one name."""
 
     source: str
     name: str
     is_directory: bool
-    files: tuple[Planned, ...]
+    files: tuple[PlannedFile, ...]
     complete: bool = False
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all files."""
         return sum(file.nbytes for file in self.files)
 
-    def planned(self, file: SourceFile) -> Planned:
-        """Where a file of the source goes."""
-        return Planned(
+    def planned(self, file: SourceFile) -> PlannedFile:
+        """Plan where a file of the source goes."""
+        return PlannedFile(
             f"{self.name}/{file.relative}" if self.is_directory else file.relative, file.nbytes, file.mtime_ns
         )
 
@@ -93,13 +94,13 @@ def _digest(text: str) -> str:
     return str(xxhash.xxh3_64_hexdigest(text.encode(errors="surrogateescape")))
 
 
-class Entry:
+class StageEntry:
     """The state of one staged name, locked; a context manager."""
 
     def __init__(self, directory: Path, home: Path) -> None:
         self.directory = directory
         self.home = home
-        self.manifest: Manifest | None = None
+        self.manifest: StageManifest | None = None
         self.blocks: dict[str, dict[tuple[int, int], str]] = {}
         """Version of a file -> start and length of a block -> checksum of what was written."""
         self.placed: dict[str, tuple[str, int, int]] = {}
@@ -110,9 +111,8 @@ class Entry:
         self._locked: LockedDirectory | None = None
         self._journal_fd = -1
 
-    def __enter__(self) -> Entry:
-        refusal = f"{self.directory}: another process is staging the same: wait for it"
-        self._locked = lock_or_refuse(self.home, refusal)
+    def __enter__(self) -> StageEntry:
+        self._locked = lock_or_refuse(self.home, f"{self.directory}: another process is staging the same: wait for it")
         try:
             self._read()
         except BaseException:
@@ -130,16 +130,16 @@ class Entry:
         if self._locked is not None:
             self._locked.close()
 
-    def part(self, file: Planned) -> Path:
-        """The file that is being copied."""
+    def part(self, file: PlannedFile) -> Path:
+        """Return the path of the file that is being copied."""
         return self.home / f"{file.key}.part"
 
-    def target(self, file: Planned) -> Path:
-        """Where it will be."""
+    def target(self, file: PlannedFile) -> Path:
+        """Return the path where it will be."""
         return plain_path(self.directory, file.path)
 
     def owns(self, path: str) -> bool:
-        """Whether what lies at a path below DIR is what this entry put there, untouched since."""
+        """Return True if what lies at a path below DIR is what this entry put there, untouched since."""
         if path not in self.placed:
             return False
         _, nbytes, mtime_ns = self.placed[path]
@@ -149,33 +149,33 @@ class Entry:
             return False
         return stat.S_ISREG(facts.st_mode) and (facts.st_size, facts.st_mtime_ns) == (nbytes, mtime_ns)
 
-    def holds(self, file: Planned) -> bool:
-        """Whether this version is in place."""
+    def holds(self, file: PlannedFile) -> bool:
+        """Return True if this version is in place."""
         return self.owns(file.path) and self.placed[file.path][0] == file.key
 
-    def write_manifest(self, manifest: Manifest) -> None:
+    def write_manifest(self, manifest: StageManifest) -> None:
         """Replace the manifest."""
         document = {"schema_version": 1, **asdict(manifest)}
         write_text(self.home / "manifest.json", json.dumps(document, indent=1) + "\n")
         self.manifest = manifest
 
-    def note_block(self, file: Planned, start: int, nbytes: int, checksum: str) -> None:
-        """A block has been written."""
+    def note_block(self, file: PlannedFile, start: int, nbytes: int, checksum: str) -> None:
+        """Note that a block has been written."""
         self._append(f"b {file.key} {start} {nbytes} {checksum}")
         self.blocks.setdefault(file.key, {})[start, nbytes] = checksum
 
-    def forget_blocks(self, file: Planned) -> None:
-        """What was written is gone."""
+    def forget_blocks(self, file: PlannedFile) -> None:
+        """Note that what was written is gone."""
         if self.blocks.pop(file.key, None):
             self._append(f"r {file.key}")
 
-    def note_placed(self, file: Planned, mtime_ns: int) -> None:
-        """A file is about to be renamed into place."""
+    def note_placed(self, file: PlannedFile, mtime_ns: int) -> None:
+        """Note that a file is about to be renamed into place."""
         self._append(f"p {file.key} {file.nbytes} {mtime_ns} {json.dumps(file.path)}")
         self.placed[file.path] = (file.key, file.nbytes, mtime_ns)
 
     def note_made(self, path: str) -> None:
-        """A directory is about to be made."""
+        """Note that a directory is about to be made."""
         self._append(f"m {json.dumps(path)}")
         self.made.append(path)
 
@@ -196,6 +196,7 @@ class Entry:
         with self._lock:
             if self._journal_fd < 0:
                 raise OSError(errno.EBADF, "the journal is closed")
+            # one write, appended: a process that is killed leaves a line or none
             os.write(self._journal_fd, line.encode() + b"\n")
 
     def _read(self) -> None:
@@ -206,6 +207,7 @@ class Entry:
         self._journal_fd = os.open(self.home / "journal", flags, 0o600)
         text = _capped(self.home / "journal")
         complete = text[: text.rfind(b"\n") + 1]
+        # a power cut may leave half a line, which the next one must not continue
         if len(complete) < len(text):
             os.ftruncate(self._journal_fd, len(complete))
         for line in complete.decode(errors="replace").splitlines():
@@ -222,36 +224,40 @@ class Entry:
             self.made.append(path)
 
 
-def open_entry(directory: Path, name: str) -> Entry:
-    """The entry of a name in DIR, made if it is not there. Raises `OutputError`."""
+def open_entry(directory: Path, name: str) -> StageEntry:
+    """Open the entry of a name in DIR, made if it is not there; entering it locks it.
+
+    Raises:
+        OutputError: The directory is not ours alone.
+    """
     hidden = directory / HIDDEN
     for path in (hidden, hidden / _digest(name)):
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         check_private(path)
-    return Entry(directory, hidden / _digest(name))
+    return StageEntry(directory, hidden / _digest(name))
 
 
-def entries(directory: Path) -> Iterator[Entry]:
-    """All entries in DIR."""
+def entries(directory: Path) -> Iterator[StageEntry]:
+    """Yield all entries in DIR."""
     hidden = directory / HIDDEN
     if not os.path.lexists(hidden):
         return
     check_private(hidden)
     for home in sorted(hidden.iterdir()):
         check_private(home)
-        yield Entry(directory, home)
+        yield StageEntry(directory, home)
 
 
 def _capped(path: Path) -> bytes:
     text = read_capped(path, _MAX_BYTES)
     if text is None:
-        raise OutputError(f"{path} is larger than {_MAX_BYTES} bytes: damaged; delete {path.parent}")
+        raise OutputError.because(f"is larger than {_MAX_BYTES} bytes, and damaged", f"delete {path.parent}", path=path)
     return text
 
 
 def _quoted(text: str) -> str | None:
-    """The path that a journal line names, or None where it is not one below DIR."""
+    """Decode the path that a journal line names; None where it is not one below DIR."""
     try:
         path = json.loads(text)
     except (ValueError, RecursionError):
@@ -259,19 +265,23 @@ def _quoted(text: str) -> str | None:
     return path if is_below(path) else None
 
 
-def _parse_manifest(text: bytes, where: str) -> Manifest:
+def _parse_manifest(text: bytes, where: str) -> StageManifest:
     document = parse_object(text, path=where, what="the manifest", holds_paths=True)
     if document.get("schema_version") != 1:
-        raise OutputError(f"{where} was written by another version of wan-loader: use that one, or delete it")
+        raise OutputError.because(
+            "was written by another version of wan-loader", "use that one, or delete it", path=where
+        )
     try:
         return _manifest(Doc(document))
     except DocumentError as error:
         home = os.path.dirname(where)
-        raise OutputError(f"{where} is damaged ({error}): delete {home}, and what is staged, by hand") from None
+        raise OutputError.because(
+            f"is damaged ({error})", f"delete {home}, and what is staged, by hand", path=where
+        ) from None
 
 
-def _manifest(doc: Doc) -> Manifest:
-    return Manifest(
+def _manifest(doc: Doc) -> StageManifest:
+    return StageManifest(
         doc.text("source"),
         _below(doc, "name"),
         doc.boolean("is_directory"),
@@ -280,9 +290,9 @@ def _manifest(doc: Doc) -> Manifest:
     )
 
 
-def _planned(doc: Doc) -> Planned:
+def _planned(doc: Doc) -> PlannedFile:
     doc.only("path", "nbytes", "mtime_ns")
-    return Planned(_below(doc, "path"), doc.whole("nbytes"), doc.moment("mtime_ns"))
+    return PlannedFile(_below(doc, "path"), doc.whole("nbytes"), doc.moment("mtime_ns"))
 
 
 def _below(doc: Doc, key: str) -> str:

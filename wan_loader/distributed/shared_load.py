@@ -1,4 +1,4 @@
-"""A load of several processes: each reads its part of the bytes, and they exchange. A wrapper around a load.
+"""A load of several processes: each reads its share of the bytes, and they exchange. A wrapper around a load.
 
 Reading and exchanging follow each other within a load: collectives of a load never run beside others of the caller's
 thread, and their order is the same on every process.
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from wan_loader.devices.resolve import current
-from wan_loader.distributed.shard_group import joined
+from wan_loader.distributed.shard_group import open_shard_group
 from wan_loader.loading.bind import make_binding
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.run import convert_late
@@ -30,7 +30,7 @@ __all__ = ["load_together", "refuse"]
 
 def refuse(error: Exception, group: ProcessGroup | None, module: torch.nn.Module | None) -> NoReturn:
     """Tell the others that this process will not load with them, and raise the error that is why."""
-    with joined(group, module):
+    with open_shard_group(group, module):
         raise error
 
 
@@ -44,11 +44,17 @@ def load_together(
 ) -> LoadResult:
     """Load as one of the processes of a group, all of which make this call.
 
-    group: None takes the one that the DTensors of the module lie on.
+    Args:
+        request: The load that this process asks for.
+        into: The module that is to be filled; None returns the tensors alone.
+        group: The processes; None takes the group that the DTensors of the module lie on.
+        cancel: Stops the load, here and by its failure in the others.
+        observer: Is told of spans.
 
-    Raises `DistributedError` where another process failed or wants something else, and what a load raises.
+    Raises:
+        DistributedError: Another process failed or wants something else.
     """
-    with joined(group, None if into is None else into.module) as shards:
+    with open_shard_group(group, None if into is None else into.module) as shards:
         request = replace(request, device=shards.device(request.device))
         with LoadSession(cancel=shards.token(cancel), observer=observer) as session:
             checkpoint = session.open(request)

@@ -1,10 +1,10 @@
 """Weights for an entry: from tensors that were just loaded, if they still are what they were, else from the source.
 
 Loaded tensors belong to the caller, who may free or change them while the entry is being written. So the writer holds
-only weak references, and a fingerprint of every part that was taken before the tensors were handed out: sums over
+only weak references, and a fingerprint of every segment that was taken before the tensors were handed out: sums over
 64-bit words, one for each residue of a word's position modulo two primes, which changed or moved elements do not leave
-as they were. (With one prime, two rows of an embedding whose distance is a multiple of it could change places.) A part
-that is gone or changed is read from the source again. Fingerprints cost one pass over the memory.
+as they were. (With one prime, two rows of an embedding whose distance is a multiple of it could change places.) A
+segment that is gone or changed is read from the source again. Fingerprints cost one pass over the memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,18 @@ if TYPE_CHECKING:
 
     from wan_loader.cache.outline import CachedFile, CachedTensor
 
-__all__ = ["PART_BYTES", "LoadedTensors", "Part", "ReadParts", "batches", "parts_of", "warm_up"]
+__all__ = [
+    "SEGMENT_BYTES",
+    "LoadedTensors",
+    "ReadSegments",
+    "TensorSegment",
+    "batches",
+    "prepare_fingerprints",
+    "segments_of",
+]
 
 #: Unit of reading and writing: large enough for any disk; two are in memory at a time.
-PART_BYTES = 64 << 20
+SEGMENT_BYTES = 64 << 20
 _WORD = 8
 _PRIMES = (509, 1021)
 #: Smaller tensors are read from the source: not worth a fingerprint.
@@ -35,7 +43,7 @@ _MIN_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorSegment:
     """Elements `start` to `start + count` of one tensor of an entry."""
 
     tensor: CachedTensor
@@ -48,22 +56,24 @@ class Part:
         return self.count * ITEMSIZE[self.tensor.dtype]
 
 
-class ReadParts(Protocol):
-    """Reads parts of one file's tensors from the source, converted: 1-D host tensors, in the order of `parts`."""
+class ReadSegments(Protocol):
+    """A reader of segments of one file's tensors from the source, converted."""
 
-    def __call__(self, file: CachedFile, parts: Sequence[Part]) -> list[torch.Tensor]: ...
+    def __call__(self, file: CachedFile, segments: Sequence[TensorSegment]) -> list[torch.Tensor]:
+        """Read them: 1-D host tensors that own their memory, in the order of `segments`."""
+        ...
 
 
-def parts_of(tensor: CachedTensor) -> Iterator[Part]:
-    """A tensor, cut into parts."""
+def segments_of(tensor: CachedTensor) -> Iterator[TensorSegment]:
+    """Cut a tensor into segments of `SEGMENT_BYTES` and a rest."""
     itemsize = ITEMSIZE[tensor.dtype]
-    total, step = tensor.nbytes // itemsize, PART_BYTES // itemsize
+    total, step = tensor.nbytes // itemsize, SEGMENT_BYTES // itemsize
     for start in range(0, total, step):
-        yield Part(tensor, start, min(step, total - start))
+        yield TensorSegment(tensor, start, min(step, total - start))
 
 
 class LoadedTensors:
-    """What is known of loaded tensors without keeping them: weak references and fingerprints."""
+    """Knowledge of loaded tensors that does not keep them: weak references and fingerprints."""
 
     def __init__(self) -> None:
         self._storages: dict[CachedTensor, weakref.ref[Any]] = {}
@@ -72,9 +82,13 @@ class LoadedTensors:
         self._stream: torch.cuda.Stream | None = None
 
     def note(self, file: CachedFile, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take fingerprints, before anybody else has the tensors. `tensors` go by their names in the source.
+        """Take fingerprints, before anybody else has the tensors.
 
-        Left out: small ones, and views of the file, which nobody has read yet.
+        Left out are small tensors, and views of the file, which nobody has read yet.
+
+        Args:
+            file: The file of the entry that they go to.
+            tensors: The tensors, by their names in the source.
         """
         import torch
 
@@ -86,34 +100,34 @@ class LoadedTensors:
                     continue
                 device = tensor.device
                 words = _words(tensor.untyped_storage())
-                for part in parts_of(cached):
-                    self._fingerprints[cached, part.start] = _fingerprint(_range(words, part))
+                for segment in segments_of(cached):
+                    self._fingerprints[cached, segment.start] = _fingerprint(_range(words, segment))
                 self._storages[cached] = weakref.ref(tensor.untyped_storage())
         if device is not None and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
-    def knows(self, part: Part) -> bool:
-        """Whether `take` may have the part."""
-        return part.tensor in self._storages
+    def knows(self, segment: TensorSegment) -> bool:
+        """Return True if `take` may have the segment."""
+        return segment.tensor in self._storages
 
-    def take(self, part: Part) -> torch.Tensor | None:
-        """The part's bytes in host memory, valid until the next call; None if it must be read from the source."""
-        storage = self._storages[part.tensor]() if self.knows(part) else None
+    def take(self, segment: TensorSegment) -> torch.Tensor | None:
+        """Return a segment's bytes in host memory, valid until the next call; None if the source must be read."""
+        storage = self._storages[segment.tensor]() if self.knows(segment) else None
         if storage is None:
             return None
-        words = _range(_words(storage), part)
-        if words.numel() * _WORD != part.nbytes:  # the storage was resized
+        words = _range(_words(storage), segment)
+        if words.numel() * _WORD != segment.nbytes:  # the storage was resized
             return None
         words = self._to_host(words) if words.is_cuda else words.clone()
-        expected = self._fingerprints[part.tensor, part.start]
+        expected = self._fingerprints[segment.tensor, segment.start]
         return words if _same(_fingerprint(words), expected) else None
 
     def _to_host(self, words: torch.Tensor) -> torch.Tensor:
-        """On a stream of its own: what was loaded is complete, and nobody has to wait for this copy."""
+        """Copy on a stream of its own: what was loaded is complete, and nobody has to wait for this copy."""
         import torch
 
         if self._buffer is None:
-            self._buffer = torch.empty(PART_BYTES // _WORD, dtype=torch.int64, pin_memory=True)
+            self._buffer = torch.empty(SEGMENT_BYTES // _WORD, dtype=torch.int64, pin_memory=True)
         if self._stream is None:
             self._stream = torch.cuda.Stream(words.device)
         host = self._buffer[: words.numel()]
@@ -137,13 +151,13 @@ def _words(storage: Any) -> torch.Tensor:
     return torch.empty(0, dtype=torch.int64, device=storage.device).set_(storage)
 
 
-def _range(words: torch.Tensor, part: Part) -> torch.Tensor:
-    itemsize = ITEMSIZE[part.tensor.dtype]
-    return words[part.start * itemsize // _WORD : (part.start + part.count) * itemsize // _WORD]
+def _range(words: torch.Tensor, segment: TensorSegment) -> torch.Tensor:
+    itemsize = ITEMSIZE[segment.tensor.dtype]
+    return words[segment.start * itemsize // _WORD : (segment.start + segment.count) * itemsize // _WORD]
 
 
 def _fingerprint(words: torch.Tensor) -> list[torch.Tensor]:
-    """Sums of the words by position modulo each prime: taken modulo their product first, so in one pass.
+    """Sum the words by position modulo each prime: taken modulo their product first, so in one pass.
 
     A last row that is not full is summed by itself. Nothing but sums and copies: each kind of kernel costs a GPU tens
     of milliseconds when it is first used.
@@ -164,28 +178,28 @@ def _same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(x.equal(y.to(x.device)) for x, y in zip(a, b, strict=True))
 
 
-def warm_up(device: str | int | torch.device) -> None:
+def prepare_fingerprints(device: str | int | torch.device) -> None:
     """Have a GPU load what fingerprints need, which takes it 70 ms the first time. For a thread beside a load."""
     import torch
 
     with suppress(RuntimeError, TypeError):  # the load itself says what is wrong with a device
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else "cuda" if device == "auto" else device)
         if found.type == "cuda" and torch.cuda.is_available():
-            for part in _fingerprint(torch.empty(2 * math.prod(_PRIMES) - 1, dtype=torch.int64, device=found)):
-                part.cpu()
+            for segment in _fingerprint(torch.empty(2 * math.prod(_PRIMES) - 1, dtype=torch.int64, device=found)):
+                segment.cpu()
 
 
-def batches(parts: Iterable[Part], loaded: LoadedTensors) -> Iterator[list[Part]]:
-    """Neighbouring parts that go together to one read, `PART_BYTES` at most; what was loaded stands alone."""
-    batch: list[Part] = []
-    for part in parts:
-        alone = loaded.knows(part)
-        if batch and (alone or sum(p.nbytes for p in batch) + part.nbytes > PART_BYTES):
+def batches(segments: Iterable[TensorSegment], loaded: LoadedTensors) -> Iterator[list[TensorSegment]]:
+    """Yield neighbouring segments that are read together, `SEGMENT_BYTES` at most; what was loaded stands alone."""
+    batch: list[TensorSegment] = []
+    for segment in segments:
+        alone = loaded.knows(segment)
+        if batch and (alone or sum(p.nbytes for p in batch) + segment.nbytes > SEGMENT_BYTES):
             yield batch
             batch = []
         if alone:
-            yield [part]
+            yield [segment]
         else:
-            batch.append(part)
+            batch.append(segment)
     if batch:
         yield batch

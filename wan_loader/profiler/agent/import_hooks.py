@@ -1,4 +1,4 @@
-"""Times every module that is executed or loaded, by top-level package, and runs hooks when a module has arrived.
+"""The timing of every module that is executed or loaded, by top-level package; hooks run when a module has arrived.
 
 The loaders' own methods are wrapped, so modules keep their loaders and specs. The wrappers carry the import system's
 file name, so that the interpreter leaves them out of tracebacks like the rest of the import system.
@@ -18,7 +18,12 @@ _HIDDEN = "<frozen importlib._bootstrap>"
 
 
 def install(recorder: Any, hooks: Any) -> None:
-    """`hooks`: module name -> function called with the module, once, after it was executed."""
+    """Wrap the import system's loaders.
+
+    Args:
+        recorder: Gets the spans.
+        hooks: Module name -> function called with the module, once, after it was executed.
+    """
     source = machinery.SourceFileLoader
     basics = next(c for c in source.__mro__ if "exec_module" in vars(c))
     extension = machinery.ExtensionFileLoader

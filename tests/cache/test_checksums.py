@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from wan_loader.cache.build import content_digest
-from wan_loader.cache.check import BlockCheck, check_entry, check_header, check_sources
+from wan_loader.cache.checksums import BlockCheck, check_entry, check_header, check_sources
 from wan_loader.cache.manifest import BLOCK_BYTES, MANIFEST_NAME, EntryFile, Manifest, digest
-from wan_loader.cache.outline import SourceFile
+from wan_loader.cache.outline import SourceIdentity
 from wan_loader.errors import CacheError, CheckpointError
 
 HEADER = 4096
@@ -55,8 +55,10 @@ def test_a_flipped_bit(entry, place, bit):
     assert str(file) in problem
     assert "do not match their checksum" in problem
     if 0 <= place < HEADER:
-        with pytest.raises(CacheError, match="header does not match"):
+        with pytest.raises(CacheError) as error:
             check_header(directory, manifest.files[0])
+        assert error.value.path == str(directory / manifest.files[0].path)
+        assert "header does not match" in error.value.reason
     else:
         check_header(directory, manifest.files[0])
 
@@ -113,16 +115,22 @@ def test_blocks_while_they_are_read(entry):
         check(0, start, end, memoryview(data)[start:end])
     damaged = bytearray(data[HEADER:BLOCK_BYTES])
     damaged[100] ^= 1
-    with pytest.raises(CacheError, match=f"bytes {HEADER} to {BLOCK_BYTES} do not match"):
+    with pytest.raises(CacheError) as error:
         check(0, HEADER, BLOCK_BYTES, memoryview(damaged))
-    with pytest.raises(CacheError, match="no checksum of their own"):
+    assert error.value.path == str(directory / file.path)
+    assert f"bytes {HEADER} to {BLOCK_BYTES} do not match" in error.value.reason
+    with pytest.raises(CacheError) as error:
         check(0, HEADER, HEADER + 5, memoryview(data)[HEADER : HEADER + 5])
+    assert f"no checksum for bytes {HEADER} to {HEADER + 5}" in error.value.reason
+    assert error.value.remedy == "load all tensors"
 
 
 def test_a_header_that_cannot_be_read(entry):
     (entry[0] / "model.safetensors").unlink()
-    with pytest.raises(CacheError, match="cannot be read"):
+    with pytest.raises(CacheError) as error:
         check_header(entry[0], entry[1].files[0])
+    assert error.value.path == str(entry[0] / "model.safetensors")
+    assert "cannot be read" in error.value.reason
 
 
 def test_contents_of_sources(tmp_path):
@@ -134,7 +142,7 @@ def test_contents_of_sources(tmp_path):
         label="m",
         dtype=None,
         created=0,
-        sources=tuple(SourceFile(str(p), 1000, 0, 0, 0) for p in paths),
+        sources=tuple(SourceIdentity(str(p), 1000, 0, 0, 0) for p in paths),
         files=(),
         contents=tuple(content_digest(str(p)) for p in paths),
     )
@@ -143,5 +151,7 @@ def test_contents_of_sources(tmp_path):
     paths[1].unlink()
     (problem,) = check_sources(manifest)
     assert problem.startswith(str(paths[0]))
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError) as error:
         content_digest(str(paths[1]))
+    assert error.value.path == str(paths[1])
+    assert "cannot be read" in error.value.reason

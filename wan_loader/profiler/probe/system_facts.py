@@ -1,4 +1,4 @@
-"""What the files lie on, and what this system allows: read from /proc and /sys, never by writing or timing.
+"""Facts of what the files lie on, and of what this system allows: from /proc and /sys, never by writing or timing.
 
 What a system does not tell (no /proc, a container without /sys) is left out.
 """
@@ -22,7 +22,7 @@ __all__ = ["limits", "storage_facts"]
 
 
 def storage_facts(path: StrPath) -> dict[str, Any]:
-    """File system, mount point and device under a path."""
+    """Return file system, mount point and device under a path."""
     facts: dict[str, Any] = {}
     if mount := mount_of(path):
         facts |= {"filesystem": mount.kind, "mounted_at": mount.point, "source": mount.source}
@@ -33,7 +33,7 @@ def storage_facts(path: StrPath) -> dict[str, Any]:
 
 
 def _block_device(number: str) -> dict[str, Any]:
-    """Rotational, scheduler, read-ahead of the disk behind a partition."""
+    """Read whether the disk behind a partition is rotational, and its read-ahead."""
     directory = Path("/sys/dev/block") / number
     facts: dict[str, Any] = {}
     for queue in (directory / "queue", directory / ".." / "queue"):
@@ -45,7 +45,7 @@ def _block_device(number: str) -> dict[str, Any]:
 
 
 def limits() -> dict[str, Any]:
-    """Memory that is allowed and free, memlock, huge pages, memory pressure so far."""
+    """Return memory that is allowed and free, memlock, huge pages, memory pressure so far."""
     facts: dict[str, Any] = {"memory_limit_bytes": memory_limit(), "memory_available_bytes": available_memory()}
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     facts["memlock_bytes"] = None if soft == resource.RLIM_INFINITY else soft
