@@ -4,7 +4,7 @@ import errno
 import os
 
 import pytest
-from wan_loader.stage_copy.blocks import BLOCK_BYTES, cold_blocks
+from wan_loader.stage_copy.copy_blocks import BLOCK_BYTES, cold_blocks
 
 from wan_loader.plan.blocks import ByteRange
 from wan_loader.system import page_cache as module
