@@ -4,9 +4,9 @@ import errno
 import os
 
 import pytest
-from wan_loader.stage_copy.copy_blocks import BLOCK_BYTES, cold_blocks
 
 from wan_loader.plan.blocks import ByteRange
+from wan_loader.stage_copy.copy_blocks import BLOCK_BYTES, cold_blocks
 from wan_loader.system import page_cache as module
 from wan_loader.system.mounts import Mount
 from wan_loader.system.page_cache import WINDOW_BYTES, Knowledge, PageCache, cached, describe, knowledge_of
