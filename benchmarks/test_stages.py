@@ -21,7 +21,7 @@ from wan_loader.loading.bind import Into, make_binding
 from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Segment
 from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.plan.limits import MIN_BLOCK_BYTES
+from wan_loader.plan.engine_settings import MIN_BLOCK_BYTES
 from wan_loader.plan.plan import make_plan
 from wan_loader.plan.request import LoadRequest
 from wan_loader.system.posix import cached_bytes

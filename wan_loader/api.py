@@ -10,7 +10,7 @@ from wan_loader.devices.resolve import import_torch
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import OptionError
 from wan_loader.loading.bind import Into, bind, make_binding
-from wan_loader.loading.fill import is_distributed
+from wan_loader.loading.fill_module import is_distributed
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest

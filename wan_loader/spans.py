@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Mark",
-    "Phase",
+    "PhaseSummary",
     "attribute",
     "by_label",
     "by_phase",
@@ -32,7 +32,7 @@ SpanT = TypeVar("SpanT", bound=Span)
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class PhaseSummary:
     """One phase of a load. `busy_s` is the union of its intervals over all threads and streams."""
 
     name: str
@@ -83,10 +83,10 @@ def by_phase(spans: Iterable[SpanT]) -> dict[str, list[SpanT]]:
     return {name: group for name, group in groups.items() if group}
 
 
-def summarize(spans: Iterable[Span]) -> tuple[Phase, ...]:
+def summarize(spans: Iterable[Span]) -> tuple[PhaseSummary, ...]:
     """Add up busy time and bytes of each phase that occurred; spans of phases that are not known count as "other"."""
     groups = by_phase(spans).items()
-    return tuple(Phase(name, busy_ns(group) / 1e9, sum(s.nbytes for s in group)) for name, group in groups)
+    return tuple(PhaseSummary(name, busy_ns(group) / 1e9, sum(s.nbytes for s in group)) for name, group in groups)
 
 
 def attribute(spans: Iterable[Span], start_ns: int, end_ns: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from wan_loader.events import Span
-    from wan_loader.spans import Phase
+    from wan_loader.spans import PhaseSummary
 
 __all__ = ["Evidence", "Verdict", "ideal_seconds", "judge", "judge_load"]
 
@@ -82,7 +82,7 @@ class Evidence:
     limits: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def phases(self) -> dict[str, Phase]:
+    def phases(self) -> dict[str, PhaseSummary]:
         """Busy time and bytes of each phase that occurred, by its name."""
         return {p.name: p for p in summarize(self.spans)}
 

@@ -17,7 +17,7 @@ from wan_pipeline.keymap import keymap
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from wan_pipeline.family import Network
+    from wan_pipeline.model_family import Network
 
 __all__ = ["check_dit", "dit_config", "native_shapes", "text_encoder_config", "vae_config"]
 

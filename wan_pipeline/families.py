@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from wan_loader import OptionError
-from wan_pipeline.family import Defaults, ModelFamily, Network, Sizes
+from wan_pipeline.model_family import Defaults, ModelFamily, Network, Sizes
 
 __all__ = ["FAMILIES", "TITLES", "Task", "family_called"]
 

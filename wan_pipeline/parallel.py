@@ -22,7 +22,7 @@ from wan_loader import OptionError, WanLoaderError, load_into
 from wan_loader.arguments import check_flag
 from wan_loader.cli import printable
 from wan_loader.distributed import end_now, join, rows, use_device, world_size
-from wan_pipeline.family import EXPERTS
+from wan_pipeline.model_family import EXPERTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,15 +26,15 @@ from wan_loader.arguments import checked_path
 from wan_loader.formats import find_scales, locate
 from wan_pipeline import configs
 from wan_pipeline.families import FAMILIES
-from wan_pipeline.family import EXPERTS, ComponentName
 from wan_pipeline.hub.layouts import family_of, is_native, missing_files, parts_of
 from wan_pipeline.keymap import keymap
+from wan_pipeline.model_family import EXPERTS, ComponentName
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from wan_loader import Checkpoint, StrPath
-    from wan_pipeline.family import Layout, ModelFamily, Network
+    from wan_pipeline.model_family import Layout, ModelFamily, Network
 
 __all__ = ["EXPERTS", "Component", "ComponentName", "WanCheckpoint", "open_wan"]
 

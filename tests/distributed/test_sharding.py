@@ -124,7 +124,7 @@ def test_columns_are_read_whole_and_cut():
 
 def test_processes_of_a_machine_share_its_budgets():
     from wan_loader.plan.blocks import Transport
-    from wan_loader.plan.limits import MAX_RING_BYTES, engine_settings
+    from wan_loader.plan.engine_settings import MAX_RING_BYTES, engine_settings
 
     def shared(sharers, memory=1 << 40, processors=16):
         return engine_settings(

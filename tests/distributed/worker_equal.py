@@ -18,7 +18,7 @@ import wan_loader
 from wan_loader.distributed import shard_group as group_module
 from wan_loader.formats.checkpoint_facts import Checkpoint
 from wan_loader.loading import run as load_module
-from wan_loader.plan.limits import MAX_READS
+from wan_loader.plan.engine_settings import MAX_READS
 from wan_loader.system.machine import processors
 
 HERE, DEVICE = Path(sys.argv[1]), sys.argv[2]

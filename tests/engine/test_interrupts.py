@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from engine_runs import Batch, run_transfer
 
-from wan_loader.engine.reader import Reader
+from wan_loader.engine.open_files import OpenFiles
 from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
-from wan_loader.plan.limits import EngineSettings, TransferMode
+from wan_loader.plan.engine_settings import EngineSettings, TransferMode
 from wan_loader.system import posix_aio
 from wan_loader.system.posix import PAGE
 
@@ -77,7 +77,7 @@ def path(tmp_path):
 def carry(path, writer, transport):
     blocks = tuple(plan_blocks([ByteRange(0, 0, 0, 8 * MiB)], block_bytes=MiB, transport=lambda *_: transport))
     settings = EngineSettings(threads=2, slot_bytes=MiB, n_slots=4)
-    with Reader([stat_file(path)]) as reader:
+    with OpenFiles([stat_file(path)]) as reader:
         return run_transfer([Batch(blocks, list)], reader, writer, settings)
 
 
@@ -176,7 +176,7 @@ def test_nothing_stays_mapped_or_open(path, monkeypatch, transport, by_threads):
     n_came, fds = 0, len(os.listdir("/proc/self/fd"))
     try:
         for i in range(400):
-            with Reader([stat_file(path)]) as reader:
+            with OpenFiles([stat_file(path)]) as reader:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.0005 + i * 1e-5)
                     stats = run_transfer([Batch(blocks, list)], reader, QuietAfterwards(), settings)

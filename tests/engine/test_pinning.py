@@ -12,13 +12,13 @@ from engine_runs import Batch, run_transfer
 
 from wan_loader.devices.writer import PinError
 from wan_loader.engine import TransferState
+from wan_loader.engine.open_files import OpenFiles
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
-from wan_loader.engine.reader import Reader
 from wan_loader.errors import DeviceError
 from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
-from wan_loader.plan.limits import EngineSettings
+from wan_loader.plan.engine_settings import EngineSettings
 
 pytestmark = pytest.mark.timeout(10)
 
@@ -82,7 +82,7 @@ def path(tmp_path):
 def carry(path, writer, each, allocate=list):
     blocks = tuple(plan_blocks([ByteRange(0, 0, 0, 6 * MiB)], block_bytes=MiB, transport=lambda *_: Transport.BUFFERED))
     batches = (Batch(blocks[i : i + each], allocate) for i in range(0, len(blocks), each))
-    with Reader([stat_file(path)]) as reader:
+    with OpenFiles([stat_file(path)]) as reader:
         return run_transfer(batches, reader, writer, EngineSettings(threads=2, slot_bytes=MiB, n_slots=8))
 
 

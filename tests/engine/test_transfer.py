@@ -16,12 +16,12 @@ from fake_device import FakeDevice
 
 from wan_loader.engine import transfer as carry
 from wan_loader.engine.activity import loading
-from wan_loader.engine.reader import Reader
+from wan_loader.engine.open_files import OpenFiles
 from wan_loader.errors import CheckpointError, DeviceError
 from wan_loader.events import Recorder
 from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import ByteRange, Transport, plan_blocks
-from wan_loader.plan.limits import EngineSettings, TransferMode
+from wan_loader.plan.engine_settings import EngineSettings, TransferMode
 from wan_loader.system import posix_aio
 from wan_loader.system.posix import PAGE
 from wan_loader.system.posix_aio import AioRequest, PosixAio
@@ -82,7 +82,7 @@ def load(path):
             faults_in=faults_in,
         )
         choose = transport if callable(transport) and not isinstance(transport, Transport) else lambda *_: transport
-        with Reader([stat_file(str(path))]) as reader:
+        with OpenFiles([stat_file(str(path))]) as reader:
             if not reader.open_direct(0):
                 pytest.skip("O_DIRECT is refused here")
             blocks = tuple(plan_blocks(byte_ranges, block_bytes=block_bytes, transport=choose))

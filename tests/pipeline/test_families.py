@@ -14,9 +14,9 @@ import torch
 import wan_pipeline
 from wan_loader import KeyMismatchError, OptionError
 from wan_pipeline.families import FAMILIES, TITLES, Task, family_called
-from wan_pipeline.family import ComponentName
 from wan_pipeline.hub.layouts import family_of, is_native, layout_of, layouts_in, missing_files, parts_of, wanted_files
 from wan_pipeline.keymap import keymap
+from wan_pipeline.model_family import ComponentName
 from wan_pipeline.synth import plan_synth
 from wan_pipeline.video_request import VideoRequest
 

@@ -20,7 +20,7 @@ from wan_loader.profiler.analysis.simulate import (
 )
 from wan_loader.profiler.probe import measure
 from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
-from wan_loader.profiler.probe.diagnosis import diagnose
+from wan_loader.profiler.probe.machine_findings import diagnose
 from wan_loader.sizes import parse_rate, parse_size
 
 

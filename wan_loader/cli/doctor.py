@@ -66,7 +66,7 @@ def _document(
     from wan_loader.devices.resolve import device_card, resolve_device
     from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.profiler.probe.ceilings import find_ceilings
-    from wan_loader.profiler.probe.diagnosis import diagnose
+    from wan_loader.profiler.probe.machine_findings import diagnose
     from wan_loader.profiler.probe.system_facts import limits, storage_facts
     from wan_loader.system.machine import machine_card
     from wan_loader.system.page_cache import describe

@@ -30,7 +30,7 @@ from wan_loader.distributed.sharding import TensorSharding, borders, divide, exc
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import DistributedError, OptionError
 from wan_loader.events import span
-from wan_loader.loading.fill import is_dtensor
+from wan_loader.loading.fill_module import is_dtensor
 from wan_loader.plan.layout import plan_storages
 from wan_loader.system.forks import without_forks
 

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from wan_loader.plan.blocks import Transport, apart, split
-from wan_loader.plan.limits import TransferMode
+from wan_loader.plan.engine_settings import TransferMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,15 +12,15 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wan_loader.engine.reader import BlockRead
+from wan_loader.engine.open_files import BlockRead
 from wan_loader.events import Span, clock_ns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from wan_loader.engine.open_files import OpenFiles
     from wan_loader.engine.pinned_ring import PinnedRing, Slot
     from wan_loader.engine.read_backend import ReadBackend, ReadRequest
-    from wan_loader.engine.reader import Reader
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
 
@@ -103,7 +103,7 @@ class ReadQueue:
     """The reads under way, and the slots that are free. For one thread."""
 
     def __init__(
-        self, n_rows: int, reader: Reader, ring: PinnedRing, backend: ReadBackend, observer: Observer | None
+        self, n_rows: int, reader: OpenFiles, ring: PinnedRing, backend: ReadBackend, observer: Observer | None
     ) -> None:
         self._reader = reader
         self._backend = backend

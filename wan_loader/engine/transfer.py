@@ -30,7 +30,7 @@ from wan_loader.engine.read_backend import choose_backend
 from wan_loader.engine.read_queue import InFlightRead, ReadQueue
 from wan_loader.events import span
 from wan_loader.plan.blocks import Transport
-from wan_loader.plan.limits import TransferMode
+from wan_loader.plan.engine_settings import TransferMode
 from wan_loader.system.posix import map_file, populate, unmap
 from wan_loader.system.threads import in_background
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wan_loader.devices.writer import CopyEvent, CopyStream, DeviceWriter
-    from wan_loader.engine.reader import Reader
+    from wan_loader.engine.open_files import OpenFiles
     from wan_loader.engine.transfer_state import TransferState
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
-    from wan_loader.plan.limits import EngineSettings
+    from wan_loader.plan.engine_settings import EngineSettings
 
 __all__ = ["Need", "Steps", "transfer_blocks"]
 
@@ -67,7 +67,7 @@ Steps = Generator[Need | list["Block"], Any, None]
 
 
 def transfer_blocks(
-    reader: Reader,
+    reader: OpenFiles,
     writer: DeviceWriter,
     settings: EngineSettings,
     state: TransferState,
@@ -101,7 +101,7 @@ class _Transfer:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: OpenFiles,
         writer: DeviceWriter,
         settings: EngineSettings,
         state: TransferState,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from wan_loader.arguments import check_flag, check_key_map, check_module, checked_strings
 from wan_loader.errors import KeyMismatchError
 from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
-from wan_loader.loading.fill import fill
+from wan_loader.loading.fill_module import fill
 from wan_loader.loading.match import left_on_meta, match
 from wan_loader.loading.mismatch import stays_on_meta
 from wan_loader.plan.dtype_policy import has_part

@@ -22,7 +22,7 @@ from wan_loader.loading.probe import probe
 from wan_loader.loading.report import MemoryReport
 from wan_loader.loading.result import LoadResult
 from wan_loader.loading.run import collect, run
-from wan_loader.plan.limits import MAX_READS
+from wan_loader.plan.engine_settings import MAX_READS
 from wan_loader.plan.plan import make_plan
 from wan_loader.system.collector import paused_gc
 from wan_loader.system.machine import free_memory, peak_resident, reset_peak_resident
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import TracebackType
 
-    from wan_loader.engine.reader import Check
+    from wan_loader.engine.open_files import Check
     from wan_loader.events import Observer, Span
     from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.loading.run import TransferResult

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.devices.resolve import check_tensors_are_real, resolve_device
-from wan_loader.engine.reader import Reader
+from wan_loader.engine.open_files import OpenFiles
 from wan_loader.formats.known_formats import is_planned
 from wan_loader.plan.blocks import MAX_GAP, ByteRange
+from wan_loader.plan.engine_settings import MIN_BLOCK_BYTES, block_bytes
 from wan_loader.plan.facts import Facts
 from wan_loader.plan.layout import storage_ranges
-from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes
 from wan_loader.system.machine import free_memory, memory_limit, processors
 from wan_loader.system.page_cache import PageCache, Residency
 
@@ -76,7 +76,7 @@ def _page_cache(checkpoint: Checkpoint, request: LoadRequest) -> tuple[Residency
     else:
         ranges = storage_ranges(checkpoint, request.select(checkpoint))
     nbytes = sum(r.end - r.start for r in ranges)
-    with Reader(checkpoint.files) as reader:
+    with OpenFiles(checkpoint.files) as reader:
         # the blocks of the plan: what is known of a block as a whole is enough to choose its transport
         unit = block_bytes(nbytes, MIN_BLOCK_BYTES)
         residency = PageCache(reader.fds).residency(ranges, unit=unit, max_gap=MAX_GAP)

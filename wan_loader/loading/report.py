@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from wan_loader.spans import Phase
+    from wan_loader.spans import PhaseSummary
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -90,7 +90,7 @@ class LoadReport:
     """The bytes of the tensors once loaded."""
     n_tensors: int
     io: IoReport
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseSummary, ...]
     bottleneck: Bottleneck
     memory: MemoryReport
     machine: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from wan_loader.devices.cuda import CudaWriter
 from wan_loader.devices.resolve import check_room_for_torch, is_busy
 from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Need, TransferState, transfer_blocks
-from wan_loader.engine.reader import Reader
+from wan_loader.engine.open_files import OpenFiles
 from wan_loader.events import span
 from wan_loader.formats.known_formats import format_of
 from wan_loader.loading.allocate import Allocation, convert_storage
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.devices.writer import Destination, DeviceWriter
     from wan_loader.engine import Steps
-    from wan_loader.engine.reader import Check
+    from wan_loader.engine.open_files import Check
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Block
     from wan_loader.plan.plan import LoadPlan
@@ -78,7 +78,7 @@ def run(
     import torch
 
     device, state = torch.device(plan.facts.device), TransferState()
-    with Reader(plan.checkpoint.files, check) as reader:
+    with OpenFiles(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
         steps = transfer_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)

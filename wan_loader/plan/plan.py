@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from wan_loader.formats.known_formats import format_of, is_planned
 from wan_loader.plan.blocks import MAX_GAP, Transport, plan_blocks
+from wan_loader.plan.engine_settings import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
 from wan_loader.plan.layout import Layout, lay_out, plan_storages
-from wan_loader.plan.limits import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
 from wan_loader.plan.memory import check_host_memory, check_memory
 from wan_loader.plan.transport import TransportRule, explain, is_uniform
 from wan_loader.sizes import format_bytes, format_count
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
     from wan_loader.plan.blocks import Block, ByteRange
+    from wan_loader.plan.engine_settings import EngineSettings
     from wan_loader.plan.facts import Facts
     from wan_loader.plan.layout import StoragePlan
-    from wan_loader.plan.limits import EngineSettings
     from wan_loader.plan.request import LoadRequest
 
 __all__ = ["Blocks", "LoadPlan", "make_plan"]

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import CheckpointError
 from wan_loader.formats import look_into, parse_object
 from wan_pipeline.families import FAMILIES
-from wan_pipeline.family import Layout
+from wan_pipeline.model_family import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from wan_loader.formats import Candidate
-    from wan_pipeline.family import ModelFamily, Network
+    from wan_pipeline.model_family import ModelFamily, Network
 
 __all__ = [
     "REPOSITORIES",

@@ -15,8 +15,8 @@ from wan_pipeline.hub.download_state import read_state
 from wan_pipeline.hub.layouts import family_of, layout_of, missing_files, parts_of
 
 if TYPE_CHECKING:
-    from wan_pipeline.family import Layout, ModelFamily
     from wan_pipeline.hub.download_state import DownloadState
+    from wan_pipeline.model_family import Layout, ModelFamily
 
 __all__ = ["recognise"]
 

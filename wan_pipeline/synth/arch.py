@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from wan_loader import OptionError
 from wan_pipeline.families import FAMILIES, Task
-from wan_pipeline.family import Layout, ModelFamily, Network, SynthName
+from wan_pipeline.model_family import Layout, ModelFamily, Network, SynthName
 
 __all__ = ["ARCHS", "Arch", "DType", "Dit", "Layout", "Size", "SynthName", "Task", "Text", "Vae"]
 

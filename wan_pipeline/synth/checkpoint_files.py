@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args
 
-from wan_pipeline.family import ComponentName
+from wan_pipeline.model_family import ComponentName
 from wan_pipeline.synth.formats import no_data, pth_stream, safetensors_stream, stream_nbytes
 from wan_pipeline.synth.synth_tensors import component_tensors, meta_module, native_tensors
 from wan_pipeline.synth.tokenizer import tokenizer_files

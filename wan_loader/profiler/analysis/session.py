@@ -13,7 +13,7 @@ from wan_loader.documents import MOST, Doc, DocumentError, read_json
 from wan_loader.errors import SessionError
 from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.phases import ALL_PHASES, known_phase
-from wan_loader.spans import Mark, Phase
+from wan_loader.spans import Mark, PhaseSummary
 from wan_loader.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -235,13 +235,13 @@ def _report(doc: Doc) -> LoadReport:
     )
 
 
-def _phases(docs: Sequence[Doc]) -> tuple[Phase, ...]:
+def _phases(docs: Sequence[Doc]) -> tuple[PhaseSummary, ...]:
     """Take each phase once: those that are not known here are one, whose seconds add up."""
-    found: dict[str, Phase] = {}
+    found: dict[str, PhaseSummary] = {}
     for doc in docs:
         name, busy_s, nbytes = known_phase(doc.text("name")), doc.number("busy_s"), doc.whole("nbytes")
-        before = found.get(name, Phase(name, 0.0, 0))
-        found[name] = Phase(name, before.busy_s + busy_s, before.nbytes + nbytes)
+        before = found.get(name, PhaseSummary(name, 0.0, 0))
+        found[name] = PhaseSummary(name, before.busy_s + busy_s, before.nbytes + nbytes)
     return tuple(found.values())
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from wan_loader.errors import HostMemoryError
 from wan_loader.plan.blocks import Transport
-from wan_loader.plan.limits import (
+from wan_loader.plan.engine_settings import (
     MAX_READS,
     MAX_RING_BYTES,
     MIN_BLOCK_BYTES,

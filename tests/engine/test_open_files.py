@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_loader.engine.reader import BlockRead, Reader
+from wan_loader.engine.open_files import BlockRead, OpenFiles
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.plan.blocks import Block, ByteRange, Segment, Transport, plan_blocks
@@ -30,7 +30,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def reader(path):
-    with Reader([stat_file(str(path))]) as reader:
+    with OpenFiles([stat_file(str(path))]) as reader:
         yield reader
 
 
@@ -221,7 +221,7 @@ def test_vanished_file_is_named(tmp_path, path):
     facts = stat_file(str(path))
     path.unlink()
     with pytest.raises(MissingFileError, match="vanished") as caught:
-        Reader([facts])
+        OpenFiles([facts])
     assert caught.value.path == str(path)
 
 
@@ -233,7 +233,7 @@ def test_nothing_stays_open_when_one_file_is_missing(tmp_path, path):
     gone.unlink()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(MissingFileError) as caught:
-        Reader([facts, missing])
+        OpenFiles([facts, missing])
     assert caught.value.path == str(gone)
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -242,13 +242,13 @@ def test_another_file_in_its_place_is_not_read(tmp_path, path):
     facts = stat_file(str(path))
     other = tmp_path / "other"
     other.write_bytes(path.read_bytes())
-    with Reader([facts]) as reader:
+    with OpenFiles([facts]) as reader:
         os.replace(other, path)
         with pytest.raises(CheckpointError, match=f"{path} was replaced"):
             reader.open_direct(0)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError, match=f"{path} was replaced"):
-        Reader([facts])
+        OpenFiles([facts])
     assert len(os.listdir("/proc/self/fd")) == before
 
 

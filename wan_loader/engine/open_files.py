@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.blocks import Block
 
 
-__all__ = ["BlockRead", "Check", "Reader"]
+__all__ = ["BlockRead", "Check", "OpenFiles"]
 
 
 class Check(Protocol):
@@ -36,7 +36,7 @@ class Check(Protocol):
         """Raise unless bytes `start` to `end` of a file are what they were."""
 
 
-class Reader:
+class OpenFiles:
     """The open files of one checkpoint; a context manager that closes them.
 
     Args:
@@ -62,7 +62,7 @@ class Reader:
             self._stack.close()
             raise
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -144,7 +144,7 @@ class BlockRead:
 
     __slots__ = ("_end", "_position", "_reader", "_start", "_step", "block", "fd", "transport")
 
-    def __init__(self, reader: Reader, block: Block) -> None:
+    def __init__(self, reader: OpenFiles, block: Block) -> None:
         self._reader = reader
         self.block = block
         direct = reader.direct_fd(block.file) if block.transport is Transport.DIRECT else None
