@@ -150,38 +150,19 @@ def make_plan(
         HostMemoryError: The load does not fit into the host's memory.
     """
     tensors = request.select(checkpoint)
-    notes = tuple(request.policy.check(checkpoint, tensors))
+    notes = request.policy.check(checkpoint, tensors)
     storages = plan_storages(tensors, request.policy)
     alone, checked = reads is None, read_unit is not None
     io = _io_mode(request.io, cuda=facts.cuda, checked=checked)
     views = alone and not facts.cuda and not checked and _may_view(request, checkpoint)
     layout = lay_out(checkpoint, storages, views=views, reads=reads or MappingProxyType({}))
-    nbytes, viewed = layout.nbytes_read, layout.nbytes_viewed
-    # torch.load holds the files in host memory, whatever the device is
-    if not is_planned(checkpoint):
-        read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
-        room = check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
-    else:
-        room = check_memory(layout, facts, checkpoint.path)
+    room = _room(checkpoint, storages, layout, facts)
+    blocks = _blocks(layout, facts, io, read_unit, alone=alone)
+    nbytes = layout.nbytes_read
     resident = facts.residency.total((*layout.byte_ranges, *layout.viewed_ranges))
-    rule = TransportRule(
-        io=io,
-        may_map=facts.cuda and not checked and prefers_mapping(facts.processors // facts.n_sharers),
-        residency=facts.residency,
-        direct_refused=facts.direct_refused.keys(),
-    )
-    # of a shared load, what lies between a process's own bytes is read by others: gaps are not read through
-    blocks = Blocks(
-        layout.byte_ranges, block_bytes(nbytes, read_unit or MIN_BLOCK_BYTES), rule, MAX_GAP if alone else PAGE
-    )
-    # planning all blocks only to learn their transports costs milliseconds: one byte range a file is enough here
-    if is_uniform(io, resident, nbytes):
-        transports = {rule(r.file, r.start, r.end) for r in _firsts(layout.byte_ranges)}
-    else:
-        transports = {block.transport for block in blocks}
     cold = resident * 2 < nbytes
     settings = engine_settings(
-        transports,
+        _transports(blocks, uniform=is_uniform(io, resident, nbytes)),
         io=io,
         threads=request.threads,
         memory_limit=facts.memory_limit,
@@ -210,9 +191,39 @@ def make_plan(
         # a cold load takes long, and others could take the room meanwhile: all is allocated at once
         batch=None if cold else _BATCH_BLOCKS,
         shared=not alone,
-        reason=explain(request.io, io, resident, nbytes, viewed, facts.residency.knowledge),
+        reason=explain(request.io, io, resident, nbytes, layout.nbytes_viewed, facts.residency.knowledge),
         warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_direct_fallbacks(blocks, facts)),
     )
+
+
+def _room(checkpoint: Checkpoint, storages: Sequence[StoragePlan], layout: Layout, facts: Facts) -> int | None:
+    """Return the host memory that is left for the rings of all loads; raise where the load does not fit."""
+    if is_planned(checkpoint):
+        return check_memory(layout, facts, checkpoint.path)
+    read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
+    return check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
+
+
+def _blocks(layout: Layout, facts: Facts, io: str, read_unit: int | None, *, alone: bool) -> Blocks:
+    rule = TransportRule(
+        io=io,
+        may_map=facts.cuda and read_unit is None and prefers_mapping(facts.processors // facts.n_sharers),
+        residency=facts.residency,
+        direct_refused=facts.direct_refused.keys(),
+    )
+    size = block_bytes(layout.nbytes_read, read_unit or MIN_BLOCK_BYTES)
+    # of a shared load, what lies between a process's own bytes is read by others: gaps are not read through
+    return Blocks(layout.byte_ranges, size, rule, MAX_GAP if alone else PAGE)
+
+
+def _transports(blocks: Blocks, *, uniform: bool) -> set[Transport]:
+    """Return how the blocks travel.
+
+    Where those of a file travel alike, one byte range of each tells: that saves the milliseconds of planning them all.
+    """
+    if uniform:
+        return {blocks.rule(r.file, r.start, r.end) for r in _firsts(blocks.byte_ranges)}
+    return {block.transport for block in blocks}
 
 
 def _direct_fallbacks(blocks: Blocks, facts: Facts) -> list[str]:
