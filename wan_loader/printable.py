@@ -7,7 +7,6 @@ Python writes it in a string: `\x1b`, `\n`, `\u202e`, `\udcff`.
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ def printable_lines(text: str) -> str:
 
 def markup_text(text: str) -> str:
     """Return `text` as `printable` does, escaped for HTML and SVG."""
+    import html  # its table of entities takes a millisecond, which no load needs
+
     return html.escape(printable(text))
 
 

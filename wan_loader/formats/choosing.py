@@ -13,7 +13,6 @@ from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.directory import look_into
 from wan_loader.formats.file_names import WEIGHT_SUFFIXES
 from wan_loader.formats.foreign_files import other_directory, other_format, read_head
-from wan_loader.formats.model_directory import candidates_below, known_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +72,8 @@ def _instead(directory: str, names: Sequence[str]) -> str:
 def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> CheckpointError:
     """Return the error that names the checkpoints in a directory and its subdirectories, when it holds not just one."""
     found = holding.candidates
+    from wan_loader.formats.model_directory import candidates_below  # only errors need it
+
     below = candidates_below(directory) if with_subdirectories else []
     choices = [*below, *found]
     if not choices:
@@ -95,6 +96,8 @@ def _not_one(directory: str, holding: Holding, *, with_subdirectories: bool) -> 
 
 def _model(directory: str) -> str | None:
     """Say that a directory is a whole model's, if it is one."""
+    from wan_loader.formats.model_directory import known_model
+
     if os.path.lexists(os.path.join(directory, _DIFFUSERS)):
         return "is a diffusers model's directory"
     return f"is a {model.family} model's directory" if (model := known_model(directory)) is not None else None

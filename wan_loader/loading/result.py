@@ -10,9 +10,7 @@ from wan_loader.devices.resolve import device_card
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.plan.blocks import Transport
 from wan_loader.sizes import format_bytes, format_count
-from wan_loader.spans import summarize
 from wan_loader.system.machine import machine_card
-from wan_loader.verdict import judge_load
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,6 +80,8 @@ class LoadResult:
 
 
 def _report(result: LoadResult) -> LoadReport:
+    from wan_loader.spans import summarize  # a load that nobody asks for its report does without
+
     plan, stats = result.plan, result.stats
     transports = [transport for transport in Transport if stats.nbytes[transport]]
     return LoadReport(
@@ -128,5 +128,7 @@ def _settings(plan: LoadPlan, stats: TransferStats) -> dict[str, Any]:
 def _bottleneck(result: LoadResult) -> Bottleneck:
     if not result.spans:
         return Bottleneck("other", "nothing was measured: the load had no observer")
+    from wan_loader.verdict import judge_load
+
     verdict = judge_load(result.spans, result.seconds, result.plan.facts.device)
     return Bottleneck(verdict.phase, verdict.why)
