@@ -41,14 +41,14 @@ def make(tiny_wan):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Loads wait until it is set, and look at their observer meanwhile, as a real load does block by block."""
+    """Loads wait until it is set, and ask their token meanwhile, as a real load does block by block."""
     go = threading.Event()
     fetch = modules.fetch
 
-    def slow(component, *, observer, **settings):
+    def slow(component, *, cancel, **settings):
         while not go.wait(0.005):
-            observer.record(None)
-        return fetch(component, **settings)
+            cancel.check()
+        return fetch(component, cancel=cancel, **settings)
 
     monkeypatch.setattr(residency.modules, "fetch", slow)
     return go
