@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.arguments import check_device
 from wan_loader.errors import DeviceError, HostMemoryError, OptionError
-from wan_loader.events import span
+from wan_loader.events import Span, clock_ns, span
 from wan_loader.sizes import format_bytes
 from wan_loader.system.forks import without_forks
 from wan_loader.system.machine import available_memory, process_headrooms
@@ -50,7 +51,7 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
     import torch
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if _count_devices(observer) else "cpu"
     try:
         found = torch.device(device if isinstance(device, str | torch.device) else f"cuda:{device}")
     except (RuntimeError, ValueError) as error:
@@ -61,7 +62,7 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
         return torch.device("cpu")
     if found.type != "cuda":
         raise DeviceError.because(f"device {str(found)!r} is not supported", _DEVICES)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _count_devices(observer)
     if count == 0:
         reason, remedy = f"this torch ({torch.__version__}) sees no CUDA device", "use device='cpu'"
         raise DeviceError(f"device {str(found)!r}: {reason}; {remedy}", reason=reason, remedy=remedy)
@@ -73,6 +74,17 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
         # the context is made by the first call that needs it: here, where its time has a name
         torch.cuda.synchronize(index)
     return torch.device("cuda", index)
+
+
+def _count_devices(observer: Observer | None) -> int:
+    """Return how many CUDA devices there are. The first time in a process, that starts the driver."""
+    import torch
+
+    start_ns = clock_ns()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count and observer is not None:  # where there is no device, nothing was started
+        observer.record(Span("cuda_init", start_ns, clock_ns(), 0, threading.current_thread().name))
+    return count
 
 
 def import_torch() -> None:
