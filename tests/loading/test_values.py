@@ -1,6 +1,7 @@
 """The values of a load: request, plan, token, result; and what may be given for what."""
 
 import threading
+import time
 
 import pytest
 
@@ -130,6 +131,20 @@ def test_a_plan_for_a_machine_that_is_not_here(tmp_path):
     with pytest.raises(wan_loader.DeviceMemoryError, match="10 of 20") as caught:
         make_plan(request, request.open(), full)
     assert caught.value.path == request.open().path
+
+
+def test_the_opening_of_a_checkpoint_counts_where_it_is_told(tmp_path):
+    opening = wan_loader.Recorder()
+    with wan_loader.span(opening, "header"):
+        checkpoint = wan_loader.open_checkpoint(write("safetensors", tmp_path, weights(5)))
+        time.sleep(0.2)
+    time.sleep(0.2)  # what comes between does not count
+    alone = wan_loader.load(checkpoint, dtype="bf16", observer=wan_loader.Recorder())
+    whole = alone.after(opening.spans)
+    assert whole.seconds == pytest.approx(alone.seconds + 0.2, abs=0.05)
+    assert {p.name: p.busy_s for p in whole.report.phases}["header"] == pytest.approx(0.2, abs=0.05)
+    assert whole.report.bottleneck.phase == "header"
+    assert whole.spans[1:] == alone.spans
 
 
 # in the order of arrival

@@ -61,10 +61,13 @@ def load(
     """
     if cache_dir is not None and not cache:
         raise typer.BadParameter("it needs --cache", param_hint="--cache-dir")
+    from wan_loader.events import Recorder, span
     from wan_loader.formats import open_checkpoint
 
-    checkpoint = open_checkpoint(path, part=part)
-    loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify)
+    opening = Recorder()
+    with span(opening, "header"):
+        checkpoint = open_checkpoint(path, part=part)
+    loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify).after(opening.spans)
     with stopping(loaded.build):
         _tell(checkpoint, loaded, verify=verify, json=json)
         if loaded.build is not None:

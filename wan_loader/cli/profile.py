@@ -138,7 +138,9 @@ def _profile_load(
     from wan_loader.profiler.analysis.assemble import load_session
     from wan_loader.profiler.probe.system_facts import limits
 
-    checkpoint = wan_loader.open_checkpoint(path, part=part)
+    opening = wan_loader.Recorder()
+    with wan_loader.span(opening, "header"):
+        checkpoint = wan_loader.open_checkpoint(path, part=part)
     files = [f.path for f in checkpoint.files]
     fp32 = sum(t.nbytes for t in checkpoint.tensors if t.dtype == "float32")
     before = limits()
@@ -151,7 +153,7 @@ def _profile_load(
             threads=threads,
             group=group,
             observer=observer or wan_loader.Recorder(),
-        )
+        ).after(opening.spans)
     measure = measure and is_first()
     report, spans = loaded.report, loaded.spans
     # its weights take the memory in which the machine is to be measured

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +13,7 @@ from wan_loader.sizes import format_bytes, format_count
 from wan_loader.system.machine import machine_card
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -77,6 +77,21 @@ class LoadResult:
         Making it takes milliseconds, for which nobody waits who only wants the tensors.
         """
         return _report(self)
+
+    def after(self, before: Sequence[Span]) -> LoadResult:
+        """Return the result of a load that counts what was done for it before it began: the opening of its checkpoint.
+
+        Args:
+            before: Spans of that time. What lies between them and the load, such as imports, does not count.
+        """
+        begun_ns = min((span.start_ns for span in self.spans), default=0)
+        moved: list[Span] = []
+        for span in reversed(before):
+            start_ns = begun_ns - (span.end_ns - span.start_ns)
+            moved.insert(0, replace(span, start_ns=start_ns, end_ns=begun_ns))
+            begun_ns = start_ns
+        seconds = sum(span.end_ns - span.start_ns for span in before) / 1e9
+        return replace(self, spans=(*moved, *self.spans), seconds=self.seconds + seconds)
 
 
 def _report(result: LoadResult) -> LoadReport:
