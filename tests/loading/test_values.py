@@ -11,6 +11,7 @@ from loader_cases import KINDS, same, same_dicts, weights, write  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader import CancelToken, LoadRequest, OptionError  # noqa: E402
+from wan_loader.engine import pinned_ring  # noqa: E402
 from wan_loader.formats import opening  # noqa: E402
 from wan_loader.loading.probe import probe  # noqa: E402
 from wan_loader.loading.run import collect, run  # noqa: E402
@@ -171,12 +172,19 @@ def test_a_run_yields_each_tensor_once_as_it_arrives(tmp_path, options):
 
 
 def test_closing_a_run_early_stops_it(tmp_path, open_files):
-    path = write("safetensors", tmp_path, weights(5))
-    before = open_files(path)
-    arrivals = run(planned(path, io="buffered"))
-    next(arrivals)
-    arrivals.close()
-    assert open_files(path) == before
+    """Wherever it is: nothing stays open, and the ring is given back, also when the last bytes have just arrived."""
+    path = write("safetensors", tmp_path, {**weights(5), "empty": torch.empty(0, 3)})
+    before, plan = open_files(path), planned(path, policy=DtypePolicy("bfloat16"))
+    n_yields = len(list(run(plan)))
+    assert n_yields > 1
+    pinned_ring._OPEN.clear()  # of that run, which nobody released
+    for taken in range(1, n_yields + 1):
+        arrivals = run(plan)
+        for _ in range(taken):
+            next(arrivals)
+        arrivals.close()
+        assert open_files(path) == before
+        assert not pinned_ring._OPEN
 
 
 # stop is not see

@@ -143,14 +143,15 @@ class _Transfer:
             yield from self._carry_all()
             with span(self._observer, "wait"):
                 self._writer.finish()
+            self._state.fallbacks += self._reader.fallbacks
+            # copies that were submitted and never asked about: `finish` has waited for them
+            copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
+            # still within: whoever closes the run here is not given the state, and could not release it
+            yield [*self._take_arrived(), *copied, *self._submitted]
         except BaseException:
             self._work.cancel()
             self._abandon()
             raise
-        self._state.fallbacks += self._reader.fallbacks
-        # copies that were submitted and never asked about: `finish` has waited for them
-        copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
-        yield [*self._take_arrived(), *copied, *self._submitted]
 
     def _draw_first(self) -> Steps:
         """Begin to read before anything is allocated, unless bytes go straight to their place."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.cuda import CudaWriter
-from wan_loader.devices.resolve import check_room_for_torch, is_busy
+from wan_loader.devices.resolve import is_busy
 from wan_loader.dtypes import torch_dtype
 from wan_loader.engine import Need, TransferState, transfer_blocks
 from wan_loader.engine.open_files import OpenFiles
@@ -202,7 +202,6 @@ def convert_late(tensors: dict[str, torch.Tensor], plan: LoadPlan) -> None:
 
 def read_tensors(request: LoadRequest) -> dict[str, torch.Tensor]:
     """Read and convert tensors into host memory, as a load does, without being one: nothing is measured or reported."""
-    check_room_for_torch()
     checkpoint = request.open()
     transfer = collect(run(make_plan(request, checkpoint, probe(checkpoint, request))))
     transfer.state.release()
