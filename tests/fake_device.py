@@ -10,8 +10,8 @@ from wan_loader.system.posix import PAGE
 
 
 class FakeCopyEvent:
-    def __init__(self, copies):
-        self.copies = copies
+    def __init__(self, copies, segments):
+        self.copies, self.segments = copies, segments
         self.event = threading.Event()
 
     def done(self):
@@ -26,9 +26,9 @@ class FakeStream:
         self.device = device
         self.thread = threading.get_ident()
 
-    def submit(self, address, file_start, segments):
+    def submit(self, sources):
         assert threading.get_ident() == self.thread, "a stream is for the thread that made it"
-        return self.device.submit(address, file_start, segments)
+        return self.device.submit(sources)
 
 
 class FakeDevice:
@@ -36,14 +36,14 @@ class FakeDevice:
 
     def __init__(self, sizes, *, delay_s=0.0, pin_s=0.0, can_pin=True, refuse=lambda n, read_only: False, fail_at=None):
         self.memory = [bytearray(n) for n in sizes]
-        self.arrived = [bytearray(n) for n in sizes]  # how often each byte was copied
+        self.n_copied = [bytearray(n) for n in sizes]  # how often each byte was copied
         self.can_pin = can_pin
         self.threads = set()
         self.pinned, self.max_pinned, self.n_pins = {}, 0, 0
         self.n_submits, self.addresses = 0, set()
         self._delay_s, self._pin_s, self._refuse, self._fail_at = delay_s, pin_s, refuse, fail_at
         self._queue = queue.SimpleQueue()
-        self._pending = []
+        self._pending, self._n_told = [], 0
         self.n_bound = 0
         self._thread = threading.Thread(target=self._run, name="fake device", daemon=True)
         self._thread.start()
@@ -53,8 +53,8 @@ class FakeDevice:
             time.sleep(self._delay_s)
             for storage, at, source, nbytes in copy_event.copies:
                 self.memory[storage][at : at + nbytes] = ctypes.string_at(source, nbytes)
-                self.arrived[storage][at : at + nbytes] = bytes(
-                    min(n + 1, 9) for n in self.arrived[storage][at : at + nbytes]
+                self.n_copied[storage][at : at + nbytes] = bytes(
+                    min(n + 1, 9) for n in self.n_copied[storage][at : at + nbytes]
                 )
             copy_event.event.set()
 
@@ -81,19 +81,28 @@ class FakeDevice:
         self.pinned.pop(address, None)  # what was refused may be given back too
         return True
 
-    def submit(self, address, file_start, segments):
+    def submit(self, sources):
+        segments = [segment for source in sources for segment in source.block.segments]
         assert all(segment.storage < self.n_bound for segment in segments), "copied to what is not allocated yet"
         self.threads.add(threading.get_ident())
         self.n_submits += 1
-        self.addresses.add(address // PAGE)
+        self.addresses.update(source.address // PAGE for source in sources)
         if self._fail_at is not None and self.n_submits >= self._fail_at[0]:
             raise self._fail_at[1]
-        copy_event = FakeCopyEvent(
-            [(p.storage, p.storage_start, address + p.file_start - file_start, p.nbytes) for p in segments]
-        )
+        copies = [
+            (p.storage, p.storage_start, source.address + p.file_start - source.block.start, p.nbytes)
+            for source in sources
+            for p in source.block.segments
+        ]
+        copy_event = FakeCopyEvent(copies, segments)
         self._pending.append(copy_event)
         self._queue.put(copy_event)
         return copy_event
+
+    def arrived(self):
+        there = [event for event in self._pending[self._n_told :] if event.event.is_set()]
+        self._n_told += len(there)  # they are set in their order
+        return [segment for event in there for segment in event.segments]
 
     def finish(self):
         for copy_event in self._pending:

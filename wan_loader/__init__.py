@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
     from wan_loader.spans import summarize
-    from wan_loader.system.collector import paused_gc
+    from wan_loader.system.interpreter import paused_gc
     from wan_loader.types import IoMode, StrPath
     from wan_loader.warming.evict import resident_bytes
     from wan_loader.warming.prewarm import Prewarm, prewarm, prewarm_files
@@ -101,7 +101,7 @@ _LAZY = {
     "match": "wan_loader.loading.match",
     "module_slots": "wan_loader.loading.match",
     "open_checkpoint": "wan_loader.formats",
-    "paused_gc": "wan_loader.system.collector",
+    "paused_gc": "wan_loader.system.interpreter",
     "prewarm": "wan_loader.warming.prewarm",
     "prewarm_files": "wan_loader.warming.prewarm",
     "resident_bytes": "wan_loader.warming.evict",

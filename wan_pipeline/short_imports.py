@@ -1,12 +1,12 @@
 """Shorter imports: once weights load beside them, they are what a start waits for.
 
-It changes three settings of the process for as long as the body runs, and puts each back.
+It changes two settings of the process for as long as the body runs, and puts each back. A third is the loader's: while
+it loads, its threads wait for the interpreter for a short turn only.
 """
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -18,32 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["short_imports"]
 
-#: How long imports may keep the interpreter from a loading thread that wants it, instead of Python's 5 ms: a load asks
-#: for it some thousand times, and imports get no slower.
-_TURN_S = 0.0001
-
 
 @contextmanager
 def short_imports() -> Iterator[None]:
     """Make the imports in the body shorter, which are of large libraries while other threads load."""
-    with ExitStack() as stack:
-        for part in (_short_turns, paused_gc, _packages_listed_once):
-            stack.enter_context(part())
+    with paused_gc(), _packages_listed_once():
         yield
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """Let threads that load have the interpreter sooner."""
-    before = sys.getswitchinterval()
-    if before <= _TURN_S:
-        yield
-        return
-    sys.setswitchinterval(_TURN_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 @contextmanager

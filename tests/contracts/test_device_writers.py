@@ -12,8 +12,8 @@ from fake_device import FakeDevice
 
 from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.cuda import CudaWriter
-from wan_loader.devices.writer import Destination, PinError
-from wan_loader.plan.blocks import Segment
+from wan_loader.devices.writer import Destination, HostBlock, PinError
+from wan_loader.plan.blocks import Block, Segment, Transport, split
 from wan_loader.system.posix import PAGE, read_at
 
 MiB = 1 << 20
@@ -48,6 +48,12 @@ def segments(sizes, storage=0, at=0):
     return made
 
 
+def host_block(source, all_segments, whole=None):
+    start, end = min(s.file_start for s in all_segments), max(s.file_end for s in all_segments)
+    block = Block(Transport.BUFFERED, 0, start, end, tuple(all_segments), whole)
+    return HostBlock(source.address + start - FILE_START, block)
+
+
 class TensorTargets:
     """Destinations as a load makes them: bytes of tensors."""
 
@@ -70,7 +76,7 @@ class DeviceWriterContract:
         return Source()
 
     def submit(self, stream, source, all_segments):
-        return stream.submit(source.address, FILE_START, all_segments)
+        return stream.submit([host_block(source, all_segments)])
 
     def test_bytes_arrive_where_they_belong(self, source):
         sizes = [1, 7, 4096, 100_001, 1_000_000]
@@ -118,6 +124,22 @@ class DeviceWriterContract:
         self.writer.finish()
         for segment in all_segments:
             assert self.bytes_of(segment.storage) == source.bytes(segment)
+
+    def test_what_has_arrived_is_told_once(self, source):
+        sizes = [5000, 3, 200_000, 0x10000]
+        self.prepare(sizes)
+        self.writer.bind(self.destinations)
+        stream, all_segments = self.writer.stream(), segments(sizes)
+        event = stream.submit([host_block(source, [segment]) for segment in all_segments[:3]])
+        if event is not None:
+            event.wait()
+            assert event.done()
+        assert sorted(self.writer.arrived()) == sorted(all_segments[:3])
+        assert self.writer.arrived() == []
+        self.submit(stream, source, all_segments[3:])
+        self.writer.finish()
+        assert self.writer.arrived() == all_segments[3:]
+        assert self.writer.arrived() == []
 
     def test_each_thread_has_a_stream_of_its_own(self, source):
         sizes = [1000] * 8
@@ -222,10 +244,48 @@ class ConvertingWriterContract(TensorTargets, DeviceWriterContract):
                     all_segments.append(Segment(storage, first * itemsize, at, nbytes, itemsize))
                     at += nbytes
         assert writer.place(all_segments[0]) is None, "it must pass through here to be converted"
-        writer.stream().submit(source.address, FILE_START, all_segments)
+        writer.stream().submit([host_block(source, all_segments)])
         writer.finish()
+        assert sorted(writer.arrived()) == sorted(all_segments)
         for tensor, value in zip(tensors, values, strict=True):
             assert torch.equal(tensor, value.to(self.device).to(dtype))
+
+    @pytest.mark.parametrize("shift", [0, 2])
+    def test_parts_of_a_whole_come_in_any_order(self, shift):
+        """Converted storages, large and small ones, between others that stay as they are."""
+        source, generator = Source(), torch.Generator().manual_seed(3)
+        counts = [7, 60_000, 11, 13, 30_000, 5]
+        values = [torch.randn(count, generator=generator) for count in counts]
+        raw = bytes(shift) + b"".join(value.view(torch.uint8).numpy().tobytes() for value in values)
+        ctypes.memmove(source.address, raw, len(raw))
+        stays = {3, 4}
+        tensors = [
+            torch.zeros(count, dtype=torch.float32 if i in stays else torch.bfloat16, device=self.device)
+            for i, count in enumerate(counts)
+        ]
+        all_segments, at = [], FILE_START + shift
+        for storage, count in enumerate(counts):
+            all_segments.append(Segment(storage, 0, at, 4 * count, 1 if storage in stays else 4))
+            at += 4 * count
+        whole = host_block(source, all_segments).block
+        parts = [part._replace(whole=whole) for part in split(whole, 5 * PAGE)]
+        random.Random(1).shuffle(parts)
+        writer = self.make_writer()
+        writer.bind(
+            [Destination(t, t.data_ptr(), None if i in stays else torch.float32) for i, t in enumerate(tensors)]
+        )
+        stream = writer.stream()
+        for first in range(0, len(parts), 3):
+            stream.submit(
+                [HostBlock(source.address + part.start - FILE_START, part) for part in parts[first : first + 3]]
+            )
+        writer.finish()
+        told = dict.fromkeys(range(len(counts)), 0)
+        for segment in writer.arrived():
+            told[segment.storage] += segment.nbytes
+        assert list(told.values()) == [4 * count for count in counts]
+        for tensor, value in zip(tensors, values, strict=True):
+            assert torch.equal(tensor, value.to(self.device).to(tensor.dtype))
 
 
 class TestCpuWriter(ConvertingWriterContract):

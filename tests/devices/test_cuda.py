@@ -1,13 +1,10 @@
 """Copies to a device that follow each other go as one, but never beyond what was allocated at once."""
 
-import threading
 from itertools import pairwise
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wan_loader.devices import cuda
 from wan_loader.devices.cuda import join_copies
 
 EVERYWHERE = (0, 1 << 40)
@@ -53,25 +50,3 @@ def test_every_byte_comes_from_where_it_came(sizes, room):
     assert all(t // room == (t + n - 1) // room for t, _, n in made)
     for (t, s, n), (u, v, _) in pairwise(made):
         assert (u, v) != (t + n, s + n) or u % room == 0, "could have been one"
-
-
-def test_registered_memory_is_found_while_more_is_registered(monkeypatch):
-    """By another thread, at lower addresses, right after the place in the order was looked up."""
-    monkeypatch.setattr(cuda.driver, "current_context", lambda: 0)
-    monkeypatch.setattr(cuda.driver, "register", lambda *args, **kwargs: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: None)
-    writer = cuda.CudaWriter(0)
-    monkeypatch.setattr(writer, "_view", lambda address, nbytes: range(address, address + nbytes))
-    writer.pin(1000, 100, read_only=False)
-    plain, lower = cuda.bisect_right, iter(range(900, 0, -100))
-
-    def looked_up(ranges, at):
-        found = plain(ranges, at)
-        another = threading.Thread(target=writer.pin, args=(next(lower), 100), kwargs={"read_only": True})
-        another.start()
-        another.join(0.05)
-        return found
-
-    monkeypatch.setattr(cuda, "bisect_right", looked_up)
-    for at in (1000, 1050, 1090):
-        assert writer.bytes_on_device(at, 10) == range(at, at + 10)

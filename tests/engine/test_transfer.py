@@ -107,7 +107,7 @@ def check(result, path):
     """Every byte arrived, once; three threads at most told the device writer; everything was unpinned."""
     data = path.read_bytes()
     for byte_range, memory, arrived in zip(
-        result.byte_ranges, result.writer.memory, result.writer.arrived, strict=True
+        result.byte_ranges, result.writer.memory, result.writer.n_copied, strict=True
     ):
         assert bytes(memory) == data[byte_range.start : byte_range.end]
         assert set(arrived) == {1}

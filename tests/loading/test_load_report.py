@@ -316,7 +316,7 @@ def test_what_a_program_froze_stays_frozen():
     """Even if it froze before it imported much."""
     code = """
 import gc; gc.freeze(); frozen = gc.get_freeze_count()
-from wan_loader.system.collector import paused_gc
+from wan_loader.system.interpreter import paused_gc
 with paused_gc(): made = [[] for _ in range(1000)]
 print(frozen, gc.get_freeze_count())
 """

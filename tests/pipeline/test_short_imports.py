@@ -15,10 +15,9 @@ def settings():
     return sys.getswitchinterval(), gc.isenabled(), metadata.packages_distributions
 
 
-def test_inside_turns_are_short_and_no_garbage_is_looked_for():
+def test_inside_no_garbage_is_looked_for():
     before = settings()
     with short_imports():
-        assert sys.getswitchinterval() < before[0]
         assert not gc.isenabled()
     assert settings() == before
 
@@ -31,17 +30,12 @@ def test_everything_is_put_back_after_a_failure():
 
 
 def test_what_was_chosen_before_stays():
-    before = sys.getswitchinterval()
     gc.disable()
-    sys.setswitchinterval(0.00005)
-    chosen = sys.getswitchinterval()
     try:
         with short_imports():
-            assert sys.getswitchinterval() == chosen
-        assert sys.getswitchinterval() == chosen
+            pass
         assert not gc.isenabled()
     finally:
-        sys.setswitchinterval(before)
         gc.enable()
 
 

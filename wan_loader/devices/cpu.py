@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.devices.writer import HostBlock
     from wan_loader.events import Observer
     from wan_loader.plan.blocks import Segment
 
@@ -39,6 +40,7 @@ class CpuWriter:
     def __init__(self, observer: Observer | None = None) -> None:
         self._destinations: list[Destination] = []
         self._observer = observer
+        self._arrived: list[Segment] = []
 
     def bind(self, destinations: Sequence[Destination]) -> None:
         """Say where the next storages go; large ones that are to be converted are asked to lie in huge pages."""
@@ -64,9 +66,14 @@ class CpuWriter:
         """Return True: there is nothing to undo."""
         return True
 
-    def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> None:
-        """Copy or convert the segments now."""
-        offset = address - file_start
+    def submit(self, sources: Sequence[HostBlock]) -> None:
+        """Copy or convert the blocks now."""
+        for source in sources:
+            self._carry(source.address - source.block.start, source.block.segments)
+            self._arrived += source.block.segments
+
+    def _carry(self, offset: int, segments: Sequence[Segment]) -> None:
+        """Copy or convert segments; `offset` more than its place in the file is the address of a byte."""
         for converts, group in groupby(segments, lambda p: self._destinations[p.storage].source_dtype is not None):
             same = list(group)
             with span(self._observer, "cast" if converts else "h2d", sum(p.nbytes for p in same)):
@@ -76,6 +83,11 @@ class CpuWriter:
                         _convert(destination, source, segment)
                     else:
                         ctypes.memmove(destination.address + segment.storage_start, source, segment.nbytes)
+
+    def arrived(self) -> list[Segment]:
+        """Return what was submitted since this was last asked."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def finish(self) -> None:
         """Do nothing: everything has arrived already."""

@@ -1,36 +1,45 @@
-"""The device writer of a CUDA device: asynchronous copies over PCIe, and conversions on the GPU that read host memory.
+"""The device writer of a CUDA device: asynchronous copies over PCIe, and conversions on the GPU beside them.
 
 Each thread that submits has a stream. Bytes that stay as they are are copied straight into their tensor. Bytes to be
-converted are read over PCIe by the cast kernel, at nine tenths of what a copy reaches, and without a scratch buffer
-that a copy fills, a kernel empties and both wait for. (A converting `.to(device, dtype)` from pinned memory leaves the
-DMA path and is nine times slower.)
+converted are copied into a conversion buffer, which holds a whole block; once all of it is there, a second stream casts
+it into its tensors while the first copies on. So the link is as busy as without a conversion, and the thread that
+submits makes few calls of torch: one or two for a block of 32 MiB. (A converting `.to(device, dtype)` from pinned
+memory leaves the DMA path and is nine times slower; a cast kernel that reads host memory itself reaches nine tenths.)
 """
 
 from __future__ import annotations
 
-import ctypes
-from bisect import bisect_right, insort
 from collections import deque
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
-from math import inf
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices import driver
+from wan_loader.errors import DeviceError
 from wan_loader.events import Span, clock_ns
+from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from wan_loader.devices.writer import Destination
+    import torch
+
+    from wan_loader.devices.writer import Destination, HostBlock
     from wan_loader.events import Observer
-    from wan_loader.plan.blocks import Segment
+    from wan_loader.plan.blocks import Block, Segment
 
-__all__ = ["CudaWriter", "join_copies"]
+__all__ = ["CudaWriter", "get_ready", "join_copies"]
+
+#: Conversion buffers that each thread makes before it uses one again whose cast may still run. More come to be where
+#: parts of more blocks are in the pinned ring.
+_BUFFERS = 4
+#: Buffers are multiples of this, so that blocks which are a little shorter fit the same ones.
+_BUFFER_UNIT = 8 << 20
 
 
-def _neighbours(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+def _neighbours(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
     """Divide segments into rows that follow each other in the file without a gap."""
     row: list[Segment] = []
     for segment in segments:
@@ -67,17 +76,46 @@ def join_copies(
         yield to, source, nbytes
 
 
-class _DeviceView:
-    """Registered host memory as the device sees it, for `torch.as_tensor` (CUDA Array Interface, version 3)."""
+def get_ready(device: str | int | torch.device, *, converts: bool) -> None:
+    """Do beforehand, in a thread of its own, what would hold up the first copies. Returns at once.
 
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            "stream": None,
-        }
+    That is 2 ms for a stream, and 40 where tensors are converted: the first cast of a process has the driver load
+    torch's kernels. Nothing happens where the process has not used the device yet.
+    """
+    import torch
+
+    with suppress(RuntimeError, ValueError):  # no such device: whoever loads will be told
+        if not torch.cuda.is_initialized():
+            return
+        index = torch.device("cuda" if device in ("auto", "cuda") else device).index
+        index = torch.cuda.current_device() if index is None else index
+        if torch._C._cuda_hasPrimaryContext(index):  # type: ignore[attr-defined]
+            in_background(partial(_get_ready, index, converts=converts), "get device ready")
+
+
+def _get_ready(index: int, *, converts: bool) -> None:
+    import torch
+
+    with suppress(DeviceError, RuntimeError):
+        torch.cuda.set_device(index)  # makes its context current in this thread
+        context = driver.current_context()
+        streams = [driver.take_stream(context) for _ in range(1 + converts)]
+        if converts:
+            with torch.cuda.stream(torch.cuda.ExternalStream(streams[-1])):
+                source = torch.empty(2, device="cuda")
+                _copy_all(torch, [source.new_empty(2, dtype=torch.bfloat16)], [source])
+            driver.wait_for_stream(streams[-1])
+        for stream in streams:
+            driver.give_stream_back(stream, context)
+
+
+def _copy_all(torch: Any, targets: list[Any], sources: list[Any]) -> None:
+    """Convert tensors with one launch; one by one where torch cannot (float8_e8m0fnu)."""
+    try:
+        torch._foreach_copy_(targets, sources)
+    except NotImplementedError:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
 
 
 class CudaWriter:
@@ -94,11 +132,9 @@ class CudaWriter:
         self.destinations: list[Destination] = []
         self.allocated = torch.cuda.Event()
         """An event that is recorded anew with every `bind`; copies to the latest destinations wait for it."""
-        self._pinned: list[tuple[int, int]] = []
-        """Starts and ends of registered memory, in order. Threads that add to it move what others have just found."""
-        self._pinned_lock = Lock()
-        self._views: dict[int, Any] = {}
+        self._timelines: list[_Timeline] = []
         self._streams: list[_CopyStream] = []
+        self._arrived: list[Segment] = []
         self._context = driver.current_context()
 
     def bind(self, destinations: Sequence[Destination]) -> None:
@@ -116,113 +152,218 @@ class CudaWriter:
     def stream(self) -> _CopyStream:
         """Make a copy stream for the calling thread."""
         self.torch.cuda.set_device(self.device)
-        stream = _CopyStream(self, f"{self.device} h2d {len(self._streams)}")
+        stream = _CopyStream(self, len(self._streams))
         self._streams.append(stream)
         return stream
+
+    def timeline(self, phase: str, track: str) -> _Timeline:
+        """Make a stream for work of a phase."""
+        timeline = _Timeline(phase, track, self._context, self.observer)
+        self._timelines.append(timeline)
+        return timeline
 
     def pin(self, address: int, nbytes: int, *, read_only: bool) -> None:
         """Register host memory with the driver, in any thread; raises `PinError`."""
         driver.register(address, nbytes, self._context, read_only=read_only)
-        with self._pinned_lock:
-            insort(self._pinned, (address, address + nbytes))
 
     def unpin(self, address: int) -> bool:
         """Undo `pin`, in any thread; return False if the memory is still registered."""
         return driver.unregister(address, self._context)
 
-    def bytes_on_device(self, address: int, nbytes: int) -> Any:
-        """Return the bytes from `address` on as a uint8 tensor for kernels: the pinned memory itself, else a copy."""
-        with self._pinned_lock:
-            at = bisect_right(self._pinned, (address, inf))
-            start, end = self._pinned[at - 1] if at else (0, 0)
-        if address + nbytes <= end:
-            if start not in self._views:
-                self._views[start] = self._view(start, end - start)
-            if (view := self._views[start]) is not None:
-                return view[address - start : address - start + nbytes]
-        # `.to` is synchronous from memory that is not pinned: the slot is free when it returns
-        raw = (ctypes.c_char * nbytes).from_address(address)
-        return self.torch.frombuffer(raw, dtype=self.torch.uint8).to(self.device)
-
-    def _view(self, address: int, nbytes: int) -> Any:
-        """Return registered memory as the device sees it; None where torch made a copy, of it as it is now."""
-        on_device = driver.device_address(address)
-        view = self.torch.as_tensor(_DeviceView(on_device, nbytes), device=self.device)
-        return view if view.data_ptr() == on_device else None
+    def arrived(self) -> list[Segment]:
+        """Return the segments that are in place since this was last asked."""
+        for timeline in self._timelines:
+            self._arrived += timeline.take_arrived()
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def finish(self) -> None:
-        """Wait for everything that was submitted, and forget the destinations."""
-        for stream in self._streams:
-            stream.finish()
-        while self._streams:
-            driver.destroy_stream(self._streams.pop().handle)
+        """Wait for everything that was submitted, and forget the destinations. In any thread."""
+        with driver.within(self._context):
+            for timeline in self._timelines:
+                timeline.finish()
+            while self._timelines:
+                timeline = self._timelines.pop()
+                self._arrived += timeline.take_arrived()
+                timeline.close()
+            while self._streams:
+                self._streams.pop().close()
         self.destinations = []  # the weights are their owner's alone from here on
-        self._pinned.clear()
-        self._views.clear()
 
 
 @dataclass(slots=True, eq=False)
 class _CopyEvent:
-    """Copies up to an event of the stream that they were submitted to."""
+    """Work up to an event of its stream, and the segments that are in place then."""
 
-    stream: _CopyStream
-    event: Any
+    timeline: _Timeline
+    event: int
+    segments: Sequence[Segment]
     nbytes: int
     submitted_ns: int
     is_done: bool = False
 
     def done(self) -> bool:
-        if not self.is_done and self.event.query():
-            self.is_done = True
-            self.stream.ended(self)
+        if not self.is_done:
+            self.timeline.look()
         return self.is_done
 
     def wait(self) -> None:
         if not self.is_done:
-            self.event.synchronize()
+            driver.wait_for(self.event)
+
+
+class _Timeline:
+    """A stream, and what happened on it. Events are used again: making one takes longer than recording it."""
+
+    def __init__(self, phase: str, track: str, context: int, observer: Observer | None) -> None:
+        self._phase = phase
+        self._track = track
+        self._context = context
+        self._observer = observer
+        self.handle = driver.take_stream(context)
+        self._under_way: deque[_CopyEvent] = deque()
+        self._arrived: list[Segment] = []
+        self._idle: list[int] = []
+        """Events that can be recorded again."""
+        self._made: list[int] = []
+        self._origin = self._origin_ns = self._ended_ns = 0
+        if observer is not None:
+            # lays the device's clock on the host's; before the stream waits for anything
+            self._origin = self._event()
+            driver.wait_for(self._origin)
+            self._origin_ns = self._ended_ns = clock_ns()
+
+    def mark(self, segments: Sequence[Segment], nbytes: int, submitted_ns: int) -> _CopyEvent:
+        """Return an event for the end of everything that was queued until now; `segments` are in place with it."""
+        copy_event = _CopyEvent(self, self._event(), segments, nbytes, submitted_ns)
+        self._under_way.append(copy_event)
+        return copy_event
+
+    def _event(self) -> int:
+        if self._idle:
+            event = self._idle.pop()
+        else:
+            event = driver.make_event(timed=self._observer is not None)
+            self._made.append(event)
+        driver.record(event, self.handle)
+        return event
+
+    def look(self) -> None:
+        """Take note of what is done, in the order of submission, with the device's own times."""
+        while self._under_way and driver.is_over(self._under_way[0].event):
+            copy_event = self._under_way.popleft()
+            if self._observer is not None:
+                # until then the stream was busy with what came before
+                start_ns = max(copy_event.submitted_ns, self._ended_ns)
+                ended_ns = self._origin_ns + driver.elapsed_ns(self._origin, copy_event.event)
+                self._ended_ns = max(start_ns, ended_ns)
+                self._observer.record(Span(self._phase, start_ns, self._ended_ns, copy_event.nbytes, self._track))
+            self._arrived += copy_event.segments
+            copy_event.is_done = True
+            self._idle.append(copy_event.event)
+
+    def take_arrived(self) -> list[Segment]:
+        """Return what is in place since this was last asked."""
+        self.look()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def finish(self) -> None:
+        """Wait for everything on the stream."""
+        driver.wait_for_stream(self.handle)
+
+    def close(self) -> None:
+        """Give the stream and its events back, once it has finished."""
+        driver.give_stream_back(self.handle, self._context)
+        while self._made:
+            driver.destroy_event(self._made.pop())
+
+
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    """Device memory for the bytes of a block before they are converted."""
+
+    memory: Any
+    emptied: int
+    """An event: whatever used the memory last is over."""
+
+
+@dataclass(slots=True, eq=False)
+class _Conversion:
+    """A block whose bytes, as far as they are converted, go into a buffer; `missing` are yet to be submitted."""
+
+    buffer: _Buffer
+    segments: list[Segment]
+    shift: int
+    """The place of a byte in the buffer is this much less than its place in the file."""
+    missing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.missing = sum(segment.nbytes for segment in self.segments)
+
+    def address(self, file_start: int) -> int:
+        """Return where a byte of the file goes."""
+        return int(self.buffer.memory.data_ptr()) + file_start - self.shift
 
 
 class _CopyStream:
-    """A stream, and what happened on it. Events are used again: making one takes longer than recording it."""
+    """The copies of one thread, and the conversions of what they bring."""
 
-    def __init__(self, writer: CudaWriter, track: str) -> None:
+    def __init__(self, writer: CudaWriter, number: int) -> None:
         self._writer = writer
-        self._track = track
-        self._torch = writer.torch
-        self.handle = driver.make_stream()
-        self._stream = writer.torch.cuda.ExternalStream(self.handle, writer.device)
-        self._copy_events: deque[_CopyEvent] = deque()
-        self._events: list[Any] = []
-        # lays the device's clock on the host's; before the stream waits for anything
-        self._origin = self._event()
-        self._origin.synchronize()
-        self._origin_ns = self._ended_ns = clock_ns()
+        self._number = number
+        self._copies = writer.timeline("h2d", f"{writer.device} h2d {number}")
+        self._casts: _Timeline | None = None
+        self._cast_stream: Any = None
+        self._conversions: dict[int, _Conversion] = {}
+        """Conversions whose bytes have not all been submitted, by the identity of their block."""
+        self._buffers: list[_Buffer] = []
+        self._idle: deque[_Buffer] = deque()
+        """Buffers whose cast is queued, the oldest first."""
         self._n_bound = 0
         self._within = (0, 0)
 
-    def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> _CopyEvent:
-        """Queue copies and casts; the source must stay until the copy event is done."""
-        to, submitted_ns = self._writer.destinations, clock_ns()
-        # `bind` was called since: what was queued on the memory before must end first; once is enough for a stream
-        if self._n_bound != len(to):
-            self._n_bound = len(to)
-            self._stream.wait_event(self._writer.allocated)
+    def submit(self, sources: Sequence[HostBlock]) -> _CopyEvent:
+        """Queue copies and casts; the sources must stay until the copy event is done."""
+        submitted_ns, copies = clock_ns(), self._copies
+        self._wait_for_memory()
         plain: list[Segment] = []
-        # two kinds: the copy engine takes what stays as it is, kernels the rest
-        converted: list[Segment] = []
-        for segment in segments:
-            (plain if to[segment.storage].source_dtype is None else converted).append(segment)
-        offset = address - file_start
-        copies = ((to[p.storage].address + p.storage_start, offset + p.file_start, p.nbytes) for p in plain)
-        driver.copy_to_device(join_copies(copies, self._allocation), self.handle)
-        if converted:
-            with self._torch.cuda.stream(self._stream):
-                for row in _neighbours(converted):
-                    for (source_dtype, _), same in groupby(row, key=self._dtypes):
-                        self._cast(address, file_start, source_dtype, list(same))
-        copy_event = _CopyEvent(self, self._event(), sum(p.nbytes for p in segments), submitted_ns)
-        self._copy_events.append(copy_event)
+        full: list[_Conversion] = []
+        wanted = join_copies(
+            (copy for source in sources for copy in self._copies_of(source, plain, full)), self._allocation
+        )
+        driver.copy_to_device(wanted, copies.handle, quick=all(source.quick for source in sources))
+        nbytes = sum(segment.nbytes for source in sources for segment in source.block.segments)
+        copy_event = copies.mark(plain, nbytes, submitted_ns)
+        if full:
+            self._cast_all(full, copy_event, submitted_ns)
         return copy_event
+
+    def _wait_for_memory(self) -> None:
+        """Have copies wait for what was queued on new destinations before they were that."""
+        if self._n_bound != (n_bound := len(self._writer.destinations)):
+            self._n_bound = n_bound
+            driver.wait_in_stream(self._copies.handle, self._writer.allocated.cuda_event)
+
+    def _copies_of(
+        self, source: HostBlock, plain: list[Segment], full: list[_Conversion]
+    ) -> Iterator[tuple[int, int, int]]:
+        """Make the copies of a block; note what is in place with them, and what can be converted behind them."""
+        block, destinations = source.block, self._writer.destinations
+        offset = source.address - block.start
+        conversion: _Conversion | None = None
+        for segment in block.segments:
+            destination = destinations[segment.storage]
+            if destination.source_dtype is None:
+                plain.append(segment)
+                to = destination.address + segment.storage_start
+            else:
+                conversion = conversion or self._conversion(block.whole or block)
+                conversion.missing -= segment.nbytes
+                to = conversion.address(segment.file_start)
+            yield to, offset + segment.file_start, segment.nbytes
+        if conversion is not None and conversion.missing == 0:
+            full.append(self._conversions.pop(id(block.whole or block)))
 
     def _allocation(self, address: int) -> tuple[int, int]:
         start, end = self._within
@@ -230,45 +371,77 @@ class _CopyStream:
             self._within = driver.allocation(address)
         return self._within
 
+    def _conversion(self, block: Block) -> _Conversion:
+        """Return the conversion of a block, which begins with the first of its parts."""
+        if (conversion := self._conversions.get(id(block))) is None:
+            destinations = self._writer.destinations
+            segments = [s for s in block.segments if destinations[s.storage].source_dtype is not None]
+            start, end = segments[0].file_start, segments[-1].file_end
+            # the buffer begins at a multiple of the alignment: so does the first segment
+            conversion = self._conversions[id(block)] = _Conversion(self._take_buffer(end - start), segments, start)
+        return conversion
+
+    def _take_buffer(self, nbytes: int) -> _Buffer:
+        """Return a buffer that is empty by the time that the next copies begin."""
+        fitting = (buffer for buffer in self._idle if buffer.memory.numel() >= nbytes)
+        buffer = next(fitting, None)
+        if buffer is None or (len(self._buffers) < _BUFFERS and not driver.is_over(buffer.emptied)):
+            memory = self._writer.torch.empty(
+                -(-nbytes // _BUFFER_UNIT) * _BUFFER_UNIT, dtype=self._writer.torch.uint8, device=self._writer.device
+            )
+            buffer = _Buffer(memory, driver.make_event())
+            self._buffers.append(buffer)
+            # the memory may have been somebody's, whose work is still queued
+            driver.record(buffer.emptied, self._writer.torch.cuda.current_stream(self._writer.device).cuda_stream)
+        else:
+            self._idle.remove(buffer)
+        driver.wait_in_stream(self._copies.handle, buffer.emptied)
+        return buffer
+
+    def _cast_all(self, full: Sequence[_Conversion], copied: _CopyEvent, submitted_ns: int) -> None:
+        """Queue the casts of blocks whose copies are queued."""
+        torch = self._writer.torch
+        if self._casts is None:
+            self._casts = self._writer.timeline("cast", f"{self._writer.device} cast {self._number}")
+            self._cast_stream = torch.cuda.ExternalStream(self._casts.handle, self._writer.device)
+        driver.wait_in_stream(self._casts.handle, copied.event)
+        segments: list[Segment] = []
+        with torch.cuda.stream(self._cast_stream):
+            for conversion in full:
+                self._cast(conversion)
+                driver.record(conversion.buffer.emptied, self._casts.handle)
+                self._idle.append(conversion.buffer)
+                segments += conversion.segments
+        self._casts.mark(segments, sum(segment.nbytes for segment in segments), submitted_ns)
+
+    def _cast(self, conversion: _Conversion) -> None:
+        """Cast the segments of a block: one launch for those of the same dtypes: each has its cost."""
+        pairs: dict[tuple[Any, Any], tuple[list[Any], list[Any]]] = {}
+        for row in _neighbours(conversion.segments):
+            for dtypes, group in groupby(row, key=self._dtypes):
+                same = list(group)
+                first, last = same[0].file_start - conversion.shift, same[-1].file_end - conversion.shift
+                raw = conversion.buffer.memory[first:last]
+                if first % dtypes[0].itemsize:  # kernels need aligned elements
+                    raw = raw.clone()
+                counts = [segment.nbytes // segment.itemsize for segment in same]
+                targets, sources = pairs.setdefault(dtypes, ([], []))
+                sources += raw.view(dtypes[0]).split(counts)
+                targets += [self._target(segment, count) for segment, count in zip(same, counts, strict=True)]
+        for targets, sources in pairs.values():
+            _copy_all(self._writer.torch, targets, sources)
+
+    def _target(self, segment: Segment, count: int) -> Any:
+        flat, start = self._writer.destinations[segment.storage].flat, segment.storage_start // segment.itemsize
+        return flat if count == flat.numel() else flat[start : start + count]
+
     def _dtypes(self, segment: Segment) -> tuple[Any, Any]:
         destination = self._writer.destinations[segment.storage]
         return destination.source_dtype, destination.whole.dtype
 
-    def _cast(self, address: int, file_start: int, source_dtype: Any, segments: Sequence[Segment]) -> None:
-        """Cast neighbouring segments of the same dtypes: one launch for many, as each costs more than a small cast."""
-        first, last = segments[0].file_start - file_start, segments[-1].file_end - file_start
-        raw = self._writer.bytes_on_device(address + first, last - first)
-        if raw.data_ptr() % source_dtype.itemsize:  # kernels need aligned elements
-            raw = raw.clone()
-        counts = [segment.nbytes // segment.itemsize for segment in segments]
-        sources = raw.view(source_dtype).split(counts)
-        targets = []
-        for segment, count in zip(segments, counts, strict=True):
-            flat, start = self._writer.destinations[segment.storage].flat, segment.storage_start // segment.itemsize
-            targets.append(flat if count == flat.numel() else flat[start : start + count])
-        if len(segments) == 1:
-            targets[0].copy_(sources[0])
-        else:
-            self._torch._foreach_copy_(targets, sources)
-
-    def _event(self) -> Any:
-        observed = self._writer.observer is not None
-        event = self._events.pop() if self._events else self._torch.cuda.Event(enable_timing=observed)
-        event.record(self._stream)
-        return event
-
-    def ended(self, copy_event: _CopyEvent) -> None:
-        """Take note that a copy event is done, with the device's own times; in the order of submission."""
-        self._copy_events.remove(copy_event)
-        observer = self._writer.observer
-        if observer is not None:
-            start_ns = max(copy_event.submitted_ns, self._ended_ns)  # until then the stream was busy with others
-            self._ended_ns = max(start_ns, self._origin_ns + int(self._origin.elapsed_time(copy_event.event) * 1e6))
-            observer.record(Span("h2d", start_ns, self._ended_ns, copy_event.nbytes, self._track))
-        self._events.append(copy_event.event)
-
-    def finish(self) -> None:
-        """Wait for everything on the stream."""
-        self._stream.synchronize()
-        for copy_event in list(self._copy_events):
-            copy_event.done()
+    def close(self) -> None:
+        """Give the conversion buffers back, once everything has finished."""
+        self._conversions.clear()
+        self._idle.clear()
+        while self._buffers:
+            driver.destroy_event(self._buffers.pop().emptied)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wan_loader.plan.blocks import Segment
+    from wan_loader.plan.blocks import Block, Segment
 
-__all__ = ["CopyEvent", "CopyStream", "Destination", "DeviceWriter", "PinError"]
+__all__ = ["CopyEvent", "CopyStream", "Destination", "DeviceWriter", "HostBlock", "PinError"]
 
 
 class PinError(Exception):
@@ -46,13 +46,22 @@ class Destination(NamedTuple):
         return self.whole if self.whole.dim() == 1 else self.whole.view(-1)
 
 
+class HostBlock(NamedTuple):
+    """A block whose bytes are in host memory, from `address` on."""
+
+    address: int
+    block: Block
+    quick: bool = False
+    """True if a copy out of it is queued within microseconds: it is pinned, and few such copies are under way."""
+
+
 class CopyStream(Protocol):
     """A queue of copies, in their order. For one thread, the one in which it was made."""
 
-    def submit(self, address: int, file_start: int, segments: Sequence[Segment]) -> CopyEvent | None:
-        """Start copying segments; byte `file_start` of their file lies at `address`. None: already done.
+    def submit(self, sources: Sequence[HostBlock]) -> CopyEvent | None:
+        """Start copying blocks, at least one, with as few calls as may be. None: the sources are free already.
 
-        Where `address` is one that was pinned, the copies run by themselves.
+        A block that is part of a whole may be converted only once all parts of it were submitted to this stream.
         """
 
 
@@ -76,6 +85,9 @@ class DeviceWriter(Protocol):
 
     def unpin(self, address: int) -> bool:
         """Undo `pin`, after the last copy from it, in any thread; return False if the memory is still registered."""
+
+    def arrived(self) -> list[Segment]:
+        """Return the segments that are in place, converted, since this was last asked. For one thread."""
 
     def finish(self) -> None:
         """Return when everything submitted has arrived. After the last `submit` of any thread."""

@@ -78,7 +78,9 @@ class PendingBlocks:
                 block = _pop(self._mapped, first=False)
             if block is not None:
                 transport = Transport.BUFFERED if block.transport is Transport.MAPPED else block.transport
-                cut = split(block._replace(transport=transport), self._slot_bytes)
+                block = block._replace(transport=transport)
+                parts = list(split(block, self._slot_bytes))
+                cut: Iterable[Block] = (part._replace(whole=block) for part in parts) if len(parts) > 1 else parts
                 if self._apart and transport is Transport.BUFFERED:
                     cut = chain.from_iterable(apart(each, _MIN_ALONE_BYTES) for each in cut)
                 self._cut.extend(cut)

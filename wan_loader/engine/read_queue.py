@@ -16,7 +16,7 @@ from wan_loader.engine.open_files import BlockRead
 from wan_loader.events import Span, clock_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from wan_loader.engine.open_files import OpenFiles
     from wan_loader.engine.pinned_ring import PinnedRing, Slot
@@ -143,9 +143,9 @@ class ReadQueue:
         """The slots that reads were started into, in the order of their memory."""
         return [in_flight.slot for in_flight in self._reads if in_flight.read is not None]
 
-    def give_back(self, in_flight: InFlightRead) -> None:
-        """Make a slot free: the bytes in it are no longer needed."""
-        self._free.append(in_flight)
+    def give_back(self, freed: Iterable[InFlightRead]) -> None:
+        """Make slots free: the bytes in them are no longer needed."""
+        self._free.extend(freed)
 
     def finished(self, timeout_s: float) -> Iterator[InFlightRead]:
         """Wait for reads to end, up to `timeout_s`, if none has.

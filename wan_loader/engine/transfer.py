@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.cancel import CancelToken
-from wan_loader.devices.writer import PinError
+from wan_loader.devices.writer import HostBlock, PinError
 from wan_loader.engine.pending import PendingBlocks
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from wan_loader.engine.open_files import OpenFiles
     from wan_loader.engine.transfer_state import TransferState
     from wan_loader.events import Observer
-    from wan_loader.plan.blocks import Block
+    from wan_loader.plan.blocks import Block, Segment
     from wan_loader.plan.engine_settings import EngineSettings
 
 __all__ = ["Need", "Steps", "transfer_blocks"]
@@ -63,7 +63,7 @@ class Need(Enum):
     """The destinations of the storages that those blocks need and no earlier ones did, in their order."""
 
 
-Steps = Generator[Need | list["Block"], Any, None]
+Steps = Generator[Need | list["Segment"], Any, None]
 
 
 def transfer_blocks(
@@ -91,7 +91,7 @@ def transfer_blocks(
         observer: Is told of spans; None: nobody.
 
     Yields:
-        Lists of blocks, also cut ones, whose bytes have arrived; in between, what is needed next.
+        Lists of segments whose bytes have arrived; in between, what is needed next.
     """
     yield from _Transfer(reader, writer, settings, state, cancel, observer).run()
 
@@ -109,10 +109,8 @@ class _Transfer:
         observer: Observer | None,
     ) -> None:
         self._cancel = cancel or CancelToken()
-        self._arrived: list[Block] = []
-        """Blocks that are in place since they were last yielded."""
-        self._submitted: list[Block] = []
-        """Mapped blocks whose copies were submitted."""
+        self._read_in_place: list[Segment] = []
+        """Segments that were read to their place since they were last yielded."""
         self._all_drawn = False
         self._reader = reader
         self._writer = writer
@@ -132,7 +130,9 @@ class _Transfer:
         self._failure: BaseException | None = None
         self._reads: ReadQueue | None = None
         self._stream: CopyStream | None = None
-        self._copying: deque[tuple[CopyEvent, InFlightRead]] = deque()
+        self._filled: list[InFlightRead] = []
+        """Slots that are full, and whose copies wait for others to be submitted with them."""
+        self._copying: deque[tuple[CopyEvent, Sequence[InFlightRead]]] = deque()
         self._state = state
         self._pinning = Pinning(writer, self._state, observer)
 
@@ -144,10 +144,8 @@ class _Transfer:
             with span(self._observer, "wait"):
                 self._writer.finish()
             self._state.fallbacks += self._reader.fallbacks
-            # copies that were submitted and never asked about: `finish` has waited for them
-            copied = [in_flight.read.block for _, in_flight in self._copying if in_flight.read is not None]
             # still within: whoever closes the run here is not given the state, and could not release it
-            yield [*self._take_arrived(), *copied, *self._submitted]
+            yield self._take_arrived()
         except BaseException:
             self._work.cancel()
             self._abandon()
@@ -185,10 +183,10 @@ class _Transfer:
                     "no further thread may be started: pages are mapped first, others read later"
                 )
 
-    def _take_arrived(self) -> list[Block]:
+    def _take_arrived(self) -> list[Segment]:
         """Return what has arrived since the last time."""
-        arrived, self._arrived = self._arrived, []
-        return arrived
+        arrived, self._read_in_place = self._read_in_place, []
+        return arrived + self._writer.arrived()
 
     def _carry_all(self) -> Steps:
         while not (self._all_drawn and self._mapper_ended.is_set()) or self._is_reading() or self._work.has_mapped:
@@ -244,7 +242,7 @@ class _Transfer:
         return self._reads
 
     def _is_reading(self) -> bool:
-        return self._work.is_left or (self._reads is not None and self._reads.n_reading > 0)
+        return bool(self._work.is_left or self._filled or (self._reads is not None and self._reads.n_reading))
 
     def _start_reads(self, reads: ReadQueue) -> None:
         while reads.has_free and (block := self._work.next_read()) is not None:
@@ -261,9 +259,9 @@ class _Transfer:
         while self._is_reading():
             self._cancel.check()
             while self._copying and self._copying[0][0].done():
-                self._free(self._copying.popleft()[1], reads)
-            if self._arrived:
-                yield self._take_arrived()
+                reads.give_back(self._copying.popleft()[1])
+            if arrived := self._take_arrived():
+                yield arrived
             self._start_reads(reads)
             patience_s = _PATIENCE_S
             if not self._all_drawn and self._work.n_unmapped < _FEW_BLOCKS:
@@ -274,33 +272,43 @@ class _Transfer:
                 with span(self._observer, "wait", track="reader"):
                     self._copying[0][0].wait()
             for in_flight in reads.finished(patience_s):
-                self._submit_slot(in_flight, reads, stream)
+                self._take(in_flight, reads)
+                self._submit_filled(reads, stream)
+            self._submit_filled(reads, stream)
             self._raise_failure()
 
-    def _submit_slot(self, in_flight: InFlightRead, reads: ReadQueue, stream: CopyStream) -> None:
+    def _take(self, in_flight: InFlightRead, reads: ReadQueue) -> None:
+        """Take a read that has ended: its bytes are in place, or wait in their slot to be copied."""
         slot, read = in_flight.slot, in_flight.read
         assert read is not None
         block, start = read.block, read.data_start
-        copy_event = None
+        self._state.nbytes[read.transport] += block.nbytes
         if in_flight.place is None:
             self._reader.check(block, slot.view[start : start + block.nbytes])
             self._pinning.need(slot)
-            copy_event = stream.submit(slot.address, block.start - start, block.segments)
+            self._filled.append(in_flight)
         else:
             self._state.in_place_nbytes += block.nbytes
-        self._state.nbytes[read.transport] += block.nbytes
-        if copy_event is None:  # there was nothing to copy, or the copy has taken its time
-            self._free(in_flight, reads)
-            reads.look()
-            self._start_reads(reads)
-        else:
-            self._copying.append((copy_event, in_flight))
+            self._read_in_place += block.segments
+            self._go_on([in_flight], reads)
 
-    def _free(self, in_flight: InFlightRead, reads: ReadQueue) -> None:
-        """Note that the bytes of a slot have arrived: it can be used again."""
-        assert in_flight.read is not None
-        self._arrived.append(in_flight.read.block)
-        reads.give_back(in_flight)
+    def _submit_filled(self, reads: ReadQueue, stream: CopyStream) -> None:
+        """Submit the copies of full slots: some together, unless the link or the reads would stand still."""
+        waits = self._copying and reads.n_reading and len(self._filled) < self._settings.n_together
+        if not self._filled or waits:
+            return
+        filled, self._filled = self._filled, []
+        copy_event = stream.submit([_host_block(in_flight) for in_flight in filled])
+        if copy_event is None:  # there was nothing to copy, or the copy has taken its time
+            self._go_on(filled, reads)
+        else:
+            self._copying.append((copy_event, filled))
+
+    def _go_on(self, freed: Sequence[InFlightRead], reads: ReadQueue) -> None:
+        """Read on at once into slots that are free."""
+        reads.give_back(freed)
+        reads.look()
+        self._start_reads(reads)
 
     # mapped blocks: the mapper thread, or the calling one
 
@@ -325,8 +333,7 @@ class _Transfer:
     def _submit_mapped(self, stream: CopyStream, block: Block, address: int) -> bool:
         if not self._pin_mapped(block, address):
             return False
-        stream.submit(address, block.page_start, block.segments)
-        self._submitted.append(block)
+        stream.submit([HostBlock(address + block.start - block.page_start, block)])
         self._state.nbytes[Transport.MAPPED] += block.nbytes
         return True
 
@@ -362,6 +369,12 @@ class _Transfer:
             return False
         self._state.registered_nbytes += nbytes
         return True
+
+
+def _host_block(in_flight: InFlightRead) -> HostBlock:
+    slot, read = in_flight.slot, in_flight.read
+    assert read is not None
+    return HostBlock(slot.address + read.data_start, read.block, slot.pinned)
 
 
 def _unmap(addresses: Sequence[int], nbytes: int) -> bool:

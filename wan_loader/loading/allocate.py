@@ -17,6 +17,7 @@ from wan_loader.devices.writer import Destination
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.checkpoint_facts import contiguous_strides
+from wan_loader.plan.engine_settings import conversion_bytes
 from wan_loader.plan.memory import rounded
 from wan_loader.system.posix import PAGE
 
@@ -49,6 +50,7 @@ class Allocation:
         """The places of the bytes of each copied storage."""
         self._checkpoint = plan.checkpoint
         self._layout = plan.layout
+        self._converting_nbytes = conversion_bytes(plan.layout.nbytes_converted, plan.blocks.nbytes)
         self.device = device
         self._empty: dict[str, torch.Tensor] = {}
 
@@ -64,7 +66,7 @@ class Allocation:
         start = len(self.destinations)
         try:
             if start == 0 and self.device.type == "cuda":
-                _reserve_cuda(self._layout, self.device)
+                _reserve_cuda(self._layout, self._converting_nbytes, self.device)
             for i in range(start, len(self._layout.copied) if count is None else count):
                 self._make(self._layout.copied[i], self._layout.copied_nbytes[i])
         except RuntimeError as error:
@@ -124,11 +126,11 @@ def _n_from_start(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) 
     return math.prod(shape) if offset == 0 and stride == contiguous_strides(shape) else -1
 
 
-def _reserve_cuda(layout: Layout, device: torch.device) -> None:
-    """Have the caching allocator hold one free block of memory that the tensors are then split from."""
+def _reserve_cuda(layout: Layout, beside: int, device: torch.device) -> None:
+    """Have the caching allocator hold one free block of memory that tensors, and `beside`, are then split from."""
     import torch
 
-    large = sum(rounded(n) for n in layout.copied_nbytes if n > _SMALL_POOL_BYTES)
+    large = sum(rounded(n) for n in layout.copied_nbytes if n > _SMALL_POOL_BYTES) + beside
     # else what the allocator keeps and does not use must do as well: the tensors are allocated one by one
     if large <= torch.cuda.mem_get_info(device)[0]:
         torch.empty(large, dtype=torch.uint8, device=device)  # freed at once: it stays with the allocator

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.cancel import CancelToken
+from wan_loader.devices.cuda import get_ready as get_device_ready
 from wan_loader.devices.resolve import current, device_peak_bytes, reset_device_peak
 from wan_loader.engine.activity import loading
 from wan_loader.errors import HostMemoryError
@@ -24,7 +25,7 @@ from wan_loader.loading.result import LoadResult
 from wan_loader.loading.run import collect, run
 from wan_loader.plan.engine_settings import MAX_READS
 from wan_loader.plan.plan import make_plan
-from wan_loader.system.collector import paused_gc
+from wan_loader.system.interpreter import paused_gc, short_turns
 from wan_loader.system.machine import free_memory, peak_resident, reset_peak_resident
 from wan_loader.system.posix import trim_heap
 from wan_loader.system.posix_aio import get_ready
@@ -90,6 +91,7 @@ class LoadSession:
 
     def __enter__(self) -> LoadSession:
         self._stack.enter_context(paused_gc())
+        self._stack.enter_context(short_turns())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -107,10 +109,11 @@ class LoadSession:
             transfer.state.release()
 
     def open(self, request: LoadRequest) -> Checkpoint:
-        """Read the headers, if nobody has. Meanwhile the system gets ready for many reads."""
+        """Read the headers, if nobody has. Meanwhile the system gets ready for reads, and the device for copies."""
         self.cancel.check()
         if str(request.device) != "cpu":
             get_ready(MAX_READS)
+            get_device_ready(request.device, converts=request.policy.dtype is not None)
         with self.span("header"):
             return request.open()
 

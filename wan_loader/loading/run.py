@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wan_loader.engine import Steps
     from wan_loader.engine.open_files import Check
     from wan_loader.events import Observer
-    from wan_loader.plan.blocks import Block
+    from wan_loader.plan.blocks import Segment
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
 
@@ -82,8 +82,8 @@ def run(
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
         steps = transfer_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
-        for blocks in _drive(steps, plan, allocation, observer):
-            if names := arrivals.complete(blocks):
+        for segments in _drive(steps, plan, allocation, observer):
+            if names := arrivals.complete(segments):
                 yield {name: allocation.tensors[name] for name in names}
         try:
             with span(observer, "init"):
@@ -114,14 +114,13 @@ class _Arrivals:
         """The bytes that have yet to arrive, of each copied storage."""
         self.told: set[str] = set()
 
-    def complete(self, blocks: Sequence[Block]) -> list[str]:
-        """Take note of blocks that are in place; return the names of tensors that are complete with them."""
+    def complete(self, segments: Sequence[Segment]) -> list[str]:
+        """Take note of segments that are in place; return the names of tensors that are complete with them."""
         names: list[str] = []
-        for block in blocks:
-            for segment in block.segments:
-                self._missing[segment.storage] -= segment.nbytes
-                if self._missing[segment.storage] == 0 and not (storage := self._storages[segment.storage]).late:
-                    names += [facts.name for facts in storage.tensors]
+        for segment in segments:
+            self._missing[segment.storage] -= segment.nbytes
+            if self._missing[segment.storage] == 0 and not (storage := self._storages[segment.storage]).late:
+                names += [facts.name for facts in storage.tensors]
         self.told.update(names)
         return names
 
@@ -139,14 +138,14 @@ def collect(arrivals: Generator[dict[str, torch.Tensor], None, TransferResult]) 
 
 def _drive(
     steps: Steps, plan: LoadPlan, allocation: Allocation, observer: Observer | None
-) -> Iterator[Sequence[Block]]:
+) -> Iterator[Sequence[Segment]]:
     """Give the engine what it asks for: blocks of the plan, some at a time, and the storages that they need.
 
     All blocks that are left, where work is queued on the caller's stream: memory may be handed out that it still uses,
     so copies would wait for it anew with each batch.
 
     Yields:
-        Blocks that have arrived.
+        Segments that have arrived.
     """
     blocks, batch = iter(plan.blocks), list[Any]()
     answer: Sequence[Any] | None = None

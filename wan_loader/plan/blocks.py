@@ -77,6 +77,8 @@ class Block(NamedTuple):
     start: int
     end: int
     segments: tuple[Segment, ...]
+    whole: Block | None = None
+    """The block that this one was cut from, if it is a part: its bytes are converted together."""
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +123,8 @@ def plan_blocks(
     if block_bytes < PAGE or block_bytes % PAGE:
         raise OptionError.because(f"block size {block_bytes} must be a multiple of {PAGE}")
     for block in _adjacent(byte_ranges, max_gap):
-        for _, file, start, end, segments in split(block, block_bytes):
-            yield Block(transport(file, start, end), file, start, end, segments)
+        for part in split(block, block_bytes):
+            yield part._replace(transport=transport(part.file, part.start, part.end))
 
 
 def split(block: Block, nbytes: int) -> Iterator[Block]:

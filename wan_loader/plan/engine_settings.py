@@ -23,6 +23,7 @@ __all__ = [
     "EngineSettings",
     "TransferMode",
     "block_bytes",
+    "conversion_bytes",
     "engine_settings",
     "prefers_mapping",
 ]
@@ -62,6 +63,8 @@ class EngineSettings:
     slot_bytes: int
     """The size of a slot of the pinned ring: larger blocks are cut to it."""
     n_slots: int
+    n_together: int = 1
+    """The full slots that are copied to the device with one call, while the link is busy with others."""
     mode: TransferMode = TransferMode.STAGED
     faults_in: bool = True
     """True if pages of mapped blocks are faulted in before they are registered. The driver does so itself, at less
@@ -82,13 +85,16 @@ class _Ring(NamedTuple):
 #: Some disks give more, the more is asked for at once.
 _DISK = _Ring(12, 2, 16 * MiB)
 #: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
-_CACHED = _Ring(12, 2, 4 * MiB)
-#: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
-_CASTS = _Ring(10, 2, 8 * MiB)
+_CACHED = _Ring(10, 3, 4 * MiB)
 _BESIDE_MAPPED = _Ring(8, 3, 8 * MiB)
 #: To host memory: conversions share their work among cores, and less than this is not worth it.
 _CPU = _Ring(8, 3, 16 * MiB)
-MAX_READS = max(ring.reads for ring in (_DISK, _CACHED, _CASTS, _BESIDE_MAPPED, _CPU))
+MAX_READS = max(ring.reads for ring in (_DISK, _CACHED, _BESIDE_MAPPED, _CPU))
+#: Copies of this size reach what the link gives; smaller ones are submitted together until they have it.
+_COPY_BYTES = 16 * MiB
+#: Blocks whose bytes are on the device and not yet converted, at most: those that the ring is bringing, and a few whose
+#: conversion is queued.
+_CONVERTING_BLOCKS = 8
 
 #: So many processors keep the link busy without mapping (measured: docs/design/mapped-and-staged.md).
 _UNMAPPED_PROCESSORS = 8
@@ -100,6 +106,11 @@ def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
     while size < MAX_BLOCK_BYTES and size * 64 < nbytes:
         size *= 2
     return size
+
+
+def conversion_bytes(converted: int, block_bytes: int) -> int:
+    """Return the device memory that conversions of `converted` bytes take while they are under way."""
+    return min(_CONVERTING_BLOCKS * block_bytes, -(-converted // block_bytes) * block_bytes)
 
 
 def prefers_mapping(processors: int) -> bool:
@@ -123,7 +134,6 @@ def engine_settings(
     sharers: int = 1,
     block_bytes: int = MAX_BLOCK_BYTES,
     slot_bytes: int | None = None,
-    converts: bool = False,
     cold: bool = False,
     resident: bool = False,
     reads_in_place: bool = False,
@@ -145,7 +155,6 @@ def engine_settings(
             the processors if that is more, though no less than one slot each.
         block_bytes: The size of the plan's blocks, and so the most that is read at once.
         slot_bytes: The size of a slot, where what is read at once is given; None chooses.
-        converts: Bytes are converted on the way.
         cold: Most of the bytes must come from storage, whatever the transport.
         resident: None of them must.
         reads_in_place: Bytes that need no conversion may be read to their place in memory.
@@ -154,7 +163,7 @@ def engine_settings(
         HostMemoryError: There is no room for a single slot.
     """
     mapped_only = transports <= {Transport.MAPPED}
-    ring = _choose_ring(transports, cuda=cuda, converts=converts, cold=cold)
+    ring = _choose_ring(transports, cuda=cuda, cold=cold)
     # a slot larger than a block would stay partly empty
     slot_bytes = slot_bytes or min(ring.slot_bytes, block_bytes)
     share = max(1, min(ring.reads, max(ring.reads, processors // 2) // sharers))
@@ -175,6 +184,7 @@ def engine_settings(
         threads=min(reads, n_slots),
         slot_bytes=slot_bytes,
         n_slots=n_slots,
+        n_together=max(1, min(_COPY_BYTES // slot_bytes, n_slots // 2)),
         mode=_mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
         # resident pages need no disk: then the driver's own faulting is cheaper, and its lock is held for a moment only
         faults_in=not (cuda and resident),
@@ -190,14 +200,14 @@ def _mode(*, reads_in_place: bool, shares_mapped: bool, maps_here: bool) -> Tran
     return TransferMode.MAPPED_HERE if maps_here else TransferMode.STAGED
 
 
-def _choose_ring(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:
+def _choose_ring(transports: Set[Transport], *, cuda: bool, cold: bool) -> _Ring:
     if not cuda:
         return _CPU
     if Transport.DIRECT in transports or (cold and Transport.MAPPED not in transports):
         return _DISK
     if Transport.MAPPED in transports:
         return _BESIDE_MAPPED
-    return _CASTS if converts else _CACHED
+    return _CACHED
 
 
 def _reads_beside(processors: int) -> int:

@@ -98,6 +98,11 @@ class Layout:
         return sum(r.end - r.start for r in self.viewed_ranges)
 
     @property
+    def nbytes_converted(self) -> int:
+        """The bytes of the files that are converted on the way."""
+        return sum(r.end - r.start for r in self.byte_ranges if self.copied[r.storage].converts)
+
+    @property
     def nbytes_loaded(self) -> int:
         """The bytes once loaded."""
         return sum(self.copied_nbytes) + self.nbytes_viewed

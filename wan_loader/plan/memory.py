@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import DeviceMemoryError, HostMemoryError
+from wan_loader.plan.engine_settings import conversion_bytes
 from wan_loader.system.posix import PAGE
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ _PAGE_TABLE_SHARE = 256
 MIN_RING_BYTES = (16 << 20) + PAGE
 
 
-def check_memory(layout: Layout, facts: Facts, path: str) -> int | None:
-    """Raise unless there is memory for everything that is copied.
+def check_memory(layout: Layout, facts: Facts, path: str, *, block_bytes: int) -> int | None:
+    """Raise unless there is memory for everything that is copied, in blocks of `block_bytes`.
 
     Returns:
         The bytes of the host's memory that are left for the pinned rings of all that load at the same time; None where
@@ -36,7 +37,7 @@ def check_memory(layout: Layout, facts: Facts, path: str) -> int | None:
         HostMemoryError: The host has no room, for weights or for what a load takes beside them.
     """
     if facts.cuda:
-        _check_device_memory(layout, facts, path)
+        _check_device_memory(layout, facts, path, block_bytes)
     if not any(byte_range.end > byte_range.start for byte_range in layout.byte_ranges):
         return None
     return check_host_memory(0 if facts.cuda else sum(layout.copied_nbytes), facts, path)
@@ -58,8 +59,8 @@ def check_host_memory(nbytes: int, facts: Facts, path: str) -> int | None:
     return None if free is None else free - (nbytes + beside) * sharers
 
 
-def _check_device_memory(layout: Layout, facts: Facts, path: str) -> None:
-    needed = sum(map(rounded, layout.copied_nbytes))
+def _check_device_memory(layout: Layout, facts: Facts, path: str, block_bytes: int) -> None:
+    needed = sum(map(rounded, layout.copied_nbytes)) + conversion_bytes(layout.nbytes_converted, block_bytes)
     if facts.device_free is not None and needed > facts.device_free:
         raise DeviceMemoryError.because(
             f"needs {needed} bytes on {facts.device}, {facts.device_free} of {facts.device_total} are free",

@@ -156,8 +156,8 @@ def make_plan(
     io = _io_mode(request.io, cuda=facts.cuda, checked=checked)
     views = alone and not facts.cuda and not checked and _may_view(request, checkpoint)
     layout = lay_out(checkpoint, storages, views=views, reads=reads or MappingProxyType({}))
-    room = _room(checkpoint, storages, layout, facts)
     blocks = _blocks(layout, facts, io, read_unit, alone=alone)
+    room = _room(checkpoint, storages, layout, facts, blocks.nbytes)
     nbytes = layout.nbytes_read
     resident = facts.residency.total((*layout.byte_ranges, *layout.viewed_ranges))
     cold = resident * 2 < nbytes
@@ -172,7 +172,6 @@ def make_plan(
         sharers=facts.n_sharers,
         block_bytes=blocks.nbytes,
         slot_bytes=read_unit,
-        converts=any(plan.converts for plan in layout.copied),
         cold=cold,
         resident=resident >= nbytes,
         reads_in_place=not facts.cuda and not checked,
@@ -196,10 +195,12 @@ def make_plan(
     )
 
 
-def _room(checkpoint: Checkpoint, storages: Sequence[StoragePlan], layout: Layout, facts: Facts) -> int | None:
+def _room(
+    checkpoint: Checkpoint, storages: Sequence[StoragePlan], layout: Layout, facts: Facts, block_bytes: int
+) -> int | None:
     """Return the host memory that is left for the rings of all loads; raise where the load does not fit."""
     if is_planned(checkpoint):
-        return check_memory(layout, facts, checkpoint.path)
+        return check_memory(layout, facts, checkpoint.path, block_bytes=block_bytes)
     read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
     return check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
 
