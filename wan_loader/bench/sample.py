@@ -70,11 +70,9 @@ def _task(request: Mapping[str, Any]) -> LoadTask:
 
 def convert(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the loader's own format; say how long that took, which is stated beside its times."""
-    loader = LOADERS[request["loader"]]
+    loader, task = LOADERS[request["loader"]], _task(request)
     assert loader.convert is not None
-    for module in loader.modules:
-        import_module(module)
-    task = _task(request)
+    _make_ready(loader, task)
     start_ns = clock_ns()
     loader.convert(task)
     seconds = (clock_ns() - start_ns) / 1e9
@@ -117,10 +115,7 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         raise NotApplicableError(reason)
     if request.get("rate"):
         throttle_reads(request["rate"])
-    for module in loader.modules:
-        import_module(module)
-    if loader.prepare is not None:
-        loader.prepare(task)
+    _make_ready(loader, task)
     _start_device(task.device)
     watched = [task.packed] if task.packed else list(task.files)
     facts = {
@@ -138,6 +133,15 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
     if request.get("check"):
         result |= _checked(task, outcome)
     return result
+
+
+def _make_ready(loader: Loader, task: LoadTask) -> None:
+    """Set a loader's variables and import it, before any clock; it may find that it cannot do the task."""
+    os.environ.update(loader.environment)
+    for module in loader.modules:
+        import_module(module)
+    if loader.prepare is not None:
+        loader.prepare(task)
 
 
 def _timed(loader: Loader, task: LoadTask) -> tuple[Outcome, dict[str, Any]]:
