@@ -168,6 +168,29 @@ def test_a_loaders_variables_are_set_before_it_is_imported(checkpoint, monkeypat
     assert seen[0]["HF_ENABLE_PARALLEL_LOADING"] == "yes"
 
 
+@pytest.mark.parametrize(("peak", "told"), [(1000, 1000), (600, 600), (599, None)])
+def test_memory_that_torch_did_not_allocate_is_not_known(monkeypatch, peak, told):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    whole = torch.zeros(100)
+    tensors = [whole, whole[:50], torch.zeros(50)]
+    assert sample._memory("cuda:0", tensors)["device_peak_bytes"] == told
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_rivals_on_the_gpu(tiny, command, component):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    options = ("--device", "cuda", "--dtype", "bf16", "--repeat", 1, "--json")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    done = command("bench", tiny / component, *options, CUDA_VISIBLE_DEVICES=visible)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(done.stdout)["cases"]
+    for result in case["results"]:
+        assert result["status"] in ("ok", "not installed", "not applicable"), result
+        assert result["status"] != "ok" or result["compared_tensors"] > 20
+
+
 def test_a_missing_package_is_named(monkeypatch):
     def version(name):
         if name == "accelerate":

@@ -125,7 +125,7 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         "residency": knowledge_of(watched).name.lower(),
     }
     outcome, measured = _timed(loader, task)
-    memory = _memory(task.device)
+    memory = _memory(task.device, outcome.tensors.values())
     report = outcome.report() if outcome.report is not None else None
     if report is not None:
         memory["pinned_bytes"] = report["memory"]["pinned_bytes"]
@@ -260,14 +260,16 @@ def _difference(before: tuple[float, float], after: tuple[float, float], seconds
     }
 
 
-def _memory(device: str) -> dict[str, Any]:
-    """Return peaks in bytes; None for what cannot be known of a loader."""
+def _memory(device: str, tensors: Iterable[Any]) -> dict[str, Any]:
+    """Return peaks in bytes; None for what cannot be known of a loader, such as one that allocates by itself."""
     import torch
 
     peaks: dict[str, Any] = {"host_peak_bytes": peak_resident(), "pinned_bytes": None, "device_peak_bytes": None}
     if device.startswith("cuda"):
         peaks["pinned_bytes"] = _pinned_by_torch()
-        peaks["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        peak = torch.cuda.max_memory_allocated(device)
+        peaks["device_peak_bytes"] = peak if peak >= sum(storages.values()) else None
     return peaks
 
 
