@@ -4,13 +4,13 @@
     git worktree add ../before COMMIT
     python benchmarks/beside_imports.py /data --trees ../before . --pairs 5 --output beside.json
 
-Makes an expert of A14B in bf16 (28.6 GB) in the directory unless it is there, the one that turns.py uses. Every sample
-is a fresh process that has imported torch and the loader and made the CUDA context before its clock starts. Then it
-loads alone, or imports alone what a pipeline of WAN does, or loads in a thread while the main thread imports that, or
-while it runs a loop of Python; the last two with the interpreter's own turns of 5 ms and with 0.1 ms, which
-wan_pipeline sets during imports. Cases and trees take turns, every second round the other way round. One round
-comes before those that count: from then on the page cache is warm and byte code is compiled. Five pairs of two trees
-take about eight minutes on a machine with an H100, and the checkpoint one more.
+Loads the checkpoint that lies in the directory; where there is none, it makes an expert of A14B in bf16 there (28.6
+GB), the one that turns.py uses. Every sample is a fresh process that has imported torch and the loader and made the
+CUDA context before its clock starts. Then it loads alone, or imports alone what a pipeline of WAN does, or loads in a
+thread while the main thread imports that, or while it runs a loop of Python; the last two with the interpreter's own
+turns of 5 ms and with 0.1 ms, which wan_pipeline sets during imports. Cases and trees take turns, every second round
+the other way round. One round comes before those that count: from then on the page cache is warm and byte code is
+compiled. Five pairs of two trees are 72 processes: about eight minutes at six seconds each.
 """
 
 from __future__ import annotations
@@ -91,6 +91,15 @@ if loads == "True":
 found["cpu_seconds"] = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - before
 print(json.dumps(found))
 """
+
+
+def checkpoint_in(directory: Path, size: str) -> Path:
+    """Return the directory, if it is a checkpoint's, or else one below it, which is made unless it is there."""
+    if any(directory.glob("*.safetensors")):
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    make_expert(directory / "bf16", 40, "bfloat16", 5120 if size == "full" else 64)
+    return directory / "bf16"
 
 
 def sample(tree: Path, path: Path, device: str, case: str) -> dict[str, float | None]:
@@ -178,20 +187,19 @@ def _pairs(samples: Samples) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where the checkpoint is made")
+    parser.add_argument("directory", type=Path, help="a checkpoint, or where one is made")
     parser.add_argument("--trees", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two checkouts by turns")
     parser.add_argument("--pairs", type=int, default=5, help="samples of each case and tree (default: 5)")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: some MB")
+    parser.add_argument(
+        "--size", choices=("full", "tiny"), default="full", help="of the one that is made; tiny: some MB"
+    )
     parser.add_argument("--output", type=Path, help="all samples, as JSON")
     args = parser.parse_args()
     trees = (
         dict(zip(("before", "after"), args.trees, strict=True)) if args.trees else {"here": Path(__file__).parents[1]}
     )
-    path = args.directory / "bf16"
-    args.directory.mkdir(parents=True, exist_ok=True)
-    make_expert(path, 40, "bfloat16", 5120 if args.size == "full" else 64)
-    samples = take_turns(trees, path, args.device, args.pairs)
+    samples = take_turns(trees, checkpoint_in(args.directory, args.size).resolve(), args.device, args.pairs)
     print("\n".join(told(samples)), flush=True)
     if args.output is not None:
         cases = {

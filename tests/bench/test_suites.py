@@ -51,6 +51,15 @@ def test_a_load_beside_imports(tmp_path, benchmark_main, capfd):
     assert "of its rate alone" in beside
 
 
+def test_a_checkpoint_is_loaded_where_it_lies_and_made_where_there_is_none(monkeypatch, checkpoint, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    beside = importlib.import_module("beside_imports")
+    assert beside.checkpoint_in(checkpoint, "tiny") == checkpoint
+    made = beside.checkpoint_in(tmp_path / "data", "tiny")
+    assert made == tmp_path / "data" / "bf16"
+    assert len(list(made.glob("*.safetensors"))) == 6
+
+
 def test_the_table_of_loads_beside_imports(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     beside = importlib.import_module("beside_imports")
