@@ -1,13 +1,15 @@
 """The figures of one machine, step by step, each with JSON, Markdown and picture under benchmarks/results/MACHINE.
 
-    python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb                  # lists the steps
-    python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb peers-warm sizes # runs two of them
+    python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb                   # lists the steps
+    python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb peers-warm sizes  # runs two of them
+    python benchmarks/figures.py /data/bench benchmarks/results/h100-80gb --only readme     # those that README shows
 
 Makes the checkpoints that a step needs (random weights in the published shapes) in the first directory, which should
 lie on the disk to be measured, unless they are there. 60 GB are enough with --only; flashpack packs a copy beside.
 `sparse-*` have holes for weights, which take no time to make and no room: for what is in the page cache anyway.
 Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for rival
-loaders, `peers`.
+loaders, `peers`. The seconds of the list are estimates for one H100 with 16 cores and a disk of 1.6 GB/s: what earlier
+results say a sample takes, four seconds for each process, a comparison at 6 GB/s; making checkpoints comes on top.
 """
 
 from __future__ import annotations
@@ -34,37 +36,51 @@ BLOCKS = {"1g": 1, "7g": 10, "14g": 20, "28g": 40, "57g": 80}
 class Step:
     checkpoints: tuple[str, ...]
     options: str
+    seconds: int
+    """About how long it takes, without making the checkpoints."""
 
 
-ALL = "--loader all"
+#: As many samples as a figure in README needs (report.py).
+ENOUGH = "--repeat 5 --repeat-rivals 3"
+#: All that load an expert. transformers makes components of another kind, and would be a row without a time.
+FILES = "ours,safetensors,safetensors-cuda,safetensors-prefetch,torch,fastsafetensors,instanttensor,runai,flashpack"
+PEERS = f"{FILES},diffusers,diffusers-parallel,diffusers-flashpack"
+#: Without those that take a minute for three samples; cold, where a sample takes 18 s, only who has been near the disk.
+QUICK = "ours,safetensors,safetensors-prefetch,diffusers-parallel,diffusers-flashpack,runai,flashpack"
+NEAR_THE_DISK = "ours,safetensors-prefetch,safetensors-cuda,fastsafetensors"
 THREADS = " ".join(f"--threads {n}" for n in (1, 2, 4, 8, 16))
+TWO = "ours,safetensors-cuda"
 STEPS = {
-    "peers-warm": Step(("bf16-28g",), f"{ALL} --cache warm --repeat 3"),
-    "peers-cold": Step(("bf16-28g",), f"{ALL} --cache cold --repeat 1"),
-    "peers-small": Step(("small",), f"{ALL} --cache warm --repeat 5"),
-    "fp32-to-bf16": Step(("fp32-28g",), f"{ALL} --cache warm --repeat 3 --dtype bf16"),
-    "io": Step(("bf16-28g",), "--loader ours --io auto --io mapped --io direct --io buffered --cache warm --repeat 3"),
-    "io-cold": Step(("bf16-28g",), "--loader ours --io auto --io direct --io buffered --cache cold --repeat 2"),
-    "threads": Step(
-        ("bf16-28g",),
-        f"--loader ours --io buffered {THREADS} --cache warm --repeat 3",
+    "peers-warm": Step(("bf16-28g",), f"--loader {PEERS} --cache warm {ENOUGH}", 450),
+    "peers-cold": Step(("bf16-28g",), f"--loader {NEAR_THE_DISK} --cache cold {ENOUGH}", 370),
+    "mapped": Step(("bf16-28g",), "--loader ours --io auto --io mapped --cache warm --repeat 5", 60),
+    "size-57g": Step(("sparse-57g",), f"--loader ours,safetensors-prefetch --cache warm {ENOUGH}", 90),
+    "fp32-to-bf16": Step(("fp32-28g",), f"--loader {QUICK} --cache warm --dtype bf16 {ENOUGH}", 250),
+    "fp32-to-bf16-all": Step(("fp32-28g",), f"--loader {PEERS} --cache warm --dtype bf16 {ENOUGH}", 600),
+    "encoder": Step(
+        ("encoder",), f"--loader ours,safetensors,safetensors-prefetch,transformers --cache warm {ENOUGH}", 110
     ),
-    "threads-cold": Step(
-        ("bf16-7g",),
-        f"--loader ours --io direct {THREADS} --cache cold --repeat 2",
+    "peers-small": Step(("small",), f"--loader {FILES} --cache warm {ENOUGH}", 120),
+    "io": Step(
+        ("bf16-28g",), "--loader ours --io auto --io mapped --io direct --io buffered --cache warm --repeat 3", 80
     ),
+    "io-cold": Step(("bf16-28g",), "--loader ours --io auto --io direct --io buffered --cache cold --repeat 2", 180),
+    "threads": Step(("bf16-28g",), f"--loader ours --io buffered {THREADS} --cache warm --repeat 3", 130),
+    "threads-cold": Step(("bf16-7g",), f"--loader ours --io direct {THREADS} --cache cold --repeat 2", 120),
     "sizes": Step(
-        ("sparse-1g", "sparse-7g", "sparse-28g", "sparse-57g"),
-        "--loader ours,safetensors-cuda --cache warm --repeat 3",
+        ("sparse-1g", "sparse-7g", "sparse-28g", "sparse-57g"), f"--loader {TWO} --cache warm --repeat 3", 220
     ),
-    "storage-ram": Step(("bf16-7g",), "--loader ours,safetensors-cuda --storage ram=/dev/shm --cache warm --repeat 3"),
-    "storage-disk": Step(("bf16-7g",), "--loader ours,safetensors-cuda --cache cold --cache warm --repeat 3"),
+    "storage-ram": Step(("bf16-7g",), f"--loader {TWO} --storage ram=/dev/shm --cache warm --repeat 3", 50),
+    "storage-disk": Step(("bf16-7g",), f"--loader {TWO} --cache cold --cache warm --repeat 3", 90),
     "storage-simulated": Step(
         ("bf16-1g",),
         "--loader ours --storage hdd=simulated --storage sata=simulated --storage nvme=simulated --repeat 3",
+        70,
     ),
-    "shapes": Step(("many", "huge"), "--loader ours,safetensors-cuda --cache warm --repeat 5"),
+    "shapes": Step(("many", "huge"), f"--loader {TWO} --cache warm {ENOUGH}", 140),
 }
+#: What README shows, in an order that makes each checkpoint once.
+README = ("peers-warm", "peers-cold", "mapped", "size-57g", "fp32-to-bf16")
 
 
 def make(directory: Path, name: str) -> Path:
@@ -72,6 +88,10 @@ def make(directory: Path, name: str) -> Path:
     target = directory / name
     if name in ("small", "many", "huge"):
         return _make_plain(target, name)
+    if name == "encoder":
+        if not target.exists():
+            _synth(target, layout="diffusers", size="full", components=["text_encoder"])
+        return target / "text_encoder"
     done = target / "transformer"
     if not done.exists():
         dtype, size = name.split("-")
@@ -126,16 +146,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="where the checkpoints are, or are made")
     parser.add_argument("results", type=Path)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}; or readme")
     parser.add_argument("--repeat", type=int, help="samples of each loader, instead of the step's own number")
     parser.add_argument("--only", action="store_true", help="remove checkpoints of other steps first, for small disks")
     parser.add_argument("--make-only", action="store_true", help="make the checkpoints, measure nothing")
     options = parser.parse_intermixed_args()
+    options.steps = [step for name in options.steps for step in (README if name == "readme" else (name,))]
     if unknown := [name for name in options.steps if name not in STEPS]:
         parser.error(f"unknown step {unknown[0]}")
     if not options.steps:
         for name, step in STEPS.items():
-            print(f"{name:14} {', '.join(step.checkpoints)}: {step.options}")
+            print(f"{name:17} {step.seconds:4} s  {', '.join(step.checkpoints)}: {step.options}")
+        print(f"{'readme':17} {sum(STEPS[name].seconds for name in README):4} s  {', '.join(README)}")
         return
     options.results.mkdir(parents=True, exist_ok=True)
     failed = [name for name in options.steps if not _run(name, options)]
@@ -153,7 +175,7 @@ def _run(name: str, options: argparse.Namespace) -> bool:
     print(f"== {name}", flush=True)
     words = command(paths, step, options.results, name)
     if options.repeat:
-        words += ["--repeat", str(options.repeat)]
+        words += ["--repeat", str(options.repeat), "--repeat-rivals", str(options.repeat)]
     return subprocess.run(words, check=False).returncode == 0
 
 

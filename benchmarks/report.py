@@ -4,7 +4,9 @@
     python benchmarks/report.py --check    # exit with 1 where they differ
 
 `benchmarks/results/readme.toml` names the files and cases: results of `wan-loader bench --export-json`, and of
-load_expert.py beside this file. Numbers are medians; a table says where somebody else is faster than we are.
+load_expert.py beside this file. Numbers are medians, with the range of the samples; the fastest is in bold, whoever
+it is. A figure needs at least five samples of ours and three of a rival: a table that has fewer is refused, unless
+readme.toml says `few = true` for it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+#: Samples that a figure in README needs at least.
+OURS_AT_LEAST, RIVALS_AT_LEAST = 5, 3
 BEGIN, END = "<!-- performance: begin (python benchmarks/report.py) -->", "<!-- performance: end -->"
 
 
@@ -32,6 +36,8 @@ class Row:
     cpu_s: float | None = None
     n: int = 0
     note: str = ""
+    fastest: float = 0.0
+    slowest: float = 0.0
 
 
 def rows_of(document: dict, chosen: dict) -> list[Row]:
@@ -61,7 +67,16 @@ def _row_of_result(result: dict) -> Row:
         return Row(name, ours, None, note=result["status"])
     status = "" if result["status"] == "ok" else result["status"]
     return Row(
-        name, ours, summary["median_s"], result["gbps"], result["of_ceiling"], summary["cpu_s"], summary["n"], status
+        name,
+        ours,
+        summary["median_s"],
+        result["gbps"],
+        result["of_ceiling"],
+        summary["cpu_s"],
+        summary["n"],
+        status,
+        summary["min_s"],
+        summary["max_s"],
     )
 
 
@@ -72,47 +87,75 @@ def _rows_of_expert(document: dict, chosen: dict) -> list[Row]:
         samples = [s for s in case["samples"] if "error" not in s]
         if title != chosen["case"] or not samples:
             continue
-        gbps = statistics.median(s["gbps"] for s in samples)
+        gbps, seconds = statistics.median(s["gbps"] for s in samples), [s["seconds"] for s in samples]
         ours = samples[0]["loader"] == "wan-loader"
         rows.append(
             Row(
                 f"wan-loader io={name}" if ours else name,
                 ours,
-                statistics.median(s["seconds"] for s in samples),
+                statistics.median(seconds),
                 gbps,
                 gbps / document["copy_ceiling_gbps"],
                 statistics.median(s["cpu_seconds"] for s in samples),
                 len(samples),
+                fastest=min(seconds),
+                slowest=max(seconds),
             )
         )
     return rows
 
 
 def table(document: dict, chosen: dict) -> str:
-    """Write one titled table, the machine, and where we lose."""
+    """Write one titled table, the machine, and where we lose; ValueError for too few samples."""
     rows = rows_of(document, chosen)
-    lines = [f"{chosen['title']}:", "", "| | seconds | GB/s | of the limit | CPU-seconds | samples |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
-    lines += [_line(row) for row in rows]
+    if (few := _too_few(rows)) and not chosen.get("few"):
+        wanted = f"README wants {OURS_AT_LEAST} samples of ours and {RIVALS_AT_LEAST} of each rival"
+        raise ValueError(f"{chosen['file']}: {wanted}, and there are fewer of {', '.join(few)}: measure again")
+    ranges = any(row.n > 1 for row in rows)
+    best = next((r for r in rows if r.seconds is not None and not r.note), None)
+    columns = ["seconds", *(["min .. max"] if ranges else []), "GB/s", "of the limit", "CPU-seconds", "samples"]
+    lines = [f"{chosen['title']}:", "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    lines += [_line(row, len(columns), ranges=ranges, best=row is best) for row in rows]
     machine = document["machine"]
     where = f"{machine.get('gpu') or 'no GPU'}, {machine['cores']} cores, torch {machine['torch']}"
-    folder = Path(chosen["file"])
-    what = "Medians" if any(row.n > 1 for row in rows) else "One sample each"
-    lines += ["", f"{what}, measured on: {where} ([everything](benchmarks/results/{folder}))."]
-    best = next((r for r in rows if r.ours and r.seconds is not None), None)
-    faster = [r for r in rows if not r.ours and r.seconds is not None and best and r.seconds < best.seconds]
+    what = "Medians" if ranges else "One sample each"
+    told = (
+        f"{what}, measured on: {where}{_versions(document)} ([everything](benchmarks/results/{Path(chosen['file'])}))."
+    )
+    ours = next((r for r in rows if r.ours and r.seconds is not None), None)
+    faster = [r for r in rows if not r.ours and r.seconds is not None and ours and r.seconds < ours.seconds]
     if faster:
-        lines[-1] += f" Faster than wan-loader here: {', '.join(r.loader for r in faster)}."
-    return "\n".join(lines)
+        told += f" Faster than wan-loader here: {', '.join(r.loader for r in faster)}."
+    return "\n".join([*lines, "", told])
 
 
-def _line(row: Row) -> str:
-    name = f"**{row.loader}**" if row.ours else row.loader
+def _too_few(rows: list[Row]) -> list[str]:
+    """Name the loaders that have fewer samples than a figure needs; one that failed has no figure."""
+    least = {True: OURS_AT_LEAST, False: RIVALS_AT_LEAST}
+    return [f"{row.loader} ({row.n})" for row in rows if row.seconds is not None and row.n < least[row.ours]]
+
+
+def _versions(document: dict) -> str:
+    """Write the versions of the rivals' packages, where the result has them."""
+    found = {
+        package: version
+        for loader in document.get("loaders", [])
+        if loader["name"] != "ours"
+        for package, version in loader.get("packages", {}).items()
+        if package != "torch" and version is not None
+    }
+    return "".join(f", {package} {version}" for package, version in sorted(found.items()))
+
+
+def _line(row: Row, n_columns: int, *, ranges: bool, best: bool) -> str:
+    name = f"**{row.loader}**" if best else row.loader
     if row.seconds is None:
-        return f"| {name} | {row.note} | | | | |"
+        return f"| {name} | {row.note} " + "| " * (n_columns - 1) + "|"
     note = f" ({row.note})" if row.note else ""
     limit = f"{row.of_limit:.2f}" if row.of_limit is not None else ""
-    return f"| {name}{note} | {_digits(row.seconds)} | {_digits(row.gbps)} | {limit} | {_digits(row.cpu_s)} | {row.n} |"
+    between = [f"{_digits(row.fastest)} .. {_digits(row.slowest)}"] if ranges else []
+    cells = [_digits(row.seconds), *between, _digits(row.gbps), limit, _digits(row.cpu_s), str(row.n)]
+    return f"| {name}{note} | {' | '.join(cells)} |"
 
 
 def _digits(value: float | None) -> str:

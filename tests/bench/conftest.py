@@ -54,7 +54,17 @@ DOCUMENT = {
     "device": "cpu",
     "dtype": None,
     "machine": {"cpu": "A CPU", "cores": 2, "memory_limit_bytes": 10**10, "kernel": "6.1", "torch": "2"},
-    "loaders": [{"label": "ours", "name": "ours", "version": "1", "how": "call", "io": "auto", "threads": None}],
+    "loaders": [
+        {
+            "label": "ours",
+            "name": "ours",
+            "version": "1",
+            "packages": {"x": "1", "y": "2"},
+            "how": "call",
+            "io": "auto",
+            "threads": None,
+        }
+    ],
     "cases": [
         {
             "path": "/x/m",

@@ -34,6 +34,7 @@ def test_loaders_by_name():
     assert find_loaders([]) == find_loaders(["all"]) == list(LOADERS.values())
     assert {"ours", "safetensors", "safetensors-cuda", "torch", "diffusers"} <= set(LOADERS)
     assert {"fastsafetensors", "instanttensor", "runai", "flashpack"} <= set(LOADERS)
+    assert {"safetensors-prefetch", "diffusers-parallel", "diffusers-flashpack", "transformers"} <= set(LOADERS)
 
 
 def test_places(tmp_path):
@@ -241,6 +242,22 @@ def test_long_names_stay_inside_the_picture(document, make_result):
         assert float(text.get("x")) >= 0.65 * int(text.get("font-size")) * len(text.text), text.text
     (dashed,) = (t for t in texts if t.text.startswith("dashed"))
     assert all(t.get("y") != dashed.get("y") for t in texts if t is not dashed), "it lies on nothing else"
+
+
+def test_markdown_shows_the_winner_its_spread_and_its_samples(document, make_result):
+    case = document["cases"][0]
+    case["results"].append(make_result("rival", 0.5))
+    case["results"][-1]["summary"] |= {"n": 1, "min_s": 0.5}
+    text = to_markdown(document)
+    first, second, *_ = [line for line in text.splitlines() if "5 equal" in line]
+    assert first.startswith("| **rival** | 0.5 s | 0.5 s |")
+    assert second.startswith("| ours | 1 s | 0.9 s .. 1 s |")
+    assert "**ours** 1, y 2: `call`" in text, "packages that a loader needs are named with their versions"
+
+
+def test_nobody_wins_without_a_time(document, make_result):
+    document["cases"][0]["results"] = [make_result("x", status="crashed", reason="killed")]
+    assert "| x | crashed: killed |" in to_markdown(document)
 
 
 def test_small_loads_show_their_cpu_seconds(document):

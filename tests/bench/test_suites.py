@@ -1,5 +1,6 @@
 """The benchmark suites run, tiny and untimed, so that they cannot rot."""
 
+import importlib
 import json
 
 import pytest
@@ -25,3 +26,55 @@ def test_turns_of_one_checkout_with_itself(tmp_path, benchmark_main, capfd):
     ((before,), (after,)) = json.loads((tmp_path / "turns.json").read_text())["turns"]["fp32 to bf16"].values()
     assert before["seconds"] > 0
     assert before["equal"] is after["equal"] is True
+
+
+def test_a_load_beside_imports(tmp_path, benchmark_main, capfd):
+    words = [tmp_path / "data", "--pairs", "1", "--device", "cpu", "--size", "tiny", "--output", tmp_path / "o.json"]
+    benchmark_main("beside_imports", *words, modules=PIPELINE)
+    lines = capfd.readouterr().out.splitlines()
+    document = json.loads((tmp_path / "o.json").read_text())
+    assert document["cases"]["load beside imports, 0.1 ms"] == {
+        "loads": True,
+        "main_thread": "import",
+        "turn_s": 0.0001,
+    }
+    (samples,) = document["turns"].values()
+    assert list(samples) == list(document["cases"])
+    for case, (one,) in samples.items():
+        assert (one["load_s"] is None) is (case == "imports alone")
+        assert (one["imports_s"] is None) is ("imports" not in case)
+        assert (one["loop_beside"] is None) is ("loop" not in case)
+        assert one["cpu_seconds"] >= 0
+    alone, beside = (next(line for line in lines if line.startswith(c)) for c in ("load alone", "load beside a loop"))
+    assert "x alone" not in alone
+    assert "x alone" in beside
+    assert "of its rate alone" in beside
+
+
+def test_a_checkpoint_is_loaded_where_it_lies_and_made_where_there_is_none(monkeypatch, checkpoint, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    beside = importlib.import_module("beside_imports")
+    assert beside.checkpoint_in(checkpoint, "tiny") == checkpoint
+    made = beside.checkpoint_in(tmp_path / "data", "tiny")
+    assert made == tmp_path / "data" / "bf16"
+    assert len(list(made.glob("*.safetensors"))) == 6
+
+
+def test_the_table_of_loads_beside_imports(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    beside = importlib.import_module("beside_imports")
+    one = {"load_s": 1.0, "imports_s": None, "loop_alone": None, "loop_beside": None}
+    of_case = {
+        "imports alone": {"load_s": None, "imports_s": 2.0},
+        "load beside imports": {"load_s": 1.5, "imports_s": 3.0},
+        "load beside a loop": {"load_s": 4.0, "loop_alone": 10.0, "loop_beside": 5.0},
+    }
+    before = {case: [one | of_case.get(case, {})] * 3 for case in beside.CASES}
+    after = {case: [{**s, "load_s": s["load_s"] and s["load_s"] / 2} for s in found] for case, found in before.items()}
+    lines = beside.told({"before": before, "after": after})
+    (imports,) = (line for line in lines if line.startswith("load beside imports          before"))
+    assert "load 1.5000 s (1.5000 .. 1.5000) = 1.50 x alone  imports 3.0000 s" in imports
+    assert imports.endswith("= 1.50 x alone")
+    (loop,) = (line for line in lines if line.startswith("load beside a loop           before"))
+    assert loop.endswith("load 4.0000 s (4.0000 .. 4.0000) = 4.00 x alone  loop at 0.50 of its rate alone")
+    assert "load beside a loop           load, after/before of each pair 0.500 .. 0.500 .. 0.500" in lines

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from wan_loader._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["LoadTask", "Loader", "NotApplicableError", "Outcome", "installed_version"]
+__all__ = ["LoadTask", "Loader", "NotApplicableError", "Outcome", "installed_versions", "missing_package"]
 
 
 class NotApplicableError(Exception):
@@ -56,7 +56,7 @@ class Loader:
 
     name: str
     packages: tuple[str, ...]
-    """Distributions that must be installed; none for this package itself."""
+    """Distributions that must be installed, the loader's own first; none for this package itself."""
     modules: tuple[str, ...]
     """Modules that are imported before the clock starts."""
     how: str
@@ -64,10 +64,14 @@ class Loader:
     load: Callable[[LoadTask], Outcome]
     formats: tuple[str, ...] = ("safetensors",)
     cuda_only: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that are set in its process before anything is imported."""
     prepare: Callable[[LoadTask], object] | None = None
-    """A call before the clock starts that imports what only the task tells."""
+    """A call before the clock starts that imports what only the task tells, and refuses what this version lacks."""
     convert: Callable[[LoadTask], None] | None = None
-    """A call that writes `task.packed`, once, outside the clock."""
+    """A call that writes `task.packed`, once, outside the clock; loaders with the same one share the file."""
+    packed_name: str = "weights.packed"
+    """The name that the converted file must have."""
 
     def why_not_applicable(self, task: LoadTask) -> str | None:
         """Return why this loader cannot do a task, as far as that is known without trying; pure."""
@@ -78,10 +82,18 @@ class Loader:
         return None
 
 
-def installed_version(loader: Loader) -> str | None:
-    """Return the version of the loader's (first) package, or None where one of them is not installed."""
+def missing_package(loader: Loader) -> str | None:
+    """Return the first of the loader's packages that is not installed, or None where all are."""
+    return next((package for package in loader.packages if _version(package) is None), None)
+
+
+def installed_versions(loader: Loader) -> dict[str, str | None]:
+    """Return the version of each of the loader's packages, the loader's own first; None for what is not installed."""
+    return {package: _version(package) for package in loader.packages} or {"wan-loader": __version__}
+
+
+def _version(package: str) -> str | None:
     try:
-        versions = [version(package) for package in loader.packages]
-        return versions[0] if versions else __version__
+        return version(package)
     except PackageNotFoundError:
         return None

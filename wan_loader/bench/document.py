@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.bench.contract import installed_version
+from wan_loader.bench.contract import installed_versions
 from wan_loader.bench.statistics import MIN_SAMPLES, case_warnings, summarize_samples
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def to_document(
         "dtype": settings.dtype,
         "settings": {
             "repeat": settings.repeat,
+            "rival_repeat": settings.rival_repeat,
             "time_limit_s": settings.time_limit_s,
             "part_bytes": settings.part,
             "caches": list(settings.caches),
@@ -63,16 +64,23 @@ def _general(settings: Settings) -> list[str]:
     notes = []
     if settings.device == "cpu":
         notes.append("no GPU was used: this compares loading into host memory only")
-    if settings.repeat < MIN_SAMPLES:
-        notes.append(f"too few samples to tell the spread ({settings.repeat}): use --repeat 5")
+    if _fewest(settings) < MIN_SAMPLES:
+        notes.append(f"too few samples to tell the spread ({_fewest(settings)}): use --repeat 5")
     return notes
 
 
+def _fewest(settings: Settings) -> int:
+    """Return the smallest number of samples that was asked for."""
+    return min(settings.repeat, settings.rival_repeat or settings.repeat)
+
+
 def _loader(entry: Any) -> dict[str, Any]:
+    versions = installed_versions(entry.loader)
     return {
         "label": entry.label,
         "name": entry.loader.name,
-        "version": installed_version(entry.loader),
+        "version": None if None in versions.values() else next(iter(versions.values())),
+        "packages": versions,
         "how": entry.loader.how,
         "io": entry.io if entry.loader.name == "ours" else None,
         "threads": entry.threads,
@@ -83,7 +91,8 @@ def _case(case: Case, settings: Settings) -> dict[str, Any]:
     ceiling, name = _ceiling(case)
     results = [_result(result, case, ceiling) for result in case.results]
     where = f"{case.name}, {case.place.label}, {case.cache}"
-    warnings = case_warnings(where, case.cache, {r.entry.label: r.samples for r in case.results}, settings.repeat)
+    samples = {r.entry.label: r.samples for r in case.results}
+    warnings = case_warnings(where, case.cache, samples, _fewest(settings))
     if (settings.dtype is None or name == "the disk") and (faster := _faster_than_ceiling(results)):
         warnings.append(
             f"{where}: faster than {name} was measured ({', '.join(faster)}), so that was measured too low: "

@@ -7,12 +7,21 @@ only ever measured here, not used. A loader that cannot do a case raises `NotApp
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
-from importlib import import_module
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from wan_loader.bench.components import (
+    diffusers_class,
+    flashpack_class,
+    load_diffusers,
+    load_diffusers_flashpack,
+    load_diffusers_parallel,
+    load_transformers,
+    transformers_class,
+)
 from wan_loader.bench.contract import Loader, LoadTask, NotApplicableError, Outcome
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import OptionError
@@ -24,8 +33,6 @@ if TYPE_CHECKING:
     from wan_loader.types import IoMode
 
 __all__ = ["LOADERS", "find_loaders"]
-
-_MAX_CONFIG_BYTES = 1_000_000
 
 
 def find_loaders(names: Sequence[str]) -> list[Loader]:
@@ -84,6 +91,23 @@ def _safetensors_cuda(task: LoadTask) -> Outcome:
     return Outcome(tensors)
 
 
+def _safetensors_prefetch(task: LoadTask) -> Outcome:
+    from safetensors import safe_open
+
+    tensors: dict[str, Any] = {}
+    for path in task.files:
+        with safe_open(path, framework="pt") as opened, opened.prefetch(device=task.device) as loader:
+            tensors |= _kept(iter(loader), task)
+    return Outcome(tensors)
+
+
+def _has_prefetch(task: LoadTask) -> None:
+    import safetensors
+
+    if not hasattr(safetensors.safe_open, "prefetch"):
+        raise NotApplicableError(f"needs safetensors >= 0.9, and this is {safetensors.__version__}")
+
+
 def _torch(task: LoadTask) -> Outcome:
     import torch
 
@@ -107,42 +131,6 @@ def _copy_into_empty(path: str, device: str) -> Iterator[tuple[str, Any]]:
             yield name, torch.empty_like(source, device=device).copy_(source)
 
 
-def _diffusers(task: LoadTask) -> Outcome:
-    cls, keyword = _component_class(task)
-    dtype = torch_dtype(task.dtype or task.file_dtype)
-    module = cls.from_pretrained(task.directory, local_files_only=True, **{keyword: dtype}).to(task.device)
-    return Outcome(dict(module.state_dict()), is_module=True, keep=module)
-
-
-def _component_class(task: LoadTask) -> tuple[Any, str]:
-    """Return the class that config.json names, a model of diffusers or transformers itself; the first call imports."""
-    directory = Path(task.directory)
-    config = directory / "config.json"
-    if not directory.name or not config.is_file() or config.stat().st_size > _MAX_CONFIG_BYTES:
-        raise NotApplicableError("no component directory: it has no config.json beside the weights")
-    try:
-        facts = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise NotApplicableError("config.json is not a component's")
-    architectures = facts.get("architectures")
-    if isinstance(facts.get("_class_name"), str):
-        library, base, name, keyword = "diffusers", "ModelMixin", facts["_class_name"], "torch_dtype"
-    elif isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
-        library, base, name, keyword = "transformers", "PreTrainedModel", architectures[0], "dtype"
-    else:
-        raise NotApplicableError("config.json names no class of diffusers or transformers")
-    try:
-        module = import_module(library)
-    except ImportError as error:
-        raise NotApplicableError(f"{library} is not installed") from error
-    cls = getattr(module, name, None)
-    if not isinstance(cls, type) or not issubclass(cls, getattr(module, base)):
-        raise NotApplicableError(f"{library} has no model class {name}: not its layout")
-    return cls, keyword
-
-
 def _fastsafetensors(task: LoadTask) -> Outcome:
     from fastsafetensors import fastsafe_open
 
@@ -164,8 +152,9 @@ def _runai(task: LoadTask) -> Outcome:
 
     with SafetensorsStreamer() as streamer:
         streamer.stream_files(list(task.files), device=task.device)
-        # on the CPU these are views of a buffer that is filled again: a user has to copy what is to stay
-        pairs = ((n, t.clone() if task.device == "cpu" else t) for n, t in streamer.get_tensors())
+        # before 0.17 tensors on the CPU are views of a buffer that is filled again: a user has to copy what is to stay
+        owned = task.device != "cpu" or "owned" in inspect.signature(streamer.stream_files).parameters
+        pairs = ((n, t if owned else t.clone()) for n, t in streamer.get_tensors())
         return Outcome(_kept(pairs, task))
 
 
@@ -184,6 +173,8 @@ def _pack(task: LoadTask) -> None:
     for path in task.files:
         tensors |= load_file(path)
     pack_to_file(tensors, task.packed, torch_dtype(task.dtype) if task.dtype else None)
+    if task.directory and (config := Path(task.directory, "config.json")).is_file():
+        shutil.copyfile(config, Path(task.packed).parent / config.name)  # diffusers looks for it there
 
 
 _ALL = (
@@ -211,6 +202,15 @@ _ALL = (
         cuda_only=True,
     ),
     Loader(
+        "safetensors-prefetch",
+        ("safetensors",),
+        ("safetensors.torch",),
+        "file by file: safe_open(file, framework='pt').prefetch(device=...), all tensors kept, then .to(dtype)",
+        _safetensors_prefetch,
+        cuda_only=True,
+        prepare=_has_prefetch,
+    ),
+    Loader(
         "torch",
         ("torch",),
         ("safetensors",),
@@ -223,9 +223,36 @@ _ALL = (
         "diffusers",
         ("diffusers",),
         ("diffusers",),
-        "the component's class of diffusers or transformers: from_pretrained(directory, dtype), then .to(device)",
-        _diffusers,
-        prepare=_component_class,
+        "the component's class of diffusers: from_pretrained(directory, torch_dtype=...), then .to(device)",
+        load_diffusers,
+        prepare=diffusers_class,
+    ),
+    Loader(
+        "diffusers-parallel",
+        ("diffusers", "accelerate"),
+        ("diffusers", "accelerate"),
+        "HF_ENABLE_PARALLEL_LOADING=yes; from_pretrained(directory, torch_dtype=..., device_map=device)",
+        load_diffusers_parallel,
+        environment={"HF_ENABLE_PARALLEL_LOADING": "yes"},
+        prepare=diffusers_class,
+    ),
+    Loader(
+        "diffusers-flashpack",
+        ("diffusers", "flashpack", "accelerate"),
+        ("diffusers", "flashpack", "accelerate"),
+        "from_pretrained(directory, use_flashpack=True, device_map=device) of a file packed beforehand",
+        load_diffusers_flashpack,
+        prepare=flashpack_class,
+        convert=_pack,
+        packed_name="model.flashpack",
+    ),
+    Loader(
+        "transformers",
+        ("transformers", "accelerate"),
+        ("transformers", "accelerate"),
+        "the component's class of transformers: from_pretrained(directory, dtype=..., device_map=device)",
+        load_transformers,
+        prepare=transformers_class,
     ),
     Loader(
         "fastsafetensors",
@@ -256,6 +283,7 @@ _ALL = (
         "read_flashpack_file(file, device=...) of a file packed beforehand, in the dtype asked for",
         _flashpack,
         convert=_pack,
+        packed_name="model.flashpack",
     ),
 )
 

@@ -9,7 +9,7 @@ from wan_loader.bench.table import HEADERS, case_rows, case_title, footnotes, ma
 from wan_loader.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["to_markdown"]
 
@@ -24,11 +24,12 @@ def to_markdown(document: Mapping[str, Any]) -> str:
             lines += [f"Nothing was measured: {_plain(case['failure'])}", ""]
             continue
         lines += ["| " + " | ".join(HEADERS) + " |", "|---" + "|---:" * (len(HEADERS) - 1) + "|"]
-        lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in case_rows(case)]
+        lines += ["| " + " | ".join(row) + " |" for row in _marked(case_rows(case))]
         lines += ["", *(f"- {_plain(note)}" for note in footnotes(case)), ""]
     lines += ["## What was called", ""]
-    for loader in document["loaders"]:
-        lines.append(f"- **{_plain(loader['label'])}** {loader['version'] or '(not installed)'}: `{loader['how']}`")
+    lines += [
+        f"- **{_plain(loader['label'])}** {_versions(loader)}: `{loader['how']}`" for loader in document["loaders"]
+    ]
     lines += ["", _CONDITIONS, ""]
     if document["warnings"]:
         lines += ["## Warnings", "", *(f"- {_plain(w)}" for w in document["warnings"]), ""]
@@ -42,6 +43,22 @@ _CONDITIONS = (
     "the first sample. Host peak is the process's resident memory: interpreter, libraries and mapped pages, too. "
     "GPU peak is of torch's allocator; '?' is not known."
 )
+
+
+def _marked(rows: Sequence[tuple[str, ...]]) -> Iterator[list[str]]:
+    """Yield rows with the fastest loader in bold, whoever it is: rows come in order, those without a time last."""
+    for i, row in enumerate(rows):
+        name, *cells = map(_plain, row)
+        has_time = bool(row[HEADERS.index("samples")])
+        yield [f"**{name}**" if i == 0 and has_time else name, *cells]
+
+
+def _versions(loader: Mapping[str, Any]) -> str:
+    """Write the version of a loader, and of the packages that it needs beside its own."""
+    if loader["version"] is None:
+        return "(not installed)"
+    _, *others = loader["packages"].items()
+    return ", ".join([loader["version"], *(f"{name} {version}" for name, version in others)])
 
 
 def _plain(text: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.child import ask
-from wan_loader.bench.contract import Loader, LoadTask, installed_version
+from wan_loader.bench.contract import Loader, LoadTask, missing_package
 from wan_loader.bench.storage import Place, copied_files, leftovers, part_of, read_into_cache, scratch
 from wan_loader.errors import OutputError
 from wan_loader.formats import open_checkpoint
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from wan_loader.formats import Checkpoint
 
-__all__ = ["Case", "LoaderSetup", "Result", "Settings", "distinct_names", "run_cases"]
+__all__ = ["Case", "LoaderSetup", "Result", "Settings", "distinct_names", "has_turn", "run_cases"]
 
 _PACKED_SHARE = 1.05
 
@@ -55,6 +55,8 @@ class Settings:
     """The device as it was resolved: cpu or cuda:N."""
     dtype: str | None = None
     repeat: int = 5
+    rival_repeat: int | None = None
+    """Samples of each rival; None: as many as of ours."""
     time_limit_s: float = 300.0
     part: int | None = None
 
@@ -128,6 +130,11 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
+def has_turn(number: int, total: int, wanted: int) -> bool:
+    """Say if a loader that gets `wanted` of `total` rounds has one in round `number`, the first; they lie evenly."""
+    return number * wanted // total != (number - 1) * wanted // total
+
+
 class _Bench:
     """The measurement of one checkpoint in one place."""
 
@@ -139,6 +146,7 @@ class _Bench:
         is_part = len(self._files) < len(checkpoint.files)
         facts = open_checkpoint(self._files) if is_part else checkpoint
         self._notes: list[str] = []
+        self._converted: list[Result] = []
         if settings.part is not None and not is_part and facts.nbytes_file > settings.part:
             n_files, size = format_count(len(self._files), "file"), format_bytes(facts.nbytes_file)
             self._notes = [f"--part takes whole files: this is all of {case.name}, {n_files}, {size}"]
@@ -208,8 +216,7 @@ class _Bench:
         """Find out whether a loader can take part, and convert for one that has its own format."""
         result = Result(entry)
         loader = entry.loader
-        if installed_version(loader) is None:
-            package = next(p for p in loader.packages)
+        if (package := missing_package(loader)) is not None:
             result.fail({"status": "not installed", "reason": f"pip install {package}"})
         elif self._place.rate and (loader.name != "ours" or entry.io == "mapped"):
             reason = "only reads of our own loader's ring can be slowed down"
@@ -221,6 +228,12 @@ class _Bench:
         return result
 
     def _convert(self, result: Result, stack: ExitStack) -> None:
+        """Write a loader's own format, unless it was written for another loader of the same format."""
+        loader = result.entry.loader
+        for other in self._converted:
+            if other.entry.loader.convert is loader.convert and other.status == "ok":
+                result.packed, result.conversion_s = other.packed, other.conversion_s
+                return
         self._tell(f"{self._place.name}: converting for {result.entry.label}")
         nbytes = int(sum(os.path.getsize(f) for f in self._case.files) * _PACKED_SHARE)
         try:
@@ -229,11 +242,14 @@ class _Bench:
         except OutputError as error:
             result.fail({"status": "failed", "reason": f"no room for its own format: {error}"})
             return
-        result.packed = str(home / "weights.packed")
+        result.packed = str(home / loader.packed_name)
         answer = self._ask("convert", result, self._case)
-        if answer["status"] != "ok":
+        if answer["status"] == "not applicable":
+            result.fail(answer)
+        elif answer["status"] != "ok":
             result.fail({**answer, "reason": f"while converting: {answer.get('reason', '')}"})
         result.conversion_s = answer.get("seconds")
+        self._converted.append(result)
 
     def _ask(self, kind: str, result: Result, case: Case, **more: Any) -> dict[str, Any]:
         request = {"kind": kind, "loader": result.entry.loader.name, "task": asdict(self._task(result, case)), **more}
@@ -241,11 +257,13 @@ class _Bench:
 
     def _run_case(self, case: Case) -> None:
         self._measure_ceilings(case)
-        total = self._settings.repeat
+        ours, rivals = self._settings.repeat, self._settings.rival_repeat or self._settings.repeat
+        total = max(ours, rivals)
         for number in range(total):
             shift = number % len(case.results)
             for result in (*case.results[shift:], *case.results[:shift]):
-                if result.status == "ok":
+                wanted = ours if result.entry.loader.name == "ours" else rivals
+                if result.status == "ok" and has_turn(number, total, wanted):
                     self._sample(case, result, f"{number + 1}/{total}")
 
     def _sample(self, case: Case, result: Result, number: str) -> None:

@@ -70,11 +70,9 @@ def _task(request: Mapping[str, Any]) -> LoadTask:
 
 def convert(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the loader's own format; say how long that took, which is stated beside its times."""
-    loader = LOADERS[request["loader"]]
+    loader, task = LOADERS[request["loader"]], _task(request)
     assert loader.convert is not None
-    for module in loader.modules:
-        import_module(module)
-    task = _task(request)
+    _make_ready(loader, task)
     start_ns = clock_ns()
     loader.convert(task)
     seconds = (clock_ns() - start_ns) / 1e9
@@ -117,10 +115,7 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         raise NotApplicableError(reason)
     if request.get("rate"):
         throttle_reads(request["rate"])
-    for module in loader.modules:
-        import_module(module)
-    if loader.prepare is not None:
-        loader.prepare(task)
+    _make_ready(loader, task)
     _start_device(task.device)
     watched = [task.packed] if task.packed else list(task.files)
     facts = {
@@ -130,7 +125,7 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
         "residency": knowledge_of(watched).name.lower(),
     }
     outcome, measured = _timed(loader, task)
-    memory = _memory(task.device)
+    memory = _memory(task.device, outcome.tensors.values())
     report = outcome.report() if outcome.report is not None else None
     if report is not None:
         memory["pinned_bytes"] = report["memory"]["pinned_bytes"]
@@ -138,6 +133,15 @@ def take_sample(request: Mapping[str, Any]) -> dict[str, Any]:
     if request.get("check"):
         result |= _checked(task, outcome)
     return result
+
+
+def _make_ready(loader: Loader, task: LoadTask) -> None:
+    """Set a loader's variables and import it, before any clock; it may find that it cannot do the task."""
+    os.environ.update(loader.environment)
+    for module in loader.modules:
+        import_module(module)
+    if loader.prepare is not None:
+        loader.prepare(task)
 
 
 def _timed(loader: Loader, task: LoadTask) -> tuple[Outcome, dict[str, Any]]:
@@ -256,14 +260,16 @@ def _difference(before: tuple[float, float], after: tuple[float, float], seconds
     }
 
 
-def _memory(device: str) -> dict[str, Any]:
-    """Return peaks in bytes; None for what cannot be known of a loader."""
+def _memory(device: str, tensors: Iterable[Any]) -> dict[str, Any]:
+    """Return peaks in bytes; None for what cannot be known of a loader, such as one that allocates by itself."""
     import torch
 
     peaks: dict[str, Any] = {"host_peak_bytes": peak_resident(), "pinned_bytes": None, "device_peak_bytes": None}
     if device.startswith("cuda"):
         peaks["pinned_bytes"] = _pinned_by_torch()
-        peaks["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        peak = torch.cuda.max_memory_allocated(device)
+        peaks["device_peak_bytes"] = peak if peak >= sum(storages.values()) else None
     return peaks
 
 

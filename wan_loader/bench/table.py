@@ -23,7 +23,7 @@ __all__ = [
 HEADERS = (
     "loader",
     "median",
-    "min",
+    "min .. max",
     "spread",
     "GB/s",
     "of ceiling",
@@ -48,7 +48,7 @@ _IMPORTANCE = (
     "host peak",
     "GPU peak",
     "pinned",
-    "min",
+    "min .. max",
     "samples",
 )
 
@@ -96,7 +96,7 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         result["loader"] + state,
         format_seconds(summary["median_s"]),
-        format_seconds(summary["min_s"]),
+        _range(summary),
         f"{summary['spread']:.0%}" if summary["n"] > 1 else "",
         f"{result['gbps']:.3g}" if result["gbps"] else "",
         f"{result['of_ceiling']:.2f}" if result["of_ceiling"] else "",
@@ -108,6 +108,11 @@ def _row(result: Mapping[str, Any]) -> tuple[str, ...]:
         str(summary["n"]),
         f"{checked} equal" if checked is not None else "no",
     )
+
+
+def _range(summary: Mapping[str, Any]) -> str:
+    fastest = format_seconds(summary["min_s"])
+    return f"{fastest} .. {format_seconds(summary['max_s'])}" if summary["n"] > 1 else fastest
 
 
 def why_no_time(result: Mapping[str, Any]) -> str:

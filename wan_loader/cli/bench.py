@@ -45,8 +45,8 @@ Loaders = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME,...",
-        help="ours, safetensors, safetensors-cuda, torch, diffusers, fastsafetensors, instanttensor, runai, "
-        "flashpack; may be repeated.",
+        help="ours, safetensors, safetensors-cuda, safetensors-prefetch, torch, diffusers, diffusers-parallel, "
+        "diffusers-flashpack, transformers, fastsafetensors, instanttensor, runai, flashpack; may be repeated.",
         show_default="all",
     ),
 ]
@@ -76,6 +76,9 @@ FirstFiles = Annotated[
         metavar="SIZE", help="Only the first files that hold this much, such as 4GB.", callback=checked(parse_size)
     ),
 ]
+RivalSamples = Annotated[
+    int | None, typer.Option(min=1, max=1000, help="Samples of each loader but ours.", show_default="as of ours")
+]
 TimeLimit = Annotated[
     float,
     typer.Option(min=1, max=604_800, metavar="SECONDS", help="A sample that takes longer is ended, and reported."),
@@ -88,6 +91,7 @@ def bench(
     storage: Storage = None,
     cache: Caches = None,
     repeat: Annotated[int, typer.Option(min=1, max=1000, help="Samples of each loader.")] = 5,
+    repeat_rivals: RivalSamples = None,
     dtype: Dtype = None,
     device: Device = "auto",
     io: Ios = None,
@@ -138,6 +142,7 @@ def bench(
         device=device,
         dtype=dtype,
         repeat=repeat,
+        rival_repeat=repeat_rivals,
         time_limit_s=time_limit,
         part=None if part is None else parse_size(part),
     )
