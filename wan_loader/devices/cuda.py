@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices import driver
-from wan_loader.errors import DeviceError
+from wan_loader.errors import DeviceError, DeviceMemoryError
 from wan_loader.events import Span, clock_ns
 from wan_loader.system.threads import in_background
 
@@ -386,16 +386,23 @@ class _CopyStream:
         fitting = (buffer for buffer in self._idle if buffer.memory.numel() >= nbytes)
         buffer = next(fitting, None)
         if buffer is None or (len(self._buffers) < _BUFFERS and not driver.is_over(buffer.emptied)):
-            memory = self._writer.torch.empty(
-                -(-nbytes // _BUFFER_UNIT) * _BUFFER_UNIT, dtype=self._writer.torch.uint8, device=self._writer.device
-            )
-            buffer = _Buffer(memory, driver.make_event())
-            self._buffers.append(buffer)
-            # the memory may have been somebody's, whose work is still queued
-            driver.record(buffer.emptied, self._writer.torch.cuda.current_stream(self._writer.device).cuda_stream)
+            buffer = self._make_buffer(-(-nbytes // _BUFFER_UNIT) * _BUFFER_UNIT)
         else:
             self._idle.remove(buffer)
         driver.wait_in_stream(self._copies.handle, buffer.emptied)
+        return buffer
+
+    def _make_buffer(self, nbytes: int) -> _Buffer:
+        torch, device = self._writer.torch, self._writer.device
+        try:
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:  # somebody else was quicker than the check of the plan
+            reason = f"{device} has no room for the {nbytes} bytes that a conversion takes"
+            raise DeviceMemoryError.because(reason, "end what else runs there") from error
+        buffer = _Buffer(memory, driver.make_event())
+        self._buffers.append(buffer)
+        # the memory may have been somebody's, whose work is still queued
+        driver.record(buffer.emptied, torch.cuda.current_stream(device).cuda_stream)
         return buffer
 
     def _cast_all(self, full: Sequence[_Conversion], copied: _CopyEvent, submitted_ns: int) -> None:
