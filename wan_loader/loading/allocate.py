@@ -1,8 +1,8 @@
 """The memory that weights end up in: one ordinary storage per storage of the checkpoint, and its tensors.
 
 The layout was decided before (`plan.layout`); an `Allocation` makes it, one batch after the other. On CUDA the whole
-amount is reserved as one block of device memory that the caching allocator then splits: allocation costs microseconds a
-tensor, yet each tensor owns its memory and can be freed alone. On the CPU a tensor that needs no conversion is a
+amount is reserved as two blocks of device memory that the caching allocator then splits: allocation costs microseconds
+a tensor, yet each tensor owns its memory and can be freed alone. On the CPU a tensor that needs no conversion is a
 private (copy-on-write) view of the mapped file, which costs nothing; each view is a storage of its own.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.formats.checkpoint_facts import Checkpoint, FileFacts
-    from wan_loader.plan.layout import Layout, StoragePlan
+    from wan_loader.plan.layout import StoragePlan
     from wan_loader.plan.plan import LoadPlan
 
 __all__ = ["Allocation", "convert_storage"]
@@ -40,7 +40,8 @@ _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in se
 class Allocation:
     """The tensors of a layout, made in its order. About 3 microseconds each on the CPU.
 
-    On CUDA, room for all is reserved before the first one is made: whether it suffices shows then.
+    On CUDA, room is reserved twice: for the first ones, so that their bytes need not wait for 5 ms, and for all others
+    while those arrive.
     """
 
     def __init__(self, plan: LoadPlan, device: torch.device) -> None:
@@ -53,6 +54,7 @@ class Allocation:
         self._converting_nbytes = conversion_bytes(plan.layout.nbytes_converted, plan.blocks.nbytes)
         self.device = device
         self._empty: dict[str, torch.Tensor] = {}
+        self._is_reserved = False
 
     def copied(self, count: int | None = None) -> list[Destination]:
         """Make what is to be copied, up to the first `count` storages or all; return where the new ones are.
@@ -63,12 +65,13 @@ class Allocation:
         """
         import torch
 
-        start = len(self.destinations)
+        start, sizes = len(self.destinations), self._layout.copied_nbytes
+        end = len(sizes) if count is None else count
         try:
-            if start == 0 and self.device.type == "cuda":
-                _reserve_cuda(self._layout, self._converting_nbytes, self.device)
-            for i in range(start, len(self._layout.copied) if count is None else count):
-                self._make(self._layout.copied[i], self._layout.copied_nbytes[i])
+            if self.device.type == "cuda" and not self._is_reserved:
+                self._reserve(sizes[:end] if start == 0 else sizes[start:], first=start == 0 and end < len(sizes))
+            for i in range(start, end):
+                self._make(self._layout.copied[i], sizes[i])
         except RuntimeError as error:
             # host memory that is not there is a plain RuntimeError of torch's
             if self.device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
@@ -80,6 +83,18 @@ class Allocation:
                 reason=str(error),
             ) from error
         return self.destinations[start:]
+
+    def _reserve(self, sizes: Sequence[int], *, first: bool) -> None:
+        """Have the caching allocator hold one free block of memory that tensors are then split from."""
+        import torch
+
+        large = sum(rounded(n) for n in sizes if n > _SMALL_POOL_BYTES)
+        if not first:
+            self._is_reserved = True
+            large += self._converting_nbytes
+        # else what the allocator keeps and does not use must do as well: the tensors are allocated one by one
+        if large <= torch.cuda.mem_get_info(self.device)[0]:
+            torch.empty(large, dtype=torch.uint8, device=self.device)  # freed at once: it stays with the allocator
 
     def _make(self, plan: StoragePlan, nbytes: int) -> None:
         shape, sole = _shape(plan, nbytes)
@@ -124,16 +139,6 @@ def _shape(plan: StoragePlan, nbytes: int) -> tuple[tuple[int, ...], bool]:
 def _n_from_start(shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> int:
     """Return the elements of a tensor that lie row by row from the start of its storage, -1 if they do not."""
     return math.prod(shape) if offset == 0 and stride == contiguous_strides(shape) else -1
-
-
-def _reserve_cuda(layout: Layout, beside: int, device: torch.device) -> None:
-    """Have the caching allocator hold one free block of memory that tensors, and `beside`, are then split from."""
-    import torch
-
-    large = sum(rounded(n) for n in layout.copied_nbytes if n > _SMALL_POOL_BYTES) + beside
-    # else what the allocator keeps and does not use must do as well: the tensors are allocated one by one
-    if large <= torch.cuda.mem_get_info(device)[0]:
-        torch.empty(large, dtype=torch.uint8, device=device)  # freed at once: it stays with the allocator
 
 
 def _view(
