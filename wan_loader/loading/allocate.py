@@ -9,7 +9,6 @@ private (copy-on-write) view of the mapped file, which costs nothing; each view 
 from __future__ import annotations
 
 import math
-import mmap
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -18,9 +17,10 @@ from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.plan.memory import rounded
-from wan_loader.system.posix import PAGE
+from wan_loader.system.posix import PAGE, map_private
 
 if TYPE_CHECKING:
+    import ctypes
     from collections.abc import Sequence
 
     import torch
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Allocation", "convert_storage"]
 
-_MAP_NORESERVE = 0x4000
 _OWN_MAP_BYTES = 1 << 20
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
 
@@ -92,7 +91,7 @@ class Allocation:
 
     def viewed(self, fds: Sequence[int]) -> None:
         """Make what is used where it lies. `fds` are the checkpoint's files, open for reading."""
-        shared: dict[int, mmap.mmap] = {}
+        shared: dict[int, ctypes.Array[ctypes.c_char]] = {}
         for plan in self._layout.viewed:
             shape, sole = _shape(plan, self._checkpoint.storages[plan.storage].nbytes)
             flat = _view(self._checkpoint, plan.storage, torch_dtype(plan.dtype), fds, shared)
@@ -135,7 +134,11 @@ def _reserve_cuda(layout: Layout, device: torch.device) -> None:
 
 
 def _view(
-    checkpoint: Checkpoint, storage: int, dtype: torch.dtype, fds: Sequence[int], shared: dict[int, mmap.mmap]
+    checkpoint: Checkpoint,
+    storage: int,
+    dtype: torch.dtype,
+    fds: Sequence[int],
+    shared: dict[int, ctypes.Array[ctypes.c_char]],
 ) -> torch.Tensor:
     """Return the elements of a storage as a private mapping: written pages become copies, the file is never changed.
 
@@ -157,10 +160,10 @@ def _view(
     return torch.frombuffer(shared[facts.file], dtype=dtype, count=count, offset=facts.start)
 
 
-def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> mmap.mmap:
+def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> ctypes.Array[ctypes.c_char]:
     try:
-        return mmap.mmap(fd, nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
-    except (ValueError, OSError) as error:
+        return map_private(fd, start, nbytes)
+    except OSError as error:
         file.check_unchanged()
         raise CheckpointError.because(
             f"cannot be mapped ({error})", "load it with io='buffered'", path=file.path
