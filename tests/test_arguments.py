@@ -27,7 +27,14 @@ def fill(path, **options):
     return wan_loader.load_into(torch.nn.Linear(1, 1), path, device="cpu", strict=False, **options)
 
 
-TAKE_PATHS = [wan_loader.load, wan_loader.load_file, fill, wan_loader.open_checkpoint, wan_loader.prewarm]
+TAKE_PATHS = [
+    wan_loader.load,
+    wan_loader.load_file,
+    wan_loader.iter_file,
+    fill,
+    wan_loader.open_checkpoint,
+    wan_loader.prewarm,
+]
 LOADS = [wan_loader.load_file, wan_loader.load, fill]
 
 

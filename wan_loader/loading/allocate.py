@@ -8,6 +8,7 @@ private (copy-on-write) view of the mapped file, which costs nothing; each view 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -17,22 +18,27 @@ from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
 from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.plan.memory import rounded
+from wan_loader.system.forks import is_forked
 from wan_loader.system.posix import PAGE, map_private
 
 if TYPE_CHECKING:
-    import ctypes
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
-    from wan_loader.formats.checkpoint_facts import Checkpoint, FileFacts
+    from wan_loader.formats.checkpoint_facts import FileFacts, StorageFacts
     from wan_loader.plan.layout import Layout, StoragePlan
     from wan_loader.plan.plan import LoadPlan
 
-__all__ = ["Allocation", "convert_storage"]
+__all__ = ["OWN_MAP_BYTES", "Allocation", "Mapping", "compact", "convert_storage", "view_storage"]
 
-_OWN_MAP_BYTES = 1 << 20
+#: Views from this size on have a mapping of their own; smaller ones share one a file.
+OWN_MAP_BYTES = 1 << 20
+#: Elements that torch copies in one thread: half of its at::internal::GRAIN_SIZE.
+_UNDIVIDED = 16384
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
+
+Mapping = ctypes.Array[ctypes.c_char]
 
 
 class Allocation:
@@ -48,6 +54,8 @@ class Allocation:
         """The places of the bytes of each copied storage."""
         self._checkpoint = plan.checkpoint
         self._layout = plan.layout
+        self._refers = not plan.request.piecemeal
+        """True if destinations hold their memory; else only the tensors do, so that it goes when they are let go."""
         self.device = device
         self._empty: dict[str, torch.Tensor] = {}
 
@@ -87,14 +95,32 @@ class Allocation:
         whole = empty.new_empty(shape)  # a quarter faster than `torch.empty`
         self._name(plan, whole, sole)
         source = torch_dtype(plan.source) if plan.converts and plan.source else None
-        self.destinations.append(Destination(whole, whole.data_ptr(), source))
+        self.destinations.append(self._destination(whole, source))
+
+    def _destination(self, whole: torch.Tensor, source: torch.dtype | None) -> Destination:
+        address = whole.data_ptr()
+        if self._refers or (source is not None and self.device.type != "cpu"):
+            return Destination(whole, address, source)
+        # bytes that stay as they are go to an address, conversions into a tensor
+        return Destination(None if source is None else _unowned(whole), address, source)
+
+    def taken(self, names: Iterable[str], *, keeps: bool) -> dict[str, torch.Tensor]:
+        """Return tensors by name, and keep them as well or not."""
+        take = self.tensors.__getitem__ if keeps else self.tensors.pop
+        return {name: take(name) for name in names}
+
+    def let_go(self) -> bool:
+        """Keep no tensor any longer; return True: it is done."""
+        self.tensors.clear()
+        return True
 
     def viewed(self, fds: Sequence[int]) -> None:
         """Make what is used where it lies. `fds` are the checkpoint's files, open for reading."""
-        shared: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        shared: dict[int, Mapping] = {}
         for plan in self._layout.viewed:
-            shape, sole = _shape(plan, self._checkpoint.storages[plan.storage].nbytes)
-            flat = _view(self._checkpoint, plan.storage, torch_dtype(plan.dtype), fds, shared)
+            facts = self._checkpoint.storages[plan.storage]
+            shape, sole = _shape(plan, facts.nbytes)
+            flat = view_storage(facts, self._checkpoint.files[facts.file], torch_dtype(plan.dtype), fds, shared)
             self._name(plan, flat if len(shape) == 1 else flat.resize_(shape), sole)
 
     def _name(self, plan: StoragePlan, whole: torch.Tensor, sole: bool) -> None:
@@ -108,6 +134,16 @@ class Allocation:
         for facts in plan.tensors:
             tensor = torch.empty(0, dtype=torch_dtype(plan.target or facts.dtype), device=whole.device)
             self.tensors[facts.name] = tensor.set_(memory, facts.offset, facts.shape, facts.stride)
+
+
+def _unowned(whole: torch.Tensor) -> torch.Tensor:
+    """Return a flat tensor on the same host memory that does not keep it."""
+    import torch
+
+    if not whole.nbytes:
+        return torch.empty(0, dtype=whole.dtype)
+    memory = (ctypes.c_char * whole.nbytes).from_address(whole.data_ptr())
+    return torch.frombuffer(memory, dtype=whole.dtype)
 
 
 def _shape(plan: StoragePlan, nbytes: int) -> tuple[tuple[int, ...], bool]:
@@ -133,12 +169,12 @@ def _reserve_cuda(layout: Layout, device: torch.device) -> None:
         torch.empty(large, dtype=torch.uint8, device=device)  # freed at once: it stays with the allocator
 
 
-def _view(
-    checkpoint: Checkpoint,
-    storage: int,
+def view_storage(
+    facts: StorageFacts,
+    file: FileFacts,
     dtype: torch.dtype,
     fds: Sequence[int],
-    shared: dict[int, ctypes.Array[ctypes.c_char]],
+    shared: dict[int, Mapping],
 ) -> torch.Tensor:
     """Return the elements of a storage as a private mapping: written pages become copies, the file is never changed.
 
@@ -146,12 +182,10 @@ def _view(
     """
     import torch
 
-    facts = checkpoint.storages[storage]
-    file = checkpoint.files[facts.file]
     if facts.nbytes == 0:
         return torch.empty(0, dtype=dtype)
     count = facts.nbytes // dtype.itemsize
-    if facts.nbytes >= _OWN_MAP_BYTES:
+    if facts.nbytes >= OWN_MAP_BYTES:
         start = facts.start // PAGE * PAGE
         mapping = _map_private(fds[facts.file], start, facts.start + facts.nbytes - start, file)
         return torch.frombuffer(mapping, dtype=dtype, count=count, offset=facts.start - start)
@@ -160,7 +194,7 @@ def _view(
     return torch.frombuffer(shared[facts.file], dtype=dtype, count=count, offset=facts.start)
 
 
-def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> ctypes.Array[ctypes.c_char]:
+def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> Mapping:
     try:
         return map_private(fd, start, nbytes)
     except OSError as error:
@@ -168,6 +202,27 @@ def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> ctypes.Ar
         raise CheckpointError.because(
             f"cannot be mapped ({error})", "load it with io='buffered'", path=file.path
         ) from error
+
+
+def compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without what lies between its elements: itself, if there is nothing."""
+    import torch
+
+    if tensor.is_contiguous() or tensor.is_cuda or not is_forked():
+        return tensor.contiguous()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    _copy_undivided(copy, tensor)
+    return copy
+
+
+def _copy_undivided(to: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy so little at a time that torch does not divide it: in a forked process it waits for threads of its own."""
+    if source.numel() <= _UNDIVIDED or source.dim() == 1:
+        for some_to, some in zip(to.split(_UNDIVIDED), source.split(_UNDIVIDED), strict=True):
+            some_to.copy_(some)
+    else:
+        for row_to, row in zip(to, source, strict=True):
+            _copy_undivided(row_to, row)
 
 
 def convert_storage(tensors: dict[str, torch.Tensor], plan: StoragePlan) -> None:

@@ -68,23 +68,26 @@ def run(
         observer: Is told of spans.
 
     Yields:
-        Tensors by name as their bytes arrive, each once.
+        Tensors by name as their bytes arrive, each once. Of a load that is piecemeal, they are the taker's alone.
 
     Returns:
-        All tensors, with the state of the transfer.
+        All tensors, none where the load is piecemeal, with the state of the transfer.
     """
     if plan.through_torch:
         return (yield from _run_through_torch(plan, cancel, observer))
     import torch
 
     device, state = torch.device(plan.facts.device), TransferState()
+    keeps = not plan.request.piecemeal
     with OpenFiles(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
+        if not keeps:  # by nobody else, while it may still be written to: this is the last step of the clean-up
+            state.cleanups.append(allocation.let_go)
         steps = transfer_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
         for blocks in _drive(steps, plan, allocation, observer):
             if names := arrivals.complete(blocks):
-                yield {name: allocation.tensors[name] for name in names}
+                yield allocation.taken(names, keeps=keeps)
         try:
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here
@@ -95,8 +98,8 @@ def run(
             if not plan.shared:
                 with span(observer, "assign"):
                     convert_late(allocation.tensors, plan)
-            tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors}
-            yield {name: tensor for name, tensor in tensors.items() if name not in arrivals.told}
+            yield allocation.taken([t.name for t in plan.tensors if t.name not in arrivals.told], keeps=keeps)
+            tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors} if keeps else {}
         except BaseException:
             # whoever would have to is not given the state
             state.release()
