@@ -31,6 +31,7 @@ TAKE_PATHS = [
     wan_loader.load,
     wan_loader.load_file,
     wan_loader.iter_file,
+    wan_loader.open_file,
     fill,
     wan_loader.open_checkpoint,
     wan_loader.prewarm,

@@ -27,7 +27,7 @@ from wan_loader._version import __version__
 from wan_loader.system.forks import without_forks
 
 if TYPE_CHECKING:
-    from wan_loader.api import bind, iter_file, load, load_file, load_into
+    from wan_loader.api import bind, iter_file, load, load_file, load_into, open_file
     from wan_loader.cancel import CancelToken
     from wan_loader.devices.driver import start_device
     from wan_loader.devices.resolve import resolve_device
@@ -102,6 +102,7 @@ _LAZY = {
     "match": "wan_loader.loading.match",
     "module_slots": "wan_loader.loading.match",
     "open_checkpoint": "wan_loader.formats",
+    "open_file": "wan_loader.api",
     "paused_gc": "wan_loader.system.collector",
     "prewarm": "wan_loader.warming.prewarm",
     "prewarm_files": "wan_loader.warming.prewarm",
@@ -153,6 +154,7 @@ __all__ = [
     "match",
     "module_slots",
     "open_checkpoint",
+    "open_file",
     "paused_gc",
     "prewarm",
     "prewarm_files",

@@ -1,7 +1,7 @@
 """The public calls.
 
 `load_file` for a dict of tensors, `load_into` for a module, `load` for the report as well; `iter_file` for tensors as
-they arrive.
+they arrive, `open_file` for single ones.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from wan_loader.dtypes import dtype_name
 from wan_loader.errors import OptionError
 from wan_loader.loading.bind import Into, bind, make_binding
 from wan_loader.loading.fill_module import is_distributed
+from wan_loader.loading.handle import CheckpointHandle
 from wan_loader.loading.iterate import iterate
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from wan_loader.loading.result import LoadResult
     from wan_loader.types import IoMode, Slices, StrPath
 
-__all__ = ["bind", "iter_file", "load", "load_file", "load_into"]
+__all__ = ["bind", "iter_file", "load", "load_file", "load_into", "open_file"]
 
 
 def load_file(
@@ -407,3 +408,45 @@ def iter_file(
     check_observer(observer)
     request = _request(path, device, dtype, keep_fp32, part, names, io, threads)
     return iterate(replace(request, slices=checked_slices(slices), piecemeal=True), cancel=cancel, observer=observer)
+
+
+def open_file(
+    path: StrPath | Sequence[StrPath] | Checkpoint,
+    device: str | int | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    part: str | None = None,
+    keep_fp32: Sequence[str] = (),
+    io: IoMode = "auto",
+    threads: int | None = None,
+) -> CheckpointHandle:
+    """Open a checkpoint to load single tensors, or slices of them, as `safetensors.safe_open` does.
+
+        with wan_loader.open_file("model.safetensors", "cuda") as file:
+            weight = file.get_tensor("weight")
+            rows = file.get_slice("weight")[100:200]
+
+    Headers are read once, here; files stay open until the handle is closed. A call costs some microseconds for a small
+    tensor, which is read, and on the CPU for a large one of a safetensors file, which is a view of the mapped file.
+    Every other large one is a load of its own, with a pinned ring of its own; to load many, ask for them together
+    (`get_tensors`), or use `iter_file`. Each call gives the file's values anew, whatever was done to earlier tensors.
+
+    Args:
+        path: As for `load_file`: anything that it reads, a directory of shards or a .pth included.
+        device: As for `load_file`.
+        dtype: As for `load_file`.
+        part: As for `load_file`.
+        keep_fp32: As for `load_file`.
+        io: As for `load_file`.
+        threads: As for `load_file`.
+
+    Returns:
+        The handle, a context manager. It may be used by several threads.
+
+    Raises:
+        CheckpointError: A file is damaged, foreign or unsafe.
+        MissingFileError: A file is not there.
+        DeviceError: The device does not exist or cannot be used.
+        OptionError: An argument makes no sense.
+    """
+    return CheckpointHandle(_request(path, device, dtype, keep_fp32, part, None, io, threads))
