@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
-    from wan_loader.loading.iterate import Arrivals
+    from wan_loader.loading.iterate import TensorIterator
     from wan_loader.loading.match import KeyMap
     from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
@@ -348,7 +348,7 @@ def iter_file(
     threads: int | None = None,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
-) -> Arrivals:
+) -> TensorIterator:
     """Load a checkpoint tensor by tensor: each is handed out as soon as it has arrived, while later ones are read.
 
     This call reads the headers, plans, and raises what can be known to be wrong; the first `next` begins to read. What

@@ -176,6 +176,20 @@ def test_slices_of_a_tensor_with_strides_that_is_tied(tmp_path, device, mode):
     assert all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in arrived.values())
 
 
+def test_what_is_cut_is_not_mapped(tmp_path, monkeypatch):
+    """This process copies it, and would be killed if the file shrank."""
+
+    def refuse(*args):
+        raise AssertionError("mapped")
+
+    whole = random_tensor(torch.float32, (700, 800))
+    path = write("safetensors", tmp_path, {"w": whole})
+    monkeypatch.setattr("wan_loader.loading.allocate.map_private", refuse)
+    for mode in ("auto", "mapped"):
+        ((_, part),) = wan_loader.iter_file(path, io=mode, slices={"w": (slice(None), slice(3, 700))})
+        same(part, whole[:, 3:700])
+
+
 @pytest.mark.parametrize("mode", ["buffered", "direct"])
 def test_of_rows_nothing_else_is_read(large, device, mode):
     path, tensors = large
@@ -338,6 +352,22 @@ def test_between_two_steps_nothing_of_the_caller_is_changed(large, device, small
         gc.enable()
     arrivals.close()
     assert n_current is None or torch.cuda.current_device() == n_current
+
+
+def test_within_a_step_it_is_a_load_as_others(large, small_slots):
+    """No collection of cycles, and what can wait for loads waits: seen by an observer, who is told in the steps."""
+
+    seen = set()
+
+    class Watching:
+        def record(self, span):
+            seen.add((span.name, gc.isenabled(), activity.wait_until_idle(0)))
+
+    path, _ = large
+    for _ in wan_loader.iter_file(path, io="buffered", observer=Watching()):
+        pass
+    assert {("read", False, False), ("header", False, True)} <= seen
+    assert not {(enabled, idle) for name, enabled, idle in seen if name == "read"} - {(False, False)}
 
 
 @pytest.mark.gpu

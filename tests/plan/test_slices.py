@@ -17,11 +17,12 @@ from wan_loader.formats.checkpoint_facts import (  # noqa: E402
     TensorFacts,
     contiguous_strides,
 )
-from wan_loader.plan.blocks import plan_blocks  # noqa: E402
+from wan_loader.plan.blocks import Transport, plan_blocks  # noqa: E402
 from wan_loader.plan.facts import Facts  # noqa: E402
 from wan_loader.plan.plan import make_plan  # noqa: E402
 from wan_loader.plan.request import LoadRequest  # noqa: E402
 from wan_loader.plan.slices import alone, narrow, view  # noqa: E402
+from wan_loader.system.page_cache import Knowledge, Residency  # noqa: E402
 
 BOUND = st.none() | st.integers(-9, 9)
 DIM = st.builds(slice, BOUND, BOUND, st.none() | st.integers(1, 4))
@@ -147,3 +148,24 @@ def test_a_plan_of_what_may_be_let_go_needs_room_for_the_largest_alone():
     make_plan(LoadRequest(source="m", io="buffered", piecemeal=True), held, gpu)
     with pytest.raises(MemoryError):
         make_plan(LoadRequest(source="m", io="buffered"), held, gpu)
+
+
+def test_a_plan_of_what_is_awaited_one_by_one_has_small_blocks_and_maps_nothing_for_a_gpu():
+    storages = tuple(StorageFacts(0, start << 25, 1 << 25) for start in range(64))
+    shape = (1 << 25,)
+    held = checkpoint(
+        *(TensorFacts(f"t{i}", "uint8", shape, i, (1,)) for i in range(64)),
+        storages=storages,
+    )
+    on_cpu = Facts(memory_limit=32 << 30)
+    assert make_plan(LoadRequest(source="m", io="buffered"), held, on_cpu).blocks.nbytes == 32 << 20
+    assert make_plan(LoadRequest(source="m", io="buffered", piecemeal=True), held, on_cpu).blocks.nbytes == 8 << 20
+    some = LoadRequest(source="m", io="buffered", piecemeal=True, names=("t1",))
+    assert make_plan(some, held, on_cpu).blocks.nbytes == 1 << 20
+    window = (0, 0, 64 << 25, 64 << 25)
+    gpu = Facts(memory_limit=32 << 30, device="cuda:0", processors=2, residency=Residency((window,), Knowledge.EXACT))
+    transports = {
+        piecemeal: {b.transport for b in make_plan(LoadRequest(source="m", piecemeal=piecemeal), held, gpu).blocks}
+        for piecemeal in (False, True)
+    }
+    assert transports == {False: {Transport.MAPPED}, True: {Transport.BUFFERED}}

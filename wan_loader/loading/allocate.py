@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.layout import Layout, StoragePlan
     from wan_loader.plan.plan import LoadPlan
 
-__all__ = ["OWN_MAP_BYTES", "Allocation", "Mapping", "compact", "convert_storage", "view_storage"]
+__all__ = ["OWN_MAP_BYTES", "Allocation", "MappedMemory", "compact", "convert_storage", "view_storage"]
 
 #: Views from this size on have a mapping of their own; smaller ones share one a file.
 OWN_MAP_BYTES = 1 << 20
@@ -38,7 +38,8 @@ OWN_MAP_BYTES = 1 << 20
 _UNDIVIDED = 16384
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
 
-Mapping = ctypes.Array[ctypes.c_char]
+#: Mapped pages, for the buffer protocol.
+MappedMemory = ctypes.Array[ctypes.c_char]
 
 
 class Allocation:
@@ -116,7 +117,7 @@ class Allocation:
 
     def viewed(self, fds: Sequence[int]) -> None:
         """Make what is used where it lies. `fds` are the checkpoint's files, open for reading."""
-        shared: dict[int, Mapping] = {}
+        shared: dict[int, MappedMemory] = {}
         for plan in self._layout.viewed:
             facts = self._checkpoint.storages[plan.storage]
             shape, sole = _shape(plan, facts.nbytes)
@@ -174,7 +175,7 @@ def view_storage(
     file: FileFacts,
     dtype: torch.dtype,
     fds: Sequence[int],
-    shared: dict[int, Mapping],
+    shared: dict[int, MappedMemory],
 ) -> torch.Tensor:
     """Return the elements of a storage as a private mapping: written pages become copies, the file is never changed.
 
@@ -194,7 +195,7 @@ def view_storage(
     return torch.frombuffer(shared[facts.file], dtype=dtype, count=count, offset=facts.start)
 
 
-def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> Mapping:
+def _map_private(fd: int, start: int, nbytes: int, file: FileFacts) -> MappedMemory:
     try:
         return map_private(fd, start, nbytes)
     except OSError as error:

@@ -112,8 +112,8 @@ class CheckpointHandle:
             DeviceMemoryError: There is no room on the device.
             HostMemoryError: There is no room in the host's memory.
         """
-        facts = self.facts_of(name)
-        return self.load(facts) if self._is_planned else self.get_tensors((name,))[name]
+        facts = self._facts_of(name)
+        return self._load(facts) if self._is_planned else self.get_tensors((name,))[name]
 
     def get_tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Load several tensors as one load: large ones, or those for a GPU, come faster than one after the other.
@@ -137,9 +137,9 @@ class CheckpointHandle:
             KeyMismatchError: The tensor is not there.
             OptionError: The handle was closed.
         """
-        return SliceHandle(self, self.facts_of(name))
+        return SliceHandle(self, self._facts_of(name))
 
-    def facts_of(self, name: str) -> TensorFacts:
+    def _facts_of(self, name: str) -> TensorFacts:
         """Return what the header says of a tensor."""
         self._check_open()
         if (facts := self._facts.get(name)) is None:
@@ -147,17 +147,17 @@ class CheckpointHandle:
             raise KeyMismatchError(f"{path} lacks the tensor {name!r:.200}", missing=[name], path=path)
         return facts
 
-    def load_part(self, facts: TensorFacts, dims: tuple[Any, ...]) -> torch.Tensor:
+    def _load_part(self, facts: TensorFacts, dims: tuple[Any, ...]) -> torch.Tensor:
         """Load the part of a tensor that numbers and slices pick, contiguous and with memory of its own."""
         part = view(facts, dims)
         self._check_open()
         if self._is_planned:
-            return compact(self.load(part, cut=part.stride != contiguous_strides(part.shape)))
+            return compact(self._load(part, cut=part.stride != contiguous_strides(part.shape)))
         import torch
 
         return self.get_tensor(facts.name)[dims].clone(memory_format=torch.contiguous_format)
 
-    def load(self, facts: TensorFacts, *, cut: bool = False) -> torch.Tensor:
+    def _load(self, facts: TensorFacts, *, cut: bool = False) -> torch.Tensor:
         """Load a tensor, or a view of one.
 
         Args:
@@ -279,7 +279,7 @@ class SliceHandle:
         if ... in dims:
             at, missing = dims.index(...), len(self._facts.shape) - len(dims) + 1
             dims = (*dims[:at], *[slice(None)] * missing, *dims[at + 1 :])
-        return self._handle.load_part(self._facts, dims)
+        return self._handle._load_part(self._facts, dims)
 
 
 def _is_number(dim: object) -> bool:

@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
 
-__all__ = ["Arrivals", "iterate"]
+__all__ = ["TensorIterator", "iterate"]
 
 #: Tensors by name, and in the end the report.
-Arrivals = Generator[tuple[str, "torch.Tensor"], None, "LoadReport"]
+TensorIterator = Generator[tuple[str, "torch.Tensor"], None, "LoadReport"]
 
 
-def iterate(request: LoadRequest, *, cancel: CancelToken | None = None, observer: Observer | None = None) -> Arrivals:
+def iterate(
+    request: LoadRequest, *, cancel: CancelToken | None = None, observer: Observer | None = None
+) -> TensorIterator:
     """Plan a load; the first tensor that is asked for begins it.
 
     Closing the generator ends it: reading stops, and everything that was taken is given back.
@@ -59,7 +61,7 @@ def iterate(request: LoadRequest, *, cancel: CancelToken | None = None, observer
     return _arrivals(session, plan)
 
 
-def _arrivals(session: LoadSession, plan: LoadPlan) -> Arrivals:
+def _arrivals(session: LoadSession, plan: LoadPlan) -> TensorIterator:
     moving, process = run(plan, cancel=session.cancel, observer=session.observer), os.getpid()
     try:
         while True:
