@@ -310,6 +310,18 @@ def test_what_is_let_go_is_freed(large, device, small_slots, dtype):
         assert memories[-1]() is None
 
 
+@pytest.mark.parametrize(("mode", "least"), [("buffered", 3), ("auto", 0)])
+def test_memory_goes_back_to_the_system(large, small_slots, monkeypatch, mode, least):
+    """Not where tensors are views of the file."""
+    path, _ = large
+    trims = []
+    monkeypatch.setattr("wan_loader.loading.iterate._TRIM_BYTES", 8 * MiB)
+    monkeypatch.setattr("wan_loader.loading.iterate.trim_heap", lambda: trims.append(1))
+    for _ in wan_loader.iter_file(path, io=mode):
+        pass
+    assert least <= len(trims) <= 2 * least
+
+
 def test_a_load_of_more_than_fits_passes_through(tmp_path):
     """In a process that may have 500 MB more than torch takes, of 840 MB."""
     count, each = 200, MiB

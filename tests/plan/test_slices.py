@@ -159,7 +159,7 @@ def test_a_plan_of_what_is_awaited_one_by_one_has_small_blocks_and_maps_nothing_
     )
     on_cpu = Facts(memory_limit=32 << 30)
     assert make_plan(LoadRequest(source="m", io="buffered"), held, on_cpu).blocks.nbytes == 32 << 20
-    assert make_plan(LoadRequest(source="m", io="buffered", piecemeal=True), held, on_cpu).blocks.nbytes == 8 << 20
+    assert make_plan(LoadRequest(source="m", io="buffered", piecemeal=True), held, on_cpu).blocks.nbytes == 4 << 20
     some = LoadRequest(source="m", io="buffered", piecemeal=True, names=("t1",))
     assert make_plan(some, held, on_cpu).blocks.nbytes == 1 << 20
     window = (0, 0, 64 << 25, 64 << 25)

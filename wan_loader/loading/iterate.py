@@ -22,6 +22,7 @@ from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.run import run
 from wan_loader.plan.slices import narrow
 from wan_loader.system.collector import paused_gc
+from wan_loader.system.posix import trim_heap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from wan_loader.plan.request import LoadRequest
 
 __all__ = ["TensorIterator", "iterate"]
+
+#: So many bytes of host memory are handed out until what was let go of them is given back to the system. The C library
+#: would keep nearly all of it: holes of its heap are a little too small for the next tensor of the same size.
+_TRIM_BYTES = 256 << 20
 
 #: Tensors by name, and in the end the report.
 TensorIterator = Generator[tuple[str, "torch.Tensor"], None, "LoadReport"]
@@ -63,6 +68,7 @@ def iterate(
 
 def _arrivals(session: LoadSession, plan: LoadPlan) -> TensorIterator:
     moving, process = run(plan, cancel=session.cancel, observer=session.observer), os.getpid()
+    keeps_heap, handed_nbytes = plan.facts.cuda or not plan.layout.copied, 0
     try:
         while True:
             if os.getpid() != process:
@@ -71,6 +77,9 @@ def _arrivals(session: LoadSession, plan: LoadPlan) -> TensorIterator:
                     "begin another one in here",
                 )
             with _at_work(plan):
+                if handed_nbytes >= _TRIM_BYTES and not keeps_heap:
+                    trim_heap()
+                    handed_nbytes = 0
                 try:
                     landed = next(moving)
                 except StopIteration as end:
@@ -78,6 +87,7 @@ def _arrivals(session: LoadSession, plan: LoadPlan) -> TensorIterator:
                 landed = {name: _owned(plan, name, tensor) for name, tensor in landed.items()}
             # taken out one by one: what the caller lets go of is gone
             for name in list(landed):
+                handed_nbytes += landed[name].nbytes
                 yield name, landed.pop(name)
     finally:
         if os.getpid() == process:

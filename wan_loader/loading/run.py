@@ -146,7 +146,7 @@ def _drive(
     """Give the engine what it asks for: blocks of the plan, some at a time, and the storages that they need.
 
     All blocks that are left, where work is queued on the caller's stream: memory may be handed out that it still uses,
-    so copies would wait for it anew with each batch.
+    so copies would wait for it anew with each batch. Not of a load that is piecemeal: there need not be room for all.
 
     Yields:
         Blocks that have arrived.
@@ -162,7 +162,8 @@ def _drive(
             answer = None
             if step is Need.BLOCKS:
                 with span(observer, "init"):
-                    answer = batch = list(islice(blocks, None if is_busy(allocation.device) else plan.batch))
+                    at_once = is_busy(allocation.device) and not plan.request.piecemeal
+                    answer = batch = list(islice(blocks, None if at_once else plan.batch))
             elif step is Need.MEMORY:
                 with span(observer, "init"):
                     # storages are numbered in the order of their reads: this is the last one that is needed
