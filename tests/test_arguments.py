@@ -14,6 +14,7 @@ from safetensors.torch import save_file  # noqa: E402
 import wan_loader  # noqa: E402
 import wan_pipeline  # noqa: E402
 from wan_loader import OptionError, WanLoaderError  # noqa: E402
+from wan_loader.arguments import checked_slices  # noqa: E402
 
 
 @pytest.fixture
@@ -26,7 +27,15 @@ def fill(path, **options):
     return wan_loader.load_into(torch.nn.Linear(1, 1), path, device="cpu", strict=False, **options)
 
 
-TAKE_PATHS = [wan_loader.load, wan_loader.load_file, fill, wan_loader.open_checkpoint, wan_loader.prewarm]
+TAKE_PATHS = [
+    wan_loader.load,
+    wan_loader.load_file,
+    wan_loader.iter_file,
+    wan_loader.open_file,
+    fill,
+    wan_loader.open_checkpoint,
+    wan_loader.prewarm,
+]
 LOADS = [wan_loader.load_file, wan_loader.load, fill]
 
 
@@ -220,3 +229,44 @@ def test_what_a_video_is_made_of(given):
 
     with pytest.raises(OptionError, match=r"size|width|prompt|frame_num|steps|seed"):
         VideoRequest.make("t2v-A14B", **{"prompt": "cats", **given})
+
+
+@pytest.mark.parametrize(
+    ("value", "checked"),
+    [
+        (slice(1, 3), (slice(1, 3),)),
+        ((1, 3), (slice(1, 3),)),
+        ([1, 3], (slice(1, 3),)),
+        ((slice(1), slice(None, None, 2)), (slice(1), slice(None, None, 2))),
+        ((), ()),
+    ],
+)
+def test_slices(value, checked):
+    assert checked_slices({"a": value}) == {"a": checked}
+    assert checked_slices({"a": checked}) == {"a": checked}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("abc", "slices is the str 'abc': pass a mapping"),
+        ([("a", slice(2))], "slices is of type list"),
+        ({1: slice(2)}, "slices has 1 for a name"),
+        ({"a": 3}, r"slices\['a'\] is 3: pass a slice, a tuple of slices, or \(start, stop\)"),
+        ({"a": (1, 2, 3)}, r"slices\['a'\]"),
+        ({"a": (True, False)}, r"slices\['a'\]"),
+        ({"a": range(3)}, r"slices\['a'\] is of type range"),
+        ({"a": (slice(2), 3)}, r"slices\['a'\]"),
+        ({"a": ...}, r"slices\['a'\] is of type ellipsis"),
+        ({"a": slice(1.5)}, r"slices\['a'\]: the bounds of a slice are whole numbers"),
+        ({"a": slice(None, None, 0)}, r"slices\['a'\]: step 0"),
+        ({"a": (slice(2), slice(None, None, -2))}, r"slices\['a'\]: step -2: use a positive one"),
+    ],
+)
+def test_slices_that_make_no_sense(value, message):
+    with pytest.raises(OptionError, match=message):
+        checked_slices(value)
+
+
+def test_no_slices():
+    assert checked_slices(None) == {}

@@ -27,7 +27,7 @@ from wan_loader._version import __version__
 from wan_loader.system.forks import without_forks
 
 if TYPE_CHECKING:
-    from wan_loader.api import bind, load, load_file, load_into
+    from wan_loader.api import bind, iter_file, load, load_file, load_into, open_file
     from wan_loader.cancel import CancelToken
     from wan_loader.devices.driver import start_device
     from wan_loader.devices.resolve import resolve_device
@@ -95,12 +95,14 @@ _LAZY = {
     "clock_ns": "wan_loader.events",
     "bind": "wan_loader.api",
     "empty_weights": "wan_loader.loading.empty_weights",
+    "iter_file": "wan_loader.api",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
     "load_into": "wan_loader.api",
     "match": "wan_loader.loading.match",
     "module_slots": "wan_loader.loading.match",
     "open_checkpoint": "wan_loader.formats",
+    "open_file": "wan_loader.api",
     "paused_gc": "wan_loader.system.interpreter",
     "prewarm": "wan_loader.warming.prewarm",
     "prewarm_files": "wan_loader.warming.prewarm",
@@ -145,12 +147,14 @@ __all__ = [
     "bind",
     "clock_ns",
     "empty_weights",
+    "iter_file",
     "load",
     "load_file",
     "load_into",
     "match",
     "module_slots",
     "open_checkpoint",
+    "open_file",
     "paused_gc",
     "prewarm",
     "prewarm_files",

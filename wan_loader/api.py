@@ -1,22 +1,37 @@
-"""The public calls: `load_file` for a dict of tensors, `load_into` for a module, `load` for the report as well."""
+"""The public calls.
+
+`load_file` for a dict of tensors, `load_into` for a module, `load` for the report as well; `iter_file` for tensors as
+they arrive, `open_file` for single ones.
+"""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.arguments import check_cache, check_cancel, check_group, check_module, check_observer, checked_strings
+from wan_loader.arguments import (
+    check_cache,
+    check_cancel,
+    check_group,
+    check_module,
+    check_observer,
+    checked_slices,
+    checked_strings,
+)
 from wan_loader.devices.resolve import import_torch
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import OptionError
 from wan_loader.loading.bind import Into, bind, make_binding
 from wan_loader.loading.fill_module import is_distributed
+from wan_loader.loading.handle import CheckpointHandle
+from wan_loader.loading.iterate import iterate
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from torch.distributed import ProcessGroup
@@ -24,12 +39,13 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
+    from wan_loader.loading.iterate import TensorIterator
     from wan_loader.loading.match import KeyMap
     from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
-    from wan_loader.types import IoMode, StrPath
+    from wan_loader.types import IoMode, Slices, StrPath
 
-__all__ = ["bind", "load", "load_file", "load_into"]
+__all__ = ["bind", "iter_file", "load", "load_file", "load_into", "open_file"]
 
 
 def load_file(
@@ -317,3 +333,120 @@ def load_into(
         use = _CacheUse(cache, cache_dir, verify)
         _check(use, group, into, cancel, observer)
     return _load(request, into, use, group, cancel, observer).report
+
+
+def iter_file(
+    path: StrPath | Sequence[StrPath] | Checkpoint,
+    device: str | int | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    part: str | None = None,
+    names: Sequence[str] | None = None,
+    slices: Mapping[str, Slices] | None = None,
+    keep_fp32: Sequence[str] = (),
+    io: IoMode = "auto",
+    threads: int | None = None,
+    cancel: CancelToken | None = None,
+    observer: Observer | None = None,
+) -> TensorIterator:
+    """Load a checkpoint tensor by tensor: each is handed out as soon as it has arrived, while later ones are read.
+
+    This call reads the headers, plans, and raises what can be known to be wrong; the first `next` begins to read. What
+    has been read and not been taken is never more than the pinned ring holds (512 MiB at most), what is under way, and
+    the tensors that arrived together. A tensor that the caller lets go of is freed, so more may pass through than fits
+    into memory (on CUDA, where a dtype was asked for, the memory comes back when the iteration ends). Between two
+    tensors the caller may do anything, other loads included; one caller at a time, in any thread.
+
+        with contextlib.closing(wan_loader.iter_file("model.safetensors", "cuda")) as arrivals:
+            for name, tensor in arrivals:
+                send(name, tensor)
+
+    Closing the generator ends the load within a second: reading stops, files are closed, pinned memory is given back,
+    and so are tensors that were not taken. Python closes it by itself once nothing refers to it, as after a `break`
+    out of `for name, tensor in iter_file(...)`.
+
+    Args:
+        path: As for `load_file`.
+        device: As for `load_file`.
+        dtype: As for `load_file`.
+        part: As for `load_file`.
+        names: As for `load_file`. They are read in this order, and arrive nearly in it: reads that run side by side
+            may overtake each other by some blocks.
+        slices: For some of the tensors, the part that is wanted: a slice of dimension 0, a pair (start, stop) for the
+            same, or a tuple of slices, one for each of the first dimensions. Bounds may be negative or beyond the
+            end, and steps greater than 1, as in Python. Of dimension 0, only the bytes of these rows are read; of
+            others, whatever lies between the first and the last element is read as well, held for a moment, and left
+            out. A tensor that shares a storage with others has its own when it is sliced. Pickles that only torch can
+            read are read whole.
+        keep_fp32: As for `load_file`.
+        io: As for `load_file`. On CUDA, "mapped" has all tensors arrive together, at the end.
+        threads: As for `load_file`.
+        cancel: As for `load_file`. From another thread, it is the way to end an iteration.
+        observer: As for `load_file`.
+
+    Yields:
+        Pairs of name and tensor, each name once, all of its bytes in place on the device for work of any stream. The
+        tensors are those that `load_file` returns, views of the mapped file on the CPU included, and slices of them,
+        which are contiguous and own no memory beside their elements. Those that share a storage come together. On the
+        CPU, views of the file come last.
+
+    Returns:
+        The `LoadReport`, as the value of the generator. Its seconds are those of the caller as well.
+
+    Raises:
+        CheckpointError: As for `load_file`. That a file was changed while it was read may only be seen at the end: then
+            tensors that were handed out before hold bytes of either.
+        KeyMismatchError: A name in `names` or `slices` is not there.
+        OptionError: An argument makes no sense, or a slice does not: a tensor has too few dimensions (a number has
+            none), or a step is not positive.
+        DeviceMemoryError: There is no room on the device, if only for the largest tensor.
+        HostMemoryError: The same of the host's memory.
+        LoadCancelledError: `cancel` was cancelled.
+        DeviceError: The device does not exist or cannot be used.
+    """
+    check_cancel(cancel)
+    check_observer(observer)
+    request = _request(path, device, dtype, keep_fp32, part, names, io, threads)
+    return iterate(replace(request, slices=checked_slices(slices), piecemeal=True), cancel=cancel, observer=observer)
+
+
+def open_file(
+    path: StrPath | Sequence[StrPath] | Checkpoint,
+    device: str | int | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | str | None = None,
+    part: str | None = None,
+    keep_fp32: Sequence[str] = (),
+    io: IoMode = "auto",
+    threads: int | None = None,
+) -> CheckpointHandle:
+    """Open a checkpoint to load single tensors, or slices of them, as `safetensors.safe_open` does.
+
+        with wan_loader.open_file("model.safetensors", "cuda") as file:
+            weight = file.get_tensor("weight")
+            rows = file.get_slice("weight")[100:200]
+
+    Headers are read once, here; files stay open until the handle is closed. A call costs some microseconds for a small
+    tensor, which is read, and on the CPU for a large one of a safetensors file, which is a view of the mapped file.
+    Every other large one is a load of its own, with a pinned ring of its own; to load many, ask for them together
+    (`get_tensors`), or use `iter_file`. Each call gives the file's values anew, whatever was done to earlier tensors.
+
+    Args:
+        path: As for `load_file`: anything that it reads, a directory of shards or a .pth included.
+        device: As for `load_file`.
+        dtype: As for `load_file`.
+        part: As for `load_file`.
+        keep_fp32: As for `load_file`.
+        io: As for `load_file`.
+        threads: As for `load_file`.
+
+    Returns:
+        The handle, a context manager. It may be used by several threads.
+
+    Raises:
+        CheckpointError: A file is damaged, foreign or unsafe.
+        MissingFileError: A file is not there.
+        DeviceError: The device does not exist or cannot be used.
+        OptionError: An argument makes no sense.
+    """
+    return CheckpointHandle(_request(path, device, dtype, keep_fp32, part, None, io, threads))

@@ -34,6 +34,7 @@ __all__ = [
     "checked_count",
     "checked_path",
     "checked_paths",
+    "checked_slices",
     "checked_strings",
     "checked_threads",
 ]
@@ -80,6 +81,43 @@ def checked_strings(value: object, what: str) -> tuple[str, ...]:
         if not isinstance(one, str):
             raise OptionError.because(f"{what} holds {_shown(one)}", "every item is a str")
     return strings
+
+
+def checked_slices(value: object) -> dict[str, tuple[slice, ...]]:
+    """Return slices by the names of tensors, each as a tuple of slices, one a dimension; None as an empty dict.
+
+    A pair of numbers is a slice of the rows. Whether a tensor has so many dimensions is asked when it is known.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise OptionError.because(f"slices is {_shown(value)}", "pass a mapping from name to slice")
+    return {name: _checked_slice(name, one) for name, one in value.items()}
+
+
+def _checked_slice(name: object, value: object) -> tuple[slice, ...]:
+    if not isinstance(name, str):
+        raise OptionError.because(f"slices has {_shown(name)} for a name", "every name is a str")
+    dims = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if len(dims) == 2 and all(_is_whole(one) for one in dims):
+        dims = (slice(*dims),)
+    for dim in dims:
+        if not isinstance(dim, slice):
+            raise OptionError(
+                f"slices[{name!r:.60}] is {_shown(value)}: pass a slice, a tuple of slices, or (start, stop) for rows",
+                tensor=name,
+            )
+        if not all(one is None or _is_whole(one) for one in (dim.start, dim.stop, dim.step)):
+            raise OptionError(f"slices[{name!r:.60}]: the bounds of a slice are whole numbers or None", tensor=name)
+        if dim.step is not None and operator.index(dim.step) < 1:
+            raise OptionError(
+                f"slices[{name!r:.60}]: step {dim.step}: use a positive one, and flip what is loaded", tensor=name
+            )
+    return dims
+
+
+def _is_whole(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _items(value: object, what: str, advice: str) -> Iterable[Any]:

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -362,3 +363,13 @@ def test_views_are_not_called_fast_copies(tmp_path):
     assert report.gbps == 0
     assert report.io.nbytes_viewed > 0
     assert "views of the file" in report.io.reason
+
+
+def test_views_keep_no_descriptor(tmp_path):
+    """A process may have a thousand, and a model has more tensors."""
+    tensors = {f"t{i}": torch.full((MiB // 4,), float(i)) for i in range(9)}
+    path = write("safetensors", tmp_path, tensors)
+    before = len(os.listdir("/proc/self/fd"))
+    loaded = wan_loader.load_file(path)
+    assert len(os.listdir("/proc/self/fd")) < before + 9
+    same_dicts(loaded, tensors)

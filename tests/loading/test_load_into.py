@@ -216,7 +216,7 @@ def no_reads(monkeypatch):
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(AioRequest, "start", refuse)
-    monkeypatch.setattr("mmap.mmap", refuse)
+    monkeypatch.setattr("wan_loader.loading.allocate.map_private", refuse)
 
 
 @pytest.mark.parametrize("mode", ["auto", "mapped", "direct", "buffered"])

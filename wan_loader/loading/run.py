@@ -68,23 +68,26 @@ def run(
         observer: Is told of spans.
 
     Yields:
-        Tensors by name as their bytes arrive, each once.
+        Tensors by name as their bytes arrive, each once. Of a load that is piecemeal, they are the taker's alone.
 
     Returns:
-        All tensors, with the state of the transfer.
+        All tensors, none where the load is piecemeal, with the state of the transfer.
     """
     if plan.through_torch:
         return (yield from _run_through_torch(plan, cancel, observer))
     import torch
 
     device, state = torch.device(plan.facts.device), TransferState()
+    keeps = not plan.request.piecemeal
     with OpenFiles(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
+        if not keeps:  # by nobody else, while it may still be written to: this is the last step of the clean-up
+            state.cleanups.append(allocation.let_go)
         steps = transfer_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
         for segments in _drive(steps, plan, allocation, observer):
             if names := arrivals.complete(segments):
-                yield {name: allocation.tensors[name] for name in names}
+                yield allocation.taken(names, keeps=keeps)
         try:
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here
@@ -95,8 +98,8 @@ def run(
             if not plan.shared:
                 with span(observer, "assign"):
                     convert_late(allocation.tensors, plan)
-            tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors}
-            yield {name: tensor for name, tensor in tensors.items() if name not in arrivals.told}
+            yield allocation.taken([t.name for t in plan.tensors if t.name not in arrivals.told], keeps=keeps)
+            tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors} if keeps else {}
         except BaseException:
             # whoever would have to is not given the state
             state.release()
@@ -142,7 +145,7 @@ def _drive(
     """Give the engine what it asks for: blocks of the plan, some at a time, and the storages that they need.
 
     All blocks that are left, where work is queued on the caller's stream: memory may be handed out that it still uses,
-    so copies would wait for it anew with each batch.
+    so copies would wait for it anew with each batch. Not of a load that is piecemeal: there need not be room for all.
 
     Yields:
         Segments that have arrived.
@@ -158,7 +161,8 @@ def _drive(
             answer = None
             if step is Need.BLOCKS:
                 with span(observer, "init"):
-                    answer = batch = list(islice(blocks, None if is_busy(allocation.device) else plan.batch))
+                    at_once = is_busy(allocation.device) and not plan.request.piecemeal
+                    answer = batch = list(islice(blocks, None if at_once else plan.batch))
             elif step is Need.MEMORY:
                 with span(observer, "init"):
                     # storages are numbered in the order of their reads: this is the last one that is needed

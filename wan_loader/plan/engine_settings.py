@@ -25,6 +25,7 @@ __all__ = [
     "block_bytes",
     "conversion_bytes",
     "engine_settings",
+    "piecemeal_block_bytes",
     "prefers_mapping",
 ]
 
@@ -35,6 +36,9 @@ MAX_RING_BYTES = 512 * MiB
 MIN_BLOCK_BYTES = 8 * MiB
 #: ... and these at most. Larger ones register no faster.
 MAX_BLOCK_BYTES = 32 * MiB
+#: For the CPU, where bytes are in place when they are read, blocks are what stands between a load's first bytes and its
+#: first tensor: some are read before any is looked at. Small ones, of which the first few are 2 % of a load or less.
+_PIECEMEAL_BLOCK_BYTES = 1 * MiB, 8 * MiB
 
 
 class TransferMode(Enum):
@@ -111,6 +115,12 @@ def block_bytes(nbytes: int, at_least: int = MIN_BLOCK_BYTES) -> int:
 def conversion_bytes(converted: int, block_bytes: int) -> int:
     """Return the device memory that conversions of `converted` bytes take while they are under way."""
     return min(_CONVERTING_BLOCKS * block_bytes, -(-converted // block_bytes) * block_bytes)
+
+
+def piecemeal_block_bytes(nbytes: int) -> int:
+    """Return the size of the blocks for a load into host memory of `nbytes` whose tensors are awaited one by one."""
+    least, most = _PIECEMEAL_BLOCK_BYTES
+    return min(most, block_bytes(nbytes // 8, least))
 
 
 def prefers_mapping(processors: int) -> bool:

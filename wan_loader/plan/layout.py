@@ -15,7 +15,7 @@ from wan_loader.dtypes import ITEMSIZE
 from wan_loader.plan.blocks import ByteRange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
     from wan_loader.plan.dtype_policy import DtypePolicy
@@ -113,6 +113,7 @@ def lay_out(
     plans: Sequence[StoragePlan],
     *,
     views: bool,
+    to_cut: Collection[str] = (),
     reads: Mapping[int, tuple[int, int]] = MappingProxyType({}),
 ) -> Layout:
     """Decide for each storage whether it is copied or viewed.
@@ -121,14 +122,16 @@ def lay_out(
         checkpoint: The checkpoint that the storages are of.
         plans: The storages.
         views: Use the mapped file where neither dtype nor alignment stands against it.
+        to_cut: Names of tensors that are copied, even so.
         reads: Storages of which only some bytes, from and to, are read; the others come from elsewhere.
     """
     viewed: list[StoragePlan] = []
     copied: list[StoragePlan] = []
     for plan in plans:
-        (viewed if views and _can_view(checkpoint, plan) else copied).append(plan)
+        stays = views and _can_view(checkpoint, plan) and plan.tensors[0].name not in to_cut
+        (viewed if stays else copied).append(plan)
     # kernels rely on elements that begin at multiples of their size: other views would be refused
-    misaligned = sum(not p.converts and not p.late for p in copied) if views else 0
+    misaligned = sum(not p.converts and not p.late and p.tensors[0].name not in to_cut for p in copied) if views else 0
     return Layout(
         tuple(copied),
         tuple(p.nbytes_loaded(checkpoint.storages[p.storage].nbytes) for p in copied),

@@ -25,8 +25,15 @@ _PAGE_TABLE_SHARE = 256
 MIN_RING_BYTES = (16 << 20) + PAGE
 
 
-def check_memory(layout: Layout, facts: Facts, path: str, *, block_bytes: int) -> int | None:
+def check_memory(layout: Layout, facts: Facts, path: str, *, block_bytes: int, piecemeal: bool = False) -> int | None:
     """Raise unless there is memory for everything that is copied, in blocks of `block_bytes`.
+
+    Args:
+        layout: The storages that are copied.
+        facts: The machine.
+        path: The checkpoint, for errors.
+        block_bytes: The size of the blocks.
+        piecemeal: Whoever takes what arrives may let it go before the rest is there: the largest must fit.
 
     Returns:
         The bytes of the host's memory that are left for the pinned rings of all that load at the same time; None where
@@ -36,11 +43,13 @@ def check_memory(layout: Layout, facts: Facts, path: str, *, block_bytes: int) -
         DeviceMemoryError: The device has no room for the weights.
         HostMemoryError: The host has no room, for weights or for what a load takes beside them.
     """
+    sizes = [max(layout.copied_nbytes, default=0)] if piecemeal else layout.copied_nbytes
     if facts.cuda:
-        _check_device_memory(layout, facts, path, block_bytes)
+        beside = conversion_bytes(layout.nbytes_converted, block_bytes)
+        _check_device_memory(sum(map(rounded, sizes)) + beside, facts, path)
     if not any(byte_range.end > byte_range.start for byte_range in layout.byte_ranges):
         return None
-    return check_host_memory(0 if facts.cuda else sum(layout.copied_nbytes), facts, path)
+    return check_host_memory(0 if facts.cuda else sum(sizes), facts, path)
 
 
 def check_host_memory(nbytes: int, facts: Facts, path: str) -> int | None:
@@ -59,8 +68,7 @@ def check_host_memory(nbytes: int, facts: Facts, path: str) -> int | None:
     return None if free is None else free - (nbytes + beside) * sharers
 
 
-def _check_device_memory(layout: Layout, facts: Facts, path: str, block_bytes: int) -> None:
-    needed = sum(map(rounded, layout.copied_nbytes)) + conversion_bytes(layout.nbytes_converted, block_bytes)
+def _check_device_memory(needed: int, facts: Facts, path: str) -> None:
     if facts.device_free is not None and needed > facts.device_free:
         raise DeviceMemoryError.because(
             f"needs {needed} bytes on {facts.device}, {facts.device_free} of {facts.device_total} are free",

@@ -10,9 +10,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.formats.known_formats import format_of, is_planned
 from wan_loader.plan.blocks import MAX_GAP, Transport, plan_blocks
-from wan_loader.plan.engine_settings import MIN_BLOCK_BYTES, block_bytes, engine_settings, prefers_mapping
+from wan_loader.plan.engine_settings import (
+    MIN_BLOCK_BYTES,
+    block_bytes,
+    engine_settings,
+    piecemeal_block_bytes,
+    prefers_mapping,
+)
 from wan_loader.plan.layout import Layout, lay_out, plan_storages
 from wan_loader.plan.memory import check_host_memory, check_memory
 from wan_loader.plan.transport import TransportRule, explain, is_uniform
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.layout import StoragePlan
     from wan_loader.plan.request import LoadRequest
 
-__all__ = ["Blocks", "LoadPlan", "make_plan"]
+__all__ = ["Blocks", "LoadPlan", "make_plan", "may_view"]
 
 #: Planned and allocated at once, while what was planned before is on its way: a tenth of a millisecond's work.
 _BATCH_BLOCKS = 4
@@ -97,6 +104,8 @@ class LoadPlan:
         """Say what will be read, how, why, and with how much memory."""
         files = format_count(len({self.checkpoint.storages[s.storage].file for s in self.storages}), "file")
         tensors = format_count(len(self.tensors), "tensor")
+        if self.request.slices:
+            tensors += f" ({len(self.request.slices)} in part)"
         dtype = "as in the file" if self.request.policy.dtype is None else f"as {self.request.policy.dtype}"
         lines = [
             f"load {tensors}, {format_bytes(self.nbytes_file)} in {files} of {self.checkpoint.path}",
@@ -154,10 +163,12 @@ def make_plan(
     storages = plan_storages(tensors, request.policy)
     alone, checked = reads is None, read_unit is not None
     io = _io_mode(request.io, cuda=facts.cuda, checked=checked)
-    views = alone and not facts.cuda and not checked and _may_view(request, checkpoint)
-    layout = lay_out(checkpoint, storages, views=views, reads=reads or MappingProxyType({}))
-    blocks = _blocks(layout, facts, io, read_unit, alone=alone)
-    room = _room(checkpoint, storages, layout, facts, blocks.nbytes)
+    views = alone and not facts.cuda and not checked and may_view(request, checkpoint)
+    # this process copies what is wanted of them: it would be killed if they were mapped, and the file shrank
+    to_cut = {t.name for t in tensors if t.name in request.slices and t.stride != contiguous_strides(t.shape)}
+    layout = lay_out(checkpoint, storages, views=views, to_cut=to_cut, reads=reads or MappingProxyType({}))
+    blocks = _blocks(layout, facts, io, read_unit, alone=alone, piecemeal=request.piecemeal)
+    room = _room(checkpoint, storages, layout, facts, blocks.nbytes, piecemeal=request.piecemeal)
     nbytes = layout.nbytes_read
     resident = facts.residency.total((*layout.byte_ranges, *layout.viewed_ranges))
     cold = resident * 2 < nbytes
@@ -188,7 +199,7 @@ def make_plan(
         settings=settings,
         resident=None if facts.residency.knowledge is Knowledge.UNKNOWN else resident,
         # a cold load takes long, and others could take the room meanwhile: all is allocated at once
-        batch=None if cold else _BATCH_BLOCKS,
+        batch=None if cold and not request.piecemeal else _BATCH_BLOCKS,
         shared=not alone,
         reason=explain(request.io, io, resident, nbytes, layout.nbytes_viewed, facts.residency.knowledge),
         warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_direct_fallbacks(blocks, facts)),
@@ -196,23 +207,34 @@ def make_plan(
 
 
 def _room(
-    checkpoint: Checkpoint, storages: Sequence[StoragePlan], layout: Layout, facts: Facts, block_bytes: int
+    checkpoint: Checkpoint,
+    storages: Sequence[StoragePlan],
+    layout: Layout,
+    facts: Facts,
+    block_bytes: int,
+    *,
+    piecemeal: bool,
 ) -> int | None:
     """Return the host memory that is left for the rings of all loads; raise where the load does not fit."""
     if is_planned(checkpoint):
-        return check_memory(layout, facts, checkpoint.path, block_bytes=block_bytes)
+        # what a GPU converts stays referred to until the end
+        may_go = piecemeal and not (facts.cuda and any(plan.converts for plan in layout.copied))
+        return check_memory(layout, facts, checkpoint.path, block_bytes=block_bytes, piecemeal=may_go)
     read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
     return check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
 
 
-def _blocks(layout: Layout, facts: Facts, io: str, read_unit: int | None, *, alone: bool) -> Blocks:
+def _blocks(layout: Layout, facts: Facts, io: str, read_unit: int | None, *, alone: bool, piecemeal: bool) -> Blocks:
+    may_map = facts.cuda and read_unit is None and not piecemeal
     rule = TransportRule(
         io=io,
-        may_map=facts.cuda and read_unit is None and prefers_mapping(facts.processors // facts.n_sharers),
+        may_map=may_map and prefers_mapping(facts.processors // facts.n_sharers),
         residency=facts.residency,
         direct_refused=facts.direct_refused.keys(),
     )
     size = block_bytes(layout.nbytes_read, read_unit or MIN_BLOCK_BYTES)
+    if piecemeal and not facts.cuda:
+        size = piecemeal_block_bytes(layout.nbytes_read)
     # of a shared load, what lies between a process's own bytes is read by others: gaps are not read through
     return Blocks(layout.byte_ranges, size, rule, MAX_GAP if alone else PAGE)
 
@@ -236,7 +258,7 @@ def _direct_fallbacks(blocks: Blocks, facts: Facts) -> list[str]:
     return [why for file, why in facts.direct_refused.items() if file in files]
 
 
-def _may_view(request: LoadRequest, checkpoint: Checkpoint) -> bool:
+def may_view(request: LoadRequest, checkpoint: Checkpoint) -> bool:
     """Return whether host tensors may stay in the mapped file: safetensors' do, and torch's only where asked."""
     if request.owned:
         return False

@@ -5,14 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wan_loader.arguments import check_device, check_io, check_part, checked_paths, checked_strings, checked_threads
+from wan_loader.arguments import (
+    check_device,
+    check_io,
+    check_part,
+    checked_paths,
+    checked_slices,
+    checked_strings,
+    checked_threads,
+)
 from wan_loader.errors import KeyMismatchError, OptionError
 from wan_loader.formats import Checkpoint, open_checkpoint
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.printable import some
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -42,6 +50,12 @@ class LoadRequest:
     """The reads side by side; None: the plan chooses."""
     owned: bool = False
     """True if no tensor may stay in the mapped file."""
+    slices: Mapping[str, tuple[slice, ...]] = field(default_factory=dict)
+    """The parts of tensors that are wanted in place of the whole, by name: a slice for each of the first dimensions."""
+    piecemeal: bool = False
+    """True if tensors are handed out as they arrive, and may be let go before the last is there: so there need be room
+    for the largest one only, and nothing is registered with the driver that would be known to be there at the end only.
+    """
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -58,6 +72,9 @@ class LoadRequest:
             object.__setattr__(self, "source", checked_paths(self.source))
         if self.names is not None:
             object.__setattr__(self, "names", checked_strings(self.names, "names"))
+        object.__setattr__(self, "slices", checked_slices(self.slices))
+        if self.names is not None and (beside := self.slices.keys() - set(self.names)):
+            raise OptionError(f"slices has tensors that names leaves out: {some(sorted(beside))}")
 
     def open(self) -> Checkpoint:
         """Read the headers, unless that was done; no weight is read. Raises the errors of `open_checkpoint`."""

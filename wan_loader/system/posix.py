@@ -10,12 +10,14 @@ import ctypes.util
 import errno
 import mmap
 import os
+import weakref
 from functools import cache
 
 __all__ = [
     "PAGE",
     "cached_bytes",
     "map_file",
+    "map_private",
     "populate",
     "prefer_huge_pages",
     "read_at",
@@ -45,6 +47,7 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.syscall.restype = ctypes.c_long
 
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h, and the same on x86
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -87,6 +90,30 @@ def map_file(fd: int, start: int, nbytes: int, noted: list[int] | None = None) -
         noted.clear()
         raise OSError(code, f"mmap: {os.strerror(code)}")
     return address
+
+
+def map_private(fd: int, start: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    """Map `nbytes` of a file from page-aligned `start`, to read and to write: written pages become copies.
+
+    Unlike `mmap.mmap`, this keeps no descriptor, of which a process may have a thousand.
+
+    Returns:
+        The memory, for the buffer protocol; it is unmapped when nothing refers to that any more.
+
+    Raises:
+        OSError: The file ends before, or the system refuses.
+    """
+    if os.fstat(fd).st_size < start + nbytes:
+        raise OSError(errno.EINVAL, "the file is shorter")
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_NORESERVE
+    address = _libc.mmap(None, nbytes, protection, flags, fd, start)
+    if address is None or address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    # not at the interpreter's exit: whoever has tensors may use them until the end
+    weakref.finalize(memory, unmap, address, nbytes).atexit = False
+    return memory
 
 
 def unmap(address: int, nbytes: int) -> bool:
