@@ -15,13 +15,14 @@ from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.cuda import CudaWriter
 from wan_loader.devices.resolve import is_busy
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import Need, TransferState, transfer_blocks
+from wan_loader.engine import Need, TransferState, convert_blocks, transfer_blocks
 from wan_loader.engine.open_files import OpenFiles
 from wan_loader.events import span
 from wan_loader.formats.known_formats import format_of
 from wan_loader.loading.allocate import Allocation, convert_storage
 from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Transport
+from wan_loader.plan.engine_settings import TransferMode
 from wan_loader.plan.plan import make_plan
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def run(
     with OpenFiles(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
-        steps = transfer_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
+        move_blocks = convert_blocks if plan.settings.mode is TransferMode.CONVERTED else transfer_blocks
+        steps = move_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
         for blocks in _drive(steps, plan, allocation, observer):
             if names := arrivals.complete(blocks):
                 yield {name: allocation.tensors[name] for name in names}

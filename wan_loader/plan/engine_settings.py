@@ -51,6 +51,10 @@ class TransferMode(Enum):
     """Nothing is mapped, and bytes that need no conversion are read to where they belong, where the writer has room for
     that.
     """
+    CONVERTED = auto()
+    """As `IN_PLACE`, and bytes that need a conversion are read and converted piece by piece, by the same thread: out of
+    the page cache into host memory.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +90,15 @@ _CACHED = _Ring(12, 2, 4 * MiB)
 #: Casts on the GPU, which read slots themselves, keep the link busy with larger ones only.
 _CASTS = _Ring(10, 2, 8 * MiB)
 _BESIDE_MAPPED = _Ring(8, 3, 8 * MiB)
-#: To host memory: conversions share their work among cores, and less than this is not worth it.
+#: To host memory, mostly to their place: slots are then only counted, and not touched.
 _CPU = _Ring(8, 3, 16 * MiB)
+#: The threads that convert in host memory, at most: further ones would wait for the interpreter.
+_CONVERTERS = 16
+#: What each converts at a time stays in its processor's cache (docs/design/cpu-casts.md). Where they are many, larger
+#: pieces make them wait less for the interpreter.
+_PIECE_BYTES = 2 * MiB
+_PIECE_BYTES_OF_MANY = 8 * MiB
+_MANY = 5
 MAX_READS = max(ring.reads for ring in (_DISK, _CACHED, _CASTS, _BESIDE_MAPPED, _CPU))
 
 #: So many processors keep the link busy without mapping (measured: docs/design/mapped-and-staged.md).
@@ -154,7 +165,11 @@ def engine_settings(
         HostMemoryError: There is no room for a single slot.
     """
     mapped_only = transports <= {Transport.MAPPED}
-    ring = _choose_ring(transports, cuda=cuda, converts=converts, cold=cold)
+    converted = converts and reads_in_place and resident and transports <= {Transport.BUFFERED}
+    if converted:
+        ring = _converters(threads or processors // sharers)
+    else:
+        ring = _choose_ring(transports, cuda=cuda, converts=converts, cold=cold)
     # a slot larger than a block would stay partly empty
     slot_bytes = slot_bytes or min(ring.slot_bytes, block_bytes)
     share = max(1, min(ring.reads, max(ring.reads, processors // 2) // sharers))
@@ -175,7 +190,9 @@ def engine_settings(
         threads=min(reads, n_slots),
         slot_bytes=slot_bytes,
         n_slots=n_slots,
-        mode=_mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
+        mode=TransferMode.CONVERTED
+        if converted
+        else _mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
         # resident pages need no disk: then the driver's own faulting is cheaper, and its lock is held for a moment only
         faults_in=not (cuda and resident),
     )
@@ -188,6 +205,11 @@ def _mode(*, reads_in_place: bool, shares_mapped: bool, maps_here: bool) -> Tran
     if shares_mapped:
         return TransferMode.SHARED
     return TransferMode.MAPPED_HERE if maps_here else TransferMode.STAGED
+
+
+def _converters(count: int) -> _Ring:
+    count = max(1, min(_CONVERTERS, count))
+    return _Ring(count, 1, _PIECE_BYTES if count < _MANY else _PIECE_BYTES_OF_MANY)
 
 
 def _choose_ring(transports: Set[Transport], *, cuda: bool, converts: bool, cold: bool) -> _Ring:
