@@ -206,7 +206,7 @@ def main() -> None:
             case: dict(zip(("loads", "main_thread", "turn_s"), facts, strict=True)) for case, facts in CASES.items()
         }
         document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count()}
-        document |= {"python": platform.python_version(), "device": args.device, "cases": cases, "turns": samples}
+        document |= {"python": platform.python_version(), "device": args.device, "ways": cases, "turns": samples}
         args.output.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from wan_loader.devices.cpu import CpuWriter
-from wan_loader.devices.writer import Destination
+from wan_loader.devices.writer import Destination, HostBlock
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.formats import open_checkpoint
 from wan_loader.loading.bind import Into, make_binding
 from wan_loader.loading.probe import probe
-from wan_loader.plan.blocks import Segment
+from wan_loader.plan.blocks import Block, Segment, Transport
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.engine_settings import MIN_BLOCK_BYTES
 from wan_loader.plan.plan import make_plan
@@ -101,6 +101,6 @@ def test_copy_and_cast(benchmark, mb, dtype):
     flat = torch.empty(count, dtype=torch.bfloat16 if dtype else torch.float32)
     target = CpuWriter()
     target.bind([Destination(flat, flat.data_ptr(), dtype)])
-    segments = [Segment(0, 0, 0, count * 4, 4)]
-    benchmark(target.submit, source.data_ptr(), 0, segments)
+    block = Block(Transport.BUFFERED, 0, 0, count * 4, (Segment(0, 0, 0, count * 4, 4),))
+    benchmark(target.submit, [HostBlock(source.data_ptr(), block)])
     assert flat[-1] == 1

@@ -17,7 +17,7 @@ import safetensors.torch  # noqa: E402
 from loader_cases import IO, KINDS, MiB, random_tensor, same, same_dicts, storable, weights, write, zoo  # noqa: E402
 
 import wan_loader  # noqa: E402
-from wan_loader.engine import activity  # noqa: E402
+from wan_loader.engine import activity, convert  # noqa: E402
 from wan_loader.engine.read_queue import ReadQueue  # noqa: E402
 from wan_loader.errors import CheckpointError, KeyMismatchError, LoadCancelledError, OptionError  # noqa: E402
 from wan_loader.plan import engine_settings  # noqa: E402
@@ -35,7 +35,7 @@ def large(tmp_path):
 @pytest.fixture
 def small_slots(monkeypatch):
     """Rings of so few and small slots that a file of some MiB passes through them many times."""
-    for name in ("_DISK", "_CACHED", "_CASTS", "_CPU"):
+    for name in ("_DISK", "_CACHED", "_CPU"):
         monkeypatch.setattr(engine_settings, name, engine_settings._Ring(2, 2, MiB))
 
 
@@ -272,13 +272,11 @@ def test_whatever_ends_it_nothing_stays(large, device, small_slots, open_files, 
         assert bytes_read() - read < 20 * MiB  # of 40
 
 
-@pytest.mark.parametrize("dtype", [None, "bf16"])
-def test_memory_that_is_read_into_stays_until_the_read_has_ended(large, small_slots, monkeypatch, dtype):
+def test_memory_that_is_read_into_stays_until_the_read_has_ended(large, small_slots, monkeypatch):
     """Closed while reads hang: what they write to may go only when they have returned."""
     path, _ = large
-    arrivals = wan_loader.iter_file(path, io="buffered", dtype=dtype)
+    arrivals = wan_loader.iter_file(path, io="buffered")
     next(arrivals)
-    held = weakref.ref(arrivals.gi_frame.f_locals["moving"].gi_frame.f_locals["allocation"])
     release, end = threading.Event(), ReadQueue.end
 
     def late(queue):
@@ -286,6 +284,29 @@ def test_memory_that_is_read_into_stays_until_the_read_has_ended(large, small_sl
         end(queue)
 
     monkeypatch.setattr(ReadQueue, "end", late)
+    assert_kept_until(release, arrivals)
+
+
+def test_memory_that_is_converted_into_stays_until_the_read_has_ended(large, small_slots, monkeypatch):
+    path, _ = large
+    hangs, release, plain = threading.Event(), threading.Event(), convert.read_at
+
+    def late(fd, address, nbytes, offset):
+        if offset > 3.5 * MiB:
+            hangs.set()
+            release.wait(10)
+        return plain(fd, address, nbytes, offset)
+
+    monkeypatch.setattr(convert, "read_at", late)
+    arrivals = wan_loader.iter_file(path, io="buffered", dtype="bf16", threads=3)
+    next(arrivals)
+    assert hangs.wait(10), "what was drawn is read without anybody asking for it"
+    assert_kept_until(release, arrivals)
+
+
+def assert_kept_until(release, arrivals):
+    """Close an iteration whose reads hang until `release`, and see its memory go only after that."""
+    held = weakref.ref(arrivals.gi_frame.f_locals["moving"].gi_frame.f_locals["allocation"])
     arrivals.close()
     gc.collect()
     assert held() is not None

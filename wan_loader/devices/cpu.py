@@ -1,19 +1,20 @@
-"""The device writer of host memory, the twin of the CUDA one: copies at once, converts with torch's own thread pool.
+"""The device writer of host memory, the twin of the CUDA one: copies and converts at once, in the thread that submits.
 
-What needs no conversion is best read to its place, and never copied. Runs in the threads that submit, which are few, so
-that conversions do not oversubscribe the cores.
+What needs no conversion is best read to its place, and never copied. Destinations are fresh memory, whose first touch
+costs most of a conversion's time: `system.fresh_memory` does that.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from wan_loader.devices.writer import Destination, PinError
 from wan_loader.events import span
 from wan_loader.system.forks import is_forked
-from wan_loader.system.posix import prefer_huge_pages
+from wan_loader.system.fresh_memory import FreshMemory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuWriter"]
 
-#: Destinations from this size on are asked to lie in huge pages.
-_HUGE = 4 << 20
 #: Bytes that torch handles in one thread, as bytes or as elements: half of its at::internal::GRAIN_SIZE.
 _UNDIVIDED = 16384
 
@@ -40,19 +39,24 @@ class CpuWriter:
     def __init__(self, observer: Observer | None = None) -> None:
         self._destinations: list[Destination] = []
         self._observer = observer
-        self._arrived: list[Segment] = []
+        self._arrived: deque[Segment] = deque()
+        self._memory = FreshMemory()
 
     def bind(self, destinations: Sequence[Destination]) -> None:
-        """Say where the next storages go; large ones that are to be converted are asked to lie in huge pages."""
+        """Say where the next storages go; large ones get huge pages, as long as those are quickly made."""
         self._destinations += destinations
         for destination in destinations:
-            if destination.source_dtype is not None and (nbytes := destination.whole.nbytes) >= _HUGE:
-                prefer_huge_pages(destination.address, nbytes)
+            if destination.whole is not None:  # else it is let go of early, and its memory is not fresh for long
+                self._memory.add(destination.address, destination.whole.nbytes)
 
     def place(self, segment: Segment) -> int | None:
         """Return the place of a segment in its storage, if it stays as it is; else None."""
         destination = self._destinations[segment.storage]
-        return None if destination.source_dtype is not None else destination.address + segment.storage_start
+        if destination.source_dtype is not None:
+            return None
+        address = destination.address + segment.storage_start
+        self._memory.touch_huge(address, segment.nbytes)
+        return address
 
     def stream(self) -> CpuWriter:
         """Return the writer itself: nothing is kept between copies."""
@@ -80,36 +84,53 @@ class CpuWriter:
                 for segment in same:
                     destination, source = self._destinations[segment.storage], offset + segment.file_start
                     if converts:
-                        _convert(destination, source, segment)
+                        _convert(destination, source, segment, self._memory)
                     else:
-                        ctypes.memmove(destination.address + segment.storage_start, source, segment.nbytes)
+                        place = destination.address + segment.storage_start
+                        self._memory.touch_huge(place, segment.nbytes)
+                        ctypes.memmove(place, source, segment.nbytes)
 
     def arrived(self) -> list[Segment]:
         """Return what was submitted since this was last asked."""
-        arrived, self._arrived = self._arrived, []
-        return arrived
+        # taken out one by one, while other threads submit
+        return [self._arrived.popleft() for _ in range(len(self._arrived))]
 
     def finish(self) -> None:
         """Do nothing: everything has arrived already."""
 
 
-def _convert(destination: Destination, source: int, segment: Segment) -> None:
+def _convert(destination: Destination, source: int, segment: Segment, memory: FreshMemory) -> None:
     import torch
 
-    first, count = segment.storage_start // segment.itemsize, segment.nbytes // segment.itemsize
-    raw = torch.frombuffer((ctypes.c_char * segment.nbytes).from_address(source), dtype=torch.uint8)
     assert destination.source_dtype is not None
-    _convert_flat(destination.flat[first : first + count], raw, destination.source_dtype)
+    dtype, count = destination.whole.dtype, segment.nbytes // segment.itemsize
+    place = destination.address + segment.storage_start // segment.itemsize * dtype.itemsize
+    # where torch divides the work, its threads touch what they write, side by side
+    touch = memory.touch if torch.get_num_threads() == 1 else memory.touch_huge
+    touch(place, count * dtype.itemsize)
+    # tensors of this thread: a mode in which the destinations were made (inference) holds in another
+    flat = _bytes_at(place, count * dtype.itemsize).view(dtype)
+    _convert_flat(flat, _bytes_at(source, segment.nbytes), destination.source_dtype)
+
+
+def _bytes_at(address: int, nbytes: int) -> torch.Tensor:
+    """Return memory as a tensor that does not own it."""
+    import torch
+
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
 
 
 def _convert_flat(flat: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> None:
     """Convert the bytes of elements of `dtype` into a flat tensor, by `.to`'s rules.
 
     In a forked process torch's kernels wait for ever for threads that are not there, if the parent had used some: what
-    they are given at a time is then too little for them to divide.
+    they are given at a time is then too little for them to divide, unless this thread divides nothing.
     """
+    import torch
+
     itemsize = raw.nbytes // max(1, flat.numel())
-    step = _UNDIVIDED // itemsize if is_forked() else max(1, flat.numel())
+    divides = is_forked() and torch.get_num_threads() > 1
+    step = _UNDIVIDED // itemsize if divides else max(1, flat.numel())
     for start in range(0, flat.numel(), step):
         part = raw[start * itemsize : (start + step) * itemsize]
         if part.data_ptr() % itemsize:  # torch's kernels may assume aligned elements

@@ -1,8 +1,8 @@
 """The pinned ring: a bounded number of slots that bytes pass through between a file and a device, used again and again.
 
-One anonymous mapping, asked to be of huge pages (`pin_memory=True` faults 4 KiB pages in one by one, ten times slower),
-cut into page-aligned slots. Registering them with the driver is `pinning`'s; on the CPU they stay as they are. The
-memory is unmapped by `close`, which must come after the last copy out of it.
+One anonymous mapping, cut into page-aligned slots, and asked to be of huge pages (`pin_memory=True` faults 4 KiB pages
+in one by one, ten times slower) unless they are never pinned. Registering them with the driver is `pinning`'s; on the
+CPU they stay as they are. The memory is unmapped by `close`, which must come after the last copy out of it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ class Slot:
 class PinnedRing:
     """A ring of `n_slots` slots, each of `block_bytes` and one page: any block fits with both ends rounded to pages.
 
+    Args:
+        block_bytes: The most that one slot has to hold.
+        n_slots: The number of slots.
+        pinned: The slots are going to be registered with the driver.
+
     Raises:
         HostMemoryError: There is not as much memory.
     """
 
-    def __init__(self, block_bytes: int, n_slots: int) -> None:
+    def __init__(self, block_bytes: int, n_slots: int, *, pinned: bool = True) -> None:
         self.slot_bytes = block_bytes + PAGE
         self.nbytes = self.slot_bytes * n_slots
         try:
@@ -49,8 +54,9 @@ class PinnedRing:
             ) from error
         _OPEN.add(self)
         self._map.madvise(mmap.MADV_DONTFORK)  # a fork would make pinned pages copy-on-write under running copies
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages do as well
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        if pinned:
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: small pages do as well
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.slots = [

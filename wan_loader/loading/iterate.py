@@ -2,8 +2,8 @@
 
     request -> open -> plan | -> step -> step -> ... -> result
 
-What a load changes for its thread or its process while it works (the collector of cycles, the turns of threads, the current device) it
-changes in each step alone: between two of them the caller works, for as long as it likes.
+What a load changes for its thread or its process while it works (the collector of cycles, the turns of threads, the
+current device) it changes in each step alone: between two of them the caller works, for as long as it likes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["TensorIterator", "iterate"]
 
 #: So many bytes of host memory are handed out until what was let go of them is given back to the system. The C library
 #: would keep nearly all of it: holes of its heap are a little too small for the next tensor of the same size.
-_TRIM_BYTES = 256 << 20
+_TRIM_BYTES = 128 << 20
 
 #: Tensors by name, and in the end the report.
 TensorIterator = Generator[tuple[str, "torch.Tensor"], None, "LoadReport"]

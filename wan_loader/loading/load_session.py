@@ -8,6 +8,7 @@ The steps are called in their order, by whoever loads: `api` for one process, an
 
 from __future__ import annotations
 
+import traceback
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -98,6 +99,8 @@ class LoadSession:
         with self._stack:
             if error is not None:
                 self.forget()
+                # the frames of what was running hold weights, and a cancelled token keeps its error
+                traceback.clear_frames(tb)
 
     def forget(self) -> None:
         """Release what the last run took, for another try.

@@ -15,13 +15,14 @@ from wan_loader.devices.cpu import CpuWriter
 from wan_loader.devices.cuda import CudaWriter
 from wan_loader.devices.resolve import is_busy
 from wan_loader.dtypes import torch_dtype
-from wan_loader.engine import Need, TransferState, transfer_blocks
+from wan_loader.engine import Need, TransferState, convert_blocks, transfer_blocks
 from wan_loader.engine.open_files import OpenFiles
 from wan_loader.events import span
 from wan_loader.formats.known_formats import format_of
 from wan_loader.loading.allocate import Allocation, convert_storage
 from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Transport
+from wan_loader.plan.engine_settings import TransferMode
 from wan_loader.plan.plan import make_plan
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def run(
         allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
         if not keeps:  # by nobody else, while it may still be written to: this is the last step of the clean-up
             state.cleanups.append(allocation.let_go)
-        steps = transfer_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
+        move_blocks = convert_blocks if plan.settings.mode is TransferMode.CONVERTED else transfer_blocks
+        steps = move_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
         for segments in _drive(steps, plan, allocation, observer):
             if names := arrivals.complete(segments):
                 yield allocation.taken(names, keeps=keeps)

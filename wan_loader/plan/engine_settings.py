@@ -56,6 +56,10 @@ class TransferMode(Enum):
     """Nothing is mapped, and bytes that need no conversion are read to where they belong, where the writer has room for
     that.
     """
+    CONVERTED = auto()
+    """As `IN_PLACE`, and bytes that need a conversion are read and converted piece by piece, by the same thread: out of
+    the page cache into host memory.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,7 @@ _DISK = _Ring(12, 2, 16 * MiB)
 #: What comes from the page cache should stay in the processor's cache, with all other slots, until the GPU has it.
 _CACHED = _Ring(10, 3, 4 * MiB)
 _BESIDE_MAPPED = _Ring(8, 3, 8 * MiB)
-#: To host memory: conversions share their work among cores, and less than this is not worth it.
+#: To host memory, mostly to their place: slots are then only counted, and not touched.
 _CPU = _Ring(8, 3, 16 * MiB)
 MAX_READS = max(ring.reads for ring in (_DISK, _CACHED, _BESIDE_MAPPED, _CPU))
 #: Copies of this size reach what the link gives; smaller ones are submitted together until they have it.
@@ -99,6 +103,13 @@ _COPY_BYTES = 16 * MiB
 #: Blocks whose bytes are on the device and not yet converted, at most: those that the ring is bringing, and a few whose
 #: conversion is queued.
 _CONVERTING_BLOCKS = 8
+#: The threads that convert in host memory, at most: further ones would wait for the interpreter.
+_CONVERTERS = 16
+#: What each converts at a time stays in its processor's cache (docs/design/cpu-casts.md). Where they are many, larger
+#: pieces make them wait less for the interpreter.
+_PIECE_BYTES = 2 * MiB
+_PIECE_BYTES_OF_MANY = 8 * MiB
+_MANY = 5
 
 #: So many processors keep the link busy without mapping (measured: docs/design/mapped-and-staged.md).
 _UNMAPPED_PROCESSORS = 8
@@ -144,6 +155,7 @@ def engine_settings(
     sharers: int = 1,
     block_bytes: int = MAX_BLOCK_BYTES,
     slot_bytes: int | None = None,
+    converts: bool = False,
     cold: bool = False,
     resident: bool = False,
     reads_in_place: bool = False,
@@ -165,6 +177,7 @@ def engine_settings(
             the processors if that is more, though no less than one slot each.
         block_bytes: The size of the plan's blocks, and so the most that is read at once.
         slot_bytes: The size of a slot, where what is read at once is given; None chooses.
+        converts: Bytes are converted on the way.
         cold: Most of the bytes must come from storage, whatever the transport.
         resident: None of them must.
         reads_in_place: Bytes that need no conversion may be read to their place in memory.
@@ -173,7 +186,11 @@ def engine_settings(
         HostMemoryError: There is no room for a single slot.
     """
     mapped_only = transports <= {Transport.MAPPED}
-    ring = _choose_ring(transports, cuda=cuda, cold=cold)
+    converted = converts and reads_in_place and resident and transports <= {Transport.BUFFERED}
+    if converted:
+        ring = _converters(threads or processors // sharers)
+    else:
+        ring = _choose_ring(transports, cuda=cuda, cold=cold)
     # a slot larger than a block would stay partly empty
     slot_bytes = slot_bytes or min(ring.slot_bytes, block_bytes)
     share = max(1, min(ring.reads, max(ring.reads, processors // 2) // sharers))
@@ -195,7 +212,9 @@ def engine_settings(
         slot_bytes=slot_bytes,
         n_slots=n_slots,
         n_together=max(1, min(_COPY_BYTES // slot_bytes, n_slots // 2)),
-        mode=_mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
+        mode=TransferMode.CONVERTED
+        if converted
+        else _mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
         # resident pages need no disk: then the driver's own faulting is cheaper, and its lock is held for a moment only
         faults_in=not (cuda and resident),
     )
@@ -208,6 +227,11 @@ def _mode(*, reads_in_place: bool, shares_mapped: bool, maps_here: bool) -> Tran
     if shares_mapped:
         return TransferMode.SHARED
     return TransferMode.MAPPED_HERE if maps_here else TransferMode.STAGED
+
+
+def _converters(count: int) -> _Ring:
+    count = max(1, min(_CONVERTERS, count))
+    return _Ring(count, 1, _PIECE_BYTES if count < _MANY else _PIECE_BYTES_OF_MANY)
 
 
 def _choose_ring(transports: Set[Transport], *, cuda: bool, cold: bool) -> _Ring:

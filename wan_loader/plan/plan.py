@@ -183,6 +183,7 @@ def make_plan(
         sharers=facts.n_sharers,
         block_bytes=blocks.nbytes,
         slot_bytes=read_unit,
+        converts=any(plan.converts for plan in layout.copied),
         cold=cold,
         resident=resident >= nbytes,
         reads_in_place=not facts.cuda and not checked,

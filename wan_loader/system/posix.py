@@ -141,12 +141,15 @@ def read_at(fd: int, address: int, nbytes: int, offset: int) -> int:
     return os.preadv(fd, [(ctypes.c_char * nbytes).from_address(address)], offset)
 
 
-def prefer_huge_pages(address: int, nbytes: int) -> None:
-    """Ask for huge pages in fresh anonymous memory: hundreds of times fewer page faults. May do nothing."""
+def prefer_huge_pages(address: int, nbytes: int, *, prefer: bool = True) -> None:
+    """Ask for huge pages in fresh anonymous memory, or, to take that back, for none. May do nothing.
+
+    What they cost depends on the machine: `fresh_memory` measures it.
+    """
     # whole pages inside of the range: the call refuses other addresses, and neighbours are not ours
     start, end = -(-address // _PAGE) * _PAGE, (address + nbytes) // _PAGE * _PAGE
     if start < end:
-        _libc.madvise(start, end - start, mmap.MADV_HUGEPAGE)
+        _libc.madvise(start, end - start, mmap.MADV_HUGEPAGE if prefer else mmap.MADV_NOHUGEPAGE)
 
 
 def cached_bytes(fd: int, start: int, nbytes: int) -> int:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import UnmeasuredError
 from wan_loader.events import clock_ns
+from wan_loader.system.fresh_memory import FreshMemory
 from wan_loader.system.machine import available_memory
 from wan_loader.system.page_cache import Knowledge, PageCache, describe
-from wan_loader.system.posix import map_file, populate, prefer_huge_pages, unmap
+from wan_loader.system.posix import map_file, populate, unmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -172,8 +173,10 @@ def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
     with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
         a, b = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (source, target))
         ctypes.memset(a, 1, nbytes)
-        prefer_huge_pages(b, nbytes)  # as loads do
+        memory = FreshMemory()
+        memory.add(b, nbytes)
         start_ns = clock()
+        memory.touch_huge(b, nbytes)  # as loads do
         ctypes.memmove(b, a, nbytes)
         return nbytes / max(1, clock() - start_ns)
 
@@ -190,10 +193,13 @@ def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) ->
     rates = []
     for _ in range(3):
         target = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
+        memory = FreshMemory()
         if device == "cpu":
-            prefer_huge_pages(target.data_ptr(), target.nbytes)
+            memory.add(target.data_ptr(), target.nbytes)
         _wait(device)
         start_ns = clock()
+        if device == "cpu":
+            memory.touch_huge(target.data_ptr(), target.nbytes)
         target.copy_(source)
         _wait(device)
         rates.append(source.nbytes / max(1, clock() - start_ns))
