@@ -108,7 +108,8 @@ def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
             (width, hidden),
         )
     names, kind = list(shapes), getattr(torch, dtype)
-    pool = torch.randint(0, 1 << 14, (1 << 24,), dtype=torch.int16)  # no NaN in any dtype
+    largest = hidden * width * kind.itemsize // 2  # in words of two bytes; of a longer pool the rest is never written
+    pool = torch.randint(0, 1 << 14, (min(1 << 24, largest),), dtype=torch.int16)  # no NaN in any dtype
 
     def write(i: int) -> dict[str, str]:
         shard, tensors = f"model-{i + 1:05d}-of-{_FILES:05d}.safetensors", {}

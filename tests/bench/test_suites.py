@@ -33,13 +33,13 @@ def test_a_load_beside_imports(tmp_path, benchmark_main, capfd):
     benchmark_main("beside_imports", *words, modules=PIPELINE)
     lines = capfd.readouterr().out.splitlines()
     document = json.loads((tmp_path / "o.json").read_text())
-    assert document["cases"]["load beside imports, 0.1 ms"] == {
+    assert document["ways"]["load beside imports, 0.1 ms"] == {
         "loads": True,
         "main_thread": "import",
         "turn_s": 0.0001,
     }
     (samples,) = document["turns"].values()
-    assert list(samples) == list(document["cases"])
+    assert list(samples) == list(document["ways"])
     for case, (one,) in samples.items():
         assert (one["load_s"] is None) is (case == "imports alone")
         assert (one["imports_s"] is None) is ("imports" not in case)

@@ -1,14 +1,12 @@
 """Conversions in host memory: bit for bit what `.to(dtype)` gives, whatever the file looks like, whoever converts."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from pairwise import pairwise
+from programs import TORCH, run
 from safetensors.torch import save_file
 
 import wan_loader
@@ -56,9 +54,7 @@ def converted(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("threads", [None, 1, 7])
-@pytest.mark.parametrize("source", DTYPES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("source", "target", "threads"), pairwise(DTYPES, TARGETS, [None, 1, 7]))
 def test_every_dtype(tmp_path, converted, source, target, threads):
     dtype = getattr(torch, source)
     sizes = {"none": 0, "one": 1, "odd": 4097, "large": 300_001, "more": 77}
@@ -168,10 +164,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 def test_in_a_forked_process(tmp_path):
     save_file({"a": torch.randn(600_000), "b": torch.randn(70_001)}, tmp_path / "f.safetensors")
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", _FORK, tmp_path / "f.safetensors"], env=env, timeout=60, capture_output=True, check=False
-    )
+    done = run("-c", _FORK, tmp_path / "f.safetensors")
     assert done.returncode == 0, done.stderr
 
 
@@ -218,17 +211,10 @@ def test_places_are_touched_before_they_are_read_to(monkeypatch):
     assert touched == [(whole.data_ptr() + 10, 50)]
 
 
-def test_the_benchmark(tmp_path):
+def test_the_benchmark(tmp_path, benchmark_main):
     """It compares bit for bit, and keeps every sample."""
-    words = [Path(__file__).parents[2] / "benchmarks" / "cpu_casts.py", tmp_path, "--gb", "0.001", "--pairs", "1"]
-    done = subprocess.run(
-        [sys.executable, *words, "--case", "fp32 to bf16", "--output", tmp_path / "out.json"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    words = [tmp_path, "--gb", "0.001", "--pairs", "1", "--case", "fp32 to bf16", "--output", tmp_path / "out.json"]
+    benchmark_main("cpu_casts", *words, modules=TORCH)
     samples = json.loads((tmp_path / "out.json").read_text())["cases"]["fp32 to bf16"]
     assert [len(samples[way]) for way in ("theirs", "ours")] == [1, 1]
     assert samples["ours"][0]["equal"] is True

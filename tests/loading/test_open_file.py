@@ -2,9 +2,8 @@
 
 import contextlib
 import errno
+import itertools
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -27,6 +26,8 @@ from loader_cases import (  # noqa: E402
     write_by_hand,
     zoo,
 )
+from pairwise import pairwise  # noqa: E402
+from programs import run  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -52,11 +53,13 @@ def size(request, monkeypatch):
 # whole tensors
 
 
-@pytest.mark.parametrize("mode", IO)
-@pytest.mark.parametrize("kind", [*KINDS, "legacy pickle"])
-@pytest.mark.parametrize("dtype", [None, "bf16"])
-@pytest.mark.usefixtures("size")
-def test_every_tensor_is_that_of_load_file(tmp_path, device, kind, mode, dtype):
+@pytest.mark.parametrize(
+    ("kind", "mode", "way"),
+    pairwise([*KINDS, "legacy pickle"], IO, list(itertools.product([None, "bf16"], [handle._SMALL_BYTES, -1]))),
+)
+def test_every_tensor_is_that_of_load_file(tmp_path, monkeypatch, device, kind, mode, way):
+    dtype, small_bytes = way
+    monkeypatch.setattr(handle, "_SMALL_BYTES", small_bytes)
     dtypes = [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64]
     tensors = weights(5) if kind == "legacy pickle" else storable(zoo(dtypes))
     path = write(kind, tmp_path, tensors)
@@ -419,4 +422,5 @@ if not child:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = run("-c", program)
+    assert done.returncode == 0, done.stderr
