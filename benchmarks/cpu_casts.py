@@ -167,7 +167,7 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "gb": args.gb,
-        "cases": {},
+        "ways": {},
     }
     print(
         f"{'case':17s} {'loader':7s} {'median':>7s} {'spread (s)':>16s} {'CPU s':>7s} {'peak GB':>8s}   gain in pairs"
@@ -176,11 +176,11 @@ def main() -> None:
         path = args.directory / CASES[name].file
         if not path.exists():
             make_file(path, CASES[name].source, int(args.gb * 1e9))
-        document["cases"][name] = samples = take_turns(CASES[name], path, args.pairs)
+        document["ways"][name] = samples = take_turns(CASES[name], path, args.pairs)
         print("\n".join(lines(name, samples)), flush=True)
         if args.output is not None:
             args.output.write_text(json.dumps(document, indent=1) + "\n")
-    if any(s["equal"] is False for samples in document["cases"].values() for s in samples["ours"]):
+    if any(s["equal"] is False for samples in document["ways"].values() for s in samples["ours"]):
         sys.exit("tensors differ")
 
 

@@ -215,7 +215,7 @@ def test_the_benchmark(tmp_path, benchmark_main):
     """It compares bit for bit, and keeps every sample."""
     words = [tmp_path, "--gb", "0.001", "--pairs", "1", "--case", "fp32 to bf16", "--output", tmp_path / "out.json"]
     benchmark_main("cpu_casts", *words, modules=TORCH)
-    samples = json.loads((tmp_path / "out.json").read_text())["cases"]["fp32 to bf16"]
+    samples = json.loads((tmp_path / "out.json").read_text())["ways"]["fp32 to bf16"]
     assert [len(samples[way]) for way in ("theirs", "ours")] == [1, 1]
     assert samples["ours"][0]["equal"] is True
     assert samples["ours"][0].keys() >= {"seconds", "cpu_seconds", "peak_rss_bytes"}
