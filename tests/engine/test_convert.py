@@ -103,6 +103,18 @@ def test_a_read_that_hangs_keeps_what_it_writes_to(path, monkeypatch):
     assert closed.wait(10)
 
 
+def test_a_thread_that_cannot_begin_is_an_error(path, monkeypatch):
+    """Nobody else would take the pieces that are left for it."""
+
+    def failing():
+        raise MemoryError("no room for a thread's own")
+
+    monkeypatch.setattr(convert, "divide_nothing", failing)
+    with pytest.raises(MemoryError):
+        wan_loader.load_file(path, dtype="bfloat16", threads=2)
+    assert not converters()
+
+
 def test_where_no_thread_is_allowed_the_caller_converts(path, monkeypatch):
     def refused(self):
         raise RuntimeError("can't start new thread")

@@ -458,9 +458,9 @@ def test_other_loads_in_between(large, device, small_slots, dtype):
     same_dicts(got[1], expected)
 
 
-def test_each_step_may_be_another_threads(large, small_slots):
+def test_each_step_may_be_another_threads(large, device, small_slots):
     path, tensors = large
-    arrivals, got = wan_loader.iter_file(path, io="buffered"), {}
+    arrivals, got = wan_loader.iter_file(path, device, io="buffered"), {}
 
     def step():
         name, tensor = next(arrivals)

@@ -1,7 +1,9 @@
 """Huge pages are tried one by one, and no longer asked for once one was slow."""
 
 import ctypes
+import errno
 import mmap
+import os
 
 import pytest
 
@@ -99,3 +101,16 @@ def test_what_small_pages_cost_is_measured_once():
     fresh_memory._small_pages_ns.cache_clear()
     assert 0 < fresh_memory._small_pages_ns() < 10**9
     assert fresh_memory._small_pages_ns() == fresh_memory._small_pages_ns()
+
+
+def test_a_kernel_may_know_no_huge_pages(memory, monkeypatch):
+    """It refuses any word about them, as one for real-time work does."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(fresh_memory.mmap, "mmap", Refusing)
+    fresh_memory._small_pages_ns.cache_clear()
+    _, address = memory
+    FreshMemory().touch_huge(address, 2 * HUGE_PAGE)

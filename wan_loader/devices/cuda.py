@@ -17,6 +17,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices import driver
+from wan_loader.devices.resolve import current
 from wan_loader.errors import DeviceError, DeviceMemoryError
 from wan_loader.events import Span, clock_ns
 from wan_loader.system.threads import in_background
@@ -96,8 +97,7 @@ def get_ready(device: str | int | torch.device, *, converts: bool) -> None:
 def _get_ready(index: int, *, converts: bool) -> None:
     import torch
 
-    with suppress(DeviceError, RuntimeError):
-        torch.cuda.set_device(index)  # makes its context current in this thread
+    with suppress(DeviceError, RuntimeError), current(f"cuda:{index}"):
         context = driver.current_context()
         streams = [driver.take_stream(context) for _ in range(1 + converts)]
         if converts:
@@ -144,7 +144,10 @@ class CudaWriter:
         queued there still uses, so copies wait for that work.
         """
         self.destinations += destinations
-        self.allocated.record(self.torch.cuda.current_stream(self.device))
+        stream = self.torch.cuda.current_stream(self.device)
+        # the caller may have turned to another stream: what is queued on the one before still counts
+        stream.wait_event(self.allocated)
+        self.allocated.record(stream)
 
     def place(self, segment: Segment) -> None:
         """Return None: nothing of the device is host memory."""
@@ -344,6 +347,7 @@ class _CopyStream:
         if self._n_bound != (n_bound := len(self._writer.destinations)):
             self._n_bound = n_bound
             driver.wait_in_stream(self._copies.handle, self._writer.allocated.cuda_event)
+            self._within = (0, 0)  # what the allocator gave back meanwhile may be allocated in other pieces
 
     def _copies_of(
         self, source: HostBlock, plain: list[Segment], full: list[_Conversion]
@@ -413,7 +417,8 @@ class _CopyStream:
             self._cast_stream = torch.cuda.ExternalStream(self._casts.handle, self._writer.device)
         driver.wait_in_stream(self._casts.handle, copied.event)
         segments: list[Segment] = []
-        with torch.cuda.stream(self._cast_stream):
+        # tensors that the caller made in inference mode may be written by no thread that is not in it
+        with torch.inference_mode(), torch.cuda.stream(self._cast_stream):
             for conversion in full:
                 self._cast(conversion)
                 driver.record(conversion.buffer.emptied, self._casts.handle)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_device
 from wan_loader.errors import DeviceError, HostMemoryError, OptionError
@@ -15,7 +15,7 @@ from wan_loader.system.forks import without_forks
 from wan_loader.system.machine import available_memory, process_headrooms
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator
 
     import torch
 
@@ -118,11 +118,18 @@ def check_tensors_are_real() -> None:
         raise OptionError.because(reason, "load outside of it")
 
 
-def current(device: str) -> AbstractContextManager[Any]:
+@contextmanager
+def current(device: str) -> Iterator[None]:
     """Make the device the current one of this thread, and its context too, for a `with` block."""
+    if device == "cpu":
+        yield
+        return
     import torch
 
-    return nullcontext() if device == "cpu" else torch.cuda.device(device)
+    with torch.cuda.device(device):
+        # `device` does nothing where a new thread begins with this one, and then it has no context
+        torch.cuda.set_device(device)
+        yield
 
 
 def is_busy(device: torch.device) -> bool:

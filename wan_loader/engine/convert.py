@@ -225,6 +225,8 @@ class _Conversion:
         try:
             divide_nothing()
             self._carry_out(slot)
+        except BaseException as failure:  # pieces may be left that nobody else takes
+            self._failure = failure
         finally:
             self._ended.append(name)
             self._bell.put(None)

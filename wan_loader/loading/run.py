@@ -90,6 +90,7 @@ def run(
         for segments in _drive(steps, plan, allocation, observer):
             if names := arrivals.complete(segments):
                 yield allocation.taken(names, keeps=keeps)
+        assert arrivals.is_complete, "a transfer that ends has brought everything"
         try:
             with span(observer, "init"):
                 allocation.copied()  # what holds no bytes, or none that are read here
@@ -118,6 +119,11 @@ class _Arrivals:
         self._missing = [r.end - r.start for r in plan.layout.byte_ranges]
         """The bytes that have yet to arrive, of each copied storage."""
         self.told: set[str] = set()
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every byte has arrived."""
+        return not any(self._missing)
 
     def complete(self, segments: Sequence[Segment]) -> list[str]:
         """Take note of segments that are in place; return the names of tensors that are complete with them."""

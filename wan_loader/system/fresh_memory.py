@@ -85,7 +85,8 @@ def _small_pages_ns() -> int:
     """Measure the processor time of touching as many small pages as make a huge one: a few of them, once a process."""
     found = []
     with mmap.mmap(-1, _SAMPLES * _SAMPLE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        with suppress(OSError):  # a kernel without transparent huge pages: all are small
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
         view = ctypes.c_char.from_buffer(memory)
         for i in range(_SAMPLES):
             start_ns = thread_time_ns()
