@@ -103,6 +103,25 @@ def test_a_read_that_hangs_keeps_what_it_writes_to(path, monkeypatch):
     assert closed.wait(10)
 
 
+def test_what_has_arrived_is_passed_on_however_quick_the_threads_are(tmp_path, monkeypatch):
+    """They leave no piece for which the calling thread would wait: it still does not allocate all that there is."""
+    save_file({f"w{i}": torch.randn(1 << 18) for i in range(40)}, tmp_path / "f.safetensors")
+    plain, n_drawn = convert._Conversion._add, []
+
+    def add(self, blocks, destinations):
+        plain(self, blocks, destinations)
+        n_drawn.append(len(blocks))
+        while self._pieces.qsize() or not self._done:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(convert._Conversion, "_add", add)
+    arrivals = wan_loader.iter_file(tmp_path / "f.safetensors", io="buffered", dtype="bfloat16", threads=2)
+    next(arrivals)
+    assert sum(n_drawn) <= 8  # two batches
+    assert sum(1 for _ in arrivals) == 39
+    assert sum(n_drawn) > 30
+
+
 def test_a_thread_that_cannot_begin_is_an_error(path, monkeypatch):
     """Nobody else would take the pieces that are left for it."""
 

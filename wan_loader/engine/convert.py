@@ -110,6 +110,9 @@ class _Conversion:
             self._cancel.check()
             while blocks := (yield Need.BLOCKS):
                 self._add(blocks, (yield Need.MEMORY))
+                # also where threads are so quick that there is no wait: what nobody has taken would pile up
+                if arrived := self._take_arrived():
+                    yield arrived
                 while self._pieces.qsize() >= self._few and self._failure is None:
                     yield from self._wait()
                 self._cancel.check()
