@@ -18,6 +18,7 @@ from wan_loader.devices import cuda
 from wan_loader.devices.cuda import join_copies
 from wan_loader.devices.resolve import current
 from wan_loader.devices.writer import Destination, HostBlock
+from wan_loader.errors import DeviceMemoryError
 from wan_loader.plan.blocks import Block, Segment, Transport, split
 
 EVERYWHERE = (0, 1 << 40)
@@ -153,6 +154,27 @@ def test_whatever_the_streams_do_first_the_weights_are_right(monkeypatch, seed):
     assert gpu.n_streams == 0
     assert gpu.n_events == 1  # the one of `bind`, which goes with the writer
     assert gpu.n_buffers < len(load.parts)
+
+
+def test_where_no_further_buffer_finds_room_those_there_are_take_turns(monkeypatch):
+    rng, refused = random.Random(3), []
+    gpu, plain = FakeGpu(rng, monkeypatch), cuda._CopyStream._make_buffer
+    load = Load(rng, 40, share=1.0)
+    start, end = load.segments[0].file_start, load.segments[-1].file_end
+    load.parts = list(split(Block(Transport.BUFFERED, 0, start, end, tuple(load.segments)), SLOT_BYTES))
+
+    def make(stream, nbytes):
+        if len(stream._buffers) == 3:  # as many blocks as are submitted together
+            refused.append(nbytes)
+            raise DeviceMemoryError("no room")
+        return plain(stream, nbytes)
+
+    monkeypatch.setattr(cuda._CopyStream, "_make_buffer", make)
+    writer = gpu.writer()
+    writer.bind(load.destinations)
+    carry(load, rng, writer)
+    assert refused, "a further one was asked for"
+    assert all(torch.equal(d.whole, expected) for d, expected in zip(load.destinations, load.expected, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(20))

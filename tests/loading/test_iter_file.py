@@ -310,7 +310,7 @@ def test_memory_that_is_converted_into_stays_until_the_read_has_ended(large, sma
     hangs, release, plain = threading.Event(), threading.Event(), convert.read_at
 
     def late(fd, address, nbytes, offset):
-        if offset > 3.5 * MiB:
+        if offset > 2.5 * MiB:
             hangs.set()
             release.wait(10)
         return plain(fd, address, nbytes, offset)

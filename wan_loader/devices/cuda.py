@@ -387,11 +387,16 @@ class _CopyStream:
 
     def _take_buffer(self, nbytes: int) -> _Buffer:
         """Return a buffer that is empty by the time that the next copies begin."""
-        fitting = (buffer for buffer in self._idle if buffer.memory.numel() >= nbytes)
-        buffer = next(fitting, None)
-        if buffer is None or (len(self._buffers) < _BUFFERS and not driver.is_over(buffer.emptied)):
-            buffer = self._make_buffer(-(-nbytes // _BUFFER_UNIT) * _BUFFER_UNIT)
-        else:
+        idle = next((buffer for buffer in self._idle if buffer.memory.numel() >= nbytes), None)
+        buffer = idle
+        if idle is None or (len(self._buffers) < _BUFFERS and not driver.is_over(idle.emptied)):
+            try:
+                buffer = self._make_buffer(-(-nbytes // _BUFFER_UNIT) * _BUFFER_UNIT)
+            except DeviceMemoryError:
+                if idle is None:  # else the copies wait for its cast
+                    raise
+        assert buffer is not None
+        if buffer is idle:
             self._idle.remove(buffer)
         driver.wait_in_stream(self._copies.handle, buffer.emptied)
         return buffer
