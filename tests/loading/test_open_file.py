@@ -265,6 +265,9 @@ def test_what_cannot_be_had(path):
             assert caught.value.missing == ("x",)
         with pytest.raises(OptionError, match="step -1"):
             file.get_slice("b")[::-1]
+        for wrong in ("a", 0.5, {"a": 1}, (slice(0, 1), "a")):
+            with pytest.raises(OptionError, match="tensor 'b' cannot be indexed with"):
+                file.get_slice("b")[wrong]
         with pytest.raises(OptionError, match="names is the str"):
             file.get_tensors("b")
         with pytest.raises(IndexError, match="out of bounds"):

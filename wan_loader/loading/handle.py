@@ -271,9 +271,13 @@ class SliceHandle:
 
         Raises:
             IndexError: There are too many indices, or a number is out of bounds.
-            OptionError: A step is not positive, or the handle was closed; other errors are those of `get_tensor`.
+            OptionError: A step is not positive, the index is none, or the handle was closed; other errors are those of
+                `get_tensor`.
         """
         dims = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(dim, str | bytes | float | dict | set) for dim in dims):
+            reason = f"tensor {self._facts.name!r} cannot be indexed with {index!r:.60}"
+            raise OptionError.because(reason, "use slices and numbers")
         if not all(dim is ... or isinstance(dim, slice) or _is_number(dim) for dim in dims) or dims.count(...) > 1:
             return self._handle.get_tensor(self._facts.name)[index].contiguous()
         if ... in dims:
