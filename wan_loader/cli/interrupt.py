@@ -24,6 +24,7 @@ import time
 from contextlib import contextmanager, suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
 from wan_loader.cli.output import flush_output, say
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-__all__ = ["INTERRUPTED", "begin_work", "end_interrupted", "hand_over", "unhurried", "was_interrupted"]
+__all__ = [
+    "INTERRUPTED",
+    "begin_work",
+    "end_interrupted",
+    "find_unguarded",
+    "hand_over",
+    "unhurried",
+    "was_interrupted",
+]
 
 #: Exit code after Ctrl-C.
 INTERRUPTED = 130
@@ -70,6 +79,14 @@ def hand_over() -> None:
     if signal.getsignal(signal.SIGINT) is _interrupt:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def find_unguarded(name: str) -> ModuleSpec | None:
+    """Find a module as `importlib.util.find_spec` does, with its own loader; parents are imported."""
+    spec = find_spec(name)
+    if spec is not None and isinstance(spec.loader, _GuardedLoader):
+        spec.loader = spec.loader._loader
+    return spec
 
 
 def was_interrupted() -> bool:
