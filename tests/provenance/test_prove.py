@@ -476,7 +476,8 @@ def test_a_file_system_that_does_not_tell_files_apart(tmp_path, monkeypatch):
     """Some bytes are looked at then: at the beginning, in the middle and at the end of what would be proven."""
     path = saved(tmp_path, {str(i): torch.full((5000,), float(i)) for i in range(5)})
     tensors = safetensors.torch.load_file(path)
-    other = safetensors.torch.load_file(saved(tmp_path / "..", {"a": torch.ones(9)}))
+    (tmp_path / "other").mkdir()
+    other = safetensors.torch.load_file(saved(tmp_path / "other", {"a": torch.ones(9)}))
     tensors |= {"other": other["a"]}
     looked = []
     read = module.MappedFiles.read
@@ -497,6 +498,17 @@ def test_a_file_system_that_does_not_tell_files_apart(tmp_path, monkeypatch):
             check_proof(proof, tensors)
             first, middle, last = (proof.ranges[name].start for name in ("0", "2", "4"))
             assert looked == [(first, PAGE), (middle + 10_000, PAGE), (last + 20_000 - PAGE, PAGE)]
+
+
+def test_no_weight_is_read(tmp_path, evict, resident):
+    path = saved(tmp_path)
+    evict(path)
+    whole = torch.from_numpy(numpy.memmap(path, mode="c"))
+    tensors = {"whole": whole, "part": whole[100:-5000]}
+    proof = prove(tensors)
+    assert resident(path) == 0
+    assert not proof.reasons
+    check_proof(proof, tensors)
 
 
 def test_nothing_stays_open(tmp_path, open_files):
