@@ -29,6 +29,7 @@ ROOMS = [
     {"loading"},
     {"distributed"},
     {"cache"},
+    {"provenance"},
     {"api"},
     {"profiler"},
     {"verify", "fastpath"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wan_loader.types import StrPath
 
-__all__ = ["IN_MEMORY", "NETWORK", "Mount", "mount_of"]
+__all__ = ["IN_MEMORY", "NETWORK", "Mount", "mount_of", "mount_of_device"]
 
 #: File systems whose bytes come over a network.
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "glusterfs", "beegfs", "gpfs", "9p", "afs", "fuse.sshfs")
@@ -43,8 +43,15 @@ class Mount:
 def mount_of(path: StrPath | int) -> Mount | None:
     """Return the file system under an existing path, or an open file; None where the system does not say."""
     try:
-        device = os.stat(path).st_dev
-        number = f"{os.major(device)}:{os.minor(device)}"
+        return mount_of_device(os.stat(path).st_dev)
+    except OSError:
+        return None
+
+
+def mount_of_device(device: int) -> Mount | None:
+    """Return the file system of a device number, as `stat` or a mapping names it; None if it is mounted nowhere."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
         lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         # what was mounted last hides what lies below it
         mount = next(line for line in reversed(lines) if line[2] == number)
