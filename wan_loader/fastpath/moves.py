@@ -117,7 +117,7 @@ class Moves:
                 slots[str(len(slots))] = slot
             else:
                 self._leave(reason, slot.tensor.nbytes)
-        # each occurrence of a buffer becomes a tensor of its own, as in the original; a parameter stays one object
+        # each place of a buffer gets a tensor of its own, as in the original; a parameter in several stays one object
         tensors = {name: s.tensor if s.is_parameter else s.tensor.detach() for name, s in slots.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) < self.min_nbytes:
             return
@@ -175,12 +175,10 @@ def _why_not_now() -> str | None:
 
 
 def _slots(module: torch.nn.Module) -> Iterator[_Slot]:
-    """Yield the parameters of a module and of those in it, each object once, and every occurrence of a buffer."""
-    seen: set[int] = set()
+    """Yield every place of a parameter or buffer in a module and in those within it."""
     for part in module.modules():
         for key, parameter in part._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
+            if parameter is not None:
                 yield _Slot(part._parameters, key, parameter, is_parameter=True)
         for key, buffer in part._buffers.items():
             if buffer is not None:
