@@ -141,6 +141,13 @@ def test_gradients_complex_numbers_and_eight_bit_floats_are_left(module, planned
     assert planned.left["is no leaf, or has a gradient"] == WIDTH * WIDTH * 4
 
 
+def test_parameters_without_a_size_are_left(module, planned, device):
+    module["lazy"] = torch.nn.LazyLinear(3)
+    planned.fetch(module, torch.device(device), None)
+    assert planned.n_plans == 1
+    assert "is no plain tensor on the CPU" in planned.left
+
+
 def test_a_load_that_fails_changes_nothing(module, planned, device, monkeypatch):
     def fail(*args, **options):
         raise DeviceMemoryError("no room")

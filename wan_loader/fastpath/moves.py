@@ -116,7 +116,7 @@ class Moves:
             if (reason := _why_not(slot.tensor, dtype)) is None:
                 slots[str(len(slots))] = slot
             else:
-                self._leave(reason, slot.tensor.nbytes)
+                self._leave(reason, slot.tensor.nbytes if _is_plain(slot.tensor) else 0)
         # each place of a buffer gets a tensor of its own, as in the original; a parameter in several stays one object
         tensors = {name: s.tensor if s.is_parameter else s.tensor.detach() for name, s in slots.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) < self.min_nbytes:
@@ -187,14 +187,19 @@ def _slots(module: torch.nn.Module) -> Iterator[_Slot]:
 
 def _why_not(tensor: torch.Tensor, dtype: torch.dtype | None) -> str | None:
     """Return why a tensor is left to the original, before its memory is looked at."""
-    import torch
-
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+    if not _is_plain(tensor) or tensor.device.type != "cpu":
         return "is no plain tensor on the CPU"
     if not tensor.is_leaf or tensor.grad is not None:
         return "is no leaf, or has a gradient"
     is_odd = tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize == 1)
     return "is of a dtype that is not converted on the way" if dtype is not None and is_odd else None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is of no subclass: others may have no size, or not say it truly."""
+    import torch
+
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _bind(slot: _Slot, tensor: torch.Tensor) -> None:
