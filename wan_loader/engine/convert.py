@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.torch_threads import divide_nothing
 from wan_loader.devices.writer import HostBlock
+from wan_loader.engine.first_failure import FirstFailure
 from wan_loader.engine.open_files import BlockRead
 from wan_loader.engine.pending import PendingBlocks
 from wan_loader.engine.pinned_ring import PinnedRing
@@ -102,7 +103,7 @@ class _Conversion:
         """Gets an entry when the calling thread should look."""
         self._threads: list[threading.Thread] = []
         self._ended: list[str] = []
-        self._failure: BaseException | None = None
+        self._failure = FirstFailure()
         self._stops = False
 
     def run(self) -> Steps:
@@ -113,15 +114,15 @@ class _Conversion:
                 # also where threads are so quick that there is no wait: what nobody has taken would pile up
                 if arrived := self._take_arrived():
                     yield arrived
-                while self._pieces.qsize() >= self._few and self._failure is None:
+                while self._pieces.qsize() >= self._few and not self._failure:
                     yield from self._wait()
                 self._cancel.check()
-                self._raise_failure()
+                self._failure.raise_it()
             self._tell_to_end()
             while self._n_running:
                 yield from self._wait()
             self._join()
-            self._raise_failure()
+            self._failure.raise_it()
             self._cancel.check()
             self._writer.finish()
             self._state.fallbacks += self._reader.fallbacks
@@ -188,14 +189,6 @@ class _Conversion:
         for _ in self._threads:
             self._pieces.put(None)
 
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            del failure  # it holds what was running, weights included, and must not hold itself
-
     def _abandon(self) -> None:
         """End everything after a failure, within a second: in a thread that gets no signals, and may take longer.
 
@@ -211,7 +204,7 @@ class _Conversion:
             with suppress(Empty):
                 self._bell.get(timeout=_PATIENCE_S)
         self._join()
-        self._failure = None  # it holds what was running, weights included
+        self._failure.forget()
         with suppress(BaseException):  # the failure that brought us here is the one to raise
             self._writer.finish()
         self._state.release()
@@ -229,7 +222,7 @@ class _Conversion:
             divide_nothing()
             self._carry_out(slot)
         except BaseException as failure:  # pieces may be left that nobody else takes
-            self._failure = failure
+            self._failure.note(failure)
         finally:
             self._ended.append(name)
             self._bell.put(None)
@@ -238,13 +231,13 @@ class _Conversion:
         """Bring pieces to their places until there are no more."""
         stream = self._writer.stream()
         while (piece := self._pieces.get()) is not None:
-            if self._stops or self._failure is not None:
+            if self._stops or self._failure:
                 continue
             try:
                 self._bring(piece, slot, stream)
             except BaseException as failure:
-                self._failure = failure
-            if self._failure is not None or self._pieces.qsize() < self._few:
+                self._failure.note(failure)
+            if self._failure or self._pieces.qsize() < self._few:
                 self._bell.put(None)
 
     def _bring(self, piece: Block, slot: Slot, stream: CopyStream) -> None:

@@ -12,6 +12,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 from wan_loader.devices.writer import PinError
+from wan_loader.engine.first_failure import FirstFailure
 from wan_loader.events import span
 from wan_loader.system.posix import populate
 from wan_loader.system.threads import in_background
@@ -40,7 +41,7 @@ class Pinning:
         """Held while the background pins."""
         self._is_over = not writer.can_pin
         """True once nothing is pinned any more."""
-        self._failure: BaseException | None = None
+        self._failure = FirstFailure()
 
     def begin(self, slots: Sequence[Slot]) -> None:
         """Pin slots that follow each other in memory in the background: one, then twice as many at a time."""
@@ -63,12 +64,7 @@ class Pinning:
             event.wait()  # also once another was refused: its memory must not go while it is being registered
         elif not self._is_over:
             self._pin([slot])
-        failure, self._failure = self._failure, None
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            del failure  # it holds what was running, and must not hold itself
+        self._failure.raise_it()
 
     def end(self) -> None:
         """Wait for the background. It pins nothing afterwards, even if its thread has yet to begin."""
@@ -84,7 +80,7 @@ class Pinning:
                     if not self._is_over:
                         self._pin(group)
             except BaseException as failure:
-                self._failure = failure
+                self._failure.note(failure)
                 self._is_over = True
             finally:
                 self._coming[group[0].address].set()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.writer import HostBlock, PinError
+from wan_loader.engine.first_failure import FirstFailure
 from wan_loader.engine.pending import PendingBlocks
 from wan_loader.engine.pinned_ring import PinnedRing
 from wan_loader.engine.pinning import Pinning
@@ -127,7 +128,7 @@ class _Transfer:
         self._mapper_ended = threading.Event()  # Thread.join takes a thread for ended once Ctrl-C came while it waited
         self._mapper_ended.set()
         self._mapping = threading.Lock()
-        self._failure: BaseException | None = None
+        self._failure = FirstFailure()
         self._reads: ReadQueue | None = None
         self._stream: CopyStream | None = None
         self._filled: list[InFlightRead] = []
@@ -200,17 +201,9 @@ class _Transfer:
                 yield from self._draw()
             else:
                 self._mapper_ended.wait(_PATIENCE_S)
-        self._raise_failure()
+        self._failure.raise_it()
         if self._reads is not None:
             self._reads.end()
-
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            del failure  # it holds what was running, weights included, and must not hold itself
 
     def _abandon(self) -> None:
         """End everything after a failure, within a second.
@@ -275,7 +268,7 @@ class _Transfer:
                 self._take(in_flight, reads)
                 self._submit_filled(reads, stream)
             self._submit_filled(reads, stream)
-            self._raise_failure()
+            self._failure.raise_it()
 
     def _take(self, in_flight: InFlightRead, reads: ReadQueue) -> None:
         """Take a read that has ended: its bytes are in place, or wait in their slot to be copied."""
@@ -318,7 +311,7 @@ class _Transfer:
                 if self._work.has_mapped:
                     self._map_all(self._writer.stream())
         except BaseException as failure:
-            self._failure = failure
+            self._failure.note(failure)
             self._work.cancel()
         finally:
             self._mapper_ended.set()
