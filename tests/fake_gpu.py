@@ -20,6 +20,7 @@ class Happening:
 
     def __init__(self, *, is_over):
         self.is_over = is_over
+        self.at = 0
 
 
 class FakeGpu:
@@ -37,6 +38,8 @@ class FakeGpu:
         """The stream that the caller of a load queues work on."""
         self.n_buffers = 0
         self.n_streams = 0
+        self.now = 0
+        """Pieces of work that were done: the device's clock."""
         monkeypatch.setattr(cuda, "driver", self)
         monkeypatch.setattr(cuda, "_copy_all", self._copy_all)
         monkeypatch.setattr(torch.cuda, "Event", lambda: TorchEvent(self))
@@ -51,8 +54,8 @@ class FakeGpu:
             stream=self._on,
         )
 
-    def writer(self):
-        made = cuda.CudaWriter(0)
+    def writer(self, observer=None):
+        made = cuda.CudaWriter(0, observer)
         made.torch = self.torch
         return made
 
@@ -70,6 +73,7 @@ class FakeGpu:
         if not ready:
             return False
         (stream,) = self._rng.choices(ready, [self._speeds[n] for n in ready])
+        self.now += 1
         if not isinstance(work := self._queues[stream].popleft(), Happening):
             work()
         return True
@@ -139,7 +143,14 @@ class FakeGpu:
 
     def record(self, event, stream):
         self._events[event] = happening = Happening(is_over=False)
-        self.queue(stream, lambda: setattr(happening, "is_over", True))
+
+        def happen():
+            happening.is_over, happening.at = True, self.now
+
+        self.queue(stream, happen)
+
+    def elapsed_ns(self, start, end):
+        return self._events[end].at - self._events[start].at
 
     def is_over(self, event):
         return self._events[event].is_over

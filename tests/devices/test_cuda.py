@@ -19,6 +19,7 @@ from wan_loader.devices.cuda import join_copies
 from wan_loader.devices.resolve import current
 from wan_loader.devices.writer import Destination, HostBlock
 from wan_loader.errors import DeviceMemoryError
+from wan_loader.events import Recorder
 from wan_loader.plan.blocks import Block, Segment, Transport, split
 
 EVERYWHERE = (0, 1 << 40)
@@ -175,6 +176,29 @@ def test_where_no_further_buffer_finds_room_those_there_are_take_turns(monkeypat
     carry(load, rng, writer)
     assert refused, "a further one was asked for"
     assert all(torch.equal(d.whole, expected) for d, expected in zip(load.destinations, load.expected, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_spans_tell_when_the_device_was_at_work(monkeypatch, seed):
+    """A cast begins when the copies are over that it waited for, whenever it was submitted."""
+    rng, spans = random.Random(seed), Recorder()
+    gpu = FakeGpu(rng, monkeypatch)
+    monkeypatch.setattr(cuda, "clock_ns", lambda: gpu.now)
+    load = Load(rng, 30, share=1.0)
+    writer = gpu.writer(spans)
+    writer.bind(load.destinations)
+    carry(load, rng, writer)
+    copies = sorted((span for span in spans.spans if span.name == "h2d"), key=lambda span: span.end_ns)
+    casts = sorted((span for span in spans.spans if span.name == "cast"), key=lambda span: span.end_ns)
+    nbytes = sum(segment.nbytes for segment in load.segments)
+    assert sum(span.nbytes for span in copies) == sum(span.nbytes for span in casts) == nbytes
+    for one, next_one in [*pairwise(copies), *pairwise(casts)]:
+        assert one.end_ns <= next_one.start_ns
+    converted = 0
+    for cast in casts:
+        converted += cast.nbytes
+        assert sum(copy.nbytes for copy in copies if copy.end_ns <= cast.start_ns + 2) >= converted
+    assert gpu.n_events == 1
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -203,6 +203,8 @@ class _CopyEvent:
     segments: Sequence[Segment]
     nbytes: int
     submitted_ns: int
+    begun: int = 0
+    """An event for the moment at which the work began, where it had to wait for another stream; 0: there is none."""
     is_done: bool = False
 
     def done(self) -> bool:
@@ -236,9 +238,16 @@ class _Timeline:
             driver.wait_for(self._origin)
             self._origin_ns = self._ended_ns = clock_ns()
 
-    def mark(self, segments: Sequence[Segment], nbytes: int, submitted_ns: int) -> _CopyEvent:
-        """Return an event for the end of everything that was queued until now; `segments` are in place with it."""
-        copy_event = _CopyEvent(self, self._event(), segments, nbytes, submitted_ns)
+    def begin(self) -> int:
+        """Return an event for the moment at which what is queued from now on begins; 0 where nobody wants to know."""
+        return 0 if self._observer is None else self._event()
+
+    def mark(self, segments: Sequence[Segment], nbytes: int, submitted_ns: int, begun: int = 0) -> _CopyEvent:
+        """Return an event for the end of everything that was queued until now; `segments` are in place with it.
+
+        `begun` is of `begin`, where the work had to wait for another stream.
+        """
+        copy_event = _CopyEvent(self, self._event(), segments, nbytes, submitted_ns, begun)
         self._under_way.append(copy_event)
         return copy_event
 
@@ -256,14 +265,20 @@ class _Timeline:
         while self._under_way and driver.is_over(self._under_way[0].event):
             copy_event = self._under_way.popleft()
             if self._observer is not None:
-                # until then the stream was busy with what came before
+                # until then the stream was busy with what came before, or waited for another one
                 start_ns = max(copy_event.submitted_ns, self._ended_ns)
-                ended_ns = self._origin_ns + driver.elapsed_ns(self._origin, copy_event.event)
-                self._ended_ns = max(start_ns, ended_ns)
+                if copy_event.begun:
+                    start_ns = max(start_ns, self._time_of(copy_event.begun))
+                    self._idle.append(copy_event.begun)
+                self._ended_ns = max(start_ns, self._time_of(copy_event.event))
                 self._observer.record(Span(self._phase, start_ns, self._ended_ns, copy_event.nbytes, self._track))
             self._arrived += copy_event.segments
             copy_event.is_done = True
             self._idle.append(copy_event.event)
+
+    def _time_of(self, event: int) -> int:
+        """Return when an event happened, on the host's clock."""
+        return self._origin_ns + driver.elapsed_ns(self._origin, event)
 
     def take_arrived(self) -> list[Segment]:
         """Return what is in place since this was last asked."""
@@ -421,6 +436,7 @@ class _CopyStream:
             self._casts = self._writer.timeline("cast", f"{self._writer.device} cast {self._number}")
             self._cast_stream = torch.cuda.ExternalStream(self._casts.handle, self._writer.device)
         driver.wait_in_stream(self._casts.handle, copied.event)
+        begun = self._casts.begin()
         segments: list[Segment] = []
         # tensors that the caller made in inference mode may be written by no thread that is not in it
         with torch.inference_mode(), torch.cuda.stream(self._cast_stream):
@@ -429,7 +445,7 @@ class _CopyStream:
                 driver.record(conversion.buffer.emptied, self._casts.handle)
                 self._idle.append(conversion.buffer)
                 segments += conversion.segments
-        self._casts.mark(segments, sum(segment.nbytes for segment in segments), submitted_ns)
+        self._casts.mark(segments, sum(segment.nbytes for segment in segments), submitted_ns, begun)
 
     def _cast(self, conversion: _Conversion) -> None:
         """Cast the segments of a block: one launch for those of the same dtypes: each has its cost."""
