@@ -85,11 +85,12 @@ def get_ready(device: str | int | torch.device, *, converts: bool) -> None:
     """
     import torch
 
-    with suppress(RuntimeError, ValueError):  # no such device: whoever loads will be told
-        if not torch.cuda.is_initialized():
+    # no such device: whoever loads will be told; a torch that lacks the question: then nothing is ready
+    with suppress(RuntimeError, ValueError, AttributeError):
+        found = torch.device("cuda" if device == "auto" else device)
+        if found.type != "cuda" or not torch.cuda.is_initialized():
             return
-        index = torch.device("cuda" if device in ("auto", "cuda") else device).index
-        index = torch.cuda.current_device() if index is None else index
+        index = torch.cuda.current_device() if found.index is None else found.index
         if torch._C._cuda_hasPrimaryContext(index):  # type: ignore[attr-defined]
             in_background(partial(_get_ready, index, converts=converts), "get device ready")
 
