@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
+from wan_loader.fastpath.modes import why_not_now
 from wan_loader.formats.foreign_files import read_head
 from wan_loader.formats.known_formats import recognise_format
 from wan_loader.formats.safetensors import SafetensorsFormat
@@ -80,7 +81,8 @@ class FastPath:
             # our loader calls torch.load itself for what it cannot plan
             self._busy.inside = True
             try:
-                _check_modes()
+                if (mode := why_not_now()) is not None:
+                    raise _LeftAloneError(mode)
                 tensors, nbytes = ours(original, *args, **kwargs)
             except TypeError:
                 self.left["arguments that are not known here"] += 1
@@ -127,15 +129,6 @@ class FastPath:
         for name, empty in list(skeleton.items()):
             skeleton[name] = made.setdefault(id(empty), loaded.tensors[name])
         return skeleton, loaded.report.nbytes_file
-
-
-def _check_modes() -> None:
-    """Modes that change what a tensor is hold for one thread only; we allocate in another."""
-    import torch
-
-    count = sum(getattr(torch._C, f"_len_torch_{kind}_stack", int)() for kind in ("dispatch", "function"))
-    if count or torch.is_inference_mode_enabled():
-        raise _LeftAloneError("a torch mode (inference, fake tensors, a default device) is active")
 
 
 def _check_planned(path: str) -> None:

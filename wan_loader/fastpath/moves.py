@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
+from wan_loader.fastpath.modes import why_not_now
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.prove import prove
 
@@ -108,7 +109,7 @@ class Moves:
         Raises:
             KeyboardInterrupt: It came meanwhile; then nothing was changed.
         """
-        if (why := _why_not_now()) is not None:
+        if (why := why_not_now() or _why_not_bound()) is not None:
             self._leave(why, 0)
             return
         start_ns, slots = clock_ns(), dict[str, _Slot]()
@@ -161,13 +162,10 @@ def _target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     return (device, dtype) if device is not None and memory_format is None and converts else None
 
 
-def _why_not_now() -> str | None:
-    """Return why nothing is planned in the present state of torch."""
+def _why_not_bound() -> str | None:
+    """Return why parameters may not be given new memory; None if they may."""
     import torch
 
-    modes = sum(getattr(torch._C, f"_len_torch_{kind}_stack", int)() for kind in ("dispatch", "function"))
-    if modes or torch.is_inference_mode_enabled():
-        return "a torch mode (inference, fake tensors, a default device) is active"
     future = torch.__future__
     if future.get_overwrite_module_params_on_conversion() or future.get_swap_module_params_on_conversion():
         return "torch.__future__ asks for parameters that are replaced or swapped"

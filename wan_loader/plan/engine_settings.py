@@ -212,16 +212,21 @@ def engine_settings(
         slot_bytes=slot_bytes,
         n_slots=n_slots,
         n_together=max(1, min(_COPY_BYTES // slot_bytes, n_slots // 2)),
-        mode=TransferMode.CONVERTED
-        if converted
-        else _mode(reads_in_place=reads_in_place, shares_mapped=shares_mapped, maps_here=mapped_only and resident),
+        mode=_mode(
+            converted=converted,
+            reads_in_place=reads_in_place,
+            shares_mapped=shares_mapped,
+            maps_here=mapped_only and resident,
+        ),
         # resident pages need no disk: then the driver's own faulting is cheaper, and its lock is held for a moment only
         faults_in=not (cuda and resident),
     )
 
 
-def _mode(*, reads_in_place: bool, shares_mapped: bool, maps_here: bool) -> TransferMode:
+def _mode(*, converted: bool, reads_in_place: bool, shares_mapped: bool, maps_here: bool) -> TransferMode:
     """Return the first mode that is possible."""
+    if converted:
+        return TransferMode.CONVERTED
     if reads_in_place:
         return TransferMode.IN_PLACE
     if shares_mapped:
