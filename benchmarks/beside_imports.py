@@ -20,12 +20,10 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from turns import make_expert
+from turns import environment, make_expert, run_fresh
 
 #: Case -> does it load, what the main thread does meanwhile, turns of the interpreter in seconds (0: its own).
 CASES = {
@@ -104,26 +102,9 @@ def checkpoint_in(directory: Path, size: str) -> Path:
 
 def sample(tree: Path, path: Path, device: str, case: str) -> dict[str, float | None]:
     """Run a case in a fresh process that imports the loader from a tree."""
-    done = subprocess.run(
-        [sys.executable, "-c", _SAMPLE, str(path), device, *map(str, CASES[case])],
-        env=_environment(tree),
-        cwd=path.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"{tree}, {case}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _environment(tree: Path) -> dict[str, str]:
-    """Make the environment of a process that imports from a tree; byte code is kept, as it is for users."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    path = f"{tree.resolve()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    prefix = str(Path(tempfile.gettempdir(), "beside-imports-pycache"))  # also where libraries cannot be written to
-    quiet = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-    return kept | quiet | {"PYTHONPATH": path, "PYTHONPYCACHEPREFIX": prefix}
+    words = [str(path), device, *map(str, CASES[case])]
+    offline = environment(tree) | {"HF_HUB_OFFLINE": "1"}
+    return run_fresh(_SAMPLE, words, f"{tree}, {case}", env=offline, cwd=path.parent)
 
 
 Samples = dict[str, dict[str, list[dict[str, float | None]]]]

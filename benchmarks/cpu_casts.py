@@ -16,10 +16,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from turns import run_fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,17 +109,8 @@ def make_file(path: Path, dtype: str, nbytes: int) -> None:
 def sample(way: str, path: Path, dtype: str | None, *, check: bool = False) -> dict[str, Any]:
     """Load once in a fresh process."""
     others = os.environ.get("PYTHONPATH", "")
-    done = subprocess.run(
-        [sys.executable, "-c", _SAMPLE, way, str(path), dtype or "-", "check" if check else "-"],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{others}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"{way} {path}: {done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    words = [way, str(path), dtype or "-", "check" if check else "-"]
+    return run_fresh(_SAMPLE, words, f"{way} {path}", env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{others}"})
 
 
 def take_turns(case: Case, path: Path, pairs: int) -> dict[str, list[dict[str, Any]]]:

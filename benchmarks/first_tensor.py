@@ -15,11 +15,10 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from turns import make_expert
+from turns import make_expert, run_fresh
 
 _SAMPLE = """
 import json, sys, time
@@ -47,11 +46,7 @@ print(json.dumps({"first_s": first, "seconds": time.perf_counter() - start, "ten
 
 def sample(path: Path, device: str, dtype: str, way: str) -> dict[str, float]:
     """Load once in a fresh process."""
-    command = [sys.executable, "-c", _SAMPLE, str(path), device, dtype, way]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_fresh(_SAMPLE, [str(path), device, dtype, way], way)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 #: Case -> checkpoint below the directory, dtype asked for (- for the file's).
 CASES = {
@@ -142,10 +143,10 @@ def make_start(path: Path, checkout: Path, size: str) -> None:
     """Make a whole model in the published shapes, with few blocks."""
     if not path.exists():
         words = ["-m", "wan_pipeline", "synth", str(path), "--size", size, "--blocks", "2", "--dtype", "bf16"]
-        subprocess.run([sys.executable, *words], env=_environment(checkout), stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, *words], env=environment(checkout), stdout=subprocess.DEVNULL, check=True)
 
 
-def _environment(checkout: Path) -> dict[str, str]:
+def environment(checkout: Path) -> dict[str, str]:
     """Make the environment of a process that imports from a checkout; byte code is kept, as it is for users."""
     others = os.environ.get("PYTHONPATH", "")
     path = f"{checkout.resolve()}{os.pathsep}{others}"
@@ -155,20 +156,22 @@ def _environment(checkout: Path) -> dict[str, str]:
     return keeps | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TURNS_START_NS": started}
 
 
+def run_fresh(
+    program: str, words: list[str], what: str, *, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> dict[str, Any]:
+    """Run a program in a fresh process; return the JSON of its last line. If it fails, exit with what it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], env=env, cwd=cwd, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{what}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def sample(checkout: Path, path: Path, device: str, dtype: str, *, check: bool = False) -> dict[str, float]:
     """Load once in a fresh process that imports the loader from a checkout."""
     program, words = _START if dtype == "start" else _SAMPLE, [str(path), device, dtype, "check" if check else "-"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words],
-        env=_environment(checkout),
-        cwd=path.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"{checkout}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_fresh(program, words, f"{checkout}", env=environment(checkout), cwd=path.parent)
 
 
 def take_turns(case: str, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:

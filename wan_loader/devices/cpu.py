@@ -11,6 +11,7 @@ from collections import deque
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.devices.writer import Destination, PinError
 from wan_loader.events import span
 from wan_loader.system.forks import is_forked
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from wan_loader.plan.blocks import Segment
 
 __all__ = ["CpuWriter"]
-
-#: Bytes that torch handles in one thread, as bytes or as elements: half of its at::internal::GRAIN_SIZE.
-_UNDIVIDED = 16384
 
 
 class CpuWriter:
@@ -130,7 +128,7 @@ def _convert_flat(flat: torch.Tensor, raw: torch.Tensor, dtype: torch.dtype) -> 
 
     itemsize = raw.nbytes // max(1, flat.numel())
     divides = is_forked() and torch.get_num_threads() > 1
-    step = _UNDIVIDED // itemsize if divides else max(1, flat.numel())
+    step = UNDIVIDED // itemsize if divides else max(1, flat.numel())
     for start in range(0, flat.numel(), step):
         part = raw[start * itemsize : (start + step) * itemsize]
         if part.data_ptr() % itemsize:  # torch's kernels may assume aligned elements

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
-__all__ = ["divide_nothing"]
+__all__ = ["UNDIVIDED", "divide_nothing"]
+
+#: Elements, or bytes as such, that torch handles without further threads: half of its at::internal::GRAIN_SIZE.
+UNDIVIDED = 16384
 
 
 def divide_nothing() -> None:

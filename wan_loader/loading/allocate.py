@@ -13,6 +13,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.devices.writer import Destination
 from wan_loader.dtypes import ITEMSIZE, torch_dtype
 from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryError
@@ -35,8 +36,6 @@ __all__ = ["OWN_MAP_BYTES", "Allocation", "MappedMemory", "compact", "convert_st
 
 #: Views from this size on have a mapping of their own; smaller ones share one a file.
 OWN_MAP_BYTES = 1 << 20
-#: Elements that torch copies in one thread: half of its at::internal::GRAIN_SIZE.
-_UNDIVIDED = 16384
 #: Reserved at once: 0.2 ms.
 _RESERVED_BYTES = 1 << 30
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
@@ -230,8 +229,8 @@ def compact(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copy_undivided(to: torch.Tensor, source: torch.Tensor) -> None:
     """Copy so little at a time that torch does not divide it: in a forked process it waits for threads of its own."""
-    if source.numel() <= _UNDIVIDED or source.dim() == 1:
-        for some_to, some in zip(to.split(_UNDIVIDED), source.split(_UNDIVIDED), strict=True):
+    if source.numel() <= UNDIVIDED or source.dim() == 1:
+        for some_to, some in zip(to.split(UNDIVIDED), source.split(UNDIVIDED), strict=True):
             some_to.copy_(some)
     else:
         for row_to, row in zip(to, source, strict=True):
