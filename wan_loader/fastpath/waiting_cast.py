@@ -41,7 +41,7 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 #: From so many bytes on, several threads that read and convert are worth a plan.
 _PLANNED_BYTES = 8 << 20
 #: Elements that are read at once otherwise: what is read stays in the processor's cache until it is converted.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 15
 
 
 class SourceFile:
