@@ -88,8 +88,42 @@ class Deferred(torch.Tensor):
 ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
 
 
+class _Data:
+    """`torch.Tensor.data` as long as anything waits: who is given the memory of a tensor that waits is not asked."""
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        return _DATA if tensor is None else _DATA.__get__(tensor, owner)
+
+    def __set__(self, tensor: Any, value: Any) -> None:
+        _DATA.__set__(tensor, value if type(tensor) is Deferred else _settled(value))
+
+
+def _make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make a tensor of another class on the memory of one that waits, as of an ordinary one."""
+    return _MAKE_SUBCLASS(cls, _settled(data), *args, **kwargs)
+
+
+_DATA: Any = torch.Tensor.data
+_MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
+#: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
+_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": staticmethod(_make_subclass)}
 #: All casts of tensors that wait.
-_casts: weakref.WeakSet[WaitingCast] = weakref.WeakSet()
+_casts: set[weakref.ref[WaitingCast]] = set()
+
+
+def _note(cast: WaitingCast) -> None:
+    _casts.add(weakref.ref(cast, _forget))
+    for name, guard in _GUARDS.items():
+        if name not in vars(torch.Tensor):
+            setattr(torch.Tensor, name, guard)
+
+
+def _forget(cast: weakref.ref[WaitingCast]) -> None:
+    _casts.discard(cast)
+    if not _casts:
+        for name, guard in _GUARDS.items():
+            if vars(torch.Tensor).get(name) is guard:
+                delattr(torch.Tensor, name)
 
 
 def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
@@ -98,8 +132,10 @@ def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
         tensor: Deferred = torch.Tensor._make_wrapper_subclass(
             Deferred, cast.place.shape, dtype=cast.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
+        # where it is not asked, that is an error, and no other memory
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
     tensor._cast = cast
-    _casts.add(cast)
+    _note(cast)
     return tensor
 
 
@@ -249,12 +285,21 @@ def _set_data(tensor: Any, value: Any) -> Any:
     return _DONE if without_modes(lambda: give_memory(tensor, cast, value)) else None
 
 
+def _may_be_set(tensor: Any, other: Any) -> bool:
+    """Say whether a tensor can be given another one's memory, as modules ask before they do; else it is replaced."""
+    if any("_in_its_place" in vars(one) for one in (tensor, other) if type(one) is Deferred):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch._has_compatible_shallow_copy_type(tensor, other)
+
+
 _T: Any = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
-    _T.data.__get__: lambda tensor, *_: _alias(tensor),
-    _T.data.__set__: _set_data,
+    _DATA.__get__: lambda tensor, *_: _alias(tensor),
+    _DATA.__set__: _set_data,
+    torch._has_compatible_shallow_copy_type: _may_be_set,
     _T.to: _to,
     _T.cpu: _as(None),
     _T.contiguous: _as(None),
@@ -270,13 +315,13 @@ _GETTERS = """
 """
 _METHODS = """
     __dir__ __hash__ __len__ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_same_size is_signed ndimension nelement numel requires_grad_ size stride
+    is_inference is_neg is_signed ndimension nelement numel requires_grad_ size stride
 """
-_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_same_size is_signed numel"
+_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_signed numel"
 #: Functions that need no values, and whose outcome is none.
 _FACTS = frozenset(
     [getattr(_T, name).__get__ for name in _GETTERS.split() if hasattr(_T, name)]
     + [getattr(_T, name) for name in _METHODS.split()]
     + [getattr(torch, name) for name in _FUNCTIONS.split()]
-    + [_T.requires_grad.__set__, torch._has_compatible_shallow_copy_type]
+    + [_T.requires_grad.__set__]
 )
