@@ -19,19 +19,22 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._pytree import tree_map
 
 from wan_loader.fastpath.modes import without_modes
+from wan_loader.fastpath.waiting_init import WaitingInit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from wan_loader.fastpath.waiting_cast import WaitingCast
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "living", "replace_by", "settle"]
+    Waiting = WaitingCast | WaitingInit
+
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "living", "replace_by", "settle", "waiting_of"]
 
 
 class Deferred(torch.Tensor):
     """A contiguous tensor on the CPU whose values are the outcome of a cast that waits. `give` makes it."""
 
-    _cast: WaitingCast
+    _cast: Waiting
     _is_param: bool
 
     #: By this, others would take the memory of a tensor without asking it.
@@ -54,6 +57,8 @@ class Deferred(torch.Tensor):
         if func in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _OVERWRITE and args and (found := _overwrite(func, args, kwargs)) is not None:
+            return found
         if (answer := _ANSWERS.get(func)) is not None and (found := answer(*args, **kwargs)) is not None:
             return None if found is _DONE else found
         args, kwargs = tree_map(_settled, (tuple(args), kwargs))
@@ -87,18 +92,23 @@ class Deferred(torch.Tensor):
 ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
 
 
-def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
+def give(cast: Waiting, *, requires_grad: bool = False) -> Deferred:
     """Return a new tensor that waits for a cast. Costs 5 microseconds."""
     with torch._C.DisableTorchFunctionSubclass():
         tensor: Deferred = torch.Tensor._make_wrapper_subclass(
-            Deferred, cast.place.shape, dtype=cast.dtype, device=torch.device("cpu"), requires_grad=requires_grad
+            Deferred, cast.shape, dtype=cast.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
     tensor._cast = cast
     return tensor
 
 
 def cast_of(tensor: torch.Tensor) -> WaitingCast | None:
-    """Return the cast that a tensor waits for; None if it is an ordinary one."""
+    """Return the cast that a tensor waits for; None if it is an ordinary one, or waits for something else."""
+    return None if isinstance(waiting := waiting_of(tensor), WaitingInit) else waiting
+
+
+def waiting_of(tensor: torch.Tensor) -> Waiting | None:
+    """Return what a tensor waits for; None if it is an ordinary one."""
     return vars(tensor).get("_cast") if type(tensor) is Deferred else None
 
 
@@ -111,12 +121,12 @@ def settle(tensor: Any) -> Any:
     Returns:
         The tensor. If C++ holds it, which cannot be told of a change, an ordinary one in its place, always the same.
     """
-    if (cast := cast_of(tensor)) is None:
+    if (cast := waiting_of(tensor)) is None:
         return tensor
     return without_modes(lambda: _settle(tensor, cast))
 
 
-def _settle(tensor: Deferred, cast: WaitingCast) -> torch.Tensor:
+def _settle(tensor: Deferred, cast: Waiting) -> torch.Tensor:
     with cast.lock:
         if type(tensor) is not Deferred:  # another thread was here
             return tensor
@@ -156,7 +166,7 @@ def replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return True
 
 
-def defer_parameter(parameter: torch.nn.Parameter, cast: WaitingCast) -> bool:
+def defer_parameter(parameter: torch.nn.Parameter, cast: Waiting) -> bool:
     """Have an ordinary parameter, the same object, wait for a cast in place of its values.
 
     Returns:
@@ -185,7 +195,7 @@ def _settled(value: Any) -> Any:
 
 
 def _outcome(value: Any) -> Any:
-    if (cast := cast_of(value)) is None:
+    if (cast := waiting_of(value)) is None:
         return value
     return without_modes(cast.outcome)
 
@@ -197,38 +207,79 @@ _CPU = torch.device("cpu")
 
 
 def _alias(tensor: Any) -> Any:
-    if (cast := cast_of(tensor)) is not None and "_in_its_place" not in vars(tensor):
+    if (cast := waiting_of(tensor)) is not None and "_in_its_place" not in vars(tensor):
         return give(cast)
     return None
 
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the tensor itself for a move and a conversion to what it is."""
-    if cast_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
+    if waiting_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
         return None
     kwargs.pop("copy", None)
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    is_so = device in (None, _CPU) and dtype in (None, tensor.dtype) and memory_format is None
-    return tensor if is_so else None
+    return _converted(tensor, dtype) if device in (None, _CPU) and memory_format is None else None
 
 
 def _as(dtype: torch.dtype | None) -> Callable[..., Any]:
     def answer(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return tensor if not args and not kwargs and dtype in (None, tensor.dtype) else None
+        return _converted(tensor, dtype) if not args and not kwargs else None
 
     return answer
+
+
+def _converted(tensor: Any, dtype: torch.dtype | None) -> Any:
+    """Return a tensor for which nothing is to be done; a tensor whose initialisation waits stays so if converted."""
+    if dtype in (None, tensor.dtype):
+        return tensor
+    waiting = waiting_of(tensor)
+    if not isinstance(waiting, WaitingInit) or "_in_its_place" in vars(tensor):
+        return None
+    follows = tensor.requires_grad and torch.is_grad_enabled()
+    converted = None if follows or not dtype.is_floating_point else waiting.converted(dtype)
+    return None if converted is None else give(converted)
 
 
 def _set_data(tensor: Any, value: Any) -> Any:
     """Give a tensor that waits other memory: its own values are not wanted any more."""
     if tensor is value:
         return _DONE
-    if (cast := cast_of(tensor)) is None or type(value) is not torch.Tensor:
+    if (cast := waiting_of(tensor)) is None:
+        return None
+    if (other := waiting_of(value)) is not None and "_in_its_place" not in vars(value):
+        return _DONE if _wait_for(tensor, other) else None
+    if type(value) is not torch.Tensor:
         return None
     return _DONE if without_modes(lambda: _replace_data(tensor, cast, value)) else None
 
 
-def _replace_data(tensor: Deferred, cast: WaitingCast, value: torch.Tensor) -> bool:
+def _wait_for(tensor: Deferred, other: Waiting) -> bool:
+    """Have a tensor wait for something else in place of what it waits for. False if C++ holds it."""
+    with tensor._cast.lock:
+        try:
+            torch._C._swap_tensor_impl(tensor, give(other, requires_grad=tensor.requires_grad))
+        except RuntimeError:
+            return False
+        tensor._cast = other
+    return True
+
+
+def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function that gives a tensor all its values anew, without the initialisation that it waits for."""
+    waiting, others = waiting_of(args[0]), (*args[1:], *kwargs.values())
+    if not isinstance(waiting, WaitingInit) or any(waiting_of(value) is waiting for value in others):
+        return None
+    call = waiting.give_up()
+    try:
+        args, kwargs = tree_map(_settled, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+    except BaseException:
+        if call is not None:
+            without_modes(lambda: waiting.make(call))
+        raise
+
+
+def _replace_data(tensor: Deferred, cast: Waiting, value: torch.Tensor) -> bool:
     with cast.lock, torch._C.DisableTorchFunctionSubclass():
         return type(tensor) is Deferred and replace_by(tensor, _like(tensor, value))
 
@@ -247,6 +298,8 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.float: _as(torch.float32),
     _T.double: _as(torch.float64),
 }
+#: Methods that give a tensor all its values anew.
+_OVERWRITE = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})
 _GETTERS = """
     _base _version device dtype grad grad_fn is_cpu is_cuda is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested
     is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim output_nr
