@@ -297,6 +297,9 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.half: _as(torch.float16),
     _T.float: _as(torch.float32),
     _T.double: _as(torch.float64),
+    _T.new_tensor: lambda tensor, *args, **kwargs: torch.empty(0, dtype=tensor.dtype, device=_CPU).new_tensor(
+        *args, **kwargs
+    ),
 }
 #: Methods that give a tensor all its values anew.
 _OVERWRITE = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})

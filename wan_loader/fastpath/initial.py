@@ -57,8 +57,7 @@ class Initial:
 
     def install(self, patches: Patches) -> None:
         """Replace the functions that draw their values, each in one go."""
-        for name in _FUNCTIONS:
-            patches.replace("torch.nn.init", name, self._instead_of, parameters=("tensor", "generator"))
+        patches.replace("torch.nn.init", _FUNCTIONS, self._instead_of, parameters=("tensor", "generator"))
 
     def _instead_of(self, original: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -80,10 +79,10 @@ class Initial:
 
         return (
             (type(tensor) is torch.nn.Parameter or is_deferred(tensor))
+            and why_not_now(besides_the_cpu=True) is None  # a mode would see the questions that follow
             and tensor.numel() >= self._min_elements
             and tensor.dtype == torch.float32
             and tensor.device.type == "cpu"
-            and why_not_now(besides_the_cpu=True) is None
             and (is_deferred(tensor) or _is_alone(tensor))
         )
 
