@@ -1,8 +1,8 @@
-"""The tensor whose cast waits: it knows all but its values, and becomes an ordinary tensor when somebody wants those.
+"""The tensor that waits: it knows all but its values, and becomes an ordinary tensor when somebody wants those.
 
-It says what it is (shape, dtype, device, ...) without its values; aliases of it wait for the same cast. Every other
-function first turns the tensor itself, the same Python object, into an ordinary one, and then goes on as if it always
-had been. So nothing of ours is left in what has been computed with.
+It says what it is (shape, dtype, device, ...) without its values, which a cast or an initialisation will give; aliases
+of it wait for the same. Every other function first turns the tensor itself, the same Python object, into an ordinary
+one, and then goes on as if it always had been. So nothing of ours is left in what has been computed with.
 
 Imports torch: for our own modules, `deferred` is the way in.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
     Waiting = WaitingCast | WaitingInit
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "living", "replace_by", "settle", "waiting_of"]
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "living", "settle", "waiting_of"]
 
 
 class Deferred(torch.Tensor):
-    """A contiguous tensor on the CPU whose values are the outcome of a cast that waits. `give` makes it."""
+    """A contiguous tensor on the CPU whose values are the outcome of something that waits. `give` makes it."""
 
-    _cast: Waiting
+    _waiting: Waiting
     _is_param: bool
 
     #: By this, others would take the memory of a tensor without asking it.
@@ -92,24 +93,29 @@ class Deferred(torch.Tensor):
 ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
 
 
-def give(cast: Waiting, *, requires_grad: bool = False) -> Deferred:
-    """Return a new tensor that waits for a cast. Costs 5 microseconds."""
+#: All that tensors wait for.
+_waiting: weakref.WeakSet[Waiting] = weakref.WeakSet()
+
+
+def give(waiting: Waiting, *, requires_grad: bool = False) -> Deferred:
+    """Return a new tensor that waits for a cast or an initialisation. Costs 5 microseconds."""
     with torch._C.DisableTorchFunctionSubclass():
         tensor: Deferred = torch.Tensor._make_wrapper_subclass(
-            Deferred, cast.shape, dtype=cast.dtype, device=torch.device("cpu"), requires_grad=requires_grad
+            Deferred, waiting.shape, dtype=waiting.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
-    tensor._cast = cast
+    tensor._waiting = waiting
+    _waiting.add(waiting)
     return tensor
 
 
-def cast_of(tensor: torch.Tensor) -> WaitingCast | None:
-    """Return the cast that a tensor waits for; None if it is an ordinary one, or waits for something else."""
+def cast_of(tensor: object) -> WaitingCast | None:
+    """Return the cast that a tensor waits for; None if it waits for an initialisation, or is an ordinary one."""
     return None if isinstance(waiting := waiting_of(tensor), WaitingInit) else waiting
 
 
-def waiting_of(tensor: torch.Tensor) -> Waiting | None:
+def waiting_of(tensor: object) -> Waiting | None:
     """Return what a tensor waits for; None if it is an ordinary one."""
-    return vars(tensor).get("_cast") if type(tensor) is Deferred else None
+    return vars(tensor).get("_waiting") if type(tensor) is Deferred else None
 
 
 def settle(tensor: Any) -> Any:
@@ -121,32 +127,43 @@ def settle(tensor: Any) -> Any:
     Returns:
         The tensor. If C++ holds it, which cannot be told of a change, an ordinary one in its place, always the same.
     """
-    if (cast := waiting_of(tensor)) is None:
+    if (waiting := waiting_of(tensor)) is None:
         return tensor
-    return without_modes(lambda: _settle(tensor, cast))
+    return without_modes(lambda: _settle(tensor, waiting))
 
 
-def _settle(tensor: Deferred, cast: Waiting) -> torch.Tensor:
-    with cast.lock:
-        if type(tensor) is not Deferred:  # another thread was here
-            return tensor
+def _settle(tensor: Deferred, waiting: Waiting) -> torch.Tensor:
+    with waiting.lock:
+        if waiting_of(tensor) is not waiting:  # another thread was here
+            return settle(tensor)  # type: ignore[no-any-return]
         attributes = vars(tensor)
         if (ordinary := attributes.get("_in_its_place")) is None:
             with torch._C.DisableTorchFunctionSubclass():
-                ordinary = _like(tensor, cast.outcome())
-            if not replace_by(tensor, ordinary):
+                ordinary = _like(tensor, waiting.outcome())
+            if not _replace_by(tensor, ordinary):
                 attributes["_in_its_place"] = ordinary
         return ordinary if type(tensor) is Deferred else tensor
 
 
-def _like(tensor: Deferred, memory: torch.Tensor) -> torch.Tensor:
+def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """Return an ordinary tensor on some memory, and be it a parameter, as the one that waits is."""
     if "_is_param" in vars(tensor):
         return torch.nn.Parameter(memory, tensor.requires_grad)
     return memory.detach().requires_grad_(tensor.requires_grad)
 
 
-def replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+def give_memory(tensor: torch.Tensor, waiting: Waiting, memory: torch.Tensor) -> bool:
+    """Turn a tensor that waits into an ordinary one on other memory, as `tensor.data = memory` does; no mode is active.
+
+    Returns:
+        False if somebody has settled it already, or C++ holds it; then nothing was changed.
+    """
+    with waiting.lock, torch._C.DisableTorchFunctionSubclass():
+        is_waiting = waiting_of(tensor) is waiting and not waiting.is_done
+        return is_waiting and _replace_by(tensor, _like(tensor, memory))
+
+
+def _replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """Make a tensor that waits what an ordinary one is, which is worth nothing afterwards; its attributes stay.
 
     As `torch.utils.swap_tensors`, but a tensor may be held by weak references: they go on leading to it.
@@ -154,39 +171,44 @@ def replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     Returns:
         False if C++ holds one of both; then nothing was changed.
     """
-    attributes = vars(tensor)
-    try:
-        torch._C._swap_tensor_impl(tensor, other)
-    except RuntimeError:
+    if _is_held(tensor) or _is_held(other):
         return False
-    # only now: what another thread sees meanwhile asks for the lock of the cast, or is ordinary
+    torch._C._swap_tensor_impl(tensor, other)
+    # only now: what another thread sees meanwhile asks for the lock of what waits, or is ordinary
     tensor.__class__ = type(other)
-    for name in ("_cast", "_is_param"):
-        attributes.pop(name, None)
+    for name in ("_waiting", "_is_param"):
+        vars(tensor).pop(name, None)
     return True
 
 
-def defer_parameter(parameter: torch.nn.Parameter, cast: Waiting) -> bool:
-    """Have an ordinary parameter, the same object, wait for a cast in place of its values.
+def _is_held(tensor: torch.Tensor) -> bool:
+    """Say whether C++ holds a tensor beside Python, as graphs do: it would go on holding what the tensor was."""
+    count: int = torch.Tensor._use_count(tensor)  # type: ignore[attr-defined]
+    return count > 1
+
+
+def defer_parameter(parameter: torch.Tensor, waiting: Waiting) -> bool:
+    """Have a parameter, the same object, wait for a cast or an initialisation in place of what it is.
 
     Returns:
         False if C++ holds it; then nothing was changed.
     """
-    waiting, attributes = give(cast, requires_grad=parameter.requires_grad), vars(parameter)
-    with cast.lock:
-        attributes.update(_cast=cast, _is_param=True)
+    if _is_held(parameter):
+        return False
+    is_parameter = isinstance(parameter, torch.nn.Parameter)
+    deferred = give(waiting, requires_grad=parameter.requires_grad)
+    with waiting.lock:
+        # in this order, what another thread sees meanwhile asks for the lock
+        vars(parameter).update({"_waiting": waiting} | ({"_is_param": True} if is_parameter else {}))
         parameter.__class__ = Deferred  # type: ignore[assignment]
-        try:
-            torch._C._swap_tensor_impl(parameter, waiting)
-        except RuntimeError:
-            parameter.__class__ = torch.nn.Parameter  # type: ignore[assignment]
-            del attributes["_cast"], attributes["_is_param"]
-            return False
+        torch._C._swap_tensor_impl(parameter, deferred)
     return True
 
 
 def living() -> list[Deferred]:
-    """Return all tensors that wait. Looks at all objects: costs some 10 milliseconds."""
+    """Return all tensors that wait; if there are any, that costs some 10 milliseconds: all objects are looked at."""
+    if not _waiting:
+        return []
     return [found for found in gc.get_objects() if type(found) is Deferred]
 
 
@@ -195,9 +217,9 @@ def _settled(value: Any) -> Any:
 
 
 def _outcome(value: Any) -> Any:
-    if (cast := waiting_of(value)) is None:
+    if (waiting := waiting_of(value)) is None:
         return value
-    return without_modes(cast.outcome)
+    return without_modes(waiting.outcome)
 
 
 # What is answered without the values.
@@ -207,9 +229,13 @@ _CPU = torch.device("cpu")
 
 
 def _alias(tensor: Any) -> Any:
-    if (cast := waiting_of(tensor)) is not None and "_in_its_place" not in vars(tensor):
-        return give(cast)
-    return None
+    return None if (waiting := _answering(tensor)) is None else give(waiting)
+
+
+def _answering(tensor: Any) -> Waiting | None:
+    """Return what a tensor waits for, unless an ordinary one has taken its place."""
+    waiting = waiting_of(tensor)
+    return waiting if waiting is not None and "_in_its_place" not in vars(tensor) else None
 
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,39 +255,27 @@ def _as(dtype: torch.dtype | None) -> Callable[..., Any]:
 
 
 def _converted(tensor: Any, dtype: torch.dtype | None) -> Any:
-    """Return a tensor for which nothing is to be done; a tensor whose initialisation waits stays so if converted."""
+    """Return a tensor for which nothing is to be done; one whose initialisation waits goes on doing so."""
     if dtype in (None, tensor.dtype):
         return tensor
-    waiting = waiting_of(tensor)
-    if not isinstance(waiting, WaitingInit) or "_in_its_place" in vars(tensor):
+    waiting = _answering(tensor)
+    if not isinstance(waiting, WaitingInit) or (tensor.requires_grad and torch.is_grad_enabled()):
         return None
-    follows = tensor.requires_grad and torch.is_grad_enabled()
-    converted = None if follows or not dtype.is_floating_point else waiting.converted(dtype)
-    return None if converted is None else give(converted)
+    return None if (converted := waiting.converted(dtype)) is None else give(converted)
 
 
 def _set_data(tensor: Any, value: Any) -> Any:
     """Give a tensor that waits other memory: its own values are not wanted any more."""
     if tensor is value:
         return _DONE
-    if (cast := waiting_of(tensor)) is None:
+    if (waiting := waiting_of(tensor)) is None:
         return None
-    if (other := waiting_of(value)) is not None and "_in_its_place" not in vars(value):
-        return _DONE if _wait_for(tensor, other) else None
+    if (other := _answering(value)) is not None:
+        with waiting.lock:
+            return _DONE if defer_parameter(tensor, other) else None
     if type(value) is not torch.Tensor:
         return None
-    return _DONE if without_modes(lambda: _replace_data(tensor, cast, value)) else None
-
-
-def _wait_for(tensor: Deferred, other: Waiting) -> bool:
-    """Have a tensor wait for something else in place of what it waits for. False if C++ holds it."""
-    with tensor._cast.lock:
-        try:
-            torch._C._swap_tensor_impl(tensor, give(other, requires_grad=tensor.requires_grad))
-        except RuntimeError:
-            return False
-        tensor._cast = other
-    return True
+    return _DONE if without_modes(lambda: give_memory(tensor, waiting, value)) else None
 
 
 def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -277,11 +291,6 @@ def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         if call is not None:
             without_modes(lambda: waiting.make(call))
         raise
-
-
-def _replace_data(tensor: Deferred, cast: Waiting, value: torch.Tensor) -> bool:
-    with cast.lock, torch._C.DisableTorchFunctionSubclass():
-        return type(tensor) is Deferred and replace_by(tensor, _like(tensor, value))
 
 
 _T: Any = torch.Tensor

@@ -28,6 +28,8 @@ def why_not_now(*, besides_the_cpu: bool = False) -> str | None:
         count = 0
     if count or torch.is_inference_mode_enabled():
         return "a torch mode (inference, fake tensors, a default device) is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is at work"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of functions (torch.func) is active"
     return None

@@ -80,6 +80,11 @@ class WaitingInit:
         self.lock = threading.RLock()
         """Held while the call is made or replaced, and while a tensor is given its outcome."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the memory has its values, or is given others right now."""
+        return self._call is None
+
     def outcome(self) -> torch.Tensor:
         """Return a plain tensor with exactly what there would be, the same each time; no mode may be active."""
         with self.lock:
@@ -88,10 +93,10 @@ class WaitingInit:
                 self._call = None
             return self._plain()
 
-    def converted(self, dtype: torch.dtype) -> WaitingInit | None:
-        """Return what `.to(dtype)` of a tensor is that waits; None if there is no call to wait for, or two casts."""
+    def converted(self, dtype: torch.dtype | None) -> WaitingInit | None:
+        """Return what `.to(dtype)` of a tensor is that waits; None if it is not to wait, as after another cast."""
         with self.lock:
-            if self._call is None or self._memory is None:
+            if self._call is None or self._memory is None or dtype is None or not dtype.is_floating_point:
                 return None
             return WaitingInit(self._call, None, self.shape, dtype)
 
