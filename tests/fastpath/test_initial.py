@@ -308,6 +308,9 @@ OVERWRITE = {
     "normal_": lambda t: t.normal_(),
     "uniform_": lambda t: t.uniform_(generator=torch.Generator().manual_seed(1)),
     "zeros_": lambda t: init.zeros_(t),
+    "constant_": lambda t: init.constant_(t, 0.25),
+    "kaiming_uniform_ with a generator": lambda t: init.kaiming_uniform_(t, generator=torch.Generator().manual_seed(1)),
+    "data = in another dtype": lambda t: setattr(t.data, "data", torch.ones(3).half()) or t.zero_(),
     "trunc_normal_": lambda t: init.trunc_normal_(t),
     "data.copy_": lambda t: t.data.copy_(torch.ones(40, 50)),
     "data =": lambda t: setattr(t, "data", torch.ones(30)),
@@ -357,6 +360,7 @@ def test_edited(edit):
     [
         lambda t: t.copy_(torch.ones(51)),
         lambda t: t.fill_("no number"),
+        lambda t: init.constant_(t, "no number"),
         lambda t: init.normal_(t, std=-1),
         lambda t: init.uniform_(t, 3, 2),
         lambda t: init.kaiming_normal_(t, mode="no mode"),
@@ -465,6 +469,12 @@ def _aliased():
     return made
 
 
+def _kept_as_a_storage():
+    made = parameter()
+    _KEPT.append(made.untyped_storage())
+    return made
+
+
 _KEPT = []
 LEFT = {
     "small": lambda: parameter((10, 10)),
@@ -479,6 +489,7 @@ LEFT = {
     "memory of numpy": lambda: nn.Parameter(torch.from_numpy(np.zeros(SHAPE, np.float32))),
     "memory that numpy was given": _lent,
     "memory that another tensor has": _aliased,
+    "memory that a storage object has": _kept_as_a_storage,
     "memory that processes share": lambda: nn.Parameter(torch.empty(SHAPE).share_memory_()),
 }
 

@@ -58,7 +58,7 @@ class Deferred(torch.Tensor):
         if func in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _OVERWRITE and args and (found := _overwrite(func, args, kwargs)) is not None:
+        if _overwrites(func) and (found := _overwrite(func, args, kwargs)) is not None:
             return found
         if (answer := _ANSWERS.get(func)) is not None and (found := answer(*args, **kwargs)) is not None:
             return None if found is _DONE else found
@@ -278,9 +278,16 @@ def _set_data(tensor: Any, value: Any) -> Any:
     return _DONE if without_modes(lambda: give_memory(tensor, waiting, value)) else None
 
 
+def _overwrites(func: Any) -> bool:
+    """Say whether a function gives its first argument, a tensor, all its values anew."""
+    is_method = func in _OVERWRITE_METHODS
+    return is_method or (getattr(func, "__module__", "") == "torch.nn.init" and func.__name__ in _OVERWRITE_INIT)
+
+
 def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function that gives a tensor all its values anew, without the initialisation that it waits for."""
-    waiting, others = waiting_of(args[0]), (*args[1:], *kwargs.values())
+    first, *others = (*args, *kwargs.values())
+    waiting = waiting_of(first)
     if not isinstance(waiting, WaitingInit) or any(waiting_of(value) is waiting for value in others):
         return None
     call = waiting.give_up()
@@ -310,8 +317,9 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
         *args, **kwargs
     ),
 }
-#: Methods that give a tensor all its values anew.
-_OVERWRITE = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})
+_OVERWRITE_METHODS = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})
+#: Those of `torch.nn.init` that ask a tensor of another class first; by name, as they may be replaced.
+_OVERWRITE_INIT = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_"})
 _GETTERS = """
     _base _version device dtype grad grad_fn is_cpu is_cuda is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested
     is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim output_nr

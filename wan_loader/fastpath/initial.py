@@ -12,6 +12,7 @@ Only what is certain waits: large parameters in fp32 on the CPU, memory of their
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -185,17 +186,29 @@ def _is_right(original: Callable[..., torch.Tensor], arguments: dict[str, Any], 
 
 def _is_alone(parameter: torch.nn.Parameter) -> bool:
     """Say whether nothing else may see a parameter's memory, and nothing hangs on it that a swap would take away."""
-    import torch
-
-    storage = parameter.untyped_storage()
-    # the parameter, and `storage`; memory that is not torch's own, or was lent to numpy, cannot be resized
-    is_own = torch._C._storage_Use_Count(storage._cdata) == 2 and storage.resizable() and not storage.is_shared()
-    has_hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
     return (
-        is_own
+        parameter.is_contiguous()
         and parameter.is_leaf
         and parameter.grad is None
-        and not has_hooks
-        and parameter.is_contiguous()
+        and not parameter._backward_hooks
+        and not getattr(parameter, "_post_accumulate_grad_hooks", None)
         and not parameter.is_inference()
+        and _references(parameter) == _references_of_one()
     )
+
+
+def _references(tensor: torch.Tensor) -> tuple[int | bool, ...]:
+    """Count who refers to a tensor's memory, and say whether it is torch's own and was never lent to numpy."""
+    import torch
+
+    if (count := getattr(torch._C, "_storage_Use_Count", None)) is None:
+        return ()
+    storage = tensor.untyped_storage()
+    return count(storage._cdata), sys.getrefcount(storage), storage.resizable(), storage.is_shared()
+
+
+def _references_of_one() -> tuple[int | bool, ...]:
+    """Return the counts of a tensor that is alone."""
+    import torch
+
+    return _references(torch.empty(1)) or (0,)
