@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
+from wan_loader.fastpath.initial import Initial
 from wan_loader.fastpath.moves import Moves
 from wan_loader.fastpath.patches import Patches
 from wan_loader.fastpath.tally import Tally
@@ -33,7 +34,9 @@ class Accelerator:
         self.tally = Tally()
         options = {} if min_nbytes is None else {"min_nbytes": min_nbytes}
         moves = Moves(self.tally, kinds=kinds, io=io, **options)
-        self._seams: list[Callable[[Patches], None]] = [moves.install]
+        # what is small for a move is small for an initialisation, in fp32
+        initial = Initial(self.tally, **({} if min_nbytes is None else {"min_elements": min_nbytes // 4}))
+        self._seams: list[Callable[[Patches], None]] = [moves.install, initial.install]
         self._patches: Patches | None = None
         self._n_installed = 0
         self._lock = threading.Lock()

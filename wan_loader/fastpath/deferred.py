@@ -69,8 +69,9 @@ def defer_all(
 
 
 def is_deferred(tensor: object) -> bool:
-    """Say whether a tensor waits for a cast."""
-    return cast_of(tensor) is not None
+    """Say whether a tensor waits, for a cast or for an initialisation."""
+    module = sys.modules.get(_TENSORS)
+    return module is not None and type(tensor) is module.Deferred
 
 
 def cast_of(tensor: object) -> WaitingCast | None:

@@ -105,6 +105,7 @@ class WaitingCast:
         self.dtype = dtype
         self.file = file
         self.place = place._replace(file=0)
+        self.shape = place.shape
         self.tally = tally
         self.lock = threading.RLock()
         """Held while it is done, and while a tensor is given its outcome."""
