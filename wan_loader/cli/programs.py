@@ -80,7 +80,7 @@ def _run_children(request: RunRequest, words: Sequence[str]) -> NoReturn:
         _fail(error, _NOT_FOUND)
     if not request.quiet:
         who = format_count(ended.n_processes, "process", "processes")
-        _tell(f"{who} with torch: {ended.tally.summary()}", ended.tally if request.report else None)
+        _tell(f"{ended.tally.summary()} ({who} with torch)", ended.tally if request.report else None)
     sys.exit(ended.returncode if ended.returncode >= 0 else 128 - ended.returncode)
 
 
