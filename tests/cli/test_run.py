@@ -34,6 +34,9 @@ except KeyboardInterrupt:
 """
 _HANDLING = "import signal\nsignal.signal(signal.SIGINT, lambda *_: print('handled'))"
 
+#: The order in which output comes depends on it.
+_BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
+
 
 def both(script, *args, stderr=subprocess.PIPE):
     """What plain Python makes of a script, and what `run` does."""
@@ -46,7 +49,7 @@ def both(script, *args, stderr=subprocess.PIPE):
             text=True,
             timeout=60,
             cwd=script.parent,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii:surrogateescape"},
+            env={**_BUFFERED, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii:surrogateescape"},
             check=False,
         )
         for before in ([], ["-m", "wan_loader", "run", "--quiet"])
@@ -170,6 +173,14 @@ def test_what_was_done_is_said_once_and_last(tmp_path):
     done = wan_loader_itself("run", script, WAN_LOADER_ACCELERATE="0")
     assert done.stderr == "last\nlast\nwan-loader: the fast path is off: WAN_LOADER_ACCELERATE=0\n"
     assert wan_loader_itself("run", "--quiet", script).stderr == "last\nlast\n"
+
+
+def test_what_was_done_is_said_after_what_the_program_printed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("print('said')")
+    words = [sys.executable, "-m", "wan_loader", "run", script]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, env=_BUFFERED)
+    assert done.stdout == "said\nwan-loader: 0 loads took the fast path: torch was not imported\n"
 
 
 def test_a_report_is_a_table(tmp_path):

@@ -100,9 +100,11 @@ def _tell_own(pid: int, report: bool) -> None:
 
 
 def _tell(line: str, tally: Tally | None = None) -> None:
-    """Say something on stderr, unless the program has closed it."""
+    """Say something on stderr, after what the program printed, unless it has closed it."""
     from wan_loader.cli.output import say
 
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
     with suppress(OSError, ValueError):
         if sys.stderr is not None:
             say(f"wan-loader: {line}")

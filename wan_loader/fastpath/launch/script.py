@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +41,8 @@ class Start(NamedTuple):
         except SystemExit:
             raise
         except BaseException as error:
-            _flush()
+            with suppress(OSError, ValueError, AttributeError):
+                sys.stdout.flush()  # as Python does
             sys.excepthook(type(error), error, _of_program(error, self.file))
             if isinstance(error, KeyboardInterrupt):
                 # Python ends by the signal, and would show it again
@@ -134,14 +136,6 @@ def _new_main(**names: Any) -> dict[str, Any]:
     main = sys.modules["__main__"] = type(sys)("__main__")
     main.__dict__.update(names, __builtins__=__builtins__, __annotations__={})
     return main.__dict__
-
-
-def _flush() -> None:
-    """Write what the program printed before what follows on stderr, unless it has closed or replaced stdout."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        return
 
 
 def _of_program(error: BaseException, file: str) -> TracebackType | None:
