@@ -18,7 +18,9 @@ def place(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("from torch import part; print('torch')")
     (tmp_path / "torch" / "part.py").write_text("")
-    (tmp_path / "wan_loader.py").write_text("def install(): print('installed')")
+    (tmp_path / "wan_loader.py").write_text(
+        "from contextlib import nullcontext as paused_gc\ndef install(): print('installed')"
+    )
     return tmp_path
 
 

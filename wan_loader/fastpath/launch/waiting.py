@@ -78,15 +78,16 @@ def _install(tallies: Any) -> None:
     try:
         import wan_loader
 
-        wan_loader.install()
+        # collections, which the import would cause, look at all that torch has made: two thirds of the time
+        with wan_loader.paused_gc():
+            wan_loader.install()
+        if tallies is not None:
+            from wan_loader.fastpath.launch.tallies import leave_tally_at_exit
+
+            leave_tally_at_exit(tallies)
     except Exception as error:  # another environment, another version: then this process stays as it is
         if tallies is not None:
             _leave(tallies, "everything in " + sys.executable + ": " + type(error).__name__ + ": " + str(error))
-        return
-    if tallies is not None:
-        from wan_loader.fastpath.launch.tallies import leave_tally_at_exit
-
-        leave_tally_at_exit(tallies)
 
 
 def _leave(tallies: Any, reason: Any) -> None:
