@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -103,15 +104,24 @@ class _Data:
         _DATA.__set__(tensor, value if type(tensor) is Deferred else _settled(value))
 
 
+class _MakeSubclass:
+    """`torch.Tensor._make_subclass` as long as anything waits: it makes tensors of other classes on the same memory."""
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        # the compiler of torch registers the function itself when it is imported
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo"):
+            return _MAKE_SUBCLASS
+        return _make_subclass
+
+
 def _make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-    """Make a tensor of another class on the memory of one that waits, as of an ordinary one."""
     return _MAKE_SUBCLASS(cls, _settled(data), *args, **kwargs)
 
 
 _DATA: Any = torch.Tensor.data
 _MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
 #: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
-_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": staticmethod(_make_subclass)}
+_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": _MakeSubclass()}
 #: All that tensors wait for.
 _waiting: set[weakref.ref[Waiting]] = set()
 
@@ -348,6 +358,7 @@ _T: Any = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
+    _T.__getitem__: lambda tensor, index: _alias(tensor) if index is ... and not tensor.requires_grad else None,
     _DATA.__get__: lambda tensor, *_: _alias(tensor),
     _DATA.__set__: _set_data,
     torch._has_compatible_shallow_copy_type: _may_be_set,
