@@ -13,11 +13,9 @@ import copy
 import gc
 import sys
 import weakref
-from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._pytree import tree_map
 
 from wan_loader.fastpath.modes import without_modes
@@ -89,9 +87,6 @@ class Deferred(torch.Tensor):
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         """Show the ordinary tensor that this becomes."""
         return str(settle(self).__repr__(**options))
-
-
-ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
 
 
 class _Data:
