@@ -18,14 +18,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.tally import Tally
-from wan_loader.provenance.as_checkpoint import as_checkpoint
-from wan_loader.provenance.prove import prove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +95,11 @@ class Moves:
         tensors = {name: s.tensor if s.is_parameter else s.tensor.detach() for name, s in slots.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) < self.min_nbytes:
             return
+        # with all that they import: not before there is something to load
+        from wan_loader.api import load
+        from wan_loader.provenance.as_checkpoint import as_checkpoint
+        from wan_loader.provenance.prove import prove
+
         proof = prove(tensors)
         for name, why_open in proof.reasons.items():
             self.tally.leave(why_open.value, tensors[name].nbytes)
