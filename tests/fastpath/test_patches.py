@@ -56,6 +56,16 @@ def test_a_function_is_replaced_and_put_back(library, patches, imported_before):
     assert user.twice(3) == 6, "what was imported while it was replaced passes calls on"
 
 
+def test_several_functions_at_once(library, patches):
+    user = library("its_user")
+    patches.replace("some_library", ("double", "Thing.name", "no such name"), lambda original: lambda *args: "ours")
+    module = library()
+    assert module.double(3) == user.twice(3) == module.Thing().name() == "ours"
+    patches.undo()
+    assert user.twice(3) == 6
+    assert module.Thing().name() == "thing"
+
+
 def test_nothing_is_imported(library, patches):
     patches.replace("some_library", "double", negated)
     assert "some_library" not in sys.modules

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
+from wan_loader.errors import WanLoaderError
+from wan_loader.fastpath.deferred import settle_all
+from wan_loader.fastpath.initial import Initial
 from wan_loader.fastpath.moves import Moves
 from wan_loader.fastpath.patches import Patches
+from wan_loader.fastpath.settling import Settling
 from wan_loader.fastpath.tally import Tally
 
 if TYPE_CHECKING:
@@ -33,7 +38,9 @@ class Accelerator:
         self.tally = Tally()
         options = {} if min_nbytes is None else {"min_nbytes": min_nbytes}
         moves = Moves(self.tally, kinds=kinds, io=io, **options)
-        self._seams: list[Callable[[Patches], None]] = [moves.install]
+        # what is small for a move is small for an initialisation, in fp32
+        initial = Initial(self.tally, **({} if min_nbytes is None else {"min_elements": min_nbytes // 4}))
+        self._seams: list[Callable[[Patches], None]] = [moves.install, initial.install, Settling().install]
         self._patches: Patches | None = None
         self._n_installed = 0
         self._lock = threading.Lock()
@@ -54,7 +61,7 @@ class Accelerator:
         return self
 
     def uninstall(self) -> None:
-        """Take our loader out, if this is the last of those who have put it in.
+        """Take our loader out, if this is the last of those who have put it in; what waits is settled.
 
         Raises:
             RuntimeError: It is not installed.
@@ -66,6 +73,8 @@ class Accelerator:
             if not self._n_installed:
                 self._patches.undo()
                 self._patches = None
+                with suppress(WanLoaderError):  # whoever looks at what is left will be told
+                    settle_all()
 
     def __enter__(self) -> Self:
         """Install."""
