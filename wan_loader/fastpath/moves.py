@@ -27,6 +27,7 @@ from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.tally import Tally
 from wan_loader.provenance.as_checkpoint import as_checkpoint
+from wan_loader.provenance.proof import Reason
 from wan_loader.provenance.prove import prove
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ __all__ = ["Moves"]
 _MIN_BYTES = 16 << 20
 #: The same for memory that is in no file: the original is not as slow there.
 _MIN_MEMORY_BYTES = 64 << 20
+#: Memory that nobody should look at.
+_UNREADABLE = (Reason.NOT_READABLE, Reason.TRUNCATED)
 
 
 class _Slot(NamedTuple):
@@ -108,7 +111,7 @@ class Moves:
         proof = prove(tensors)
         fetched = fetch_memory(
             type(module).__name__,
-            {name: tensors[name] for name in proof.reasons},
+            {name: tensors[name] for name, why_open in proof.reasons.items() if why_open not in _UNREADABLE},
             proof.ties,
             device,
             dtype,
