@@ -54,7 +54,7 @@ class Patches:
     _finder: _Finder | None = field(default=None, repr=False)
 
     def replace(self, module: str, name: str, make: Callable[[Any], Any], parameters: Sequence[str] = ()) -> None:
-        """Replace a function, or a method as `Class.name`.
+        """Replace a function, or a method as `Class.name`; of a class method, the function that gets the class first.
 
         Args:
             module: The module that defines it.
@@ -100,10 +100,15 @@ class Patches:
         original = getattr(owner, "__dict__", {}).get(name)
         if original is None:
             return
-        if not _has_parameters(original, wanted.parameters):
+        # a method of the class itself is kept as the function that it is made of
+        kind = type(original) if isinstance(original, classmethod | staticmethod) else None
+        function = original.__func__ if kind is not None else original
+        if not _has_parameters(function, wanted.parameters):
             self.tally.leave(f"{module.__name__}.{wanted.name} is not the function that is known here")
             return
-        replacement = self._guarded(original, wanted.make(original))
+        replacement = self._guarded(function, wanted.make(function))
+        if kind is not None:
+            replacement = kind(replacement)
         self._set(owner, name, original, replacement)
         if not path:
             self._set_elsewhere(original, replacement)
