@@ -111,12 +111,13 @@ class Moves:
         from wan_loader.fastpath.memory_moves import fetch_memory
         from wan_loader.fastpath.waiting_cast import with_casts
         from wan_loader.plan.dtype_policy import DtypePolicy
+        from wan_loader.provenance.proof import UNREADABLE
         from wan_loader.provenance.prove import prove
 
         proof = prove(tensors)
         fetched = fetch_memory(
             type(module).__name__,
-            {name: tensors[name] for name in proof.reasons},
+            {name: tensors[name] for name, why_open in proof.reasons.items() if why_open not in UNREADABLE},
             proof.ties,
             device,
             dtype,
