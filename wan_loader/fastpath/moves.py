@@ -2,11 +2,12 @@
 
 Nothing is hooked when files are loaded. When a module moves, its parameters and buffers on the CPU are asked where they
 come from (`provenance`); those that are ranges of files, proven, are read from there straight to the device, converted
-on the way, in one load. Then each parameter is given its new memory as `torch.nn.Module._apply` does it (`p.data =
-new`), each buffer its new tensor, and the original call goes on: it finds those tensors where they are to be, and moves
-the rest. So objects, ties, hooks, gradients and optimisers stay what they are.
+on the way, in one load; those that are in no file are read from memory, in another (`memory_moves`). Then each
+parameter is given its new memory as `torch.nn.Module._apply` does it (`p.data = new`), each buffer its new tensor, and
+the original call goes on: it finds those tensors where they are to be, and moves the rest. So objects, ties, hooks,
+gradients and optimisers stay what they are.
 
-    move -> candidates -> proof -> one load -> the same proof again -> bind -> the original call
+    move -> candidates -> proof -> one load each -> the same proof again -> bind -> the original call
 
 Whatever is not certain is left to the original, with the reason kept for the report; so is the whole call where the
 load fails: nothing is bound before everything has arrived.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
+from wan_loader.fastpath.memory_moves import fetch_memory
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.tally import Tally
@@ -28,17 +30,20 @@ from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.prove import prove
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
     from wan_loader.fastpath.patches import Patches
+    from wan_loader.provenance.proof import Proof
     from wan_loader.types import IoMode
 
 __all__ = ["Moves"]
 
 #: Less than this is moved sooner than it is planned.
 _MIN_BYTES = 16 << 20
+#: The same for memory that is in no file: the original is not as slow there.
+_MIN_MEMORY_BYTES = 64 << 20
 
 
 class _Slot(NamedTuple):
@@ -59,6 +64,8 @@ class Moves:
     """The kinds of devices that moves are planned to."""
     io: IoMode = "auto"
     min_nbytes: int = _MIN_BYTES
+    min_memory_nbytes: int = _MIN_MEMORY_BYTES
+    """The same for tensors that are in no file."""
 
     def install(self, patches: Patches) -> None:
         """Replace both methods, for all modules of the process."""
@@ -88,7 +95,7 @@ class Moves:
         if (why := why_not_now() or _why_not_bound()) is not None:
             self.tally.leave(why, 0)
             return
-        start_ns, slots = clock_ns(), dict[str, _Slot]()
+        slots = dict[str, _Slot]()
         for slot in _slots(module):
             if (reason := _why_not(slot.tensor, dtype)) is None:
                 slots[str(len(slots))] = slot
@@ -99,23 +106,47 @@ class Moves:
         if sum(tensor.nbytes for tensor in tensors.values()) < self.min_nbytes:
             return
         proof = prove(tensors)
+        fetched = fetch_memory(
+            type(module).__name__,
+            {name: tensors[name] for name in proof.reasons},
+            proof.ties,
+            device,
+            dtype,
+            min_nbytes=self.min_memory_nbytes,
+            tally=self.tally,
+        )
         for name, why_open in proof.reasons.items():
-            self.tally.leave(why_open.value, tensors[name].nbytes)
-        if not proof.ranges:
-            return
+            if name not in fetched:
+                self.tally.leave(why_open.value, tensors[name].nbytes)
+        if proof.ranges:
+            fetched |= self._fetch_files(type(module).__name__, tensors, proof, device, dtype)
+        for name, tensor in fetched.items():
+            _bind(slots[name], tensor)
+
+    def _fetch_files(
+        self,
+        component: str,
+        tensors: Mapping[str, torch.Tensor],
+        proof: Proof,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> dict[str, torch.Tensor]:
+        """Load what is proven; return what still is, once everything has arrived."""
+        start_ns = clock_ns()
         try:
             loaded = load(as_checkpoint(proof), device, dtype=dtype, io=self.io)
         except (WanLoaderError, OSError) as error:
             nbytes = sum(found.nbytes for found in proof.ranges.values())
             self.tally.leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
-            return
-        again = prove({name: tensors[name] for name in proof.ranges})
+            return {}
+        again, fetched = prove({name: tensors[name] for name in proof.ranges}), {}
         for name, tensor in loaded.tensors.items():
             if again.ranges.get(name) != proof.ranges[name] or again.files != proof.files:
                 self.tally.leave("was written to meanwhile", tensors[name].nbytes)
             else:
-                _bind(slots[name], tensor)
-        self.tally.served(type(module).__name__, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
+                fetched[name] = tensor
+        self.tally.served(component, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
+        return fetched
 
 
 def _target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, torch.dtype | None] | None:

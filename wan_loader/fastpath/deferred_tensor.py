@@ -1,0 +1,266 @@
+"""The tensor whose cast waits: it knows all but its values, and becomes an ordinary tensor when somebody wants those.
+
+It says what it is (shape, dtype, device, ...) without its values; aliases of it wait for the same cast. Every other
+function first turns the tensor itself, the same Python object, into an ordinary one, and then goes on as if it always
+had been. So nothing of ours is left in what has been computed with.
+
+Imports torch: for our own modules, `deferred` is the way in.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils._pytree import tree_map
+
+from wan_loader.fastpath.modes import without_modes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from wan_loader.fastpath.waiting_cast import WaitingCast
+
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "living", "replace_by", "settle"]
+
+
+class Deferred(torch.Tensor):
+    """A contiguous tensor on the CPU whose values are the outcome of a cast that waits. `give` makes it."""
+
+    _cast: WaitingCast
+    _is_param: bool
+
+    #: By this, others would take the memory of a tensor without asking it.
+    __dlpack_c_exchange_api__ = None
+
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """Make a parameter: libraries make one of the class that an old one has."""
+        return torch.nn.Parameter(data, requires_grad)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer a function of torch without the values; else settle what waits, and call it again."""
+        kwargs = kwargs or {}
+        if func in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if (answer := _ANSWERS.get(func)) is not None and (found := answer(*args, **kwargs)) is not None:
+            return None if found is _DONE else found
+        args, kwargs = tree_map(_settled, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # the class of torch has no such method, only a place for one
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Compute with the outcome: what reaches torch from C++ has not asked `__torch_function__` before."""
+        args, kwargs = tree_map(_outcome, (tuple(args), dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy as the ordinary tensor that this becomes."""
+        return copy.deepcopy(settle(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the ordinary tensor that this becomes."""
+        return settle(self).__reduce_ex__(protocol)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        """Show the ordinary tensor that this becomes."""
+        return str(settle(self).__repr__(**options))
+
+
+ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
+
+
+def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
+    """Return a new tensor that waits for a cast. Costs 5 microseconds."""
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor: Deferred = torch.Tensor._make_wrapper_subclass(
+            Deferred, cast.place.shape, dtype=cast.dtype, device=torch.device("cpu"), requires_grad=requires_grad
+        )
+    tensor._cast = cast
+    return tensor
+
+
+def cast_of(tensor: torch.Tensor) -> WaitingCast | None:
+    """Return the cast that a tensor waits for; None if it is an ordinary one."""
+    return vars(tensor).get("_cast") if type(tensor) is Deferred else None
+
+
+def settle(tensor: Any) -> Any:
+    """Turn a tensor that waits into an ordinary one, the same object.
+
+    Args:
+        tensor: A tensor; an ordinary one stays as it is.
+
+    Returns:
+        The tensor. If C++ holds it, which cannot be told of a change, an ordinary one in its place, always the same.
+    """
+    if (cast := cast_of(tensor)) is None:
+        return tensor
+    return without_modes(lambda: _settle(tensor, cast))
+
+
+def _settle(tensor: Deferred, cast: WaitingCast) -> torch.Tensor:
+    with cast.lock:
+        if type(tensor) is not Deferred:  # another thread was here
+            return tensor
+        attributes = vars(tensor)
+        if (ordinary := attributes.get("_in_its_place")) is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                ordinary = _like(tensor, cast.outcome())
+            if not replace_by(tensor, ordinary):
+                attributes["_in_its_place"] = ordinary
+        return ordinary if type(tensor) is Deferred else tensor
+
+
+def _like(tensor: Deferred, memory: torch.Tensor) -> torch.Tensor:
+    """Return an ordinary tensor on some memory, and be it a parameter, as the one that waits is."""
+    if "_is_param" in vars(tensor):
+        return torch.nn.Parameter(memory, tensor.requires_grad)
+    return memory.detach().requires_grad_(tensor.requires_grad)
+
+
+def replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Make a tensor that waits what an ordinary one is, which is worth nothing afterwards; its attributes stay.
+
+    As `torch.utils.swap_tensors`, but a tensor may be held by weak references: they go on leading to it.
+
+    Returns:
+        False if C++ holds one of both; then nothing was changed.
+    """
+    attributes = vars(tensor)
+    try:
+        torch._C._swap_tensor_impl(tensor, other)
+    except RuntimeError:
+        return False
+    # only now: what another thread sees meanwhile asks for the lock of the cast, or is ordinary
+    tensor.__class__ = type(other)
+    for name in ("_cast", "_is_param"):
+        attributes.pop(name, None)
+    return True
+
+
+def defer_parameter(parameter: torch.nn.Parameter, cast: WaitingCast) -> bool:
+    """Have an ordinary parameter, the same object, wait for a cast in place of its values.
+
+    Returns:
+        False if C++ holds it; then nothing was changed.
+    """
+    waiting, attributes = give(cast, requires_grad=parameter.requires_grad), vars(parameter)
+    with cast.lock:
+        attributes.update(_cast=cast, _is_param=True)
+        parameter.__class__ = Deferred  # type: ignore[assignment]
+        try:
+            torch._C._swap_tensor_impl(parameter, waiting)
+        except RuntimeError:
+            parameter.__class__ = torch.nn.Parameter  # type: ignore[assignment]
+            del attributes["_cast"], attributes["_is_param"]
+            return False
+    return True
+
+
+def living() -> list[Deferred]:
+    """Return all tensors that wait. Looks at all objects: costs some 10 milliseconds."""
+    return [found for found in gc.get_objects() if type(found) is Deferred]
+
+
+def _settled(value: Any) -> Any:
+    return settle(value) if type(value) is Deferred else value
+
+
+def _outcome(value: Any) -> Any:
+    if (cast := cast_of(value)) is None:
+        return value
+    return without_modes(cast.outcome)
+
+
+# What is answered without the values.
+
+_DONE = object()
+_CPU = torch.device("cpu")
+
+
+def _alias(tensor: Any) -> Any:
+    if (cast := cast_of(tensor)) is not None and "_in_its_place" not in vars(tensor):
+        return give(cast)
+    return None
+
+
+def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the tensor itself for a move and a conversion to what it is."""
+    if cast_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
+        return None
+    kwargs.pop("copy", None)
+    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    is_so = device in (None, _CPU) and dtype in (None, tensor.dtype) and memory_format is None
+    return tensor if is_so else None
+
+
+def _as(dtype: torch.dtype | None) -> Callable[..., Any]:
+    def answer(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor if not args and not kwargs and dtype in (None, tensor.dtype) else None
+
+    return answer
+
+
+def _set_data(tensor: Any, value: Any) -> Any:
+    """Give a tensor that waits other memory: its own values are not wanted any more."""
+    if tensor is value:
+        return _DONE
+    if (cast := cast_of(tensor)) is None or type(value) is not torch.Tensor:
+        return None
+    return _DONE if without_modes(lambda: _replace_data(tensor, cast, value)) else None
+
+
+def _replace_data(tensor: Deferred, cast: WaitingCast, value: torch.Tensor) -> bool:
+    with cast.lock, torch._C.DisableTorchFunctionSubclass():
+        return type(tensor) is Deferred and replace_by(tensor, _like(tensor, value))
+
+
+_T: Any = torch.Tensor
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    _T.detach: _alias,
+    torch.detach: _alias,
+    _T.data.__get__: lambda tensor, *_: _alias(tensor),
+    _T.data.__set__: _set_data,
+    _T.to: _to,
+    _T.cpu: _as(None),
+    _T.contiguous: _as(None),
+    _T.bfloat16: _as(torch.bfloat16),
+    _T.half: _as(torch.float16),
+    _T.float: _as(torch.float32),
+    _T.double: _as(torch.float64),
+}
+_GETTERS = """
+    _base _version device dtype grad grad_fn is_cpu is_cuda is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested
+    is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim output_nr
+    requires_grad retains_grad shape
+"""
+_METHODS = """
+    __dir__ __hash__ __len__ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
+    is_inference is_neg is_same_size is_signed ndimension nelement numel requires_grad_ size stride
+"""
+_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_same_size is_signed numel"
+#: Functions that need no values, and whose outcome is none.
+_FACTS = frozenset(
+    [getattr(_T, name).__get__ for name in _GETTERS.split() if hasattr(_T, name)]
+    + [getattr(_T, name) for name in _METHODS.split()]
+    + [getattr(torch, name) for name in _FUNCTIONS.split()]
+    + [_T.requires_grad.__set__, torch._has_compatible_shallow_copy_type]
+)
