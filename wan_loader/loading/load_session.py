@@ -117,7 +117,7 @@ class LoadSession:
         self.cancel.check()
         if str(request.device) != "cpu":
             get_ready(MAX_READS)
-            get_device_ready(request.device, converts=request.policy.dtype is not None)
+            get_device_ready(request.device, converts=request.policy.may_convert)
         with self.span("header"):
             return request.open()
 
