@@ -22,6 +22,7 @@ pytest.importorskip("transformers")
 
 import safetensors.torch  # noqa: E402
 
+import wan_loader.fastpath.deferred_tensor  # noqa: E402, F401  (before `counted_casts` replaces what it looks at)
 from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
 from wan_loader.fastpath.from_diffusers import FromDiffusers  # noqa: E402
 from wan_loader.fastpath.moves import Moves  # noqa: E402
@@ -32,6 +33,8 @@ from wan_loader.provenance.prove import prove  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
 
 HAS_WAN = hasattr(diffusers, "WanPipeline")
+#: Until 0.32, accelerate loads such models, and several files; it does not do so with the safetensors of today.
+HAS_DEVICE_MAPS = pytest.mark.skipif(not HAS_WAN, reason="this diffusers leaves device maps to accelerate")
 Model = getattr(diffusers, "WanTransformer3DModel", diffusers.UNet2DModel)
 
 
@@ -71,10 +74,10 @@ def target(device):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The directory of a pipeline; each component is in several files. Tests must not change it."""
+    """The directory of a pipeline; models are in several files. Tests must not change it."""
     torch.manual_seed(1)
     root = tmp_path_factory.mktemp("pipeline")
-    make_pipeline().save_pretrained(root, max_shard_size="60KB")
+    make_pipeline().save_pretrained(root, **({"max_shard_size": "60KB"} if HAS_WAN else {}))
     return root
 
 
@@ -211,11 +214,17 @@ def run(program):
     return made, about(made), said
 
 
-def both(program, fast=None):
-    """Run a program plain and accelerated, compare, and return the accelerated one's result and the fast path."""
+def both(program, fast=None, unable=()):
+    """Run a program plain and accelerated, compare, and return the accelerated one's result and the fast path.
+
+    Some versions fail where they are without us, by errors that `unable` names: those cases are left out.
+    """
     fast = fast or Fast()
     with counted_casts() as casts:
-        _, expected, said = run(program)
+        try:
+            _, expected, said = run(program)
+        except unable as error:
+            pytest.skip(f"diffusers {diffusers.__version__} without us: {error}")
     fast.n_plain_casts = len(casts)
     with fast.installed():
         made, found, said_too = run(program)
@@ -279,6 +288,7 @@ def n_files(directory):
     return len(list(directory.glob("*.safetensors")))
 
 
+@HAS_DEVICE_MAPS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_a_device_map(model_dir, target, as_dict, dtype):
@@ -302,6 +312,7 @@ def test_a_device_map(model_dir, target, as_dict, dtype):
     assert fast.n_plans == n_files(model_dir), "one for each file"
 
 
+@HAS_DEVICE_MAPS
 def test_a_model_that_stays(model_dir):
     """Nothing is converted until somebody looks, and then it is what it would have been."""
     fast = Fast(kinds=())
@@ -392,13 +403,13 @@ def test_offload_of_groups(model_dir, target):
 
     def program():
         made = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16)
-        made.enable_group_offload(torch.device(target), torch.device("cpu"), offload_type="leaf_level")
+        made.enable_group_offload(
+            onload_device=torch.device(target), offload_device=torch.device("cpu"), offload_type="leaf_level"
+        )
         outputs.append(forward(made, target))
         return made
 
-    if not hasattr(Model, "enable_group_offload"):
-        pytest.skip("this diffusers has none")
-    both(program)
+    both(program, unable=AttributeError)
     assert torch.equal(*outputs)
 
 
@@ -412,7 +423,7 @@ def test_a_single_file(model_dir, target, tmp_path):
             str(tmp_path / "all.safetensors"), config=str(model_dir), torch_dtype=torch.bfloat16
         ).to(target)
 
-    made, fast = both(program)
+    made, fast = both(program, unable=(AttributeError, NotImplementedError))
     fast.assert_no_casts()
     assert_moved(made)
     assert fast.n_plans == 1
@@ -488,7 +499,7 @@ class TestWhatIsWrong:
 
         return change, next(name for name in made.state_dict() if name.endswith("weight"))
 
-    @pytest.mark.parametrize("options", [{}, {"device_map": "target"}])
+    @pytest.mark.parametrize("options", [{}, pytest.param({"device_map": "target"}, marks=HAS_DEVICE_MAPS)])
     def test_another_shape(self, other, target, options):
         change, name = other
         path = change(**{name: torch.ones(3)})
@@ -508,9 +519,8 @@ class TestWhatIsWrong:
         assert fast.n_plans == 1
 
 
+@HAS_DEVICE_MAPS
 def test_what_goes_to_a_disk_is_left(model_dir, tmp_path):
-    if not HAS_WAN:
-        pytest.skip("this diffusers leaves such files to accelerate")
 
     def program():
         names = [name for name, _ in Model.from_config(Model.load_config(model_dir)).named_children()]
