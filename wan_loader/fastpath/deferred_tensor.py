@@ -237,6 +237,7 @@ _T: Any = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
+    _T.__getitem__: lambda tensor, index: _alias(tensor) if index is Ellipsis else None,
     _T.data.__get__: lambda tensor, *_: _alias(tensor),
     _T.data.__set__: _set_data,
     _T.to: _to,
