@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.fastpath.tally import Tally
+    from wan_loader.fastpath.waiting_cast import WaitingCast
 
-__all__ = ["defer", "defer_all", "is_deferred", "settle", "settle_all", "source_of"]
+__all__ = ["cast_of", "defer", "defer_all", "is_deferred", "settle", "settle_all", "source_of"]
 
 _TENSORS = "wan_loader.fastpath.deferred_tensor"
 
@@ -69,9 +70,15 @@ def defer_all(
 
 def is_deferred(tensor: object) -> bool:
     """Say whether a tensor waits for a cast."""
+    return cast_of(tensor) is not None
+
+
+def cast_of(tensor: object) -> WaitingCast | None:
+    """Return the cast that a tensor waits for; None if it is an ordinary one."""
     # without that module there is none, and it would import torch
     module = sys.modules.get(_TENSORS)
-    return module is not None and type(tensor) is module.Deferred
+    cast: WaitingCast | None = module.cast_of(tensor) if module is not None else None
+    return cast
 
 
 def settle(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,8 +116,6 @@ def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
     Raises:
         ValueError: It waits for none.
     """
-    from wan_loader.fastpath.deferred_tensor import cast_of
-
     if (cast := cast_of(tensor)) is None:
         raise ValueError("this tensor waits for no cast")
     return cast.source, cast.dtype

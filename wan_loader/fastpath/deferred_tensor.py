@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from wan_loader.fastpath.waiting_cast import WaitingCast
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "living", "replace_by", "settle"]
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "living", "settle"]
 
 
 class Deferred(torch.Tensor):
@@ -97,7 +97,7 @@ def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
     return tensor
 
 
-def cast_of(tensor: torch.Tensor) -> WaitingCast | None:
+def cast_of(tensor: object) -> WaitingCast | None:
     """Return the cast that a tensor waits for; None if it is an ordinary one."""
     return vars(tensor).get("_cast") if type(tensor) is Deferred else None
 
@@ -124,19 +124,30 @@ def _settle(tensor: Deferred, cast: WaitingCast) -> torch.Tensor:
         if (ordinary := attributes.get("_in_its_place")) is None:
             with torch._C.DisableTorchFunctionSubclass():
                 ordinary = _like(tensor, cast.outcome())
-            if not replace_by(tensor, ordinary):
+            if not _replace_by(tensor, ordinary):
                 attributes["_in_its_place"] = ordinary
         return ordinary if type(tensor) is Deferred else tensor
 
 
-def _like(tensor: Deferred, memory: torch.Tensor) -> torch.Tensor:
+def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """Return an ordinary tensor on some memory, and be it a parameter, as the one that waits is."""
     if "_is_param" in vars(tensor):
         return torch.nn.Parameter(memory, tensor.requires_grad)
     return memory.detach().requires_grad_(tensor.requires_grad)
 
 
-def replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+def give_memory(tensor: torch.Tensor, cast: WaitingCast, memory: torch.Tensor) -> bool:
+    """Turn a tensor that waits into an ordinary one on other memory, as `tensor.data = memory` does; no mode is active.
+
+    Returns:
+        False if somebody has settled the cast or the tensor, or C++ holds it; then nothing was changed.
+    """
+    with cast.lock, torch._C.DisableTorchFunctionSubclass():
+        is_waiting = cast_of(tensor) is cast and not cast.is_done
+        return is_waiting and _replace_by(tensor, _like(tensor, memory))
+
+
+def _replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """Make a tensor that waits what an ordinary one is, which is worth nothing afterwards; its attributes stay.
 
     As `torch.utils.swap_tensors`, but a tensor may be held by weak references: they go on leading to it.
@@ -156,7 +167,7 @@ def replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return True
 
 
-def defer_parameter(parameter: torch.nn.Parameter, cast: WaitingCast) -> bool:
+def defer_parameter(parameter: torch.Tensor, cast: WaitingCast) -> bool:
     """Have an ordinary parameter, the same object, wait for a cast in place of its values.
 
     Returns:
@@ -225,12 +236,7 @@ def _set_data(tensor: Any, value: Any) -> Any:
         return _DONE
     if (cast := cast_of(tensor)) is None or type(value) is not torch.Tensor:
         return None
-    return _DONE if without_modes(lambda: _replace_data(tensor, cast, value)) else None
-
-
-def _replace_data(tensor: Deferred, cast: WaitingCast, value: torch.Tensor) -> bool:
-    with cast.lock, torch._C.DisableTorchFunctionSubclass():
-        return type(tensor) is Deferred and replace_by(tensor, _like(tensor, value))
+    return _DONE if without_modes(lambda: give_memory(tensor, cast, value)) else None
 
 
 _T: Any = torch.Tensor

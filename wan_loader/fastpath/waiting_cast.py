@@ -13,13 +13,13 @@ import threading
 import weakref
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import CheckpointError, WanLoaderError
-from wan_loader.loading.load_session import LoadSession
+from wan_loader.fastpath.loads import load
 from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.plan.request import LoadRequest
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import Proof
 from wan_loader.provenance.prove import prove
@@ -36,12 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["SourceFile", "WaitingCast", "find_casts", "with_casts"]
 
 #: Casts between these are the same wherever they are done.
-_FLOATS = ("float64", "float32", "bfloat16", "float16")
+_FLOATS = {"torch.float64", "torch.float32", "torch.bfloat16", "torch.float16"}
 
 #: From so many bytes on, several threads that read and convert are worth a plan.
-_PLANNED_BYTES = 8 << 20
-#: Elements that are read at once otherwise: what is read stays in the processor's cache until it is converted.
-_CHUNK = 1 << 18
+_PLANNED_BYTES = 32 << 20
 
 
 class SourceFile:
@@ -117,6 +115,11 @@ class WaitingCast:
         """Whether the outcome exists: from then on it counts, and not the file."""
         return self._done is not None
 
+    @property
+    def target(self) -> str:
+        """The name of the dtype that it gives."""
+        return str(self.dtype).removeprefix("torch.")
+
     def outcome(self) -> torch.Tensor:
         """Return a plain tensor with exactly what `source.to(dtype)` was, the same each time; no mode may be active.
 
@@ -139,21 +142,19 @@ class WaitingCast:
 
     def _load(self) -> torch.Tensor:
         proof = Proof((self.file.facts,), {"": self.place}, {})
-        policy = DtypePolicy(exact={"": _name(self.dtype)})
-        request = LoadRequest(source=as_checkpoint(proof), policy=policy, owned=True)
-        with LoadSession() as session:
-            plan = session.plan(request, session.open(request))
-            return session.result(plan, session.run(plan)).tensors[""]
+        policy = DtypePolicy(exact={"": self.target})
+        return load(as_checkpoint(proof), "cpu", policy=policy, owned=True).tensors[""]
 
     def _read(self) -> torch.Tensor:
+        """Convert piece by piece, each while it is in the processor's cache."""
         import torch
 
         outcome = torch.empty(self.place.shape, dtype=self.dtype, device="cpu")
         flat, count = outcome.view(-1), outcome.numel()
-        buffer = torch.empty(min(count, _CHUNK), dtype=torch_dtype(self.place.dtype), device="cpu")
+        buffer = torch.empty(min(count, UNDIVIDED), dtype=torch_dtype(self.place.dtype), device="cpu")
         address, itemsize = buffer.data_ptr(), buffer.dtype.itemsize
-        for first in range(0, count, _CHUNK):
-            number = min(_CHUNK, count - first)
+        for first in range(0, count, UNDIVIDED):
+            number = min(UNDIVIDED, count - first)
             memory = (ctypes.c_char * (number * itemsize)).from_address(address)
             self.file.read_into(memory, self.place.start + first * itemsize)
             flat[first : first + number].copy_(buffer[:number])
@@ -192,7 +193,7 @@ def _may_wait(source: torch.Tensor, dtype: torch.dtype) -> bool:
 
     if type(source) not in (torch.Tensor, torch.nn.Parameter) or source.layout != torch.strided:
         return False
-    is_cast = source.dtype != dtype and {_name(source.dtype), _name(dtype)} <= set(_FLOATS)
+    is_cast = source.dtype != dtype and {str(source.dtype), str(dtype)} <= _FLOATS
     follows = source.requires_grad and torch.is_grad_enabled()
     return is_cast and not follows and source.device.type == "cpu" and source.is_contiguous()
 
@@ -210,7 +211,3 @@ def with_casts(proof: Proof, casts: Mapping[str, WaitingCast], ties: Mapping[str
     for name, cast in casts.items():
         ranges[name] = cast.place._replace(file=numbers.setdefault(cast.file.facts, len(numbers)))
     return replace(proof, files=tuple(numbers), ranges=ranges, ties={**proof.ties, **ties})
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -59,6 +59,13 @@ class Proof:
     ties: Mapping[str, str] = field(default_factory=dict)
     """Names of objects that had a name before -> the first one. Both have the range, or the reason."""
 
+    def has_same(self, name: str, other: Proof) -> bool:
+        """Say whether another proof has found the same range of the same file, as it still is."""
+        found, others = self.ranges.get(name), other.ranges.get(name)
+        if found is None or others is None:
+            return False
+        return found[1:] == others[1:] and self.files[found.file] == other.files[others.file]
+
 
 def pages_to_compare(start: int, end: int, written: Sequence[tuple[int, int]], page: int) -> list[int] | None:
     """Judge the bytes at addresses `start` to `end` by the pages that were written.
