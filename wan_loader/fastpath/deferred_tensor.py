@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,10 @@ class Deferred(torch.Tensor):
 ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
 
 
+#: All casts of tensors that wait.
+_casts: weakref.WeakSet[WaitingCast] = weakref.WeakSet()
+
+
 def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
     """Return a new tensor that waits for a cast. Costs 5 microseconds."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -94,6 +99,7 @@ def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
             Deferred, cast.place.shape, dtype=cast.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
     tensor._cast = cast
+    _casts.add(cast)
     return tensor
 
 
@@ -155,16 +161,20 @@ def _replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     Returns:
         False if C++ holds one of both; then nothing was changed.
     """
-    attributes = vars(tensor)
-    try:
-        torch._C._swap_tensor_impl(tensor, other)
-    except RuntimeError:
+    if _is_held(tensor) or _is_held(other):
         return False
+    torch._C._swap_tensor_impl(tensor, other)
     # only now: what another thread sees meanwhile asks for the lock of the cast, or is ordinary
     tensor.__class__ = type(other)
     for name in ("_cast", "_is_param"):
-        attributes.pop(name, None)
+        vars(tensor).pop(name, None)
     return True
+
+
+def _is_held(tensor: torch.Tensor) -> bool:
+    """Say whether C++ holds a tensor beside Python, as graphs do: it would go on holding what the tensor was."""
+    count: int = torch.Tensor._use_count(tensor)  # type: ignore[attr-defined]
+    return count > 1
 
 
 def defer_parameter(parameter: torch.Tensor, cast: WaitingCast) -> bool:
@@ -173,21 +183,21 @@ def defer_parameter(parameter: torch.Tensor, cast: WaitingCast) -> bool:
     Returns:
         False if C++ holds it; then nothing was changed.
     """
-    waiting, attributes = give(cast, requires_grad=parameter.requires_grad), vars(parameter)
+    if _is_held(parameter):
+        return False
+    waiting = give(cast, requires_grad=parameter.requires_grad)
     with cast.lock:
-        attributes.update(_cast=cast, _is_param=True)
+        # in this order, what another thread sees meanwhile asks for the lock
+        vars(parameter).update(_cast=cast, _is_param=True)
         parameter.__class__ = Deferred  # type: ignore[assignment]
-        try:
-            torch._C._swap_tensor_impl(parameter, waiting)
-        except RuntimeError:
-            parameter.__class__ = torch.nn.Parameter  # type: ignore[assignment]
-            del attributes["_cast"], attributes["_is_param"]
-            return False
+        torch._C._swap_tensor_impl(parameter, waiting)
     return True
 
 
 def living() -> list[Deferred]:
-    """Return all tensors that wait. Looks at all objects: costs some 10 milliseconds."""
+    """Return all tensors that wait; if there are any, that costs some 10 milliseconds: all objects are looked at."""
+    if not _casts:
+        return []
     return [found for found in gc.get_objects() if type(found) is Deferred]
 
 

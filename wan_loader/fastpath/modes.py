@@ -22,6 +22,8 @@ def why_not_now() -> str | None:
     count = sum(getattr(torch._C, f"_len_torch_{kind}_stack", int)() for kind in ("dispatch", "function"))
     if count or torch.is_inference_mode_enabled():
         return "a torch mode (inference, fake tensors, a default device) is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is at work"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of functions (torch.func) is active"
     return None

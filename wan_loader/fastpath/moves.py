@@ -63,7 +63,7 @@ class Moves:
 
     tally: Tally = field(default_factory=Tally)
     kinds: Sequence[str] = ("cuda",)
-    """The kinds of devices that moves are planned to."""
+    """The devices that moves are planned to, by their kinds or their names: `cuda` or `cuda:1`."""
     io: IoMode = "auto"
     min_nbytes: int = _MIN_BYTES
     min_memory_nbytes: int = _MIN_MEMORY_BYTES
@@ -79,7 +79,7 @@ class Moves:
             if (target := _target(name, args, kwargs)) is not None:
                 device, dtype = target
                 with ours():
-                    if device is not None and device.type in self.kinds:
+                    if device is not None and not {device.type, str(device)}.isdisjoint(self.kinds):
                         self.fetch(module, device, dtype)
                     elif dtype is not None and (device is None or str(device) == "cpu"):
                         self.defer(module, dtype)
@@ -132,7 +132,9 @@ class Moves:
             policy = DtypePolicy(dtype_name(dtype), exact=dtypes)
             fetched |= self._fetch_files(type(module).__name__, whole, tensors, device, policy)
         for name, tensor in fetched.items():
-            if not bind(slots[name], tensor):
+            if name in whole.ties:  # the same object
+                continue
+            if not bind(slots[name], tensor, casts.get(name)):
                 self.tally.leave("was settled meanwhile, or is held by C++ code", tensor.nbytes)
             elif name in casts:
                 self.tally.saved("casts on the CPU", nbytes=tensor.nbytes)
