@@ -348,6 +348,7 @@ _T: Any = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
+    _T.__getitem__: lambda tensor, index: _alias(tensor) if index is Ellipsis else None,
     _DATA.__get__: lambda tensor, *_: _alias(tensor),
     _DATA.__set__: _set_data,
     torch._has_compatible_shallow_copy_type: _may_be_set,
