@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, moves  # noqa: E402
+from wan_loader.fastpath import Moves, Tally, moves  # noqa: E402
+from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 
 WIDTH = 300
@@ -67,8 +68,8 @@ def test_one_plan_fetches_a_module(module, planned, device, path):
     objects = {name: id(parameter) for name, parameter in module.named_parameters()}
     module["second"].linear.bias.requires_grad_(False)
     planned.fetch(module, torch.device(device), None)
-    assert planned.n_plans == 1
-    assert planned.nbytes == sum(tensor.nbytes for tensor in expected.values())
+    assert planned.tally.total.n_plans == 1
+    assert planned.tally.total.nbytes == sum(tensor.nbytes for tensor in expected.values())
     assert {name: id(parameter) for name, parameter in module.named_parameters()} == objects
     assert not module["second"].linear.bias.requires_grad
     assert module["second"].linear.weight.requires_grad
@@ -76,14 +77,14 @@ def test_one_plan_fetches_a_module(module, planned, device, path):
     assert prove(dict(module.state_dict())).ranges == {}, "what has moved is no view of the file any more"
     os.unlink(path)
     assert_equal(module, expected)
-    assert planned.left == {"does not lie in the mapping of a file": 2 * 7 * 4}
+    assert planned.tally.left == {"does not lie in the mapping of a file": 2 * 7 * 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_conversions_happen_on_the_way(module, planned, device, dtype):
     expected = {n: t.to(device).to(dtype).cpu() if t.is_floating_point() else t for n, t in states(module).items()}
     planned.fetch(module, torch.device(device), dtype)
-    assert planned.n_plans == 1
+    assert planned.tally.total.n_plans == 1
     assert_equal(module, expected)
 
 
@@ -95,7 +96,7 @@ def test_what_was_written_to_is_left(module, planned, device):
     planned.fetch(module, torch.device(device), None)
     assert module["first"].linear.weight.device.type == "cpu"
     assert_equal(module, expected)
-    assert planned.left["was written to"] == WIDTH * WIDTH * 4
+    assert planned.tally.left["was written to"] == WIDTH * WIDTH * 4
 
 
 def test_what_is_written_to_meanwhile_is_left(module, planned, device, monkeypatch):
@@ -111,7 +112,7 @@ def test_what_is_written_to_meanwhile_is_left(module, planned, device, monkeypat
     expected = states(module)["first.linear.weight"] + 1
     planned.fetch(module, torch.device(device), None)
     assert torch.equal(states(module)["first.linear.weight"], expected)
-    assert planned.left["was written to meanwhile"] >= WIDTH * WIDTH * 4
+    assert planned.tally.left["was written to meanwhile"] >= WIDTH * WIDTH * 4
 
 
 def test_a_parameter_in_two_places_stays_one(module, planned, device):
@@ -138,14 +139,14 @@ def test_gradients_complex_numbers_and_eight_bit_floats_are_left(module, planned
     module["first"].linear.weight.grad = torch.ones(WIDTH, WIDTH)
     planned.fetch(module, torch.device(device), torch.bfloat16)
     assert module["first"].linear.weight.dtype == torch.float32
-    assert planned.left["is no leaf, or has a gradient"] == WIDTH * WIDTH * 4
+    assert planned.tally.left["is no leaf, or has a gradient"] == WIDTH * WIDTH * 4
 
 
 def test_parameters_without_a_size_are_left(module, planned, device):
     module["lazy"] = torch.nn.LazyLinear(3)
     planned.fetch(module, torch.device(device), None)
-    assert planned.n_plans == 1
-    assert "is no plain tensor on the CPU" in planned.left
+    assert planned.tally.total.n_plans == 1
+    assert "is no plain tensor on the CPU" in planned.tally.left
 
 
 def test_a_load_that_fails_changes_nothing(module, planned, device, monkeypatch):
@@ -156,43 +157,47 @@ def test_a_load_that_fails_changes_nothing(module, planned, device, monkeypatch)
     before = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
     planned.fetch(module, torch.device(device), None)
     assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == before
-    assert planned.n_plans == 0
-    assert any(reason.startswith("DeviceMemoryError: no room") for reason in planned.left)
+    assert planned.tally.total.n_plans == 0
+    assert any(reason.startswith("DeviceMemoryError: no room") for reason in planned.tally.left)
 
 
 def test_little_is_not_worth_a_plan(module, device):
     planned = Moves(kinds=(device,))
     planned.fetch(module, torch.device(device), None)
-    assert planned.n_plans == 0
+    assert planned.tally.total.n_plans == 0
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")])
 def test_modes_of_torch_are_left_alone(module, planned, device, mode):
     with mode():
         planned.fetch(module, torch.device(device), None)
-    assert planned.n_plans == 0
+    assert planned.tally.total.n_plans == 0
 
 
 class TestInstalled:
     """The methods of modules, as programs call them."""
 
     @pytest.fixture
-    def planned(self, planned):
+    def patches(self):
+        return Patches(Tally())
+
+    @pytest.fixture
+    def planned(self, planned, patches):
         originals = torch.nn.Module.to, torch.nn.Module.cuda
-        planned.install()
+        planned.install(patches)
         yield planned
-        planned.uninstall()
+        patches.undo()
         assert (torch.nn.Module.to, torch.nn.Module.cuda) == originals
 
     @pytest.mark.parametrize(
         "call", [lambda m, d: m.to(d), lambda m, d: m.to(device=d), lambda m, d: m.to(d, torch.float16)]
     )
-    def test_a_move_takes_a_plan(self, module, planned, device, call):
+    def test_a_move_takes_a_plan(self, module, planned, patches, device, call):
         plain = make_module()
         plain.load_state_dict({name: tensor.clone() for name, tensor in states(module).items()})
         assert call(module, device) is module
-        assert planned.n_plans == 1
-        planned.uninstall()
+        assert planned.tally.total.n_plans == 1
+        patches.undo()
         assert_equal(module, states(call(plain, device)))
         assert all(t.device == u.device for t, u in zip(module.buffers(), plain.buffers(), strict=True))
 
@@ -211,17 +216,17 @@ class TestInstalled:
             module.to("cpu", 1, 2, 3, 4)
         with pytest.raises(RuntimeError):
             module.to("no such device")
-        assert planned.n_plans == 0
+        assert planned.tally.total.n_plans == 0
 
-    def test_what_others_put_over_ours_stays(self, module, planned, device):
+    def test_what_others_put_over_ours_stays(self, module, planned, patches, device):
         ours = torch.nn.Module.to
 
         def others(self, *args, **kwargs):
             return ours(self, *args, **kwargs)
 
         torch.nn.Module.to = others
-        planned.uninstall()
+        patches.undo()
         assert torch.nn.Module.to is others
         torch.nn.Module.to = ours.__wrapped__
         assert others(module, device) is module
-        assert planned.n_plans == 0, "ours only passes calls on"
+        assert planned.tally.total.n_plans == 0, "ours only passes calls on"

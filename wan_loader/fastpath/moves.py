@@ -14,16 +14,16 @@ load fails: nothing is bound before everything has arrived.
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.fastpath.modes import why_not_now
+from wan_loader.fastpath.ours import ours
+from wan_loader.fastpath.tally import Tally
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.prove import prove
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.fastpath.patches import Patches
     from wan_loader.types import IoMode
 
 __all__ = ["Moves"]
@@ -51,52 +52,27 @@ class _Slot(NamedTuple):
 
 @dataclass(slots=True)
 class Moves:
-    """The replacement of `torch.nn.Module.to` and `.cuda`, and the counts of what moved by plan and what did not."""
+    """The seam of moves: `torch.nn.Module.to` and `.cuda`. The tally counts what moved by plan and what did not."""
 
+    tally: Tally = field(default_factory=Tally)
     kinds: Sequence[str] = ("cuda",)
     """The kinds of devices that moves are planned to."""
     io: IoMode = "auto"
     min_nbytes: int = _MIN_BYTES
-    n_plans: int = 0
-    nbytes: int = 0
-    """The bytes of files that moved by plan."""
-    seconds: float = 0.0
-    left: Counter[str] = field(default_factory=Counter)
-    """Reasons why tensors were left to the original, with the bytes of those tensors."""
-    _originals: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False)
-    _busy: threading.local = field(default_factory=threading.local, repr=False)
 
-    def install(self) -> None:
-        """Replace both methods, for all modules of the process. Imports torch. Once, until `uninstall`."""
-        import torch
-
+    def install(self, patches: Patches) -> None:
+        """Replace both methods, for all modules of the process."""
         for name in ("to", "cuda"):
-            self._originals[name] = getattr(torch.nn.Module, name)
-            setattr(torch.nn.Module, name, self._instead_of(name, self._originals[name]))
-
-    def uninstall(self) -> None:
-        """Put the originals back, unless somebody else has replaced ours meanwhile: then ours only passes calls on."""
-        import torch
-
-        for name, original in self._originals.items():
-            if getattr(getattr(torch.nn.Module, name), "_moves", None) is self:
-                setattr(torch.nn.Module, name, original)
-        self._originals.clear()
+            patches.replace("torch.nn.modules.module", f"Module.{name}", partial(self._instead_of, name))
 
     def _instead_of(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def replaced(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._originals and not getattr(self._busy, "inside", False):
-                self._busy.inside = True
-                try:
-                    if (target := _target(name, args, kwargs)) is not None and target[0].type in self.kinds:
-                        self.fetch(module, *target)
-                finally:
-                    self._busy.inside = False
+        def moved(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if (target := _target(name, args, kwargs)) is not None and target[0].type in self.kinds:
+                with ours():
+                    self.fetch(module, *target)
             return original(module, *args, **kwargs)
 
-        replaced._moves = self  # type: ignore[attr-defined]
-        return replaced
+        return moved
 
     def fetch(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         """Bring what is proven to be ranges of files to a device, as far as that is certain.
@@ -110,41 +86,36 @@ class Moves:
             KeyboardInterrupt: It came meanwhile; then nothing was changed.
         """
         if (why := why_not_now() or _why_not_bound()) is not None:
-            self._leave(why, 0)
+            self.tally.leave(why, 0)
             return
         start_ns, slots = clock_ns(), dict[str, _Slot]()
         for slot in _slots(module):
             if (reason := _why_not(slot.tensor, dtype)) is None:
                 slots[str(len(slots))] = slot
             else:
-                self._leave(reason, slot.tensor.nbytes if _is_plain(slot.tensor) else 0)
+                self.tally.leave(reason, slot.tensor.nbytes if _is_plain(slot.tensor) else 0)
         # each place of a buffer gets a tensor of its own, as in the original; a parameter in several stays one object
         tensors = {name: s.tensor if s.is_parameter else s.tensor.detach() for name, s in slots.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) < self.min_nbytes:
             return
         proof = prove(tensors)
         for name, why_open in proof.reasons.items():
-            self._leave(why_open.value, tensors[name].nbytes)
+            self.tally.leave(why_open.value, tensors[name].nbytes)
         if not proof.ranges:
             return
         try:
             loaded = load(as_checkpoint(proof), device, dtype=dtype, io=self.io)
         except (WanLoaderError, OSError) as error:
             nbytes = sum(found.nbytes for found in proof.ranges.values())
-            self._leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
+            self.tally.leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
             return
         again = prove({name: tensors[name] for name in proof.ranges})
         for name, tensor in loaded.tensors.items():
             if again.ranges.get(name) != proof.ranges[name] or again.files != proof.files:
-                self._leave("was written to meanwhile", tensors[name].nbytes)
+                self.tally.leave("was written to meanwhile", tensors[name].nbytes)
             else:
                 _bind(slots[name], tensor)
-        self.n_plans += 1
-        self.nbytes += loaded.report.nbytes_file
-        self.seconds += (clock_ns() - start_ns) / 1e9
-
-    def _leave(self, reason: str, nbytes: int) -> None:
-        self.left[reason] += nbytes
+        self.tally.served(type(module).__name__, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
 
 
 def _target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, torch.dtype | None] | None:

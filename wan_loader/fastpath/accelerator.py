@@ -1,0 +1,76 @@
+"""The fast path as a whole: all seams, put in and taken out together."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Self
+
+from wan_loader.fastpath.moves import Moves
+from wan_loader.fastpath.patches import Patches
+from wan_loader.fastpath.tally import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from wan_loader.types import IoMode
+
+__all__ = ["Accelerator"]
+
+
+class Accelerator:
+    """Our loader in the places where libraries load and move weights, for the whole process, while it is installed.
+
+    As a context it is installed inside; `install` and `uninstall` do the same by hand. Both are counted: it is taken
+    out when everybody who has put it in has taken it out. `tally` tells what it did.
+
+    Args:
+        kinds: The kinds of devices that moves and loads are planned to.
+        io: How bytes travel, as for `wan_loader.load_file`.
+        min_nbytes: Less than this is moved sooner than it is planned; None: 16 MiB.
+    """
+
+    def __init__(self, kinds: Sequence[str] = ("cuda",), *, io: IoMode = "auto", min_nbytes: int | None = None) -> None:
+        self.tally = Tally()
+        options = {} if min_nbytes is None else {"min_nbytes": min_nbytes}
+        moves = Moves(self.tally, kinds=kinds, io=io, **options)
+        self._seams: list[Callable[[Patches], None]] = [moves.install]
+        self._patches: Patches | None = None
+        self._n_installed = 0
+        self._lock = threading.Lock()
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether it is in place."""
+        return self._patches is not None
+
+    def install(self) -> Self:
+        """Put our loader in. Imports nothing; what is not imported yet is replaced as soon as it is."""
+        with self._lock:
+            self._n_installed += 1
+            if self._patches is None:
+                self._patches = Patches(self.tally)
+                for install in self._seams:
+                    install(self._patches)
+        return self
+
+    def uninstall(self) -> None:
+        """Take our loader out, if this is the last of those who have put it in.
+
+        Raises:
+            RuntimeError: It is not installed.
+        """
+        with self._lock:
+            if self._patches is None:
+                raise RuntimeError("wan_loader is not installed: uninstall() was called more often than install()")
+            self._n_installed -= 1
+            if not self._n_installed:
+                self._patches.undo()
+                self._patches = None
+
+    def __enter__(self) -> Self:
+        """Install."""
+        return self.install()
+
+    def __exit__(self, *exception: object) -> None:
+        """Uninstall, whatever happened inside."""
+        self.uninstall()
