@@ -24,8 +24,7 @@ from wan_loader.fastpath.left_alone import LeftAloneError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.torch_load import ALIGNMENT
-from wan_loader.provenance.proof import Reason
-from wan_loader.provenance.prove import prove
+from wan_loader.system.mappings import read_mappings
 from wan_loader.system.own_pages import PAGE
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Copies:
         """Map what can be mapped, and return the dict for the original."""
         try:
             copies = _find_copies(module, state_dict, self._min_nbytes)
-            if not copies:
+            if not _is_any_of_a_file(copies):
                 return state_dict
             _check_bare(module, state_dict)
             done = self._map(copies)
@@ -97,6 +96,8 @@ class Copies:
     def _map(self, copies: dict[str, _Copy]) -> list[str]:
         """Give the parameters mappings of what their values are proven to be; return the names of those."""
         import torch
+
+        from wan_loader.provenance.prove import prove
 
         proof = prove({name: pair.value for name, pair in copies.items()})
         names = self._choose(copies, proof)
@@ -117,6 +118,9 @@ class Copies:
 
     def _choose(self, copies: dict[str, _Copy], proof: Proof) -> list[str]:
         """Return the names that are mapped, in the order of their bytes."""
+        from wan_loader.provenance.proof import Reason
+        from wan_loader.provenance.prove import prove
+
         # of what may be somebody else's as well, the original writes into that memory
         found = [name for name in proof.ranges if _is_sole(copies[name].parameter)]
         memory = prove({name: copies[name].parameter for name in found}).reasons
@@ -143,6 +147,15 @@ def _find_copies(module: torch.nn.Module, state_dict: Any, min_nbytes: int) -> d
         for name, tensor in places
         if counts[id(tensor)] == 1 and name in state_dict and _is_plain_copy(tensor, state_dict[name], min_nbytes)
     }
+
+
+def _is_any_of_a_file(copies: dict[str, _Copy]) -> bool:
+    """Say whether a value may come from a file, at little cost: of most programs that load a state, none does."""
+    if not copies:
+        return False
+    mappings = read_mappings()
+    addresses = (copy.value.data_ptr() for copy in copies.values())
+    return any(mappings.find(address, address + 1) is not None for address in addresses)
 
 
 def _places(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

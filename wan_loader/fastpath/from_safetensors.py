@@ -13,16 +13,11 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import open_file
 from wan_loader.errors import WanLoaderError
 from wan_loader.fastpath.left_alone import LeftAloneError, device_name, plain_path
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.open_on_device import OpenOnDevice
 from wan_loader.fastpath.ours import is_ours, ours
-from wan_loader.formats import open_checkpoint
-from wan_loader.formats.foreign_files import read_head
-from wan_loader.formats.known_formats import recognise_format
-from wan_loader.formats.safetensors import SafetensorsFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,10 +81,13 @@ class SafetensorsLoads:
                     return handle
                 if (why := why_not_now()) is not None:
                     raise LeftAloneError(why)
-                path = plain_path(filename)
-                if not isinstance(recognise_format(read_head(path)), SafetensorsFormat):
+                # with all that it imports: not before there is something to load
+                from wan_loader.api import open_file
+                from wan_loader.formats import open_checkpoint
+
+                checkpoint = open_checkpoint([plain_path(filename)])
+                if checkpoint.format != "safetensors":
                     raise LeftAloneError("the file is not known to be of safetensors")
-                checkpoint = open_checkpoint([path])
                 sizes = {facts.name: facts.nbytes for facts in checkpoint.tensors}
                 file = open_file(checkpoint, name)
         except LeftAloneError as reason:

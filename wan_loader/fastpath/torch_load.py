@@ -13,31 +13,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import load
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.fastpath.left_alone import LeftAloneError, device_name, plain_path
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
-from wan_loader.formats.foreign_files import read_head
-from wan_loader.formats.known_formats import recognise_format
-from wan_loader.formats.torch_formats import TorchZipFormat
-from wan_loader.formats.torch_zip import UnplannedError, read_torch_zip
-from wan_loader.system.page_cache import cached
-from wan_loader.warming.tree import SourceFile
-from wan_loader.warming.warm import warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wan_loader.fastpath.patches import Patches
     from wan_loader.fastpath.tally import Tally
-    from wan_loader.formats.checkpoint_facts import StorageFacts
-    from wan_loader.system.leases import LeasedFile, Leases
+    from wan_loader.system.leases import Leases
 
 __all__ = ["ALIGNMENT", "TorchLoad"]
 
@@ -105,9 +95,13 @@ class TorchLoad:
         """Load straight to a device."""
         if options.get("weights_only") is False:
             raise LeftAloneError("weights_only=False")
+        # with all that they import: not before there is something to load
+        from wan_loader.api import load
+        from wan_loader.fastpath.torch_files import check_planned, skeleton_of
+
         start_ns = clock_ns()
-        _storages(path)
-        skeleton = _skeleton(original, path)
+        check_planned(path)
+        skeleton = skeleton_of(original, path)
         loaded = load([path], device=device)
         # the file may have been replaced between the two looks
         if loaded.tensors.keys() != skeleton.keys():
@@ -125,11 +119,12 @@ class TorchLoad:
             file = leases.lease(path)
         except OSError as error:
             raise LeftAloneError(f"the file is not mapped: {error.strerror or error}") from error
+        from wan_loader.fastpath.torch_files import check_aligned, fetch_pages
+
         # from here on nobody writes to it without our knowledge
-        if any(storage.start % ALIGNMENT for storage in _storages(path) if storage.nbytes):
-            raise LeftAloneError("the file's storages are not aligned")
+        check_aligned(path, ALIGNMENT)
+        fetch_pages(path, file)
         nbytes = file.facts.st_size
-        _fetch_pages(path, file)
         try:
             with self._mapping.shows(file.map(0, nbytes)):
                 state = original(f, **options, mmap=True)
@@ -194,48 +189,3 @@ class _Mapping:
             del owner.from_file
         else:
             owner.from_file = self._before
-
-
-def _storages(path: str) -> list[StorageFacts]:
-    """Return the storages of a file; all that is not read from headers is left alone."""
-    if not isinstance(recognise_format(read_head(path)), TorchZipFormat):
-        raise LeftAloneError("a legacy pickle")
-    try:
-        return read_torch_zip(path)[1]
-    except UnplannedError as reason:
-        raise LeftAloneError(f"a file that cannot be planned ({reason})") from reason
-
-
-def _fetch_pages(path: str, file: LeasedFile) -> None:
-    """Bring what is missing into the page cache: the original would read all now, and a writer must not wait long."""
-    facts = file.facts
-    if cached(file.fd, 0, facts.st_size) != facts.st_size:
-        warm([SourceFile(path, path, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)])
-
-
-def _skeleton(original: Callable[..., Any], path: str) -> Any:
-    """Return the result of torch.load without the weights: the container's own type and all it carries."""
-    import torch
-
-    try:
-        # meta and mapped: nothing of the weights is read, and torch itself judges the pickle
-        state = original(path, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:  # the original will say it again
-        raise LeftAloneError("the original refuses the file") from error
-    if type(state) not in (dict, OrderedDict):
-        raise LeftAloneError("something else than a dict")
-    if any(type(t) is not torch.Tensor or t.requires_grad for t in state.values()):
-        raise LeftAloneError("a dict that holds more than plain tensors")
-    if not _carries_only_versions(state):
-        raise LeftAloneError("a dict with attributes of its own")
-    return state
-
-
-def _carries_only_versions(state: Any) -> bool:
-    """Say whether a dict's only attribute is what `state_dict` notes: others may hold tensors, here without weights."""
-    attributes = getattr(state, "__dict__", {})
-    notes = attributes.get("_metadata", {})
-    return attributes.keys() <= {"_metadata"} and all(
-        isinstance(note, dict) and all(isinstance(value, int | float | str | None) for value in note.values())
-        for note in (notes.values() if isinstance(notes, dict) else [None])
-    )
