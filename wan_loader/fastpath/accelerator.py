@@ -5,10 +5,15 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
+from wan_loader.fastpath.copies import Copies
+from wan_loader.fastpath.from_safetensors import SafetensorsLoads
 from wan_loader.fastpath.initial import Initial
 from wan_loader.fastpath.moves import Moves
 from wan_loader.fastpath.patches import Patches
+from wan_loader.fastpath.rewrites import Rewrites
 from wan_loader.fastpath.tally import Tally
+from wan_loader.fastpath.torch_load import TorchLoad
+from wan_loader.system.leases import Leases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +41,17 @@ class Accelerator:
         moves = Moves(self.tally, kinds=kinds, io=io, **options)
         # what is small for a move is small for an initialisation, in fp32
         initial = Initial(self.tally, **({} if min_nbytes is None else {"min_elements": min_nbytes // 4}))
-        self._seams: list[Callable[[Patches], None]] = [moves.install, initial.install]
+        self._leases = Leases()
+        # to the CPU, which may stand in for a GPU in tests, safetensors maps by itself
+        devices = [kind for kind in kinds if kind != "cpu"]
+        self._seams: list[Callable[[Patches], None]] = [
+            moves.install,
+            initial.install,
+            SafetensorsLoads(self.tally, devices).install,
+            TorchLoad(self.tally, self._leases, kinds, **options).install,
+            Copies(self.tally, self._leases, **options).install,
+            Rewrites(self._leases).install,
+        ]
         self._patches: Patches | None = None
         self._n_installed = 0
         self._lock = threading.Lock()
@@ -69,6 +84,8 @@ class Accelerator:
             if not self._n_installed:
                 self._patches.undo()
                 self._patches = None
+                # whoever saves over a file that is mapped has nobody now who settles it before
+                self._leases.settle()
 
     def __enter__(self) -> Self:
         """Install."""

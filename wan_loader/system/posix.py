@@ -16,8 +16,11 @@ from functools import cache
 __all__ = [
     "PAGE",
     "cached_bytes",
+    "forbid",
+    "map_anonymous",
     "map_file",
     "map_private",
+    "move_over",
     "populate",
     "prefer_huge_pages",
     "read_at",
@@ -31,6 +34,7 @@ _PAGE = mmap.PAGESIZE
 PAGE = max(4096, _PAGE)
 _MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
 _MADV_POPULATE_WRITE = 23
+_PROT_NONE = 0
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _SYS_CACHESTAT = 451  # the same number on every architecture, since 6.5
 _SYS_FACCESSAT2 = 439  # likewise, since 5.8
@@ -43,10 +47,17 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.syscall.restype = ctypes.c_long
 
+#: The same library, but no other thread runs Python meanwhile.
+_libc_alone = ctypes.PyDLL(None)
+_libc_alone.mremap.restype = ctypes.c_void_p
+_libc_alone.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+
+_MREMAP_MAYMOVE_FIXED = 1 | 2  # linux/mman.h
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h, and the same on x86
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -114,6 +125,30 @@ def map_private(fd: int, start: int, nbytes: int) -> ctypes.Array[ctypes.c_char]
     # not at the interpreter's exit: whoever has tensors may use them until the end
     weakref.finalize(memory, unmap, address, nbytes).atexit = False
     return memory
+
+
+def map_anonymous(nbytes: int) -> int:
+    """Map fresh memory that is no file's, to read and to write; return the address."""
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = _libc.mmap(None, nbytes, protection, flags, -1, 0)
+    if address is None or address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap: {os.strerror(code)}")
+    return int(address)
+
+
+def move_over(address: int, nbytes: int, place: int) -> None:
+    """Move a mapping to where another one of the same length is, at once; that one is gone.
+
+    For whoever reads there, it is one step. No other thread runs Python meanwhile.
+    """
+    if _libc_alone.mremap(address, nbytes, nbytes, _MREMAP_MAYMOVE_FIXED, place) != place:
+        raise OSError(errno.ENOMEM, "mremap: a mapping cannot be moved")
+
+
+def forbid(address: int, nbytes: int) -> None:
+    """Have every further access to a mapping end the process."""
+    _check(_libc.mprotect(address, nbytes, _PROT_NONE), "mprotect")
 
 
 def unmap(address: int, nbytes: int) -> bool:
