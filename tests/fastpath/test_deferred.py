@@ -198,6 +198,7 @@ def test_other_conversions(waiting, plain):
 ALIASES = {
     "detach": torch.Tensor.detach,
     "data": lambda t: t.data,
+    "whole": lambda t: t[...],
     "parameter": lambda t: torch.nn.Parameter(t),
     "chain": lambda t: torch.nn.Parameter(t.data, requires_grad=False).detach(),
 }

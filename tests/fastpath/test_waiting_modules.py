@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, Tally, moves  # noqa: E402
+from wan_loader.fastpath import Moves, Tally, fetching  # noqa: E402
 from wan_loader.fastpath.deferred import defer_all, is_deferred  # noqa: E402
 from wan_loader.fastpath.deferred_tensor import living  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
@@ -362,7 +362,7 @@ def test_a_plan_that_fails_changes_nothing(build, seam, tally, monkeypatch):
 
     module = build().bfloat16()
     before = identities(module)
-    monkeypatch.setattr(moves, "load", fail)
+    monkeypatch.setattr(fetching, "load", fail)
     module.to(AWAY)
     assert tally.total.n_plans == 0
     assert "DeviceMemoryError: no room" in tally.left
@@ -376,7 +376,7 @@ def test_ctrl_c_in_a_plan_changes_nothing(build, seam, tally, monkeypatch):
         raise KeyboardInterrupt
 
     module = build().bfloat16()
-    monkeypatch.setattr(moves, "load", interrupt)
+    monkeypatch.setattr(fetching, "load", interrupt)
     with pytest.raises(KeyboardInterrupt):
         module.to(AWAY)
     assert all(map(is_deferred, [*module.parameters(), module.scale]))
@@ -387,7 +387,7 @@ def test_ctrl_c_in_a_plan_changes_nothing(build, seam, tally, monkeypatch):
 
 def test_a_cast_that_is_done_meanwhile_counts(build, seam, tally, monkeypatch):
     """Somebody edits a weight while it is loaded."""
-    plain_load = moves.load
+    plain_load = fetching.load
 
     def slow(*args, **options):
         loaded = plain_load(*args, **options)
@@ -396,7 +396,7 @@ def test_a_cast_that_is_done_meanwhile_counts(build, seam, tally, monkeypatch):
         return loaded
 
     module = build().bfloat16()
-    monkeypatch.setattr(moves, "load", slow)
+    monkeypatch.setattr(fetching, "load", slow)
     module.to(AWAY)
     monkeypatch.undo()
     seam.min_nbytes = 1 << 40

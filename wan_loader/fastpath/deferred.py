@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.waiting_cast import find_casts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,6 +68,7 @@ def defer_all(
         By the same names: tensors that wait, and where that is not certain to be the same, what `.to` gives.
     """
     from wan_loader.fastpath.deferred_tensor import give
+    from wan_loader.fastpath.waiting_cast import find_casts
 
     if (why := why_not_now()) is not None:
         tally.leave(why)

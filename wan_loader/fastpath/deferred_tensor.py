@@ -14,7 +14,6 @@ import gc
 import sys
 import weakref
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     Waiting = WaitingCast | WaitingInit
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "is_sole", "living", "settle", "waiting_of"]
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "living", "settle", "waiting_of"]
 
 
 class Deferred(torch.Tensor):
@@ -105,15 +104,24 @@ class _Data:
         _DATA.__set__(tensor, value if type(tensor) is Deferred else _settled(value))
 
 
+class _MakeSubclass:
+    """`torch.Tensor._make_subclass` as long as anything waits: it makes tensors of other classes on the same memory."""
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        # the compiler of torch registers the function itself when it is imported
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo"):
+            return _MAKE_SUBCLASS
+        return _make_subclass
+
+
 def _make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-    """Make a tensor of another class on the memory of one that waits, as of an ordinary one."""
     return _MAKE_SUBCLASS(cls, _settled(data), *args, **kwargs)
 
 
 _DATA: Any = torch.Tensor.data
 _MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
 #: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
-_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": staticmethod(_make_subclass)}
+_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": _MakeSubclass()}
 #: All that tensors wait for.
 _waiting: set[weakref.ref[Waiting]] = set()
 
@@ -154,15 +162,6 @@ def cast_of(tensor: object) -> WaitingCast | None:
 def waiting_of(tensor: object) -> Waiting | None:
     """Return what a tensor waits for; None if it is an ordinary one."""
     return vars(tensor).get("_waiting") if type(tensor) is Deferred else None
-
-
-def is_sole(tensor: torch.Tensor) -> bool:
-    """Say whether no other tensor waits for the same."""
-    return _count_references(tensor) == _count_references(SimpleNamespace(_waiting=object()))
-
-
-def _count_references(holder: Any) -> int:
-    return sys.getrefcount(vars(holder)["_waiting"])
 
 
 def settle(tensor: Any) -> Any:
@@ -359,7 +358,7 @@ _T: Any = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
-    _T.__getitem__: lambda tensor, index: _alias(tensor) if index is Ellipsis else None,
+    _T.__getitem__: lambda tensor, index: _alias(tensor) if index is ... and not tensor.requires_grad else None,
     _DATA.__get__: lambda tensor, *_: _alias(tensor),
     _DATA.__set__: _set_data,
     torch._has_compatible_shallow_copy_type: _may_be_set,
