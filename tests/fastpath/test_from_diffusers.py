@@ -429,18 +429,27 @@ def test_a_single_file(model_dir, target, tmp_path):
     assert fast.n_plans == 1
 
 
-def test_adapters_before_the_move(model_dir, target):
-    """Their weights are in no file; those of the model are fetched as ever."""
+@HAS_DEVICE_MAPS
+def test_adapters_before_the_move(root, model_dir, target, tmp_path):
+    """Their weights are in no file, and what they are fused into is written to; all else is fetched as ever."""
     peft = pytest.importorskip("peft")
+    torch.manual_seed(4)
+    model = Model.from_pretrained(model_dir)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(model)
+    diffusers.WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
 
-    def program():
-        made = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16)
-        torch.manual_seed(4)
-        made.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-        made.fuse_lora()
-        return made.to(target)
+    def program(fuses):
+        pipe = load_pipeline(root)
+        pipe.load_lora_weights(tmp_path)
+        if fuses:
+            pipe.fuse_lora()
+        return pipe.to(target)
 
-    both(program)
+    for fuses in (False, True):
+        made, fast = both(lambda: program(fuses))  # noqa: B023
+        assert not any(map(is_deferred, tensors_of(made).values()))
+        fast.assert_one_plan_each(made)
 
 
 @pytest.mark.parametrize("device_map", [None, "target"])
