@@ -78,3 +78,13 @@ def test_the_table_of_loads_beside_imports(monkeypatch):
     (loop,) = (line for line in lines if line.startswith("load beside a loop           before"))
     assert loop.endswith("load 4.0000 s (4.0000 .. 4.0000) = 4.00 x alone  loop at 0.50 of its rate alone")
     assert "load beside a loop           load, after/before of each pair 0.500 .. 0.500 .. 0.500" in lines
+
+
+def test_moves_of_memory(tmp_path, benchmark_main, capfd):
+    words = ["--gb", "0.02", "--device", "cpu:0", "--rounds", "1", "--views", tmp_path, "--output", tmp_path / "o.json"]
+    benchmark_main("bulk_moves", *words, modules=TORCH)
+    (samples,) = json.loads((tmp_path / "o.json").read_text())["moves"].values()
+    assert {"plain", "ours", "process_vm_readv"} < samples["there"].keys()
+    assert all(sample["seconds"] > 0 for found in samples["there"].values() for sample in found)
+    assert samples["with a file"].keys() == {"compared on the device", "next move"}
+    assert "0.020 GB there" in capfd.readouterr().out

@@ -8,6 +8,8 @@ dict, which it copies onto itself: torch sees that at once, and only counts it a
 
     candidates -> proof -> lease -> mappings -> bind -> the original
 
+A parameter that waits for its initialisation (`waiting_init`) has no values yet, and never gets those.
+
 All names, errors and hooks are the original's. A module with code of its own on the way (an overridden
 `_load_from_state_dict`, or hooks before it) would see what is in the dict, so it is left alone.
 """
@@ -20,6 +22,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.errors import WanLoaderError
+from wan_loader.fastpath.deferred import awaits_initialisation, is_sole
 from wan_loader.fastpath.left_alone import LeftAloneError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
@@ -123,8 +126,9 @@ class Copies:
 
         # of what may be somebody else's as well, the original writes into that memory
         found = [name for name in proof.ranges if _is_sole(copies[name].parameter)]
-        memory = prove({name: copies[name].parameter for name in found}).reasons
-        found = [name for name in found if memory.get(name) is Reason.NO_FILE]
+        empty = {name for name in found if awaits_initialisation(copies[name].parameter)}
+        memory = prove({name: copies[name].parameter for name in found if name not in empty}).reasons
+        found = [name for name in found if name in empty or memory.get(name) is Reason.NO_FILE]
         aligned = [name for name in found if proof.ranges[name].start % ALIGNMENT == 0]
         if shared := proof.ranges.keys() - set(found):
             self._leave("what others refer to is copied", copies, shared)
@@ -176,7 +180,7 @@ def _is_plain_copy(to: Any, value: Any, min_nbytes: int) -> bool:
 
     plain = (torch.Tensor, torch.nn.Parameter)
     return (
-        type(to) in plain
+        (type(to) in plain or awaits_initialisation(to))
         and type(value) in plain
         and to is not value
         and to.device.type == value.device.type == "cpu"
@@ -211,6 +215,8 @@ def _check_bare(module: torch.nn.Module, state_dict: Any) -> None:
 
 def _is_sole(tensor: torch.Tensor) -> bool:
     """Say whether nobody else refers to a tensor's memory: no view, no array, no storage object."""
+    if awaits_initialisation(tensor):
+        return is_sole(tensor)
     if "torch.cuda" in sys.modules and sys.modules["torch.cuda"].is_initialized() and tensor.is_pinned():
         return False
     return _references(tensor) == _references_of_one()

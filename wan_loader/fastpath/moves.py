@@ -2,11 +2,12 @@
 
 Nothing is hooked when files are loaded. When a module moves, its parameters and buffers on the CPU are asked where they
 come from (`provenance`); those that are ranges of files, proven, are read from there straight to the device, converted
-on the way, in one load. Then each parameter is given its new memory as `torch.nn.Module._apply` does it (`p.data =
-new`), each buffer its new tensor, and the original call goes on: it finds those tensors where they are to be, and moves
-the rest. So objects, ties, hooks, gradients and optimisers stay what they are.
+on the way, in one load; those that are in no file are read from memory, in another (`memory_moves`). Then each
+parameter is given its new memory as `torch.nn.Module._apply` does it (`p.data = new`), each buffer its new tensor, and
+the original call goes on: it finds those tensors where they are to be, and moves the rest. So objects, ties, hooks,
+gradients and optimisers stay what they are.
 
-    move -> candidates -> proof -> one load -> the same proof again -> bind -> the original call
+    move -> candidates -> proof -> one load each -> the same proof again -> bind -> the original call
 
 Whatever is not certain is left to the original, with the reason kept for the report; so is the whole call where the
 load fails: nothing is bound before everything has arrived.
@@ -16,60 +17,66 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from wan_loader.api import load
+from wan_loader.dtypes import dtype_name
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
+from wan_loader.fastpath.deferred import cast_of
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
+from wan_loader.fastpath.slots import Slot, bind, is_plain, slots_of, why_not_bound
 from wan_loader.fastpath.tally import Tally
-from wan_loader.provenance.as_checkpoint import as_checkpoint
-from wan_loader.provenance.prove import prove
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
     from wan_loader.fastpath.patches import Patches
+    from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.provenance.proof import Proof
     from wan_loader.types import IoMode
 
 __all__ = ["Moves"]
 
 #: Less than this is moved sooner than it is planned.
 _MIN_BYTES = 16 << 20
-
-
-class _Slot(NamedTuple):
-    """The place of a tensor in a module."""
-
-    owner: dict[str, Any]
-    key: str
-    tensor: torch.Tensor
-    is_parameter: bool
+#: The same for memory that is in no file: the original is not as slow there.
+_MIN_MEMORY_BYTES = 64 << 20
+#: Methods of modules that cast -> the dtype.
+_CASTS = {"bfloat16": "bfloat16", "half": "float16", "float": "float32", "double": "float64"}
 
 
 @dataclass(slots=True)
 class Moves:
-    """The seam of moves: `torch.nn.Module.to` and `.cuda`. The tally counts what moved by plan and what did not."""
+    """The seam of moves and casts: `torch.nn.Module.to`, `.cuda`, `.half` and their like.
+
+    The tally counts what moved by plan and what did not.
+    """
 
     tally: Tally = field(default_factory=Tally)
     kinds: Sequence[str] = ("cuda",)
-    """The kinds of devices that moves are planned to."""
+    """The devices that moves are planned to, by their kinds or their names: `cuda` or `cuda:1`."""
     io: IoMode = "auto"
     min_nbytes: int = _MIN_BYTES
+    min_memory_nbytes: int = _MIN_MEMORY_BYTES
+    """The same for tensors that are in no file."""
 
     def install(self, patches: Patches) -> None:
-        """Replace both methods, for all modules of the process."""
-        for name in ("to", "cuda"):
+        """Replace these methods, for all modules of the process."""
+        for name in ("to", "cuda", *_CASTS):
             patches.replace("torch.nn.modules.module", f"Module.{name}", partial(self._instead_of, name))
 
     def _instead_of(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def moved(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if (target := _target(name, args, kwargs)) is not None and target[0].type in self.kinds:
+            if (target := _target(name, args, kwargs)) is not None:
+                device, dtype = target
                 with ours():
-                    self.fetch(module, *target)
+                    if device is not None and not {device.type, str(device)}.isdisjoint(self.kinds):
+                        self.fetch(module, device, dtype)
+                    elif dtype is not None and (device is None or str(device) == "cpu"):
+                        self.defer(module, dtype)
             return original(module, *args, **kwargs)
 
         return moved
@@ -85,43 +92,107 @@ class Moves:
         Raises:
             KeyboardInterrupt: It came meanwhile; then nothing was changed.
         """
-        if (why := why_not_now() or _why_not_bound()) is not None:
+        if (why := why_not_now() or why_not_bound()) is not None:
             self.tally.leave(why, 0)
             return
-        start_ns, slots = clock_ns(), dict[str, _Slot]()
-        for slot in _slots(module):
+        slots = dict[str, Slot]()
+        for slot in slots_of(module):
             if (reason := _why_not(slot.tensor, dtype)) is None:
                 slots[str(len(slots))] = slot
             else:
-                self.tally.leave(reason, slot.tensor.nbytes if _is_plain(slot.tensor) else 0)
+                self.tally.leave(reason, slot.tensor.nbytes if is_plain(slot.tensor) else 0)
+        casts = {name: cast for name, slot in slots.items() if (cast := cast_of(slot.tensor)) is not None}
         # each place of a buffer gets a tensor of its own, as in the original; a parameter in several stays one object
-        tensors = {name: s.tensor if s.is_parameter else s.tensor.detach() for name, s in slots.items()}
-        if sum(tensor.nbytes for tensor in tensors.values()) < self.min_nbytes:
+        tensors = {n: s.tensor if s.is_parameter else s.tensor.detach() for n, s in slots.items() if n not in casts}
+        nbytes = sum(tensor.nbytes for tensor in tensors.values()) + sum(cast.source.nbytes for cast in casts.values())
+        if nbytes < self.min_nbytes:
             return
+        # with all that they import: not before there is something to load
+        from wan_loader.fastpath.memory_moves import fetch_memory
+        from wan_loader.fastpath.waiting_cast import with_casts
+        from wan_loader.plan.dtype_policy import DtypePolicy
+        from wan_loader.provenance.proof import UNREADABLE
+        from wan_loader.provenance.prove import prove
+
         proof = prove(tensors)
+        fetched = fetch_memory(
+            type(module).__name__,
+            {name: tensors[name] for name, why_open in proof.reasons.items() if why_open not in UNREADABLE},
+            proof.ties,
+            device,
+            dtype,
+            min_nbytes=self.min_memory_nbytes,
+            tally=self.tally,
+        )
         for name, why_open in proof.reasons.items():
-            self.tally.leave(why_open.value, tensors[name].nbytes)
-        if not proof.ranges:
-            return
+            if name not in fetched:
+                self.tally.leave(why_open.value, tensors[name].nbytes)
+        whole = with_casts(proof, casts, _ties({name: slots[name] for name in casts}))
+        if whole.ranges:
+            dtypes = {name: cast.target for name, cast in casts.items()}
+            policy = DtypePolicy(dtype_name(dtype), exact=dtypes)
+            fetched |= self._fetch_files(type(module).__name__, whole, tensors, device, policy)
+        for name, tensor in fetched.items():
+            if name in whole.ties:  # the same object
+                continue
+            if not bind(slots[name], tensor, casts.get(name)):
+                self.tally.leave("was settled meanwhile, or is held by C++ code", tensor.nbytes)
+            elif name in casts:
+                self.tally.saved("casts on the CPU", nbytes=tensor.nbytes)
+
+    def _fetch_files(
+        self,
+        component: str,
+        proof: Proof,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        policy: DtypePolicy,
+    ) -> dict[str, torch.Tensor]:
+        """Load what is proven; return it once everything has arrived, without those of `tensors` that changed."""
+        from wan_loader.fastpath.loads import load
+        from wan_loader.provenance.as_checkpoint import as_checkpoint
+        from wan_loader.provenance.prove import prove
+
+        start_ns = clock_ns()
         try:
-            loaded = load(as_checkpoint(proof), device, dtype=dtype, io=self.io)
+            loaded = load(as_checkpoint(proof), device, policy=policy, io=self.io)
         except (WanLoaderError, OSError) as error:
             nbytes = sum(found.nbytes for found in proof.ranges.values())
             self.tally.leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
+            return {}
+        again, fetched = prove({name: tensors[name] for name in proof.ranges if name in tensors}), loaded.tensors
+        for name in tensors.keys() & proof.ranges.keys():
+            if not again.has_same(name, proof):
+                self.tally.leave("was written to meanwhile", fetched.pop(name).nbytes)
+        self.tally.served(component, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
+        return fetched
+
+    def defer(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
+        """Have a cast of a module on the CPU wait, as far as it is certain to be the same.
+
+        Args:
+            module: The module, as it is before the cast.
+            dtype: What its floating tensors become.
+        """
+        if (why := why_not_now() or why_not_bound()) is not None:
+            self.tally.leave(why, 0)
             return
-        again = prove({name: tensors[name] for name in proof.ranges})
-        for name, tensor in loaded.tensors.items():
-            if again.ranges.get(name) != proof.ranges[name] or again.files != proof.files:
-                self.tally.leave("was written to meanwhile", tensors[name].nbytes)
-            else:
-                _bind(slots[name], tensor)
-        self.tally.served(type(module).__name__, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
+        slots = [slot for slot in slots_of(module) if is_plain(slot.tensor) and _why_not(slot.tensor, dtype) is None]
+        if sum(slot.tensor.nbytes for slot in slots) < self.min_nbytes:
+            return
+        from wan_loader.fastpath.module_casts import defer_casts
+
+        defer_casts(slots, dtype, min_nbytes=self.min_nbytes, tally=self.tally)
 
 
-def _target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, torch.dtype | None] | None:
-    """Return where a call moves to and what it converts to; None for one that does not move, or is not understood."""
+def _target(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.device | None, torch.dtype | None] | None:
+    """Return where a call moves to and what it converts to; None for one that is not understood, or does otherwise."""
     import torch
 
+    if name in _CASTS:
+        return (None, getattr(torch, _CASTS[name])) if not args and not kwargs else None
     try:
         if name == "cuda":
             index = args[0] if args else kwargs.get("device")
@@ -130,50 +201,27 @@ def _target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     except (TypeError, RuntimeError, ValueError):  # the original will say so
         return None
     converts = dtype is None or dtype.is_floating_point
-    return (device, dtype) if device is not None and memory_format is None and converts else None
+    return (device, dtype) if memory_format is None and converts else None
 
 
-def _why_not_bound() -> str | None:
-    """Return why parameters may not be given new memory; None if they may."""
-    import torch
-
-    future = torch.__future__
-    if future.get_overwrite_module_params_on_conversion() or future.get_swap_module_params_on_conversion():
-        return "torch.__future__ asks for parameters that are replaced or swapped"
-    return None
-
-
-def _slots(module: torch.nn.Module) -> Iterator[_Slot]:
-    """Yield every place of a parameter or buffer in a module and in those within it."""
-    for part in module.modules():
-        for key, parameter in part._parameters.items():
-            if parameter is not None:
-                yield _Slot(part._parameters, key, parameter, is_parameter=True)
-        for key, buffer in part._buffers.items():
-            if buffer is not None:
-                yield _Slot(part._buffers, key, buffer, is_parameter=False)
+def _ties(slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Return which parameters are one object with an earlier one."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, slot in slots.items():
+        if slot.is_parameter and (other := first.setdefault(id(slot.tensor), name)) != name:
+            ties[name] = other
+    return ties
 
 
 def _why_not(tensor: torch.Tensor, dtype: torch.dtype | None) -> str | None:
     """Return why a tensor is left to the original, before its memory is looked at."""
-    if not _is_plain(tensor) or tensor.device.type != "cpu":
+    if (cast := cast_of(tensor)) is not None:
+        is_odd = cast.is_done or dtype not in (None, cast.dtype)
+        return "waits for a cast to another dtype, or is held by C++ code" if is_odd else None
+    if not is_plain(tensor) or tensor.device.type != "cpu":
         return "is no plain tensor on the CPU"
     if not tensor.is_leaf or tensor.grad is not None:
         return "is no leaf, or has a gradient"
     is_odd = tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize == 1)
     return "is of a dtype that is not converted on the way" if dtype is not None and is_odd else None
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor is of no subclass: others may have no size, or not say it truly."""
-    import torch
-
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
-
-
-def _bind(slot: _Slot, tensor: torch.Tensor) -> None:
-    """Give a parameter its new memory, or a buffer's place its new tensor, as `torch.nn.Module._apply` does."""
-    if slot.is_parameter:
-        slot.tensor.data = tensor
-    else:
-        slot.owner[slot.key] = tensor

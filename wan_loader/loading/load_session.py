@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from wan_loader.loading.run import TransferResult
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
+    from wan_loader.system.page_cache import Residency
 
 __all__ = ["LoadSession"]
 
@@ -116,7 +117,7 @@ class LoadSession:
         self.cancel.check()
         if str(request.device) != "cpu":
             get_ready(MAX_READS)
-            get_device_ready(request.device, converts=request.policy.dtype is not None)
+            get_device_ready(request.device, converts=request.policy.may_convert)
         with self.span("header"):
             return request.open()
 
@@ -128,11 +129,12 @@ class LoadSession:
         reads: Mapping[int, tuple[int, int]] | None = None,
         read_unit: int | None = None,
         n_sharers: int = 1,
+        residency: Residency | None = None,
     ) -> LoadPlan:
         """Ask the system what must be known, and decide. The arguments are those of `make_plan` and `probe`."""
         self.cancel.check()
         reset_peak_resident()
-        facts = probe(checkpoint, request, n_sharers=n_sharers, observer=self._watched)
+        facts = probe(checkpoint, request, n_sharers=n_sharers, residency=residency, observer=self._watched)
         reset_device_peak(facts.device)
         make = partial(make_plan, request, checkpoint, reads=reads, read_unit=read_unit)
         with self.span("init"):

@@ -25,7 +25,12 @@ __all__ = ["probe"]
 
 
 def probe(
-    checkpoint: Checkpoint, request: LoadRequest, *, n_sharers: int = 1, observer: Observer | None = None
+    checkpoint: Checkpoint,
+    request: LoadRequest,
+    *,
+    n_sharers: int = 1,
+    residency: Residency | None = None,
+    observer: Observer | None = None,
 ) -> Facts:
     """Ask for all that a plan depends on, beside the checkpoint. Imports torch, and makes the device's CUDA context.
 
@@ -35,6 +40,7 @@ def probe(
         checkpoint: The checkpoint that is to be loaded.
         request: Everything that was asked for.
         n_sharers: The processes of this machine that load at the same time.
+        residency: What is known to lie in memory; None: it is asked for.
         observer: Is told of spans.
 
     Raises:
@@ -45,7 +51,7 @@ def probe(
     device = resolve_device(request.device, observer)
     check_tensors_are_real()
     free, total = _device_memory(device)
-    residency, refused = _page_cache(checkpoint, request)
+    residency, refused = _page_cache(checkpoint, request) if residency is None else (residency, {})
     return Facts(
         device=str(device),
         processors=processors(),

@@ -47,6 +47,11 @@ class DtypePolicy:
     exact: Mapping[str, str] = field(default_factory=dict)
     """The dtypes of single tensors by their names, which count more than all else."""
 
+    @property
+    def may_convert(self) -> bool:
+        """Whether some tensor may get another dtype than it has in the file."""
+        return self.dtype is not None or bool(self.exact)
+
     def target(self, name: str, source: str) -> str:
         """Return the dtype that a tensor of dtype `source` gets."""
         if name in self.exact:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from wan_loader.formats.checkpoint_facts import FileFacts
 
-__all__ = ["FileRange", "Proof", "Reason", "pages_to_compare"]
+__all__ = ["UNREADABLE", "FileRange", "Proof", "Reason", "pages_to_compare"]
 
 
 class Reason(Enum):
@@ -35,6 +35,10 @@ class Reason(Enum):
     TRUNCATED = "reaches beyond the end of its file"
     UNSURE_FILE = "is of a file on a file system that does not say whether it still is the one that was mapped"
     UNSURE_PAGES = "lies in memory of which the system does not say whether it was written to"
+
+
+#: The reasons that tell of memory which nobody should look at.
+UNREADABLE = (Reason.NOT_READABLE, Reason.TRUNCATED)
 
 
 class FileRange(NamedTuple):
@@ -58,6 +62,13 @@ class Proof:
     reasons: Mapping[str, Reason]
     ties: Mapping[str, str] = field(default_factory=dict)
     """Names of objects that had a name before -> the first one. Both have the range, or the reason."""
+
+    def has_same(self, name: str, other: Proof) -> bool:
+        """Say whether another proof has found the same range of the same file, as it still is."""
+        found, others = self.ranges.get(name), other.ranges.get(name)
+        if found is None or others is None:
+            return False
+        return found[1:] == others[1:] and self.files[found.file] == other.files[others.file]
 
 
 def pages_to_compare(start: int, end: int, written: Sequence[tuple[int, int]], page: int) -> list[int] | None:
