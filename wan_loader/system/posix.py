@@ -6,7 +6,6 @@ Each function raises OSError with the errno. Addresses are plain ints; whoever m
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
 import mmap
 import os
