@@ -219,8 +219,7 @@ WEIGHTS = ("embedding.weight", "layers.0.weight", "layers.1.weight")
 
 
 def a_file(dtype, left_out=()):
-    with torch.device("meta"):
-        names = Model().state_dict()
+    names = Model().state_dict()
     return {n: torch.full(t.shape, 0.5, dtype=dtype) for n, t in names.items() if n not in left_out}
 
 
@@ -397,6 +396,33 @@ def test_the_same_graph():
         model(torch.arange(5)).square().sum().backward()
         optimiser.step()
         return dict(model.named_parameters()) | {f"{n} grad": p.grad for n, p in model.named_parameters()}
+
+    both(program)
+
+
+MODULES = {
+    "linear": (lambda: nn.Linear(50, 40), (3, 50)),
+    "convolution": (lambda: nn.Conv2d(20, 30, 3), (1, 20, 5, 5)),
+    "recurrent": (lambda: nn.LSTM(30, 40), (2, 1, 30)),
+    "transformer": (lambda: nn.TransformerEncoderLayer(32, 4, 64), (3, 1, 32)),
+    "normed weights": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(50, 40)), (3, 50)),
+    "orthogonal weights": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(40, 40)), (3, 40)),
+    "old normed weights": (lambda: nn.utils.spectral_norm(nn.Linear(50, 40)), (3, 50)),
+    "padding": (lambda: nn.Sequential(nn.Embedding(60, 40, padding_idx=1), nn.Linear(40, 40)), None),
+    "several times": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64), 2), (3, 1, 32)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_modules_of_torch(name):
+    make, shape = MODULES[name]
+
+    def program():
+        module = make()
+        found = module(torch.arange(4) if shape is None else torch.ones(shape))
+        found = found[0] if isinstance(found, tuple) else found
+        return dict(module.state_dict()) | {"outcome": found.detach()}
 
     both(program)
 
