@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
+from wan_loader.errors import WanLoaderError
 from wan_loader.fastpath.copies import Copies
+from wan_loader.fastpath.deferred import settle_all
+from wan_loader.fastpath.from_diffusers import FromDiffusers
 from wan_loader.fastpath.from_safetensors import SafetensorsLoads
+from wan_loader.fastpath.from_transformers import FromTransformers
 from wan_loader.fastpath.initial import Initial
 from wan_loader.fastpath.moves import Moves
 from wan_loader.fastpath.patches import Patches
+from wan_loader.fastpath.read_ahead import ReadAhead
 from wan_loader.fastpath.rewrites import Rewrites
+from wan_loader.fastpath.settling import Settling
 from wan_loader.fastpath.tally import Tally
 from wan_loader.fastpath.torch_load import TorchLoad
 from wan_loader.system.leases import Leases
@@ -46,11 +53,15 @@ class Accelerator:
         devices = [kind for kind in kinds if kind != "cpu"]
         self._seams: list[Callable[[Patches], None]] = [
             moves.install,
+            Settling().install,
             initial.install,
             SafetensorsLoads(self.tally, devices).install,
             TorchLoad(self.tally, self._leases, kinds, **options).install,
             Copies(self.tally, self._leases, **options).install,
             Rewrites(self._leases).install,
+            FromDiffusers(self.tally, moves).install,
+            FromTransformers(self.tally, moves).install,
+            ReadAhead().install,
         ]
         self._patches: Patches | None = None
         self._n_installed = 0
@@ -72,7 +83,7 @@ class Accelerator:
         return self
 
     def uninstall(self) -> None:
-        """Take our loader out, if this is the last of those who have put it in.
+        """Take our loader out, if this is the last of those who have put it in; what waits is settled.
 
         Raises:
             RuntimeError: It is not installed.
@@ -84,6 +95,8 @@ class Accelerator:
             if not self._n_installed:
                 self._patches.undo()
                 self._patches = None
+                with suppress(WanLoaderError):  # whoever looks at what is left will be told
+                    settle_all()
                 # whoever saves over a file that is mapped has nobody now who settles it before
                 self._leases.settle()
 

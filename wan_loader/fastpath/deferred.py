@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.waiting_cast import find_casts
@@ -125,13 +126,19 @@ def settle_all() -> None:
     """Turn all tensors of the process that wait into ordinary ones.
 
     Raises:
-        CheckpointError: A file was modified since; others may wait still.
+        CheckpointError: A file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
         from wan_loader.fastpath.deferred_tensor import living, settle
 
+        failures = []
         for tensor in living():
-            settle(tensor)
+            try:
+                settle(tensor)
+            except CheckpointError as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

@@ -95,8 +95,42 @@ class Deferred(torch.Tensor):
 ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
 
 
+class _Data:
+    """`torch.Tensor.data` as long as anything waits: who is given the memory of a tensor that waits is not asked."""
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        return _DATA if tensor is None else _DATA.__get__(tensor, owner)
+
+    def __set__(self, tensor: Any, value: Any) -> None:
+        _DATA.__set__(tensor, value if type(tensor) is Deferred else _settled(value))
+
+
+def _make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make a tensor of another class on the memory of one that waits, as of an ordinary one."""
+    return _MAKE_SUBCLASS(cls, _settled(data), *args, **kwargs)
+
+
+_DATA: Any = torch.Tensor.data
+_MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
+#: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
+_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": staticmethod(_make_subclass)}
 #: All that tensors wait for.
-_waiting: weakref.WeakSet[Waiting] = weakref.WeakSet()
+_waiting: set[weakref.ref[Waiting]] = set()
+
+
+def _note(waiting: Waiting) -> None:
+    _waiting.add(weakref.ref(waiting, _forget))
+    for name, guard in _GUARDS.items():
+        if name not in vars(torch.Tensor):
+            setattr(torch.Tensor, name, guard)
+
+
+def _forget(gone: weakref.ref[Waiting]) -> None:
+    _waiting.discard(gone)
+    if not _waiting:
+        for name, guard in _GUARDS.items():
+            if vars(torch.Tensor).get(name) is guard:
+                delattr(torch.Tensor, name)
 
 
 def give(waiting: Waiting, *, requires_grad: bool = False) -> Deferred:
@@ -105,8 +139,10 @@ def give(waiting: Waiting, *, requires_grad: bool = False) -> Deferred:
         tensor: Deferred = torch.Tensor._make_wrapper_subclass(
             Deferred, waiting.shape, dtype=waiting.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
+        # where it is not asked, that is an error, and no other memory
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
     tensor._waiting = waiting
-    _waiting.add(waiting)
+    _note(waiting)
     return tensor
 
 
@@ -311,12 +347,22 @@ def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         raise
 
 
+def _may_be_set(tensor: Any, other: Any) -> bool:
+    """Say whether a tensor can be given another one's memory, as modules ask before they do; else it is replaced."""
+    if any("_in_its_place" in vars(one) for one in (tensor, other) if type(one) is Deferred):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch._has_compatible_shallow_copy_type(tensor, other)
+
+
 _T: Any = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
-    _T.data.__get__: lambda tensor, *_: _alias(tensor),
-    _T.data.__set__: _set_data,
+    _T.__getitem__: lambda tensor, index: _alias(tensor) if index is Ellipsis else None,
+    _DATA.__get__: lambda tensor, *_: _alias(tensor),
+    _DATA.__set__: _set_data,
+    torch._has_compatible_shallow_copy_type: _may_be_set,
     _T.to: _to,
     _T.cpu: _as(None),
     _T.contiguous: _as(None),
@@ -338,13 +384,13 @@ _GETTERS = """
 """
 _METHODS = """
     __dir__ __hash__ __len__ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_same_size is_signed ndimension nelement numel requires_grad_ size stride
+    is_inference is_neg is_signed ndimension nelement numel requires_grad_ size stride
 """
-_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_same_size is_signed numel"
+_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_signed numel"
 #: Functions that need no values, and whose outcome is none.
 _FACTS = frozenset(
     [getattr(_T, name).__get__ for name in _GETTERS.split() if hasattr(_T, name)]
     + [getattr(_T, name) for name in _METHODS.split()]
     + [getattr(torch, name) for name in _FUNCTIONS.split()]
-    + [_T.requires_grad.__set__, torch._has_compatible_shallow_copy_type]
+    + [_T.requires_grad.__set__]
 )

@@ -23,17 +23,10 @@ from wan_loader.dtypes import dtype_name
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.fastpath.deferred import cast_of
-from wan_loader.fastpath.loads import load
-from wan_loader.fastpath.memory_moves import fetch_memory
 from wan_loader.fastpath.modes import why_not_now
-from wan_loader.fastpath.module_casts import defer_casts
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.slots import Slot, bind, is_plain, slots_of, why_not_bound
 from wan_loader.fastpath.tally import Tally
-from wan_loader.fastpath.waiting_cast import with_casts
-from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.provenance.as_checkpoint import as_checkpoint
-from wan_loader.provenance.prove import prove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.fastpath.patches import Patches
+    from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.provenance.proof import Proof
     from wan_loader.types import IoMode
 
@@ -113,10 +107,17 @@ class Moves:
         nbytes = sum(tensor.nbytes for tensor in tensors.values()) + sum(cast.source.nbytes for cast in casts.values())
         if nbytes < self.min_nbytes:
             return
+        # with all that they import: not before there is something to load
+        from wan_loader.fastpath.memory_moves import fetch_memory
+        from wan_loader.fastpath.waiting_cast import with_casts
+        from wan_loader.plan.dtype_policy import DtypePolicy
+        from wan_loader.provenance.proof import UNREADABLE
+        from wan_loader.provenance.prove import prove
+
         proof = prove(tensors)
         fetched = fetch_memory(
             type(module).__name__,
-            {name: tensors[name] for name in proof.reasons},
+            {name: tensors[name] for name, why_open in proof.reasons.items() if why_open not in UNREADABLE},
             proof.ties,
             device,
             dtype,
@@ -148,6 +149,10 @@ class Moves:
         policy: DtypePolicy,
     ) -> dict[str, torch.Tensor]:
         """Load what is proven; return it once everything has arrived, without those of `tensors` that changed."""
+        from wan_loader.fastpath.loads import load
+        from wan_loader.provenance.as_checkpoint import as_checkpoint
+        from wan_loader.provenance.prove import prove
+
         start_ns = clock_ns()
         try:
             loaded = load(as_checkpoint(proof), device, policy=policy, io=self.io)
@@ -173,6 +178,10 @@ class Moves:
             self.tally.leave(why, 0)
             return
         slots = [slot for slot in slots_of(module) if is_plain(slot.tensor) and _why_not(slot.tensor, dtype) is None]
+        if sum(slot.tensor.nbytes for slot in slots) < self.min_nbytes:
+            return
+        from wan_loader.fastpath.module_casts import defer_casts
+
         defer_casts(slots, dtype, min_nbytes=self.min_nbytes, tally=self.tally)
 
 
