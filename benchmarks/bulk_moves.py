@@ -255,7 +255,7 @@ def pinned_back(module: torch.nn.Module, device: torch.device) -> None:
 EVERYWHERE: dict[str, Move] = {
     "plain": plain,
     "ours": ours,
-    **{f"ours, {count} copies": ours_with(count) for count in (2, 4, 10)},
+    **{f"ours, {count} copies": ours_with(count) for count in (2, 4, 8, 12)},
     "process_vm_readv": ours_with(10, lambda: ReadThreads(by_process_vm_readv)),
     "reads of the file": ours_with(10, PosixAio),
 }

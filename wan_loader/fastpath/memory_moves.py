@@ -17,14 +17,8 @@ from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE, dtype_name
 from wan_loader.errors import WanLoaderError
-from wan_loader.formats.checkpoint_facts import stat_file
-from wan_loader.loading.load_session import LoadSession
-from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.plan.request import LoadRequest
-from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import FileRange, Proof
 from wan_loader.provenance.tensor_memory import TensorMemory, memory_of
-from wan_loader.system.page_cache import Residency
 from wan_loader.system.posix import OWN_MEMORY, PAGE
 
 if TYPE_CHECKING:
@@ -108,6 +102,14 @@ def load_memory(
         WanLoaderError: Something failed. Nothing stays allocated.
         OSError: The system does not show this process's memory.
     """
+    # with all that they import: not before there is something to load
+    from wan_loader.formats.checkpoint_facts import stat_file
+    from wan_loader.loading.load_session import LoadSession
+    from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.plan.request import LoadRequest
+    from wan_loader.provenance.as_checkpoint import as_checkpoint
+    from wan_loader.system.page_cache import Residency
+
     fd = os.open(OWN_MEMORY, os.O_RDONLY | os.O_CLOEXEC)
     try:  # as long as it is open, it is one file: its inode stays
         ranges = {name: FileRange(0, *memory) for name, memory in memories.items()}
