@@ -13,6 +13,7 @@ import copy
 import gc
 import sys
 import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     Waiting = WaitingCast | WaitingInit
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "living", "settle", "waiting_of"]
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "is_sole", "living", "settle", "waiting_of"]
 
 
 class Deferred(torch.Tensor):
@@ -157,6 +158,15 @@ def cast_of(tensor: object) -> WaitingCast | None:
 def waiting_of(tensor: object) -> Waiting | None:
     """Return what a tensor waits for; None if it is an ordinary one."""
     return vars(tensor).get("_waiting") if type(tensor) is Deferred else None
+
+
+def is_sole(tensor: torch.Tensor) -> bool:
+    """Say whether no other tensor waits for the same."""
+    return _count_references(tensor) == _count_references(SimpleNamespace(_waiting=object()))
+
+
+def _count_references(holder: Any) -> int:
+    return sys.getrefcount(vars(holder)["_waiting"])
 
 
 def settle(tensor: Any) -> Any:

@@ -160,8 +160,9 @@ def _advance(n_draws: int) -> torch.Tensor | None:
 
     for _ in range(3):
         state = torch.default_generator.get_state()
-        after = torch.frombuffer(bytearray(advance(_bytes(state), n_draws)), dtype=torch.uint8)
-        if torch.equal(torch.default_generator.get_state(), state):
+        before = _bytes(state)
+        after = torch.frombuffer(bytearray(advance(before, n_draws)), dtype=torch.uint8)
+        if _bytes(torch.default_generator.get_state()) == before:
             torch.default_generator.set_state(after)
             return state
     return None

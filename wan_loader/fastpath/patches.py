@@ -56,7 +56,7 @@ class Patches:
     def replace(
         self, module: str, name: str | Sequence[str], make: Callable[[Any], Any], parameters: Sequence[str] = ()
     ) -> None:
-        """Replace a function, or a method as `Class.name`.
+        """Replace a function, or a method as `Class.name`; of a class method, the function that gets the class first.
 
         Args:
             module: The module that defines it.
@@ -105,10 +105,15 @@ class Patches:
             original = getattr(owner, "__dict__", {}).get(last)
             if original is None:
                 continue
-            if not _has_parameters(original, parameters):
+            # a method of the class itself is kept as the function that it is made of
+            kind = type(original) if isinstance(original, classmethod | staticmethod) else None
+            function = original.__func__ if kind is not None else original
+            if not _has_parameters(function, parameters):
                 self.tally.leave(f"{module.__name__}.{name} is not the function that is known here")
                 continue
-            replacement = self._guarded(original, make(original))
+            replacement = self._guarded(function, make(function))
+            if kind is not None:
+                replacement = kind(replacement)
             self._set(owner, last, original, replacement)
             if not path:
                 functions[id(original)] = original, replacement
