@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 
@@ -129,16 +128,9 @@ def settle_all() -> None:
         CheckpointError: A file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import living, settle
+        from wan_loader.fastpath.deferred_tensor import settle_all
 
-        failures = []
-        for tensor in living():
-            try:
-                settle(tensor)
-            except CheckpointError as failure:
-                failures.append(failure)
-        if failures:
-            raise failures[0]
+        settle_all()
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from wan_loader.errors import CheckpointError
+from wan_loader.fastpath.guards import Guards
 from wan_loader.fastpath.modes import without_modes
 from wan_loader.fastpath.waiting_init import WaitingInit
 
@@ -28,7 +31,18 @@ if TYPE_CHECKING:
 
     Waiting = WaitingCast | WaitingInit
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "is_sole", "living", "settle", "waiting_of"]
+__all__ = [
+    "Deferred",
+    "cast_of",
+    "defer_parameter",
+    "give",
+    "give_memory",
+    "is_sole",
+    "living",
+    "settle",
+    "settle_all",
+    "waiting_of",
+]
 
 
 class Deferred(torch.Tensor):
@@ -89,34 +103,6 @@ class Deferred(torch.Tensor):
         return str(settle(self).__repr__(**options))
 
 
-class _Data:
-    """`torch.Tensor.data` as long as anything waits: who is given the memory of a tensor that waits is not asked."""
-
-    def __get__(self, tensor: Any, owner: Any = None) -> Any:
-        return _DATA if tensor is None else _DATA.__get__(tensor, owner)
-
-    def __set__(self, tensor: Any, value: Any) -> None:
-        _DATA.__set__(tensor, value if type(tensor) is Deferred else _settled(value))
-
-
-class _MakeSubclass:
-    """`torch.Tensor._make_subclass` as long as anything waits: it makes tensors of other classes on the same memory."""
-
-    def __get__(self, tensor: Any, owner: Any = None) -> Any:
-        # the compiler of torch registers the function itself when it is imported
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo"):
-            return _MAKE_SUBCLASS
-        return _make_subclass
-
-
-def _make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-    return _MAKE_SUBCLASS(cls, _settled(data), *args, **kwargs)
-
-
-_DATA: Any = torch.Tensor.data
-_MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
-#: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
-_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": _MakeSubclass()}
 #: The tensors that wait, by their ids.
 _living: dict[int, weakref.ref[Deferred]] = {}
 
@@ -124,17 +110,13 @@ _living: dict[int, weakref.ref[Deferred]] = {}
 def _note(tensor: Deferred) -> None:
     key = id(tensor)
     _living[key] = weakref.ref(tensor, lambda _: _forget(key))
-    for name, guard in _GUARDS.items():
-        if name not in vars(torch.Tensor):
-            setattr(torch.Tensor, name, guard)
+    _guards.put_in()
 
 
 def _forget(key: int) -> None:
     _living.pop(key, None)
     if not _living:
-        for name, guard in _GUARDS.items():
-            if vars(torch.Tensor).get(name) is guard:
-                delattr(torch.Tensor, name)
+        _guards.take_out()
 
 
 def give(waiting: Waiting, *, requires_grad: bool = False) -> Deferred:
@@ -263,8 +245,32 @@ def living() -> list[Deferred]:
     return [tensor for one in list(_living.values()) if (tensor := one()) is not None]
 
 
-def _settled(value: Any) -> Any:
-    return settle(value) if type(value) is Deferred else value
+def settle_all() -> None:
+    """Turn all tensors that wait into ordinary ones.
+
+    Raises:
+        CheckpointError: A file was modified since; what is of it waits still.
+    """
+    failures = []
+    for tensor in living():
+        try:
+            settle(tensor)
+        except CheckpointError as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
+def _settled(value: Any, *, by: Any = None) -> Any:
+    return settle(value) if type(value) is Deferred and type(by) is not Deferred else value
+
+
+def _settle_what_can_be() -> None:
+    with suppress(CheckpointError):  # whoever looks at what is left will be told
+        settle_all()
+
+
+_guards = Guards(_settled, _settle_what_can_be)
 
 
 def _outcome(value: Any) -> Any:
@@ -364,8 +370,8 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
     _T.__getitem__: lambda tensor, index: _alias(tensor) if index is ... and not tensor.requires_grad else None,
-    _DATA.__get__: lambda tensor, *_: _alias(tensor),
-    _DATA.__set__: _set_data,
+    _T.data.__get__: lambda tensor, *_: _alias(tensor),
+    _T.data.__set__: _set_data,
     torch._has_compatible_shallow_copy_type: _may_be_set,
     _T.to: _to,
     _T.cpu: _as(None),
