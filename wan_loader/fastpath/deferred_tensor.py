@@ -20,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from wan_loader.errors import CheckpointError
+from wan_loader.fastpath.facts import FACTS, overwrites
 from wan_loader.fastpath.guards import Guards
 from wan_loader.fastpath.modes import without_modes
 from wan_loader.fastpath.waiting_init import WaitingInit
@@ -68,10 +69,10 @@ class Deferred(torch.Tensor):
     ) -> Any:
         """Answer a function of torch without the values; else settle what waits, and call it again."""
         kwargs = kwargs or {}
-        if func in _FACTS:
+        if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if _overwrites(func) and (found := _overwrite(func, args, kwargs)) is not None:
+        if overwrites(func) and (found := _overwrite(func, args, kwargs)) is not None:
             return found
         if (answer := _ANSWERS.get(func)) is not None and (found := answer(*args, **kwargs)) is not None:
             return None if found is _DONE else found
@@ -335,12 +336,6 @@ def _set_data(tensor: Any, value: Any) -> Any:
     return _DONE if without_modes(lambda: give_memory(tensor, waiting, value)) else None
 
 
-def _overwrites(func: Any) -> bool:
-    """Say whether a function gives its first argument, a tensor, all its values anew."""
-    is_method = func in _OVERWRITE_METHODS
-    return is_method or (getattr(func, "__module__", "") == "torch.nn.init" and func.__name__ in _OVERWRITE_INIT)
-
-
 def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function that gives a tensor all its values anew, without the initialisation that it waits for."""
     first, *others = (*args, *kwargs.values())
@@ -384,23 +379,3 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
         *args, **kwargs
     ),
 }
-_OVERWRITE_METHODS = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})
-#: Those of `torch.nn.init` that ask a tensor of another class first; by name, as they may be replaced.
-_OVERWRITE_INIT = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_"})
-_GETTERS = """
-    _base _version device dtype grad grad_fn is_cpu is_cuda is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested
-    is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim output_nr
-    requires_grad retains_grad shape
-"""
-_METHODS = """
-    __dir__ __hash__ __len__ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_signed ndimension nelement numel requires_grad_ size stride
-"""
-_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_signed numel"
-#: Functions that need no values, and whose outcome is none.
-_FACTS = frozenset(
-    [getattr(_T, name).__get__ for name in _GETTERS.split() if hasattr(_T, name)]
-    + [getattr(_T, name) for name in _METHODS.split()]
-    + [getattr(torch, name) for name in _FUNCTIONS.split()]
-    + [_T.requires_grad.__set__]
-)
