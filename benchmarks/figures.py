@@ -8,8 +8,8 @@ Makes the checkpoints that a step needs (random weights in the published shapes)
 lie on the disk to be measured, unless they are there. 60 GB are enough with --only; flashpack packs a copy beside.
 `sparse-*` have holes for weights, which take no time to make and no room: for what is in the page cache anyway.
 Each step is `wan-loader bench` with the options that the list shows; needs the extras `pipeline` and, for rival
-loaders, `peers`. The seconds of the list are estimates for one H100 with 16 cores and a disk of 1.6 GB/s: what earlier
-results say a sample takes, four seconds for each process, a comparison at 6 GB/s; making checkpoints comes on top.
+loaders, `peers`. The seconds of the list are for one H100 with 16 cores and a disk of 2 GB/s: measured for the steps of
+README, for the others estimated from what a sample takes; making checkpoints (20 s for 29 GB there) comes on top.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ OF_DIFFUSERS = "diffusers,diffusers-parallel,diffusers-flashpack"
 PEERS = f"{FILES},{OF_DIFFUSERS}"
 #: Without the two that read the disk although the bytes lie in the page cache.
 WARM = f"{CACHED},{OF_DIFFUSERS}"
-#: Without those that take a minute for three samples; cold, where a sample takes 18 s, only who has been near the disk.
+#: Without those that take a minute for three samples; cold, where a sample takes 15 s, only who has been near the disk.
 QUICK = "ours,safetensors,safetensors-prefetch,diffusers-parallel,diffusers-flashpack,runai,flashpack"
 NEAR_THE_DISK = "ours,safetensors-prefetch,safetensors-cuda,fastsafetensors"
 THREADS = " ".join(f"--threads {n}" for n in (1, 2, 4, 8, 16))
 TWO = "ours,safetensors-cuda"
 STEPS = {
-    "peers-warm": Step(("bf16-28g",), f"--loader {WARM} --cache warm {ENOUGH}", 330),
+    "peers-warm": Step(("bf16-28g",), f"--loader {WARM} --cache warm {ENOUGH}", 290),
     "peers-warm-all": Step(("bf16-28g",), f"--loader {PEERS} --cache warm {ENOUGH}", 450),
-    "peers-cold": Step(("bf16-28g",), f"--loader {NEAR_THE_DISK} --cache cold {ENOUGH}", 370),
-    "mapped": Step(("bf16-28g",), "--loader ours --io auto --io mapped --cache warm --repeat 5", 60),
-    "size-57g": Step(("sparse-57g",), f"--loader ours,safetensors-prefetch --cache warm --dtype bf16 {ENOUGH}", 90),
-    "fp32-to-bf16": Step(("fp32-28g",), f"--loader {QUICK} --cache warm --dtype bf16 {ENOUGH}", 250),
+    "peers-cold": Step(("bf16-28g",), f"--loader {NEAR_THE_DISK} --cache cold {ENOUGH}", 285),
+    "mapped": Step(("bf16-28g",), "--loader ours --io auto --io mapped --cache warm --repeat 5", 45),
+    "size-57g": Step(("sparse-57g",), f"--loader ours,safetensors-prefetch --cache warm --dtype bf16 {ENOUGH}", 55),
+    "fp32-to-bf16": Step(("fp32-28g",), f"--loader {QUICK} --cache warm --dtype bf16 {ENOUGH}", 220),
     "fp32-to-bf16-all": Step(("fp32-28g",), f"--loader {PEERS} --cache warm --dtype bf16 {ENOUGH}", 600),
     "encoder": Step(
         ("encoder",), f"--loader ours,safetensors,safetensors-prefetch,transformers --cache warm {ENOUGH}", 110

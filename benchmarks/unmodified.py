@@ -229,6 +229,10 @@ def main() -> None:
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     args.ckpt = args.ckpt or make_checkpoint(args)
+    if "d" in args.program:
+        from official_order import make_files
+
+        make_files(args.ckpt)
     nbytes = sum(os.path.getsize(file) for file in weight_files(args.ckpt))
     document: dict = {"machine": machine(), "checkpoint": {"nbytes": nbytes, "blocks": args.blocks}}
     document |= {"commands": [], "samples": []}

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         WanLoaderError,
     )
     from wan_loader.events import Observer, Recorder, Span, clock_ns, span
+    from wan_loader.fastpath.process import accelerate, install, uninstall
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.formats.model_directory import MissingFile, ModelDirectory, ModelPart
     from wan_loader.loading.empty_weights import empty_weights
@@ -92,9 +93,11 @@ _LAZY = {
     "Span": "wan_loader.events",
     "StrPath": "wan_loader.types",
     "WanLoaderError": "wan_loader.errors",
-    "clock_ns": "wan_loader.events",
+    "accelerate": "wan_loader.fastpath.process",
     "bind": "wan_loader.api",
+    "clock_ns": "wan_loader.events",
     "empty_weights": "wan_loader.loading.empty_weights",
+    "install": "wan_loader.fastpath.process",
     "iter_file": "wan_loader.api",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
@@ -111,6 +114,7 @@ _LAZY = {
     "span": "wan_loader.events",
     "start_device": "wan_loader.devices.driver",
     "summarize": "wan_loader.spans",
+    "uninstall": "wan_loader.fastpath.process",
 }
 
 __all__ = [
@@ -144,9 +148,11 @@ __all__ = [
     "StrPath",
     "WanLoaderError",
     "__version__",
+    "accelerate",
     "bind",
     "clock_ns",
     "empty_weights",
+    "install",
     "iter_file",
     "load",
     "load_file",
@@ -163,6 +169,7 @@ __all__ = [
     "span",
     "start_device",
     "summarize",
+    "uninstall",
 ]
 
 

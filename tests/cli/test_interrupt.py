@@ -14,7 +14,7 @@ import os, sys, time
 from wan_loader.cli import begin_program
 begin_program()
 import typer
-from wan_loader.cli.interrupt import hand_over, unhurried
+from wan_loader.cli.interrupt import unhurried
 from wan_loader.cli.exit_codes import run_program
 
 def ready():
@@ -103,13 +103,6 @@ def test_results_are_shown_in_peace(tmp_path):
     code, said, seconds = interrupted("with unhurried():\n    stubborn(0.9)\nos.write(2, b'shown\\n')", tmp_path)
     assert (code, said) == (0, "shown\n")
     assert seconds > 0.8
-
-
-def test_a_program_that_is_run_has_python_s_own_ctrl_c(tmp_path):
-    body = "hand_over()\ntry:\n    ready(); time.sleep(20)\n"
-    body += "except KeyboardInterrupt:\n    time.sleep(0.8); os.write(2, b'its own\\n')"
-    code, said, _ = interrupted(body, tmp_path)
-    assert (code, said) == (0, "its own\n")
 
 
 def test_what_is_ignored_stays_ignored(tmp_path):

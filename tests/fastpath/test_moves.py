@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, Tally, moves  # noqa: E402
+from wan_loader.fastpath import Moves, Tally, fetching  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 
@@ -100,7 +100,7 @@ def test_what_was_written_to_is_left(module, planned, device):
 
 
 def test_what_is_written_to_meanwhile_is_left(module, planned, device, monkeypatch):
-    plain = moves.load
+    plain = fetching.load
 
     def slow(*args, **options):
         loaded = plain(*args, **options)
@@ -108,7 +108,7 @@ def test_what_is_written_to_meanwhile_is_left(module, planned, device, monkeypat
             module["first"].linear.weight += 1
         return loaded
 
-    monkeypatch.setattr(moves, "load", slow)
+    monkeypatch.setattr(fetching, "load", slow)
     expected = states(module)["first.linear.weight"] + 1
     planned.fetch(module, torch.device(device), None)
     assert torch.equal(states(module)["first.linear.weight"], expected)
@@ -153,7 +153,7 @@ def test_a_load_that_fails_changes_nothing(module, planned, device, monkeypatch)
     def fail(*args, **options):
         raise DeviceMemoryError("no room")
 
-    monkeypatch.setattr(moves, "load", fail)
+    monkeypatch.setattr(fetching, "load", fail)
     before = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
     planned.fetch(module, torch.device(device), None)
     assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == before

@@ -9,9 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from wan_loader.errors import OptionError
 from wan_loader.profiler.analysis.merge import main_process, merge
-from wan_loader.profiler.program import Recording, command_line, run_program
+from wan_loader.profiler.program import Recording, run_program
 
 
 def record(tmp_path, source, *args, **options):
@@ -109,17 +108,6 @@ subprocess.run([sys.executable, "-c", "import decimal"], check=True)
     assert len(processes) == 3
     assert sum("(forked)" in p.title for p in processes) == 1
     assert any("decimal" in p.title for p in processes)
-
-
-def test_module_and_missing_program(tmp_path):
-    assert command_line(["-m", "json.tool"]) == [sys.executable, "-m", "json.tool"]
-    assert command_line(["true"]) == ["true"]
-    with pytest.raises(OptionError, match="no-such-program"):
-        command_line(["no-such-program-here"])
-    with pytest.raises(OptionError) as error:
-        command_line([])
-    assert error.value.reason == "no program"
-    assert "after --" in error.value.remedy
 
 
 def test_program_that_is_no_python():

@@ -88,6 +88,10 @@ def begin_program() -> None:
 
 def main() -> NoReturn:
     """Run `wan-loader`. Called by a program as its last line, it takes over the program's Ctrl-C."""
+    if sys.argv[1:2] == ["run"]:
+        from wan_loader.cli.programs import run_at_once
+
+        run_at_once(sys.argv[2:])
     if sys._getframe(1).f_globals.get("__name__") == "__main__":
         begin_program()
     from wan_loader.cli.app import main as run

@@ -12,6 +12,7 @@ from wan_loader.cli import cache
 from wan_loader.cli.bench import bench
 from wan_loader.cli.compare import compare
 from wan_loader.cli.doctor import doctor
+from wan_loader.cli.enable import disable, enable
 from wan_loader.cli.estimate import estimate
 from wan_loader.cli.evict import evict
 from wan_loader.cli.exit_codes import run_program
@@ -78,6 +79,8 @@ app.command(context_settings={"allow_extra_args": True})(profile)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )(run)
+app.command()(enable)
+app.command()(disable)
 
 
 def _show_version(value: bool) -> None:

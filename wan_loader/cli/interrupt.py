@@ -16,7 +16,6 @@ Nothing of this happens in a process that merely calls our `main`, or where SIGI
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -24,7 +23,6 @@ import time
 from contextlib import contextmanager, suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
 from wan_loader.cli.output import flush_output, say
@@ -38,8 +36,6 @@ __all__ = [
     "INTERRUPTED",
     "begin_work",
     "end_interrupted",
-    "find_unguarded",
-    "hand_over",
     "unhurried",
     "was_interrupted",
 ]
@@ -69,24 +65,6 @@ def begin_work() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     # before Python's own finders, of which it asks one
     sys.meta_path.insert(0, _GuardedImports())
-
-
-def hand_over() -> None:
-    """Leave Ctrl-C to a program that is run in this process, as Python leaves it, in the imports of its own code too.
-
-    Those of installed libraries stay guarded.
-    """
-    if signal.getsignal(signal.SIGINT) is _interrupt:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def find_unguarded(name: str) -> ModuleSpec | None:
-    """Find a module as `importlib.util.find_spec` does, with its own loader; parents are imported."""
-    spec = find_spec(name)
-    if spec is not None and isinstance(spec.loader, _GuardedLoader):
-        spec.loader = spec.loader._loader
-    return spec
 
 
 def was_interrupted() -> bool:
@@ -155,22 +133,12 @@ def _default_action() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _commands_own() -> bool:
-    """Return True if Ctrl-C is a command's, and not that of a program which it runs."""
-    return signal.getsignal(signal.SIGINT) is _interrupt
-
-
-def _is_installed(spec: ModuleSpec) -> bool:
-    """Return True if a module is of an installed library, and not of a program's own code, which may handle Ctrl-C."""
-    return bool(re.search(r"/(site|dist)-packages/", spec.origin or ""))
-
-
 class _GuardedImports(MetaPathFinder):
     """A finder that gives SIGINT its default action while a library is imported, with all that it imports."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Find a module as Python does, if its import is to be guarded."""
-        if signal.getsignal(signal.SIGINT) not in (_interrupt, signal.default_int_handler):
+        if signal.getsignal(signal.SIGINT) is not _interrupt:
             return None  # guarded already, or another's
         package = name.partition(".")[0]
         if package in sys.stdlib_module_names or package.startswith("wan_"):
@@ -178,7 +146,7 @@ class _GuardedImports(MetaPathFinder):
         if threading.current_thread() is not threading.main_thread() or _is_building() or _unhurried.is_set():
             return None
         spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None or not (_commands_own() or _is_installed(spec)):
+        if spec is None or spec.loader is None:
             return None
         spec.loader = _GuardedLoader(spec.loader)
         return spec

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OutputError
 from wan_loader.printable import printable, printable_lines
-from wan_loader.system.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 __all__ = [
     "check_outputs",
     "flush_output",
-    "hand_over_streams",
     "open_streams",
     "print_json",
     "say",
@@ -29,9 +26,6 @@ __all__ = [
     "write_json",
     "writing",
 ]
-
-#: How streams treated what their encoding lacks, before `open_streams`.
-_errors: dict[io.TextIOWrapper, str] = {}
 
 
 def check_outputs(*paths: Path | None, force: bool) -> None:
@@ -54,6 +48,8 @@ def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
 
     What cannot be written is one `OutputError` then: the results are not lost with a file.
     """
+    from wan_loader.system.files import write_text
+
     # before the body, whose printing may fail: the files are there then
     written, failures = [], []
     for path, render in files:
@@ -73,17 +69,21 @@ def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a document whole or not at all; raises `OutputError`."""
+    from wan_loader.system.files import write_text
+
     write_text(path, to_text(document))
 
 
 def to_text(document: dict[str, Any]) -> str:
     """Render a document as it stands in a file."""
+    import json  # what a program that is only run does not need is imported where it is used
+
     return json.dumps(document, indent=2) + "\n"
 
 
 def print_json(document: dict[str, Any]) -> None:
     """Print one document on stdout."""
-    print(json.dumps(document, indent=2))
+    print(to_text(document), end="")
 
 
 def say(text: str) -> None:
@@ -112,14 +112,7 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            _errors[stream] = stream.errors or "strict"
             stream.reconfigure(errors="backslashreplace")
-
-
-def hand_over_streams() -> None:
-    """Leave the streams to a program that is run in this process: what cannot be encoded is as Python has it."""
-    for stream, errors in _errors.items():
-        stream.reconfigure(errors=errors)
 
 
 def flush_output() -> OSError | None:

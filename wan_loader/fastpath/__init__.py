@@ -1,5 +1,7 @@
 """Our loader for programs that know nothing of it: calls of libraries that it answers, modules whose moves it plans.
 
+process       the one accelerator of this process: `accelerate`, `install`, `uninstall`
+launch        whole programs with it inside: `wan-loader run`, `enable`
 accelerator   all of it, put in and taken out together
 patches       functions of other libraries, replaced while it is in
 tally         what it did, and what it left and why
@@ -7,9 +9,31 @@ moves         `torch.nn.Module.to` and `.cuda`
 calls         `safetensors.torch.load_file` and `torch.load`
 """
 
-from wan_loader.fastpath.accelerator import Accelerator
-from wan_loader.fastpath.calls import FastPath
-from wan_loader.fastpath.moves import Moves
-from wan_loader.fastpath.tally import Tally
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wan_loader.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from wan_loader.fastpath.accelerator import Accelerator
+    from wan_loader.fastpath.calls import FastPath
+    from wan_loader.fastpath.moves import Moves
+    from wan_loader.fastpath.tally import Tally
 
 __all__ = ["Accelerator", "FastPath", "Moves", "Tally"]
+
+# a program that never loads a model is not to wait for these
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Accelerator": "wan_loader.fastpath.accelerator",
+        "FastPath": "wan_loader.fastpath.calls",
+        "Moves": "wan_loader.fastpath.moves",
+        "Tally": "wan_loader.fastpath.tally",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

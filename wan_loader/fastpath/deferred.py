@@ -16,9 +16,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.waiting_cast import find_casts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from wan_loader.fastpath.tally import Tally
     from wan_loader.fastpath.waiting_cast import WaitingCast
 
-__all__ = ["cast_of", "defer", "defer_all", "is_deferred", "settle", "settle_all", "source_of"]
+__all__ = [
+    "awaits_initialisation",
+    "cast_of",
+    "defer",
+    "defer_all",
+    "is_deferred",
+    "is_sole",
+    "settle",
+    "settle_all",
+    "source_of",
+]
 
 _TENSORS = "wan_loader.fastpath.deferred_tensor"
 
@@ -58,6 +68,7 @@ def defer_all(
         By the same names: tensors that wait, and where that is not certain to be the same, what `.to` gives.
     """
     from wan_loader.fastpath.deferred_tensor import give
+    from wan_loader.fastpath.waiting_cast import find_casts
 
     if (why := why_not_now()) is not None:
         tally.leave(why)
@@ -69,8 +80,22 @@ def defer_all(
 
 
 def is_deferred(tensor: object) -> bool:
-    """Say whether a tensor waits for a cast."""
-    return cast_of(tensor) is not None
+    """Say whether a tensor waits, for a cast or for an initialisation."""
+    module = sys.modules.get(_TENSORS)
+    return module is not None and type(tensor) is module.Deferred
+
+
+def awaits_initialisation(tensor: object) -> bool:
+    """Say whether a tensor waits for its initialisation: it has no values yet."""
+    return is_deferred(tensor) and cast_of(tensor) is None
+
+
+def is_sole(tensor: torch.Tensor) -> bool:
+    """Say whether no other tensor waits for the same as one that waits."""
+    from wan_loader.fastpath.deferred_tensor import is_sole
+
+    answer: bool = is_sole(tensor)
+    return answer
 
 
 def cast_of(tensor: object) -> WaitingCast | None:
@@ -101,13 +126,19 @@ def settle_all() -> None:
     """Turn all tensors of the process that wait into ordinary ones.
 
     Raises:
-        CheckpointError: A file was modified since; others may wait still.
+        CheckpointError: A file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
         from wan_loader.fastpath.deferred_tensor import living, settle
 
+        failures = []
         for tensor in living():
-            settle(tensor)
+            try:
+                settle(tensor)
+            except CheckpointError as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

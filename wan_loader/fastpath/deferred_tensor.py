@@ -1,8 +1,8 @@
-"""The tensor whose cast waits: it knows all but its values, and becomes an ordinary tensor when somebody wants those.
+"""The tensor that waits: it knows all but its values, and becomes an ordinary tensor when somebody wants those.
 
-It says what it is (shape, dtype, device, ...) without its values; aliases of it wait for the same cast. Every other
-function first turns the tensor itself, the same Python object, into an ordinary one, and then goes on as if it always
-had been. So nothing of ours is left in what has been computed with.
+It says what it is (shape, dtype, device, ...) without its values, which a cast or an initialisation will give; aliases
+of it wait for the same. Every other function first turns the tensor itself, the same Python object, into an ordinary
+one, and then goes on as if it always had been. So nothing of ours is left in what has been computed with.
 
 Imports torch: for our own modules, `deferred` is the way in.
 """
@@ -11,27 +11,31 @@ from __future__ import annotations
 
 import copy
 import gc
-from multiprocessing.reduction import ForkingPickler
+import sys
+import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._pytree import tree_map
 
 from wan_loader.fastpath.modes import without_modes
+from wan_loader.fastpath.waiting_init import WaitingInit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from wan_loader.fastpath.waiting_cast import WaitingCast
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "living", "settle"]
+    Waiting = WaitingCast | WaitingInit
+
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "is_sole", "living", "settle", "waiting_of"]
 
 
 class Deferred(torch.Tensor):
-    """A contiguous tensor on the CPU whose values are the outcome of a cast that waits. `give` makes it."""
+    """A contiguous tensor on the CPU whose values are the outcome of something that waits. `give` makes it."""
 
-    _cast: WaitingCast
+    _waiting: Waiting
     _is_param: bool
 
     #: By this, others would take the memory of a tensor without asking it.
@@ -54,6 +58,8 @@ class Deferred(torch.Tensor):
         if func in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if _overwrites(func) and (found := _overwrite(func, args, kwargs)) is not None:
+            return found
         if (answer := _ANSWERS.get(func)) is not None and (found := answer(*args, **kwargs)) is not None:
             return None if found is _DONE else found
         args, kwargs = tree_map(_settled, (tuple(args), kwargs))
@@ -84,22 +90,83 @@ class Deferred(torch.Tensor):
         return str(settle(self).__repr__(**options))
 
 
-ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
+class _Data:
+    """`torch.Tensor.data` as long as anything waits: who is given the memory of a tensor that waits is not asked."""
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        return _DATA if tensor is None else _DATA.__get__(tensor, owner)
+
+    def __set__(self, tensor: Any, value: Any) -> None:
+        _DATA.__set__(tensor, value if type(tensor) is Deferred else _settled(value))
 
 
-def give(cast: WaitingCast, *, requires_grad: bool = False) -> Deferred:
-    """Return a new tensor that waits for a cast. Costs 5 microseconds."""
+class _MakeSubclass:
+    """`torch.Tensor._make_subclass` as long as anything waits: it makes tensors of other classes on the same memory."""
+
+    def __get__(self, tensor: Any, owner: Any = None) -> Any:
+        # the compiler of torch registers the function itself when it is imported
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo"):
+            return _MAKE_SUBCLASS
+        return _make_subclass
+
+
+def _make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+    return _MAKE_SUBCLASS(cls, _settled(data), *args, **kwargs)
+
+
+_DATA: Any = torch.Tensor.data
+_MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
+#: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
+_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": _MakeSubclass()}
+#: All that tensors wait for.
+_waiting: set[weakref.ref[Waiting]] = set()
+
+
+def _note(waiting: Waiting) -> None:
+    _waiting.add(weakref.ref(waiting, _forget))
+    for name, guard in _GUARDS.items():
+        if name not in vars(torch.Tensor):
+            setattr(torch.Tensor, name, guard)
+
+
+def _forget(gone: weakref.ref[Waiting]) -> None:
+    _waiting.discard(gone)
+    if not _waiting:
+        for name, guard in _GUARDS.items():
+            if vars(torch.Tensor).get(name) is guard:
+                delattr(torch.Tensor, name)
+
+
+def give(waiting: Waiting, *, requires_grad: bool = False) -> Deferred:
+    """Return a new tensor that waits for a cast or an initialisation. Costs 5 microseconds."""
     with torch._C.DisableTorchFunctionSubclass():
         tensor: Deferred = torch.Tensor._make_wrapper_subclass(
-            Deferred, cast.place.shape, dtype=cast.dtype, device=torch.device("cpu"), requires_grad=requires_grad
+            Deferred, waiting.shape, dtype=waiting.dtype, device=torch.device("cpu"), requires_grad=requires_grad
         )
-    tensor._cast = cast
+        # where it is not asked, that is an error, and no other memory
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
+    tensor._waiting = waiting
+    _note(waiting)
     return tensor
 
 
 def cast_of(tensor: object) -> WaitingCast | None:
-    """Return the cast that a tensor waits for; None if it is an ordinary one."""
-    return vars(tensor).get("_cast") if type(tensor) is Deferred else None
+    """Return the cast that a tensor waits for; None if it waits for an initialisation, or is an ordinary one."""
+    return None if isinstance(waiting := waiting_of(tensor), WaitingInit) else waiting
+
+
+def waiting_of(tensor: object) -> Waiting | None:
+    """Return what a tensor waits for; None if it is an ordinary one."""
+    return vars(tensor).get("_waiting") if type(tensor) is Deferred else None
+
+
+def is_sole(tensor: torch.Tensor) -> bool:
+    """Say whether no other tensor waits for the same."""
+    return _count_references(tensor) == _count_references(SimpleNamespace(_waiting=object()))
+
+
+def _count_references(holder: Any) -> int:
+    return sys.getrefcount(vars(holder)["_waiting"])
 
 
 def settle(tensor: Any) -> Any:
@@ -111,19 +178,19 @@ def settle(tensor: Any) -> Any:
     Returns:
         The tensor. If C++ holds it, which cannot be told of a change, an ordinary one in its place, always the same.
     """
-    if (cast := cast_of(tensor)) is None:
+    if (waiting := waiting_of(tensor)) is None:
         return tensor
-    return without_modes(lambda: _settle(tensor, cast))
+    return without_modes(lambda: _settle(tensor, waiting))
 
 
-def _settle(tensor: Deferred, cast: WaitingCast) -> torch.Tensor:
-    with cast.lock:
-        if type(tensor) is not Deferred:  # another thread was here
-            return tensor
+def _settle(tensor: Deferred, waiting: Waiting) -> torch.Tensor:
+    with waiting.lock:
+        if waiting_of(tensor) is not waiting:  # another thread was here
+            return settle(tensor)  # type: ignore[no-any-return]
         attributes = vars(tensor)
         if (ordinary := attributes.get("_in_its_place")) is None:
             with torch._C.DisableTorchFunctionSubclass():
-                ordinary = _like(tensor, cast.outcome())
+                ordinary = _like(tensor, waiting.outcome())
             if not _replace_by(tensor, ordinary):
                 attributes["_in_its_place"] = ordinary
         return ordinary if type(tensor) is Deferred else tensor
@@ -136,14 +203,14 @@ def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return memory.detach().requires_grad_(tensor.requires_grad)
 
 
-def give_memory(tensor: torch.Tensor, cast: WaitingCast, memory: torch.Tensor) -> bool:
+def give_memory(tensor: torch.Tensor, waiting: Waiting, memory: torch.Tensor) -> bool:
     """Turn a tensor that waits into an ordinary one on other memory, as `tensor.data = memory` does; no mode is active.
 
     Returns:
-        False if somebody has settled the cast or the tensor, or C++ holds it; then nothing was changed.
+        False if somebody has settled it already, or C++ holds it; then nothing was changed.
     """
-    with cast.lock, torch._C.DisableTorchFunctionSubclass():
-        is_waiting = cast_of(tensor) is cast and not cast.is_done
+    with waiting.lock, torch._C.DisableTorchFunctionSubclass():
+        is_waiting = waiting_of(tensor) is waiting and not waiting.is_done
         return is_waiting and _replace_by(tensor, _like(tensor, memory))
 
 
@@ -155,39 +222,44 @@ def _replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     Returns:
         False if C++ holds one of both; then nothing was changed.
     """
-    attributes = vars(tensor)
-    try:
-        torch._C._swap_tensor_impl(tensor, other)
-    except RuntimeError:
+    if _is_held(tensor) or _is_held(other):
         return False
-    # only now: what another thread sees meanwhile asks for the lock of the cast, or is ordinary
+    torch._C._swap_tensor_impl(tensor, other)
+    # only now: what another thread sees meanwhile asks for the lock of what waits, or is ordinary
     tensor.__class__ = type(other)
-    for name in ("_cast", "_is_param"):
-        attributes.pop(name, None)
+    for name in ("_waiting", "_is_param"):
+        vars(tensor).pop(name, None)
     return True
 
 
-def defer_parameter(parameter: torch.Tensor, cast: WaitingCast) -> bool:
-    """Have an ordinary parameter, the same object, wait for a cast in place of its values.
+def _is_held(tensor: torch.Tensor) -> bool:
+    """Say whether C++ holds a tensor beside Python, as graphs do: it would go on holding what the tensor was."""
+    count: int = torch.Tensor._use_count(tensor)  # type: ignore[attr-defined]
+    return count > 1
+
+
+def defer_parameter(parameter: torch.Tensor, waiting: Waiting) -> bool:
+    """Have a parameter, the same object, wait for a cast or an initialisation in place of what it is.
 
     Returns:
         False if C++ holds it; then nothing was changed.
     """
-    waiting, attributes = give(cast, requires_grad=parameter.requires_grad), vars(parameter)
-    with cast.lock:
-        attributes.update(_cast=cast, _is_param=True)
+    if _is_held(parameter):
+        return False
+    is_parameter = isinstance(parameter, torch.nn.Parameter)
+    deferred = give(waiting, requires_grad=parameter.requires_grad)
+    with waiting.lock:
+        # in this order, what another thread sees meanwhile asks for the lock
+        vars(parameter).update({"_waiting": waiting} | ({"_is_param": True} if is_parameter else {}))
         parameter.__class__ = Deferred  # type: ignore[assignment]
-        try:
-            torch._C._swap_tensor_impl(parameter, waiting)
-        except RuntimeError:
-            parameter.__class__ = torch.nn.Parameter  # type: ignore[assignment]
-            del attributes["_cast"], attributes["_is_param"]
-            return False
+        torch._C._swap_tensor_impl(parameter, deferred)
     return True
 
 
 def living() -> list[Deferred]:
-    """Return all tensors that wait. Looks at all objects: costs some 10 milliseconds."""
+    """Return all tensors that wait; if there are any, that costs some 10 milliseconds: all objects are looked at."""
+    if not _waiting:
+        return []
     return [found for found in gc.get_objects() if type(found) is Deferred]
 
 
@@ -196,9 +268,9 @@ def _settled(value: Any) -> Any:
 
 
 def _outcome(value: Any) -> Any:
-    if (cast := cast_of(value)) is None:
+    if (waiting := waiting_of(value)) is None:
         return value
-    return without_modes(cast.outcome)
+    return without_modes(waiting.outcome)
 
 
 # What is answered without the values.
@@ -208,43 +280,93 @@ _CPU = torch.device("cpu")
 
 
 def _alias(tensor: Any) -> Any:
-    if (cast := cast_of(tensor)) is not None and "_in_its_place" not in vars(tensor):
-        return give(cast)
-    return None
+    return None if (waiting := _answering(tensor)) is None else give(waiting)
+
+
+def _answering(tensor: Any) -> Waiting | None:
+    """Return what a tensor waits for, unless an ordinary one has taken its place."""
+    waiting = waiting_of(tensor)
+    return waiting if waiting is not None and "_in_its_place" not in vars(tensor) else None
 
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the tensor itself for a move and a conversion to what it is."""
-    if cast_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
+    if waiting_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
         return None
     kwargs.pop("copy", None)
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    is_so = device in (None, _CPU) and dtype in (None, tensor.dtype) and memory_format is None
-    return tensor if is_so else None
+    return _converted(tensor, dtype) if device in (None, _CPU) and memory_format is None else None
 
 
 def _as(dtype: torch.dtype | None) -> Callable[..., Any]:
     def answer(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return tensor if not args and not kwargs and dtype in (None, tensor.dtype) else None
+        return _converted(tensor, dtype) if not args and not kwargs else None
 
     return answer
+
+
+def _converted(tensor: Any, dtype: torch.dtype | None) -> Any:
+    """Return a tensor for which nothing is to be done; one whose initialisation waits goes on doing so."""
+    if dtype in (None, tensor.dtype):
+        return tensor
+    waiting = _answering(tensor)
+    if not isinstance(waiting, WaitingInit) or (tensor.requires_grad and torch.is_grad_enabled()):
+        return None
+    return None if (converted := waiting.converted(dtype)) is None else give(converted)
 
 
 def _set_data(tensor: Any, value: Any) -> Any:
     """Give a tensor that waits other memory: its own values are not wanted any more."""
     if tensor is value:
         return _DONE
-    if (cast := cast_of(tensor)) is None or type(value) is not torch.Tensor:
+    if (waiting := waiting_of(tensor)) is None:
         return None
-    return _DONE if without_modes(lambda: give_memory(tensor, cast, value)) else None
+    if (other := _answering(value)) is not None:
+        with waiting.lock:
+            return _DONE if defer_parameter(tensor, other) else None
+    if type(value) is not torch.Tensor:
+        return None
+    return _DONE if without_modes(lambda: give_memory(tensor, waiting, value)) else None
+
+
+def _overwrites(func: Any) -> bool:
+    """Say whether a function gives its first argument, a tensor, all its values anew."""
+    is_method = func in _OVERWRITE_METHODS
+    return is_method or (getattr(func, "__module__", "") == "torch.nn.init" and func.__name__ in _OVERWRITE_INIT)
+
+
+def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function that gives a tensor all its values anew, without the initialisation that it waits for."""
+    first, *others = (*args, *kwargs.values())
+    waiting = waiting_of(first)
+    if not isinstance(waiting, WaitingInit) or any(waiting_of(value) is waiting for value in others):
+        return None
+    call = waiting.give_up()
+    try:
+        args, kwargs = tree_map(_settled, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+    except BaseException:
+        if call is not None:
+            without_modes(lambda: waiting.make(call))
+        raise
+
+
+def _may_be_set(tensor: Any, other: Any) -> bool:
+    """Say whether a tensor can be given another one's memory, as modules ask before they do; else it is replaced."""
+    if any("_in_its_place" in vars(one) for one in (tensor, other) if type(one) is Deferred):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch._has_compatible_shallow_copy_type(tensor, other)
 
 
 _T: Any = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
-    _T.data.__get__: lambda tensor, *_: _alias(tensor),
-    _T.data.__set__: _set_data,
+    _T.__getitem__: lambda tensor, index: _alias(tensor) if index is ... and not tensor.requires_grad else None,
+    _DATA.__get__: lambda tensor, *_: _alias(tensor),
+    _DATA.__set__: _set_data,
+    torch._has_compatible_shallow_copy_type: _may_be_set,
     _T.to: _to,
     _T.cpu: _as(None),
     _T.contiguous: _as(None),
@@ -252,7 +374,13 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.half: _as(torch.float16),
     _T.float: _as(torch.float32),
     _T.double: _as(torch.float64),
+    _T.new_tensor: lambda tensor, *args, **kwargs: torch.empty(0, dtype=tensor.dtype, device=_CPU).new_tensor(
+        *args, **kwargs
+    ),
 }
+_OVERWRITE_METHODS = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})
+#: Those of `torch.nn.init` that ask a tensor of another class first; by name, as they may be replaced.
+_OVERWRITE_INIT = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_"})
 _GETTERS = """
     _base _version device dtype grad grad_fn is_cpu is_cuda is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested
     is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim output_nr
@@ -260,13 +388,13 @@ _GETTERS = """
 """
 _METHODS = """
     __dir__ __hash__ __len__ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_same_size is_signed ndimension nelement numel requires_grad_ size stride
+    is_inference is_neg is_signed ndimension nelement numel requires_grad_ size stride
 """
-_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_same_size is_signed numel"
+_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_signed numel"
 #: Functions that need no values, and whose outcome is none.
 _FACTS = frozenset(
     [getattr(_T, name).__get__ for name in _GETTERS.split() if hasattr(_T, name)]
     + [getattr(_T, name) for name in _METHODS.split()]
     + [getattr(torch, name) for name in _FUNCTIONS.split()]
-    + [_T.requires_grad.__set__, torch._has_compatible_shallow_copy_type]
+    + [_T.requires_grad.__set__]
 )

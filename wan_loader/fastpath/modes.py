@@ -15,16 +15,32 @@ __all__ = ["why_not_now", "without_modes"]
 T = TypeVar("T")
 
 
-def why_not_now() -> str | None:
-    """Say which kind of mode is active in this thread; None if none is. They hold for one thread; loads use others."""
+def why_not_now(*, besides_the_cpu: bool = False) -> str | None:
+    """Say which kind of mode is active in this thread; None if none is. They hold for one thread; loads use others.
+
+    Args:
+        besides_the_cpu: Whether to pass over a default device if it is the CPU.
+    """
     import torch
 
     count = sum(getattr(torch._C, f"_len_torch_{kind}_stack", int)() for kind in ("dispatch", "function"))
+    if count == 1 and besides_the_cpu and _is_cpu_the_default():
+        count = 0
     if count or torch.is_inference_mode_enabled():
         return "a torch mode (inference, fake tensors, a default device) is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is at work"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of functions (torch.func) is active"
     return None
+
+
+def _is_cpu_the_default() -> bool:
+    import torch
+    from torch.utils._device import DeviceContext
+
+    mode = torch._C._get_function_stack_at(0) if torch._C._len_torch_function_stack() else None
+    return type(mode) is DeviceContext and mode.device.type == "cpu"
 
 
 def without_modes(call: Callable[[], T]) -> T:

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["defer_casts"]
 
 
-def defer_casts(slots: Iterable[Slot], dtype: torch.dtype, *, min_nbytes: int, tally: Tally) -> None:
-    """Have the casts of a module's floating tensors wait, as far as that is certain to be the same.
+def defer_casts(slots: Iterable[Slot], dtype: torch.dtype, tally: Tally) -> None:
+    """Have the casts of some tensors of a module wait, as far as that is certain to be the same.
 
     Args:
         slots: Places of plain tensors in a module.
-        dtype: What floating ones become.
-        min_nbytes: Less than this is left to the original.
+        dtype: What they become.
         tally: Is told what was left, and why.
     """
     from wan_loader.fastpath.deferred_tensor import defer_parameter, give
@@ -37,11 +36,9 @@ def defer_casts(slots: Iterable[Slot], dtype: torch.dtype, *, min_nbytes: int, t
     for slot in slots:
         # a parameter in several places is one object, a buffer becomes one for each place
         is_new = not slot.is_parameter or id(slot.tensor) not in seen
-        if is_new and slot.tensor.is_floating_point() and slot.tensor.dtype != dtype and not _is_hooked(slot.tensor):
+        if is_new and not _is_hooked(slot.tensor):
             waiting[str(len(waiting))] = slot
             seen.add(id(slot.tensor))
-    if sum(slot.tensor.nbytes for slot in waiting.values()) < min_nbytes:
-        return
     # the memory alone: a parameter's own becomes that of its cast
     sources = {name: slot.tensor.detach() for name, slot in waiting.items()}
     for name, cast in find_casts(sources, dict.fromkeys(sources, dtype), tally).items():

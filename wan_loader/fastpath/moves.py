@@ -19,29 +19,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.dtypes import dtype_name
-from wan_loader.errors import WanLoaderError
-from wan_loader.events import clock_ns
-from wan_loader.fastpath.deferred import cast_of
-from wan_loader.fastpath.loads import load
-from wan_loader.fastpath.memory_moves import fetch_memory
+from wan_loader.fastpath.deferred import cast_of, settle
 from wan_loader.fastpath.modes import why_not_now
-from wan_loader.fastpath.module_casts import defer_casts
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.slots import Slot, bind, is_plain, slots_of, why_not_bound
+from wan_loader.fastpath.slots import Slot, is_plain, slots_of, why_not_bound
 from wan_loader.fastpath.tally import Tally
-from wan_loader.fastpath.waiting_cast import with_casts
-from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.provenance.as_checkpoint import as_checkpoint
-from wan_loader.provenance.prove import prove
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
     from wan_loader.fastpath.patches import Patches
-    from wan_loader.provenance.proof import Proof
     from wan_loader.types import IoMode
 
 __all__ = ["Moves"]
@@ -63,7 +52,7 @@ class Moves:
 
     tally: Tally = field(default_factory=Tally)
     kinds: Sequence[str] = ("cuda",)
-    """The kinds of devices that moves are planned to."""
+    """The devices that moves are planned to, by their kinds or their names: `cuda` or `cuda:1`."""
     io: IoMode = "auto"
     min_nbytes: int = _MIN_BYTES
     min_memory_nbytes: int = _MIN_MEMORY_BYTES
@@ -79,7 +68,7 @@ class Moves:
             if (target := _target(name, args, kwargs)) is not None:
                 device, dtype = target
                 with ours():
-                    if device is not None and device.type in self.kinds:
+                    if device is not None and not {device.type, str(device)}.isdisjoint(self.kinds):
                         self.fetch(module, device, dtype)
                     elif dtype is not None and (device is None or str(device) == "cpu"):
                         self.defer(module, dtype)
@@ -103,62 +92,21 @@ class Moves:
             return
         slots = dict[str, Slot]()
         for slot in slots_of(module):
+            if (cast := cast_of(slot.tensor)) is not None and cast.is_done:
+                settle(slot.tensor)  # its memory is there, for somebody has looked at an alias
             if (reason := _why_not(slot.tensor, dtype)) is None:
                 slots[str(len(slots))] = slot
             else:
                 self.tally.leave(reason, slot.tensor.nbytes if is_plain(slot.tensor) else 0)
         casts = {name: cast for name, slot in slots.items() if (cast := cast_of(slot.tensor)) is not None}
-        # each place of a buffer gets a tensor of its own, as in the original; a parameter in several stays one object
-        tensors = {n: s.tensor if s.is_parameter else s.tensor.detach() for n, s in slots.items() if n not in casts}
-        nbytes = sum(tensor.nbytes for tensor in tensors.values()) + sum(cast.source.nbytes for cast in casts.values())
+        nbytes = sum((casts[name].source if name in casts else s.tensor).nbytes for name, s in slots.items())
         if nbytes < self.min_nbytes:
             return
-        proof = prove(tensors)
-        fetched = fetch_memory(
-            type(module).__name__,
-            {name: tensors[name] for name in proof.reasons},
-            proof.ties,
-            device,
-            dtype,
-            min_nbytes=self.min_memory_nbytes,
-            tally=self.tally,
-        )
-        for name, why_open in proof.reasons.items():
-            if name not in fetched:
-                self.tally.leave(why_open.value, tensors[name].nbytes)
-        whole = with_casts(proof, casts, _ties({name: slots[name] for name in casts}))
-        if whole.ranges:
-            dtypes = {name: cast.target for name, cast in casts.items()}
-            policy = DtypePolicy(dtype_name(dtype), exact=dtypes)
-            fetched |= self._fetch_files(type(module).__name__, whole, tensors, device, policy)
-        for name, tensor in fetched.items():
-            if not bind(slots[name], tensor):
-                self.tally.leave("was settled meanwhile, or is held by C++ code", tensor.nbytes)
-            elif name in casts:
-                self.tally.saved("casts on the CPU", nbytes=tensor.nbytes)
+        # with all that it imports: not before there is something to load
+        from wan_loader.fastpath.fetching import Fetching
 
-    def _fetch_files(
-        self,
-        component: str,
-        proof: Proof,
-        tensors: Mapping[str, torch.Tensor],
-        device: torch.device,
-        policy: DtypePolicy,
-    ) -> dict[str, torch.Tensor]:
-        """Load what is proven; return it once everything has arrived, without those of `tensors` that changed."""
-        start_ns = clock_ns()
-        try:
-            loaded = load(as_checkpoint(proof), device, policy=policy, io=self.io)
-        except (WanLoaderError, OSError) as error:
-            nbytes = sum(found.nbytes for found in proof.ranges.values())
-            self.tally.leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
-            return {}
-        again, fetched = prove({name: tensors[name] for name in proof.ranges if name in tensors}), loaded.tensors
-        for name in tensors.keys() & proof.ranges.keys():
-            if not again.has_same(name, proof):
-                self.tally.leave("was written to meanwhile", fetched.pop(name).nbytes)
-        self.tally.served(component, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
-        return fetched
+        component = type(module).__name__
+        Fetching(component, device, dtype, self.io, self.min_memory_nbytes, self.tally).fetch(slots, casts)
 
     def defer(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
         """Have a cast of a module on the CPU wait, as far as it is certain to be the same.
@@ -170,8 +118,19 @@ class Moves:
         if (why := why_not_now() or why_not_bound()) is not None:
             self.tally.leave(why, 0)
             return
-        slots = [slot for slot in slots_of(module) if is_plain(slot.tensor) and _why_not(slot.tensor, dtype) is None]
-        defer_casts(slots, dtype, min_nbytes=self.min_nbytes, tally=self.tally)
+        slots = [
+            slot
+            for slot in slots_of(module)
+            if is_plain(slot.tensor)
+            and _why_not(slot.tensor, dtype) is None
+            and slot.tensor.is_floating_point()
+            and slot.tensor.dtype != dtype
+        ]
+        if sum(slot.tensor.nbytes for slot in slots) < self.min_nbytes:
+            return
+        from wan_loader.fastpath.module_casts import defer_casts
+
+        defer_casts(slots, dtype, self.tally)
 
 
 def _target(
@@ -193,21 +152,12 @@ def _target(
     return (device, dtype) if memory_format is None and converts else None
 
 
-def _ties(slots: Mapping[str, Slot]) -> dict[str, str]:
-    """Return which parameters are one object with an earlier one."""
-    first: dict[int, str] = {}
-    ties = {}
-    for name, slot in slots.items():
-        if slot.is_parameter and (other := first.setdefault(id(slot.tensor), name)) != name:
-            ties[name] = other
-    return ties
-
-
 def _why_not(tensor: torch.Tensor, dtype: torch.dtype | None) -> str | None:
     """Return why a tensor is left to the original, before its memory is looked at."""
     if (cast := cast_of(tensor)) is not None:
-        is_odd = cast.is_done or dtype not in (None, cast.dtype)
-        return "waits for a cast to another dtype, or is held by C++ code" if is_odd else None
+        if cast.is_done:
+            return "is held by C++ code"
+        return None if dtype in (None, cast.dtype) else "waits for a cast to another dtype"
     if not is_plain(tensor) or tensor.device.type != "cpu":
         return "is no plain tensor on the CPU"
     if not tensor.is_leaf or tensor.grad is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.fastpath.ours import is_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -53,21 +53,25 @@ class Patches:
     _done: list[_Done] = field(default_factory=list, repr=False)
     _finder: _Finder | None = field(default=None, repr=False)
 
-    def replace(self, module: str, name: str, make: Callable[[Any], Any], parameters: Sequence[str] = ()) -> None:
-        """Replace a function, or a method as `Class.name`.
+    def replace(
+        self, module: str, name: str | Sequence[str], make: Callable[[Any], Any], parameters: Sequence[str] = ()
+    ) -> None:
+        """Replace a function, or a method as `Class.name`; of a class method, the function that gets the class first.
 
         Args:
             module: The module that defines it.
-            name: Its name there. One that does not exist there is left, as other versions may lack it.
+            name: Its name there. One that does not exist there is left, as other versions may lack it. Several names
+                cost no more than one: other modules are searched once for all.
             make: Returns the replacement of an original. Calls from inside our own code, and calls after `undo`, go to
                 the original without it. For a class, it returns a class, which has to see to that by itself.
             parameters: What the original must have; where one is missing, another version is there, which is not known
                 and therefore left alone. The tally tells.
         """
-        self._wanted.setdefault(module, []).append(_Wanted(name, make, parameters))
+        wanted = [_Wanted(each, make, parameters) for each in ((name,) if isinstance(name, str) else name)]
+        self._wanted.setdefault(module, []).extend(wanted)
         found = sys.modules.get(module)
         if found is not None and not getattr(getattr(found, "__spec__", None), "_initializing", False):
-            self._put_in(found, self._wanted[module][-1])
+            self._put_in(found, wanted)
         elif self._finder is None:
             self._finder = _Finder(self)
             sys.meta_path.insert(0, self._finder)
@@ -89,24 +93,32 @@ class Patches:
 
     def put_into(self, module: ModuleType) -> None:
         """Replace what is wanted in a module that has just been imported."""
-        for wanted in self._wanted.get(module.__name__, ()):
-            self._put_in(module, wanted)
+        self._put_in(module, self._wanted.get(module.__name__, ()))
 
-    def _put_in(self, module: ModuleType, wanted: _Wanted) -> None:
-        *path, name = wanted.name.split(".")
-        owner: Any = module
-        for part in path:
-            owner = getattr(owner, part, None)
-        original = getattr(owner, "__dict__", {}).get(name)
-        if original is None:
-            return
-        if not _has_parameters(original, wanted.parameters):
-            self.tally.leave(f"{module.__name__}.{wanted.name} is not the function that is known here")
-            return
-        replacement = self._guarded(original, wanted.make(original))
-        self._set(owner, name, original, replacement)
-        if not path:
-            self._set_elsewhere(original, replacement)
+    def _put_in(self, module: ModuleType, wanted: Sequence[_Wanted]) -> None:
+        functions = {}
+        for name, make, parameters in wanted:
+            *path, last = name.split(".")
+            owner: Any = module
+            for part in path:
+                owner = getattr(owner, part, None)
+            original = getattr(owner, "__dict__", {}).get(last)
+            if original is None:
+                continue
+            # a method of the class itself is kept as the function that it is made of
+            kind = type(original) if isinstance(original, classmethod | staticmethod) else None
+            function = original.__func__ if kind is not None else original
+            if not _has_parameters(function, parameters):
+                self.tally.leave(f"{module.__name__}.{name} is not the function that is known here")
+                continue
+            replacement = self._guarded(function, make(function))
+            if kind is not None:
+                replacement = kind(replacement)
+            self._set(owner, last, original, replacement)
+            if not path:
+                functions[id(original)] = original, replacement
+        if functions:
+            self._set_elsewhere(functions)
 
     def _guarded(self, original: Any, replacement: Any) -> Any:
         if isinstance(original, type):
@@ -120,12 +132,12 @@ class Patches:
 
         return replaced
 
-    def _set_elsewhere(self, original: Any, replacement: Any) -> None:
-        """Replace a function under the names that other modules have imported it by."""
+    def _set_elsewhere(self, functions: Mapping[int, tuple[Any, Any]]) -> None:
+        """Replace functions under the names that other modules have imported them by: id -> original, replacement."""
         for module in list(sys.modules.values()):
             names = getattr(module, "__dict__", {})
-            for name in [name for name, value in list(names.items()) if value is original]:
-                self._set(module, name, original, replacement)
+            for name, found in [(name, id(value)) for name, value in list(names.items()) if id(value) in functions]:
+                self._set(module, name, *functions[found])
 
     def _set(self, owner: Any, name: str, original: Any, replacement: Any) -> None:
         setattr(owner, name, replacement)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan_loader.fastpath.deferred import cast_of
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+
+    from wan_loader.fastpath.waiting_cast import WaitingCast
 
 __all__ = ["Slot", "bind", "is_plain", "slots_of", "why_not_bound"]
 
@@ -51,18 +51,25 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
-def bind(slot: Slot, tensor: torch.Tensor) -> bool:
+def bind(slot: Slot, tensor: torch.Tensor, cast: WaitingCast | None = None) -> bool:
     """Give a parameter its new memory, or a buffer's place its new tensor, as `torch.nn.Module._apply` does.
 
+    Args:
+        slot: The place.
+        tensor: What it gets.
+        cast: The cast that its tensor waited for; None: it is an ordinary one.
+
     Returns:
-        False for a parameter that waited for a cast and does not wait any more, or that C++ holds; it is as it was.
+        False if somebody has settled what waited, or C++ holds it; then nothing was changed.
     """
     if not slot.is_parameter:
+        if cast is not None and cast.is_done:
+            return False
         slot.owner[slot.key] = tensor
-        return True
-    if (cast := cast_of(slot.tensor)) is None:
+    elif cast is None:
         slot.tensor.data = tensor
-        return True
-    from wan_loader.fastpath.deferred_tensor import give_memory
+    else:
+        from wan_loader.fastpath.deferred_tensor import give_memory
 
-    return give_memory(slot.tensor, cast, tensor)
+        return give_memory(slot.tensor, cast, tensor)
+    return True

@@ -1,22 +1,17 @@
 """The run of any program with the recording inside it; what its processes wrote is brought back.
 
-The program keeps its standard streams, its signals and its exit code. A sitecustomize in a temporary directory on
-PYTHONPATH starts the recording in every Python process that the program starts, and then runs the sitecustomize that
-would have run without it. What cannot be reached this way (other languages, `python -I`) stays unrecorded.
+The recording is started in every Python process that the program starts (see `system.programs`); what cannot be reached
+this way stays unrecorded.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import py_compile
-import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,36 +19,18 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.errors import OptionError
 from wan_loader.events import clock_ns
 from wan_loader.profiler.analysis.session import Sample
+from wan_loader.system.programs import command_line, environment, forwarded_signals, furnish
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["Recording", "command_line", "run_program"]
+__all__ = ["Recording", "run_program"]
 
 _SAMPLE_S = 0.1
 _KILL_S = 10.0
 _AGENT = Path(__file__).parent / "agent"
 _PACKAGE = "_wan_loader_agent"
-_FORWARDED: tuple[int, ...] = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-_SITECUSTOMIZE = """\
-import os, sys
-_here = os.path.dirname(os.path.abspath(__file__))
-try:
-    import {package}.boot as _boot
-    _boot.start(os.path.join(_here, "spans"))
-except Exception:
-    pass
-sys.path[:] = [p for p in sys.path if p != _here]
-_self = sys.modules.pop("sitecustomize")
-try:
-    import sitecustomize
-except ImportError as _error:
-    if _error.name != "sitecustomize":
-        raise
-finally:
-    sys.modules.setdefault("sitecustomize", _self)
-"""
+_START = f"import {_PACKAGE}.boot; {_PACKAGE}.boot.start(os.path.join(_here, 'spans'))"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,21 +48,6 @@ class Recording:
     samples: Mapping[int, Sequence[Sample]]
     stopped: str = ""
     """The reason why the program was stopped from outside, if it was."""
-
-
-def command_line(words: Sequence[str]) -> list[str]:
-    """Complete the program to start: a script or `-m module` gets this Python in front.
-
-    Raises:
-        OptionError: There is no program, or it cannot be executed.
-    """
-    if not words:
-        raise OptionError.because("no program", "write it after --, as in `wan-loader profile -- python generate.py`")
-    if words[0] == "-m" or (words[0].endswith(".py") and not os.access(words[0], os.X_OK)):
-        return [sys.executable, *words]
-    if shutil.which(words[0]) is None:
-        raise OptionError(f"program {words[0]!r} is not there, or is not executable")
-    return list(words)
 
 
 def run_program(
@@ -108,10 +70,11 @@ def run_program(
     Raises:
         OptionError: The program cannot be started.
     """
-    argv = command_line(words)
+    argv = command_line(words, "wan-loader profile")
     with tempfile.TemporaryDirectory(prefix="wan-loader-") as temporary:
         home = Path(temporary)
-        _furnish(home)
+        (home / "spans").mkdir()
+        furnish(home, _AGENT, _PACKAGE, _START)
         start_ns = clock_ns()
         deadline_ns = start_ns + int(seconds * 1e9) if seconds else None
         environ = _environment(home, until, deadline_ns)
@@ -120,7 +83,7 @@ def run_program(
         except OSError as error:
             raise OptionError.because(f"cannot be started: {error.strerror}", path=argv[0]) from error
         watcher = _Watcher(home / "spans", child, deadline_ns if stop else None, stop=stop and bool(until))
-        with _forwarded_signals(child):
+        with forwarded_signals(child):
             watcher.start()
             child.wait()
         end_ns = clock_ns()
@@ -137,20 +100,8 @@ def run_program(
         )
 
 
-def _furnish(home: Path) -> None:
-    """Fill the directory for PYTHONPATH: sitecustomize, a compiled copy of `agent`, and room for the spans."""
-    (home / "spans").mkdir()
-    shutil.copytree(_AGENT, home / _PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-    (home / "sitecustomize.py").write_text(_SITECUSTOMIZE.format(package=_PACKAGE))
-    for source in (*home.glob("*.py"), *home.glob("*/*.py")):
-        with suppress(py_compile.PyCompileError, OSError):
-            # for the Python that runs here; another one compiles for itself
-            py_compile.compile(str(source))
-
-
 def _environment(home: Path, until: str | None, deadline_ns: int | None) -> dict[str, str]:
-    environ = dict(os.environ)
-    environ["PYTHONPATH"] = os.pathsep.join([str(home), *filter(None, [environ.get("PYTHONPATH")])])
+    environ = environment(home)
     environ.pop("WAN_LOADER_TRACE_UNTIL", None)
     environ.pop("WAN_LOADER_TRACE_DEADLINE", None)
     if until:
@@ -158,22 +109,6 @@ def _environment(home: Path, until: str | None, deadline_ns: int | None) -> dict
     if deadline_ns:
         environ["WAN_LOADER_TRACE_DEADLINE"] = str(deadline_ns)
     return environ
-
-
-@contextmanager
-def _forwarded_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass signals on to the program, which gets Ctrl-C from the terminal itself. This process outlives them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
-    for number in _FORWARDED:
-        before[number] = signal.signal(number, lambda n, _: child.send_signal(n))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Watcher:

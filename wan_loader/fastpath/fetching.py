@@ -1,0 +1,109 @@
+"""What is in the places of a module goes to a device: one load from files, one from memory, and then it is bound."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from wan_loader.dtypes import dtype_name
+from wan_loader.errors import WanLoaderError
+from wan_loader.events import clock_ns
+from wan_loader.fastpath.loads import load
+from wan_loader.fastpath.memory_moves import fetch_memory
+from wan_loader.fastpath.slots import Slot, bind
+from wan_loader.fastpath.waiting_cast import with_casts
+from wan_loader.plan.dtype_policy import DtypePolicy
+from wan_loader.provenance.as_checkpoint import as_checkpoint
+from wan_loader.provenance.proof import UNREADABLE
+from wan_loader.provenance.prove import prove
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from wan_loader.fastpath.tally import Tally
+    from wan_loader.fastpath.waiting_cast import WaitingCast
+    from wan_loader.provenance.proof import Proof
+    from wan_loader.types import IoMode
+
+__all__ = ["Fetching"]
+
+
+class Fetching(NamedTuple):
+    """One move of a module."""
+
+    component: str
+    """The name for the tally."""
+    device: torch.device
+    dtype: torch.dtype | None
+    """What floating tensors become on the way; None: they stay as they are, and casts that wait are done."""
+    io: IoMode
+    min_memory_nbytes: int
+    """Less than this of what is in no file is left."""
+    tally: Tally
+
+    def fetch(self, slots: Mapping[str, Slot], casts: Mapping[str, WaitingCast]) -> None:
+        """Bring what is in some places to the device, as far as that is certain, and bind it once it has arrived.
+
+        Args:
+            slots: Places of plain tensors and of tensors that wait, by names of the caller's choice.
+            casts: What those wait for, by the same names.
+        """
+        # each place of a buffer gets a tensor of its own, as in the original; a parameter in several stays one object
+        tensors = {n: s.tensor if s.is_parameter else s.tensor.detach() for n, s in slots.items() if n not in casts}
+        proof = prove(tensors)
+        fetched = self._fetch_memory({name: tensors[name] for name in proof.reasons}, proof)
+        whole = with_casts(proof, casts, _ties({name: slots[name] for name in casts}))
+        if whole.ranges:
+            policy = DtypePolicy(dtype_name(self.dtype), exact={name: cast.target for name, cast in casts.items()})
+            fetched |= self._fetch_files(whole, tensors, policy)
+        for name, tensor in fetched.items():
+            if name in whole.ties:  # the same object
+                continue
+            if not bind(slots[name], tensor, casts.get(name)):
+                self.tally.leave("was settled meanwhile, or is held by C++ code", tensor.nbytes)
+            elif name in casts:
+                self.tally.saved("casts on the CPU", nbytes=tensor.nbytes)
+
+    def _fetch_memory(self, tensors: Mapping[str, torch.Tensor], proof: Proof) -> dict[str, torch.Tensor]:
+        """Load what is in no file, out of this process's memory."""
+        fetched = fetch_memory(
+            self.component,
+            {name: tensor for name, tensor in tensors.items() if proof.reasons[name] not in UNREADABLE},
+            proof.ties,
+            self.device,
+            self.dtype,
+            min_nbytes=self.min_memory_nbytes,
+            tally=self.tally,
+        )
+        for name in tensors.keys() - fetched.keys():
+            self.tally.leave(proof.reasons[name].value, tensors[name].nbytes)
+        return fetched
+
+    def _fetch_files(
+        self, proof: Proof, tensors: Mapping[str, torch.Tensor], policy: DtypePolicy
+    ) -> dict[str, torch.Tensor]:
+        """Load what is proven; return it once everything has arrived, without those of `tensors` that changed."""
+        start_ns = clock_ns()
+        try:
+            loaded = load(as_checkpoint(proof), self.device, policy=policy, io=self.io)
+        except (WanLoaderError, OSError) as error:
+            nbytes = sum(found.nbytes for found in proof.ranges.values())
+            self.tally.leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
+            return {}
+        again, fetched = prove({name: tensors[name] for name in proof.ranges if name in tensors}), loaded.tensors
+        for name in tensors.keys() & proof.ranges.keys():
+            if not again.has_same(name, proof):
+                self.tally.leave("was written to meanwhile", fetched.pop(name).nbytes)
+        self.tally.served(self.component, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
+        return fetched
+
+
+def _ties(slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Return which parameters are one object with an earlier one."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, slot in slots.items():
+        if slot.is_parameter and (other := first.setdefault(id(slot.tensor), name)) != name:
+            ties[name] = other
+    return ties
