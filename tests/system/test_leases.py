@@ -125,6 +125,7 @@ def test_settled_at_once(leases, file, path, tmp_path):
 
 
 def test_the_lease_ends_with_the_last_mapping(leases, path):
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     file = leases.lease(str(path))
     first, second = file.map(0, NBYTES), file.map(0, PAGE)
