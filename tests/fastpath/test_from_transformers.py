@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 import safetensors.torch  # noqa: E402
 from transformers_four import fill_from_file, fill_from_state  # noqa: E402
 
-from wan_loader.fastpath import Moves, moves  # noqa: E402
+from wan_loader.fastpath import Moves, fetching  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred  # noqa: E402
 from wan_loader.fastpath.from_transformers import FromTransformers  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
@@ -188,13 +188,13 @@ def test_conversions_are_done_when_somebody_looks(seam, saved):
     [("bfloat16", "auto"), ("shards", "auto"), ("shards", torch.bfloat16), ("bfloat16", torch.float16)],
 )
 def test_a_device_map_takes_one_plan(seam, saved, files, dtype, monkeypatch):
-    held, original = [], moves.load
+    held, original = [], fetching.load
 
     def noted(*args, **options):
         held.append(original(*args, **options))
         return held[-1]
 
-    monkeypatch.setattr(moves, "load", noted)
+    monkeypatch.setattr(fetching, "load", noted)
     expected, info = plain(seam, saved / files, device_map=WHOLE, **{DTYPE: dtype})
     found, found_info = load(saved / files, device_map=WHOLE, **{DTYPE: dtype})
     n_files = 1 if VERSION >= (5, 0) else len(list((saved / files).glob("*.safetensors")))

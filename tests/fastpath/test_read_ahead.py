@@ -195,7 +195,7 @@ def test_it_ends_with_the_fast_path(calls, cold, monkeypatch):
         return plain(*arguments)
 
     monkeypatch.setattr(prewarm, "fill", fill)
-    monkeypatch.setattr("wan_loader.fastpath.read_ahead._THREADS", 1)
+    monkeypatch.setattr("wan_loader.fastpath.read_ahead._MAX_THREADS", 1)
     assert calls(cold) == NBYTES
 
 

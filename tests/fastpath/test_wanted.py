@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, moves  # noqa: E402
+from wan_loader.fastpath import Moves, fetching  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
 from wan_loader.fastpath.wanted import Wanted, serve  # noqa: E402
@@ -59,7 +59,7 @@ def test_a_load_that_fails_leaves_all_conversions(wanted, planned, monkeypatch):
     def fail(*args, **options):
         raise DeviceMemoryError("no room")
 
-    monkeypatch.setattr(moves, "load", fail)
+    monkeypatch.setattr(fetching, "load", fail)
     assert "cast" not in serve("Model", wanted, STAND_IN, planned)
     assert not planned.tally.total.n_plans
     assert any(reason.startswith("DeviceMemoryError") for reason in planned.tally.left)

@@ -116,7 +116,7 @@ def load_memory(
         checkpoint = as_checkpoint(Proof((stat_file(OWN_MEMORY),), ranges, {}, ties))
         policy = DtypePolicy(None if dtype is None else dtype_name(dtype))
         request = LoadRequest(source=checkpoint, device=device, policy=policy, io="buffered", threads=_THREADS)
-        with LoadSession() as session:
+        with LoadSession(keeps_peaks=True) as session:
             plan = session.plan(request, session.open(request), residency=Residency(((0, 0, _END, _END),)))
             # between two tensors there may be pages that are not there: never read a whole page of what is not wanted
             plan = replace(plan, blocks=replace(plan.blocks, max_gap=PAGE - 1))

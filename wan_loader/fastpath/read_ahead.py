@@ -35,7 +35,7 @@ _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)(\.(?P<variant>.+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors", re.DOTALL
 )
 _MAX_INDEX_BYTES = 1 << 20
-_THREADS = 4
+_MAX_THREADS = 4
 #: Arguments by which a call may mean other files than those here.
 _ELSEWHERE = ("cache_dir", "force_download", "revision")
 
@@ -139,11 +139,13 @@ def _read(files: list[str], patches: Patches) -> Prewarm | None:
     """Begin to read files, as far as there is memory for them."""
     # with all that they import: not before there is something to read
     from wan_loader.engine.activity import is_idle
-    from wan_loader.system.machine import available_memory
+    from wan_loader.system.machine import available_memory, processors
     from wan_loader.warming.prewarm import MEMORY_SHARE, Prewarm
 
     free = available_memory()
     if free is None:
         return None
+    # half of the processors are the program's
+    threads = max(1, min(_MAX_THREADS, processors() // 2))
     budget = int(free * MEMORY_SHARE)
-    return Prewarm(files, threads=_THREADS, budget_nbytes=budget, goes_on=lambda: patches.active and is_idle())
+    return Prewarm(files, threads=threads, budget_nbytes=budget, goes_on=lambda: patches.active and is_idle())

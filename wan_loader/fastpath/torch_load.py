@@ -96,13 +96,14 @@ class TorchLoad:
         if options.get("weights_only") is False:
             raise LeftAloneError("weights_only=False")
         # with all that they import: not before there is something to load
-        from wan_loader.api import load
+        from wan_loader.fastpath.loads import load
         from wan_loader.fastpath.torch_files import check_planned, skeleton_of
+        from wan_loader.plan.dtype_policy import DtypePolicy
 
         start_ns = clock_ns()
         check_planned(path)
         skeleton = skeleton_of(original, path)
-        loaded = load([path], device=device)
+        loaded = load([path], device, policy=DtypePolicy())
         # the file may have been replaced between the two looks
         if loaded.tensors.keys() != skeleton.keys():
             raise LeftAloneError("the file has other names than planned")
