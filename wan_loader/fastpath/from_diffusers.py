@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.fastpath.deferred import is_deferred
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.waiting_cast import find_casts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,6 +113,7 @@ class FromDiffusers:
     ) -> dict[str, torch.Tensor]:
         """Return tensors of which the conversion waits, once they are asked to be of those dtypes."""
         from wan_loader.fastpath.convertible import Convertible
+        from wan_loader.fastpath.waiting_cast import find_casts  # with the engine below it
 
         casts = find_casts(sources, dtypes, self.tally)
         return {name: Convertible.of(sources[name], cast) for name, cast in casts.items()}
