@@ -342,6 +342,22 @@ class TestAskedAlone:
             assert shard.shape == (1,)
         assert list(seam.tally.left) == ["is divided among devices by transformers"]
 
+    @pytest.mark.parametrize("name", ["spawn_materialize", "convert_and_load_state_dict_in_model"])
+    def test_other_arguments_are_not_known(self, saved, monkeypatch, name):
+        """Where one of both is another function, neither does anything."""
+        tally, original = Tally(), getattr(transformers.core_model_loading, name)
+        monkeypatch.setattr(transformers.core_model_loading, name, lambda *args, **options: original(*args, **options))
+        if name.startswith("convert"):
+            monkeypatch.setattr(transformers.modeling_utils, name, getattr(transformers.core_model_loading, name))
+        patches = Patches(tally)
+        FromTransformers(tally, Moves(tally, kinds=("cpu",), min_nbytes=0)).install(patches)
+        try:
+            found, _ = load(saved / "float32", **{DTYPE: torch.bfloat16})
+        finally:
+            patches.undo()
+        assert plain_types(found)
+        assert list(tally.left) == [f"transformers.core_model_loading.{name} is not the function that is known here"]
+
     def test_quantised_models(self, seam, monkeypatch):
         model = torch.nn.Linear(2, 2)
         config = SimpleNamespace(hf_quantizer=object())
