@@ -225,11 +225,12 @@ def _expected_casts(
     """Guess what diffusers will convert, and to what. Where that is wrong, it is converted at once, as ever."""
     import torch
 
-    kept = set(arguments.get("keep_in_fp32_modules") or ())
+    from wan_loader.plan.dtype_policy import has_part
+
+    kept = arguments.get("keep_in_fp32_modules") or ()
     dtypes = {}
     for name, place in places.items():
-        is_kept = not kept.isdisjoint(name.split("."))
-        dtype = torch.float32 if is_kept else arguments.get("dtype") or place.tensor.dtype
+        dtype = torch.float32 if has_part(name, kept) else arguments.get("dtype") or place.tensor.dtype
         if state[name].is_floating_point() and state[name].dtype != dtype:
             dtypes[name] = dtype
     return dtypes
