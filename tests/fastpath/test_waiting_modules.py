@@ -1,6 +1,7 @@
 """Modules that are cast on the CPU and move later: one plan, no cast on the CPU, the same objects as without us."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -436,6 +437,27 @@ def test_edits_during_the_load_survive(build, seam, tally, monkeypatch, edit, aw
     plain = build().bfloat16()
     edit(plain)
     same(module, plain.to(away))
+
+
+def test_threads_that_move_at_once(build, seam, tally, away):
+    module, together, failures = build().bfloat16(), threading.Barrier(4), []
+
+    def move(look):
+        together.wait()
+        try:
+            module.second.weight.sum() if look else module.to(away)
+        except Exception as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=move, args=(look,)) for look in (False, False, False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    module.to(away)
+    seam.min_nbytes = 1 << 40
+    same(module, build().bfloat16().to(away))
 
 
 def test_pieces_that_were_cast_before(build, seam, tally, path, away):
