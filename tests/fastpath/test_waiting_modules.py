@@ -166,11 +166,21 @@ def test_a_second_cast_is_the_original_s(build, seam, tally, away):
     assert tally.total.nbytes == WIDTH * 8, "what is no float"
 
 
-def test_a_move_with_another_dtype_is_the_original_s(build, seam, tally, away):
-    module = build().bfloat16().to(away, torch.float32)
-    assert "waits for a cast to another dtype" in tally.left
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_move_with_another_dtype_casts_once_more(build, seam, tally, away, dtype):
+    module = build().bfloat16().to(away, dtype)
+    assert tally.total.n_plans == 1
+    assert tally.spared == {"casts on the CPU": 5}
     seam.min_nbytes = 1 << 40
-    same(module, build().bfloat16().to(away, torch.float32))
+    same(module, build().bfloat16().to(away, dtype))
+
+
+def test_a_move_to_a_smaller_dtype_is_the_original_s(build, seam, tally, away):
+    module = build().double().to(away, torch.bfloat16)
+    assert tally.left["waits for a cast to a larger dtype"] >= WIDTH * WIDTH * 8
+    assert not tally.spared
+    seam.min_nbytes = 1 << 40
+    same(module, build().double().to(away, torch.bfloat16))
 
 
 def fill(tensor, value):
