@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import pickle
+import signal
 import threading
 import weakref
 from multiprocessing.reduction import ForkingPickler
@@ -346,14 +347,31 @@ def test_it_goes_to_other_processes_as_shared_memory(waiting):
     assert waiting["weight"].is_shared()
 
 
-def test_it_settles_in_a_forked_process(waiting, plain):
+@pytest.mark.parametrize("busy", [False, True])
+def test_it_settles_in_a_forked_process(waiting, plain, busy):
+    lock = tensors.cast_of(waiting["weight"]).lock
+    locked, forked = threading.Event(), threading.Event()
+
+    def settle_slowly():
+        with lock:
+            locked.set()
+            forked.wait()
+
+    if busy:
+        thread = threading.Thread(target=settle_slowly)
+        thread.start()
+        locked.wait()
     child = os.fork()
     if not child:
         try:
+            signal.alarm(10)
             os._exit(not torch.equal(waiting["weight"].detach(), plain["weight"]))
         finally:
             os._exit(2)
+    forked.set()
     assert os.waitpid(child, 0)[1] == 0
+    if busy:
+        thread.join()
     assert torch.equal(waiting["weight"], plain["weight"])
 
 

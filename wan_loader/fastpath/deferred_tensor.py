@@ -10,7 +10,9 @@ Imports torch: for our own modules, `deferred` is the way in.
 from __future__ import annotations
 
 import copy
+import os
 import sys
+import threading
 import weakref
 from contextlib import suppress
 from types import SimpleNamespace
@@ -260,6 +262,16 @@ def settle_all() -> None:
             failures.append(failure)
     if failures:
         raise failures[0]
+
+
+def _renew_locks() -> None:
+    """Forget, in a forked process, which threads of its parent were about to settle something: they are not here."""
+    for tensor in living():
+        if (waiting := waiting_of(tensor)) is not None:
+            waiting.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _settled(value: Any, *, by: Any = None) -> Any:
