@@ -135,7 +135,7 @@ def test_then_a_move_takes_one_plan(patches, path):
     module, expected = make_module(), make_module()
     expected.load_state_dict(torch.load(path, mmap=False))
     module.load_state_dict(torch.load(path))
-    moves = Moves(kinds=("cpu",), min_nbytes=0)
+    moves = Moves(kinds=("cpu",), io="buffered", min_nbytes=0)
     moves.fetch(module, torch.device("cpu:0"), torch.bfloat16)
     assert moves.tally.total.n_plans == 1
     assert not mapped(module)
@@ -157,6 +157,7 @@ def test_training_goes_on(patches, path):
 
 
 def test_the_memory_goes_with_the_parameters(patches, leases, path, open_files):
+    gc.collect()
     before = open_files(path)
     module = make_module()
     module.load_state_dict(torch.load(path))

@@ -92,6 +92,23 @@ def test_load_file_of_a_version_that_asks_for_each(fast, tally, path):
     assert_same(ours, load_file(path))
 
 
+def test_a_shard_is_the_file_that_was_named(fast, tally, tmp_path):
+    for number in (1, 2):
+        tensors = {f"w{number}": torch.full((3,), number)}
+        safetensors.torch.save_file(tensors, tmp_path / f"x-0000{number}-of-00002.safetensors")
+    assert list(safetensors.torch.load_file(tmp_path / "x-00001-of-00002.safetensors")) == ["w1"]
+    assert tally.total.n_plans == 1
+
+
+def test_the_content_says_what_a_file_is(fast, tally, path, tmp_path):
+    path.rename(tmp_path / "blob")
+    assert_same(safetensors.torch.load_file(tmp_path / "blob"), ORIGINALS[1](tmp_path / "blob"))
+    assert tally.total.n_plans
+    torch.save({"w": torch.ones(3)}, path)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(path)
+
+
 @pytest.mark.parametrize("order", ["keys", "offset_keys"])
 def test_a_loop_reads_ahead(fast, tally, path, order):
     with safetensors.safe_open(path, "pt") as ours, original_open(path, "pt") as theirs:
@@ -299,6 +316,7 @@ def test_a_load_that_fails_is_the_original_s(fast, tally, path, monkeypatch):
 
 
 def test_files_are_closed(fast, path, open_files):
+    gc.collect()
     before = open_files(path)
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:

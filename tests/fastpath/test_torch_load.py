@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from wan_loader.fastpath import torch_files, torch_load  # noqa: E402
+from wan_loader.fastpath.moves import Moves  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
 from wan_loader.fastpath.torch_load import TorchLoad  # noqa: E402
@@ -131,6 +132,27 @@ def test_to_a_device_one_plan(planned, tally, path):
     assert not ours["same"][2:4].any(), "what shares memory in the file shares it here"
 
 
+def test_a_shard_is_the_file_that_was_named(planned, tally, tmp_path):
+    for number in (1, 2):
+        torch.save({f"w{number}": torch.ones(3)}, tmp_path / f"x-0000{number}-of-00002.bin")
+    assert list(torch.load(tmp_path / "x-00001-of-00002.bin", map_location="cpu")) == ["w1"]
+    assert tally.total.n_plans == 1
+
+
+def test_a_module_that_is_assigned_moves_by_one_plan(fast, path):
+    """As the official program loads its VAE: built on meta, assigned, moved."""
+    with torch.device("meta"):
+        module = torch.nn.Linear(500, 300, bias=False)
+    state = torch.load(path, map_location="cpu")
+    module.load_state_dict({"weight": state["w"]}, assign=True)
+    expected = state["w"].clone()
+    moves = Moves(kinds=("cpu",), io="buffered", min_nbytes=0)
+    moves.fetch(module, torch.device("cpu:0"), None)
+    assert moves.tally.total.n_plans == 1
+    assert not is_mapped(module.weight)
+    assert torch.equal(module.weight, expected)
+
+
 @pytest.mark.gpu
 def test_to_a_gpu_one_plan(fast, tally, path):
     if not torch.cuda.is_available():
@@ -207,6 +229,7 @@ def test_writes_are_the_program_s_own(fast, path, write):
 
 
 def test_the_file_is_let_go_with_the_last_tensor(fast, leases, path):
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     state = torch.load(path)
     part = state["w"][5:7]

@@ -126,8 +126,9 @@ class TorchLoad:
         check_aligned(path, ALIGNMENT)
         fetch_pages(path, file)
         nbytes = file.facts.st_size
+        memory = file.map(0, nbytes)
         try:
-            with self._mapping.shows(file.map(0, nbytes)):
+            with self._mapping.shows(memory):
                 state = original(f, **options, mmap=True)
         except Exception as error:  # the original will say it again
             raise LeftAloneError("the original refuses the file") from error

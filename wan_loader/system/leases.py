@@ -81,7 +81,7 @@ class LeasedFile:
         """
         with self._lock:
             if not self.is_leased:
-                raise OSError(errno.EAGAIN, "somebody wants to write to it")
+                raise OSError(errno.EAGAIN, "the lease on the file is gone")
             memory = map_private(self.fd, start, nbytes)
             # the file stays open as long as the memory is there
             weakref.finalize(memory, _forget, self).atexit = False
