@@ -7,6 +7,7 @@ run on it, too.
 
 import hashlib
 import logging
+import shutil
 import sys
 import threading
 import warnings
@@ -546,6 +547,24 @@ def test_models_that_move_at_once(model_dir, target):
         fast.assert_moved(model)
         assert without_device(state(model)) == without_device(expected)
     assert fast.n_plans == 3
+
+
+@pytest.mark.parametrize("max_shard_size", ["20KB", "60KB", "1MB"])
+def test_saving_over_the_files(model_dir, tmp_path, max_shard_size):
+    """What waits was converted long ago without us: it is settled before its file is another one."""
+    written = []
+
+    def program():
+        path = tmp_path / str(len(written))
+        shutil.copytree(model_dir, path)
+        made = Model.from_pretrained(path, torch_dtype=torch.bfloat16)
+        made.save_pretrained(path, max_shard_size=max_shard_size)
+        written.append({file.name: file.read_bytes() for file in path.glob("*.safetensors")})
+        made.register_to_config(_name_or_path="")
+        return made
+
+    both(program)
+    assert written[0] == written[1]
 
 
 class TestWhatIsWrong:
