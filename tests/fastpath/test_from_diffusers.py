@@ -263,6 +263,21 @@ def test_a_pipeline_that_moves(root, target, dtype):
     fast.assert_one_plan_each(made)
 
 
+@pytest.mark.gpu
+def test_a_pipeline_with_a_device_map(root):
+    made, fast = both(lambda: load_pipeline(root, device_map="cuda"))
+    fast.assert_moved(made)
+    assert fast.n_plans == sum(map(n_files, root.iterdir()))
+
+
+def test_a_model_that_is_filled_tensor_by_tensor(root, target):
+    """With `low_cpu_mem_usage=False`, diffusers copies what is in the files into weights that it has made before."""
+    options = {"torch_dtype": torch.bfloat16, "low_cpu_mem_usage": False}
+    cls, path = (diffusers.AutoencoderKLWan, root / "vae") if HAS_WAN else (Model, root / "unet")
+    made, fast = both(lambda: cls.from_pretrained(path, **options).to(target))
+    fast.assert_moved(made)
+
+
 def objects(thing):
     return {name: id(tensor) for name, tensor in tensors_of(thing).items() if isinstance(tensor, torch.nn.Parameter)}
 
