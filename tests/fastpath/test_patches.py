@@ -77,6 +77,21 @@ def test_several_functions_at_once(library, patches):
     assert module.Thing().name() == "thing"
 
 
+def test_other_modules_are_searched_once_for_all(library, patches, monkeypatch):
+    user, searches, search = library("its_user"), [], Patches._set_elsewhere
+    original = user.twice
+    monkeypatch.setattr(Patches, "_set_elsewhere", lambda *args: (searches.append(1), search(*args)))
+    with patches.together():
+        patches.replace("some_library", "double", negated)
+        patches.replace("some_library", "double", lambda original: lambda x: original(x) - 1)
+    assert len(searches) == 1
+    assert user.twice(3) == library().double(3) == -7
+    patches.replace("some_library", "double", negated)
+    assert user.twice(3) == 7
+    patches.undo()
+    assert user.twice is library().double is original
+
+
 def test_nothing_is_imported(library, patches):
     patches.replace("some_library", "double", negated)
     assert "some_library" not in sys.modules

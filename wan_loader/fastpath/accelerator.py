@@ -78,8 +78,9 @@ class Accelerator:
             self._n_installed += 1
             if self._patches is None:
                 self._patches = Patches(self.tally)
-                for install in self._seams:
-                    install(self._patches)
+                with self._patches.together():
+                    for install in self._seams:
+                        install(self._patches)
         return self
 
     def uninstall(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.fastpath.ours import is_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -52,6 +53,18 @@ class Patches:
     _wanted: dict[str, list[_Wanted]] = field(default_factory=dict, repr=False)
     _done: list[_Done] = field(default_factory=list, repr=False)
     _finder: _Finder | None = field(default=None, repr=False)
+    _gathered: dict[int, tuple[Any, Any]] | None = field(default=None, repr=False)
+    """Functions for which other modules are yet to be searched."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Search other modules once for all that is replaced inside: each search takes some milliseconds."""
+        self._gathered = {}
+        try:
+            yield
+        finally:
+            gathered, self._gathered = self._gathered, None
+            self._set_elsewhere(gathered)
 
     def replace(
         self, module: str, name: str | Sequence[str], make: Callable[[Any], Any], parameters: Sequence[str] = ()
@@ -117,7 +130,12 @@ class Patches:
             self._set(owner, last, original, replacement)
             if not path:
                 functions[id(original)] = original, replacement
-        if functions:
+        if self._gathered is not None:
+            newest = {id(original): replacement for original, replacement in functions.values()}
+            for key, (original, replacement) in self._gathered.items():  # one that is replaced once more
+                self._gathered[key] = original, newest.get(id(replacement), replacement)
+            self._gathered |= functions
+        elif functions:
             self._set_elsewhere(functions)
 
     def _guarded(self, original: Any, replacement: Any) -> Any:
