@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 
 import pytest
 
@@ -21,8 +22,11 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import safetensors.torch  # noqa: E402
+from diffusers.models import model_loading_utils, modeling_utils  # noqa: E402
 
 import wan_loader.fastpath.deferred_tensor  # noqa: E402, F401  (before `counted_casts` replaces what it looks at)
+from wan_loader.errors import DeviceMemoryError  # noqa: E402
+from wan_loader.fastpath import moves  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
 from wan_loader.fastpath.from_diffusers import FromDiffusers  # noqa: E402
 from wan_loader.fastpath.moves import Moves  # noqa: E402
@@ -312,6 +316,61 @@ def test_a_device_map(model_dir, target, as_dict, dtype):
     assert fast.n_plans == n_files(model_dir), "one for each file"
 
 
+class TestGivenTwice:
+    """A device map has weights given as if for the CPU, fetched, and what is left given as it was."""
+
+    @pytest.fixture
+    def given(self, monkeypatch):
+        """The numbers of weights that the function of diffusers was called with."""
+        original, given = model_loading_utils.load_model_dict_into_meta, []
+
+        @wraps(original)
+        def told(model, state_dict, **options):
+            given.append(len(state_dict))
+            return original(model, state_dict, **options)
+
+        monkeypatch.setattr(model_loading_utils, "load_model_dict_into_meta", told)
+        return given
+
+    @HAS_DEVICE_MAPS
+    def test_what_was_fetched_is_not_given_again(self, model_dir, target, given):
+        with Fast().installed(), watched():
+            made = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, device_map=target)
+        assert sum(given) == len(made.state_dict())
+        assert given[1::2] == [0] * n_files(model_dir)
+
+    @HAS_DEVICE_MAPS
+    def test_what_could_not_be_fetched_is(self, model_dir, target, given, monkeypatch):
+        def fail(*args, **options):
+            raise DeviceMemoryError("no room")
+
+        with watched():
+            expected = state(Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, device_map="cpu"))
+            given.clear()
+            monkeypatch.setattr(moves, "load", fail)
+            with Fast().installed() as fast:
+                made = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, device_map=target)
+        assert [facts[-1] for facts in state(made)] == [facts[-1] for facts in expected]
+        # on `cpu:0`, weights that need no conversion are where they belong in their files, too
+        assert all(0 < again <= first for first, again in zip(given[0::2], given[1::2], strict=True))
+        assert any("no room" in reason for reason in fast.tally.left)
+
+    def test_names_are_asked_for_once(self, model_dir, monkeypatch):
+        """The walk through a model takes long, and diffusers takes it for each file."""
+        original, walks = torch.nn.Module.state_dict, []
+
+        def state_dict(module, *args, **options):
+            walks.extend([1] if isinstance(module, Model) else [])
+            return original(module, *args, **options)
+
+        monkeypatch.setattr(torch.nn.Module, "state_dict", state_dict)
+        with Fast().installed(), watched():
+            made = Model.from_pretrained(model_dir)
+        assert "state_dict" not in vars(made)
+        if hasattr(model_loading_utils, "_load_shard_file"):
+            assert len(walks) == 1 < n_files(model_dir)
+
+
 @HAS_DEVICE_MAPS
 def test_a_model_that_stays(model_dir):
     """Nothing is converted until somebody looks, and then it is what it would have been."""
@@ -344,14 +403,14 @@ def test_what_from_pretrained_tells(model_dir, target):
         assert {t.dtype for t in made.parameters()} == {torch.float32, torch.bfloat16}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
 def test_a_file_of_lower_precision_than_the_model(model_dir, target, tmp_path, dtype):
-    """Without a dtype, the model's own counts; and a variant is another file of the same model."""
-    Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16).to(torch.bfloat16).save_pretrained(
-        tmp_path, variant="bf16"
-    )
+    """Without a dtype, the model's own counts; what is kept in fp32 is converted to it; a variant is another file."""
+    half = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16).to(torch.bfloat16)
+    half.save_pretrained(tmp_path, variant="bf16")
     made, fast = both(lambda: Model.from_pretrained(tmp_path, variant="bf16", torch_dtype=dtype).to(target))
-    assert {t.dtype for t in made.parameters()} == {torch.float32}
+    kept = {torch.float32} if HAS_WAN else set()
+    assert {t.dtype for t in made.parameters()} == kept | {dtype or torch.float32}
     fast.assert_no_casts()
     assert_moved(made)
     assert fast.n_plans == 1
@@ -454,8 +513,6 @@ def test_adapters_before_the_move(root, model_dir, target, tmp_path):
 
 @pytest.mark.parametrize("device_map", [None, "target"])
 def test_files_that_are_read_in_parallel(model_dir, target, monkeypatch, device_map):
-    from diffusers.models import modeling_utils
-
     if not hasattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING"):
         pytest.skip("this diffusers reads one after the other")
     monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
@@ -542,9 +599,47 @@ def test_what_goes_to_a_disk_is_left(model_dir, tmp_path):
     assert fast.tally.left["goes to a disk"]
 
 
-def test_a_function_that_is_not_known_is_left(monkeypatch):
-    from diffusers.models import model_loading_utils
+class TestLeft:
+    """Calls that ask for more than is known get to the original as they are."""
 
+    @staticmethod
+    def call(model_dir, device_map=None, **options):
+        """Give a model its weights by a function in the place of the original; return what that got, and the tally."""
+        got = []
+
+        def original(
+            model, state_dict, dtype=None, hf_quantizer=None, keep_in_fp32_modules=None, device_map=None, **options
+        ):
+            got.append((state_dict, device_map, options))
+
+        fast = Fast()
+        model = Model.from_pretrained(model_dir)
+        weights = safetensors.torch.load_file(next(model_dir.glob("*.safetensors")))
+        replacement = fast.seams[1]._instead_of(original)
+        replacement(model, weights, torch.bfloat16, device_map=device_map, **options)
+        assert len(got) == 1
+        assert got[0][0] is weights
+        assert got[0][1] is device_map
+        return fast.tally.left
+
+    def test_a_quantiser(self, model_dir):
+        assert self.call(model_dir, hf_quantizer=object())["is quantised by diffusers"]
+
+    def test_a_mode_of_torch(self, model_dir):
+        with torch.inference_mode():
+            left = self.call(model_dir)
+        assert any("inference" in reason for reason in left)
+
+    def test_a_device_map_that_is_read_in_another_way(self, model_dir):
+        left = self.call(model_dir, {"": "cpu"})
+        assert any("in another way" in reason for reason in left)
+
+    def test_arguments_that_do_not_fit(self, model_dir):
+        with Fast().installed(), pytest.raises(TypeError, match="no_such_argument"):
+            model_loading_utils.load_model_dict_into_meta(None, {}, no_such_argument=1)
+
+
+def test_a_function_that_is_not_known_is_left(monkeypatch):
     def load_model_dict_into_meta(model, weights):
         return model, weights
 

@@ -17,13 +17,12 @@ from transformers_four import fill_from_file, fill_from_state  # noqa: E402
 from wan_loader.fastpath import Moves, fetching  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred  # noqa: E402
 from wan_loader.fastpath.from_transformers import FromTransformers  # noqa: E402
+from wan_loader.fastpath.ours import ours  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"
-#: transformers 4 has safetensors read for a device itself, and that knows no `cpu:0`; so its device is given by parts.
-WHOLE = {"": "cpu:0"} if VERSION >= (5, 0) else {"shared": "cpu:0", "encoder": "cpu:0"}
 LOOKED_AT = "was cast on the CPU, as somebody looked at it"
 
 
@@ -46,10 +45,25 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def seam():
-    """The seam with moves beside it, installed, for a device of this machine's own memory."""
+def target(device):
+    """The device that models go to: a GPU, or what stands in for one."""
+    return "cuda:0" if device == "cuda" else "cpu:0"
+
+
+@pytest.fixture
+def device_map(target):
+    """All of a model on one device.
+
+    transformers 4 has safetensors read for a device itself, and that knows no `cpu:0`; there it is given by parts.
+    """
+    return {"": target} if VERSION >= (5, 0) or target != "cpu:0" else {"shared": target, "encoder": target}
+
+
+@pytest.fixture
+def seam(device):
+    """The seam with moves beside it, installed."""
     tally = Tally()
-    planned = Moves(tally, kinds=("cpu",), io="buffered", min_nbytes=0)
+    planned = Moves(tally, kinds=(device,), io="buffered", min_nbytes=0)
     patches = Patches(tally)
     seam = FromTransformers(tally, planned)
     seam.install(patches)
@@ -80,10 +94,14 @@ def load(path, cls=None, **options):
 
 def plain(seam, path, *args, **options):
     """Load as without us."""
-    from wan_loader.fastpath.ours import ours
-
     with ours():
         return load(path, *args, **options)
+
+
+def move_plainly(model, target):
+    """Move as without us."""
+    with ours():
+        return model.to(target)
 
 
 def ties(model):
@@ -126,18 +144,18 @@ def waiting(model):
 
 
 @pytest.mark.parametrize("files", ["bfloat16", "float32", "shards"])
-def test_what_needs_no_conversion_moves_by_one_plan(seam, saved, files):
+def test_what_needs_no_conversion_moves_by_one_plan(seam, saved, target, files):
     expected, info = plain(seam, saved / files, **{DTYPE: "auto"})
     found, found_info = load(saved / files, **{DTYPE: "auto"})
     assert found_info == info
     objects = {name: id(parameter) for name, parameter in found.named_parameters()}
-    found.to("cpu:0")
+    found.to(target)
     assert seam.tally.total.n_plans == 1
     assert LOOKED_AT not in seam.tally.left
     assert {name: id(parameter) for name, parameter in found.named_parameters()} == objects
     assert found.encoder.embed_tokens.weight is found.shared.weight
     assert plain_types(found)
-    assert_same(found, expected)
+    assert_same(found, move_plainly(expected, target))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +168,7 @@ def test_what_needs_no_conversion_moves_by_one_plan(seam, saved, files):
         ("bfloat16", torch.float16),
     ],
 )
-def test_conversions_wait_for_the_move(seam, saved, logged, files, dtype):
+def test_conversions_wait_for_the_move(seam, saved, logged, target, files, dtype):
     expected, info = plain(seam, saved / files, **{DTYPE: dtype})
     told = logged.copy()
     logged.clear()
@@ -159,13 +177,13 @@ def test_conversions_wait_for_the_move(seam, saved, logged, files, dtype):
     assert logged == told
     assert waiting(found)
     objects = {name: id(parameter) for name, parameter in found.named_parameters()}
-    found.to("cpu:0")
+    found.to(target)
     assert seam.tally.total.n_plans == 1
     assert LOOKED_AT not in seam.tally.left
     assert {name: id(parameter) for name, parameter in found.named_parameters()} == objects
     assert found.encoder.embed_tokens.weight is found.shared.weight
     assert plain_types(found)
-    assert_same(found, expected)
+    assert_same(found, move_plainly(expected, target))
 
 
 def test_conversions_are_done_when_somebody_looks(seam, saved):
@@ -187,7 +205,7 @@ def test_conversions_are_done_when_somebody_looks(seam, saved):
     ("files", "dtype"),
     [("bfloat16", "auto"), ("shards", "auto"), ("shards", torch.bfloat16), ("bfloat16", torch.float16)],
 )
-def test_a_device_map_takes_one_plan(seam, saved, files, dtype, monkeypatch):
+def test_a_device_map_takes_one_plan(seam, saved, device_map, files, dtype, monkeypatch):
     held, original = [], fetching.load
 
     def noted(*args, **options):
@@ -195,8 +213,8 @@ def test_a_device_map_takes_one_plan(seam, saved, files, dtype, monkeypatch):
         return held[-1]
 
     monkeypatch.setattr(fetching, "load", noted)
-    expected, info = plain(seam, saved / files, device_map=WHOLE, **{DTYPE: dtype})
-    found, found_info = load(saved / files, device_map=WHOLE, **{DTYPE: dtype})
+    expected, info = plain(seam, saved / files, device_map=device_map, **{DTYPE: dtype})
+    found, found_info = load(saved / files, device_map=device_map, **{DTYPE: dtype})
     n_files = 1 if VERSION >= (5, 0) else len(list((saved / files).glob("*.safetensors")))
     assert seam.tally.total.n_plans == n_files
     assert LOOKED_AT not in seam.tally.left
@@ -206,8 +224,8 @@ def test_a_device_map_takes_one_plan(seam, saved, files, dtype, monkeypatch):
     assert_same(found, expected)
 
 
-@pytest.mark.skipif(VERSION < (4, 50), reason="transformers leaves what is missing on meta, before 4.50")
-def test_what_is_missing_or_does_not_fit_is_told_as_ever(seam, saved, logged, tmp_path):
+@pytest.mark.skipif(VERSION < (4, 51), reason="transformers leaves what is missing on meta, before 4.51")
+def test_what_is_missing_or_does_not_fit_is_told_as_ever(seam, saved, logged, target, tmp_path):
     state = make_encoder().state_dict()
     state["no.such.weight"] = torch.ones(3)
     del state["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"], state["encoder.embed_tokens.weight"]
@@ -224,11 +242,11 @@ def test_what_is_missing_or_does_not_fit_is_told_as_ever(seam, saved, logged, tm
     assert info["mismatched_keys"]
     assert logged == told
     assert waiting(found)
-    assert_same(found.to("cpu:0"), expected.to("cpu:0"))
+    assert_same(found.to(target), move_plainly(expected, target))
     assert LOOKED_AT not in seam.tally.left
 
 
-def test_pickles_are_served_where_they_are_mapped(seam, saved, tmp_path):
+def test_pickles_are_served_where_they_are_mapped(seam, saved, target, tmp_path):
     state = make_encoder().state_dict()
     del state["encoder.embed_tokens.weight"]  # else both are read, to see whether they are equal
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -237,19 +255,19 @@ def test_pickles_are_served_where_they_are_mapped(seam, saved, tmp_path):
     found, found_info = load(tmp_path, **{DTYPE: torch.bfloat16})
     assert found_info == info
     assert waiting(found)
-    assert_same(found.to("cpu:0"), expected)
+    assert_same(found.to(target), move_plainly(expected, target))
     assert seam.tally.total.n_plans == 1
     assert LOOKED_AT not in seam.tally.left
 
 
-def test_what_is_written_to_before_the_move_keeps_it(seam, saved):
+def test_what_is_written_to_before_the_move_keeps_it(seam, saved, target):
     edited = []
     for load_it in (lambda *a, **k: plain(seam, *a, **k), load):
         model, _ = load_it(saved / "float32", **{DTYPE: torch.bfloat16})
         with torch.no_grad():
             model.shared.weight[3] += 1
         edited.append(model)
-    assert_same(edited[1].to("cpu:0"), edited[0])
+    assert_same(edited[1].to(target), move_plainly(edited[0], target))
 
 
 def test_little_is_left_alone(seam, saved):
@@ -260,8 +278,8 @@ def test_little_is_left_alone(seam, saved):
 
 
 @pytest.mark.skipif(VERSION < (5, 16), reason="transformers says which weights become one parameter from 5.16 on")
-@pytest.mark.parametrize("device_map", [None, "cpu:0"])
-def test_weights_that_become_one_parameter(seam, tmp_path, device_map):
+@pytest.mark.parametrize("has_map", [False, True])
+def test_weights_that_become_one_parameter(seam, target, tmp_path, has_map):
     config = transformers.MixtralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -272,14 +290,14 @@ def test_weights_that_become_one_parameter(seam, tmp_path, device_map):
         num_local_experts=3,
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
-    options = {DTYPE: torch.bfloat16, "device_map": device_map, "cls": transformers.MixtralForCausalLM}
+    options = {DTYPE: torch.bfloat16, "device_map": target if has_map else None, "cls": transformers.MixtralForCausalLM}
     expected, info = plain(seam, tmp_path, **options)
     found, found_info = load(tmp_path, **options)
     assert found_info == info
-    if device_map is None:
+    if not has_map:
         assert waiting(found)
         assert "is merged or split on the CPU by transformers" in seam.tally.left
-    assert_same(found.to("cpu:0"), expected.to("cpu:0"))
+    assert_same(found.to(target), move_plainly(expected, target))
     assert seam.tally.total.n_plans == 1
     assert LOOKED_AT not in seam.tally.left
 
@@ -309,6 +327,13 @@ class TestAskedAlone:
         assert spawn(torch.ones(3), "cpu", torch.float16, has_pool=False)().dtype == torch.float16
         assert list(seam.tally.left) == ["is read one by one by transformers"]
 
+    @pytest.mark.skipif(VERSION >= (5, 16), reason="one function does both from 5.16 on")
+    def test_shards_by_a_function_of_their_own(self, seam):
+        sharding = SimpleNamespace(shard_tensor=lambda tensor, tensor_idx, device, dtype: tensor[:1].to(dtype))
+        spawn = transformers.core_model_loading.spawn_tp_materialize
+        assert spawn(None, torch.ones(3), sharding, None, "cpu", torch.float16)().shape == (1,)
+        assert list(seam.tally.left) == ["is divided among devices by transformers"]
+
     @pytest.mark.skipif(VERSION < (5, 16), reason="other functions do that before 5.16")
     def test_shards(self, spawn, seam):
         sharding = SimpleNamespace(shard_tensor=lambda tensor, tensor_idx, device, dtype: tensor[:1].to(dtype))
@@ -316,6 +341,22 @@ class TestAskedAlone:
             shard = spawn(torch.ones(3), "cpu", torch.float16, sharding_op=sharding, tensor_idx=None).result()
             assert shard.shape == (1,)
         assert list(seam.tally.left) == ["is divided among devices by transformers"]
+
+    @pytest.mark.parametrize("name", ["spawn_materialize", "convert_and_load_state_dict_in_model"])
+    def test_other_arguments_are_not_known(self, saved, monkeypatch, name):
+        """Where one of both is another function, neither does anything."""
+        tally, original = Tally(), getattr(transformers.core_model_loading, name)
+        monkeypatch.setattr(transformers.core_model_loading, name, lambda *args, **options: original(*args, **options))
+        if name.startswith("convert"):
+            monkeypatch.setattr(transformers.modeling_utils, name, getattr(transformers.core_model_loading, name))
+        patches = Patches(tally)
+        FromTransformers(tally, Moves(tally, kinds=("cpu",), min_nbytes=0)).install(patches)
+        try:
+            found, _ = load(saved / "float32", **{DTYPE: torch.bfloat16})
+        finally:
+            patches.undo()
+        assert plain_types(found)
+        assert list(tally.left) == [f"transformers.core_model_loading.{name} is not the function that is known here"]
 
     def test_quantised_models(self, seam, monkeypatch):
         model = torch.nn.Linear(2, 2)

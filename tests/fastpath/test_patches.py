@@ -67,6 +67,19 @@ def test_a_function_is_replaced_and_put_back(library, patches, imported_before):
     assert user.twice(3) == 6, "what was imported while it was replaced passes calls on"
 
 
+def test_one_search_for_all_that_is_replaced(library, patches):
+    user, module = library("its_user"), library()
+    with patches.in_one_search():
+        patches.replace("some_library", "double", negated)
+        patches.replace("some_library", "Thing.name", lambda original: lambda self: "other")
+        assert module.double(3) == -6
+        assert user.twice(3) == 6, "not yet"
+    assert user.twice(3) == -6
+    assert module.Thing().name() == "other"
+    patches.undo()
+    assert (module.double(3), user.twice(3), module.Thing().name()) == (6, 6, "thing")
+
+
 def test_several_functions_at_once(library, patches):
     user = library("its_user")
     patches.replace("some_library", ("double", "Thing.name", "no such name"), lambda original: lambda *args: "ours")
@@ -77,17 +90,13 @@ def test_several_functions_at_once(library, patches):
     assert module.Thing().name() == "thing"
 
 
-def test_other_modules_are_searched_once_for_all(library, patches, monkeypatch):
-    user, searches, search = library("its_user"), [], Patches._set_elsewhere
+def test_what_is_replaced_twice_is_so_everywhere(library, patches):
+    user = library("its_user")
     original = user.twice
-    monkeypatch.setattr(Patches, "_set_elsewhere", lambda *args: (searches.append(1), search(*args)))
-    with patches.together():
+    with patches.in_one_search():
         patches.replace("some_library", "double", negated)
         patches.replace("some_library", "double", lambda original: lambda x: original(x) - 1)
-    assert len(searches) == 1
     assert user.twice(3) == library().double(3) == -7
-    patches.replace("some_library", "double", negated)
-    assert user.twice(3) == 7
     patches.undo()
     assert user.twice is library().double is original
 

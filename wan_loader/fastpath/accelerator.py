@@ -78,7 +78,7 @@ class Accelerator:
             self._n_installed += 1
             if self._patches is None:
                 self._patches = Patches(self.tally)
-                with self._patches.together():
+                with self._patches.in_one_search():
                     for install in self._seams:
                         install(self._patches)
         return self

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.fastpath.deferred import is_deferred
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
+from wan_loader.plan.dtype_policy import has_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -225,11 +226,10 @@ def _expected_casts(
     """Guess what diffusers will convert, and to what. Where that is wrong, it is converted at once, as ever."""
     import torch
 
-    kept = set(arguments.get("keep_in_fp32_modules") or ())
+    kept = arguments.get("keep_in_fp32_modules") or ()
     dtypes = {}
     for name, place in places.items():
-        is_kept = not kept.isdisjoint(name.split("."))
-        dtype = torch.float32 if is_kept else arguments.get("dtype") or place.tensor.dtype
+        dtype = torch.float32 if has_part(name, kept) else arguments.get("dtype") or place.tensor.dtype
         if state[name].is_floating_point() and state[name].dtype != dtype:
             dtypes[name] = dtype
     return dtypes

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["FromTransformers"]
 
 _FIVE, _FOUR = "transformers.core_model_loading", "transformers.modeling_utils"
+_DIVIDED = "is divided among devices by transformers"
 
 
 class _Asked(NamedTuple):
@@ -64,6 +65,7 @@ class FromTransformers:
         patches.replace(_FIVE, "convert_and_load_state_dict_in_model", self._instead_of_convert, of_model)
         of_weight = ("thread_pool", "tensor", "device", "dtype")
         patches.replace(_FIVE, "spawn_materialize", self._instead_of_spawn, of_weight)
+        patches.replace(_FIVE, "spawn_tp_materialize", self._instead_of_shard)
         of_file = ("model", "state_dict", "device_map", "hf_quantizer")
         patches.replace(_FOUR, "_load_state_dict_into_meta_model", self._instead_of_fill, of_file)
         patches.replace(_FOUR, "_load_state_dict_into_model", self._instead_of_copy, ("assign_to_params_buffers",))
@@ -104,6 +106,15 @@ class FromTransformers:
             return asked.add(_Asked(lambda: tensor[...], dtype, device, begin))
 
         return spawned
+
+    def _instead_of_shard(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Tell of weights that are divided, by versions before 5.16."""
+
+        def divided(*args: Any, **kwargs: Any) -> Any:
+            self.tally.leave(_DIVIDED)
+            return original(*args, **kwargs)
+
+        return divided
 
     def _instead_of_fill(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Give a model of transformers 4 the weights of a file."""
@@ -215,4 +226,4 @@ def _why_alone(thread_pool: Any, device: Any, args: tuple[Any, ...], others: dic
     if others.get("tensor_idx") is not None and str(device) == "cpu":
         return "is merged or split on the CPU by transformers"
     is_plain = all(value is None for name, value in others.items() if name != "tensor_idx")
-    return None if is_plain and not args else "is divided among devices by transformers"
+    return None if is_plain and not args else _DIVIDED

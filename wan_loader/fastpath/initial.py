@@ -35,8 +35,8 @@ __all__ = ["Initial"]
 #: Each draws its values in one go.
 _FUNCTIONS = ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_")
 
-#: Fewer elements are initialised sooner than the generator is advanced, or nearly so: that takes about 1 ms.
-_MIN_ELEMENTS = 1 << 22
+#: Fewer elements are initialised at once: a program that looks at them pays for the advance as well, 1 - 2 ms.
+_MIN_ELEMENTS = 1 << 24
 
 #: Sizes for which the generator is tried: for the second one torch draws 16 normal values more.
 _TRIED = (1 << 14, (1 << 14) + 5)

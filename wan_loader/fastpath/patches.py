@@ -53,18 +53,18 @@ class Patches:
     _wanted: dict[str, list[_Wanted]] = field(default_factory=dict, repr=False)
     _done: list[_Done] = field(default_factory=list, repr=False)
     _finder: _Finder | None = field(default=None, repr=False)
-    _gathered: dict[int, tuple[Any, Any]] | None = field(default=None, repr=False)
-    """Functions for which other modules are yet to be searched."""
+    _found: dict[int, tuple[Any, Any]] | None = field(default=None, repr=False)
+    """What is still to be searched for in other modules: id -> original, replacement."""
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Search other modules once for all that is replaced inside: each search takes some milliseconds."""
-        self._gathered = {}
+    def in_one_search(self) -> Iterator[None]:
+        """Search other modules once, at the end, for all that is replaced in the body."""
+        self._found = {}
         try:
             yield
         finally:
-            gathered, self._gathered = self._gathered, None
-            self._set_elsewhere(gathered)
+            found, self._found = self._found, None
+            self._set_elsewhere(found)
 
     def replace(
         self, module: str, name: str | Sequence[str], make: Callable[[Any], Any], parameters: Sequence[str] = ()
@@ -130,11 +130,11 @@ class Patches:
             self._set(owner, last, original, replacement)
             if not path:
                 functions[id(original)] = original, replacement
-        if self._gathered is not None:
+        if self._found is not None:
             newest = {id(original): replacement for original, replacement in functions.values()}
-            for key, (original, replacement) in self._gathered.items():  # one that is replaced once more
-                self._gathered[key] = original, newest.get(id(replacement), replacement)
-            self._gathered |= functions
+            for key, (original, replacement) in self._found.items():  # one that is replaced once more
+                self._found[key] = original, newest.get(id(replacement), replacement)
+            self._found.update(functions)
         elif functions:
             self._set_elsewhere(functions)
 
@@ -153,9 +153,13 @@ class Patches:
     def _set_elsewhere(self, functions: Mapping[int, tuple[Any, Any]]) -> None:
         """Replace functions under the names that other modules have imported them by: id -> original, replacement."""
         for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", {})
-            for name, found in [(name, id(value)) for name, value in list(names.items()) if id(value) in functions]:
-                self._set(module, name, *functions[found])
+            names = dict(getattr(module, "__dict__", {}))
+            # nearly all modules have none: that is to be known soon
+            if functions.keys().isdisjoint(map(id, names.values())):
+                continue
+            for name, value in names.items():
+                if id(value) in functions:
+                    self._set(module, name, *functions[id(value)])
 
     def _set(self, owner: Any, name: str, original: Any, replacement: Any) -> None:
         setattr(owner, name, replacement)
