@@ -374,3 +374,12 @@ def test_an_unknown_torch_is_left_alone(patches, path, monkeypatch):
     module = make_module()
     module.load_state_dict(OrderedDict(torch.load(path)))
     assert not mapped(module)
+
+
+def test_a_module_of_an_unknown_kind_is_left_alone(patches, tally, path):
+    module, expected = make_module(), make_module()
+    expected.load_state_dict(torch.load(path, mmap=False))
+    module.named_modules = None
+    module.load_state_dict(torch.load(path))
+    assert_equal(module, expected)
+    assert tally.left == {"load_state_dict: TypeError: 'NoneType' object is not callable": 0}
