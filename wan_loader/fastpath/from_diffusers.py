@@ -225,7 +225,7 @@ def _expected_casts(
     """Guess what diffusers will convert, and to what. Where that is wrong, it is converted at once, as ever."""
     import torch
 
-    from wan_loader.plan.dtype_policy import has_part  # with all formats below it
+    from wan_loader.plan.dtype_policy import has_part
 
     kept = arguments.get("keep_in_fp32_modules") or ()
     dtypes = {}
