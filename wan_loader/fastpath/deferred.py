@@ -13,6 +13,7 @@ This is the way in, and does not import torch before it is used.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -36,6 +37,7 @@ __all__ = [
     "is_sole",
     "settle",
     "settle_all",
+    "settle_file",
     "source_of",
 ]
 
@@ -128,9 +130,37 @@ def settle_all() -> None:
         CheckpointError: A file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import settle_all
+        from wan_loader.fastpath.deferred_tensor import living
 
-        settle_all()
+        _settle_each(living())
+
+
+def settle_file(path: object) -> None:
+    """Turn all tensors whose casts wait for a file into ordinary ones, before somebody writes to it.
+
+    Raises:
+        CheckpointError: The file was modified since; what is of it waits still.
+    """
+    if _TENSORS in sys.modules:
+        from wan_loader.fastpath.deferred_tensor import living
+
+        try:
+            now = os.stat(path)  # type: ignore[arg-type]
+        except (OSError, TypeError, ValueError):  # no file, or not one yet
+            return
+        casts = ((tensor, cast) for tensor in living() if (cast := cast_of(tensor)) is not None)
+        _settle_each([tensor for tensor, cast in casts if cast.file.is_of(now)])
+
+
+def _settle_each(tensors: Iterable[torch.Tensor]) -> None:
+    failures = []
+    for tensor in tensors:
+        try:
+            settle(tensor)
+        except CheckpointError as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

@@ -248,22 +248,6 @@ def living() -> list[Deferred]:
     return [tensor for one in list(_living.values()) if (tensor := one()) is not None]
 
 
-def settle_all() -> None:
-    """Turn all tensors that wait into ordinary ones.
-
-    Raises:
-        CheckpointError: A file was modified since; what is of it waits still.
-    """
-    failures = []
-    for tensor in living():
-        try:
-            settle(tensor)
-        except CheckpointError as failure:
-            failures.append(failure)
-    if failures:
-        raise failures[0]
-
-
 def _renew_locks() -> None:
     """Forget, in a forked process, which threads of its parent were about to settle something: they are not here."""
     for tensor in living():
