@@ -10,9 +10,10 @@ compared with the first plain move, tensor by tensor, by sums of all words. Devi
 Ways there:
 
     plain               module.to(device)
-    ours                the same after the fast path: reads of /proc/self/mem by threads of the system
-    process_vm_readv    ours, read by Python threads that call process_vm_readv
-    memmove             ours, read by Python threads that call memmove
+    ours                the same after the fast path, which has a few threads copy into the pinned ring
+    ours, N copies      the same with so many at once
+    process_vm_readv    ours, with that call in place of copies
+    reads of the file   ours, with reads of /proc/self/mem by threads of the system, ten at once
     torch, two buffers  chunk by chunk: torch copies into pinned memory with all its threads, the GPU fetches that
     registered          every tensor's own memory is registered with the driver, fetched, and unregistered
     registered by 4     the same by four threads
@@ -41,7 +42,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -50,8 +51,8 @@ import torch
 
 import wan_loader
 from wan_loader.engine import transfer
-from wan_loader.fastpath import Moves
-from wan_loader.system import read_threads
+from wan_loader.fastpath import Moves, memory_moves
+from wan_loader.system.posix_aio import PosixAio
 from wan_loader.system.read_threads import ReadThreads
 
 if TYPE_CHECKING:
@@ -167,12 +168,14 @@ def ours(module: torch.nn.Module, device: torch.device) -> None:
         sys.exit(f"ours left something: {moves.tally.summary()}")
 
 
-def ours_with(read: Any) -> Move:
-    """Return our move with another way of reading."""
+def ours_with(n_threads: int | None, backend: Callable[[], Any] | None = None) -> Move:
+    """Return our move with another number of threads, or another way of reading."""
 
     def move(module: torch.nn.Module, device: torch.device) -> None:
-        backend = patch.object(transfer, "choose_backend", lambda fallbacks: ReadThreads())
-        with backend, patch.object(read_threads, "read_at", read):
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(memory_moves, "_THREADS", n_threads))
+            if backend is not None:
+                stack.enter_context(patch.object(transfer, "choose_backend", lambda *_, own_memory: backend()))
             ours(module, device)
 
     return move
@@ -252,8 +255,9 @@ def pinned_back(module: torch.nn.Module, device: torch.device) -> None:
 EVERYWHERE: dict[str, Move] = {
     "plain": plain,
     "ours": ours,
-    "process_vm_readv": ours_with(by_process_vm_readv),
-    "memmove": ours_with(by_memmove),
+    **{f"ours, {count} copies": ours_with(count) for count in (2, 4, 8, 12)},
+    "process_vm_readv": ours_with(10, lambda: ReadThreads(by_process_vm_readv)),
+    "reads of the file": ours_with(10, PosixAio),
 }
 CUDA_ONLY: dict[str, Move] = {
     "torch, two buffers": two_buffers,

@@ -259,7 +259,7 @@ def child(args):
 
 
 def weight_files(directory):
-    return sorted(str(p) for p in Path(directory).rglob("*.safetensors"))
+    return sorted(str(p) for kind in ("*.safetensors", "*.pth") for p in Path(directory).rglob(kind))
 
 
 def resident_share(directory):

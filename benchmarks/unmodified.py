@@ -16,8 +16,8 @@ weights on the device, which knows the place of every byte, must be the same in 
     f  WanPipeline.from_pretrained(device_map=device)
 
 Host memory is the process's own (anonymous), read by the measuring process every 20 ms. Cold means that the page cache
-was emptied of the files before. On the device `cpu:0`, for trying it out, the programs run with the fast path installed
-for the CPU, as `wan-loader run` serves GPUs alone.
+was emptied of the files before. With a tiny checkpoint or on the device `cpu:0`, for trying it out, the fast path is
+installed for whatever is there, as `wan-loader run` serves GPUs alone, and nothing that is small.
 """
 
 from __future__ import annotations
@@ -122,12 +122,12 @@ _IMPORTS = {
 _DIFFUSERS = "from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel\n"
 _DIFFUSERS += "from transformers import AutoTokenizer, UMT5EncoderModel"
 
-#: `wan-loader run` for a device that it does not serve.
-_ON_THE_CPU = """
+#: `wan-loader run` for a device that it does not serve, and for what is small.
+_TRYING = """
 import runpy, sys
 from wan_loader.fastpath import Accelerator
 script, *sys.argv[1:] = sys.argv[1:]
-with Accelerator(kinds=("cpu",), min_nbytes=0) as accelerator:
+with Accelerator(kinds=(sys.argv[2].partition(":")[0],), min_nbytes=0) as accelerator:
     runpy.run_path(script, run_name="__main__")
 print("wan-loader:", accelerator.tally.summary(), file=sys.stderr)
 """
@@ -145,8 +145,8 @@ def write_programs(directory: Path) -> dict[str, Path]:
 def run_sample(script: Path, way: str, args: argparse.Namespace) -> dict:
     """Run a program once, plain or ours, in a fresh process."""
     words = [str(script), args.ckpt, args.device]
-    if way == "ours" and args.device.startswith("cpu"):
-        words = ["-c", _ON_THE_CPU, *words]
+    if way == "ours" and (args.size == "tiny" or args.device.startswith("cpu")):
+        words = ["-c", _TRYING, *words]
     elif way == "ours":
         words = ["-m", "wan_loader", "run", *words]
     env = environment(HERE.parent)
@@ -229,6 +229,10 @@ def main() -> None:
     Path(args.directory).mkdir(parents=True, exist_ok=True)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     args.ckpt = args.ckpt or make_checkpoint(args)
+    if "d" in args.program:
+        from official_order import make_files
+
+        make_files(args.ckpt)
     nbytes = sum(os.path.getsize(file) for file in weight_files(args.ckpt))
     document: dict = {"machine": machine(), "checkpoint": {"nbytes": nbytes, "blocks": args.blocks}}
     document |= {"commands": [], "samples": []}

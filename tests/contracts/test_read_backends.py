@@ -275,6 +275,17 @@ def test_in_the_child_of_a_process_that_has_read_threads_read(monkeypatch):
     assert "was forked" in fallbacks[0]
 
 
+def test_of_the_process_s_own_memory_threads_make_copies(memory):
+    address, view = memory
+    view[MiB : MiB + 1000] = random.Random(4).randbytes(1000)
+    backend = choose_backend(own_memory=True)
+    request = backend.request()
+    request.start(-1, address, 999, address + MiB)  # no descriptor is asked
+    backend.wait_all([request])
+    assert view[:999] == view[MiB : MiB + 999]
+    assert view[999] == 0
+
+
 @pytest.fixture
 def pool(monkeypatch):
     """A pool of this test's own, without any thread yet."""
@@ -283,7 +294,7 @@ def pool(monkeypatch):
     return pool
 
 
-def test_reads_of_one_descriptor_are_carried_out_one_after_the_other(fd, memory, monkeypatch, pool):
+def test_reads_of_one_descriptor_are_carried_out_one_after_the_other(memory, pool):
     running, most, order, lock = {}, {}, [], threading.Lock()
 
     def slow(fd, address, nbytes, offset):
@@ -297,8 +308,7 @@ def test_reads_of_one_descriptor_are_carried_out_one_after_the_other(fd, memory,
             running[fd] -= 1
         return nbytes
 
-    monkeypatch.setattr(read_threads, "read_at", slow)
-    backend = ReadThreads()
+    backend = ReadThreads(slow)
     requests = [backend.request() for _ in range(12)]
     for i, request in enumerate(requests):
         request.start(100 + i % 3, memory[0], 1, i)
@@ -323,9 +333,8 @@ def test_idle_threads_end_and_others_come(fd, data, memory, monkeypatch, pool):
         assert not pool._threads
 
 
-def test_there_are_never_many_threads(memory, monkeypatch, pool):
-    monkeypatch.setattr(read_threads, "read_at", lambda fd, address, nbytes, offset: time.sleep(0.005) or nbytes)
-    backend = ReadThreads()
+def test_there_are_never_many_threads(memory, pool):
+    backend = ReadThreads(lambda fd, address, nbytes, offset: time.sleep(0.005) or nbytes)
     requests = [backend.request() for _ in range(100)]
     for number, request in enumerate(requests):
         request.start(1000 + number, memory[0], 1, 0)

@@ -217,6 +217,15 @@ def test_truncated_file_is_named(path, reader, view, transport, left):
     assert caught.value.path == str(path)
 
 
+def test_only_the_process_s_own_memory_is_taken_for_it(path, reader):
+    assert not reader.is_own_memory
+    own = stat_file("/proc/self/mem")
+    with OpenFiles([own]) as memory, OpenFiles([own, stat_file(str(path))]) as both, OpenFiles([]) as none:
+        assert memory.is_own_memory
+        assert not both.is_own_memory
+        assert not none.is_own_memory
+
+
 def test_vanished_file_is_named(tmp_path, path):
     facts = stat_file(str(path))
     path.unlink()

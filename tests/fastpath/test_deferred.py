@@ -333,6 +333,10 @@ def test_what_takes_memory_without_asking(waiting, plain):
     try:
         taken = torch.from_dlpack(torch.utils.dlpack.to_dlpack(waiting["weight"]))
         assert torch.equal(taken, plain["weight"])
+        swapped, other = waiting["scale"], torch.ones(3)
+        torch.utils.swap_tensors(swapped, other)
+        assert torch.equal(other, plain["scale"])
+        assert torch.equal(swapped, torch.ones(3))
         traced = torch.jit.trace(lambda x: x + waiting["bias"], torch.ones(30, dtype=torch.bfloat16))
         assert not is_deferred(waiting["bias"])
         assert torch.equal(traced(plain["bias"]), plain["bias"] * 2)

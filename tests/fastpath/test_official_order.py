@@ -11,7 +11,7 @@ from programs import ROOT  # noqa: E402
 from wan_loader.fastpath import Accelerator  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred, settle_all  # noqa: E402
 
-SPARED = "initialisations on the CPU"
+INITIALISATIONS = "initialisations on the CPU"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def official(monkeypatch, checkpoint):
 
 @pytest.fixture
 def accelerator(device):
-    return Accelerator(kinds=(device,), io="buffered", min_nbytes=0)
+    return Accelerator(kinds=(f"{device}:0",), io="buffered", min_nbytes=0)
 
 
 def run(official, checkpoint, device, *, steps):
@@ -64,10 +64,32 @@ def test_the_whole_program(official, checkpoint, device, accelerator):
         assert (parameter.dtype, parameter.device) == (expected[name].dtype, expected[name].device)
         assert parameter.requires_grad == expected[name].requires_grad
         assert torch.equal(bits(parameter), bits(expected[name]))
-    assert accelerator.tally.spared[SPARED] == sum(
-        2 * (p.numel() >= 624) for p in plain.text_encoder.parameters() if p.dim() == 2
-    )
-    assert not any("initialised" in reason for reason in accelerator.tally.left)
+    tally = accelerator.tally
+    text_encoder = list(plain.text_encoder.parameters())
+    assert tally.spared[INITIALISATIONS] == sum(2 * (p.numel() >= 624) for p in text_encoder if p.dim() == 2)
+    assert tally.spared["copies by load_state_dict"] == len(text_encoder)
+    assert tally.spared["copies of files into memory"] == 2
+    assert {name: served.n_plans for name, served in tally.components.items()} == {
+        "TextEncoder": 1,
+        "AutoencoderKLWan": 1,
+        "WanTransformer3DModel": 2,
+    }
+    assert tally.components["TextEncoder"].nbytes == sum(p.nbytes for p in text_encoder)
+    assert not any("on the CPU" in reason for reason in tally.left), "neither a cast nor an initialisation"
+
+
+def test_a_dict_of_before_sees_what_is_loaded(official, checkpoint, accelerator):
+    """It has the memory that is loaded into."""
+    file = torch.load(checkpoint / "official" / "text_encoder.pth")
+    with accelerator:
+        model = official.build_text_encoder(official.Sizes.of(checkpoint / "text_encoder"))
+        before = model.state_dict()
+        model.load_state_dict(torch.load(checkpoint / "official" / "text_encoder.pth", map_location="cpu"))
+    assert before.keys() == file.keys()
+    for name, tensor in before.items():
+        assert torch.equal(bits(tensor), bits(file[name])), name
+        assert tensor.data_ptr() == model.state_dict()[name].data_ptr()
+    assert accelerator.tally.spared["copies by load_state_dict"] == 0
 
 
 def test_a_text_encoder_that_is_never_loaded(official, checkpoint, accelerator):

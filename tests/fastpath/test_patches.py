@@ -16,6 +16,17 @@ def double(x):
 class Thing:
     def name(self):
         return "thing"
+
+    @classmethod
+    def made(cls, x):
+        return cls.__name__, x
+
+    @staticmethod
+    def halved(x):
+        return x / 2
+
+class Other(Thing):
+    pass
 """
 
 
@@ -56,6 +67,19 @@ def test_a_function_is_replaced_and_put_back(library, patches, imported_before):
     assert user.twice(3) == 6, "what was imported while it was replaced passes calls on"
 
 
+def test_one_search_for_all_that_is_replaced(library, patches):
+    user, module = library("its_user"), library()
+    with patches.in_one_search():
+        patches.replace("some_library", "double", negated)
+        patches.replace("some_library", "Thing.name", lambda original: lambda self: "other")
+        assert module.double(3) == -6
+        assert user.twice(3) == 6, "not yet"
+    assert user.twice(3) == -6
+    assert module.Thing().name() == "other"
+    patches.undo()
+    assert (module.double(3), user.twice(3), module.Thing().name()) == (6, 6, "thing")
+
+
 def test_several_functions_at_once(library, patches):
     user = library("its_user")
     patches.replace("some_library", ("double", "Thing.name", "no such name"), lambda original: lambda *args: "ours")
@@ -78,10 +102,26 @@ def test_methods_are_replaced_in_their_class(library, patches):
     assert library().Thing().name() == "thing"
 
 
+def test_methods_of_the_class_are_replaced_in_it(library, patches):
+    patches.replace("some_library", "Thing.made", lambda original: lambda cls, x: original(cls, -x), parameters=["x"])
+    patches.replace("some_library", "Thing.halved", negated)
+    module = library()
+    before = dict(vars(module.Other))
+    assert module.Other.made(3) == ("Other", -3)
+    assert module.Thing().halved(3) == -1.5
+    with ours():
+        assert module.Thing.made(3) == ("Thing", 3)
+    patches.undo()
+    assert module.Other.made(3) == ("Other", 3)
+    assert module.Thing.halved(3) == 1.5
+    assert type(vars(module.Thing)["made"]) is classmethod
+    assert vars(module.Other) == before
+
+
 def test_what_is_not_known_is_left(library, patches):
     patches.replace("some_library", "double", negated, parameters=("x", "y"))
     patches.replace("some_library", "triple", negated)
-    patches.replace("some_library", "Other.name", negated)
+    patches.replace("some_library", "Another.name", negated)
     assert library().double(3) == 6
     assert patches.tally.left == {"some_library.double is not the function that is known here": 0}
 

@@ -17,8 +17,6 @@ from wan_loader.fastpath.patches import Patches  # noqa: E402
 
 WIDTH = 64
 LOOKED = "was cast on the CPU, as somebody looked at it"
-#: As far as torch's bookkeeping goes, another device than the CPU, on which this runs everywhere.
-AWAY = torch.device("cpu", 0)
 
 
 class Net(torch.nn.Module):
@@ -64,9 +62,15 @@ def tally():
 
 
 @pytest.fixture
-def seam(tally):
+def away(device):
+    """Another device than the CPU; the CPU by its index is one, too, as far as torch's bookkeeping goes."""
+    return torch.device(device, 0)
+
+
+@pytest.fixture
+def seam(tally, away):
     patches = Patches(tally)
-    seam = Moves(tally, kinds=(str(AWAY),), io="buffered", min_nbytes=0, min_memory_nbytes=1 << 40)
+    seam = Moves(tally, kinds=(str(away),), io="buffered", min_nbytes=0, min_memory_nbytes=1 << 40)
     seam.install(patches)
     yield seam
     patches.undo()
@@ -114,7 +118,7 @@ CASTS = {
 
 
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_a_cast_waits_and_moves_by_one_plan(build, seam, tally, cast):
+def test_a_cast_waits_and_moves_by_one_plan(build, seam, tally, cast, away):
     module = build()
     before = identities(module)
     module.second.bias.requires_grad_(False)
@@ -126,15 +130,15 @@ def test_a_cast_waits_and_moves_by_one_plan(build, seam, tally, cast):
     assert tally.total.n_plans == 0
     module.to("cpu")
     assert is_deferred(module.first.weight), "a move to where it is leaves it waiting"
-    module.to(AWAY)
+    module.to(away)
     assert identities(module) == before
     assert tally.total.n_plans == 1
     assert tally.spared == {"casts on the CPU": 5}
-    assert LOOKED not in tally.left
+    assert not tally.left
     plain = build()
     plain.second.bias.requires_grad_(False)
     seam.min_nbytes = 1 << 40
-    same(module, cast(plain).to(AWAY))
+    same(module, cast(plain).to(away))
 
 
 def test_only_a_cast_on_the_cpu_waits(build, seam):
@@ -154,18 +158,18 @@ def test_what_is_in_no_file_does_not_wait(seam, tally):
     assert tally.left["does not lie in the mapping of a file"] > WIDTH * WIDTH * 4
 
 
-def test_a_second_cast_is_the_original_s(build, seam, tally):
-    module = build().bfloat16().half().to(AWAY)
+def test_a_second_cast_is_the_original_s(build, seam, tally, away):
+    module = build().bfloat16().half().to(away)
     seam.min_nbytes = 1 << 40
-    same(module, build().bfloat16().half().to(AWAY))
+    same(module, build().bfloat16().half().to(away))
     assert tally.total.nbytes == WIDTH * 8, "what is no float"
 
 
-def test_a_move_with_another_dtype_is_the_original_s(build, seam, tally):
-    module = build().bfloat16().to(AWAY, torch.float32)
-    assert "waits for a cast to another dtype, or is held by C++ code" in tally.left
+def test_a_move_with_another_dtype_is_the_original_s(build, seam, tally, away):
+    module = build().bfloat16().to(away, torch.float32)
+    assert "waits for a cast to another dtype" in tally.left
     seam.min_nbytes = 1 << 40
-    same(module, build().bfloat16().to(AWAY, torch.float32))
+    same(module, build().bfloat16().to(away, torch.float32))
 
 
 def fill(tensor, value):
@@ -209,11 +213,11 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_edits_survive_a_move(build, seam, tally, edit):
+def test_edits_survive_a_move(build, seam, tally, edit, away):
     module = build().bfloat16()
     before = identities(module)
     edit(module)
-    module.to(AWAY)
+    module.to(away)
     if edit is not register:
         assert identities(module) == before
     assert tally.total.n_plans == 1
@@ -221,18 +225,34 @@ def test_edits_survive_a_move(build, seam, tally, edit):
     seam.min_nbytes = 1 << 40
     plain = build().bfloat16()
     edit(plain)
-    same(module, plain.to(AWAY))
+    same(module, plain.to(away))
 
 
-def test_edits_of_the_source_do_not_reach_the_cast(build, seam):
+def test_saving_and_moving(build, seam, tally, tmp_path, away):
+    """Who saves looks at aliases; what moves after that is in memory, and is no cast any more."""
+    module = build().bfloat16()
+    safetensors.torch.save_model(module, str(tmp_path / "saved.safetensors"))
+    assert is_deferred(module.first.weight)
+    seam.min_memory_nbytes = 0
+    module.to(away)
+    assert tally.total.n_plans == 2, "integers still are in their file"
+    assert not tally.spared
+    seam.min_nbytes = 1 << 40
+    plain = build().bfloat16()
+    safetensors.torch.save_model(plain, str(tmp_path / "plain.safetensors"))
+    assert (tmp_path / "saved.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    same(module, plain.to(away))
+
+
+def test_edits_of_the_source_do_not_reach_the_cast(build, seam, away):
     """A cast has the values of its moment, as without us."""
     module, plain = build(), build()
     source = module.first.weight.detach()
     module.bfloat16()
     source.zero_()
-    module.to(AWAY)
+    module.to(away)
     seam.min_nbytes = 1 << 40
-    same(module, plain.bfloat16().to(AWAY))
+    same(module, plain.bfloat16().to(away))
 
 
 def run(module):
@@ -282,30 +302,30 @@ def test_transforms_of_functions(build, seam):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_an_optimiser_goes_on(build, seam, tally):
+def test_an_optimiser_goes_on(build, seam, tally, away):
     module = build().bfloat16()
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.1)
-    module.to(AWAY)
+    module.to(away)
     assert tally.total.n_plans == 1
-    module(torch.ones(2, WIDTH, dtype=torch.bfloat16, device=AWAY)).float().sum().backward()
+    module(torch.ones(2, WIDTH, dtype=torch.bfloat16, device=away)).float().sum().backward()
     before = module.first.weight.detach().clone()
     optimiser.step()
     assert not torch.equal(module.first.weight, before)
     assert not any(map(is_deferred, optimiser.param_groups[0]["params"]))
 
 
-def test_weak_references_stay(build, seam, tally):
+def test_weak_references_stay(build, seam, tally, away):
     module = build().bfloat16()
     weak, moved = weakref.ref(module.first.weight), weakref.ref(module.second.weight)
     module.first.weight.sum()
     assert weak() is module.first.weight
-    module.to(AWAY)
+    module.to(away)
     assert moved() is module.second.weight
     assert type(moved()) is torch.nn.Parameter
     assert tally.total.n_plans == 1
 
 
-def test_parametrizations(build, seam):
+def test_parametrizations(build, seam, away):
     class Double(torch.nn.Module):
         def forward(self, x):
             return 2 * x
@@ -315,7 +335,7 @@ def test_parametrizations(build, seam):
         seam.min_nbytes = min_nbytes
         module = build().bfloat16()
         torch.nn.utils.parametrize.register_parametrization(module.second, "weight", Double())
-        module.to(AWAY)
+        module.to(away)
         found.append(module)
     same(*found)
 
@@ -340,13 +360,13 @@ def test_a_graph_that_refers_to_a_parameter(build, seam):
     del before
 
 
-def test_two_parameters_on_the_same_bytes(path, seam, tally):
+def test_two_parameters_on_the_same_bytes(path, seam, tally, away):
     found = []
     for min_nbytes in (0, 1 << 40):
         seam.min_nbytes = min_nbytes
         weight = safetensors.torch.load_file(path)["first.weight"]
         module = torch.nn.ParameterList([torch.nn.Parameter(weight), torch.nn.Parameter(weight[7:])]).bfloat16()
-        module.to(AWAY)
+        module.to(away)
         with torch.no_grad():
             module[0].fill_(0)
         found.append(module[1])
@@ -356,57 +376,69 @@ def test_two_parameters_on_the_same_bytes(path, seam, tally):
     assert tally.total.n_plans == 1
 
 
-def test_a_plan_that_fails_changes_nothing(build, seam, tally, monkeypatch):
+def test_a_plan_that_fails_changes_nothing(build, seam, tally, monkeypatch, away):
     def fail(*args, **options):
         raise DeviceMemoryError("no room")
 
     module = build().bfloat16()
     before = identities(module)
     monkeypatch.setattr(fetching, "load", fail)
-    module.to(AWAY)
+    module.to(away)
     assert tally.total.n_plans == 0
     assert "DeviceMemoryError: no room" in tally.left
     seam.min_nbytes = 1 << 40
-    same(module, build().bfloat16().to(AWAY))
+    same(module, build().bfloat16().to(away))
     assert identities(module) == before
 
 
-def test_ctrl_c_in_a_plan_changes_nothing(build, seam, tally, monkeypatch):
+def test_ctrl_c_in_a_plan_changes_nothing(build, seam, tally, monkeypatch, away):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     module = build().bfloat16()
     monkeypatch.setattr(fetching, "load", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        module.to(AWAY)
+        module.to(away)
     assert all(map(is_deferred, [*module.parameters(), module.scale]))
     monkeypatch.undo()
-    module.to(AWAY)
+    module.to(away)
     assert tally.total.n_plans == 1
 
 
-def test_a_cast_that_is_done_meanwhile_counts(build, seam, tally, monkeypatch):
-    """Somebody edits a weight while it is loaded."""
+def add(tensor):
+    with torch.no_grad():
+        tensor += 1
+
+
+MEANWHILE = {
+    "parameter": lambda m: add(m.second.weight),
+    "alias": lambda m: add(m.state_dict()["second.weight"]),
+    "buffer": lambda m: add(m.scale),
+    "alias_of_buffer": lambda m: add(m.scale.detach()),
+}
+
+
+@pytest.mark.parametrize("edit", MEANWHILE.values(), ids=MEANWHILE)
+def test_edits_during_the_load_survive(build, seam, tally, monkeypatch, edit, away):
     plain_load = fetching.load
 
     def slow(*args, **options):
         loaded = plain_load(*args, **options)
-        with torch.no_grad():
-            module.second.weight += 1
+        edit(module)
         return loaded
 
     module = build().bfloat16()
     monkeypatch.setattr(fetching, "load", slow)
-    module.to(AWAY)
+    module.to(away)
     monkeypatch.undo()
+    assert tally.spared == {"casts on the CPU": 4}
     seam.min_nbytes = 1 << 40
     plain = build().bfloat16()
-    with torch.no_grad():
-        plain.second.weight += 1
-    same(module, plain.to(AWAY))
+    edit(plain)
+    same(module, plain.to(away))
 
 
-def test_pieces_that_were_cast_before(build, seam, tally, path):
+def test_pieces_that_were_cast_before(build, seam, tally, path, away):
     """What a library has put in place of parameters, with tensors of other dtypes beside it."""
     sources = safetensors.torch.load_file(path)
     dtypes = {"first.weight": torch.bfloat16, "first.bias": torch.float16, "scale": torch.float64}
@@ -417,7 +449,7 @@ def test_pieces_that_were_cast_before(build, seam, tally, path):
         cast = defer_all(cast, dtypes, tally) if defers else {n: t.to(dtypes[n]) for n, t in cast.items()}
         module.load_state_dict(cast, assign=True, strict=False)
         module.tied.weight = module.first.weight
-        found.append(module.to(AWAY))
+        found.append(module.to(away))
         seam.min_nbytes = 1 << 40
     same(*found)
     assert tally.total.n_plans == 1

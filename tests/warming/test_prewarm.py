@@ -118,3 +118,11 @@ def test_takes_checkpoints(tmp_path):
 def test_needs_no_torch():
     code = "import sys, wan_loader.warming.prewarm; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ends_when_it_may_not_go_on(cold_file):
+    answers = iter([True, True, False])
+    # threads that find the end ask again, and are not told anything else
+    warming = module.Prewarm([str(cold_file)], threads=2, budget_nbytes=1 << 40, goes_on=lambda: next(answers, False))
+    assert warming.wait(30)
+    assert warming.nbytes_read == 2 * BLOCK_BYTES

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["loading", "wait_until_idle"]
+__all__ = ["is_idle", "loading", "wait_until_idle"]
 
 _changed = threading.Condition()
 _n_loads = 0
@@ -37,6 +37,11 @@ def loading() -> Iterator[None]:
         with _changed:
             _n_loads = max(0, _n_loads - 1)  # 0 before: begun in the process that this one was forked from
             _changed.notify_all()
+
+
+def is_idle() -> bool:
+    """Return whether no load is under way. At once."""
+    return _n_loads == 0
 
 
 def wait_until_idle(timeout_s: float) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.plan.blocks import Transport
-from wan_loader.system.posix import PAGE
+from wan_loader.system.posix import OWN_MEMORY, PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +67,11 @@ class OpenFiles:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+
+    @property
+    def is_own_memory(self) -> bool:
+        """True if there is but one file, which shows this process its own memory."""
+        return [file.path for file in self._files] == [OWN_MEMORY]
 
     def _open_first(self, file: FileFacts) -> int:
         try:

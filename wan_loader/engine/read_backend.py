@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wan_loader.system import posix_aio
+from wan_loader.system.posix import copy_memory
 from wan_loader.system.posix_aio import PosixAio
 from wan_loader.system.read_threads import ReadThreads
 
@@ -54,8 +55,13 @@ class ReadBackend(Protocol):
         """Do beforehand what would hold up `n_reads` reads side by side. Returns at once."""
 
 
-def choose_backend(fallbacks: list[str] | None = None) -> ReadBackend:
-    """Return the best backend here: POSIX AIO, or else a few Python threads; `fallbacks` is then told why."""
+def choose_backend(fallbacks: list[str] | None = None, *, own_memory: bool = False) -> ReadBackend:
+    """Return the best backend here: POSIX AIO, or else a few Python threads; `fallbacks` is then told why.
+
+    For what is this process's own memory, Python threads copy.
+    """
+    if own_memory:
+        return ReadThreads(copy_memory)
     if (reason := posix_aio.why_not()) is None:
         return PosixAio()
     if fallbacks is not None:

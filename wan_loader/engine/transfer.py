@@ -230,7 +230,7 @@ class _Transfer:
         ring = PinnedRing(self._settings.slot_bytes, self._settings.n_slots)
         self._state.cleanups.append(ring.close)
         self._state.ring_nbytes = ring.nbytes
-        backend = choose_backend(self._reader.fallbacks)
+        backend = choose_backend(self._reader.fallbacks, own_memory=self._reader.is_own_memory)
         self._reads = ReadQueue(self._settings.threads, self._reader, ring, backend, self._observer)
         return self._reads
 

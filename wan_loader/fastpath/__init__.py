@@ -6,7 +6,7 @@ accelerator   all of it, put in and taken out together
 patches       functions of other libraries, replaced while it is in
 tally         what it did, and what it left and why
 moves         `torch.nn.Module.to` and `.cuda`
-calls         `safetensors.torch.load_file` and `torch.load`
+torch_load, from_safetensors, copies, rewrites    functions that read files, fill modules, and write files
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from wan_loader.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wan_loader.fastpath.accelerator import Accelerator
-    from wan_loader.fastpath.calls import FastPath
     from wan_loader.fastpath.moves import Moves
     from wan_loader.fastpath.tally import Tally
 
-__all__ = ["Accelerator", "FastPath", "Moves", "Tally"]
+__all__ = ["Accelerator", "Moves", "Tally"]
 
 # a program that never loads a model is not to wait for these
 __getattr__ = lazy_names(
     __name__,
     {
         "Accelerator": "wan_loader.fastpath.accelerator",
-        "FastPath": "wan_loader.fastpath.calls",
         "Moves": "wan_loader.fastpath.moves",
         "Tally": "wan_loader.fastpath.tally",
     },

@@ -7,12 +7,20 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from wan_loader.errors import WanLoaderError
+from wan_loader.fastpath.copies import Copies
 from wan_loader.fastpath.deferred import settle_all
+from wan_loader.fastpath.from_diffusers import FromDiffusers
+from wan_loader.fastpath.from_safetensors import SafetensorsLoads
+from wan_loader.fastpath.from_transformers import FromTransformers
 from wan_loader.fastpath.initial import Initial
 from wan_loader.fastpath.moves import Moves
 from wan_loader.fastpath.patches import Patches
+from wan_loader.fastpath.read_ahead import ReadAhead
+from wan_loader.fastpath.rewrites import Rewrites
 from wan_loader.fastpath.settling import Settling
 from wan_loader.fastpath.tally import Tally
+from wan_loader.fastpath.torch_load import TorchLoad
+from wan_loader.system.leases import Leases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +48,21 @@ class Accelerator:
         moves = Moves(self.tally, kinds=kinds, io=io, **options)
         # what is small for a move is small for an initialisation, in fp32
         initial = Initial(self.tally, **({} if min_nbytes is None else {"min_elements": min_nbytes // 4}))
-        self._seams: list[Callable[[Patches], None]] = [moves.install, initial.install, Settling().install]
+        self._leases = Leases()
+        # to the CPU, which may stand in for a GPU in tests, safetensors maps by itself
+        devices = [kind for kind in kinds if kind != "cpu"]
+        self._seams: list[Callable[[Patches], None]] = [
+            moves.install,
+            Settling().install,
+            initial.install,
+            SafetensorsLoads(self.tally, devices).install,
+            TorchLoad(self.tally, self._leases, kinds, **options).install,
+            Copies(self.tally, self._leases, **options).install,
+            Rewrites(self._leases).install,
+            FromDiffusers(self.tally, moves).install,
+            FromTransformers(self.tally, moves).install,
+            ReadAhead().install,
+        ]
         self._patches: Patches | None = None
         self._n_installed = 0
         self._lock = threading.Lock()
@@ -56,8 +78,9 @@ class Accelerator:
             self._n_installed += 1
             if self._patches is None:
                 self._patches = Patches(self.tally)
-                for install in self._seams:
-                    install(self._patches)
+                with self._patches.in_one_search():
+                    for install in self._seams:
+                        install(self._patches)
         return self
 
     def uninstall(self) -> None:
@@ -75,6 +98,8 @@ class Accelerator:
                 self._patches = None
                 with suppress(WanLoaderError):  # whoever looks at what is left will be told
                     settle_all()
+                # whoever saves over a file that is mapped has nobody now who settles it before
+                self._leases.settle()
 
     def __enter__(self) -> Self:
         """Install."""

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from wan_loader.fastpath.tally import Tally
     from wan_loader.fastpath.waiting_cast import WaitingCast
 
-__all__ = ["cast_of", "defer", "defer_all", "is_deferred", "settle", "settle_all", "source_of"]
+__all__ = [
+    "awaits_initialisation",
+    "cast_of",
+    "defer",
+    "defer_all",
+    "is_deferred",
+    "is_sole",
+    "settle",
+    "settle_all",
+    "source_of",
+]
 
 _TENSORS = "wan_loader.fastpath.deferred_tensor"
 
@@ -73,6 +83,19 @@ def is_deferred(tensor: object) -> bool:
     """Say whether a tensor waits, for a cast or for an initialisation."""
     module = sys.modules.get(_TENSORS)
     return module is not None and type(tensor) is module.Deferred
+
+
+def awaits_initialisation(tensor: object) -> bool:
+    """Say whether a tensor waits for its initialisation: it has no values yet."""
+    return is_deferred(tensor) and cast_of(tensor) is None
+
+
+def is_sole(tensor: torch.Tensor) -> bool:
+    """Say whether no other tensor waits for the same as one that waits."""
+    from wan_loader.fastpath.deferred_tensor import is_sole
+
+    answer: bool = is_sole(tensor)
+    return answer
 
 
 def cast_of(tensor: object) -> WaitingCast | None:

@@ -10,14 +10,12 @@ Imports torch: for our own modules, `deferred` is the way in.
 from __future__ import annotations
 
 import copy
-import gc
 import sys
 import weakref
-from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._pytree import tree_map
 
 from wan_loader.fastpath.modes import without_modes
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
     Waiting = WaitingCast | WaitingInit
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "living", "settle", "waiting_of"]
+__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "is_sole", "living", "settle", "waiting_of"]
 
 
 class Deferred(torch.Tensor):
@@ -91,9 +89,6 @@ class Deferred(torch.Tensor):
         return str(settle(self).__repr__(**options))
 
 
-ForkingPickler.register(Deferred, lambda tensor: reduce_tensor(settle(tensor)))
-
-
 class _Data:
     """`torch.Tensor.data` as long as anything waits: who is given the memory of a tensor that waits is not asked."""
 
@@ -122,20 +117,21 @@ _DATA: Any = torch.Tensor.data
 _MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
 #: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
 _GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": _MakeSubclass()}
-#: All that tensors wait for.
-_waiting: set[weakref.ref[Waiting]] = set()
+#: The tensors that wait, by their ids.
+_living: dict[int, weakref.ref[Deferred]] = {}
 
 
-def _note(waiting: Waiting) -> None:
-    _waiting.add(weakref.ref(waiting, _forget))
+def _note(tensor: Deferred) -> None:
+    key = id(tensor)
+    _living[key] = weakref.ref(tensor, lambda _: _forget(key))
     for name, guard in _GUARDS.items():
         if name not in vars(torch.Tensor):
             setattr(torch.Tensor, name, guard)
 
 
-def _forget(gone: weakref.ref[Waiting]) -> None:
-    _waiting.discard(gone)
-    if not _waiting:
+def _forget(key: int) -> None:
+    _living.pop(key, None)
+    if not _living:
         for name, guard in _GUARDS.items():
             if vars(torch.Tensor).get(name) is guard:
                 delattr(torch.Tensor, name)
@@ -150,7 +146,7 @@ def give(waiting: Waiting, *, requires_grad: bool = False) -> Deferred:
         # where it is not asked, that is an error, and no other memory
         torch._C._set_throw_on_mutable_data_ptr(tensor)
     tensor._waiting = waiting
-    _note(waiting)
+    _note(tensor)
     return tensor
 
 
@@ -162,6 +158,15 @@ def cast_of(tensor: object) -> WaitingCast | None:
 def waiting_of(tensor: object) -> Waiting | None:
     """Return what a tensor waits for; None if it is an ordinary one."""
     return vars(tensor).get("_waiting") if type(tensor) is Deferred else None
+
+
+def is_sole(tensor: torch.Tensor) -> bool:
+    """Say whether no other tensor waits for the same."""
+    return _count_references(tensor) == _count_references(SimpleNamespace(_waiting=object()))
+
+
+def _count_references(holder: Any) -> int:
+    return sys.getrefcount(vars(holder)["_waiting"])
 
 
 def settle(tensor: Any) -> Any:
@@ -224,6 +229,7 @@ def _replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     tensor.__class__ = type(other)
     for name in ("_waiting", "_is_param"):
         vars(tensor).pop(name, None)
+    _forget(id(tensor))
     return True
 
 
@@ -248,14 +254,13 @@ def defer_parameter(parameter: torch.Tensor, waiting: Waiting) -> bool:
         vars(parameter).update({"_waiting": waiting} | ({"_is_param": True} if is_parameter else {}))
         parameter.__class__ = Deferred  # type: ignore[assignment]
         torch._C._swap_tensor_impl(parameter, deferred)
+        _note(parameter)  # type: ignore[arg-type]
     return True
 
 
 def living() -> list[Deferred]:
-    """Return all tensors that wait; if there are any, that costs some 10 milliseconds: all objects are looked at."""
-    if not _waiting:
-        return []
-    return [found for found in gc.get_objects() if type(found) is Deferred]
+    """Return all tensors that wait."""
+    return [tensor for one in list(_living.values()) if (tensor := one()) is not None]
 
 
 def _settled(value: Any) -> Any:

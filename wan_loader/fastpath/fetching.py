@@ -13,6 +13,7 @@ from wan_loader.fastpath.slots import Slot, bind
 from wan_loader.fastpath.waiting_cast import with_casts
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
+from wan_loader.provenance.proof import UNREADABLE
 from wan_loader.provenance.prove import prove
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Fetching(NamedTuple):
         """Load what is in no file, out of this process's memory."""
         fetched = fetch_memory(
             self.component,
-            tensors,
+            {name: tensor for name, tensor in tensors.items() if proof.reasons[name] not in UNREADABLE},
             proof.ties,
             self.device,
             self.dtype,

@@ -35,8 +35,8 @@ __all__ = ["Initial"]
 #: Each draws its values in one go.
 _FUNCTIONS = ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_")
 
-#: Fewer elements are initialised sooner than the generator is advanced, or nearly so: that takes about 1 ms.
-_MIN_ELEMENTS = 1 << 22
+#: Fewer elements are initialised at once: a program that looks at them pays for the advance as well, 1 - 2 ms.
+_MIN_ELEMENTS = 1 << 24
 
 #: Sizes for which the generator is tried: for the second one torch draws 16 normal values more.
 _TRIED = (1 << 14, (1 << 14) + 5)
@@ -160,8 +160,9 @@ def _advance(n_draws: int) -> torch.Tensor | None:
 
     for _ in range(3):
         state = torch.default_generator.get_state()
-        after = torch.frombuffer(bytearray(advance(_bytes(state), n_draws)), dtype=torch.uint8)
-        if torch.equal(torch.default_generator.get_state(), state):
+        before = _bytes(state)
+        after = torch.frombuffer(bytearray(advance(before, n_draws)), dtype=torch.uint8)
+        if _bytes(torch.default_generator.get_state()) == before:
             torch.default_generator.set_state(after)
             return state
     return None

@@ -1,4 +1,4 @@
-"""The load of a checkpoint that was made up, with a dtype for each tensor."""
+"""The loads of the fast path: like any other, but the peaks of memory that are counted stay the program's own."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ __all__ = ["load"]
 
 
 def load(
-    checkpoint: Checkpoint,
+    source: Checkpoint | list[str],
     device: torch.device | str,
     *,
     policy: DtypePolicy,
     io: IoMode = "auto",
     owned: bool = False,
 ) -> LoadResult:
-    """Load a checkpoint, by one plan; arguments and errors are those of `LoadRequest` and `wan_loader.load`."""
-    request = LoadRequest(source=checkpoint, device=device, policy=policy, io=io, owned=owned)
-    with LoadSession() as session:
+    """Load a checkpoint, one that was made up or that of paths, by one plan, with a dtype for each tensor.
+
+    Arguments and errors are those of `LoadRequest` and `wan_loader.load`.
+    """
+    request = LoadRequest(source=source, device=device, policy=policy, io=io, owned=owned)
+    with LoadSession(keeps_peaks=True) as session:
         plan = session.plan(request, session.open(request))
         return session.result(plan, session.run(plan))

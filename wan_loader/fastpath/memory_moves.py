@@ -1,12 +1,12 @@
 """Tensors whose bytes are in no file, moved by the engine all the same: this process's memory is read like a file.
 
 `/proc/self/mem` shows the memory of a process, each byte at its address. So tensors in it are a checkpoint of one file,
-and one load brings them to a device as it brings others: several reads side by side into the pinned ring, copies out of
-it meanwhile, conversions on the device. That is what weights need which were modified, or which come back from a GPU
-and go there again (offloading): a copy out of memory that is not pinned keeps the link idle most of the time.
+and one load brings them to a device as it brings others: reads side by side into the pinned ring, which here are
+copies, transfers out of it meanwhile, conversions on the device. That is what weights need which were modified, or
+which come back from a GPU and go there again (offloading): a plain transfer out of memory that is not pinned keeps the
+link idle most of the time.
 
-A read of memory that is not there is an error, not the end of the process. Another thread that writes to a tensor
-meanwhile races with this as it does with a plain copy.
+Another thread that writes to a tensor meanwhile races with this as it does with a plain move.
 """
 
 from __future__ import annotations
@@ -17,15 +17,9 @@ from typing import TYPE_CHECKING
 
 from wan_loader.dtypes import ITEMSIZE, dtype_name
 from wan_loader.errors import WanLoaderError
-from wan_loader.formats.checkpoint_facts import stat_file
-from wan_loader.loading.load_session import LoadSession
-from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.plan.request import LoadRequest
-from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import FileRange, Proof
 from wan_loader.provenance.tensor_memory import TensorMemory, memory_of
-from wan_loader.system.page_cache import Residency
-from wan_loader.system.posix import PAGE
+from wan_loader.system.posix import OWN_MEMORY, PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,9 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["fetch_memory", "load_memory"]
 
-_MEMORY = "/proc/self/mem"
-#: No memory lies at or above.
+#: All memory lies below.
 _END = 1 << 62
+#: So many copies side by side keep the link busy, and more would only wait for the interpreter.
+_THREADS = 6
 
 
 def fetch_memory(
@@ -107,13 +102,21 @@ def load_memory(
         WanLoaderError: Something failed. Nothing stays allocated.
         OSError: The system does not show this process's memory.
     """
-    fd = os.open(_MEMORY, os.O_RDONLY | os.O_CLOEXEC)
+    # with all that they import: not before there is something to load
+    from wan_loader.formats.checkpoint_facts import stat_file
+    from wan_loader.loading.load_session import LoadSession
+    from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.plan.request import LoadRequest
+    from wan_loader.provenance.as_checkpoint import as_checkpoint
+    from wan_loader.system.page_cache import Residency
+
+    fd = os.open(OWN_MEMORY, os.O_RDONLY | os.O_CLOEXEC)
     try:  # as long as it is open, it is one file: its inode stays
         ranges = {name: FileRange(0, *memory) for name, memory in memories.items()}
-        checkpoint = as_checkpoint(Proof((stat_file(_MEMORY),), ranges, {}, ties))
+        checkpoint = as_checkpoint(Proof((stat_file(OWN_MEMORY),), ranges, {}, ties))
         policy = DtypePolicy(None if dtype is None else dtype_name(dtype))
-        request = LoadRequest(source=checkpoint, device=device, policy=policy, io="buffered")
-        with LoadSession() as session:
+        request = LoadRequest(source=checkpoint, device=device, policy=policy, io="buffered", threads=_THREADS)
+        with LoadSession(keeps_peaks=True) as session:
             plan = session.plan(request, session.open(request), residency=Residency(((0, 0, _END, _END),)))
             # between two tensors there may be pages that are not there: never read a whole page of what is not wanted
             plan = replace(plan, blocks=replace(plan.blocks, max_gap=PAGE - 1))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.deferred import cast_of
+from wan_loader.fastpath.deferred import cast_of, settle
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.slots import Slot, is_plain, slots_of, why_not_bound
@@ -92,6 +92,8 @@ class Moves:
             return
         slots = dict[str, Slot]()
         for slot in slots_of(module):
+            if (cast := cast_of(slot.tensor)) is not None and cast.is_done:
+                settle(slot.tensor)  # its memory is there, for somebody has looked at an alias
             if (reason := _why_not(slot.tensor, dtype)) is None:
                 slots[str(len(slots))] = slot
             else:
@@ -153,8 +155,9 @@ def _target(
 def _why_not(tensor: torch.Tensor, dtype: torch.dtype | None) -> str | None:
     """Return why a tensor is left to the original, before its memory is looked at."""
     if (cast := cast_of(tensor)) is not None:
-        is_odd = cast.is_done or dtype not in (None, cast.dtype)
-        return "waits for a cast to another dtype, or is held by C++ code" if is_odd else None
+        if cast.is_done:
+            return "is held by C++ code"
+        return None if dtype in (None, cast.dtype) else "waits for a cast to another dtype"
     if not is_plain(tensor) or tensor.device.type != "cpu":
         return "is no plain tensor on the CPU"
     if not tensor.is_leaf or tensor.grad is not None:

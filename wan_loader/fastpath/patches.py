@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.fastpath.ours import is_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -52,11 +53,23 @@ class Patches:
     _wanted: dict[str, list[_Wanted]] = field(default_factory=dict, repr=False)
     _done: list[_Done] = field(default_factory=list, repr=False)
     _finder: _Finder | None = field(default=None, repr=False)
+    _found: dict[int, tuple[Any, Any]] | None = field(default=None, repr=False)
+    """What is still to be searched for in other modules: id -> original, replacement."""
+
+    @contextmanager
+    def in_one_search(self) -> Iterator[None]:
+        """Search other modules once, at the end, for all that is replaced in the body."""
+        self._found = {}
+        try:
+            yield
+        finally:
+            found, self._found = self._found, None
+            self._set_elsewhere(found)
 
     def replace(
         self, module: str, name: str | Sequence[str], make: Callable[[Any], Any], parameters: Sequence[str] = ()
     ) -> None:
-        """Replace a function, or a method as `Class.name`.
+        """Replace a function, or a method as `Class.name`; of a class method, the function that gets the class first.
 
         Args:
             module: The module that defines it.
@@ -105,14 +118,21 @@ class Patches:
             original = getattr(owner, "__dict__", {}).get(last)
             if original is None:
                 continue
-            if not _has_parameters(original, parameters):
+            # a method of the class itself is kept as the function that it is made of
+            kind = type(original) if isinstance(original, classmethod | staticmethod) else None
+            function = original.__func__ if kind is not None else original
+            if not _has_parameters(function, parameters):
                 self.tally.leave(f"{module.__name__}.{name} is not the function that is known here")
                 continue
-            replacement = self._guarded(original, make(original))
+            replacement = self._guarded(function, make(function))
+            if kind is not None:
+                replacement = kind(replacement)
             self._set(owner, last, original, replacement)
             if not path:
                 functions[id(original)] = original, replacement
-        if functions:
+        if self._found is not None:
+            self._found.update(functions)
+        elif functions:
             self._set_elsewhere(functions)
 
     def _guarded(self, original: Any, replacement: Any) -> Any:
@@ -130,9 +150,13 @@ class Patches:
     def _set_elsewhere(self, functions: Mapping[int, tuple[Any, Any]]) -> None:
         """Replace functions under the names that other modules have imported them by: id -> original, replacement."""
         for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", {})
-            for name, found in [(name, id(value)) for name, value in list(names.items()) if id(value) in functions]:
-                self._set(module, name, *functions[found])
+            names = dict(getattr(module, "__dict__", {}))
+            # nearly all modules have none: that is to be known soon
+            if functions.keys().isdisjoint(map(id, names.values())):
+                continue
+            for name, value in names.items():
+                if id(value) in functions:
+                    self._set(module, name, *functions[id(value)])
 
     def _set(self, owner: Any, name: str, original: Any, replacement: Any) -> None:
         setattr(owner, name, replacement)

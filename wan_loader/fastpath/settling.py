@@ -1,7 +1,7 @@
 """Functions of torch that look at tensors without asking them: before they do, what waits is settled.
 
 A tensor that waits notices every function of torch that is called with it. Compilers and tracers look at a module's
-tensors one by one, or from C++, and keep what they see; the old way to DLPack takes the memory as it is. What waits in
+tensors one by one, or from C++, and keep what they see; others take the memory as it is. What waits in
 a module that is to be compiled cannot be told from what waits elsewhere: all of it is settled. That is too early for a
 module that moves to a GPU after its first compiled call, and only for that.
 """
@@ -40,7 +40,8 @@ class Settling:
         """Have tensors that wait settled before these functions."""
         for module, name in _BEFORE:
             patches.replace(module, name, _settled_before)
-        patches.replace("torch.utils.dlpack", "to_dlpack", _settled_argument)
+        patches.replace("torch.utils.dlpack", "to_dlpack", _settled_arguments)
+        patches.replace("torch.utils", "swap_tensors", _settled_arguments)
 
 
 def _settled_before(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,8 +53,8 @@ def _settled_before(original: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _settled_argument(original: Callable[..., Any]) -> Callable[..., Any]:
-    def called(tensor: Any) -> Any:
-        return original(settle(tensor) if is_deferred(tensor) else tensor)
+def _settled_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*tensors: Any) -> Any:
+        return original(*(settle(tensor) if is_deferred(tensor) else tensor for tensor in tensors))
 
     return called

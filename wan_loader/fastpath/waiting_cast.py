@@ -77,22 +77,21 @@ class SourceFile:
             return False
         return (now.st_ino, now.st_dev) == (self.facts.inode, self.facts.device)
 
-    def read_into(self, memory: ctypes.Array[ctypes.c_char], start: int) -> None:
+    def read_into(self, memory: memoryview, start: int) -> None:
         """Fill memory with the bytes from `start` on.
 
         Raises:
             CheckpointError: The file ends before, or cannot be read.
         """
-        rest = memoryview(memory).cast("B")
-        while rest.nbytes:
+        while memory:
             try:
-                count = os.preadv(self.fd, [rest], start)
+                count = os.preadv(self.fd, [memory], start)
             except OSError as error:
                 raise CheckpointError.because(f"cannot be read: {error.strerror}", path=self.facts.path) from error
             if not count:
                 self.check()
                 raise CheckpointError.because(f"ends at byte {start}", path=self.facts.path)
-            rest, start = rest[count:], start + count
+            memory, start = memory[count:], start + count
 
 
 class WaitingCast:
@@ -153,11 +152,11 @@ class WaitingCast:
         outcome = torch.empty(self.place.shape, dtype=self.dtype, device="cpu")
         flat, count = outcome.view(-1), outcome.numel()
         buffer = torch.empty(min(count, UNDIVIDED), dtype=torch_dtype(self.place.dtype), device="cpu")
-        address, itemsize = buffer.data_ptr(), buffer.dtype.itemsize
+        itemsize = buffer.dtype.itemsize
+        memory = memoryview((ctypes.c_char * buffer.nbytes).from_address(buffer.data_ptr())).cast("B")
         for first in range(0, count, UNDIVIDED):
             number = min(UNDIVIDED, count - first)
-            memory = (ctypes.c_char * (number * itemsize)).from_address(address)
-            self.file.read_into(memory, self.place.start + first * itemsize)
+            self.file.read_into(memory[: number * itemsize], self.place.start + first * itemsize)
             flat[first : first + number].copy_(buffer[:number])
         self.file.check()
         return outcome

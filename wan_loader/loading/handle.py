@@ -54,7 +54,7 @@ class CheckpointHandle:
 
     def __init__(self, request: LoadRequest) -> None:
         """Read the headers, find the device, and open the files."""
-        with LoadSession() as session:
+        with LoadSession(keeps_peaks=True) as session:
             checkpoint = session.open(request)
         device = resolve_device(request.device)
         self._checkpoint = checkpoint
@@ -228,7 +228,7 @@ class CheckpointHandle:
 
     @staticmethod
     def _load_planned(request: LoadRequest, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-        with LoadSession() as session:
+        with LoadSession(keeps_peaks=True) as session:
             plan = session.plan(request, checkpoint)
             return session.result(plan, session.run(plan)).tensors
 

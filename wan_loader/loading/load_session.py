@@ -73,9 +73,18 @@ class LoadSession:
     """A load under way. A context manager: leaving it with an error releases everything that was taken.
 
     Without an observer nothing is recorded but counters.
+
+    Args:
+        cancel: Stops the load.
+        observer: Is told of spans; None: nobody.
+        keeps_peaks: Leave the peaks of memory to the program: those of a load are counted from where they are set to
+            now, by torch and the system, for the whole process.
     """
 
-    def __init__(self, *, cancel: CancelToken | None = None, observer: Observer | None = None) -> None:
+    def __init__(
+        self, *, cancel: CancelToken | None = None, observer: Observer | None = None, keeps_peaks: bool = False
+    ) -> None:
+        self._keeps_peaks = keeps_peaks
         self.cancel = cancel or CancelToken()
         self._watched = None if observer is None else _Watched(observer)
         self._start_ns = clock_ns()
@@ -133,9 +142,10 @@ class LoadSession:
     ) -> LoadPlan:
         """Ask the system what must be known, and decide. The arguments are those of `make_plan` and `probe`."""
         self.cancel.check()
-        reset_peak_resident()
         facts = probe(checkpoint, request, n_sharers=n_sharers, residency=residency, observer=self._watched)
-        reset_device_peak(facts.device)
+        if not self._keeps_peaks:
+            reset_peak_resident()
+            reset_device_peak(facts.device)
         make = partial(make_plan, request, checkpoint, reads=reads, read_unit=read_unit)
         with self.span("init"):
             try:

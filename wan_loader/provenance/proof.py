@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from wan_loader.formats.checkpoint_facts import FileFacts
 
-__all__ = ["FileRange", "Proof", "Reason", "pages_to_compare"]
+__all__ = ["UNREADABLE", "FileRange", "Proof", "Reason", "pages_to_compare"]
 
 
 class Reason(Enum):
@@ -35,6 +35,10 @@ class Reason(Enum):
     TRUNCATED = "reaches beyond the end of its file"
     UNSURE_FILE = "is of a file on a file system that does not say whether it still is the one that was mapped"
     UNSURE_PAGES = "lies in memory of which the system does not say whether it was written to"
+
+
+#: The reasons that tell of memory which nobody should look at.
+UNREADABLE = (Reason.NOT_READABLE, Reason.TRUNCATED)
 
 
 class FileRange(NamedTuple):

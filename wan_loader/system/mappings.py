@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,11 +69,8 @@ def parse_mappings(text: bytes) -> list[FileMapping]:
     """
     found: list[FileMapping] = []
     for line in text.split(b"\n"):
-        fields = line.split(None, 5)
-        # memory without a file has inode 0, and a name in brackets or none
-        if len(fields) < 6 or fields[4] == b"0":
+        if (mapping := _parse(line)) is None:
             continue
-        mapping = _parse(fields)
         if found and mapping.continues(found[-1]):
             found[-1] = found[-1]._replace(end=mapping.end)
         else:
@@ -80,7 +78,13 @@ def parse_mappings(text: bytes) -> list[FileMapping]:
     return found
 
 
-def _parse(fields: list[bytes]) -> FileMapping:
+# most lines are what they were when they were last read
+@lru_cache(maxsize=4096)
+def _parse(line: bytes) -> FileMapping | None:
+    """Read a line; None for one of memory without a file, which has inode 0 and a name in brackets or none."""
+    fields = line.split(None, 5)
+    if len(fields) < 6 or fields[4] == b"0":
+        return None
     addresses, rights, offset, device, inode, path = fields
     start, _, end = addresses.partition(b"-")
     major, _, minor = device.partition(b":")

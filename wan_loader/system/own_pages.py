@@ -18,7 +18,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from wan_loader.system.posix import map_private
+from wan_loader.system.posix import OWN_MEMORY, map_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -151,7 +151,7 @@ def read_memory(address: int, nbytes: int) -> bytes:
     Raises:
         OSError: There is nothing, or the file behind it ends before, or the system refuses.
     """
-    fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(OWN_MEMORY, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.pread(fd, nbytes, address)
     finally:

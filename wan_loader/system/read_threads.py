@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING
 from wan_loader.system.posix import read_at
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
+
+    Read = Callable[[int, int, int, int], int]
+    """Descriptor, address, number of bytes and offset, as `read_at` has them -> how many bytes were read."""
 
 __all__ = ["ReadThreads", "ThreadRequest"]
 
@@ -32,10 +35,10 @@ _IDLE_S = 1.0
 class _Read:
     """One read, from its start to its outcome."""
 
-    __slots__ = ("address", "done", "fd", "has_begun", "nbytes", "offset", "outcome")
+    __slots__ = ("arguments", "done", "fd", "has_begun", "outcome", "read")
 
-    def __init__(self, fd: int, address: int, nbytes: int, offset: int, done: SimpleQueue[None]) -> None:
-        self.fd, self.address, self.nbytes, self.offset = fd, address, nbytes, offset
+    def __init__(self, read: Read, arguments: tuple[int, int, int, int], done: SimpleQueue[None]) -> None:
+        self.read, self.arguments, self.fd = read, arguments, arguments[0]
         self.done = done
         """Gets an entry when the outcome is there."""
         self.has_begun = False
@@ -43,7 +46,7 @@ class _Read:
 
     def carry_out(self) -> None:
         try:
-            self.end(read_at(self.fd, self.address, self.nbytes, self.offset))
+            self.end(self.read(*self.arguments))
         except OSError as error:
             self.end(error)
         except Exception as error:  # whoever waits for this must not wait for ever
@@ -147,9 +150,10 @@ os.register_at_fork(after_in_child=_after_fork)
 class ThreadRequest:
     """One read at a time, as `ReadRequest` has it."""
 
-    __slots__ = ("_done", "_read", "running")
+    __slots__ = ("_carry_out", "_done", "_read", "running")
 
-    def __init__(self, done: SimpleQueue[None]) -> None:
+    def __init__(self, read: Read, done: SimpleQueue[None]) -> None:
+        self._carry_out = read
         self._done = done
         self._read: _Read | None = None
         self.running = False
@@ -157,7 +161,7 @@ class ThreadRequest:
     def start(self, fd: int, address: int, nbytes: int, offset: int) -> None:
         """Begin to read. Where no thread may be started and there is none, the read is carried out now."""
         # a new one each time: the last may still wait in the queue, if it was taken back
-        self._read = _Read(fd, address, nbytes, offset, self._done)
+        self._read = _Read(self._carry_out, (fd, address, nbytes, offset), self._done)
         self.running = True  # first: Ctrl-C may come at any time
         _pool.put(self._read)
 
@@ -186,14 +190,19 @@ class ThreadRequest:
 
 
 class ReadThreads:
-    """The `ReadBackend` of these threads, for the requests of one load."""
+    """The `ReadBackend` of these threads, for the requests of one load.
 
-    def __init__(self) -> None:
+    Args:
+        read: Carries out one read.
+    """
+
+    def __init__(self, read: Read = read_at) -> None:
+        self._read = read
         self._done: SimpleQueue[None] = SimpleQueue()
 
     def request(self) -> ThreadRequest:
         """Return a request, which may be started again and again."""
-        return ThreadRequest(self._done)
+        return ThreadRequest(self._read, self._done)
 
     def wait_any(self, requests: Collection[ThreadRequest], timeout_s: float) -> None:
         """Return when one of the running `requests` is over, after `timeout_s`, or when a signal came."""

@@ -18,7 +18,7 @@ from wan_loader.system.machine import affordable_buffers, available_memory
 from wan_loader.system.posix import cached_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from wan_loader.types import StrPath
@@ -39,14 +39,22 @@ class Prewarm:
         threads: The number of threads, of which each needs a block of memory; fewer where that is short.
         budget_nbytes: Read at most so many bytes from storage.
         first_nbytes: Look only at so many bytes, counted through the files in their order.
+        goes_on: Is asked before each block, and is quick; once it says no, nothing more is read.
     """
 
     def __init__(
-        self, files: Sequence[str], *, threads: int, budget_nbytes: int, first_nbytes: int | None = None
+        self,
+        files: Sequence[str],
+        *,
+        threads: int,
+        budget_nbytes: int,
+        first_nbytes: int | None = None,
+        goes_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self._lock = threading.Lock()
         self._stopped = False
         self._budget_nbytes = budget_nbytes
+        self._goes_on = goes_on
         self.nbytes_read = 0
         """Bytes brought into the page cache."""
         self.nbytes_resident = 0
@@ -94,6 +102,7 @@ class Prewarm:
 
     def _take(self) -> tuple[str, int, int] | None:
         with self._lock:
+            self._stopped = self._stopped or not self._goes_on()
             # under the lock: a generator must not be entered by two threads at once
             if self._stopped or self.nbytes_read >= self._budget_nbytes:
                 return None
