@@ -26,7 +26,7 @@ from diffusers.models import model_loading_utils, modeling_utils  # noqa: E402
 
 import wan_loader.fastpath.deferred_tensor  # noqa: E402, F401  (before `counted_casts` replaces what it looks at)
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import moves  # noqa: E402
+from wan_loader.fastpath import fetching  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
 from wan_loader.fastpath.from_diffusers import FromDiffusers  # noqa: E402
 from wan_loader.fastpath.moves import Moves  # noqa: E402
@@ -347,7 +347,7 @@ class TestGivenTwice:
         with watched():
             expected = state(Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, device_map="cpu"))
             given.clear()
-            monkeypatch.setattr(moves, "load", fail)
+            monkeypatch.setattr(fetching, "load", fail)
             with Fast().installed() as fast:
                 made = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, device_map=target)
         assert [facts[-1] for facts in state(made)] == [facts[-1] for facts in expected]

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wan_loader.fastpath.deferred import is_deferred
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
-from wan_loader.plan.dtype_policy import has_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -225,6 +224,8 @@ def _expected_casts(
 ) -> dict[str, torch.dtype]:
     """Guess what diffusers will convert, and to what. Where that is wrong, it is converted at once, as ever."""
     import torch
+
+    from wan_loader.plan.dtype_policy import has_part
 
     kept = arguments.get("keep_in_fp32_modules") or ()
     dtypes = {}
