@@ -21,7 +21,7 @@ from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     import torch
 
@@ -130,9 +130,9 @@ def settle_all() -> None:
         CheckpointError: A file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import living
+        from wan_loader.fastpath.deferred_tensor import living, settle_each
 
-        _settle_each(living())
+        settle_each(living())
 
 
 def settle_file(path: object) -> None:
@@ -142,25 +142,14 @@ def settle_file(path: object) -> None:
         CheckpointError: The file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import living
+        from wan_loader.fastpath.deferred_tensor import living, settle_each
 
         try:
             now = os.stat(path)  # type: ignore[arg-type]
         except (OSError, TypeError, ValueError):  # no file, or not one yet
             return
         casts = ((tensor, cast) for tensor in living() if (cast := cast_of(tensor)) is not None)
-        _settle_each([tensor for tensor, cast in casts if cast.file.is_of(now)])
-
-
-def _settle_each(tensors: Iterable[torch.Tensor]) -> None:
-    failures = []
-    for tensor in tensors:
-        try:
-            settle(tensor)
-        except CheckpointError as failure:
-            failures.append(failure)
-    if failures:
-        raise failures[0]
+        settle_each([tensor for tensor, cast in casts if cast.file.is_of(now)])
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

@@ -43,7 +43,7 @@ __all__ = [
     "is_sole",
     "living",
     "settle",
-    "settle_all",
+    "settle_each",
     "waiting_of",
 ]
 
@@ -248,6 +248,22 @@ def living() -> list[Deferred]:
     return [tensor for one in list(_living.values()) if (tensor := one()) is not None]
 
 
+def settle_each(tensors: Iterable[torch.Tensor]) -> None:
+    """Turn tensors that wait into ordinary ones, as many as can be.
+
+    Raises:
+        CheckpointError: A file was modified since; what is of it waits still.
+    """
+    failures = []
+    for tensor in tensors:
+        try:
+            settle(tensor)
+        except CheckpointError as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
 def _renew_locks() -> None:
     """Forget, in a forked process, which threads of its parent were about to settle something: they are not here."""
     for tensor in living():
@@ -264,7 +280,7 @@ def _settled(value: Any, *, by: Any = None) -> Any:
 
 def _settle_what_can_be() -> None:
     with suppress(CheckpointError):  # whoever looks at what is left will be told
-        settle_all()
+        settle_each(living())
 
 
 _guards = Guards(_settled, _settle_what_can_be)
