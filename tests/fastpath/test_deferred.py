@@ -337,6 +337,13 @@ def test_whoever_looks_sees_an_ordinary_tensor(waiting, plain, look, parameter):
         assert found == wanted
 
 
+def test_it_may_be_made_another_tensor(waiting):
+    tensor, other = waiting["weight"], torch.ones(3, dtype=torch.bfloat16)
+    assert tensor.set_(other) is tensor
+    same(tensor, other)
+    assert tensor.data_ptr() == other.data_ptr()
+
+
 def test_what_takes_memory_without_asking(waiting, plain):
     assert torch.utils.dlpack.to_dlpack is not to_dlpack
     assert torch.equal(torch.from_dlpack(torch.utils.dlpack.to_dlpack(waiting["weight"])), plain["weight"])

@@ -362,6 +362,22 @@ def test_hooks_of_parameters_stay(build, seam):
     assert sorted(called) == [1, 2]
 
 
+@pytest.mark.parametrize("first", ["require", "cast"])
+def test_a_buffer_that_requires_a_gradient_stays_in_the_graph(build, seam, tally, away, first):
+    module = build()
+    before = module.scale
+    if first == "require":
+        before.requires_grad_()
+    module.to(torch.bfloat16)
+    if first == "cast":
+        before = module.scale.requires_grad_()
+    module.to(away)
+    module.scale.sum().backward()
+    assert not module.scale.is_leaf
+    assert torch.equal(before.grad, torch.ones(WIDTH))
+    assert tally.total.n_plans == 1
+
+
 def test_a_graph_that_refers_to_a_parameter(build, seam):
     """A parameter that a graph refers to cannot become another tensor in place: it is cast at once."""
     module = build()

@@ -101,6 +101,10 @@ class Deferred(torch.Tensor):
         """Pickle as the ordinary tensor that this becomes."""
         return settle(self).__reduce_ex__(protocol)
 
+    def set_(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Make the ordinary tensor that this becomes another one: of all methods, torch does not ask about this."""
+        return settle(self).set_(*args, **kwargs)
+
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         """Show the ordinary tensor that this becomes."""
         return str(settle(self).__repr__(**options))

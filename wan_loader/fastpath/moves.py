@@ -90,11 +90,15 @@ class Moves:
         if (why := why_not_now() or why_not_bound()) is not None:
             self.tally.leave(why, 0)
             return
+        places = list(slots_of(module))
+        if any(slot.tensor.is_meta for slot in places):
+            self.tally.leave("has tensors on the meta device, which the original does not move")
+            return
         slots = dict[str, Slot]()
-        for slot in slots_of(module):
+        for slot in places:
             if (cast := cast_of(slot.tensor)) is not None and cast.is_done:
                 settle(slot.tensor)  # its memory is there, for somebody has looked at an alias
-            if (reason := _why_not(slot.tensor, dtype)) is None:
+            if (reason := _why_not(slot, dtype)) is None:
                 slots[str(len(slots))] = slot
             else:
                 self.tally.leave(reason, slot.tensor.nbytes if cast is not None or is_plain(slot.tensor) else 0)
@@ -122,7 +126,7 @@ class Moves:
             slot
             for slot in slots_of(module)
             if is_plain(slot.tensor)
-            and _why_not(slot.tensor, dtype) is None
+            and _why_not(slot, dtype) is None
             and slot.tensor.is_floating_point()
             and slot.tensor.dtype != dtype
         ]
@@ -152,8 +156,11 @@ def _target(
     return (device, dtype) if memory_format is None and converts else None
 
 
-def _why_not(tensor: torch.Tensor, dtype: torch.dtype | None) -> str | None:
+def _why_not(slot: Slot, dtype: torch.dtype | None) -> str | None:
     """Return why a tensor is left to the original, before its memory is looked at."""
+    tensor = slot.tensor
+    if not slot.is_parameter and tensor.requires_grad:
+        return "is a buffer that requires a gradient"  # what becomes of it stays connected to it
     if (cast := cast_of(tensor)) is not None:
         if cast.is_done:
             return "is held by C++ code"
