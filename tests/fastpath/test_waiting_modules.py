@@ -378,6 +378,19 @@ def test_a_buffer_that_requires_a_gradient_stays_in_the_graph(build, seam, tally
     assert tally.total.n_plans == 1
 
 
+@pytest.mark.parametrize("owner", ["first", "second", ""])
+@pytest.mark.parametrize("casts", [False, True])
+def test_a_parameter_that_is_a_buffer_elsewhere(build, seam, away, owner, casts):
+    """Which of both the original comes to first decides whether they stay one object."""
+    found = []
+    for move in (torch.nn.Module.to.__wrapped__, torch.nn.Module.to):
+        module = build().requires_grad_(False)
+        module.get_submodule(owner).register_buffer("both", module.second.weight)
+        move(module, torch.bfloat16) if casts else move(module, away)
+        found.append(module.get_submodule(owner).both is module.second.weight)
+    assert found[0] == found[1]
+
+
 def test_a_graph_that_refers_to_a_parameter(build, seam):
     """A parameter that a graph refers to cannot become another tensor in place: it is cast at once."""
     module = build()
