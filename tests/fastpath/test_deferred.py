@@ -365,6 +365,9 @@ def test_other_memory_that_torch_refuses(waiting):
     for parameter in (torch.nn.Parameter(waiting["weight"]), torch.nn.Parameter(torch.ones(3))):
         with pytest.raises(RuntimeError, match=r"data set to a tensor that requires gradients must be floating"):
             parameter.data = torch.arange(3)
+        for other in (torch.empty(3, device="meta"), torch.eye(3).to_sparse()):
+            with pytest.raises(RuntimeError, match=r"set_data.tensor.*incompatible tensor type"):
+                parameter.data = other
 
 
 @pytest.mark.parametrize("alias", [lambda t: t.data, lambda t: t.data.detach(), lambda t: t.detach()])
