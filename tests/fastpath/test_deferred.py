@@ -23,6 +23,7 @@ from wan_loader.fastpath import deferred_tensor as tensors  # noqa: E402
 from wan_loader.fastpath.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
 from wan_loader.fastpath.facts import FACTS  # noqa: E402
 
+NEW_PARAMETER = torch.nn.Parameter.__new__
 LOOKED = "was cast on the CPU, as somebody looked at it"
 SHAPES = {"weight": (30, 41), "bias": (30,), "scale": ()}
 
@@ -46,6 +47,7 @@ def _nothing_is_left():
         gc.collect()
     assert not tensors.living()
     assert not {"data", "_make_subclass"} & vars(torch.Tensor).keys()
+    assert torch.nn.Parameter.__new__ is NEW_PARAMETER
     assert torch.utils.dlpack.to_dlpack is to_dlpack
 
 
@@ -351,6 +353,16 @@ def test_it_may_become_one_of_another_class(waiting, plain):
     found = waiting["weight"].detach().as_subclass(Other)
     assert type(found) is Other
     assert torch.equal(found.as_subclass(torch.Tensor), plain["weight"])
+
+
+def test_a_parameter_of_another_class(waiting, plain):
+    class Other(torch.nn.Parameter):
+        pass
+
+    for data in ({"data": waiting["weight"]}, {"data": plain["weight"]}):
+        assert type(Other(**data)) is Other
+        assert not Other(**data, requires_grad=False).requires_grad
+    assert is_deferred(torch.nn.Parameter(waiting["bias"]))
 
 
 def test_in_a_list_of_another_class(waiting, plain):

@@ -109,6 +109,7 @@ class Guards:
             if not self._places:
                 self._put(torch.Tensor, "data", _Data(self._settled))
                 self._put(torch.Tensor, "_make_subclass", _MakeSubclass(self._settled))
+                self._put(torch.nn.Parameter, "__new__", staticmethod(_new_parameter(self._settled)))
                 self._put(torch.overrides, "has_torch_function", _HasTorchFunction(self._settled))
                 for owner, name in ((torch.utils, "swap_tensors"), (torch.utils.dlpack, "to_dlpack")):
                     self._put(owner, name, _with_settled(self._settled, getattr(owner, name)))
@@ -130,6 +131,17 @@ class Guards:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, before)
+
+
+def _new_parameter(settled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `torch.nn.Parameter.__new__`, which makes a parameter of a class of its own of no tensor that waits."""
+    original = torch.nn.Parameter.__new__
+
+    @wraps(original)
+    def new(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return original(cls, data if cls is torch.nn.Parameter else settled(data), *args, **kwargs)
+
+    return new
 
 
 def _with_settled(settled: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,8 +34,15 @@ def why_not_bound() -> str | None:
 
 
 def slots_of(module: torch.nn.Module) -> Iterator[Slot]:
-    """Yield every place of a parameter or buffer in a module and in those within it."""
+    """Yield every place of a parameter or buffer in a module and in those within it.
+
+    Not those of modules that `torch.jit` has compiled: what they have is held by C++, which takes memory unasked.
+    """
+    import torch
+
     for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
         for key, parameter in part._parameters.items():
             if parameter is not None:
                 yield Slot(part._parameters, key, parameter, is_parameter=True)
