@@ -365,6 +365,12 @@ def test_a_parameter_of_another_class(waiting, plain):
     assert is_deferred(torch.nn.Parameter(waiting["bias"]))
 
 
+def test_memory_cannot_be_taken_away(waiting):
+    for tensor in (waiting["weight"], torch.ones(3)):
+        with pytest.raises(RuntimeError, match="Deleting tensor data is not allowed"):
+            del tensor.data
+
+
 def test_in_a_list_of_another_class(waiting, plain):
     class Some(list):
         pass

@@ -51,6 +51,9 @@ class _Data:
     def __set__(self, tensor: Any, value: Any) -> None:
         self._original.__set__(tensor, self._settled(value, by=tensor))
 
+    def __delete__(self, tensor: Any) -> None:
+        self._original.__delete__(tensor)  # it refuses
+
 
 class _MakeSubclass:
     """`torch.Tensor._make_subclass`, which makes tensors of other classes on the same memory."""
