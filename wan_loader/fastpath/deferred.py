@@ -133,6 +133,17 @@ def settle_all() -> None:
         settle_all()
 
 
+def settle_file(path: object) -> None:
+    """Turn tensors that wait for casts of a file into ordinary ones, as this process is about to write to it.
+
+    What opens the file as Python does needs nothing of this: only what opens it from C++.
+    """
+    if _TENSORS in sys.modules:
+        from wan_loader.fastpath.deferred_tensor import settle_file
+
+        settle_file(path)
+
+
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
     """Return the view of a file whose cast a tensor waits for, and the dtype that it is cast to.
 

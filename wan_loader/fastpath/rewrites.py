@@ -1,4 +1,4 @@
-"""The seam of functions that write checkpoints: what is mapped of the file that they write to is saved before.
+"""The seam of functions that write checkpoints: what is mapped of their file, or waits to be cast, is saved before.
 
 A writer is kept waiting by the lease on a file until its mappings are settled (`system/leases.py`), and that takes the
 interpreter. These keep it to themselves while they open the file, so they would wait for themselves. All that opens
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from wan_loader.fastpath.deferred import settle_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,7 @@ class Rewrites:
             file = args[1] if len(args) > 1 else kwargs.get(argument)
             # an open file was settled when it was opened
             if file is not None and not hasattr(file, "write"):
+                settle_file(file)
                 self._leases.settle(file)
             return original(*args, **kwargs)
 
