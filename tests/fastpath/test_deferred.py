@@ -5,7 +5,10 @@ import gc
 import io
 import os
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from multiprocessing.reduction import ForkingPickler
@@ -395,7 +398,7 @@ def test_threads_see_one_memory(waiting, tally):
 
 
 def test_a_failure_in_a_mode_is_the_callers(waiting, path):
-    os.truncate(path, 100)
+    elsewhere(path, "os.truncate(path, 100)")
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"model\.safetensors was modified"):
         waiting["weight"].sum()
 
@@ -428,6 +431,24 @@ def test_what_c_plus_plus_holds_has_a_stand_in(waiting, plain, tally):
     assert tally.left == {LOOKED: parameter.nbytes}
 
 
+def write_low_level(path):
+    os.close(os.open(path, os.O_RDWR | os.O_TRUNC))
+
+
+WRITES = {
+    "open": lambda path: path.write_bytes(b"new"),
+    "change": lambda path: open(path, "r+b").close(),
+    "os": write_low_level,
+    "truncate": lambda path: os.truncate(path, 100),
+    "copy": lambda path: shutil.copyfile(__file__, path),
+}
+
+
+def elsewhere(path, change):
+    """Change a file as another process does, of which this one hears nothing."""
+    subprocess.run([sys.executable, "-I", "-S", "-c", f"import os; path = {str(path)!r}; {change}"], check=True)
+
+
 class TestFiles:
     """What happens to the file meanwhile."""
 
@@ -450,11 +471,15 @@ class TestFiles:
         new.replace(path)
         same(settle(waiting["weight"]), plain["weight"])
 
+    @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+    def test_this_process_writes_to_it(self, waiting, plain, path, write):
+        write(path)
+        for name, tensor in waiting.items():
+            same(tensor, plain[name])
+
     @pytest.mark.parametrize("goes", [False, True])
     def test_modified_in_place(self, waiting, path, goes):
-        with open(path, "r+b") as file:
-            file.seek(-4, os.SEEK_END)
-            file.write(b"\1\2\3\4")
+        elsewhere(path, "file = open(path, 'r+b'); file.seek(-4, os.SEEK_END); file.write(b'abcd'); file.close()")
         if goes:
             path.unlink()
         for _ in range(2):
@@ -465,7 +490,7 @@ class TestFiles:
             waiting["weight"] + 1
 
     def test_truncated(self, waiting, path):
-        os.truncate(path, 100)
+        elsewhere(path, "os.truncate(path, 100)")
         with pytest.raises(CheckpointError, match=r"model\.safetensors was modified .*, 100 now"):
             settle(waiting["weight"])
 

@@ -13,7 +13,6 @@ This is the way in, and does not import torch before it is used.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -136,20 +135,14 @@ def settle_all() -> None:
 
 
 def settle_file(path: object) -> None:
-    """Turn all tensors whose casts wait for a file into ordinary ones, before somebody writes to it.
+    """Turn tensors that wait for casts of a file into ordinary ones, as this process is about to write to it.
 
-    Raises:
-        CheckpointError: The file was modified since; what is of it waits still.
+    What opens the file as Python does needs nothing of this: only what opens it from C++.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import living, settle_each
+        from wan_loader.fastpath.deferred_tensor import settle_file
 
-        try:
-            now = os.stat(path)  # type: ignore[arg-type]
-        except (OSError, TypeError, ValueError):  # no file, or not one yet
-            return
-        casts = ((tensor, cast) for tensor in living() if (cast := cast_of(tensor)) is not None)
-        settle_each([tensor for tensor, cast in casts if cast.file.is_of(now)])
+        settle_file(path)
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

@@ -264,6 +264,33 @@ def settle_each(tensors: Iterable[torch.Tensor]) -> None:
         raise failures[0]
 
 
+def settle_file(path: Any) -> None:
+    """Turn tensors that wait for casts of a file into ordinary ones, as somebody in this process will write to it."""
+    if not _living:
+        return
+    try:
+        wanted = os.stat(path)
+    except (OSError, TypeError, ValueError):  # it will be a new one, or whoever opens it will be told
+        return
+    for tensor in living():
+        cast = cast_of(tensor)
+        if cast is not None and not cast.is_done and cast.file.is_same(wanted):
+            with suppress(CheckpointError):
+                settle(tensor)
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    """Look at what this process opens; Python cannot take this out again, and it does nothing when nothing waits."""
+    if not _living:
+        return
+    opens_to_write = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if opens_to_write or event == "os.truncate":
+        settle_file(args[0])
+
+
+sys.addaudithook(_audit)
+
+
 def _renew_locks() -> None:
     """Forget, in a forked process, which threads of its parent were about to settle something: they are not here."""
     for tensor in living():

@@ -1,4 +1,4 @@
-"""The seam of functions that write checkpoints: what is mapped of the file that they write to is saved before.
+"""The seam of functions that write checkpoints: what is mapped of their file, or waits to be cast, is saved before.
 
 A writer is kept waiting by the lease on a file until its mappings are settled (`system/leases.py`), and that takes the
 interpreter. These keep it to themselves while they open the file, so they would wait for themselves. All that opens
@@ -9,11 +9,9 @@ Casts that wait for the file are done before as well: a program that has its own
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.deferred import settle_file
 
 if TYPE_CHECKING:
@@ -48,8 +46,7 @@ class Rewrites:
             file = args[1] if len(args) > 1 else kwargs.get(argument)
             # an open file was settled when it was opened
             if file is not None and not hasattr(file, "write"):
-                with suppress(CheckpointError):  # whoever looks at what is left will be told
-                    settle_file(file)
+                settle_file(file)
                 self._leases.settle(file)
             return original(*args, **kwargs)
 

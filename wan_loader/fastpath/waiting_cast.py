@@ -2,7 +2,8 @@
 
 When a cast is asked for, the tensor is proven to be a range of its file, and the file's facts are noted. From then on
 that range is what counts, whatever is written to the tensor: it is read by calls, so that a file which was shortened is
-an error that names it, not the end of the process. The file is kept open, and may be deleted or replaced meanwhile.
+an error that names it, not the end of the process. The file is kept open, and may be deleted or replaced meanwhile;
+what this process itself writes to it comes after the casts (`deferred_tensor.settle_file`).
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class SourceFile:
 
     def _is_at_its_path(self) -> bool:
         try:
-            return self.is_of(os.stat(self.facts.path))
+            return self.is_same(os.stat(self.facts.path))
         except OSError:
             return False
 
-    def is_of(self, facts: os.stat_result) -> bool:
-        """Say whether this is the file of which somebody has asked."""
-        return (facts.st_ino, facts.st_dev) == (self.facts.inode, self.facts.device)
+    def is_same(self, other: os.stat_result) -> bool:
+        """Say whether this is a file that the system tells of, whatever it holds."""
+        return (other.st_ino, other.st_dev) == (self.facts.inode, self.facts.device)
 
     def read_into(self, memory: memoryview, start: int) -> None:
         """Fill memory with the bytes from `start` on.
