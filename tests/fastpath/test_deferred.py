@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import pickle
+import signal
 import threading
 import weakref
 from multiprocessing.reduction import ForkingPickler
@@ -20,8 +21,7 @@ from wan_loader.errors import CheckpointError  # noqa: E402
 from wan_loader.fastpath import Tally, waiting_cast  # noqa: E402
 from wan_loader.fastpath import deferred_tensor as tensors  # noqa: E402
 from wan_loader.fastpath.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
-from wan_loader.fastpath.patches import Patches  # noqa: E402
-from wan_loader.fastpath.settling import Settling  # noqa: E402
+from wan_loader.fastpath.facts import FACTS  # noqa: E402
 
 LOOKED = "was cast on the CPU, as somebody looked at it"
 SHAPES = {"weight": (30, 41), "bias": (30,), "scale": ()}
@@ -46,6 +46,7 @@ def _nothing_is_left():
         gc.collect()
     assert not tensors.living()
     assert not {"data", "_make_subclass"} & vars(torch.Tensor).keys()
+    assert torch.utils.dlpack.to_dlpack is to_dlpack
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def asked(function, tensor):
 
 def test_facts_need_no_values(waiting, plain):
     odd = {torch.Tensor.__hash__, torch.Tensor.__dir__, torch.Tensor.requires_grad_}
-    for function in tensors._FACTS - odd:
+    for function in FACTS - odd:
         assert asked(function, waiting["weight"]) == asked(function, plain["weight"])
     assert hash(waiting["weight"]) == id(waiting["weight"])
     assert set(dir(waiting["weight"])) >= set(dir(plain["weight"]))
@@ -328,21 +329,16 @@ def test_whoever_looks_sees_an_ordinary_tensor(waiting, plain, look, parameter):
 
 
 def test_what_takes_memory_without_asking(waiting, plain):
-    patches = Patches(Tally())
-    Settling().install(patches)
-    try:
-        taken = torch.from_dlpack(torch.utils.dlpack.to_dlpack(waiting["weight"]))
-        assert torch.equal(taken, plain["weight"])
-        swapped, other = waiting["scale"], torch.ones(3)
-        torch.utils.swap_tensors(swapped, other)
-        assert torch.equal(other, plain["scale"])
-        assert torch.equal(swapped, torch.ones(3))
-        traced = torch.jit.trace(lambda x: x + waiting["bias"], torch.ones(30, dtype=torch.bfloat16))
-        assert not is_deferred(waiting["bias"])
-        assert torch.equal(traced(plain["bias"]), plain["bias"] * 2)
-    finally:
-        patches.undo()
-    assert torch.utils.dlpack.to_dlpack is to_dlpack
+    assert torch.utils.dlpack.to_dlpack is not to_dlpack
+    assert torch.equal(torch.from_dlpack(torch.utils.dlpack.to_dlpack(waiting["weight"])), plain["weight"])
+    swapped, other = waiting["scale"], torch.ones(3)
+    torch.utils.swap_tensors(swapped, other)
+    assert torch.equal(other, plain["scale"])
+    assert torch.equal(swapped, torch.ones(3))
+    traced = torch.jit.trace(lambda x: x + waiting["bias"], torch.ones(30, dtype=torch.bfloat16))
+    assert not is_deferred(waiting["bias"])
+    assert torch.equal(traced(plain["bias"]), plain["bias"] * 2)
+    assert torch.utils.dlpack.to_dlpack is to_dlpack, "nothing waits any more"
 
 
 def test_it_goes_to_other_processes_as_shared_memory(waiting):
@@ -351,14 +347,31 @@ def test_it_goes_to_other_processes_as_shared_memory(waiting):
     assert waiting["weight"].is_shared()
 
 
-def test_it_settles_in_a_forked_process(waiting, plain):
+@pytest.mark.parametrize("busy", [False, True])
+def test_it_settles_in_a_forked_process(waiting, plain, busy):
+    lock = tensors.cast_of(waiting["weight"]).lock
+    locked, forked = threading.Event(), threading.Event()
+
+    def settle_slowly():
+        with lock:
+            locked.set()
+            forked.wait()
+
+    if busy:
+        thread = threading.Thread(target=settle_slowly)
+        thread.start()
+        locked.wait()
     child = os.fork()
     if not child:
         try:
+            signal.alarm(10)
             os._exit(not torch.equal(waiting["weight"].detach(), plain["weight"]))
         finally:
             os._exit(2)
+    forked.set()
     assert os.waitpid(child, 0)[1] == 0
+    if busy:
+        thread.join()
     assert torch.equal(waiting["weight"], plain["weight"])
 
 

@@ -1,6 +1,7 @@
 """Modules that are cast on the CPU and move later: one plan, no cast on the CPU, the same objects as without us."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -165,11 +166,21 @@ def test_a_second_cast_is_the_original_s(build, seam, tally, away):
     assert tally.total.nbytes == WIDTH * 8, "what is no float"
 
 
-def test_a_move_with_another_dtype_is_the_original_s(build, seam, tally, away):
-    module = build().bfloat16().to(away, torch.float32)
-    assert "waits for a cast to another dtype" in tally.left
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_move_with_another_dtype_casts_once_more(build, seam, tally, away, dtype):
+    module = build().bfloat16().to(away, dtype)
+    assert tally.total.n_plans == 1
+    assert tally.spared == {"casts on the CPU": 5}
     seam.min_nbytes = 1 << 40
-    same(module, build().bfloat16().to(away, torch.float32))
+    same(module, build().bfloat16().to(away, dtype))
+
+
+def test_a_move_to_a_smaller_dtype_is_the_original_s(build, seam, tally, away):
+    module = build().double().to(away, torch.bfloat16)
+    assert tally.left["waits for a cast to a larger dtype"] >= WIDTH * WIDTH * 8
+    assert not tally.spared
+    seam.min_nbytes = 1 << 40
+    same(module, build().double().to(away, torch.bfloat16))
 
 
 def fill(tensor, value):
@@ -436,6 +447,27 @@ def test_edits_during_the_load_survive(build, seam, tally, monkeypatch, edit, aw
     plain = build().bfloat16()
     edit(plain)
     same(module, plain.to(away))
+
+
+def test_threads_that_move_at_once(build, seam, tally, away):
+    module, together, failures = build().bfloat16(), threading.Barrier(4), []
+
+    def move(look):
+        together.wait()
+        try:
+            module.second.weight.sum() if look else module.to(away)
+        except Exception as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=move, args=(look,)) for look in (False, False, False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    module.to(away)
+    seam.min_nbytes = 1 << 40
+    same(module, build().bfloat16().to(away))
 
 
 def test_pieces_that_were_cast_before(build, seam, tally, path, away):

@@ -13,10 +13,10 @@ This is the way in, and does not import torch before it is used.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
-from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 
@@ -37,6 +37,7 @@ __all__ = [
     "is_sole",
     "settle",
     "settle_all",
+    "settle_file",
     "source_of",
 ]
 
@@ -129,16 +130,26 @@ def settle_all() -> None:
         CheckpointError: A file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import living, settle
+        from wan_loader.fastpath.deferred_tensor import living, settle_each
 
-        failures = []
-        for tensor in living():
-            try:
-                settle(tensor)
-            except CheckpointError as failure:
-                failures.append(failure)
-        if failures:
-            raise failures[0]
+        settle_each(living())
+
+
+def settle_file(path: object) -> None:
+    """Turn all tensors whose casts wait for a file into ordinary ones, before somebody writes to it.
+
+    Raises:
+        CheckpointError: The file was modified since; what is of it waits still.
+    """
+    if _TENSORS in sys.modules:
+        from wan_loader.fastpath.deferred_tensor import living, settle_each
+
+        try:
+            now = os.stat(path)  # type: ignore[arg-type]
+        except (OSError, TypeError, ValueError):  # no file, or not one yet
+            return
+        casts = ((tensor, cast) for tensor in living() if (cast := cast_of(tensor)) is not None)
+        settle_each([tensor for tensor, cast in casts if cast.file.is_of(now)])
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

@@ -10,14 +10,20 @@ Imports torch: for our own modules, `deferred` is the way in.
 from __future__ import annotations
 
 import copy
+import os
 import sys
+import threading
 import weakref
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from wan_loader.errors import CheckpointError
+from wan_loader.fastpath.facts import FACTS, overwrites
+from wan_loader.fastpath.guards import Guards
 from wan_loader.fastpath.modes import without_modes
 from wan_loader.fastpath.waiting_init import WaitingInit
 
@@ -28,7 +34,18 @@ if TYPE_CHECKING:
 
     Waiting = WaitingCast | WaitingInit
 
-__all__ = ["Deferred", "cast_of", "defer_parameter", "give", "give_memory", "is_sole", "living", "settle", "waiting_of"]
+__all__ = [
+    "Deferred",
+    "cast_of",
+    "defer_parameter",
+    "give",
+    "give_memory",
+    "is_sole",
+    "living",
+    "settle",
+    "settle_each",
+    "waiting_of",
+]
 
 
 class Deferred(torch.Tensor):
@@ -54,10 +71,10 @@ class Deferred(torch.Tensor):
     ) -> Any:
         """Answer a function of torch without the values; else settle what waits, and call it again."""
         kwargs = kwargs or {}
-        if func in _FACTS:
+        if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if _overwrites(func) and (found := _overwrite(func, args, kwargs)) is not None:
+        if overwrites(func) and (found := _overwrite(func, args, kwargs)) is not None:
             return found
         if (answer := _ANSWERS.get(func)) is not None and (found := answer(*args, **kwargs)) is not None:
             return None if found is _DONE else found
@@ -89,34 +106,6 @@ class Deferred(torch.Tensor):
         return str(settle(self).__repr__(**options))
 
 
-class _Data:
-    """`torch.Tensor.data` as long as anything waits: who is given the memory of a tensor that waits is not asked."""
-
-    def __get__(self, tensor: Any, owner: Any = None) -> Any:
-        return _DATA if tensor is None else _DATA.__get__(tensor, owner)
-
-    def __set__(self, tensor: Any, value: Any) -> None:
-        _DATA.__set__(tensor, value if type(tensor) is Deferred else _settled(value))
-
-
-class _MakeSubclass:
-    """`torch.Tensor._make_subclass` as long as anything waits: it makes tensors of other classes on the same memory."""
-
-    def __get__(self, tensor: Any, owner: Any = None) -> Any:
-        # the compiler of torch registers the function itself when it is imported
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo"):
-            return _MAKE_SUBCLASS
-        return _make_subclass
-
-
-def _make_subclass(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-    return _MAKE_SUBCLASS(cls, _settled(data), *args, **kwargs)
-
-
-_DATA: Any = torch.Tensor.data
-_MAKE_SUBCLASS: Any = torch.Tensor._make_subclass
-#: What of `torch.Tensor` takes a tensor without asking it, and stands there as long as anything waits.
-_GUARDS: dict[str, Any] = {"data": _Data(), "_make_subclass": _MakeSubclass()}
 #: The tensors that wait, by their ids.
 _living: dict[int, weakref.ref[Deferred]] = {}
 
@@ -124,17 +113,13 @@ _living: dict[int, weakref.ref[Deferred]] = {}
 def _note(tensor: Deferred) -> None:
     key = id(tensor)
     _living[key] = weakref.ref(tensor, lambda _: _forget(key))
-    for name, guard in _GUARDS.items():
-        if name not in vars(torch.Tensor):
-            setattr(torch.Tensor, name, guard)
+    _guards.put_in()
 
 
 def _forget(key: int) -> None:
     _living.pop(key, None)
     if not _living:
-        for name, guard in _GUARDS.items():
-            if vars(torch.Tensor).get(name) is guard:
-                delattr(torch.Tensor, name)
+        _guards.take_out()
 
 
 def give(waiting: Waiting, *, requires_grad: bool = False) -> Deferred:
@@ -263,8 +248,42 @@ def living() -> list[Deferred]:
     return [tensor for one in list(_living.values()) if (tensor := one()) is not None]
 
 
-def _settled(value: Any) -> Any:
-    return settle(value) if type(value) is Deferred else value
+def settle_each(tensors: Iterable[torch.Tensor]) -> None:
+    """Turn tensors that wait into ordinary ones, as many as can be.
+
+    Raises:
+        CheckpointError: A file was modified since; what is of it waits still.
+    """
+    failures = []
+    for tensor in tensors:
+        try:
+            settle(tensor)
+        except CheckpointError as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+
+
+def _renew_locks() -> None:
+    """Forget, in a forked process, which threads of its parent were about to settle something: they are not here."""
+    for tensor in living():
+        if (waiting := waiting_of(tensor)) is not None:
+            waiting.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _settled(value: Any, *, by: Any = None) -> Any:
+    return settle(value) if type(value) is Deferred and type(by) is not Deferred else value
+
+
+def _settle_what_can_be() -> None:
+    with suppress(CheckpointError):  # whoever looks at what is left will be told
+        settle_each(living())
+
+
+_guards = Guards(_settled, _settle_what_can_be)
 
 
 def _outcome(value: Any) -> Any:
@@ -329,12 +348,6 @@ def _set_data(tensor: Any, value: Any) -> Any:
     return _DONE if without_modes(lambda: give_memory(tensor, waiting, value)) else None
 
 
-def _overwrites(func: Any) -> bool:
-    """Say whether a function gives its first argument, a tensor, all its values anew."""
-    is_method = func in _OVERWRITE_METHODS
-    return is_method or (getattr(func, "__module__", "") == "torch.nn.init" and func.__name__ in _OVERWRITE_INIT)
-
-
 def _overwrite(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call a function that gives a tensor all its values anew, without the initialisation that it waits for."""
     first, *others = (*args, *kwargs.values())
@@ -364,8 +377,8 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
     _T.__getitem__: lambda tensor, index: _alias(tensor) if index is ... and not tensor.requires_grad else None,
-    _DATA.__get__: lambda tensor, *_: _alias(tensor),
-    _DATA.__set__: _set_data,
+    _T.data.__get__: lambda tensor, *_: _alias(tensor),
+    _T.data.__set__: _set_data,
     torch._has_compatible_shallow_copy_type: _may_be_set,
     _T.to: _to,
     _T.cpu: _as(None),
@@ -378,23 +391,3 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
         *args, **kwargs
     ),
 }
-_OVERWRITE_METHODS = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})
-#: Those of `torch.nn.init` that ask a tensor of another class first; by name, as they may be replaced.
-_OVERWRITE_INIT = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_"})
-_GETTERS = """
-    _base _version device dtype grad grad_fn is_cpu is_cuda is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested
-    is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize layout names nbytes ndim output_nr
-    requires_grad retains_grad shape
-"""
-_METHODS = """
-    __dir__ __hash__ __len__ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_signed ndimension nelement numel requires_grad_ size stride
-"""
-_FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_signed numel"
-#: Functions that need no values, and whose outcome is none.
-_FACTS = frozenset(
-    [getattr(_T, name).__get__ for name in _GETTERS.split() if hasattr(_T, name)]
-    + [getattr(_T, name) for name in _METHODS.split()]
-    + [getattr(torch, name) for name in _FUNCTIONS.split()]
-    + [_T.requires_grad.__set__]
-)

@@ -97,7 +97,7 @@ class Moves:
             if (reason := _why_not(slot.tensor, dtype)) is None:
                 slots[str(len(slots))] = slot
             else:
-                self.tally.leave(reason, slot.tensor.nbytes if is_plain(slot.tensor) else 0)
+                self.tally.leave(reason, slot.tensor.nbytes if cast is not None or is_plain(slot.tensor) else 0)
         casts = {name: cast for name, slot in slots.items() if (cast := cast_of(slot.tensor)) is not None}
         nbytes = sum((casts[name].source if name in casts else s.tensor).nbytes for name, s in slots.items())
         if nbytes < self.min_nbytes:
@@ -157,7 +157,9 @@ def _why_not(tensor: torch.Tensor, dtype: torch.dtype | None) -> str | None:
     if (cast := cast_of(tensor)) is not None:
         if cast.is_done:
             return "is held by C++ code"
-        return None if dtype in (None, cast.dtype) else "waits for a cast to another dtype"
+        # the original casts once more, on the device; what was larger meanwhile would take more memory there than ever
+        is_smaller = dtype is not None and dtype.itemsize < cast.dtype.itemsize
+        return "waits for a cast to a larger dtype" if is_smaller else None
     if not is_plain(tensor) or tensor.device.type != "cpu":
         return "is no plain tensor on the CPU"
     if not tensor.is_leaf or tensor.grad is not None:

@@ -1,9 +1,8 @@
-"""Functions of torch that look at tensors without asking them: before they do, what waits is settled.
+"""Before torch compiles, and before modules are copied to other processes from C++, what waits is settled.
 
-A tensor that waits notices every function of torch that is called with it. Compilers and tracers look at a module's
-tensors one by one, or from C++, and keep what they see; others take the memory as it is. What waits in
-a module that is to be compiled cannot be told from what waits elsewhere: all of it is settled. That is too early for a
-module that moves to a GPU after its first compiled call, and only for that.
+A compiler looks at a module's tensors one by one, and keeps what it sees. What waits in the module that is to be
+compiled cannot be told from what waits elsewhere: all of it is settled. That is too early for a module that moves to a
+GPU after its first compiled call, and only for that.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
-from wan_loader.fastpath.deferred import is_deferred, settle, settle_all
+from wan_loader.fastpath.deferred import settle_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,26 +21,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Settling"]
 
-#: Module and name of functions before which everything is settled.
+#: Module and name of functions before which everything is settled. (Others are guarded while something waits.)
 _BEFORE = (
     ("torch._dynamo.convert_frame", "_compile"),
-    ("torch.jit._script", "script"),
-    ("torch.jit._trace", "trace"),
-    ("torch.jit._trace", "trace_module"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel.__init__"),
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Settling:
-    """The seam of functions that look without asking."""
+    """The seam of functions that see whole modules without asking their tensors."""
 
     def install(self, patches: Patches) -> None:
         """Have tensors that wait settled before these functions."""
         for module, name in _BEFORE:
             patches.replace(module, name, _settled_before)
-        patches.replace("torch.utils.dlpack", "to_dlpack", _settled_arguments)
-        patches.replace("torch.utils", "swap_tensors", _settled_arguments)
 
 
 def _settled_before(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,12 +43,5 @@ def _settled_before(original: Callable[..., Any]) -> Callable[..., Any]:
         with suppress(CheckpointError):  # whoever looks at what is left will be told
             settle_all()
         return original(*args, **kwargs)
-
-    return called
-
-
-def _settled_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
-    def called(*tensors: Any) -> Any:
-        return original(*(settle(tensor) if is_deferred(tensor) else tensor for tensor in tensors))
 
     return called
