@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import threading
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -344,6 +345,19 @@ def test_what_cannot_be_leased_is_copied(fast, tally, path):
     assert not is_mapped(state["w"])
     assert_same(state, original(path))
     assert tally.left == {"torch.load: the file is not mapped: somebody has it open for writing": 0}
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_a_file_that_another_program_has_packed(fast, tally, path, packed):
+    """Records may be compressed, or lie where torch would not have put them."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    assert_same(torch.load(path), original(path))
+    assert not tally.spared
+    assert len(tally.left) == 1
 
 
 def test_what_is_small_is_read(tally, leases, path):
