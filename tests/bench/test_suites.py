@@ -88,3 +88,13 @@ def test_moves_of_memory(tmp_path, benchmark_main, capfd):
     assert all(sample["seconds"] > 0 for found in samples["there"].values() for sample in found)
     assert samples["with a file"].keys() == {"compared on the device", "next move"}
     assert "0.020 GB there" in capfd.readouterr().out
+
+
+def test_the_python_of_from_pretrained(tmp_path, benchmark_main, capfd):
+    words = [tmp_path / "data", "--samples", "1", "--size", "tiny", "--output", tmp_path / "o.json"]
+    benchmark_main("from_pretrained", *words, modules=PIPELINE)
+    plain, ours = capfd.readouterr().out.splitlines()
+    assert "0 casts wait" in plain
+    assert " 0 casts wait" not in ours
+    samples = json.loads((tmp_path / "o.json").read_text())["samples"]
+    assert samples["ours"][0]["nbytes"] < samples["plain"][0]["nbytes"]

@@ -146,12 +146,13 @@ def test_training_goes_on(patches, path):
     modules = []
     for options in ({}, {"mmap": False}):
         module = make_module()
-        optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
         module["first"].linear(torch.ones(2, WIDTH)).sum().backward()
         module.load_state_dict(torch.load(path, **options))
         for _ in range(2):
             module["first"].linear(torch.ones(2, WIDTH)).square().sum().backward()
-            optimiser.step()
+            with torch.no_grad():
+                for parameter in module["first"].linear.parameters():
+                    parameter -= 0.1 * parameter.grad
         modules.append(module)
     assert_equal(*modules)
 
@@ -373,3 +374,12 @@ def test_an_unknown_torch_is_left_alone(patches, path, monkeypatch):
     module = make_module()
     module.load_state_dict(OrderedDict(torch.load(path)))
     assert not mapped(module)
+
+
+def test_a_module_of_an_unknown_kind_is_left_alone(patches, tally, path):
+    module, expected = make_module(), make_module()
+    expected.load_state_dict(torch.load(path, mmap=False))
+    module.named_modules = None
+    module.load_state_dict(torch.load(path))
+    assert_equal(module, expected)
+    assert tally.left == {"load_state_dict: TypeError: 'NoneType' object is not callable": 0}

@@ -7,6 +7,7 @@ run on it, too.
 
 import hashlib
 import logging
+import shutil
 import sys
 import threading
 import warnings
@@ -27,16 +28,16 @@ from diffusers.models import model_loading_utils, modeling_utils  # noqa: E402
 import wan_loader.fastpath.deferred_tensor  # noqa: E402, F401  (before `counted_casts` replaces what it looks at)
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
 from wan_loader.fastpath import fetching  # noqa: E402
+from wan_loader.fastpath.accelerator import Accelerator  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
 from wan_loader.fastpath.from_diffusers import FromDiffusers  # noqa: E402
 from wan_loader.fastpath.moves import Moves  # noqa: E402
-from wan_loader.fastpath.patches import Patches  # noqa: E402
-from wan_loader.fastpath.tally import Tally  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
 
 HAS_WAN = hasattr(diffusers, "WanPipeline")
+LIBRARIES = ("diffusers", "accelerate", "transformers")
 #: Until 0.32, accelerate loads such models, and several files; it does not do so with the safetensors of today.
 HAS_DEVICE_MAPS = pytest.mark.skipif(not HAS_WAN, reason="this diffusers leaves device maps to accelerate")
 Model = getattr(diffusers, "WanTransformer3DModel", diffusers.UNet2DModel)
@@ -91,34 +92,36 @@ def model_dir(root):
 
 
 class Fast:
-    """The fast path of diffusers and of moves, installed for a while, and its counts."""
+    """The fast path, installed for a while, and its counts."""
 
     def __init__(self, kinds=("cpu", "cuda")):
-        self.tally = Tally()
-        moves = Moves(self.tally, kinds=kinds, io="buffered", min_nbytes=0)
-        self.seams = [moves, FromDiffusers(self.tally, moves)]
+        self.accelerator = Accelerator(kinds, io="buffered", min_nbytes=0)
+        self.tally = self.accelerator.tally
         self.n_plain_casts = 0
-        """How many casts diffusers and accelerate have done on the CPU in the plain run."""
+        """How many casts the libraries have done on the CPU in the plain run."""
+        self.n_waiting = 0
+        """How many tensors wait in what the program has made."""
 
     @contextmanager
     def installed(self):
-        patches = Patches(self.tally)
-        for seam in self.seams:
-            seam.install(patches)
-        try:
+        with self.accelerator:
             yield self
-        finally:
-            patches.undo()
 
     @property
     def n_plans(self):
         return self.tally.total.n_plans
 
     def assert_one_plan_each(self, pipe):
-        """Each model of diffusers was moved by one plan."""
-        served = self.tally.components
-        models = [type(part).__name__ for part in pipe.components.values() if isinstance(part, diffusers.ModelMixin)]
-        assert {name: served[name].n_plans for name in models if name in served} == Counter(models)
+        """Each model was moved by one plan."""
+        models = Counter(type(part).__name__ for part in pipe.components.values() if isinstance(part, torch.nn.Module))
+        assert {name: served.n_plans for name, served in self.tally.components.items() if name in models} == models
+
+    def assert_moved(self, made):
+        """Nothing of ours is left, and nothing lies in the files any more."""
+        tensors = tensors_of(made)
+        assert self.n_waiting == 0
+        assert {type(t) for t in tensors.values()} <= {torch.Tensor, torch.nn.Parameter}
+        assert prove(tensors).ranges == {}
 
     def assert_no_casts(self):
         """Everything that is cast on the CPU without us was cast on the way."""
@@ -128,13 +131,17 @@ class Fast:
 
 @contextmanager
 def counted_casts():
-    """Collect the conversions that diffusers and accelerate do by `Tensor.to`."""
+    """Collect the conversions that libraries do by `Tensor.to`."""
     found, original = [], torch.Tensor.to
 
     def to(tensor, *args, **kwargs):
         result = original(tensor, *args, **kwargs)
         caller = sys._getframe(1).f_globals["__name__"]
-        if result.dtype != tensor.dtype and not tensor.is_meta and caller.startswith(("diffusers.", "accelerate.")):
+        if (
+            result.dtype != tensor.dtype
+            and not tensor.is_meta
+            and caller.startswith(("diffusers.", "accelerate.", "transformers."))
+        ):
             found.append(result.dtype)
         return result
 
@@ -211,10 +218,16 @@ def tensors_of(thing):
     return {f"{i}.{n}": t for i, m in enumerate(found) for n, t in [*m.named_parameters(), *m.named_buffers()]}
 
 
-def run(program):
+def n_waiting(thing):
+    return sum(map(is_deferred, tensors_of(thing).values()))
+
+
+def run(program, fast=None):
     """Return what a program made, what there is to tell of it, and what was said."""
     with watched() as said:
         made = program()
+    if fast is not None:
+        fast.n_waiting = n_waiting(made)
     return made, about(made), said
 
 
@@ -231,18 +244,10 @@ def both(program, fast=None, unable=()):
             pytest.skip(f"diffusers {diffusers.__version__} without us: {error}")
     fast.n_plain_casts = len(casts)
     with fast.installed():
-        made, found, said_too = run(program)
+        made, found, said_too = run(program, fast)
     assert said_too == said
     assert found == expected
     return made, fast
-
-
-def assert_moved(made):
-    """Nothing of ours is left, and nothing lies in the files any more."""
-    tensors = tensors_of(made)
-    assert not any(map(is_deferred, tensors.values()))
-    assert {type(t) for t in tensors.values()} <= {torch.Tensor, torch.nn.Parameter}
-    assert prove(tensors).ranges == {}
 
 
 def load_pipeline(root, dtype=torch.bfloat16, **options):
@@ -254,8 +259,23 @@ def load_pipeline(root, dtype=torch.bfloat16, **options):
 def test_a_pipeline_that_moves(root, target, dtype):
     made, fast = both(lambda: load_pipeline(root, dtype).to(target))
     fast.assert_no_casts()
-    assert_moved(made)
+    fast.assert_moved(made)
     fast.assert_one_plan_each(made)
+
+
+@pytest.mark.gpu
+def test_a_pipeline_with_a_device_map(root):
+    made, fast = both(lambda: load_pipeline(root, device_map="cuda"))
+    fast.assert_moved(made)
+    assert fast.n_plans == sum(map(n_files, root.iterdir()))
+
+
+def test_a_model_that_is_filled_tensor_by_tensor(root, target):
+    """With `low_cpu_mem_usage=False`, diffusers copies what is in the files into weights that it has made before."""
+    options = {"torch_dtype": torch.bfloat16, "low_cpu_mem_usage": False}
+    cls, path = (diffusers.AutoencoderKLWan, root / "vae") if HAS_WAN else (Model, root / "unet")
+    made, fast = both(lambda: cls.from_pretrained(path, **options).to(target))
+    fast.assert_moved(made)
 
 
 def objects(thing):
@@ -284,7 +304,7 @@ def test_a_component_that_is_given_keeps_its_dtype(root, target):
 
     made, fast = both(program)
     assert made.vae.dtype == torch.float32
-    assert_moved(made)
+    fast.assert_moved(made)
     fast.assert_one_plan_each(made)
 
 
@@ -306,13 +326,13 @@ def test_a_device_map(model_dir, target, as_dict, dtype):
         _, expected, said = run(lambda: program(target.removesuffix(":0")))
     fast.n_plain_casts = len(casts)
     with fast.installed():
-        made, _, said_too = run(lambda: program(target))
+        made, _, said_too = run(lambda: program(target), fast)
     fast.assert_no_casts()
     assert made.hf_device_map == {"": target if as_dict else torch.device(target)}
     made.hf_device_map = {"": target.removesuffix(":0") if as_dict else torch.device(target.removesuffix(":0"))}
     assert about(made) == expected
     assert said_too == said
-    assert_moved(made)
+    fast.assert_moved(made)
     assert fast.n_plans == n_files(model_dir), "one for each file"
 
 
@@ -329,7 +349,8 @@ class TestGivenTwice:
             given.append(len(state_dict))
             return original(model, state_dict, **options)
 
-        monkeypatch.setattr(model_loading_utils, "load_model_dict_into_meta", told)
+        for module in (model_loading_utils, modeling_utils):
+            monkeypatch.setattr(module, "load_model_dict_into_meta", told, raising=False)
         return given
 
     @HAS_DEVICE_MAPS
@@ -375,15 +396,8 @@ class TestGivenTwice:
 def test_a_model_that_stays(model_dir):
     """Nothing is converted until somebody looks, and then it is what it would have been."""
     fast = Fast(kinds=())
-    waiting = []
-
-    def program():
-        made = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, device_map="cpu")
-        waiting.append(sum(map(is_deferred, made.parameters())))
-        return made
-
-    both(program, fast)
-    assert waiting == [0, fast.n_plain_casts]
+    both(lambda: Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, device_map="cpu"), fast)
+    assert fast.n_waiting == fast.n_plain_casts > 0
     assert fast.n_plans == 0
 
 
@@ -412,7 +426,7 @@ def test_a_file_of_lower_precision_than_the_model(model_dir, target, tmp_path, d
     kept = {torch.float32} if HAS_WAN else set()
     assert {t.dtype for t in made.parameters()} == kept | {dtype or torch.float32}
     fast.assert_no_casts()
-    assert_moved(made)
+    fast.assert_moved(made)
     assert fast.n_plans == 1
 
 
@@ -484,7 +498,7 @@ def test_a_single_file(model_dir, target, tmp_path):
 
     made, fast = both(program, unable=(AttributeError, NotImplementedError))
     fast.assert_no_casts()
-    assert_moved(made)
+    fast.assert_moved(made)
     assert fast.n_plans == 1
 
 
@@ -507,7 +521,7 @@ def test_adapters_before_the_move(root, model_dir, target, tmp_path):
 
     for fuses in (False, True):
         made, fast = both(lambda: program(fuses))  # noqa: B023
-        assert not any(map(is_deferred, tensors_of(made).values()))
+        assert fast.n_waiting == 0
         fast.assert_one_plan_each(made)
 
 
@@ -524,9 +538,10 @@ def test_files_that_are_read_in_parallel(model_dir, target, monkeypatch, device_
         fast.n_plain_casts = len(casts)
         with fast.installed():
             made = Model.from_pretrained(model_dir, torch_dtype=torch.bfloat16, **options).to(target)
+            fast.n_waiting = n_waiting(made)
     assert state(made) == expected
     fast.assert_no_casts()
-    assert_moved(made)
+    fast.assert_moved(made)
     assert fast.n_plans == (n_files(model_dir) if options else 1)
 
 
@@ -542,10 +557,29 @@ def test_models_that_move_at_once(model_dir, target):
             threads = [threading.Thread(target=model.to, args=(target,)) for model in models]
             [thread.start() for thread in threads]
             [thread.join() for thread in threads]
+            fast.n_waiting = sum(map(n_waiting, models))
     for model in models:
-        assert_moved(model)
+        fast.assert_moved(model)
         assert without_device(state(model)) == without_device(expected)
     assert fast.n_plans == 3
+
+
+@pytest.mark.parametrize("max_shard_size", ["20KB", "60KB", "1MB"])
+def test_saving_over_the_files(model_dir, tmp_path, max_shard_size):
+    """What waits was converted long ago without us: it is settled before its file is another one."""
+    written = []
+
+    def program():
+        path = tmp_path / str(len(written))
+        shutil.copytree(model_dir, path)
+        made = Model.from_pretrained(path, torch_dtype=torch.bfloat16)
+        made.save_pretrained(path, max_shard_size=max_shard_size)
+        written.append({file.name: file.read_bytes() for file in path.glob("*.safetensors")})
+        made.register_to_config(_name_or_path="")
+        return made
+
+    both(program)
+    assert written[0] == written[1]
 
 
 class TestWhatIsWrong:
@@ -615,7 +649,7 @@ class TestLeft:
         fast = Fast()
         model = Model.from_pretrained(model_dir)
         weights = safetensors.torch.load_file(next(model_dir.glob("*.safetensors")))
-        replacement = fast.seams[1]._instead_of(original)
+        replacement = FromDiffusers(fast.tally, Moves(fast.tally))._instead_of(original)
         replacement(model, weights, torch.bfloat16, device_map=device_map, **options)
         assert len(got) == 1
         assert got[0][0] is weights

@@ -15,6 +15,7 @@ import safetensors.torch  # noqa: E402
 from transformers_four import fill_from_file, fill_from_state  # noqa: E402
 
 from wan_loader.fastpath import Moves, fetching  # noqa: E402
+from wan_loader.fastpath.accelerator import Accelerator  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred  # noqa: E402
 from wan_loader.fastpath.from_transformers import FromTransformers  # noqa: E402
 from wan_loader.fastpath.ours import ours  # noqa: E402
@@ -258,6 +259,18 @@ def test_pickles_are_served_where_they_are_mapped(seam, saved, target, tmp_path)
     assert_same(found.to(target), move_plainly(expected, target))
     assert seam.tally.total.n_plans == 1
     assert LOOKED_AT not in seam.tally.left
+
+
+def test_with_all_other_seams(saved, device, target):
+    with Accelerator((device,), io="buffered", min_nbytes=0) as accelerator:
+        found, info = load(saved / "shards", **{DTYPE: torch.bfloat16})
+        assert waiting(found)
+        found.to(target)
+        assert accelerator.tally.components["UMT5EncoderModel"].n_plans == 1
+        assert LOOKED_AT not in accelerator.tally.left
+    expected, expected_info = load(saved / "shards", **{DTYPE: torch.bfloat16})
+    assert info == expected_info
+    assert_same(found, expected.to(target))
 
 
 def test_what_is_written_to_before_the_move_keeps_it(seam, saved, target):

@@ -70,6 +70,31 @@ def test_contexts_of_threads_may_overlap(originals):
     assert torch.nn.Module.to is originals
 
 
+def test_a_program_may_replace_the_same_functions(originals, monkeypatch):
+    calls = []
+
+    def replace():
+        below = torch.nn.Module.to
+
+        def to(module, *args, **kwargs):
+            calls.append(below)
+            return below(module, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.Module, "to", to)
+        return to
+
+    before = replace()
+    with wan_loader.accelerate():
+        ours = torch.nn.Module.to
+        assert ours is not before
+        within = replace()
+        torch.nn.Linear(3, 3).to("cpu")
+        assert calls == [ours, originals]
+    assert torch.nn.Module.to is within, "what the program has put over ours stays"
+    assert torch.nn.Linear(3, 3).to(torch.float64).weight.dtype == torch.float64
+    monkeypatch.undo()
+
+
 def test_it_imports_nothing_heavy_before_there_is_something_to_load():
     """A program with torch that loads nothing is not to wait for our loader."""
     code = """

@@ -16,7 +16,8 @@ INITIALISATIONS = "initialisations on the CPU"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5.0")
+    pytest.importorskip("diffusers", minversion="0.36", reason="wan_pipeline asks for a newer diffusers")
     from wan_pipeline.synth import synth
 
     return synth(tmp_path_factory.mktemp("wan") / "tiny", layout="diffusers", task="t2v-A14B").directory

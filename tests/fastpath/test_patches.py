@@ -90,6 +90,17 @@ def test_several_functions_at_once(library, patches):
     assert module.Thing().name() == "thing"
 
 
+def test_what_is_replaced_twice_is_so_everywhere(library, patches):
+    user = library("its_user")
+    original = user.twice
+    with patches.in_one_search():
+        patches.replace("some_library", "double", negated)
+        patches.replace("some_library", "double", lambda original: lambda x: original(x) - 1)
+    assert user.twice(3) == library().double(3) == -7
+    patches.undo()
+    assert user.twice is library().double is original
+
+
 def test_nothing_is_imported(library, patches):
     patches.replace("some_library", "double", negated)
     assert "some_library" not in sys.modules

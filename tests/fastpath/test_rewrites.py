@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 import safetensors.numpy  # noqa: E402
 import safetensors.torch  # noqa: E402
 
+from wan_loader.fastpath.deferred import defer, is_deferred  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.rewrites import Rewrites  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
@@ -62,11 +63,31 @@ def test_a_file_is_saved_over_itself(path, write):
     assert torch.equal(state["w"], torch.arange(10000.0))
 
 
+def test_a_file_is_saved_over_whose_cast_waits(path, tmp_path):
+    state = torch.load(path)
+    cast, other = (defer(state["w"], dtype, Tally()) for dtype in (torch.bfloat16, torch.float16))
+    torch.save({"w": cast}, tmp_path / "y.pth")
+    assert not is_deferred(cast), "somebody has looked"
+    assert is_deferred(other)
+    torch.save({"w": torch.zeros(10000)}, path)
+    assert not is_deferred(other)
+    assert torch.equal(other, torch.arange(10000.0).half())
+
+
+def test_a_converted_state_is_saved_over_its_own_file(path):
+    state = torch.load(path)
+    torch.save({"w": defer(state["w"], torch.float64, Tally())}, path)
+    assert torch.equal(torch.load(path)["w"], torch.arange(10000.0).double())
+
+
 def test_what_is_saved_elsewhere_settles_nothing(path, tmp_path):
     state = torch.load(path)
     torch.save(state, tmp_path / "y.pth")
     torch.save(state, io.BytesIO())
     safetensors.torch.save_file(state, tmp_path / "y.safetensors")
     assert prove(state).ranges
+    cast = defer(state["w"], torch.bfloat16, Tally())
+    torch.save({"n": 1}, tmp_path / "y.pth")
+    assert is_deferred(cast)
     with pytest.raises(TypeError):
         torch.save(state)

@@ -13,7 +13,7 @@ def enable(verbose: Verbose = False) -> None:
     """Put the fast path into every Python program of this environment, where commands cannot be changed.
 
     Each program then does what it does under `wan-loader run`, and says nothing at the end. One file is written to the
-    environment's site-packages; it costs each start about a millisecond, until torch is imported.
+    environment's site-packages; it costs a start less than two milliseconds.
     WAN_LOADER_ACCELERATE=0 turns it off for a process and those that it starts.
 
     Example:

@@ -21,7 +21,6 @@ from collections import Counter, OrderedDict
 from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan_loader.errors import WanLoaderError
 from wan_loader.fastpath.deferred import awaits_initialisation, is_sole
 from wan_loader.fastpath.left_alone import LeftAloneError
 from wan_loader.fastpath.modes import why_not_now
@@ -89,7 +88,7 @@ class Copies:
         except LeftAloneError as reason:
             self._tally.leave(f"load_state_dict: {reason}")
             return state_dict
-        except (WanLoaderError, OSError) as error:
+        except Exception as error:  # modules are of many kinds; the original knows its own
             self._tally.leave(f"load_state_dict: {type(error).__name__}: {error}".splitlines()[0])
             return state_dict
         given = copy(state_dict)  # with its `_metadata`

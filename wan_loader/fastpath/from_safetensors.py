@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import WanLoaderError
 from wan_loader.fastpath.left_alone import LeftAloneError, device_name, plain_path
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.open_on_device import OpenOnDevice
@@ -93,7 +92,7 @@ class SafetensorsLoads:
         except LeftAloneError as reason:
             self._tally.leave(f"safe_open: {reason}")
             return handle
-        except (WanLoaderError, OSError) as error:
+        except Exception as error:  # the original has opened the file
             self._tally.leave(f"safe_open: {type(error).__name__}: {error}".splitlines()[0])
             return handle
         return OpenOnDevice(handle, file, sizes, self._tally, whole=getattr(self._thread, "whole", False))

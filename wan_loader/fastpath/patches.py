@@ -131,6 +131,9 @@ class Patches:
             if not path:
                 functions[id(original)] = original, replacement
         if self._found is not None:
+            newest = {id(original): replacement for original, replacement in functions.values()}
+            for key, (original, replacement) in self._found.items():  # one that is replaced once more
+                self._found[key] = original, newest.get(id(replacement), replacement)
             self._found.update(functions)
         elif functions:
             self._set_elsewhere(functions)

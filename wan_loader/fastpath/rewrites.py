@@ -3,13 +3,17 @@
 A writer is kept waiting by the lease on a file until its mappings are settled (`system/leases.py`), and that takes the
 interpreter. These keep it to themselves while they open the file, so they would wait for themselves. All that opens
 files as Python does (`open`, `os.open`, numpy, shutil), and every other process, needs nothing of this.
+
+Casts that wait for the file are done before as well: a program that has its own copies may write over the file.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.deferred import settle_file
 
 if TYPE_CHECKING:
@@ -44,7 +48,8 @@ class Rewrites:
             file = args[1] if len(args) > 1 else kwargs.get(argument)
             # an open file was settled when it was opened
             if file is not None and not hasattr(file, "write"):
-                settle_file(file)
+                with suppress(CheckpointError):  # whoever looks at what is left will be told
+                    settle_file(file)
                 self._leases.settle(file)
             return original(*args, **kwargs)
 

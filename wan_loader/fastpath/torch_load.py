@@ -16,7 +16,6 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
 from wan_loader.fastpath.left_alone import LeftAloneError, device_name, plain_path
 from wan_loader.fastpath.modes import why_not_now
@@ -73,7 +72,7 @@ class TorchLoad:
             except LeftAloneError as reason:
                 if str(reason):
                     self._tally.leave(f"torch.load: {reason}")
-            except (WanLoaderError, OSError) as error:
+            except Exception as error:  # the original will say it again, if it is not ours alone
                 self._tally.leave(f"torch.load: {type(error).__name__}: {error}".splitlines()[0])
             return original(f, map_location, pickle_module, **options)
 

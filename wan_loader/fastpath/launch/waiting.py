@@ -66,11 +66,11 @@ class _Torch:
                 sys.meta_path.remove(self)
                 _install(self._tallies)
 
-        # the import system leaves frames of this name out of tracebacks
-        exec_module.__code__ = exec_module.__code__.replace(co_filename="<frozen importlib._bootstrap>")
         try:
+            # the import system leaves frames of this name out of tracebacks
+            exec_module.__code__ = exec_module.__code__.replace(co_filename="<frozen importlib._bootstrap>")
             loader.exec_module = exec_module
-        except AttributeError:  # a loader without attributes: then this process stays as it is
+        except AttributeError:  # an older Python, a loader without attributes: then this process stays as it is
             return
 
 
