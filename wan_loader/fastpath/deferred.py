@@ -135,9 +135,12 @@ def settle_all() -> None:
 
 
 def settle_file(path: object) -> None:
-    """Turn tensors that wait for casts of a file into ordinary ones, as this process is about to write to it.
+    """Turn tensors whose casts wait for a file into ordinary ones, before somebody in this process writes to it.
 
-    What opens the file as Python does needs nothing of this: only what opens it from C++.
+    What opens files as Python does needs nothing of this, only what opens them from C++.
+
+    Raises:
+        CheckpointError: The file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
         from wan_loader.fastpath.deferred_tensor import settle_file

@@ -44,6 +44,7 @@ __all__ = [
     "living",
     "settle",
     "settle_each",
+    "settle_file",
     "waiting_of",
 ]
 
@@ -265,18 +266,19 @@ def settle_each(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def settle_file(path: Any) -> None:
-    """Turn tensors that wait for casts of a file into ordinary ones, as somebody in this process will write to it."""
+    """Turn tensors whose casts wait for a file into ordinary ones, as many as can be.
+
+    Raises:
+        CheckpointError: The file was modified since; what is of it waits still.
+    """
     if not _living:
         return
     try:
         wanted = os.stat(path)
-    except (OSError, TypeError, ValueError):  # it will be a new one, or whoever opens it will be told
+    except (OSError, TypeError, ValueError):  # no file, or not one yet
         return
-    for tensor in living():
-        cast = cast_of(tensor)
-        if cast is not None and not cast.is_done and cast.file.is_same(wanted):
-            with suppress(CheckpointError):
-                settle(tensor)
+    casts = ((tensor, cast) for tensor in living() if (cast := cast_of(tensor)) is not None)
+    settle_each([tensor for tensor, cast in casts if cast.file.is_of(wanted)])
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
@@ -285,7 +287,8 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         return
     opens_to_write = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
     if opens_to_write or event == "os.truncate":
-        settle_file(args[0])
+        with suppress(CheckpointError):  # whoever looks at what is left will be told
+            settle_file(args[0])
 
 
 sys.addaudithook(_audit)

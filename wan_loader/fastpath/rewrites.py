@@ -9,9 +9,11 @@ Casts that wait for the file are done before as well: a program that has its own
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.errors import CheckpointError
 from wan_loader.fastpath.deferred import settle_file
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ class Rewrites:
             file = args[1] if len(args) > 1 else kwargs.get(argument)
             # an open file was settled when it was opened
             if file is not None and not hasattr(file, "write"):
-                settle_file(file)
+                with suppress(CheckpointError):  # whoever looks at what is left will be told
+                    settle_file(file)
                 self._leases.settle(file)
             return original(*args, **kwargs)
 

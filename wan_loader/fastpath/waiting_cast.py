@@ -73,13 +73,13 @@ class SourceFile:
 
     def _is_at_its_path(self) -> bool:
         try:
-            return self.is_same(os.stat(self.facts.path))
+            return self.is_of(os.stat(self.facts.path))
         except OSError:
             return False
 
-    def is_same(self, other: os.stat_result) -> bool:
-        """Say whether this is a file that the system tells of, whatever it holds."""
-        return (other.st_ino, other.st_dev) == (self.facts.inode, self.facts.device)
+    def is_of(self, facts: os.stat_result) -> bool:
+        """Say whether this is the file of which somebody has asked."""
+        return (facts.st_ino, facts.st_dev) == (self.facts.inode, self.facts.device)
 
     def read_into(self, memory: memoryview, start: int) -> None:
         """Fill memory with the bytes from `start` on.
