@@ -94,9 +94,18 @@ def test_it_settles_as_the_same_object(waiting, plain, name, tally, planned, mon
     assert settle(tensor) is tensor
     assert not is_deferred(tensor)
     same(tensor, plain[name])
+    assert tensor._version == plain[name]._version
     assert vars(tensor) == {}
     assert tally.left == {LOOKED: tensor.nbytes}
     assert settle(tensor) is tensor
+
+
+def test_strides_that_it_would_not_have_are_left(path, tally):
+    source = safetensors.torch.load_file(path)["weight"][::30]
+    assert source.is_contiguous()
+    found = defer(source, torch.bfloat16, tally)
+    assert found.stride() == source.to(torch.bfloat16).stride() == (30 * 41, 1)
+    assert not is_deferred(found)
 
 
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -132,7 +132,8 @@ class WaitingCast:
         """
         with self.lock:
             if self._done is None:
-                self._done = self._convert()
+                # `.data`: how it was made counts as no writes to it (`_version`)
+                self._done = self._convert().data
                 self.tally.leave("was cast on the CPU, as somebody looked at it", self._done.nbytes)
             return self._done
 
@@ -199,7 +200,9 @@ def _may_wait(source: torch.Tensor, dtype: torch.dtype) -> bool:
         return False
     is_cast = source.dtype != dtype and {str(source.dtype), str(dtype)} <= _FLOATS
     follows = source.requires_grad and torch.is_grad_enabled()
-    return is_cast and not follows and source.device.type == "cpu" and source.is_contiguous()
+    # of those that are contiguous, too, some have strides that others would not have, and keep them
+    is_usual = source.stride() == torch.empty(source.shape, device="meta").stride()
+    return is_cast and not follows and source.device.type == "cpu" and is_usual
 
 
 def with_casts(proof: Proof, casts: Mapping[str, WaitingCast], ties: Mapping[str, str]) -> Proof:
