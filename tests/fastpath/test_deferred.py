@@ -21,10 +21,11 @@ import safetensors.torch  # noqa: E402
 from torch.utils.dlpack import to_dlpack  # noqa: E402
 
 from wan_loader.errors import CheckpointError  # noqa: E402
-from wan_loader.fastpath import Tally, waiting_cast  # noqa: E402
-from wan_loader.fastpath import deferred_tensor as tensors  # noqa: E402
-from wan_loader.fastpath.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
-from wan_loader.fastpath.facts import FACTS  # noqa: E402
+from wan_loader.fastpath import Tally  # noqa: E402
+from wan_loader.fastpath.deferral import deferred_tensor as tensors  # noqa: E402
+from wan_loader.fastpath.deferral import waiting_cast  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
+from wan_loader.fastpath.deferral.facts import FACTS  # noqa: E402
 
 LOOKED = "was cast on the CPU, as somebody looked at it"
 SHAPES = {"weight": (30, 41), "bias": (30,), "scale": ()}

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.fastpath import Accelerator  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred  # noqa: E402
 
 WIDTH = 16
 

@@ -11,11 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from wan_loader.fastpath import torch_files, torch_load  # noqa: E402
-from wan_loader.fastpath.moves import Moves  # noqa: E402
+from wan_loader.fastpath.libraries import torch_files, torch_load  # noqa: E402
+from wan_loader.fastpath.libraries.torch_load import TorchLoad  # noqa: E402
+from wan_loader.fastpath.moving.moves import Moves  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
-from wan_loader.fastpath.torch_load import TorchLoad  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 from wan_loader.system.leases import Leases  # noqa: E402
 from wan_loader.verify import same_bits  # noqa: E402

@@ -11,9 +11,10 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, Tally, fetching  # noqa: E402
-from wan_loader.fastpath.deferred import defer_all, is_deferred  # noqa: E402
-from wan_loader.fastpath.deferred_tensor import living  # noqa: E402
+from wan_loader.fastpath import Moves, Tally  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred  # noqa: E402
+from wan_loader.fastpath.deferral.deferred_tensor import living  # noqa: E402
+from wan_loader.fastpath.moving import fetching  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 
 WIDTH = 64

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import CheckpointError, WanLoaderError
-from wan_loader.fastpath.loads import load
+from wan_loader.fastpath.moving.loads import load
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import Proof

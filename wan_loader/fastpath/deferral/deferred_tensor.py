@@ -22,15 +22,15 @@ import torch
 from torch.utils._pytree import tree_map
 
 from wan_loader.errors import CheckpointError
-from wan_loader.fastpath.facts import FACTS, overwrites
-from wan_loader.fastpath.guards import Guards
+from wan_loader.fastpath.deferral.facts import FACTS, overwrites
+from wan_loader.fastpath.deferral.guards import Guards
+from wan_loader.fastpath.deferral.waiting_init import WaitingInit
 from wan_loader.fastpath.modes import without_modes
-from wan_loader.fastpath.waiting_init import WaitingInit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from wan_loader.fastpath.waiting_cast import WaitingCast
+    from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
 
     Waiting = WaitingCast | WaitingInit
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
-from wan_loader.fastpath.deferred import settle_file
+from wan_loader.fastpath.deferral.deferred import settle_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
