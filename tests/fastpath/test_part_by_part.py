@@ -1,4 +1,4 @@
-"""The order of work of ComfyUI, a stand-in of it: layers that do not initialise, a dict that is copied, parts that move."""
+"""ComfyUI's order of work, a stand-in of it: layers that do not initialise, a dict that is copied, parts that move."""
 
 import pytest
 
