@@ -131,6 +131,17 @@ def test_a_value_for_two_parameters_is_copied_twice(patches, tally, tmp_path):
     assert torch.equal(module[1].weight, tensor)
 
 
+def test_strides_stay(patches, tally, tmp_path):
+    """A kernel of one pixel is contiguous in both formats; convolutions ask the strides in which."""
+    make = torch.nn.Conv2d(WIDTH, WIDTH, 1, bias=False).to
+    torch.save(make().state_dict(), tmp_path / "y.pth")
+    module = make(memory_format=torch.channels_last)
+    strides = module.weight.stride()
+    module.load_state_dict(torch.load(tmp_path / "y.pth"))
+    assert module.weight.stride() == strides == (WIDTH, 1, WIDTH, WIDTH)
+    assert not tally.spared
+
+
 def test_then_a_move_takes_one_plan(patches, path):
     module, expected = make_module(), make_module()
     expected.load_state_dict(torch.load(path, mmap=False))

@@ -143,6 +143,15 @@ def test_gradients_complex_numbers_and_eight_bit_floats_are_left(module, planned
     assert planned.tally.left["is no leaf, or has a gradient"] == WIDTH * WIDTH * 4
 
 
+def test_with_tensors_on_the_meta_device_nothing_has_moved(module, planned, device):
+    """The original raises for them, and what it has not come to is where it was."""
+    module["second"].linear.bias = torch.nn.Parameter(torch.empty(WIDTH, device="meta"))
+    weight = module["first"].linear.weight.data_ptr()
+    planned.fetch(module, torch.device(device), None)
+    assert module["first"].linear.weight.data_ptr() == weight
+    assert planned.tally.left == {"has tensors on the meta device, which the original does not move": 0}
+
+
 def test_parameters_without_a_size_are_left(module, planned, device):
     module["lazy"] = torch.nn.LazyLinear(3)
     planned.fetch(module, torch.device(device), None)

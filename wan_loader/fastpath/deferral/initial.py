@@ -21,6 +21,7 @@ from wan_loader.fastpath.deferral.mt19937 import MIN_DRAWS, advance
 from wan_loader.fastpath.deferral.waiting_init import InitCall, WaitingInit
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
+from wan_loader.formats.checkpoint_facts import contiguous_strides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -188,7 +189,7 @@ def _is_right(original: Callable[..., torch.Tensor], arguments: dict[str, Any], 
 def _is_alone(parameter: torch.nn.Parameter) -> bool:
     """Say whether nothing else may see a parameter's memory, and nothing hangs on it that a swap would take away."""
     return (
-        parameter.is_contiguous()
+        parameter.stride() == contiguous_strides(tuple(parameter.shape))
         and parameter.is_leaf
         and parameter.grad is None
         and not parameter._backward_hooks

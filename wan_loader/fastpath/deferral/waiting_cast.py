@@ -20,6 +20,7 @@ from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import CheckpointError, WanLoaderError
 from wan_loader.fastpath.moving.loads import load
+from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import Proof
@@ -201,7 +202,7 @@ def _may_wait(source: torch.Tensor, dtype: torch.dtype) -> bool:
     is_cast = source.dtype != dtype and {str(source.dtype), str(dtype)} <= _FLOATS
     follows = source.requires_grad and torch.is_grad_enabled()
     # of those that are contiguous, too, some have strides that others would not have, and keep them
-    is_usual = source.stride() == torch.empty(source.shape, device="meta").stride()
+    is_usual = source.stride() == contiguous_strides(tuple(source.shape))
     return is_cast and not follows and source.device.type == "cpu" and is_usual
 
 

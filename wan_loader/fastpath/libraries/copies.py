@@ -26,6 +26,7 @@ from wan_loader.fastpath.libraries.left_alone import LeftAloneError
 from wan_loader.fastpath.libraries.torch_load import ALIGNMENT
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
+from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.system.mappings import read_mappings
 from wan_loader.system.own_pages import PAGE
 
@@ -187,8 +188,8 @@ def _is_plain_copy(to: Any, value: Any, min_nbytes: int) -> bool:
         and to.dtype == value.dtype
         and to.shape == value.shape
         and value.nbytes >= min_nbytes
-        and to.is_contiguous()
-        and value.is_contiguous()
+        # not only contiguous: kernels are chosen by the strides, too, be it those of a size of one
+        and to.stride() == value.stride() == contiguous_strides(tuple(to.shape))
         and to.is_leaf
         and not to.is_inference()
     )

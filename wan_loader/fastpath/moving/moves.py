@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.fastpath.deferral.deferred import cast_of, settle
 from wan_loader.fastpath.modes import why_not_now
-from wan_loader.fastpath.moving.slots import Slot, is_plain, slots_of, why_not_bound
+from wan_loader.fastpath.moving.slots import Slot, in_both_roles, is_plain, slots_of, why_not_bound
 from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     import torch
 
@@ -90,11 +90,15 @@ class Moves:
         if (why := why_not_now() or why_not_bound()) is not None:
             self.tally.leave(why, 0)
             return
-        slots = dict[str, Slot]()
-        for slot in slots_of(module):
+        places = list(slots_of(module))
+        if any(slot.tensor.is_meta for slot in places):
+            self.tally.leave("has tensors on the meta device, which the original does not move")
+            return
+        slots, odd = dict[str, Slot](), in_both_roles(places)
+        for slot in places:
             if (cast := cast_of(slot.tensor)) is not None and cast.is_done:
                 settle(slot.tensor)  # its memory is there, for somebody has looked at an alias
-            if (reason := _why_not(slot.tensor, dtype)) is None:
+            if (reason := _why_not(slot, dtype, odd)) is None:
                 slots[str(len(slots))] = slot
             else:
                 self.tally.leave(reason, slot.tensor.nbytes if cast is not None or is_plain(slot.tensor) else 0)
@@ -118,11 +122,13 @@ class Moves:
         if (why := why_not_now() or why_not_bound()) is not None:
             self.tally.leave(why, 0)
             return
+        places = list(slots_of(module))
+        odd = in_both_roles(places)
         slots = [
             slot
-            for slot in slots_of(module)
+            for slot in places
             if is_plain(slot.tensor)
-            and _why_not(slot.tensor, dtype) is None
+            and _why_not(slot, dtype, odd) is None
             and slot.tensor.is_floating_point()
             and slot.tensor.dtype != dtype
         ]
@@ -152,8 +158,13 @@ def _target(
     return (device, dtype) if memory_format is None and converts else None
 
 
-def _why_not(tensor: torch.Tensor, dtype: torch.dtype | None) -> str | None:
-    """Return why a tensor is left to the original, before its memory is looked at."""
+def _why_not(slot: Slot, dtype: torch.dtype | None, odd: Container[int]) -> str | None:
+    """Return why a tensor is left to the original, before its memory is looked at; `odd` are ids of some to leave."""
+    tensor = slot.tensor
+    if id(tensor) in odd:
+        return "is a parameter in one place and a buffer in another"
+    if not slot.is_parameter and tensor.requires_grad:
+        return "is a buffer that requires a gradient"  # what becomes of it stays connected to it
     if (cast := cast_of(tensor)) is not None:
         if cast.is_done:
             return "is held by C++ code"
