@@ -9,7 +9,7 @@ from loader_cases import bits  # noqa: E402
 from programs import ROOT  # noqa: E402
 
 from wan_loader.fastpath import Accelerator  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred, settle_all  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred, settle_all  # noqa: E402
 
 INITIALISATIONS = "initialisations on the CPU"
 

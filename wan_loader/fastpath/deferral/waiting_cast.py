@@ -2,7 +2,8 @@
 
 When a cast is asked for, the tensor is proven to be a range of its file, and the file's facts are noted. From then on
 that range is what counts, whatever is written to the tensor: it is read by calls, so that a file which was shortened is
-an error that names it, not the end of the process. The file is kept open, and may be deleted or replaced meanwhile.
+an error that names it, not the end of the process. The file is kept open, and may be deleted or replaced meanwhile;
+what this process itself writes to it comes after the casts (`deferred_tensor.settle_file`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import CheckpointError, WanLoaderError
-from wan_loader.fastpath.loads import load
+from wan_loader.fastpath.moving.loads import load
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import Proof
@@ -131,7 +132,8 @@ class WaitingCast:
         """
         with self.lock:
             if self._done is None:
-                self._done = self._convert()
+                # `.data`: how it was made counts as no writes to it (`_version`)
+                self._done = self._convert().data
                 self.tally.leave("was cast on the CPU, as somebody looked at it", self._done.nbytes)
             return self._done
 
@@ -198,7 +200,9 @@ def _may_wait(source: torch.Tensor, dtype: torch.dtype) -> bool:
         return False
     is_cast = source.dtype != dtype and {str(source.dtype), str(dtype)} <= _FLOATS
     follows = source.requires_grad and torch.is_grad_enabled()
-    return is_cast and not follows and source.device.type == "cpu" and source.is_contiguous()
+    # of those that are contiguous, too, some have strides that others would not have, and keep them
+    is_usual = source.stride() == torch.empty(source.shape, device="meta").stride()
+    return is_cast and not follows and source.device.type == "cpu" and is_usual
 
 
 def with_casts(proof: Proof, casts: Mapping[str, WaitingCast], ties: Mapping[str, str]) -> Proof:

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.deferred import cast_of, settle
+from wan_loader.fastpath.deferral.deferred import cast_of, settle
 from wan_loader.fastpath.modes import why_not_now
+from wan_loader.fastpath.moving.slots import Slot, is_plain, slots_of, why_not_bound
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.slots import Slot, is_plain, slots_of, why_not_bound
 from wan_loader.fastpath.tally import Tally
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Moves:
         if nbytes < self.min_nbytes:
             return
         # with all that it imports: not before there is something to load
-        from wan_loader.fastpath.fetching import Fetching
+        from wan_loader.fastpath.moving.fetching import Fetching
 
         component = type(module).__name__
         Fetching(component, device, dtype, self.io, self.min_memory_nbytes, self.tally).fetch(slots, casts)
@@ -128,7 +128,7 @@ class Moves:
         ]
         if sum(slot.tensor.nbytes for slot in slots) < self.min_nbytes:
             return
-        from wan_loader.fastpath.module_casts import defer_casts
+        from wan_loader.fastpath.deferral.module_casts import defer_casts
 
         defer_casts(slots, dtype, self.tally)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import WanLoaderError
 from wan_loader.events import clock_ns
-from wan_loader.fastpath.loads import load
-from wan_loader.fastpath.memory_moves import fetch_memory
-from wan_loader.fastpath.slots import Slot, bind
-from wan_loader.fastpath.waiting_cast import with_casts
+from wan_loader.fastpath.deferral.waiting_cast import with_casts
+from wan_loader.fastpath.moving.loads import load
+from wan_loader.fastpath.moving.memory_moves import fetch_memory
+from wan_loader.fastpath.moving.slots import Slot, bind
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import UNREADABLE
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
     from wan_loader.fastpath.tally import Tally
-    from wan_loader.fastpath.waiting_cast import WaitingCast
     from wan_loader.provenance.proof import Proof
     from wan_loader.types import IoMode
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wan_loader.fastpath.waiting_cast import find_casts
+from wan_loader.fastpath.deferral.waiting_cast import find_casts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
 
-    from wan_loader.fastpath.slots import Slot
+    from wan_loader.fastpath.moving.slots import Slot
     from wan_loader.fastpath.tally import Tally
 
 __all__ = ["defer_casts"]
@@ -29,7 +29,7 @@ def defer_casts(slots: Iterable[Slot], dtype: torch.dtype, tally: Tally) -> None
         dtype: What they become.
         tally: Is told what was left, and why.
     """
-    from wan_loader.fastpath.deferred_tensor import defer_parameter, give
+    from wan_loader.fastpath.deferral.deferred_tensor import defer_parameter, give
 
     waiting: dict[str, Slot] = {}
     seen: set[int] = set()

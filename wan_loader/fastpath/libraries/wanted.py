@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.fastpath.deferred import defer_all, is_deferred
+from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from wan_loader.fastpath.moves import Moves
+    from wan_loader.fastpath.moving.moves import Moves
 
 __all__ = ["LeftAloneError", "Wanted", "serve"]
 
