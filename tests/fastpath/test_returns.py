@@ -303,6 +303,18 @@ def test_other_tensors_at_a_noted_address(build, away, accelerator):
     same(values(other), expected)
 
 
+def test_the_same_memory_as_something_else(build, away, accelerator):
+    """Equal bits are not enough."""
+    module = build().to(away)
+    module.first.bias.data = module.first.bias.data.view(2, -1)
+    module.second.weight.data = module.second.weight.data.t()
+    module.counts = module.counts.view(torch.float64)
+    expected = values(module)
+    module.cpu()
+    assert waiting(module) == {"first.weight", "tied.weight", "second.bias", "scale", "flag"}
+    same(values(module), expected)
+
+
 def test_notes_are_few(build, away, accelerator, monkeypatch):
     monkeypatch.setattr(origins, "_MAX_NOTES", 3)
     module = build().to(away)
@@ -508,32 +520,29 @@ def test_pieces_are_compared_as_they_lie(build, tally, away, monkeypatch):
     same(values(module), expected)
 
 
-def test_an_expert_of_diffusers_is_offloaded_by_accelerate(tmp_path, away, device):
-    """Hooks move modules there before they are called, and back before the next one is."""
-    accelerate = pytest.importorskip("accelerate")
-    nets = [Net(), Net()]
-    for number, net in enumerate(nets):
-        safetensors.torch.save_model(net, str(tmp_path / f"{number}.safetensors"))
-    x = torch.ones(2, WIDTH)
-    expected = [net.to(device)(x.to(device)).cpu() for net in nets]
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+def test_a_pipeline_whose_models_are_offloaded(tmp_path, away):
+    """Accelerate's hooks move each model there before it is called, and back before the next one is."""
+    pytest.importorskip("transformers", minversion="5.0")
+    diffusers = pytest.importorskip("diffusers", minversion="0.36", reason="wan_pipeline asks for a newer diffusers")
+    from wan_pipeline.synth import synth
 
-    def load(number):
-        net = Net()
-        net.load_state_dict(safetensors.torch.load_file(tmp_path / f"{number}.safetensors"), assign=True, strict=False)
-        net.tied.weight = net.first.weight
-        return net
+    directory = synth(tmp_path / "tiny", layout="diffusers", task="t2v-A14B").directory
+    options = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
 
-    with Accelerator(kinds=(str(away),), io="buffered", min_nbytes=0) as accelerator, torch.no_grad():
-        experts, hook = [], None
-        for number in range(2):
-            expert, hook = accelerate.cpu_offload_with_hook(load(number), away, prev_module_hook=hook)
-            experts.append((expert, hook))
-        for turn in range(3):
-            for (expert, hook), wanted in zip(experts, expected, strict=True):
-                assert torch.equal(expert(x.to(away)).cpu(), wanted)
-                hook.offload()
-                assert waiting(expert)
-            assert accelerator.tally.components["Net"].n_plans == 2 * (turn + 1)
-        assert accelerator.tally.spared[COPIES] == 6 * N_OBJECTS
-        assert READ not in accelerator.tally.left
-    del experts, expert, hook
+    def program():
+        pipe = diffusers.WanPipeline.from_pretrained(directory, torch_dtype=torch.bfloat16)
+        pipe.enable_model_cpu_offload(device=away)
+        pipe.set_progress_bar_config(disable=True)
+        for _ in range(2):
+            yield pipe("a cat", guidance_scale=1.0, generator=torch.Generator().manual_seed(3), **options).frames
+
+    expected = list(program())
+    with Accelerator(kinds=(str(away),), io="buffered", min_nbytes=0) as accelerator:
+        tally = accelerator.tally
+        for turn, (found, wanted) in enumerate(zip(program(), expected, strict=True), 1):
+            assert torch.equal(found, wanted)
+            plans = {name: served.n_plans for name, served in tally.components.items()}
+            assert plans == {"UMT5EncoderModel": turn, "WanTransformer3DModel": 2 * turn}
+        assert tally.spared[COPIES] > 0
+        assert tally.left.keys() == {"does not lie in the mapping of a file"}

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PIECE_BYTES", "load", "load_pieces"]
 
-#: Tensors of this size, of which there are some twenty at a time, keep the link to a device busy.
-PIECE_BYTES = 8 << 20
+#: Tensors of this size, of which there are some fifty at a time, keep the link to a device busy.
+PIECE_BYTES = 4 << 20
 #: So much of what is looked at must be in memory: a disk would take longer than the copy that is to be spared.
 _RESIDENT = 0.9
 

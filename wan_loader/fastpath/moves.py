@@ -130,7 +130,7 @@ class Moves:
             module: The module, as it is before it moves to the CPU.
 
         Raises:
-            KeyboardInterrupt: It came meanwhile; then nothing was changed.
+            KeyboardInterrupt: It came meanwhile; then each tensor is here or there, as after a plain move.
         """
         if (why := why_not_now() or why_not_bound()) is not None:
             self.tally.leave(why, 0)

@@ -97,14 +97,12 @@ class Returns(NamedTuple):
 
     def _find(self, module: torch.nn.Module) -> list[_Found]:
         """Return what is noted of the module's tensors."""
-        found, seen = [], set[int]()
-        for slot in slots_of(module):
-            # a parameter in several places is one object, a buffer becomes one for each place
-            is_new = not slot.is_parameter or id(slot.tensor) not in seen
-            seen.add(id(slot.tensor))
-            if is_new and self._is_candidate(slot) and (origin := self.origins.take(slot.tensor)) is not None:
-                found.append(_Found(slot, origin))
-        return found
+        return [
+            _Found(slot, origin)
+            for slot in slots_of(module)
+            # which is found once, where a parameter has several places
+            if self._is_candidate(slot) and (origin := self.origins.take(slot.tensor)) is not None
+        ]
 
     def _is_candidate(self, slot: Slot) -> bool:
         """Say whether a plain move would give a tensor memory of its own, with the same bits, and nothing else."""
