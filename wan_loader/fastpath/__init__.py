@@ -6,6 +6,7 @@ accelerator   all of it, put in and taken out together
 patches       functions of other libraries, replaced while it is in
 tally         what it did, and what it left and why
 moves         `torch.nn.Module.to` and `.cuda`
+returns       `torch.nn.Module.to` the CPU and `.cpu`, of what still is in its files
 torch_load, from_safetensors, copies, rewrites    functions that read files, fill modules, and write files
 """
 

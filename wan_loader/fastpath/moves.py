@@ -10,7 +10,8 @@ gradients and optimisers stay what they are.
     move -> candidates -> proof -> one load each -> the same proof again -> bind -> the original call
 
 Whatever is not certain is left to the original, with the reason kept for the report; so is the whole call where the
-load fails: nothing is bound before everything has arrived.
+load fails: nothing is bound before everything has arrived. What was fetched is noted, for when it comes
+back (`returns`).
 """
 
 from __future__ import annotations

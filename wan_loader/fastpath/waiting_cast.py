@@ -3,6 +3,8 @@
 When a cast is asked for, the tensor is proven to be a range of its file, and the file's facts are noted. From then on
 that range is what counts, whatever is written to the tensor: it is read by calls, so that a file which was shortened is
 an error that names it, not the end of the process. The file is kept open, and may be deleted or replaced meanwhile.
+
+What comes back from a device and still is a range of a file (`returns`) waits in the same way, perhaps only to be read.
 """
 
 from __future__ import annotations
