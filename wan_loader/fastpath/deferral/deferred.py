@@ -154,6 +154,6 @@ def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
     Raises:
         ValueError: It waits for none.
     """
-    if (cast := cast_of(tensor)) is None:
-        raise ValueError("this tensor waits for no cast")
+    if (cast := cast_of(tensor)) is None or cast.source is None:
+        raise ValueError("this tensor waits for no cast of a view")
     return cast.source, cast.dtype

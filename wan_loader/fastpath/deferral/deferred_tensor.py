@@ -366,7 +366,9 @@ def _answering(tensor: Any) -> Waiting | None:
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the tensor itself for a move and a conversion to what it is."""
-    if waiting_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
+    # `copy` stands behind `non_blocking`, which is of no consequence here
+    behind = 2 if args and isinstance(args[0], torch.dtype | torch.Tensor) else 3
+    if waiting_of(tensor) is None or any(arg is True for arg in (*args[behind:], kwargs.get("copy"))):
         return None
     kwargs.pop("copy", None)
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)

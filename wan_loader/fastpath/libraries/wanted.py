@@ -87,6 +87,6 @@ def _fetch(
 
     holder: torch.nn.Module = type(component, (torch.nn.Module,), {})()
     holder._parameters.update(values)  # type: ignore[arg-type]
-    moves.fetch(holder, device, None)
+    moves.origins.note(moves.fetch(holder, device, None))
     moved = holder._parameters.items()
     return {name: t for name, t in moved if t is not None and t.device.type == device.type and not is_deferred(t)}
