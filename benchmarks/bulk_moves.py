@@ -51,7 +51,8 @@ import torch
 
 import wan_loader
 from wan_loader.engine import transfer
-from wan_loader.fastpath import Moves, memory_moves
+from wan_loader.fastpath import Moves
+from wan_loader.fastpath.moving import memory_moves
 from wan_loader.system.posix_aio import PosixAio
 from wan_loader.system.read_threads import ReadThreads
 

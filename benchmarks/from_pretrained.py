@@ -29,10 +29,10 @@ warnings.simplefilter("ignore")
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
-from wan_loader.fastpath.deferred import is_deferred
-from wan_loader.fastpath.from_diffusers import FromDiffusers
-from wan_loader.fastpath.from_transformers import FromTransformers
-from wan_loader.fastpath.moves import Moves
+from wan_loader.fastpath.deferral.deferred import is_deferred
+from wan_loader.fastpath.libraries.from_diffusers import FromDiffusers
+from wan_loader.fastpath.libraries.from_transformers import FromTransformers
+from wan_loader.fastpath.moving.moves import Moves
 from wan_loader.fastpath.patches import Patches
 from wan_loader.fastpath.tally import Tally
 

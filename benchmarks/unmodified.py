@@ -14,6 +14,7 @@ weights on the device, which knows the place of every byte, must be the same in 
     d  the official order of work (official_order.py): text encoder initialised and loaded, experts cast on the CPU
     e  transformers' AutoModelForTextEncoding.from_pretrained(...).to(device)
     f  WanPipeline.from_pretrained(device_map=device)
+    g  (a) in two processes under torchrun, each to a GPU of its own; only when it is asked for
 
 Host memory is the process's own (anonymous), read by the measuring process every 20 ms. Cold means that the page cache
 was emptied of the files before. With a tiny checkpoint or on the device `cpu:0`, for trying it out, the fast path is
@@ -72,10 +73,17 @@ loaded = WanPipeline.from_pretrained(path, torch_dtype=torch.bfloat16, device_ma
 """,
 }
 
+#: Programs that a launcher starts in several processes.
+_N_PROCESSES = {"g": 2}
+PROGRAMS["g"] = PROGRAMS["a"]
+
 _HEAD = """
 import json, os, sys, time
 path, device = sys.argv[1:3]
 import torch
+if "LOCAL_RANK" in os.environ and device != "cpu:0":
+    device = "cuda:" + os.environ["LOCAL_RANK"]
+    torch.cuda.set_device(device)
 {imports}
 
 class Reached(Exception):
@@ -145,7 +153,11 @@ def write_programs(directory: Path) -> dict[str, Path]:
 def run_sample(script: Path, way: str, args: argparse.Namespace) -> dict:
     """Run a program once, plain or ours, in a fresh process."""
     words = [str(script), args.ckpt, args.device]
-    if way == "ours" and (args.size == "tiny" or args.device.startswith("cpu")):
+    if n_processes := _N_PROCESSES.get(script.stem[-1]):
+        words = ["-m", "torch.distributed.run", "--nproc_per_node", str(n_processes), *words]
+        if way == "ours":
+            words = ["-m", "wan_loader", "run", "--", sys.executable, *words]
+    elif way == "ours" and (args.size == "tiny" or args.device.startswith("cpu")):
         words = ["-c", _TRYING, *words]
     elif way == "ours":
         words = ["-m", "wan_loader", "run", *words]
@@ -159,7 +171,11 @@ def run_sample(script: Path, way: str, args: argparse.Namespace) -> dict:
         said = errors.read().strip().splitlines()
         if process.returncode:
             return {"error": said[-5:]}
-        found = json.loads(out.read().splitlines()[-1])
+        each = [json.loads(line) for line in out.read().splitlines() if line.startswith("{")]
+    # of several processes, the slowest; their weights are the same
+    found = max(each, key=lambda one: one["seconds"])
+    if any(one["digests"] != found["digests"] for one in each):
+        return {"error": ["the processes have different weights"]}
     return found | peaks | {"said": [line for line in said if line.startswith("wan-loader")]}
 
 
@@ -219,7 +235,9 @@ def main() -> None:
     parser.add_argument("--size", choices=["tiny", "full"], default="full")
     parser.add_argument("--blocks", type=int, default=8, help="blocks per expert, of 40")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument(
+        "--program", nargs="+", choices=PROGRAMS, default=[name for name in PROGRAMS if name not in _N_PROCESSES]
+    )
     parser.add_argument("--cache", choices=["warm", "cold"], default="warm")
     parser.add_argument("--pairs", type=int, default=3, help="samples of each, plain and ours (default: 3)")
     parser.add_argument("--plain", type=int, help="samples of plain, if they are others")

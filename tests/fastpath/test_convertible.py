@@ -6,10 +6,10 @@ torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
 
-from wan_loader.fastpath.convertible import Convertible  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
+from wan_loader.fastpath.deferral.convertible import Convertible  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred, settle  # noqa: E402
+from wan_loader.fastpath.deferral.waiting_cast import find_casts  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
-from wan_loader.fastpath.waiting_cast import find_casts  # noqa: E402
 
 
 @pytest.fixture

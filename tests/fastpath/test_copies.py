@@ -10,12 +10,12 @@ torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
 
-from wan_loader.fastpath import copies  # noqa: E402
-from wan_loader.fastpath.copies import Copies  # noqa: E402
-from wan_loader.fastpath.moves import Moves  # noqa: E402
+from wan_loader.fastpath.libraries import copies  # noqa: E402
+from wan_loader.fastpath.libraries.copies import Copies  # noqa: E402
+from wan_loader.fastpath.libraries.torch_load import TorchLoad  # noqa: E402
+from wan_loader.fastpath.moving.moves import Moves  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
-from wan_loader.fastpath.torch_load import TorchLoad  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 from wan_loader.system.leases import Leases  # noqa: E402
 

@@ -5,7 +5,10 @@ import gc
 import io
 import os
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from multiprocessing.reduction import ForkingPickler
@@ -18,10 +21,11 @@ import safetensors.torch  # noqa: E402
 from torch.utils.dlpack import to_dlpack  # noqa: E402
 
 from wan_loader.errors import CheckpointError  # noqa: E402
-from wan_loader.fastpath import Tally, waiting_cast  # noqa: E402
-from wan_loader.fastpath import deferred_tensor as tensors  # noqa: E402
-from wan_loader.fastpath.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
-from wan_loader.fastpath.facts import FACTS  # noqa: E402
+from wan_loader.fastpath import Tally  # noqa: E402
+from wan_loader.fastpath.deferral import deferred_tensor as tensors  # noqa: E402
+from wan_loader.fastpath.deferral import waiting_cast  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
+from wan_loader.fastpath.deferral.facts import FACTS  # noqa: E402
 
 NEW_PARAMETER = torch.nn.Parameter.__new__
 LOOKED = "was cast on the CPU, as somebody looked at it"
@@ -498,7 +502,7 @@ def test_threads_see_one_memory(waiting, tally):
 
 
 def test_a_failure_in_a_mode_is_the_callers(waiting, path):
-    os.truncate(path, 100)
+    elsewhere(path, "os.truncate(path, 100)")
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"model\.safetensors was modified"):
         waiting["weight"].sum()
 
@@ -531,6 +535,24 @@ def test_what_c_plus_plus_holds_has_a_stand_in(waiting, plain, tally):
     assert tally.left == {LOOKED: parameter.nbytes}
 
 
+def write_low_level(path):
+    os.close(os.open(path, os.O_RDWR | os.O_TRUNC))
+
+
+WRITES = {
+    "open": lambda path: path.write_bytes(b"new"),
+    "change": lambda path: open(path, "r+b").close(),
+    "os": write_low_level,
+    "truncate": lambda path: os.truncate(path, 100),
+    "copy": lambda path: shutil.copyfile(__file__, path),
+}
+
+
+def elsewhere(path, change):
+    """Change a file as another process does, of which this one hears nothing."""
+    subprocess.run([sys.executable, "-I", "-S", "-c", f"import os; path = {str(path)!r}; {change}"], check=True)
+
+
 class TestFiles:
     """What happens to the file meanwhile."""
 
@@ -553,11 +575,15 @@ class TestFiles:
         new.replace(path)
         same(settle(waiting["weight"]), plain["weight"])
 
+    @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+    def test_this_process_writes_to_it(self, waiting, plain, path, write):
+        write(path)
+        for name, tensor in waiting.items():
+            same(tensor, plain[name])
+
     @pytest.mark.parametrize("goes", [False, True])
     def test_modified_in_place(self, waiting, path, goes):
-        with open(path, "r+b") as file:
-            file.seek(-4, os.SEEK_END)
-            file.write(b"\1\2\3\4")
+        elsewhere(path, "file = open(path, 'r+b'); file.seek(-4, os.SEEK_END); file.write(b'abcd'); file.close()")
         if goes:
             path.unlink()
         for _ in range(2):
@@ -568,7 +594,7 @@ class TestFiles:
             waiting["weight"] + 1
 
     def test_truncated(self, waiting, path):
-        os.truncate(path, 100)
+        elsewhere(path, "os.truncate(path, 100)")
         with pytest.raises(CheckpointError, match=r"model\.safetensors was modified .*, 100 now"):
             settle(waiting["weight"])
 

@@ -25,13 +25,13 @@ pytest.importorskip("transformers")
 import safetensors.torch  # noqa: E402
 from diffusers.models import model_loading_utils, modeling_utils  # noqa: E402
 
-import wan_loader.fastpath.deferred_tensor  # noqa: E402, F401  (before `counted_casts` replaces what it looks at)
+import wan_loader.fastpath.deferral.deferred_tensor  # noqa: E402, F401  (before `counted_casts` replaces what it looks at)
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import fetching  # noqa: E402
 from wan_loader.fastpath.accelerator import Accelerator  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
-from wan_loader.fastpath.from_diffusers import FromDiffusers  # noqa: E402
-from wan_loader.fastpath.moves import Moves  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred, settle  # noqa: E402
+from wan_loader.fastpath.libraries.from_diffusers import FromDiffusers  # noqa: E402
+from wan_loader.fastpath.moving import fetching  # noqa: E402
+from wan_loader.fastpath.moving.moves import Moves  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")

@@ -13,8 +13,8 @@ import safetensors  # noqa: E402
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import open_on_device  # noqa: E402
-from wan_loader.fastpath.from_safetensors import SafetensorsLoads  # noqa: E402
+from wan_loader.fastpath.libraries import open_on_device  # noqa: E402
+from wan_loader.fastpath.libraries.from_safetensors import SafetensorsLoads  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
 from wan_loader.loading.handle import CheckpointHandle  # noqa: E402

@@ -14,10 +14,11 @@ transformers = pytest.importorskip("transformers")
 import safetensors.torch  # noqa: E402
 from transformers_four import fill_from_file, fill_from_state  # noqa: E402
 
-from wan_loader.fastpath import Moves, fetching  # noqa: E402
+from wan_loader.fastpath import Moves  # noqa: E402
 from wan_loader.fastpath.accelerator import Accelerator  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred  # noqa: E402
-from wan_loader.fastpath.from_transformers import FromTransformers  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred  # noqa: E402
+from wan_loader.fastpath.libraries.from_transformers import FromTransformers  # noqa: E402
+from wan_loader.fastpath.moving import fetching  # noqa: E402
 from wan_loader.fastpath.ours import ours  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402

@@ -18,10 +18,11 @@ from loader_cases import bits  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import init  # noqa: E402
 
-from wan_loader.fastpath import Tally, initial  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred, settle, settle_all  # noqa: E402
-from wan_loader.fastpath.deferred_tensor import living  # noqa: E402
-from wan_loader.fastpath.initial import Initial  # noqa: E402
+from wan_loader.fastpath import Tally  # noqa: E402
+from wan_loader.fastpath.deferral import initial  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred, settle, settle_all  # noqa: E402
+from wan_loader.fastpath.deferral.deferred_tensor import living  # noqa: E402
+from wan_loader.fastpath.deferral.initial import Initial  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 
 LOOKED = "was initialised on the CPU after all, as somebody looked at it"

@@ -10,8 +10,9 @@ torch = pytest.importorskip("torch")
 
 from wan_loader.engine import read_backend  # noqa: E402
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, Tally, memory_moves  # noqa: E402
-from wan_loader.fastpath.memory_moves import fetch_memory, load_memory  # noqa: E402
+from wan_loader.fastpath import Moves, Tally  # noqa: E402
+from wan_loader.fastpath.moving import memory_moves  # noqa: E402
+from wan_loader.fastpath.moving.memory_moves import fetch_memory, load_memory  # noqa: E402
 from wan_loader.provenance.tensor_memory import memory_of  # noqa: E402
 from wan_loader.system.posix import PAGE, map_file, unmap  # noqa: E402
 

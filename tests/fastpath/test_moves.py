@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, Tally, fetching  # noqa: E402
+from wan_loader.fastpath import Moves, Tally  # noqa: E402
+from wan_loader.fastpath.moving import fetching  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 

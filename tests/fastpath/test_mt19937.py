@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from wan_loader.fastpath.mt19937 import MIN_DRAWS, advance  # noqa: E402
+from wan_loader.fastpath.deferral.mt19937 import MIN_DRAWS, advance  # noqa: E402
 
 BLOCK = 624
 

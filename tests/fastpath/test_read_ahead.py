@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from wan_loader.engine.activity import loading
+from wan_loader.fastpath.libraries.read_ahead import ReadAhead, files_to_load
 from wan_loader.fastpath.patches import Patches
-from wan_loader.fastpath.read_ahead import ReadAhead, files_to_load
 from wan_loader.fastpath.tally import Tally
 from wan_loader.system import machine
 from wan_loader.warming import prewarm
@@ -195,7 +195,7 @@ def test_it_ends_with_the_fast_path(calls, cold, monkeypatch):
         return plain(*arguments)
 
     monkeypatch.setattr(prewarm, "fill", fill)
-    monkeypatch.setattr("wan_loader.fastpath.read_ahead._MAX_THREADS", 1)
+    monkeypatch.setattr("wan_loader.fastpath.libraries.read_ahead._MAX_THREADS", 1)
     assert calls(cold) == NBYTES
 
 

@@ -10,11 +10,11 @@ torch = pytest.importorskip("torch")
 import safetensors.numpy  # noqa: E402
 import safetensors.torch  # noqa: E402
 
-from wan_loader.fastpath.deferred import defer, is_deferred  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import defer, is_deferred  # noqa: E402
+from wan_loader.fastpath.libraries.rewrites import Rewrites  # noqa: E402
+from wan_loader.fastpath.libraries.torch_load import TorchLoad  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
-from wan_loader.fastpath.rewrites import Rewrites  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
-from wan_loader.fastpath.torch_load import TorchLoad  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 from wan_loader.system.leases import Leases  # noqa: E402
 

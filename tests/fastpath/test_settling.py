@@ -1,5 +1,7 @@
 """Compilers and tracers see ordinary tensors, whatever waited before."""
 
+import subprocess
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -7,7 +9,7 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.fastpath import Accelerator  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred  # noqa: E402
 
 WIDTH = 16
 
@@ -87,10 +89,24 @@ def test_what_waits_is_settled_at_the_end(build):
     assert type(module.weight) is type(module.bias) is torch.nn.Parameter
 
 
+def test_who_saves_over_the_file_saves_what_it_held(accelerator, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(torch.nn.Linear(WIDTH, WIDTH).state_dict(), path)
+    module = torch.nn.Linear(WIDTH, WIDTH)
+    module.load_state_dict(torch.load(path, mmap=True), assign=True)
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in module.state_dict().items()}
+    module.bfloat16()
+    assert is_deferred(module.weight)
+    torch.save(module.state_dict(), path)
+    for name, tensor in torch.load(path).items():
+        assert torch.equal(tensor, expected[name])
+        assert torch.equal(module.state_dict()[name], expected[name])
+
+
 def test_a_file_that_was_modified_is_told_to_whoever_looks(build, path):
     with Accelerator(("cpu:0",), min_nbytes=0):
         module = build()
-        path.write_bytes(b"")
+        subprocess.run(["truncate", "--size=0", str(path)], check=True)
     assert is_deferred(module.weight)
     with pytest.raises(ValueError, match="was modified"):
         module(torch.ones(1, WIDTH, dtype=torch.bfloat16))

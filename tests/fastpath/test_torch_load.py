@@ -4,17 +4,18 @@ import gc
 import os
 import subprocess
 import threading
+import zipfile
 from collections import OrderedDict
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from wan_loader.fastpath import torch_files, torch_load  # noqa: E402
-from wan_loader.fastpath.moves import Moves  # noqa: E402
+from wan_loader.fastpath.libraries import torch_files, torch_load  # noqa: E402
+from wan_loader.fastpath.libraries.torch_load import TorchLoad  # noqa: E402
+from wan_loader.fastpath.moving.moves import Moves  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
-from wan_loader.fastpath.torch_load import TorchLoad  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
 from wan_loader.system.leases import Leases  # noqa: E402
 from wan_loader.verify import same_bits  # noqa: E402
@@ -344,6 +345,19 @@ def test_what_cannot_be_leased_is_copied(fast, tally, path):
     assert not is_mapped(state["w"])
     assert_same(state, original(path))
     assert tally.left == {"torch.load: the file is not mapped: somebody has it open for writing": 0}
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_a_file_that_another_program_has_packed(fast, tally, path, packed):
+    """Records may be compressed, or lie where torch would not have put them."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    assert_same(torch.load(path), original(path))
+    assert not tally.spared
+    assert len(tally.left) == 1
 
 
 def test_what_is_small_is_read(tally, leases, path):

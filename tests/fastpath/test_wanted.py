@@ -7,10 +7,11 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, fetching  # noqa: E402
-from wan_loader.fastpath.deferred import is_deferred, settle  # noqa: E402
+from wan_loader.fastpath import Moves  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred, settle  # noqa: E402
+from wan_loader.fastpath.libraries.wanted import Wanted, serve  # noqa: E402
+from wan_loader.fastpath.moving import fetching  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
-from wan_loader.fastpath.wanted import Wanted, serve  # noqa: E402
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ launch        whole programs with it inside: `wan-loader run`, `enable`
 accelerator   all of it, put in and taken out together
 patches       functions of other libraries, replaced while it is in
 tally         what it did, and what it left and why
-moves         `torch.nn.Module.to` and `.cuda`
-torch_load, from_safetensors, copies, rewrites    functions that read files, fill modules, and write files
+moving        modules that move to a GPU, by one plan each, and back
+deferral      tensors whose casts or initialisation wait until somebody looks
+libraries     functions of diffusers, transformers, safetensors and torch that read and write files
+ours, modes   whether this thread is inside our own code, or torch in a mode of its own
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from wan_loader.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wan_loader.fastpath.accelerator import Accelerator
-    from wan_loader.fastpath.moves import Moves
+    from wan_loader.fastpath.moving.moves import Moves
     from wan_loader.fastpath.tally import Tally
 
 __all__ = ["Accelerator", "Moves", "Tally"]
@@ -27,7 +29,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "Accelerator": "wan_loader.fastpath.accelerator",
-        "Moves": "wan_loader.fastpath.moves",
+        "Moves": "wan_loader.fastpath.moving.moves",
         "Tally": "wan_loader.fastpath.tally",
     },
 )

@@ -7,19 +7,19 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from wan_loader.errors import WanLoaderError
-from wan_loader.fastpath.copies import Copies
-from wan_loader.fastpath.deferred import settle_all
-from wan_loader.fastpath.from_diffusers import FromDiffusers
-from wan_loader.fastpath.from_safetensors import SafetensorsLoads
-from wan_loader.fastpath.from_transformers import FromTransformers
-from wan_loader.fastpath.initial import Initial
-from wan_loader.fastpath.moves import Moves
+from wan_loader.fastpath.deferral.deferred import settle_all
+from wan_loader.fastpath.deferral.initial import Initial
+from wan_loader.fastpath.deferral.settling import Settling
+from wan_loader.fastpath.libraries.copies import Copies
+from wan_loader.fastpath.libraries.from_diffusers import FromDiffusers
+from wan_loader.fastpath.libraries.from_safetensors import SafetensorsLoads
+from wan_loader.fastpath.libraries.from_transformers import FromTransformers
+from wan_loader.fastpath.libraries.read_ahead import ReadAhead
+from wan_loader.fastpath.libraries.rewrites import Rewrites
+from wan_loader.fastpath.libraries.torch_load import TorchLoad
+from wan_loader.fastpath.moving.moves import Moves
 from wan_loader.fastpath.patches import Patches
-from wan_loader.fastpath.read_ahead import ReadAhead
-from wan_loader.fastpath.rewrites import Rewrites
-from wan_loader.fastpath.settling import Settling
 from wan_loader.fastpath.tally import Tally
-from wan_loader.fastpath.torch_load import TorchLoad
 from wan_loader.system.leases import Leases
 
 if TYPE_CHECKING:

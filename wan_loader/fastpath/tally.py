@@ -111,7 +111,9 @@ class Tally:
 
     def report(self) -> str:
         """Return the counts as a table of plain text, a line for each component, saving and reason."""
-        lines = [f"{'fetched by plan':40} {'loads':>6} {'bytes':>10} {'seconds':>9}"]
+        lines = []
+        if self.components:
+            lines.append(f"{'fetched by plan':40} {'loads':>6} {'bytes':>10} {'seconds':>9}")
         for name, served in sorted(self.components.items(), key=lambda item: -item[1].nbytes):
             lines.append(
                 f"  {name:38} {served.n_plans:6} {format_bytes(served.nbytes):>10} {format_seconds(served.seconds):>9}"
@@ -124,4 +126,4 @@ class Tally:
         if self.left:
             lines.append("left to the original")
             lines += [f"  {self._reason(reason)}" for reason, _ in self.left.most_common()]
-        return "\n".join(lines)
+        return "\n".join(lines or ["nothing was fetched, spared or left"])

@@ -38,6 +38,8 @@ __all__ = ["OWN_MAP_BYTES", "Allocation", "MappedMemory", "compact", "convert_st
 OWN_MAP_BYTES = 1 << 20
 #: Reserved at once: 0.2 ms.
 _RESERVED_BYTES = 1 << 30
+#: The same, in blocks, where what has arrived is let go of: about what is on its way.
+_RESERVED_BLOCKS = 8
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
 
 #: Mapped pages, for the buffer protocol.
@@ -62,6 +64,7 @@ class Allocation:
         self._n_reserved = 0
         self._refers = not plan.request.piecemeal
         """True if destinations hold their memory; else only the tensors do, so that it goes when they are let go."""
+        self._reserved_nbytes = _RESERVED_BYTES if self._refers else _RESERVED_BLOCKS * plan.blocks.nbytes
         self.device = device
         self._empty: dict[str, torch.Tensor] = {}
 
@@ -98,7 +101,7 @@ class Allocation:
         import torch
 
         sizes, start, total = self._layout.copied_nbytes, self._n_reserved, 0
-        while self._n_reserved < len(sizes) and (self._n_reserved < end or (start and total < _RESERVED_BYTES)):
+        while self._n_reserved < len(sizes) and (self._n_reserved < end or (start and total < self._reserved_nbytes)):
             nbytes = sizes[self._n_reserved]
             total += rounded(nbytes) if nbytes > _SMALL_POOL_BYTES else 0
             self._n_reserved += 1

@@ -14,7 +14,7 @@ why): a file of another user, one that is open for writing, one on a file system
 What it cannot do: a thread that sees the signal needs the interpreter, and so does the copy. A writer within this
 process that keeps the interpreter to itself while it opens the file must have it settled before (`settle`), and a
 process that is stopped for longer than the kernel waits finds its mappings closed: using them ends the process, which
-is better than wrong bytes. What another thread writes to the mapping in the microseconds of the change may be lost.
+is better than wrong bytes. What another thread writes to the mapping while written pages are taken over may be lost.
 """
 
 from __future__ import annotations

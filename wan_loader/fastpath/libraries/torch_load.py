@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.events import clock_ns
-from wan_loader.fastpath.left_alone import LeftAloneError, device_name, plain_path
+from wan_loader.fastpath.libraries.left_alone import LeftAloneError, device_name, plain_path
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 
@@ -95,8 +95,8 @@ class TorchLoad:
         if options.get("weights_only") is False:
             raise LeftAloneError("weights_only=False")
         # with all that they import: not before there is something to load
-        from wan_loader.fastpath.loads import load
-        from wan_loader.fastpath.torch_files import check_planned, skeleton_of
+        from wan_loader.fastpath.libraries.torch_files import check_planned, skeleton_of
+        from wan_loader.fastpath.moving.loads import load
         from wan_loader.plan.dtype_policy import DtypePolicy
 
         start_ns = clock_ns()
@@ -119,7 +119,7 @@ class TorchLoad:
             file = leases.lease(path)
         except OSError as error:
             raise LeftAloneError(f"the file is not mapped: {error.strerror or error}") from error
-        from wan_loader.fastpath.torch_files import check_aligned, fetch_pages
+        from wan_loader.fastpath.libraries.torch_files import check_aligned, fetch_pages
 
         # from here on nobody writes to it without our knowledge
         check_aligned(path, ALIGNMENT)

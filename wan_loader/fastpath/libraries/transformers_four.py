@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.wanted import LeftAloneError, Wanted
+from wan_loader.fastpath.libraries.wanted import LeftAloneError, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

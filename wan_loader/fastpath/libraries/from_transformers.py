@@ -19,17 +19,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wan_loader.fastpath.libraries.transformers_four import find_device, find_wanted, with_weights
+from wan_loader.fastpath.libraries.wanted import LeftAloneError, Wanted, serve
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.transformers_four import find_device, find_wanted, with_weights
-from wan_loader.fastpath.wanted import LeftAloneError, Wanted, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import torch
 
-    from wan_loader.fastpath.moves import Moves
+    from wan_loader.fastpath.moving.moves import Moves
     from wan_loader.fastpath.patches import Patches
     from wan_loader.fastpath.tally import Tally
 

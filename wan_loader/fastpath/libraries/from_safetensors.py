@@ -13,9 +13,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.left_alone import LeftAloneError, device_name, plain_path
+from wan_loader.fastpath.libraries.left_alone import LeftAloneError, device_name, plain_path
+from wan_loader.fastpath.libraries.open_on_device import OpenOnDevice
 from wan_loader.fastpath.modes import why_not_now
-from wan_loader.fastpath.open_on_device import OpenOnDevice
 from wan_loader.fastpath.ours import is_ours, ours
 
 if TYPE_CHECKING:

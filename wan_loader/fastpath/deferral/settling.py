@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
-from wan_loader.fastpath.deferred import settle_all
+from wan_loader.fastpath.deferral.deferred import settle_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable

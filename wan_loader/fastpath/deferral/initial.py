@@ -16,11 +16,11 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.deferred import is_deferred, settle
+from wan_loader.fastpath.deferral.deferred import is_deferred, settle
+from wan_loader.fastpath.deferral.mt19937 import MIN_DRAWS, advance
+from wan_loader.fastpath.deferral.waiting_init import InitCall, WaitingInit
 from wan_loader.fastpath.modes import why_not_now
-from wan_loader.fastpath.mt19937 import MIN_DRAWS, advance
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.waiting_init import InitCall, WaitingInit
 from wan_loader.formats.checkpoint_facts import contiguous_strides
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Initial:
     def _wait(self, original: Callable[..., torch.Tensor], tensor: Any, arguments: dict[str, Any]) -> bool:
         import torch
 
-        from wan_loader.fastpath.deferred_tensor import defer_parameter, waiting_of
+        from wan_loader.fastpath.deferral.deferred_tensor import defer_parameter, waiting_of
 
         with ours(), torch.no_grad(), torch._C.DisableTorchFunction(), self._lock:
             waiting = waiting_of(tensor)

@@ -1,4 +1,4 @@
-"""The seam of functions that write checkpoints: what is mapped of the file that they write to is saved before.
+"""The seam of functions that write checkpoints: what is mapped of their file, or waits to be cast, is saved before.
 
 A writer is kept waiting by the lease on a file until its mappings are settled (`system/leases.py`), and that takes the
 interpreter. These keep it to themselves while they open the file, so they would wait for themselves. All that opens
@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import CheckpointError
-from wan_loader.fastpath.deferred import settle_file
+from wan_loader.fastpath.deferral.deferred import settle_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable

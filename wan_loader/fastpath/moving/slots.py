@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.fastpath.waiting_cast import WaitingCast
+    from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
 
 __all__ = ["Slot", "bind", "in_both_roles", "is_plain", "slots_of", "why_not_bound"]
 
@@ -85,7 +85,7 @@ def bind(slot: Slot, tensor: torch.Tensor, cast: WaitingCast | None = None) -> b
     elif cast is None:
         slot.tensor.data = tensor
     else:
-        from wan_loader.fastpath.deferred_tensor import give_memory
+        from wan_loader.fastpath.deferral.deferred_tensor import give_memory
 
         return give_memory(slot.tensor, cast, tensor)
     return True

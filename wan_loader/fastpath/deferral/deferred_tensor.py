@@ -22,15 +22,15 @@ import torch
 from torch.utils._pytree import tree_map
 
 from wan_loader.errors import CheckpointError
-from wan_loader.fastpath.facts import FACTS, overwrites
-from wan_loader.fastpath.guards import Guards
+from wan_loader.fastpath.deferral.facts import FACTS, overwrites
+from wan_loader.fastpath.deferral.guards import Guards
+from wan_loader.fastpath.deferral.waiting_init import WaitingInit
 from wan_loader.fastpath.modes import without_modes
-from wan_loader.fastpath.waiting_init import WaitingInit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from wan_loader.fastpath.waiting_cast import WaitingCast
+    from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
 
     Waiting = WaitingCast | WaitingInit
 
@@ -44,6 +44,7 @@ __all__ = [
     "living",
     "settle",
     "settle_each",
+    "settle_file",
     "waiting_of",
 ]
 
@@ -276,6 +277,35 @@ def settle_each(tensors: Iterable[torch.Tensor]) -> None:
         raise failures[0]
 
 
+def settle_file(path: Any) -> None:
+    """Turn tensors whose casts wait for a file into ordinary ones, as many as can be.
+
+    Raises:
+        CheckpointError: The file was modified since; what is of it waits still.
+    """
+    if not _living:
+        return
+    try:
+        wanted = os.stat(path)
+    except (OSError, TypeError, ValueError):  # no file, or not one yet
+        return
+    casts = ((tensor, cast) for tensor in living() if (cast := cast_of(tensor)) is not None)
+    settle_each([tensor for tensor, cast in casts if cast.file.is_of(wanted)])
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    """Look at what this process opens; Python cannot take this out again, and it does nothing when nothing waits."""
+    if not _living:
+        return
+    opens_to_write = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if opens_to_write or event == "os.truncate":
+        with suppress(CheckpointError):  # whoever looks at what is left will be told
+            settle_file(args[0])
+
+
+sys.addaudithook(_audit)
+
+
 def _renew_locks() -> None:
     """Forget, in a forked process, which threads of its parent were about to settle something: they are not here."""
     for tensor in living():
@@ -336,7 +366,9 @@ def _answering(tensor: Any) -> Waiting | None:
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the tensor itself for a move and a conversion to what it is."""
-    if waiting_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
+    # `copy` stands behind `non_blocking`, which is of no consequence here
+    behind = 2 if args and isinstance(args[0], torch.dtype | torch.Tensor) else 3
+    if waiting_of(tensor) is None or any(arg is True for arg in (*args[behind:], kwargs.get("copy"))):
         return None
     kwargs.pop("copy", None)
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)

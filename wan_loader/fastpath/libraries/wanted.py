@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.fastpath.deferred import defer_all, is_deferred
+from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from wan_loader.fastpath.moves import Moves
+    from wan_loader.fastpath.moving.moves import Moves
 
 __all__ = ["LeftAloneError", "Wanted", "serve"]
 
@@ -87,6 +87,6 @@ def _fetch(
 
     holder: torch.nn.Module = type(component, (torch.nn.Module,), {})()
     holder._parameters.update(values)  # type: ignore[arg-type]
-    moves.fetch(holder, device, None)
+    moves.origins.note(moves.fetch(holder, device, None))
     moved = holder._parameters.items()
     return {name: t for name, t in moved if t is not None and t.device.type == device.type and not is_deferred(t)}

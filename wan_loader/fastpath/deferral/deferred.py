@@ -13,7 +13,6 @@ This is the way in, and does not import torch before it is used.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
     from wan_loader.fastpath.tally import Tally
-    from wan_loader.fastpath.waiting_cast import WaitingCast
 
 __all__ = [
     "awaits_initialisation",
@@ -41,7 +40,7 @@ __all__ = [
     "source_of",
 ]
 
-_TENSORS = "wan_loader.fastpath.deferred_tensor"
+_TENSORS = "wan_loader.fastpath.deferral.deferred_tensor"
 
 
 def defer(source: torch.Tensor, dtype: torch.dtype, tally: Tally) -> torch.Tensor:
@@ -68,8 +67,8 @@ def defer_all(
     Returns:
         By the same names: tensors that wait, and where that is not certain to be the same, what `.to` gives.
     """
-    from wan_loader.fastpath.deferred_tensor import give
-    from wan_loader.fastpath.waiting_cast import find_casts
+    from wan_loader.fastpath.deferral.deferred_tensor import give
+    from wan_loader.fastpath.deferral.waiting_cast import find_casts
 
     if (why := why_not_now()) is not None:
         tally.leave(why)
@@ -93,7 +92,7 @@ def awaits_initialisation(tensor: object) -> bool:
 
 def is_sole(tensor: torch.Tensor) -> bool:
     """Say whether no other tensor waits for the same as one that waits."""
-    from wan_loader.fastpath.deferred_tensor import is_sole
+    from wan_loader.fastpath.deferral.deferred_tensor import is_sole
 
     answer: bool = is_sole(tensor)
     return answer
@@ -117,7 +116,7 @@ def settle(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         CheckpointError: Its file was modified since it was deferred.
     """
-    from wan_loader.fastpath.deferred_tensor import settle
+    from wan_loader.fastpath.deferral.deferred_tensor import settle
 
     settled: torch.Tensor = settle(tensor)
     return settled
@@ -130,26 +129,23 @@ def settle_all() -> None:
         CheckpointError: A file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import living, settle_each
+        from wan_loader.fastpath.deferral.deferred_tensor import living, settle_each
 
         settle_each(living())
 
 
 def settle_file(path: object) -> None:
-    """Turn all tensors whose casts wait for a file into ordinary ones, before somebody writes to it.
+    """Turn tensors whose casts wait for a file into ordinary ones, before somebody in this process writes to it.
+
+    What opens files as Python does needs nothing of this, only what opens them from C++.
 
     Raises:
         CheckpointError: The file was modified since; what is of it waits still.
     """
     if _TENSORS in sys.modules:
-        from wan_loader.fastpath.deferred_tensor import living, settle_each
+        from wan_loader.fastpath.deferral.deferred_tensor import settle_file
 
-        try:
-            now = os.stat(path)  # type: ignore[arg-type]
-        except (OSError, TypeError, ValueError):  # no file, or not one yet
-            return
-        casts = ((tensor, cast) for tensor in living() if (cast := cast_of(tensor)) is not None)
-        settle_each([tensor for tensor, cast in casts if cast.file.is_of(now)])
+        settle_file(path)
 
 
 def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
@@ -158,6 +154,6 @@ def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
     Raises:
         ValueError: It waits for none.
     """
-    if (cast := cast_of(tensor)) is None:
-        raise ValueError("this tensor waits for no cast")
+    if (cast := cast_of(tensor)) is None or cast.source is None:
+        raise ValueError("this tensor waits for no cast of a view")
     return cast.source, cast.dtype

@@ -21,11 +21,11 @@ from collections import Counter, OrderedDict
 from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan_loader.fastpath.deferred import awaits_initialisation, is_sole
-from wan_loader.fastpath.left_alone import LeftAloneError
+from wan_loader.fastpath.deferral.deferred import awaits_initialisation, is_sole
+from wan_loader.fastpath.libraries.left_alone import LeftAloneError
+from wan_loader.fastpath.libraries.torch_load import ALIGNMENT
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
-from wan_loader.fastpath.torch_load import ALIGNMENT
 from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.system.mappings import read_mappings
 from wan_loader.system.own_pages import PAGE

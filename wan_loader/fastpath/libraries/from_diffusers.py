@@ -17,7 +17,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan_loader.fastpath.deferred import is_deferred
+from wan_loader.fastpath.deferral.deferred import is_deferred
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader.fastpath.moves import Moves
+    from wan_loader.fastpath.moving.moves import Moves
     from wan_loader.fastpath.patches import Patches
     from wan_loader.fastpath.tally import Tally
 
@@ -112,8 +112,8 @@ class FromDiffusers:
         self, sources: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
     ) -> dict[str, torch.Tensor]:
         """Return tensors of which the conversion waits, once they are asked to be of those dtypes."""
-        from wan_loader.fastpath.convertible import Convertible
-        from wan_loader.fastpath.waiting_cast import find_casts
+        from wan_loader.fastpath.deferral.convertible import Convertible
+        from wan_loader.fastpath.deferral.waiting_cast import find_casts
 
         casts = find_casts(sources, dtypes, self.tally)
         return {name: Convertible.of(sources[name], cast) for name, cast in casts.items()}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from wan_loader.fastpath.deferred_tensor import give
+from wan_loader.fastpath.deferral.deferred_tensor import give
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from wan_loader.fastpath.waiting_cast import WaitingCast
+    from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
 
 __all__ = ["Convertible"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.left_alone import LeftAloneError
+from wan_loader.fastpath.libraries.left_alone import LeftAloneError
 from wan_loader.formats.foreign_files import read_head
 from wan_loader.formats.known_formats import recognise_format
 from wan_loader.formats.torch_formats import TorchZipFormat
