@@ -315,6 +315,17 @@ def test_the_same_memory_as_something_else(build, away, accelerator):
     same(values(module), expected)
 
 
+def test_several_parameters_of_the_same_bytes(path, away, tally):
+    bias = safetensors.torch.load_file(path)["first.bias"]
+    module = torch.nn.ParameterList([torch.nn.Parameter(bias) for _ in range(3)])
+    module.to(away).cpu()
+    assert waiting(module) == {"0", "1", "2"}
+    with torch.no_grad():
+        module[1].zero_()
+    assert not torch.equal(module[0], module[1])
+    assert torch.equal(module[2], bias)
+
+
 def test_notes_are_few(build, away, accelerator, monkeypatch):
     monkeypatch.setattr(origins, "_MAX_NOTES", 3)
     module = build().to(away)
