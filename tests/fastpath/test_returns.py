@@ -15,6 +15,7 @@ from loader_cases import bits  # noqa: E402
 from wan_loader.fastpath import Accelerator, loads, origins, returns  # noqa: E402
 from wan_loader.fastpath.deferred import is_deferred, settle_all, settle_file, source_of  # noqa: E402
 from wan_loader.fastpath.deferred_tensor import living  # noqa: E402
+from wan_loader.system.posix import trim_heap  # noqa: E402
 
 WIDTH = 80
 COPIES = "copies back to the CPU"
@@ -475,6 +476,9 @@ class TestLeft:
 
 
 def anonymous():
+    """Memory that is in no file, without what the C library keeps of what was freed."""
+    gc.collect()
+    trim_heap()
     with open("/proc/self/status") as status:
         return int(status.read().partition("RssAnon:")[2].split()[0]) << 10
 
