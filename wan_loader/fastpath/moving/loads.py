@@ -64,6 +64,8 @@ def load_pieces(source: Checkpoint, device: torch.device, *, io: IoMode = "auto"
     request = LoadRequest(source=source, device=device, io=io, owned=True, piecemeal=True)
     with LoadSession(keeps_peaks=True) as session:
         plan = session.plan(request, session.open(request))
-    if plan.resident is None or plan.resident < _RESIDENT * plan.nbytes_file:
+    # bytes that several tensors are made of are there, or not, once
+    nbytes = sum(end - start for _, start, end in {(r.file, r.start, r.end) for r in plan.layout.byte_ranges})
+    if plan.resident is None or plan.resident < _RESIDENT * nbytes:
         return None
     return arrivals(session, replace(plan, blocks=replace(plan.blocks, nbytes=min(plan.blocks.nbytes, PIECE_BYTES))))
