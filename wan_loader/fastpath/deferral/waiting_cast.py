@@ -27,6 +27,7 @@ from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import Proof
 from wan_loader.provenance.prove import prove
+from wan_loader.system.files import close_own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +60,7 @@ class SourceFile:
         self.facts = facts
         self.fd = os.open(facts.path, os.O_RDONLY | os.O_CLOEXEC)
         # not at exit: whoever runs then may look, too
-        weakref.finalize(self, os.close, self.fd).atexit = False
+        weakref.finalize(self, close_own, self.fd, os.fstat(self.fd)).atexit = False
         facts.check_opened(self.fd)
 
     def check(self) -> None:
