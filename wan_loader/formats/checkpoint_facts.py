@@ -126,7 +126,7 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     part: str | None = None
     """The keys, joined by dots, of the nested dict that this is; None for a whole file."""
-    quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    quantised: Mapping[str, Quantised] = field(default_factory=dict, kw_only=True)
     """The quantised tensors by name, of a format that says which they are; scales are told by names (`with_values`)."""
 
     def __repr__(self) -> str:

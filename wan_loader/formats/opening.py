@@ -149,7 +149,7 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
     (kind,), metadata = formats, shards[0].metadata
     quantised = {name: one for shard in shards for name, one in shard.quantised.items()}
     return Checkpoint(
-        path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part, quantised
+        path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part, quantised=quantised
     )
 
 
