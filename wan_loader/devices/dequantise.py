@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.dtypes import torch_dtype
 from wan_loader.formats.gguf_types import GGUF_TYPES
-from wan_loader.system.forks import is_forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["apply_scale", "dequantise"]
 
-#: Elements at a time: on a GPU so many that launches are nothing, on a CPU so few that all stays in a core's cache.
-#: What is half done of one takes up to 16 bytes, of which the plan knows (`plan.quantised_values.SCRATCH_BYTES`).
+#: Elements at a time: on a GPU so many that launches are nothing. What is half done of one takes up to 16 bytes, of
+#: which the plan knows (`plan.quantised_values.SCRATCH_BYTES`).
 _GPU_ELEMENTS = 8 << 20
-_CPU_ELEMENTS = 64 << 10
+#: On a CPU so few that torch divides none of the dozen small steps, whose threads would wait for each other awake at
+#: each, and that all stays in a core's cache.
+_CPU_ELEMENTS = UNDIVIDED
 
 _BLOCK = {found.name: found for found in GGUF_TYPES.values()}
 
@@ -81,10 +82,8 @@ def apply_scale(raw: torch.Tensor, scale: torch.Tensor, dtype: str) -> torch.Ten
 
 
 def _elements_at_once(raw: torch.Tensor) -> int:
-    """Return how many elements are made at once; in a forked process torch may not divide the work."""
-    if raw.is_cuda:
-        return _GPU_ELEMENTS
-    return UNDIVIDED if is_forked() else _CPU_ELEMENTS
+    """Return how many elements are made at once."""
+    return _GPU_ELEMENTS if raw.is_cuda else _CPU_ELEMENTS
 
 
 def _half(blocks: Blocks, start: int) -> torch.Tensor:
