@@ -110,7 +110,7 @@ def _owned(plan: LoadPlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
     index = plan.request.slices.get(name)
     if index is None:
         return tensor
-    if not plan.through_torch:
+    if not plan.through_torch and name not in plan.values:
         return compact(tensor)
     import torch
 
