@@ -390,6 +390,8 @@ def test_other_memory_that_torch_refuses(waiting):
         for other in (torch.empty(3, device="meta"), torch.eye(3).to_sparse()):
             with pytest.raises(RuntimeError, match=r"set_data.tensor.*incompatible tensor type"):
                 parameter.data = other
+        with pytest.raises(TypeError, match="Variable data has to be a tensor, but got int"):
+            parameter.data = 3
 
 
 @pytest.mark.parametrize("alias", [lambda t: t.data, lambda t: t.data.detach(), lambda t: t.detach()])

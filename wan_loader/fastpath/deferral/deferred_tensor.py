@@ -401,9 +401,11 @@ def _set_data(tensor: Any, value: Any) -> Any:
     if (other := _answering(value)) is not None:
         with waiting.lock:
             return _DONE if defer_parameter(tensor, other) else None
+    if type(value) is not torch.Tensor:
+        return None
     # what torch refuses to give it, it refuses in its own words
     follows = not tensor.requires_grad or value.is_floating_point() or value.is_complex()
-    if type(value) is not torch.Tensor or not follows or not _may_be_set(tensor, value):
+    if not follows or not _may_be_set(tensor, value):
         return None
     return _DONE if without_modes(lambda: give_memory(tensor, waiting, value)) else None
 
