@@ -379,7 +379,7 @@ def iter_file(
             end, and steps greater than 1, as in Python. Of dimension 0, only the bytes of these rows are read; of
             others, whatever lies between the first and the last element is read as well, held for a moment, and left
             out. A tensor that shares a storage with others has its own when it is sliced. Pickles that only torch can
-            read are read whole.
+            read are read whole, and so are quantised tensors of which numbers are made.
         keep_fp32: As for `load_file`.
         io: As for `load_file`. On CUDA, "mapped" has all tensors arrive together, at the end.
         threads: As for `load_file`.

@@ -76,6 +76,8 @@ def test_with_a_dtype_numbers(path, dtype, io):
     assert loaded.report.nbytes_device == sum(tensor.nbytes for tensor in loaded.tensors.values())
     assert loaded.plan.nbytes_loaded == loaded.report.nbytes_device
     assert "the numbers of 2 tensors (Q8_0)" in str(loaded.plan)
+    viewed = {tensor.name for storage in loaded.plan.layout.viewed for tensor in storage.tensors}
+    assert viewed.isdisjoint({"w.weight", "patch"}), "this process would be killed if the file shrank"
     assert verify(path, loaded.tensors) == len(RAW)
     loaded.tensors["w.weight"][3, 4] += 1
     with pytest.raises(CheckpointError, match=r"'w\.weight' differs"):
@@ -181,6 +183,7 @@ def test_blocks_go_as_numbers_come(path, monkeypatch):
     seen = []
 
     def watched(raw, *arguments):
+        assert [ref() for ref in seen] == [None] * len(seen), "those before are gone already"
         seen.append(weakref.ref(raw))
         return make_here(raw, *arguments)
 

@@ -1,5 +1,7 @@
 """Quantised weights: as they are in the file, with a word about their scales; never converted without them."""
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -37,6 +39,17 @@ def scaled(request, tmp_path):
 
 def fill(path, **options):
     return wan_loader.load_into(Net(), path, device="cpu", **options)
+
+
+def test_a_request_in_another_library_s_place_makes_no_numbers(scaled):
+    from wan_loader.plan.dtype_policy import DtypePolicy
+    from wan_loader.plan.request import LoadRequest
+
+    request = LoadRequest(source=scaled, policy=DtypePolicy("bfloat16"))
+    assert "l.weight_scale" in request.open().names
+    assert "l.weight_scale" not in replace(request, makes_values=True).open().names
+    with pytest.raises(wan_loader.CheckpointError, match="only with a scale"):
+        request.policy.check(request.open(), request.open().tensors)
 
 
 #: As DeepSeek has it: a scale for each block of 128 * 128, which is made by nobody here.
