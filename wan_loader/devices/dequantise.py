@@ -27,8 +27,8 @@ __all__ = ["apply_scale", "dequantise"]
 #: Elements at a time: on a GPU so many that launches are nothing. What is half done of one takes up to 16 bytes, of
 #: which the plan knows (`plan.quantised_values.SCRATCH_BYTES`).
 _GPU_ELEMENTS = 8 << 20
-#: On a CPU so few that torch divides none of the dozen small steps, whose threads would wait for each other awake at
-#: each, and that all stays in a core's cache.
+#: On a CPU so few that torch divides none of the dozen small steps: where processors are shared, its threads wait long
+#: for each other now and then, though they are quicker where nothing else runs.
 _CPU_ELEMENTS = UNDIVIDED
 
 _BLOCK = {found.name: found for found in GGUF_TYPES.values()}
