@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.deferral.deferred import cast_of, settle
+from wan_loader.fastpath.deferral.deferred import cast_of, is_deferred, settle
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.moving.origins import Origins
 from wan_loader.fastpath.moving.slots import Slot, in_both_roles, is_plain, slots_of, why_not_bound
@@ -28,7 +28,7 @@ from wan_loader.fastpath.ours import ours
 from wan_loader.fastpath.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     import torch
 
@@ -74,7 +74,7 @@ class Moves:
             if (target := _target(name, args, kwargs)) is not None:
                 device, dtype = target
                 with ours():
-                    if device is not None and not {device.type, str(device)}.isdisjoint(self.kinds):
+                    if device is not None and self.plans_to(device):
                         fetched = self.fetch(module, device, dtype)
                     elif dtype is not None and (device is None or str(device) == "cpu"):
                         self.defer(module, dtype)
@@ -85,6 +85,10 @@ class Moves:
             return moved_module
 
         return moved
+
+    def plans_to(self, device: torch.device) -> bool:
+        """Say whether moves to a device are planned."""
+        return not {device.type, str(device)}.isdisjoint(self.kinds)
 
     def fetch(
         self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype | None
@@ -127,6 +131,27 @@ class Moves:
         component = type(module).__name__
         fetching = Fetching(component, device, dtype, self.io, self.min_memory_nbytes, self.tally)
         return fetching.fetch(slots, casts)
+
+    def fetch_tensors(
+        self, component: str, tensors: Mapping[str, torch.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Bring parameters, or tensors that become some, to a device by one plan, as a module that has them would move.
+
+        Args:
+            component: Whom they are for: the name in the tally.
+            tensors: They themselves are given new memory.
+            device: Where they go.
+
+        Returns:
+            Those that have arrived and are ordinary tensors, by the same names.
+        """
+        import torch
+
+        holder: torch.nn.Module = type(component, (torch.nn.Module,), {})()
+        holder._parameters.update(tensors)  # type: ignore[arg-type]
+        self.origins.note(self.fetch(holder, device, None))
+        moved = holder._parameters.items()
+        return {name: t for name, t in moved if t is not None and t.device.type == device.type and not is_deferred(t)}
 
     def give_back(self, module: torch.nn.Module) -> None:
         """Have what a module has on a device from files wait for them on the CPU, as far as it is certain to be equal.
