@@ -64,6 +64,17 @@ class Tally:
         with self._lock:
             self.left[reason] += nbytes
 
+    def leave_after(self, error: BaseException, nbytes: int = 0, *, doing: str = "") -> None:
+        """Count what was left to the original as something failed, by the first line of the error.
+
+        Args:
+            error: What failed.
+            nbytes: As for `leave`.
+            doing: What was tried, if there is more to say than what failed.
+        """
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.leave(f"{doing}{line}", nbytes)
+
     @property
     def total(self) -> Served:
         """All that was fetched."""

@@ -100,7 +100,7 @@ class Fetching(NamedTuple):
             loaded = load(as_checkpoint(proof), self.device, policy=policy, io=self.io)
         except (WanLoaderError, OSError) as error:
             nbytes = sum(found.nbytes for found in proof.ranges.values())
-            self.tally.leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
+            self.tally.leave_after(error, nbytes)
             return {}
         again, fetched = prove({name: tensors[name] for name in proof.ranges if name in tensors}), loaded.tensors
         for name in tensors.keys() & proof.ranges.keys():

@@ -84,7 +84,7 @@ class Returns(NamedTuple):
         try:
             equal = [one for device in devices for one in self._equal(known, device)]
         except (WanLoaderError, OSError, RuntimeError) as error:  # the device may have no room
-            self.tally.leave(f"comes back, {type(error).__name__}: {error}".splitlines()[0])
+            self.tally.leave_after(error, doing="comes back, ")
             return
         returned, nbytes = 0, sum(one.nbytes for one in found)
         for one in equal:
