@@ -145,6 +145,11 @@ def test_other_versions(tmp_path, version, said):
     refused(tmp_path, g.header(version=version), said)
 
 
+def test_a_file_of_settings_alone_is_no_checkpoint(tmp_path):
+    """Rather than nothing at all."""
+    refused(tmp_path, g.gguf_bytes({}, [g.string("general.architecture", "wan")]), "is GGUF without a tensor")
+
+
 def test_truncated_anywhere(tmp_path):
     content = sound()
     for length in range(4, len(content)):

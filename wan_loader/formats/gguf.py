@@ -77,6 +77,10 @@ class GgufFormat:
                 file.check_opened(opened.fileno())
         except OSError as error:
             raise CheckpointError.because(f"cannot be read: {error.strerror}", path=path) from error
+        if not entries:
+            raise CheckpointError.because(
+                "is GGUF without a tensor: a vocabulary or settings", "name the file that has the weights", path=path
+            )
         storages: list[StorageFacts] = []
         tensors: list[TensorFacts] = []
         quantised: dict[str, Quantised] = {}
