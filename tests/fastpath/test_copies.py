@@ -17,7 +17,6 @@ from wan_loader.fastpath.moving.moves import Moves  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
-from wan_loader.system.leases import Leases  # noqa: E402
 
 WIDTH = 100
 SPARED = "copies by load_state_dict"
@@ -36,16 +35,6 @@ class Part(torch.nn.Module):
 def make_module(dtype=torch.float32):
     torch.manual_seed(1)
     return torch.nn.ModuleDict({name: Part(dtype) for name in ("first", "second")})
-
-
-@pytest.fixture
-def tally():
-    return Tally()
-
-
-@pytest.fixture
-def leases():
-    return Leases()
 
 
 @pytest.fixture

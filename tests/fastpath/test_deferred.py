@@ -21,7 +21,6 @@ import safetensors.torch  # noqa: E402
 from torch.utils.dlpack import to_dlpack  # noqa: E402
 
 from wan_loader.errors import CheckpointError  # noqa: E402
-from wan_loader.fastpath import Tally  # noqa: E402
 from wan_loader.fastpath.deferral import deferred_tensor as tensors  # noqa: E402
 from wan_loader.fastpath.deferral import waiting_cast  # noqa: E402
 from wan_loader.fastpath.deferral.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
@@ -37,11 +36,6 @@ def path(tmp_path):
     torch.manual_seed(1)
     safetensors.torch.save_file({n: torch.randn(s) for n, s in SHAPES.items()}, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def tally():
-    return Tally()
 
 
 @pytest.fixture(autouse=True)

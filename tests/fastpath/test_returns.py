@@ -10,7 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
+import tied_net  # noqa: E402
 from loader_cases import bits  # noqa: E402
+from tied_net import WIDTH  # noqa: E402
 
 from wan_loader.fastpath import Accelerator  # noqa: E402
 from wan_loader.fastpath.deferral.deferred import is_deferred, settle_all, settle_file, source_of  # noqa: E402
@@ -18,29 +20,19 @@ from wan_loader.fastpath.deferral.deferred_tensor import living  # noqa: E402
 from wan_loader.fastpath.moving import loads, origins, returns  # noqa: E402
 from wan_loader.system.posix import trim_heap  # noqa: E402
 
-WIDTH = 80
 COPIES = "copies back to the CPU"
 CHANGED = "comes back, and is not known to be what is in its file"
 READ = "was read into memory, as somebody looked at it"
 CAST = "was cast on the CPU, as somebody looked at it"
 
 
-class Net(torch.nn.Module):
-    """Parameters, buffers of several dtypes, a parameter in two places, and a buffer in two."""
+class Net(tied_net.Net):
+    """With a buffer of truth values, and one that is in no file."""
 
     def __init__(self):
         super().__init__()
-        self.first = torch.nn.Linear(WIDTH, WIDTH)
-        self.second = torch.nn.Linear(WIDTH, WIDTH)
-        self.tied = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-        self.tied.weight = self.first.weight
-        self.register_buffer("scale", torch.randn(WIDTH))
-        self.register_buffer("counts", torch.arange(WIDTH))
         self.register_buffer("flag", torch.tensor(True))
         self.register_buffer("rope", torch.ones(7), persistent=False)
-
-    def forward(self, x):
-        return self.tied(torch.relu(self.second(self.first(x) * self.scale)))
 
 
 #: Objects of a module that are in its file; a parameter in two places is one.
@@ -62,13 +54,7 @@ def path(tmp_path):
 def build(path):
     """Modules as programs get them: their tensors are views of a mapped file."""
 
-    def build():
-        net = Net()
-        net.load_state_dict(safetensors.torch.load_file(path), assign=True, strict=False)
-        net.tied.weight = net.first.weight
-        return net
-
-    return build
+    return lambda: Net.mapped(path)
 
 
 @pytest.fixture

@@ -10,32 +10,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
+from tied_net import WIDTH, Net  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, Tally  # noqa: E402
+from wan_loader.fastpath import Moves  # noqa: E402
 from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred  # noqa: E402
 from wan_loader.fastpath.deferral.deferred_tensor import living  # noqa: E402
 from wan_loader.fastpath.moving import fetching  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 
-WIDTH = 64
 LOOKED = "was cast on the CPU, as somebody looked at it"
-
-
-class Net(torch.nn.Module):
-    """Parameters, floating and integer buffers, and one parameter in two places."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(WIDTH, WIDTH)
-        self.second = torch.nn.Linear(WIDTH, WIDTH)
-        self.tied = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-        self.tied.weight = self.first.weight
-        self.register_buffer("scale", torch.randn(WIDTH))
-        self.register_buffer("counts", torch.arange(WIDTH))
-
-    def forward(self, x):
-        return self.tied(torch.relu(self.second(self.first(x) * self.scale)))
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +35,10 @@ def build(path):
     """Modules as programs get them: their tensors are views of a mapped file."""
 
     def build():
-        net = Net()
-        net.load_state_dict(safetensors.torch.load_file(path), assign=True, strict=False)
-        net.tied.weight = net.first.weight
-        return net
+        return Net.mapped(path)
 
     build.path = path
     return build
-
-
-@pytest.fixture
-def tally():
-    return Tally()
 
 
 @pytest.fixture
