@@ -19,11 +19,12 @@ torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
 from torch.utils.dlpack import to_dlpack  # noqa: E402
+from waiting_tensors import defer, source_of  # noqa: E402
 
 from wan_loader.errors import CheckpointError  # noqa: E402
 from wan_loader.fastpath.deferral import deferred_tensor as tensors  # noqa: E402
 from wan_loader.fastpath.deferral import waiting_cast  # noqa: E402
-from wan_loader.fastpath.deferral.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred, settle, settle_all  # noqa: E402
 from wan_loader.fastpath.deferral.facts import FACTS  # noqa: E402
 
 NEW_PARAMETER = torch.nn.Parameter.__new__

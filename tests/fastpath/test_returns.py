@@ -13,9 +13,10 @@ import safetensors.torch  # noqa: E402
 import tied_net  # noqa: E402
 from loader_cases import bits  # noqa: E402
 from tied_net import WIDTH  # noqa: E402
+from waiting_tensors import source_of  # noqa: E402
 
 from wan_loader.fastpath import Accelerator  # noqa: E402
-from wan_loader.fastpath.deferral.deferred import is_deferred, settle_all, settle_file, source_of  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred, settle_all, settle_file  # noqa: E402
 from wan_loader.fastpath.deferral.deferred_tensor import living  # noqa: E402
 from wan_loader.fastpath.moving import loads, origins, returns  # noqa: E402
 from wan_loader.system.posix import trim_heap  # noqa: E402
