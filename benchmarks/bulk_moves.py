@@ -210,7 +210,7 @@ def registered(n_threads: int) -> Move:
         cudart, sources = torch.cuda.cudart(), [parameter.data for parameter in module.parameters()]
 
         def register(tensor: torch.Tensor) -> bool:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)
             return cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0) == cudart.cudaError.success
 
         with ThreadPoolExecutor(n_threads) as pool:
