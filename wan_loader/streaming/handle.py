@@ -6,8 +6,9 @@ the same objects. At all other times stand-ins are in their place (`away`).
 
 from __future__ import annotations
 
+import sys
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.streaming.report import StreamReport
     from wan_loader.streaming.schedule import Schedule
+
+_Hook = TypeVar("_Hook", bound="Callable[..., None]")
 
 __all__ = ["StreamedBlocks", "TakenParameter", "take_parameters"]
 
@@ -93,6 +96,16 @@ class _Block:
             one.put(one.away if away else one.parameter)
 
 
+def _uncompiled(hook: _Hook) -> _Hook:
+    """Have `torch.compile` leave a hook alone: what is compiled is the block between the hooks, as one graph.
+
+    Where nothing has imported the compiler, nothing is compiled yet, and its import would take seconds.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    return torch.compiler.disable(hook)  # type: ignore[no-any-return]
+
+
 class StreamedBlocks:
     """A module whose blocks come from the checkpoint while it runs. A context manager, which ends that.
 
@@ -121,7 +134,7 @@ class StreamedBlocks:
         for block in self._blocks:
             block.put(away=True)
             self._hook(module.get_submodule(block.name), block)
-        self._hooks.append(module.register_forward_hook(self._end_forward))
+        self._hooks.append(module.register_forward_hook(_uncompiled(self._end_forward)))
 
     def _hook(self, module: torch.nn.Module, block: _Block) -> None:
         def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -130,9 +143,9 @@ class StreamedBlocks:
         def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
             self._leave(block)
 
-        self._hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        pre_hook = module.register_forward_pre_hook(_uncompiled(enter), prepend=True, with_kwargs=True)
         # also after a failure: then the buffer goes on, and the next forward begins as any other
-        self._hooks.append(module.register_forward_hook(leave, always_call=True))
+        self._hooks += pre_hook, module.register_forward_hook(_uncompiled(leave), always_call=True)
 
     def _enter(self, block: _Block, module: torch.nn.Module, inputs: object) -> None:
         self._cancel.check()

@@ -75,7 +75,11 @@ class FileSource:
         self._stack = ExitStack()
         try:
             self._open = self._stack.enter_context(OpenFiles(files))
-            self._mapped = {number: mapped for number in sorted(pinned) if (mapped := self._map(layouts[number]))}
+            self._mapped: dict[int, list[HostBlock]] = {}
+            for number in sorted(pinned):
+                if not (mapped := self._map(layouts[number])):
+                    break  # a driver that refuses once would do so again
+                self._mapped[number] = mapped
             self._blocks = [
                 list(plan_blocks(layout.byte_ranges, block_bytes=CHUNK_BYTES, transport=transport))
                 for layout in layouts
@@ -130,7 +134,7 @@ class FileSource:
     # pages of the cache
 
     def _map(self, layout: BlockLayout) -> list[HostBlock]:
-        """Map and register the pages of a block; return its ranges. None where the driver or the kernel refuses."""
+        """Map and register the pages of a block; return its ranges; none where the driver or the kernel refuses."""
         whole: list[HostBlock] = []
         with ExitStack() as stack:
             for block in plan_blocks(layout.byte_ranges, block_bytes=1 << 62, transport=lambda *_: Transport.MAPPED):
@@ -145,7 +149,7 @@ class FileSource:
                 except (OSError, PinError) as refusal:
                     if isinstance(refusal, CheckpointError):
                         raise
-                    reason = f"pages of {layout.name} are not registered, they are read each time: {refusal}"
+                    reason = f"{layout.name} and what follows are not registered, but read each time: {refusal}"
                     self._open.fallbacks.append(reason)
                     return []
                 whole.append(HostBlock(address + block.start - block.page_start, block, quick=True))
