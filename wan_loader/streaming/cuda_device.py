@@ -7,6 +7,7 @@ copies, and the next computation with the buffer waits for that.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices import driver
@@ -16,8 +17,7 @@ from wan_loader.errors import DeviceMemoryError
 from wan_loader.streaming.device import segments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator, Sequence
 
     from wan_loader.devices.writer import HostBlock
     from wan_loader.plan.blocks import Segment
@@ -92,11 +92,13 @@ class CudaStreamDevice:
         """The stream that the caller queues computation on."""
         return int(self._torch.cuda.current_stream(self._device).cuda_stream)
 
-    def current(self) -> AbstractContextManager[None]:
-        """Make the device the current one of this thread."""
-        self._torch.cuda.set_device(self._device)
-        context: AbstractContextManager[None] = self._torch.cuda.device(self._device)
-        return context
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the device the current one of this thread, for a `with` block."""
+        with self._torch.cuda.device(self._device):
+            # `device` does nothing where a new thread begins with this one, and then it has no context
+            self._torch.cuda.set_device(self._device)
+            yield
 
     def begin(self, buffer: int) -> None:
         """Have copies wait for the computation that used the buffer last."""
