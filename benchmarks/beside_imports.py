@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import sys
 from pathlib import Path
 
-from turns import environment, make_expert, run_fresh
+from turns import describe_run, environment, make_expert, run_fresh
 
 #: Case -> does it load, what the main thread does meanwhile, turns of the interpreter in seconds (0: its own).
 CASES = {
@@ -186,7 +184,7 @@ def main() -> None:
         cases = {
             case: dict(zip(("loads", "main_thread", "turn_s"), facts, strict=True)) for case, facts in CASES.items()
         }
-        document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count()}
+        document = describe_run()
         document |= {"python": platform.python_version(), "device": args.device, "ways": cases, "turns": samples}
         args.output.write_text(json.dumps(document, indent=1) + "\n")
 

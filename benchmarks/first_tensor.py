@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 from pathlib import Path
 
-from turns import make_expert, run_fresh
+from turns import describe_run, make_expert, run_fresh
 
 _SAMPLE = """
 import json, sys, time
@@ -80,7 +77,7 @@ def main() -> None:
             line += f" ({shares[0]:.3f} .. {shares[-1]:.3f})"
         print(line, flush=True)
     if args.output is not None:
-        document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count()}
+        document = describe_run()
         args.output.write_text(json.dumps(document | {"samples": found}, indent=1) + "\n")
 
 

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 from pathlib import Path
 
 from sparse import make_sparse
-from turns import run_fresh
+from turns import describe_run, run_fresh
 
 _SAMPLE = """
 import json, sys, time, warnings
@@ -81,7 +78,7 @@ def main() -> None:
         line += f", {max(s['anonymous'] for s in samples) >> 20} MiB of its own, {samples[0]['waiting']} casts wait"
         print(line, flush=True)
     if args.output is not None:
-        document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count()}
+        document = describe_run()
         args.output.write_text(json.dumps(document | {"samples": found}, indent=1) + "\n")
 
 

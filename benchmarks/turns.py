@@ -156,6 +156,11 @@ def environment(checkout: Path) -> dict[str, str]:
     return keeps | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TURNS_START_NS": started}
 
 
+def describe_run() -> dict[str, Any]:
+    """Describe the machine and the command, for the document of a benchmark."""
+    return {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count()}
+
+
 def run_fresh(
     program: str, words: list[str], what: str, *, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> dict[str, Any]:
@@ -223,7 +228,7 @@ def main() -> None:
     if "start" in cases:
         make_start(args.directory / "start", args.after, args.size)
     make_planned(args.directory)
-    document = {"command": " ".join(sys.argv), "machine": platform.platform(), "cores": os.cpu_count(), "turns": {}}
+    document = describe_run() | {"turns": {}}
     for case in cases:
         document["turns"][case] = samples = take_turns(case, args)
         print(told(case, samples), flush=True)

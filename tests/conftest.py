@@ -148,3 +148,13 @@ def benchmark_main(monkeypatch):
         script.main()
 
     return benchmark_main
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def disk_or_memory(request, tmp_path):
+    """A directory on a disk (or what /tmp is) and one in memory."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="wan-loader-test-") as name:
+        yield Path(name)

@@ -8,6 +8,8 @@ import time
 from wan_loader.devices.writer import PinError
 from wan_loader.system.posix import PAGE
 
+_ONE_MORE = bytes(min(n + 1, 9) for n in range(256))
+
 
 class FakeCopyEvent:
     def __init__(self, copies, segments):
@@ -53,9 +55,7 @@ class FakeDevice:
             time.sleep(self._delay_s)
             for storage, at, source, nbytes in copy_event.copies:
                 self.memory[storage][at : at + nbytes] = ctypes.string_at(source, nbytes)
-                self.n_copied[storage][at : at + nbytes] = bytes(
-                    min(n + 1, 9) for n in self.n_copied[storage][at : at + nbytes]
-                )
+                self.n_copied[storage][at : at + nbytes] = self.n_copied[storage][at : at + nbytes].translate(_ONE_MORE)
             copy_event.event.set()
 
     def bind(self, destinations):

@@ -19,7 +19,10 @@ import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TORCH = ("torch", "safetensors.torch", "numpy", "typer", "rich.progress", "rich.table")
+#: What typer imports when a command is run is here as well.
+COMMAND = ("typer", "pydantic.json_schema", "pydantic.type_adapter", "rich.progress", "rich.table", "platformdirs")
+TORCH = ("torch", "safetensors.torch", "numpy", *COMMAND)
+DISTRIBUTED = (*TORCH, "torch.distributed.fsdp", "torch._dynamo")  # which torch imports for collectives on DTensors
 PIPELINE = (*TORCH, "diffusers.pipelines.wan.pipeline_wan", "transformers.models.umt5.modeling_umt5", "imageio_ffmpeg")
 
 

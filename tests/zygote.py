@@ -90,7 +90,8 @@ def main(handle, *modules):
     """Import, serve, and be the program that is asked for."""
     path = sys.path[1:]
     for name in modules:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # a program that needs it says so itself
+            importlib.import_module(name)
     gc.freeze()  # of no concern to the collections of programs, and so it stays shared
     request = serve(socket.socket(fileno=int(handle)))
     first = request["words"][0]

@@ -72,13 +72,14 @@ def load_file(
 
     Args:
         path: A checkpoint from `open_checkpoint`, whose headers are then not read again; or what that takes: a file of
-            safetensors or torch.save, a *.index.json, a directory holding one checkpoint, a list of files, or a
+            safetensors, torch.save or GGUF, a *.index.json, a directory holding one checkpoint, a list of files, or a
             repository in the hub's cache as OWNER/NAME. A shard is that file alone, as for
             `safetensors.torch.load_file`; its index, its directory, or a pattern (`model-*-of-00002.safetensors`) means
             all of them.
         device: "cpu", "cuda" (the current device), "cuda:N", "auto", an index, or a torch.device.
-        dtype: Floating tensors are converted to it on the device, bit for bit as `.to(dtype)` does; None keeps the
-            file's.
+        dtype: Floating tensors are converted to it on the device, bit for bit as `.to(dtype)` does, and quantised ones
+            (GGUF, eight-bit floats with scales) become the numbers that they stand for, rounded once; None keeps the
+            file's: of GGUF, uint8 tensors of its blocks.
         part: The dict to load, of a torch file that nests dicts, by its keys joined by dots: "state_dict", "model.ema".
         names: Only these tensors, the most urgent first; None loads all, in file order, which is fastest.
         keep_fp32: With a dtype, tensors whose dotted name contains one of these parts become float32.
@@ -223,6 +224,7 @@ def _request(
         names=None if names is None else checked_strings(names, "names"),
         io=io,
         threads=threads,
+        makes_values=True,
     )
     import_torch()
     return request
@@ -377,7 +379,7 @@ def iter_file(
             end, and steps greater than 1, as in Python. Of dimension 0, only the bytes of these rows are read; of
             others, whatever lies between the first and the last element is read as well, held for a moment, and left
             out. A tensor that shares a storage with others has its own when it is sliced. Pickles that only torch can
-            read are read whole.
+            read are read whole, and so are quantised tensors of which numbers are made.
         keep_fp32: As for `load_file`.
         io: As for `load_file`. On CUDA, "mapped" has all tensors arrive together, at the end.
         threads: As for `load_file`.

@@ -7,15 +7,18 @@ import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.devices.dequantise import apply_scale, dequantise
 from wan_loader.errors import CheckpointError
 from wan_loader.formats import Checkpoint, open_checkpoint
 from wan_loader.formats.known_formats import format_of
+from wan_loader.formats.quantised import with_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     import torch
 
+    from wan_loader.formats.checkpoint_facts import Quantised
     from wan_loader.types import StrPath
 
 __all__ = ["reference_tensors", "same_bits", "verify"]
@@ -27,8 +30,8 @@ _BATCH = 4 << 20
 def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *, part: str | None = None) -> int:
     """Read a checkpoint, or one part of it, again with its own library, and compare it with tensors that were loaded.
 
-    Tensors that were converted are compared with `.to(dtype)` of the reference on the same device. Holds one reference
-    tensor at a time.
+    Tensors that were converted are compared with `.to(dtype)` of the reference on the same device, numbers that were
+    made of quantised ones with what is made of the reference on the CPU. Holds one reference tensor at a time.
 
     Args:
         source: The checkpoint, or its path.
@@ -44,11 +47,13 @@ def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *,
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, part=part)
     path = checkpoint.path
     names = set(tensors)
+    quantised = with_values(checkpoint).quantised
+    scales = _scales(checkpoint, quantised)
     for name, expected in reference_tensors(checkpoint):
         if name not in tensors:
             continue
         actual = tensors[name]
-        if not _is_converted(actual, expected):
+        if not (_is_made_of(actual, expected, quantised.get(name), scales) or _is_converted(actual, expected)):
             raise CheckpointError(
                 f"{path}: tensor {name!r} differs from what the file holds: please report this", path=path, tensor=name
             )
@@ -58,6 +63,26 @@ def verify(source: StrPath | Checkpoint, tensors: Mapping[str, torch.Tensor], *,
             f"{path}: {len(names)} loaded tensors are not in the file, such as {min(names)!r}", path=path
         )
     return len(tensors)
+
+
+def _scales(checkpoint: Checkpoint, quantised: Mapping[str, Quantised]) -> dict[str, torch.Tensor]:
+    """Read the scales of quantised tensors."""
+    names = {one.scale.name for one in quantised.values() if one.scale is not None}
+    return dict(reference_tensors(checkpoint, names)) if names else {}
+
+
+def _is_made_of(
+    actual: torch.Tensor, raw: torch.Tensor, quantised: Quantised | None, scales: Mapping[str, torch.Tensor]
+) -> bool:
+    """Say whether a tensor holds the numbers of a quantised one."""
+    if quantised is None or quantised.problem is not None or tuple(actual.shape) != quantised.value.shape:
+        return False
+    dtype = str(actual.dtype).removeprefix("torch.")
+    if quantised.scale is None:
+        expected = dequantise(raw, quantised.kind, quantised.value.shape, dtype)
+    else:
+        expected = apply_scale(raw, scales[quantised.scale.name], dtype)
+    return same_bits(actual.cpu(), expected)
 
 
 def _is_converted(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -85,10 +110,15 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
 
 
-def reference_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    """Yield names and tensors on the CPU, as safetensors or torch itself reads them; one at a time from safetensors."""
+def reference_tensors(checkpoint: Checkpoint, only: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield names and tensors on the CPU, as safetensors or torch itself reads them; one at a time from safetensors.
+
+    Args:
+        checkpoint: The checkpoint.
+        only: The names that are wanted; None: all.
+    """
     for number, file in enumerate(checkpoint.files):
-        names = checkpoint.names_in(number)
+        names = [name for name in checkpoint.names_in(number) if only is None or name in only]
         with _encodable(file.path) as path:
             yield from format_of(checkpoint).reference_tensors(path, names, checkpoint.part)
 

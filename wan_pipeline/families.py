@@ -86,6 +86,8 @@ _SCHEDULER: dict[str, Any] = {
     "use_flow_sigmas": True,
 }
 
+_COMFY_TEXT = "umt5_xxl"
+
 _T2V_A14B = ModelFamily(
     task="t2v-A14B",
     title="Wan2.2-T2V-A14B",
@@ -98,6 +100,12 @@ _T2V_A14B = ModelFamily(
     defaults=Defaults(size=(1280, 720), frame_num=81, steps=40, shift=12.0, guide_scale=(3.0, 4.0)),
     fps=16,
     sizes=Sizes(heads=40, ffn_dim=13824, layers=40, channels=16, vae_base=96),
+    comfy={
+        "text_encoder": _COMFY_TEXT,
+        "high_noise": "wan2.2_t2v_high_noise_14B",
+        "low_noise": "wan2.2_t2v_low_noise_14B",
+        "vae": "wan_2.1_vae",
+    },
 )
 _TI2V_5B = ModelFamily(
     task="ti2v-5B",
@@ -111,6 +119,7 @@ _TI2V_5B = ModelFamily(
     defaults=Defaults(size=(1280, 704), frame_num=121, steps=50, shift=5.0, guide_scale=(5.0, 5.0)),
     fps=24,
     sizes=Sizes(heads=24, ffn_dim=14336, layers=30, channels=48, vae_base=160, vae_decoder_base=256),
+    comfy={"text_encoder": _COMFY_TEXT, "transformer": "wan2.2_ti2v_5B", "vae": "wan2.2_vae"},
 )
 # Its shapes, files and the settings of its generate.py are from the published code (Wan-Video/Wan2.1). Not checked, as
 # the weights were not at hand: the scheduler configuration of its diffusers repositories. The README recommends
@@ -127,6 +136,7 @@ _T2V_1_3B = ModelFamily(
     defaults=Defaults(size=(832, 480), frame_num=81, steps=50, shift=5.0, guide_scale=(5.0, 5.0)),
     fps=16,
     sizes=Sizes(heads=12, ffn_dim=8960, layers=30, channels=16, vae_base=96),
+    comfy={"text_encoder": _COMFY_TEXT, "transformer": "wan2.1_t2v_1.3B", "vae": "wan_2.1_vae"},
 )
 _T2V_14B = replace(
     _T2V_1_3B,
@@ -135,6 +145,7 @@ _T2V_14B = replace(
     repositories={"native": "Wan-AI/Wan2.1-T2V-14B", "diffusers": "Wan-AI/Wan2.1-T2V-14B-Diffusers"},
     defaults=Defaults(size=(1280, 720), frame_num=81, steps=50, shift=5.0, guide_scale=(5.0, 5.0)),
     sizes=Sizes(heads=40, ffn_dim=13824, layers=40, channels=16, vae_base=96),
+    comfy={"text_encoder": _COMFY_TEXT, "transformer": "wan2.1_t2v_14B", "vae": "wan_2.1_vae"},
 )
 
 #: Where a directory tells too little, it counts as the first that it may be.

@@ -104,6 +104,8 @@ class ModelFamily:
     fps: int
     """Frames per second of its videos."""
     sizes: Sizes
+    comfy: Mapping[SynthName, str]
+    """What ComfyUI's files of its networks are called, without what tells how they are stored."""
 
     @property
     def experts(self) -> tuple[Network, ...]:

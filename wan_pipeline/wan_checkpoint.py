@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader import CheckpointError, DtypePolicy, MissingFileError, open_checkpoint
 from wan_loader.arguments import checked_path
-from wan_loader.formats import find_scales, locate
+from wan_loader.formats import find_scales, locate, with_values
 from wan_pipeline import configs
 from wan_pipeline.families import FAMILIES
 from wan_pipeline.hub.layouts import family_of, is_native, missing_files, parts_of
@@ -223,8 +223,18 @@ def _require(root: Path, layout: Layout) -> None:
 
 
 def _facts(path: Path) -> Checkpoint:
-    """Read the headers of one network; `CheckpointError` for quantised ones: the networks multiply by no scales."""
-    facts = open_checkpoint(path)
+    """Read the headers of one network, with numbers in the place of what is quantised.
+
+    Raises:
+        CheckpointError: Some of it is quantised in a way in which its numbers are not made: the networks multiply by no
+            scales.
+    """
+    facts = with_values(open_checkpoint(path))
+    for name, one in facts.quantised.items():
+        if one.problem is not None:
+            remedy = "get the published checkpoint, or one in bf16"
+            message = f"{facts.path}: tensor {name!r} {one.problem}: {remedy}"
+            raise CheckpointError(message, path=facts.path, tensor=name, reason=one.problem, remedy=remedy)
     # the first is enough
     for weight, scale in find_scales(facts.tensors).items():
         reason = f"is quantised ({weight!r} is right only with {scale!r}), which pipelines do not support"

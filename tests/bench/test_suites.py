@@ -14,7 +14,7 @@ def test_suite_runs(suite):
     pytest.importorskip("pytest_benchmark")
     words = ["-m", "pytest", "--benchmark-disable", "-q", "-p", "no:cacheprovider", BENCHMARKS / suite]
     words += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of modules that are imported before pytest begins
-    done = run(*words, timeout=110, cwd=BENCHMARKS.parent, modules=PIPELINE)
+    done = run(*words, timeout=110, cwd=BENCHMARKS.parent, modules=PIPELINE, env={"WAN_LOADER_BENCH_MB": "2"})
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -8,6 +8,7 @@ Children are forked from a process that has everything imported, so that they be
 """
 
 import fcntl
+import gc
 import json
 import os
 import random
@@ -21,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 import wan_loader
-from wan_loader import api  # noqa: F401 - imported before the forks
+from wan_loader import api, spans  # noqa: F401 - imported before the forks
+from wan_loader.cache import cached_load  # noqa: F401
 from wan_loader.cache.checksums import check_entry
 from wan_loader.cache.store import Store
 
@@ -235,6 +237,7 @@ def main():
     torch.set_num_threads(1)
     warm = fork(lambda: load(make_sources(directory, 1)[0], directory / "warm").build.wait() * 0)
     assert end_of(warm) == 0
+    gc.freeze()  # what all children share is nothing for them to look at, or to copy
     match what:
         case "random":
             result = kill_at_random(directory, int(sys.argv[3]))

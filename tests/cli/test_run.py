@@ -70,6 +70,21 @@ def test_a_script_is_the_main_module_and_has_its_own_ctrl_c(tmp_path):
     assert (ours.returncode, ours.stdout, ours.stderr) == (0, plain.stdout, plain.stderr)
 
 
+@pytest.mark.parametrize("flags", [[], ["-P"]])
+@pytest.mark.parametrize("words", [["script.py"], ["-m", "script"], ["-m", "beside.script"]])
+def test_the_world_of_a_program_is_that_of_plain_python(tmp_path, flags, words):
+    script = "import sys\nprint(sys.path, __builtins__, sorted(globals()), sys.argv, sys.flags)\n"
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "script.py").write_text(script)
+    here = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}}
+    plain, ours = (
+        subprocess.run([sys.executable, *flags, *before, *words], stdout=subprocess.PIPE, text=True, check=True, **here)
+        for before in ([], ["-m", "wan_loader", "run", "--quiet"])
+    )
+    assert ours.stdout == plain.stdout
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("what", ["sys.{}.close()", "sys.{} = None"])
 def test_a_script_may_close_its_streams(tmp_path, stream, what):

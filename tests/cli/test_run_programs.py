@@ -18,13 +18,14 @@ def test_ranks_of_torchrun_and_a_sitecustomize_of_the_user(tmp_path):
     pytest.importorskip("torch.distributed")
     (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.custom = 'mine'")
     (tmp_path / "rank.py").write_text(
-        "import sys, torch, torch.distributed as dist, wan_loader\n"
+        "import os, sys, torch, torch.distributed as dist, wan_loader\n"
         "fast = wan_loader.accelerate()\n"
         "fast.tally.served('Model', 1_000_000, 0.5)\n"
         "dist.init_process_group('gloo')\n"
         "ones = torch.ones(1)\n"
         "dist.all_reduce(ones)\n"
-        "print(int(ones), custom, fast.is_installed, hasattr(torch.nn.Module.to, '__wrapped__'), sys.argv[1:])\n"
+        "facts = int(ones), custom, fast.is_installed, hasattr(torch.nn.Module.to, '__wrapped__'), sys.argv[1:]\n"
+        "os.write(1, (' '.join(map(str, facts)) + chr(10)).encode())  # at once: both ranks have one stdout\n"
         "dist.destroy_process_group()\n"
     )
     words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29747"]

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import gguf_bytes, plain
 from safetensors.torch import save_file
 
 from wan_loader import CheckpointError, load_file, open_checkpoint
 from wan_loader.formats.checkpoint_facts import stat_file
 from wan_loader.formats.checkpoint_format import Likeness
 from wan_loader.formats.foreign_files import read_head
+from wan_loader.formats.gguf import GgufFormat
 from wan_loader.formats.known_formats import FORMATS, format_of, holds_weights, is_planned, recognise_format
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.formats.torch_formats import TorchPickleFormat, TorchZipFormat
@@ -52,7 +54,7 @@ class CheckpointFormatContract:
         assert recognise_format(head).name == self.format.name
         assert holds_weights(head)
 
-    @pytest.mark.parametrize("head", [b"", b"\0" * 512, b"GGUF" + bytes(508), b"{}", b"<html>", b"PK", b"\x80"])
+    @pytest.mark.parametrize("head", [b"", b"\0" * 512, b"lmgg" + bytes(508), b"{}", b"<html>", b"PK", b"\x80"])
     def test_other_content_is_not(self, head):
         assert self.format.likeness(head) is Likeness.NONE
 
@@ -167,8 +169,16 @@ class TestTorchPickle(CheckpointFormatContract):
         torch.save(tensors, path, _use_new_zipfile_serialization=False)
 
 
+class TestGguf(CheckpointFormatContract):
+    format = GgufFormat()
+    has_parts = False
+
+    def save(self, tensors, path):
+        Path(path).write_bytes(gguf_bytes({name: plain(tensor) for name, tensor in tensors.items()}))
+
+
 def test_the_formats_tell_each_other_s_files_apart(tmp_path):
-    for contract in (TestSafetensors(), TestTorchZip(), TestTorchPickle()):
+    for contract in (TestSafetensors(), TestTorchZip(), TestTorchPickle(), TestGguf()):
         contract.save(TENSORS, tmp_path / contract.format.name)
     for known in FORMATS:
         judged = {path.name: known.likeness(read_head(str(path))) for path in tmp_path.iterdir()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from programs import Program
+from programs import DISTRIBUTED, Program
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def ranks():
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "PYTHONFAULTHANDLER": "1"}
         for rank in range(n):
             mine = os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(n)}
-            running.append(Program(script, *words, env=mine))
+            running.append(Program(script, *words, env=mine, modules=DISTRIBUTED))
         return _ended(running[-n:], timeout)
 
     yield run

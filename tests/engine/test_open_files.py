@@ -276,8 +276,11 @@ def test_o_direct_refused(path, reader, view, monkeypatch):
 
 
 def test_io_error_is_named(path, reader, view, monkeypatch):
-    def failing(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    result = aio.AioRequest.result
+
+    def failing(request):
+        if result(request) is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(aio.AioRequest, "result", failing)
     with pytest.raises(CheckpointError, match="Input/output error") as caught:

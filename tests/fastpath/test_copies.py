@@ -17,7 +17,6 @@ from wan_loader.fastpath.moving.moves import Moves  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
-from wan_loader.system.leases import Leases  # noqa: E402
 
 WIDTH = 100
 SPARED = "copies by load_state_dict"
@@ -36,16 +35,6 @@ class Part(torch.nn.Module):
 def make_module(dtype=torch.float32):
     torch.manual_seed(1)
     return torch.nn.ModuleDict({name: Part(dtype) for name in ("first", "second")})
-
-
-@pytest.fixture
-def tally():
-    return Tally()
-
-
-@pytest.fixture
-def leases():
-    return Leases()
 
 
 @pytest.fixture
@@ -129,6 +118,17 @@ def test_a_value_for_two_parameters_is_copied_twice(patches, tally, tmp_path):
     with torch.no_grad():
         module[0].weight.zero_()
     assert torch.equal(module[1].weight, tensor)
+
+
+def test_strides_stay(patches, tally, tmp_path):
+    """A kernel of one pixel is contiguous in both formats; convolutions ask the strides in which."""
+    make = torch.nn.Conv2d(WIDTH, WIDTH, 1, bias=False).to
+    torch.save(make().state_dict(), tmp_path / "y.pth")
+    module = make(memory_format=torch.channels_last)
+    strides = module.weight.stride()
+    module.load_state_dict(torch.load(tmp_path / "y.pth"))
+    assert module.weight.stride() == strides == (WIDTH, 1, WIDTH, WIDTH)
+    assert not tally.spared
 
 
 def test_then_a_move_takes_one_plan(patches, path):

@@ -19,14 +19,15 @@ torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
 from torch.utils.dlpack import to_dlpack  # noqa: E402
+from waiting_tensors import defer, source_of  # noqa: E402
 
 from wan_loader.errors import CheckpointError  # noqa: E402
-from wan_loader.fastpath import Tally  # noqa: E402
 from wan_loader.fastpath.deferral import deferred_tensor as tensors  # noqa: E402
 from wan_loader.fastpath.deferral import waiting_cast  # noqa: E402
-from wan_loader.fastpath.deferral.deferred import defer, defer_all, is_deferred, settle, settle_all, source_of  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred, settle, settle_all  # noqa: E402
 from wan_loader.fastpath.deferral.facts import FACTS  # noqa: E402
 
+NEW_PARAMETER = torch.nn.Parameter.__new__
 LOOKED = "was cast on the CPU, as somebody looked at it"
 SHAPES = {"weight": (30, 41), "bias": (30,), "scale": ()}
 
@@ -38,11 +39,6 @@ def path(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-@pytest.fixture
-def tally():
-    return Tally()
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
@@ -50,6 +46,7 @@ def _nothing_is_left():
         gc.collect()
     assert not tensors.living()
     assert not {"data", "_make_subclass"} & vars(torch.Tensor).keys()
+    assert torch.nn.Parameter.__new__ is NEW_PARAMETER
     assert torch.utils.dlpack.to_dlpack is to_dlpack
 
 
@@ -339,6 +336,100 @@ def test_whoever_looks_sees_an_ordinary_tensor(waiting, plain, look, parameter):
         assert not is_deferred(found)
     else:
         assert found == wanted
+
+
+def test_it_may_be_made_another_tensor(waiting):
+    tensor, other = waiting["weight"], torch.ones(3, dtype=torch.bfloat16)
+    assert tensor.set_(other) is tensor
+    same(tensor, other)
+    assert tensor.data_ptr() == other.data_ptr()
+
+
+def test_it_may_become_one_of_another_class(waiting, plain):
+    class Other(torch.Tensor):
+        pass
+
+    found = waiting["weight"].detach().as_subclass(Other)
+    assert type(found) is Other
+    assert torch.equal(found.as_subclass(torch.Tensor), plain["weight"])
+
+
+def test_a_parameter_of_another_class(waiting, plain):
+    class Other(torch.nn.Parameter):
+        pass
+
+    for data in ({"data": waiting["weight"]}, {"data": plain["weight"]}):
+        assert type(Other(**data)) is Other
+        assert not Other(**data, requires_grad=False).requires_grad
+    assert is_deferred(torch.nn.Parameter(waiting["bias"]))
+
+
+def test_memory_cannot_be_taken_away(waiting):
+    for tensor in (waiting["weight"], torch.ones(3)):
+        with pytest.raises(RuntimeError, match="Deleting tensor data is not allowed"):
+            del tensor.data
+
+
+def test_in_a_list_of_another_class(waiting, plain):
+    class Some(list):
+        pass
+
+    assert torch.equal(torch.stack(Some([waiting["bias"]])), plain["bias"][None])
+
+
+def test_other_memory_that_torch_refuses(waiting):
+    """It is refused in torch's own words."""
+    for parameter in (torch.nn.Parameter(waiting["weight"]), torch.nn.Parameter(torch.ones(3))):
+        with pytest.raises(RuntimeError, match=r"data set to a tensor that requires gradients must be floating"):
+            parameter.data = torch.arange(3)
+        for other in (torch.empty(3, device="meta"), torch.eye(3).to_sparse()):
+            with pytest.raises(RuntimeError, match=r"set_data.tensor.*incompatible tensor type"):
+                parameter.data = other
+        with pytest.raises(TypeError, match="Variable data has to be a tensor, but got int"):
+            parameter.data = 3
+
+
+@pytest.mark.parametrize("alias", [lambda t: t.data, lambda t: t.data.detach(), lambda t: t.detach()])
+def test_writes_are_counted_as_in_ordinary_tensors(waiting, plain, alias):
+    """Writes to `t.data` are no writes to `t`, as far as gradients are concerned."""
+    outcomes = []
+    for tensor in (waiting["bias"], plain["bias"]):
+        parameter = torch.nn.Parameter(tensor)
+        other = alias(parameter)
+        squares = parameter**2
+        other.add_(1)
+        try:
+            squares.sum().backward()
+            outcomes.append(parameter.grad.tolist())
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_layers_choose_the_same_kernel(tmp_path, tally):
+    torch.manual_seed(1)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, dtype=torch.bfloat16).eval()
+    safetensors.torch.save_file(
+        {n: p.detach().float() for n, p in layer.named_parameters()}, tmp_path / "l.safetensors"
+    )
+    sources = safetensors.torch.load_file(tmp_path / "l.safetensors")
+    x = torch.randn(1, 4, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.load_state_dict(defer_all(sources, dict.fromkeys(sources, torch.bfloat16), tally), assign=True)
+        assert is_deferred(layer.linear1.weight)
+        assert torch.equal(layer(x), expected)
+
+
+def test_the_compiler_finds_what_stands_before_layers(waiting):
+    """It registers the function when it is imported, which may be while something waits."""
+    guard = torch.overrides.has_torch_function
+    del waiting["weight"]
+    waiting.clear()
+    gc.collect()
+    original = torch.overrides.has_torch_function
+    assert guard is not original
+    assert {guard: 1}[original] == {original: 1}[guard] == 1
 
 
 def test_what_takes_memory_without_asking(waiting, plain):

@@ -29,11 +29,6 @@ def original_open(*args, **kwargs):
 
 
 @pytest.fixture
-def tally():
-    return Tally()
-
-
-@pytest.fixture
 def fast(tally):
     patches = Patches(tally)
     SafetensorsLoads(tally, kinds=("cpu",)).install(patches)

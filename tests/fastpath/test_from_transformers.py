@@ -145,11 +145,8 @@ def waiting(model):
     return [name for name, parameter in model.named_parameters() if is_deferred(parameter)]
 
 
-@pytest.mark.parametrize("files", ["bfloat16", "float32", "shards"])
-def test_what_needs_no_conversion_moves_by_one_plan(seam, saved, target, files):
-    expected, info = plain(seam, saved / files, **{DTYPE: "auto"})
-    found, found_info = load(saved / files, **{DTYPE: "auto"})
-    assert found_info == info
+def assert_moves_by_one_plan(seam, found, expected, target):
+    """A model moves, in which nobody has looked at anything, and becomes what one without us becomes."""
     objects = {name: id(parameter) for name, parameter in found.named_parameters()}
     found.to(target)
     assert seam.tally.total.n_plans == 1
@@ -158,6 +155,14 @@ def test_what_needs_no_conversion_moves_by_one_plan(seam, saved, target, files):
     assert found.encoder.embed_tokens.weight is found.shared.weight
     assert plain_types(found)
     assert_same(found, move_plainly(expected, target))
+
+
+@pytest.mark.parametrize("files", ["bfloat16", "float32", "shards"])
+def test_what_needs_no_conversion_moves_by_one_plan(seam, saved, target, files):
+    expected, info = plain(seam, saved / files, **{DTYPE: "auto"})
+    found, found_info = load(saved / files, **{DTYPE: "auto"})
+    assert found_info == info
+    assert_moves_by_one_plan(seam, found, expected, target)
 
 
 @pytest.mark.parametrize(
@@ -178,14 +183,7 @@ def test_conversions_wait_for_the_move(seam, saved, logged, target, files, dtype
     assert found_info == info
     assert logged == told
     assert waiting(found)
-    objects = {name: id(parameter) for name, parameter in found.named_parameters()}
-    found.to(target)
-    assert seam.tally.total.n_plans == 1
-    assert LOOKED_AT not in seam.tally.left
-    assert {name: id(parameter) for name, parameter in found.named_parameters()} == objects
-    assert found.encoder.embed_tokens.weight is found.shared.weight
-    assert plain_types(found)
-    assert_same(found, move_plainly(expected, target))
+    assert_moves_by_one_plan(seam, found, expected, target)
 
 
 def test_conversions_are_done_when_somebody_looks(seam, saved):

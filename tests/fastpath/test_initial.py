@@ -514,6 +514,7 @@ LEFT = {
     "with a hook": _with_hook,
     "with a late hook": _with_late_hook,
     "not contiguous": _not_contiguous,
+    "strides of its own": lambda: nn.Parameter(torch.empty(*SHAPE, 1, 1).to(memory_format=torch.channels_last)),
     "memory of numpy": lambda: nn.Parameter(torch.from_numpy(np.zeros(SHAPE, np.float32))),
     "memory that numpy was given": _lent,
     "memory that another tensor has": _aliased,

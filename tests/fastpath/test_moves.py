@@ -81,6 +81,16 @@ def test_one_plan_fetches_a_module(module, planned, device, path):
     assert planned.tally.left == {"does not lie in the mapping of a file": 2 * 7 * 4}
 
 
+def test_tensors_move_as_a_module_that_has_them(module, planned, device):
+    expected = {name: tensor.clone() for name, tensor in states(module).items()}
+    parameters = dict(module.named_parameters())
+    fetched = planned.fetch_tensors("Some", parameters, torch.device(device))
+    assert all(fetched[name] is parameter for name, parameter in parameters.items())
+    assert planned.tally.components["Some"].n_plans == 1
+    assert all(planned.origins.take(parameter) for parameter in parameters.values()), "they may come back"
+    assert_equal(module, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_conversions_happen_on_the_way(module, planned, device, dtype):
     expected = {n: t.to(device).to(dtype).cpu() if t.is_floating_point() else t for n, t in states(module).items()}
@@ -141,6 +151,15 @@ def test_gradients_complex_numbers_and_eight_bit_floats_are_left(module, planned
     planned.fetch(module, torch.device(device), torch.bfloat16)
     assert module["first"].linear.weight.dtype == torch.float32
     assert planned.tally.left["is no leaf, or has a gradient"] == WIDTH * WIDTH * 4
+
+
+def test_with_tensors_on_the_meta_device_nothing_has_moved(module, planned, device):
+    """The original raises for them, and what it has not come to is where it was."""
+    module["second"].linear.bias = torch.nn.Parameter(torch.empty(WIDTH, device="meta"))
+    weight = module["first"].linear.weight.data_ptr()
+    planned.fetch(module, torch.device(device), None)
+    assert module["first"].linear.weight.data_ptr() == weight
+    assert planned.tally.left == {"has tensors on the meta device, which the original does not move": 0}
 
 
 def test_parameters_without_a_size_are_left(module, planned, device):

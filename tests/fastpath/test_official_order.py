@@ -57,6 +57,7 @@ def test_the_whole_program(official, checkpoint, device, accelerator):
     plain, encoded, drawn = run(official, checkpoint, device, steps=True)
     with accelerator:
         program, *found = run(official, checkpoint, device, steps=True)
+        left = dict(accelerator.tally.left)  # what waits is settled afterwards
     assert torch.equal(found[0], encoded)
     assert torch.equal(found[1], drawn)
     expected = parameters(plain)
@@ -76,7 +77,10 @@ def test_the_whole_program(official, checkpoint, device, accelerator):
         "WanTransformer3DModel": 2,
     }
     assert tally.components["TextEncoder"].nbytes == sum(p.nbytes for p in text_encoder)
-    assert not any("on the CPU" in reason for reason in tally.left), "neither a cast nor an initialisation"
+    came_back = [*text_encoder, *plain.high.parameters()]
+    assert tally.spared["copies back to the CPU"] == len(came_back)
+    assert tally.spared_nbytes["copies back to the CPU"] == sum(p.nbytes for p in came_back)
+    assert not any("on the CPU" in reason for reason in left), "neither a cast nor an initialisation"
 
 
 def test_a_dict_of_before_sees_what_is_loaded(official, checkpoint, accelerator):

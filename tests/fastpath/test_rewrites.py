@@ -9,8 +9,9 @@ torch = pytest.importorskip("torch")
 
 import safetensors.numpy  # noqa: E402
 import safetensors.torch  # noqa: E402
+from waiting_tensors import defer  # noqa: E402
 
-from wan_loader.fastpath.deferral.deferred import defer, is_deferred  # noqa: E402
+from wan_loader.fastpath.deferral.deferred import is_deferred  # noqa: E402
 from wan_loader.fastpath.libraries.rewrites import Rewrites  # noqa: E402
 from wan_loader.fastpath.libraries.torch_load import TorchLoad  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402

@@ -25,6 +25,7 @@ def test_summary_is_one_line():
 
 def test_a_tally_of_nothing_says_so():
     assert Tally().summary() == "0 loads took the fast path"
+    assert Tally().report() == "nothing was fetched, spared or left"
 
 
 def test_report_has_a_line_for_each():

@@ -17,7 +17,6 @@ from wan_loader.fastpath.moving.moves import Moves  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 from wan_loader.fastpath.tally import Tally  # noqa: E402
 from wan_loader.provenance.prove import prove  # noqa: E402
-from wan_loader.system.leases import Leases  # noqa: E402
 from wan_loader.verify import same_bits  # noqa: E402
 
 #: In a tuple, for as a name of this module it would be replaced, too.
@@ -27,16 +26,6 @@ COPIES = "copies of files into memory"
 
 def original(*args, **kwargs):
     return ORIGINALS[0](*args, **kwargs)
-
-
-@pytest.fixture
-def tally():
-    return Tally()
-
-
-@pytest.fixture
-def leases():
-    return Leases()
 
 
 @pytest.fixture

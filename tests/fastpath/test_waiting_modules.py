@@ -1,6 +1,7 @@
 """Modules that are cast on the CPU and move later: one plan, no cast on the CPU, the same objects as without us."""
 
 import gc
+import io
 import threading
 import weakref
 
@@ -9,32 +10,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
+from tied_net import WIDTH, Net  # noqa: E402
 
 from wan_loader.errors import DeviceMemoryError  # noqa: E402
-from wan_loader.fastpath import Moves, Tally  # noqa: E402
+from wan_loader.fastpath import Moves  # noqa: E402
 from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred  # noqa: E402
 from wan_loader.fastpath.deferral.deferred_tensor import living  # noqa: E402
 from wan_loader.fastpath.moving import fetching  # noqa: E402
 from wan_loader.fastpath.patches import Patches  # noqa: E402
 
-WIDTH = 64
 LOOKED = "was cast on the CPU, as somebody looked at it"
-
-
-class Net(torch.nn.Module):
-    """Parameters, floating and integer buffers, and one parameter in two places."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(WIDTH, WIDTH)
-        self.second = torch.nn.Linear(WIDTH, WIDTH)
-        self.tied = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-        self.tied.weight = self.first.weight
-        self.register_buffer("scale", torch.randn(WIDTH))
-        self.register_buffer("counts", torch.arange(WIDTH))
-
-    def forward(self, x):
-        return self.tied(torch.relu(self.second(self.first(x) * self.scale)))
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +35,10 @@ def build(path):
     """Modules as programs get them: their tensors are views of a mapped file."""
 
     def build():
-        net = Net()
-        net.load_state_dict(safetensors.torch.load_file(path), assign=True, strict=False)
-        net.tied.weight = net.first.weight
-        return net
+        return Net.mapped(path)
 
+    build.path = path
     return build
-
-
-@pytest.fixture
-def tally():
-    return Tally()
 
 
 @pytest.fixture
@@ -361,6 +339,49 @@ def test_hooks_of_parameters_stay(build, seam):
     assert not is_deferred(module.second.weight)
     module(torch.ones(2, WIDTH, dtype=torch.bfloat16)).sum().backward()
     assert sorted(called) == [1, 2]
+
+
+@pytest.mark.parametrize("first", ["require", "cast"])
+def test_a_buffer_that_requires_a_gradient_stays_in_the_graph(build, seam, tally, away, first):
+    module = build()
+    before = module.scale
+    if first == "require":
+        before.requires_grad_()
+    module.to(torch.bfloat16)
+    if first == "cast":
+        before = module.scale.requires_grad_()
+    module.to(away)
+    module.scale.sum().backward()
+    assert not module.scale.is_leaf
+    assert torch.equal(before.grad, torch.ones(WIDTH))
+    assert tally.total.n_plans == 1
+
+
+@pytest.mark.parametrize("owner", ["first", "second", ""])
+@pytest.mark.parametrize("casts", [False, True])
+def test_a_parameter_that_is_a_buffer_elsewhere(build, seam, away, owner, casts):
+    """Which of both the original comes to first decides whether they stay one object."""
+    found = []
+    for move in (torch.nn.Module.to.__wrapped__, torch.nn.Module.to):
+        module = build().requires_grad_(False)
+        module.get_submodule(owner).register_buffer("both", module.second.weight)
+        move(module, torch.bfloat16) if casts else move(module, away)
+        found.append(module.get_submodule(owner).both is module.second.weight)
+    assert found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_what_torch_jit_has_compiled_is_the_original_s(build, seam, tally, away):
+    module = build()
+    module.second.register_buffer("more", safetensors.torch.load_file(build.path)["scale"])
+    module.second = torch.jit.script(module.second.requires_grad_(False))
+    module.to(torch.bfloat16)
+    assert is_deferred(module.first.weight)
+    assert not any(map(is_deferred, (*module.second.parameters(), *module.second.buffers())))
+    torch.jit.save(module.second, io.BytesIO())
+    module.to(away)
+    assert tally.total.n_plans == 1
+    assert torch.equal(module.second.more, build().scale.to(torch.bfloat16))
 
 
 def test_a_graph_that_refers_to_a_parameter(build, seam):

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from gguf_files import gguf_bytes, plain
 from safetensors.torch import save
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
@@ -41,6 +42,7 @@ def archive(*names):
 OURS = {
     "safetensors": save({"w": torch.arange(3.0)}),
     "torch-zip": saved(),
+    "gguf": gguf_bytes({"w": plain(torch.arange(3.0))}),
     "torch-pickle": saved(_use_new_zipfile_serialization=False),
 }
 
@@ -73,7 +75,7 @@ def test_an_index_by_its_content(tmp_path):
 OTHERS = {
     "Git-LFS pointer to a file of 9992481544 bytes": b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\n"
     b"size 9992481544\n",
-    "GGUF": b"GGUF\x03\0\0\0" + bytes(64),
+    "GGUF of version 9": b"GGUF\x09\0\0\0" + bytes(64),
     "GGML": b"lmgg\x01\0\0\0" + bytes(64),
     "gzip": b"\x1f\x8b\x08\0" + bytes(64),
     "zstd": b"\x28\xb5\x2f\xfd" + bytes(64),
@@ -139,7 +141,7 @@ DIRECTORIES = {
     "ZeRO-3": ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
     "model parallelism": ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
     "TensorFlow": ["saved_model.pb"],
-    "GGUF": ["README.md", "model-Q4.gguf"],
+    "GGUF of version 0": ["README.md", "model-Q4.gguf"],
     "has not ended": ["model.safetensors.incomplete"],
 }
 
@@ -148,7 +150,7 @@ DIRECTORIES = {
 def test_a_directory_of_something_else_is_named(tmp_path, what):
     (tmp_path / "sub").mkdir()
     for name in DIRECTORIES[what]:
-        (tmp_path / "sub" / name).write_bytes(b"GGUF" + bytes(20))
+        (tmp_path / "sub" / name).write_bytes((b"GGUF" if "GGUF" in what else b"lmgg") + bytes(20))
     with pytest.raises(CheckpointError, match=what):
         open_checkpoint(tmp_path / "sub")
     if what in ("DCP", "ZeRO-3"):

@@ -17,17 +17,19 @@ from collections import OrderedDict
 from functools import cache
 from typing import Any
 
+import gguf_files
 import torch
 from safetensors.torch import save
 from zips import Archive, Entry, mutate_archive
 
-KINDS = ("zip", "pickle", "safetensors", "index")
+KINDS = ("zip", "pickle", "safetensors", "index", "gguf")
 
 
 def make(kind: str, seed: int, number: int) -> dict[str, bytes]:
     """Input `number` of a kind."""
     rng = random.Random(f"{kind} {seed} {number}")
-    return {"zip": _zip, "pickle": _pickle, "safetensors": _safetensors, "index": _index}[kind](rng)
+    makers = {"zip": _zip, "pickle": _pickle, "safetensors": _safetensors, "index": _index, "gguf": _gguf}
+    return makers[kind](rng)
 
 
 def _flip(content: bytes, rng: random.Random) -> bytes:
@@ -374,6 +376,48 @@ def _mutate_safetensors(content: bytes, rng: random.Random) -> bytes:
 
 def _safetensors(rng: random.Random) -> dict[str, bytes]:
     return {"model.safetensors": _mutate_safetensors(rng.choice(_safetensors_states()), rng)}
+
+
+# GGUF
+
+
+def _gguf(rng: random.Random) -> dict[str, bytes]:
+    """A file whose header is put together of odd parts, or a sound one with bytes of its header changed."""
+    tensors = {
+        "a.weight": (0, (2, 3), bytes(range(24))),
+        "b.weight": (8, (2, 64), bytes(range(136))),
+        "c": (30, (5,), bytes(range(10))),
+        "d": (12, (256,), bytes(range(144))),
+        "n": (27, (1,), bytes(8)),
+    }
+    metadata = [
+        gguf_files.string("general.architecture", "wan"),
+        gguf_files.number("general.alignment", 32),
+        gguf_files.integers("sizes", [1, 2, 3]),
+    ]
+    if rng.random() < 0.5:
+        content = gguf_files.gguf_bytes(tensors, rng.sample(metadata, rng.randrange(4)))
+        end = len(content) - 500
+        changed = _flip(content[:end], rng) if rng.random() < 0.9 else content[:end]
+        return {"model.gguf": changed + content[end:] if rng.random() < 0.9 else changed}
+    return {"model.gguf": _odd_gguf(rng, metadata)}
+
+
+def _odd_gguf(rng: random.Random, metadata: list[bytes]) -> bytes:
+    sizes = (0, 1, 2, 31, 32, 64, 256, 2**31, 2**40, 2**63)
+    infos = []
+    for i in range(rng.randrange(4)):
+        dims = [
+            rng.choice(sizes[:7] if rng.random() < 0.9 else sizes) for _ in range(rng.choice((0, 1, 1, 2, 3, 4, 5)))
+        ]
+        name = rng.choice((f"t{i}", "same", "", "é", b"\xff"))
+        infos.append(gguf_files.tensor_info(name, dims, rng.choice((0, 1, 8, 12, 30, 27, 99)), 32 * rng.randrange(5)))
+    metadata = metadata[: rng.randrange(4)] + (
+        [gguf_files.number("general.alignment", rng.choice(sizes[:7]))] * (i % 2) if infos else []
+    )
+    counts = {} if rng.random() < 0.8 else {rng.choice(("n_tensors", "n_keys")): rng.choice((0, 1, 5, 2**32, 2**63))}
+    head = gguf_files.header(infos, metadata, version=rng.choice((2, 3, 3, 3, 1, 4)), **counts)
+    return gguf_files.padded(head) + bytes(rng.choice((0, 31, 256, 4096)))
 
 
 # Indexes

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def test_what_is_accepted_is_equal_to_the_reference(tmp_path):
         assert kind in done.stdout
         assert result["inputs"] == COUNT
         assert not result["failures"]
+        if kind == "gguf" and find_spec("gguf") is None:
+            continue
         assert result["outcomes"]["both accept"] > COUNT // 20, "the inputs are damaged too much to tell anything"
         assert result["outcomes"]["both refuse"] > COUNT // 20, "the inputs are not damaged enough"
 

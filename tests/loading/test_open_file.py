@@ -159,14 +159,30 @@ def test_a_part_and_an_opened_checkpoint(tmp_path):
 
 
 def test_quantised_tensors_are_not_converted_without_their_scale(tmp_path):
-    tensors = {"w.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "w.weight_scale": torch.tensor(2.0)}
+    tensors = {"w.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.tensor(2.0)}
     path = write("safetensors", tmp_path, tensors)
     with wan_loader.open_file(path, dtype="bf16") as file:
         with pytest.raises(CheckpointError, match="scale"):
             file.get_tensor("w.weight")
-        assert file.get_tensor("w.weight_scale").item() == 2
+        assert file.get_tensor("w.weight_scale_inv").item() == 2
     with wan_loader.open_file(path) as file:
         same(file.get_tensor("w.weight"), tensors["w.weight"])
+
+
+def test_quantised_tensors_are_numbers_where_a_dtype_is_asked_for(tmp_path):
+    raw, scale = torch.arange(12.0).view(3, 4).to(torch.float8_e4m3fn), torch.tensor([0.5, 2.0, 0.1])
+    path = write("safetensors", tmp_path, {"w.weight": raw, "w.weight_scale": scale, "v": torch.ones(2)})
+    product = (raw.float() * scale.view(3, 1)).bfloat16()
+    with wan_loader.open_file(path, dtype="bf16") as file:
+        assert file.keys() == ["w.weight", "v"] or file.keys() == ["v", "w.weight"]
+        same(file.get_tensor("w.weight"), product)
+        same(file.get_tensors(["v", "w.weight"])["w.weight"], product)
+        assert (file.get_slice("w.weight").get_shape(), file.get_slice("w.weight").get_dtype()) == ([3, 4], "F32")
+        same(file.get_slice("w.weight")[1:, 2], product[1:, 2].contiguous())
+    arrived = dict(wan_loader.iter_file(path, dtype="bf16", slices={"w.weight": (slice(1, 3), slice(0, 4, 2))}))
+    same(arrived["w.weight"], product[1:3, 0:4:2].contiguous())
+    with pytest.raises(wan_loader.OptionError, match=r"w\.weight"):
+        wan_loader.iter_file(path, dtype="bf16", slices={"w.weight": (slice(1),) * 3})
 
 
 # slices

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_pipeline import modules
+from wan_pipeline.synth import synth
 from wan_pipeline.wan_checkpoint import open_wan
 
 LAYOUTS = ("native", "diffusers")
@@ -149,7 +150,7 @@ def test_a_quantised_expert_is_called_so(copy, layout):
     shard = next(part.glob("*00001-of*.safetensors"))
     tensors = load_file(shard)
     weight = next(name for name in tensors if name.endswith(("ffn.0.weight", "ffn.net.2.weight")))
-    scale = weight.replace("weight", "scale_weight")
+    scale = weight.replace("weight", "weight_scale_inv")
     save_file({**tensors, weight: tensors[weight].to(torch.float8_e4m3fn), scale: torch.ones(())}, shard)
     index = next(part.glob("*.index.json"))
     edit_json(index, weight_map={**json.loads(index.read_text())["weight_map"], scale: shard.name})
@@ -157,6 +158,41 @@ def test_a_quantised_expert_is_called_so(copy, layout):
         open_wan(root)
     assert f"'{weight}' is right only with '{scale}'" in error.value.reason
     assert error.value.remedy.startswith("get the published")
+
+
+def test_a_scale_that_cannot_be_applied_is_named(copy):
+    root = copy("native")
+    shard = next((root / "high_noise_model").glob("*00001-of*.safetensors"))
+    tensors = load_file(shard)
+    weight = next(name for name in tensors if name.endswith("ffn.0.weight"))
+    scale = weight.replace("weight", "scale_weight")
+    save_file({**tensors, weight: tensors[weight].to(torch.float8_e4m3fn), scale: torch.ones(7)}, shard)
+    index = next((root / "high_noise_model").glob("*.index.json"))
+    edit_json(index, weight_map={**json.loads(index.read_text())["weight_map"], scale: shard.name})
+    with pytest.raises(CheckpointError, match=rf"tensor '{weight}' has the scale '{scale}' of shape \[7\]"):
+        open_wan(root)
+
+
+@pytest.mark.parametrize("form", ["fp8-scaled", "gguf"])
+def test_experts_may_be_quantised_files(copy, tmp_path, form):
+    """In the places of the published ones: what is loaded is their numbers."""
+    root, made = copy("native"), synth(tmp_path / "made", form=form).directory
+    for expert in ("high_noise", "low_noise"):
+        for file in (root / f"{expert}_model").glob("diffusion*"):
+            file.unlink()
+        (quantised,) = made.glob(f"diffusion_models/*{expert}*")
+        quantised.rename(root / f"{expert}_model" / quantised.name)
+    checkpoint = open_wan(root)
+    for name in ("transformer", "transformer_2"):
+        component = checkpoint[name]
+        assert component.facts.quantised
+        tensors, report = modules.fetch(component, device="cpu", dtype=torch.bfloat16)
+        module = modules.build(component, dtype=torch.bfloat16)
+        modules.check(module, component)
+        modules.adopt(module, component, tensors)
+        assert report.nbytes_device == sum(t.nbytes for t in tensors.values()) == component.nbytes("bfloat16")
+        in_float, _ = modules.fetch(component, device="cpu", dtype=None)
+        assert {t.dtype for t in in_float.values()} <= {torch.float32, torch.float16}
 
 
 def test_a_truncated_shard(copy):

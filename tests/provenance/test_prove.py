@@ -3,7 +3,6 @@
 import ctypes
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy
@@ -37,16 +36,6 @@ def make():
         "scalar": torch.tensor(7.0),
         "empty": torch.empty(0, 3),
     }
-
-
-@pytest.fixture(params=["disk", "tmpfs"])
-def directory(request, tmp_path):
-    """A directory on a disk (or what /tmp is) and one in memory."""
-    if request.param == "disk":
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="wan-loader-test-") as name:
-        yield Path(name)
 
 
 @pytest.fixture(params=LOOKS, ids=lambda look: look.__name__)
@@ -104,13 +93,13 @@ LIBRARIES = {
 
 
 @pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES.keys())
-def test_tensors_that_libraries_map(both_looks, directory, library):
-    tensors = library(saved(directory))
+def test_tensors_that_libraries_map(both_looks, disk_or_memory, library):
+    tensors = library(saved(disk_or_memory))
     proof = prove(tensors)
     check_proof(proof, tensors)
     assert proof.ranges.keys() == {name for name in tensors if name != "empty"}
     assert set(proof.reasons.values()) <= {Reason.EMPTY}
-    assert [Path(file.path).parent for file in proof.files] == [directory]
+    assert [Path(file.path).parent for file in proof.files] == [disk_or_memory]
 
 
 def test_every_dtype_and_shape(tmp_path):
@@ -226,8 +215,8 @@ WRITES = [by_data, by_numpy_array, by_address, by_kernel, by_copy, by_out, by_pa
 
 
 @pytest.mark.parametrize("write", [*WRITES, by_reading_a_file], ids=lambda write: write.__name__)
-def test_what_was_written_is_not_proven(both_looks, directory, write):
-    tensors = safetensors.torch.load_file(saved(directory))
+def test_what_was_written_is_not_proven(both_looks, disk_or_memory, write):
+    tensors = safetensors.torch.load_file(saved(disk_or_memory))
     big, untouched = tensors["big"], tensors["half"]
     if write is by_the_same_value:  # a whole page of it, so that no neighbour can have been meant
         big[4:10].data.copy_(big[4:10].clone())
@@ -325,8 +314,8 @@ def test_a_written_page_that_was_swapped_out(tmp_path):
     assert only(big) is Reason.WRITTEN
 
 
-def test_unwritten_pages_that_were_dropped(directory, evict):
-    path = saved(directory)
+def test_unwritten_pages_that_were_dropped(disk_or_memory, evict):
+    path = saved(disk_or_memory)
     tensors = safetensors.torch.load_file(path)
     assert isinstance(only(tensors["big"]), tuple)
     big = tensors["big"]
@@ -341,29 +330,29 @@ def test_unwritten_pages_that_were_dropped(directory, evict):
 # --- files that change ---
 
 
-def test_a_file_that_was_replaced_or_deleted(directory):
-    path = saved(directory)
+def test_a_file_that_was_replaced_or_deleted(disk_or_memory):
+    path = saved(disk_or_memory)
     tensors = safetensors.torch.load_file(path)
-    shutil.copy(path, directory / "new")
-    os.replace(directory / "new", path)
+    shutil.copy(path, disk_or_memory / "new")
+    os.replace(disk_or_memory / "new", path)
     assert only(tensors["big"]) is Reason.REPLACED
     path.unlink()
     assert only(tensors["big"]) is Reason.DELETED
 
 
-def test_a_file_that_was_moved_is_found(directory):
-    path = saved(directory)
+def test_a_file_that_was_moved_is_found(disk_or_memory):
+    path = saved(disk_or_memory)
     tensors = safetensors.torch.load_file(path)
-    path.rename(directory / "elsewhere (deleted)")
+    path.rename(disk_or_memory / "elsewhere (deleted)")
     proof = prove(tensors)
     check_proof(proof, tensors)
-    assert proof.files[0].path == str(directory / "elsewhere (deleted)")
+    assert proof.files[0].path == str(disk_or_memory / "elsewhere (deleted)")
     assert proof.ranges.keys() == tensors.keys() - {"empty"}
 
 
-def test_a_file_that_was_modified_in_place(directory):
+def test_a_file_that_was_modified_in_place(disk_or_memory):
     """Unwritten pages show the file as it is now; copies show it as it was."""
-    tensors = safetensors.torch.load_file(path := saved(directory, {"a": torch.ones(4000), "b": torch.ones(4000)}))
+    tensors = safetensors.torch.load_file(path := saved(disk_or_memory, {"a": torch.ones(4000), "b": torch.ones(4000)}))
     tensors["a"][3000] = 2
     with path.open("r+b") as file:
         file.seek(-16000 - 4 * 900, 2)  # 900 elements before the end of a: on the page that is a's alone
@@ -376,8 +365,8 @@ def test_a_file_that_was_modified_in_place(directory):
     assert tensors["b"][-2] == 6
 
 
-def test_a_file_that_was_truncated(directory):
-    path = saved(directory)
+def test_a_file_that_was_truncated(disk_or_memory):
+    path = saved(disk_or_memory)
     tensors = {n: t for n, t in safetensors.torch.load_file(path).items() if n != "empty"}
     ranges = prove(tensors).ranges
     tensors["half"].view(torch.uint8)[-1, -1] = 1  # pages beyond the end are not even asked for

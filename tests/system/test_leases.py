@@ -5,6 +5,7 @@ import errno
 import fcntl
 import gc
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -227,6 +228,35 @@ def test_no_lease_is_to_be_had(leases, path, monkeypatch):
     assert refused(leases, path.parent / "none") == os.strerror(errno.ENOENT)
 
 
+def test_the_program_needs_descriptors_too(leases, path, monkeypatch):
+    # told, and not set: the process of these tests has more files open than that
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2 * 16, 1024))
+    files = [leases.lease(str(path)) for _ in range(2)]
+    assert refused(leases, path) == "many files have leases already"
+    assert all(file.is_leased for file in files)
+
+
+@pytest.mark.parametrize("write", [lambda path: None, by_open, in_place, os.remove])
+def test_a_program_closes_all_descriptors(leases, path, tmp_path, write):
+    file = leases.lease(str(path))
+    memory = file.map(0, NBYTES)
+    memory[5] = b"\xff"
+    os.close(file.fd)
+    other = tmp_path / "other"
+    other.write_bytes(b"x" * NBYTES)
+    with other.open("rb") as reader:
+        assert reader.fileno() == file.fd, "its number is somebody else's now"
+        write(path)
+        if path.exists():
+            leases.settle()
+            assert not is_of_file(memory)
+        leases._serve(file)
+        assert bytes(memory) == CONTENT[:5] + b"\xff" + CONTENT[6:]
+        del file, memory
+        gc.collect()
+        assert reader.read(1) == b"x", "and was not closed"
+
+
 def test_a_file_of_another_user(leases, path, unprivileged, open_dir, monkeypatch):
     if os.geteuid() != 0:
         pytest.skip("nobody's file can be made here")
@@ -286,3 +316,29 @@ sys.stdout.flush()
     start = time.monotonic()
     in_place(path)
     assert time.monotonic() - start < 5
+
+
+_AT_EXIT = """
+import atexit, sys
+
+@atexit.register
+def save():
+    leases.settle(path)
+    open(path, "wb").close()
+    print(bytes(memory) == content)
+
+from wan_loader.system.leases import Leases
+
+leases, path = Leases(), sys.argv[1]
+content = open(path, "rb").read()
+memory = leases.lease(path).map(0, len(content))
+"""
+
+
+def test_a_program_saves_in_an_exit_handler_that_is_older_than_we(path, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_AT_EXIT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, check=False, env=environment)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+    assert path.read_bytes() == b""

@@ -4,8 +4,6 @@ import ctypes
 import errno
 import mmap
 import os
-import tempfile
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -44,22 +42,12 @@ def look(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["disk", "tmpfs"])
-def directory(request, tmp_path):
-    """A directory on a disk (or what /tmp is) and one in memory."""
-    if request.param == "disk":
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="wan-loader-test-") as name:
-        yield Path(name)
-
-
 def pages_of(runs, address):
     return [page for start, end in runs for page in range((start - address) // PAGE, (end - address) // PAGE)]
 
 
-def test_written_pages_are_told_from_read_ones_and_untouched_ones(look, directory):
-    memory = mapped(directory)
+def test_written_pages_are_told_from_read_ones_and_untouched_ones(look, disk_or_memory):
+    memory = mapped(disk_or_memory)
     address = ctypes.addressof(memory)
     whole = [(address, address + len(memory))]
     assert written_pages(whole) == []
@@ -82,8 +70,8 @@ def test_ranges_that_overlap_in_any_order(look, tmp_path):
     assert pages_of(found, address) == [7, 20]
 
 
-def test_a_written_page_that_is_given_back_is_the_files_again(look, directory):
-    memory = mapped(directory)
+def test_a_written_page_that_is_given_back_is_the_files_again(look, disk_or_memory):
+    memory = mapped(disk_or_memory)
     address = ctypes.addressof(memory)
     memory[PAGE] = b"x"
     libc = ctypes.CDLL(None)

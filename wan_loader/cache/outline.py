@@ -175,6 +175,8 @@ def why_not(file: CachedFile) -> str | None:
     checkpoint = file.checkpoint
     if not is_planned(checkpoint):
         return "only torch.load can read the file"
+    if checkpoint.quantised:
+        return "it is quantised, and smaller than its numbers"
     users = Counter(t.storage for t in checkpoint.tensors)
     for cached in file.tensors:
         facts = cached.source

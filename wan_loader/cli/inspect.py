@@ -56,10 +56,11 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
     from wan_loader.system.page_cache import describe
     from wan_loader.warming.evict import resident_bytes
 
-    counts = Counter(t.dtype for t in checkpoint.tensors)
+    types = {t.name: checkpoint.quantised[t.name].kind for t in checkpoint.tensors if t.name in checkpoint.quantised}
+    counts = Counter(types.get(t.name, t.dtype) for t in checkpoint.tensors)
     nbytes: Counter[str] = Counter()
     for tensor in checkpoint.tensors:
-        nbytes[tensor.dtype] += tensor.nbytes
+        nbytes[types.get(tensor.name, tensor.dtype)] += tensor.nbytes
     document: dict[str, Any] = {
         "schema_version": 1,
         "command": "inspect",
@@ -78,7 +79,13 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
     }
     if tensors:
         document["tensors"] = [
-            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "nbytes": t.nbytes} for t in checkpoint.tensors
+            {
+                "name": t.name,
+                "dtype": types.get(t.name, t.dtype),
+                "shape": list(checkpoint.quantised[t.name].value.shape if t.name in types else t.shape),
+                "nbytes": t.nbytes,
+            }
+            for t in checkpoint.tensors
         ]
     return document
 

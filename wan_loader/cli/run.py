@@ -34,8 +34,8 @@ def run(
     left to the libraries. The program keeps its streams, its errors and its exit code; the line at the end goes to
     stderr.
 
-    A SCRIPT or MODULE runs in this process, which alone is served; behind -- every Python process is that the
-    program starts, and the line sums them up. WAN_LOADER_ACCELERATE=0 in the environment turns it off.
+    A SCRIPT or MODULE runs in this process, and no other process is served. After -- stands any program: every Python
+    process that it starts is served, and the line sums them up. WAN_LOADER_ACCELERATE=0 turns it off.
 
     Examples:
 

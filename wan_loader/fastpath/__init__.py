@@ -5,7 +5,7 @@ launch        whole programs with it inside: `wan-loader run`, `enable`
 accelerator   all of it, put in and taken out together
 patches       functions of other libraries, replaced while it is in
 tally         what it did, and what it left and why
-moving        modules that move to a GPU, by one plan each
+moving        modules that move to a GPU, by one plan each, and back
 deferral      tensors whose casts or initialisation wait until somebody looks
 libraries     functions of diffusers, transformers, safetensors and torch that read and write files
 ours, modes   whether this thread is inside our own code, or torch in a mode of its own

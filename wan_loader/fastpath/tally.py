@@ -64,6 +64,17 @@ class Tally:
         with self._lock:
             self.left[reason] += nbytes
 
+    def leave_after(self, error: BaseException, nbytes: int = 0, *, doing: str = "") -> None:
+        """Count what was left to the original as something failed, by the first line of the error.
+
+        Args:
+            error: What failed.
+            nbytes: As for `leave`.
+            doing: What was tried, if there is more to say than what failed.
+        """
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.leave(f"{doing}{line}", nbytes)
+
     @property
     def total(self) -> Served:
         """All that was fetched."""
@@ -111,7 +122,9 @@ class Tally:
 
     def report(self) -> str:
         """Return the counts as a table of plain text, a line for each component, saving and reason."""
-        lines = [f"{'fetched by plan':40} {'loads':>6} {'bytes':>10} {'seconds':>9}"]
+        lines = []
+        if self.components:
+            lines.append(f"{'fetched by plan':40} {'loads':>6} {'bytes':>10} {'seconds':>9}")
         for name, served in sorted(self.components.items(), key=lambda item: -item[1].nbytes):
             lines.append(
                 f"  {name:38} {served.n_plans:6} {format_bytes(served.nbytes):>10} {format_seconds(served.seconds):>9}"
@@ -124,4 +137,4 @@ class Tally:
         if self.left:
             lines.append("left to the original")
             lines += [f"  {self._reason(reason)}" for reason, _ in self.left.most_common()]
-        return "\n".join(lines)
+        return "\n".join(lines or ["nothing was fetched, spared or left"])

@@ -20,9 +20,18 @@ from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["Checkpoint", "FileFacts", "StorageFacts", "TensorFacts", "check_shape", "contiguous_strides", "stat_file"]
+__all__ = [
+    "Checkpoint",
+    "FileFacts",
+    "Quantised",
+    "StorageFacts",
+    "TensorFacts",
+    "check_shape",
+    "contiguous_strides",
+    "stat_file",
+]
 
 _MAX_DIMENSIONS = 64
 #: What file times are taken from (linux/time.h). It stands still between two ticks, for 1 to 10 ms.
@@ -87,13 +96,28 @@ class TensorFacts(NamedTuple):
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
+class Quantised(NamedTuple):
+    """A tensor whose numbers are not in the file as such: what they are made of."""
+
+    kind: str
+    """The name of its type in GGUF, such as "Q4_K"; "scaled" for eight-bit floats that are multiplied by a scale."""
+    raw: TensorFacts
+    """The tensor as the file has it."""
+    value: TensorFacts
+    """The tensor of its numbers, in float32; it lies in the storage of `raw`."""
+    scale: TensorFacts | None = None
+    """The tensor that it is multiplied by."""
+    problem: str | None = None
+    """The reason why its numbers cannot be made here, as a predicate; None: they can."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Checkpoint:
     """Facts about a checkpoint: names, dtypes, shapes, byte ranges. Holds no open file and no weight."""
 
     path: str
     format: str
-    """"safetensors", "torch-zip" or "torch-pickle" (which cannot be planned and goes through torch.load)."""
+    """"safetensors", "torch-zip", "gguf" or "torch-pickle" (which cannot be planned and goes through torch.load)."""
     files: tuple[FileFacts, ...]
     storages: tuple[StorageFacts, ...]
     tensors: tuple[TensorFacts, ...]
@@ -102,6 +126,8 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     part: str | None = None
     """The keys, joined by dots, of the nested dict that this is; None for a whole file."""
+    quantised: Mapping[str, Quantised] = field(default_factory=dict, kw_only=True)
+    """The quantised tensors by name, of a format that says which they are; scales are told by names (`with_values`)."""
 
     def __repr__(self) -> str:
         counts = f"{format_count(len(self.files), 'file')}, {format_count(len(self.tensors), 'tensor')}"

@@ -5,7 +5,7 @@
     a file              with weights by its name or, where no name speaks of weights, by its content
 
 Hidden files and what a training keeps beside the weights do not count. Of what is called alike (`model.safetensors`
-and `pytorch_model.bin`), safetensors count. What is left out is said.
+and `pytorch_model.bin`), safetensors count; GGUF counts where there is nothing else. What is left out is said.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError, MissingFileError
 from wan_loader.formats.file_names import (
+    GGUF,
     SAFETENSORS,
     is_index_name,
     is_training_state,
@@ -108,6 +109,8 @@ def look_into(directory: str, pattern: str | None = None, *, by_content: bool = 
     candidates = [index for index in indexes if not is_training_state(index.name)]
     candidates += _sets_and_files(directory, [n for n in loose if n not in training])
     candidates, notes = _preferred(candidates)
+    candidates, quantised = _without_gguf(candidates)
+    notes += [f"left out: {_some(quantised)}: GGUF counts where there is nothing else"] if quantised else []
     candidates, others = _without_others(directory, candidates)
     if by_content and not candidates:
         candidates = [Candidate(name, (name,)) for name in _weights_by_content(directory, names)]
@@ -220,6 +223,12 @@ def _preferred(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[s
         if left := [c.name for c in group if c not in best]:
             notes.append(f"left out: {_some(left)}: {best[0].name}, which is called alike, comes first")
     return kept, notes
+
+
+def _without_gguf(candidates: list[Candidate]) -> tuple[list[Candidate], list[str]]:
+    """Drop quantised copies beside anything else, which is what they were made of; return their names as well."""
+    others = [c for c in candidates if not c.name.lower().endswith(GGUF)]
+    return (others, [c.name for c in candidates if c not in others]) if others else (candidates, [])
 
 
 def _without_others(directory: str, candidates: list[Candidate]) -> tuple[list[Candidate], list[str]]:

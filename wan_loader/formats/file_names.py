@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "GGUF",
     "SAFETENSORS",
     "WEIGHT_SUFFIXES",
     "ShardName",
@@ -28,8 +29,9 @@ __all__ = [
 ]
 
 SAFETENSORS = ".safetensors"
+GGUF = ".gguf"
 #: How the names of files with weights end, in any letter case.
-WEIGHT_SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
+WEIGHT_SUFFIXES = (SAFETENSORS, ".pth", ".pt", ".bin", ".ckpt", ".pth.tar", GGUF)
 #: How programs that download name what is not complete yet.
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".opdownload", ".filepart", ".aria2")
 #: `NAME.index.json`, and diffusers' older `NAME.index.VARIANT.json`.

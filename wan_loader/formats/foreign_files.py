@@ -35,13 +35,12 @@ _MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
 
 _UNPACK = "unpack it, and name what was in it"
 _SAVE_AGAIN = "convert it to safetensors with what wrote it"
-_GGUF = "quantised weights for llama.cpp and its like, which are not read here: take the model's safetensors or .pth"
+_GGML = "quantised weights of old, which are not read here: take the model's GGUF, safetensors or .pth"
 #: First bytes -> what the file is, and what to do.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"GGUF", "a GGUF file", _GGUF),
-    (b"lmgg", "a GGML file", _GGUF),
-    (b"fmgg", "a GGML file", _GGUF),
-    (b"tjgg", "a GGML file", _GGUF),
+    (b"lmgg", "a GGML file", _GGML),
+    (b"fmgg", "a GGML file", _GGML),
+    (b"tjgg", "a GGML file", _GGML),
     (b"PK\x05\x06", "an empty zip archive", "get the file again"),
     (b"\x1f\x8b", "a gzip archive", _UNPACK),
     (b"BZh", "a bzip2 archive", _UNPACK),

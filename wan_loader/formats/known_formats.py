@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.formats.checkpoint_format import Likeness
+from wan_loader.formats.gguf import GgufFormat
 from wan_loader.formats.safetensors import SafetensorsFormat
 from wan_loader.formats.torch_formats import TorchPickleFormat, TorchZipFormat
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "format_of", "holds_weights", "is_planned", "recognise_format"]
 
 #: The first that a file is like is taken. Safetensors comes first: its length may look like another's signature.
-FORMATS: tuple[CheckpointFormat, ...] = (SafetensorsFormat(), TorchZipFormat(), TorchPickleFormat())
+FORMATS: tuple[CheckpointFormat, ...] = (SafetensorsFormat(), TorchZipFormat(), TorchPickleFormat(), GgufFormat())
 
 
 def recognise_format(head: bytes) -> CheckpointFormat | None:

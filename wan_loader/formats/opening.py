@@ -38,11 +38,11 @@ def open_checkpoint(path: StrPath | Sequence[StrPath], *, part: str | None = Non
     torch can read (legacy ones, tensor subclasses).
 
     Args:
-        path: A file of safetensors or of torch.save, whatever it is called; a *.index.json; a directory holding exactly
-            one checkpoint, or a repository of the Hugging Face Hub as OWNER/NAME, if it lies in the local cache; or a
-            list of files that together are one. A file is that file, also where it is one of a set of shards: the set
-            is meant by its index, its directory or, where that holds other checkpoints too, by `*` in the place of the
-            number (`model-*-of-00002.safetensors`).
+        path: A file of safetensors, of torch.save or GGUF, whatever it is called; a *.index.json; a directory holding
+            exactly one checkpoint, or a repository of the Hugging Face Hub as OWNER/NAME, if it lies in the local
+            cache; or a list of files that together are one. A file is that file, also where it is one of a set of
+            shards: the set is meant by its index, its directory or, where that holds other checkpoints too, by `*` in
+            the place of the number (`model-*-of-00002.safetensors`).
         part: The part to read of a torch file that nests dicts, by its keys joined by dots: "state_dict", "model.ema".
 
     Returns:
@@ -147,7 +147,10 @@ def _join(path: str, paths: list[str], part: str | None, weight_map: dict[str, s
     else:
         warnings += _unlisted(shards, weight_map)
     (kind,), metadata = formats, shards[0].metadata
-    return Checkpoint(path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part)
+    quantised = {name: one for shard in shards for name, one in shard.quantised.items()}
+    return Checkpoint(
+        path, kind, tuple(files), tuple(storages), tuple(tensors), metadata, tuple(warnings), part, quantised=quantised
+    )
 
 
 def _listed(shard: Checkpoint, weight_map: dict[str, str]) -> list[TensorFacts]:
@@ -228,4 +231,4 @@ def _unknown(path: str, head: bytes) -> Foreign | None:
         return Foreign(reason, "download it again")
     if path.lower().endswith(SAFETENSORS):
         return None
-    return Foreign("is neither safetensors nor a torch checkpoint, or it is damaged", None)
+    return Foreign("is neither safetensors nor a torch checkpoint nor GGUF, or it is damaged", None)

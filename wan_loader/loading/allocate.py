@@ -20,6 +20,7 @@ from wan_loader.errors import CheckpointError, DeviceMemoryError, HostMemoryErro
 from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.plan.engine_settings import conversion_bytes
 from wan_loader.plan.memory import rounded
+from wan_loader.plan.quantised_values import parts_of
 from wan_loader.system.forks import is_forked
 from wan_loader.system.posix import PAGE, map_private
 
@@ -38,6 +39,8 @@ __all__ = ["OWN_MAP_BYTES", "Allocation", "MappedMemory", "compact", "convert_st
 OWN_MAP_BYTES = 1 << 20
 #: Reserved at once: 0.2 ms.
 _RESERVED_BYTES = 1 << 30
+#: The same, in blocks, where what has arrived is let go of: about what is on its way.
+_RESERVED_BLOCKS = 8
 _SMALL_POOL_BYTES = 1 << 20  # the caching allocator keeps smaller tensors in segments of their own
 
 #: Mapped pages, for the buffer protocol.
@@ -61,9 +64,12 @@ class Allocation:
         """Device memory that conversions take meanwhile, until it is reserved."""
         self._n_reserved = 0
         self._refers = not plan.request.piecemeal
-        """True if destinations hold their memory; else only the tensors do, so that it goes when they are let go."""
+        """True if destinations hold their memory; else only the tensors do, so that it goes when they are let go of."""
+        self._reserved_nbytes = _RESERVED_BYTES if self._refers else _RESERVED_BLOCKS * plan.blocks.nbytes
         self.device = device
         self._empty: dict[str, torch.Tensor] = {}
+        self._let_go = {part.name for one in plan.values.values() for part in parts_of(one)}
+        """The tensors that go as soon as numbers are made of them."""
 
     def copied(self, count: int | None = None) -> list[Destination]:
         """Make what is to be copied, up to the first `count` storages or all; return where the new ones are.
@@ -98,7 +104,7 @@ class Allocation:
         import torch
 
         sizes, start, total = self._layout.copied_nbytes, self._n_reserved, 0
-        while self._n_reserved < len(sizes) and (self._n_reserved < end or (start and total < _RESERVED_BYTES)):
+        while self._n_reserved < len(sizes) and (self._n_reserved < end or (start and total < self._reserved_nbytes)):
             nbytes = sizes[self._n_reserved]
             total += rounded(nbytes) if nbytes > _SMALL_POOL_BYTES else 0
             self._n_reserved += 1
@@ -117,11 +123,12 @@ class Allocation:
         whole = empty.new_empty(shape)  # a quarter faster than `torch.empty`
         self._name(plan, whole, sole)
         source = torch_dtype(plan.source) if plan.converts and plan.source else None
-        self.destinations.append(self._destination(whole, source))
+        refers = self._refers and plan.tensors[0].name not in self._let_go
+        self.destinations.append(self._destination(whole, source, refers=refers))
 
-    def _destination(self, whole: torch.Tensor, source: torch.dtype | None) -> Destination:
+    def _destination(self, whole: torch.Tensor, source: torch.dtype | None, *, refers: bool) -> Destination:
         address = whole.data_ptr()
-        if self._refers or (source is not None and self.device.type != "cpu"):
+        if refers or (source is not None and self.device.type != "cpu"):
             return Destination(whole, address, source)
         # bytes that stay as they are go to an address, conversions into a tensor
         return Destination(None if source is None else _unowned(whole), address, source)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_flag, check_key_map, check_module, checked_strings
-from wan_loader.errors import KeyMismatchError
+from wan_loader.errors import CheckpointError, KeyMismatchError
 from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
 from wan_loader.loading.fill_module import fill
 from wan_loader.loading.match import left_on_meta, match
@@ -92,14 +92,18 @@ def make_binding(request: LoadRequest, checkpoint: Checkpoint, into: Into | None
 
     Raises:
         KeyMismatchError: The names disagree, or something would stay on the meta device.
-        CheckpointError: The checkpoint holds scales that a conversion would leave out.
+        CheckpointError: The checkpoint holds scales that a conversion would leave out, or blocks in place of numbers.
     """
     if into is None:
         return Binding(request=request)
     try:
         return _pair(request, checkpoint, into)
-    except KeyMismatchError:
+    except KeyMismatchError as error:
         request.policy.check(checkpoint, checkpoint.tensors)  # scales are not the module's: this says more
+        if request.policy.dtype is None and checkpoint.quantised:
+            reason = "holds quantised tensors, whose blocks are not what the module holds"
+            remedy = "pass a dtype, such as bf16, for their numbers"
+            raise CheckpointError.because(reason, remedy, path=checkpoint.path) from error
         raise
 
 

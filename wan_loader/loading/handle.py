@@ -113,7 +113,7 @@ class CheckpointHandle:
             HostMemoryError: There is no room in the host's memory.
         """
         facts = self._facts_of(name)
-        return self._load(facts) if self._is_planned else self.get_tensors((name,))[name]
+        return self._load(facts) if self._is_read_alone(facts) else self.get_tensors((name,))[name]
 
     def get_tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Load several tensors as one load: large ones, or those for a GPU, come faster than one after the other.
@@ -151,11 +151,16 @@ class CheckpointHandle:
         """Load the part of a tensor that numbers and slices pick, contiguous and with memory of its own."""
         part = view(facts, dims)
         self._check_open()
-        if self._is_planned:
+        if self._is_read_alone(facts):
             return compact(self._load(part, cut=part.stride != contiguous_strides(part.shape)))
         import torch
 
         return self.get_tensor(facts.name)[dims].clone(memory_format=torch.contiguous_format)
+
+    def _is_read_alone(self, facts: TensorFacts) -> bool:
+        """Return whether a tensor is the bytes of its own place in the file, and not made of several or of all."""
+        quantised = self._checkpoint.quantised.get(facts.name)
+        return self._is_planned and (quantised is None or facts != quantised.value)
 
     def _load(self, facts: TensorFacts, *, cut: bool = False) -> torch.Tensor:
         """Load a tensor, or a view of one.
@@ -165,7 +170,7 @@ class CheckpointHandle:
             cut: Some of its bytes will be left out, and the rest copied: it may not stay in a mapped file, which would
                 end the process if it shrank.
         """
-        if facts.name in self._scaled:
+        if facts.name in self._scaled or facts.name in self._checkpoint.quantised:
             self._request.policy.check(self._checkpoint, [facts])
         storage, facts = alone(facts, self._checkpoint.storages[facts.storage], 0)
         converts = self._request.policy.target(facts.name, facts.dtype) != facts.dtype

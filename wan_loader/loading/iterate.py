@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
 
-__all__ = ["TensorIterator", "iterate"]
+__all__ = ["TensorIterator", "arrivals", "iterate"]
 
 #: So many bytes of host memory are handed out until what was let go of them is given back to the system. The C library
 #: would keep nearly all of it: holes of its heap are a little too small for the next tensor of the same size.
@@ -63,10 +63,11 @@ def iterate(
     with LoadSession(cancel=cancel, observer=observer) as session:
         checkpoint = session.open(request)
         plan = session.plan(request, narrow(checkpoint, request.slices))
-    return _arrivals(session, plan)
+    return arrivals(session, plan)
 
 
-def _arrivals(session: LoadSession, plan: LoadPlan) -> TensorIterator:
+def arrivals(session: LoadSession, plan: LoadPlan) -> TensorIterator:
+    """Carry out the plan of a session, as `iterate` says; the request must be piecemeal."""
     moving, process = run(plan, cancel=session.cancel, observer=session.observer), os.getpid()
     keeps_heap, handed_nbytes = plan.facts.cuda or not plan.layout.copied, 0
     try:
@@ -109,7 +110,7 @@ def _owned(plan: LoadPlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
     index = plan.request.slices.get(name)
     if index is None:
         return tensor
-    if not plan.through_torch:
+    if not plan.through_torch and name not in plan.values:
         return compact(tensor)
     import torch
 

@@ -106,7 +106,7 @@ def _report(result: LoadResult) -> LoadReport:
         dtype=plan.request.policy.dtype,
         seconds=result.seconds,
         nbytes_file=plan.nbytes_file,
-        nbytes_device=plan.nbytes_loaded if plan.through_torch else plan.layout.nbytes_loaded,
+        nbytes_device=plan.nbytes_loaded if plan.through_torch else plan.layout.nbytes_loaded + plan.nbytes_grown,
         n_tensors=len(plan.tensors),
         io=IoReport(
             "+".join(transport.value for transport in transports) or "none",

@@ -20,6 +20,7 @@ from wan_loader.engine.open_files import OpenFiles
 from wan_loader.events import span
 from wan_loader.formats.known_formats import format_of
 from wan_loader.loading.allocate import Allocation, convert_storage
+from wan_loader.loading.make_values import ValueMaker
 from wan_loader.loading.probe import probe
 from wan_loader.plan.blocks import Transport
 from wan_loader.plan.engine_settings import TransferMode
@@ -82,13 +83,13 @@ def run(
     keeps = not plan.request.piecemeal
     with OpenFiles(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
-        allocation, arrivals = Allocation(plan, device), _Arrivals(plan)
+        allocation, arrivals, maker = Allocation(plan, device), _Arrivals(plan), ValueMaker(plan, observer)
         if not keeps:  # by nobody else, while it may still be written to: this is the last step of the clean-up
             state.cleanups.append(allocation.let_go)
         move_blocks = convert_blocks if plan.settings.mode is TransferMode.CONVERTED else transfer_blocks
         steps = move_blocks(reader, writer, plan.settings, state, cancel=cancel, observer=observer)
         for segments in _drive(steps, plan, allocation, observer):
-            if names := arrivals.complete(segments):
+            if names := maker.arrived(arrivals.complete(segments), allocation.tensors):
                 yield allocation.taken(names, keeps=keeps)
         assert arrivals.is_complete, "a transfer that ends has brought everything"
         try:
@@ -101,7 +102,9 @@ def run(
             if not plan.shared:
                 with span(observer, "assign"):
                     convert_late(allocation.tensors, plan)
-            yield allocation.taken([t.name for t in plan.tensors if t.name not in arrivals.told], keeps=keeps)
+            # what holds no bytes, is late, or is used where it lies
+            rest = maker.arrived([name for name in plan.read_names if name not in arrivals.told], allocation.tensors)
+            yield allocation.taken(rest, keeps=keeps)
             tensors = {t.name: allocation.tensors[t.name] for t in plan.tensors} if keeps else {}
         except BaseException:
             # whoever would have to is not given the state

@@ -67,8 +67,11 @@ class DtypePolicy:
         """Say what is to be known about quantised tensors among those that are wanted; usually nothing.
 
         Raises:
-            CheckpointError: Some would be converted without the scale by which they are to be multiplied.
+            CheckpointError: Some would be converted without the scale by which they are to be multiplied, or cannot be
+                made into numbers.
         """
+        if stays := [t.name for t in wanted if t == getattr(checkpoint.quantised.get(t.name), "raw", None)]:
+            return self._check_raw(checkpoint, stays)
         scales = find_scales(checkpoint.tensors)
         quantised = [t for t in wanted if t.name in scales] if scales else []
         floats = [t.name for t in quantised if t.dtype in FLOAT8]
@@ -87,6 +90,23 @@ class DtypePolicy:
         if quantised and self.dtype is not None:
             return [f"{_scales_of([t.name for t in quantised], scales)}: not converted, only their scales are"]
         return []
+
+    def _check_raw(self, checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+        """Say what is to be known about tensors that stay quantised: raise if numbers were asked for."""
+        quantised = [checkpoint.quantised[name] for name in names]
+        bad = next((one for one in quantised if one.problem is not None), None)
+        if self.dtype is not None and bad is not None:
+            name, remedy = bad.raw.name, "load the file without a dtype, or get one that is not quantised so"
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name!r} {bad.problem}: {remedy}",
+                path=checkpoint.path,
+                tensor=name,
+                reason=bad.problem,
+                remedy=remedy,
+            )
+        kinds = ", ".join(sorted({one.kind for one in quantised}))
+        count = format_count(len(names), "quantised tensor")
+        return [f"{count} ({kinds}): loaded as the blocks that the file holds; with a dtype, numbers are made of them"]
 
     def unused_parts(self, names: Collection[str]) -> list[str]:
         """Return the parts of `keep_fp32` that none of these names has."""

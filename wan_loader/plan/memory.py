@@ -25,7 +25,9 @@ _PAGE_TABLE_SHARE = 256
 MIN_RING_BYTES = (16 << 20) + PAGE
 
 
-def check_memory(layout: Layout, facts: Facts, path: str, *, block_bytes: int, piecemeal: bool = False) -> int | None:
+def check_memory(
+    layout: Layout, facts: Facts, path: str, *, block_bytes: int, piecemeal: bool = False, beside: int = 0
+) -> int | None:
     """Raise unless there is memory for everything that is copied, in blocks of `block_bytes`.
 
     Args:
@@ -34,6 +36,7 @@ def check_memory(layout: Layout, facts: Facts, path: str, *, block_bytes: int, p
         path: The checkpoint, for errors.
         block_bytes: The size of the blocks.
         piecemeal: Whoever takes what arrives may let it go before the rest is there: the largest must fit.
+        beside: What is needed on the device beside what is copied.
 
     Returns:
         The bytes of the host's memory that are left for the pinned rings of all that load at the same time; None where
@@ -45,11 +48,11 @@ def check_memory(layout: Layout, facts: Facts, path: str, *, block_bytes: int, p
     """
     sizes = [max(layout.copied_nbytes, default=0)] if piecemeal else layout.copied_nbytes
     if facts.cuda:
-        beside = conversion_bytes(layout.nbytes_converted, block_bytes)
+        beside += conversion_bytes(layout.nbytes_converted, block_bytes)
         _check_device_memory(sum(map(rounded, sizes)) + beside, facts, path)
     if not any(byte_range.end > byte_range.start for byte_range in layout.byte_ranges):
         return None
-    return check_host_memory(0 if facts.cuda else sum(sizes), facts, path)
+    return check_host_memory(0 if facts.cuda else sum(sizes) + beside, facts, path)
 
 
 def check_host_memory(nbytes: int, facts: Facts, path: str) -> int | None:

@@ -6,10 +6,11 @@ Its blocks are made anew each time they are asked for, one by one, so that the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from wan_loader.errors import OptionError
 from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.formats.known_formats import format_of, is_planned
 from wan_loader.plan.blocks import MAX_GAP, Transport, plan_blocks
@@ -22,6 +23,7 @@ from wan_loader.plan.engine_settings import (
 )
 from wan_loader.plan.layout import Layout, lay_out, plan_storages
 from wan_loader.plan.memory import check_host_memory, check_memory
+from wan_loader.plan.quantised_values import nbytes_beside, nbytes_of_values, parts_of, read_for, values_among
 from wan_loader.plan.transport import TransportRule, explain, is_uniform
 from wan_loader.sizes import format_bytes, format_count
 from wan_loader.system.page_cache import Knowledge
@@ -30,7 +32,7 @@ from wan_loader.system.posix import PAGE
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, Quantised, TensorFacts
     from wan_loader.plan.blocks import Block, ByteRange
     from wan_loader.plan.engine_settings import EngineSettings
     from wan_loader.plan.facts import Facts
@@ -81,6 +83,8 @@ class LoadPlan:
     """The number of blocks that are planned and allocated at once; None: all."""
     reason: str
     """The reason why the bytes travel as they do, in one sentence."""
+    values: Mapping[str, Quantised] = field(default_factory=dict)
+    """The wanted tensors whose numbers are made once their bytes have arrived, by name."""
     shared: bool = False
     """True if other processes read the rest of some storages: what is read is not complete without an exchange."""
     warnings: tuple[str, ...] = ()
@@ -98,7 +102,20 @@ class LoadPlan:
     @property
     def nbytes_loaded(self) -> int:
         """The bytes that the tensors have once loaded."""
-        return sum(s.nbytes_loaded(self.checkpoint.storages[s.storage].nbytes) for s in self.storages)
+        copied = sum(s.nbytes_loaded(self.checkpoint.storages[s.storage].nbytes) for s in self.storages)
+        return copied + self.nbytes_grown
+
+    @property
+    def read_names(self) -> list[str]:
+        """The names of the tensors that are read: those that are wanted, or what their numbers are made of."""
+        return [facts.name for storage in self.storages for facts in storage.tensors]
+
+    @property
+    def nbytes_grown(self) -> int:
+        """The bytes by which numbers are more than what they are made of."""
+        return nbytes_of_values(self.values, self.request.policy) - sum(
+            part.nbytes for one in self.values.values() for part in parts_of(one)
+        )
 
     def __str__(self) -> str:
         """Say what will be read, how, why, and with how much memory."""
@@ -114,6 +131,9 @@ class LoadPlan:
         ]
         if self.through_torch:
             return "\n".join([*lines, *(f"  note    {warning}" for warning in self.warnings)])
+        if self.values:
+            kinds = ", ".join(sorted({one.kind for one in self.values.values()}))
+            lines.append(f"  make    the numbers of {format_count(len(self.values), 'tensor')} ({kinds}) on the device")
         for transport, nbytes, count in self._transports():
             lines.append(f"  read    {format_bytes(nbytes)} {transport}, {format_count(count, 'block')}")
         if viewed := self.layout.nbytes_viewed:
@@ -155,20 +175,28 @@ def make_plan(
     Raises:
         KeyMismatchError: Names that were asked for are not there.
         CheckpointError: Something cannot be converted.
+        OptionError: Quantised tensors are to be loaded in a way that cannot make numbers of them.
         DeviceMemoryError: The weights do not fit on the device.
         HostMemoryError: The load does not fit into the host's memory.
     """
     tensors = request.select(checkpoint)
     notes = request.policy.check(checkpoint, tensors)
-    storages = plan_storages(tensors, request.policy)
     alone, checked = reads is None, read_unit is not None
+    values = values_among(tensors, checkpoint)
+    if values and not (alone and not checked):
+        reason = "holds quantised tensors, whose numbers are made by one process alone, from the file itself"
+        raise OptionError.because(reason, "load it without a group and without a cache", path=checkpoint.path)
+    parts, policy = read_for(tensors, values, request.policy)
+    storages = plan_storages(parts, policy)
     io = _io_mode(request.io, cuda=facts.cuda, checked=checked)
     views = alone and not facts.cuda and not checked and may_view(request, checkpoint)
     # this process copies what is wanted of them: it would be killed if they were mapped, and the file shrank
     to_cut = {t.name for t in tensors if t.name in request.slices and t.stride != contiguous_strides(t.shape)}
+    to_cut |= {part.name for one in values.values() for part in parts_of(one)}
     layout = lay_out(checkpoint, storages, views=views, to_cut=to_cut, reads=reads or MappingProxyType({}))
     blocks = _blocks(layout, facts, io, read_unit, alone=alone, piecemeal=request.piecemeal)
-    room = _room(checkpoint, storages, layout, facts, blocks.nbytes, piecemeal=request.piecemeal)
+    beside = nbytes_beside(values, request.policy, piecemeal=request.piecemeal)
+    room = _room(checkpoint, storages, layout, facts, blocks.nbytes, piecemeal=request.piecemeal, beside=beside)
     nbytes = layout.nbytes_read
     resident = facts.residency.total((*layout.byte_ranges, *layout.viewed_ranges))
     cold = resident * 2 < nbytes
@@ -201,6 +229,7 @@ def make_plan(
         resident=None if facts.residency.knowledge is Knowledge.UNKNOWN else resident,
         # a cold load takes long, and others could take the room meanwhile: all is allocated at once
         batch=None if cold and not request.piecemeal else _BATCH_BLOCKS,
+        values=values,
         shared=not alone,
         reason=explain(request.io, io, resident, nbytes, layout.nbytes_viewed, facts.residency.knowledge),
         warnings=(*checkpoint.warnings, *notes, *layout.warnings, *_direct_fallbacks(blocks, facts)),
@@ -215,12 +244,13 @@ def _room(
     block_bytes: int,
     *,
     piecemeal: bool,
+    beside: int,
 ) -> int | None:
     """Return the host memory that is left for the rings of all loads; raise where the load does not fit."""
     if is_planned(checkpoint):
         # what a GPU converts stays referred to until the end
         may_go = piecemeal and not (facts.cuda and any(plan.converts for plan in layout.copied))
-        return check_memory(layout, facts, checkpoint.path, block_bytes=block_bytes, piecemeal=may_go)
+        return check_memory(layout, facts, checkpoint.path, block_bytes=block_bytes, piecemeal=may_go, beside=beside)
     read = sum(checkpoint.storages[s.storage].nbytes for s in storages)
     return check_host_memory(0 if facts.cuda else read, facts, checkpoint.path)
 

@@ -16,6 +16,7 @@ from wan_loader.arguments import (
 )
 from wan_loader.errors import KeyMismatchError, OptionError
 from wan_loader.formats import Checkpoint, open_checkpoint
+from wan_loader.formats.quantised import with_values
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.printable import some
 
@@ -52,6 +53,10 @@ class LoadRequest:
     """True if no tensor may stay in the mapped file."""
     slices: Mapping[str, tuple[slice, ...]] = field(default_factory=dict)
     """The parts of tensors that are wanted in place of the whole, by name: a slice for each of the first dimensions."""
+    makes_values: bool = False
+    """True if a dtype has quantised tensors become the numbers that they stand for; else it leaves them out of account,
+    as other libraries do.
+    """
     piecemeal: bool = False
     """True if tensors are handed out as they arrive, and may be let go before the last is there: so there need be room
     for the largest one only, and nothing is registered with the driver that would be known to be there at the end only.
@@ -78,7 +83,8 @@ class LoadRequest:
 
     def open(self) -> Checkpoint:
         """Read the headers, unless that was done; no weight is read. Raises the errors of `open_checkpoint`."""
-        return self.source if isinstance(self.source, Checkpoint) else open_checkpoint(self.source, part=self.part)
+        held = self.source if isinstance(self.source, Checkpoint) else open_checkpoint(self.source, part=self.part)
+        return with_values(held) if self.makes_values and self.policy.dtype is not None else held
 
     def select(self, checkpoint: Checkpoint) -> Sequence[TensorFacts]:
         """Return the wanted tensors, the most urgent first; `KeyMismatchError` for names that are not there."""

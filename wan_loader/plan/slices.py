@@ -90,7 +90,8 @@ def narrow(checkpoint: Checkpoint, slices: Mapping[str, tuple[slice, ...]]) -> C
     """Return a checkpoint that has slices in the place of some tensors, each with a storage of its own.
 
     A tensor that shares its storage with others no longer does once it is sliced; the others still have all of it. Of
-    a checkpoint that cannot be planned nothing is known but sizes: it stays as it is.
+    a checkpoint that cannot be planned nothing is known but sizes: it stays as it is, and so do quantised tensors of
+    which numbers are made.
 
     Args:
         checkpoint: The checkpoint.
@@ -111,6 +112,8 @@ def narrow(checkpoint: Checkpoint, slices: Mapping[str, tuple[slice, ...]]) -> C
             part = view(facts, index)
         except (IndexError, OptionError) as error:
             raise OptionError(f"slices[{facts.name!r}]: {error}", tensor=facts.name, reason=str(error)) from None
+        if (quantised := checkpoint.quantised.get(facts.name)) is not None and facts == quantised.value:
+            continue  # its rows are made of whole blocks: it is cut once it is made
         storage, tensors[number] = alone(part, storages[facts.storage], len(storages))
         storages.append(storage)
     if not is_planned(checkpoint):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.provenance.proof import Reason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-__all__ = ["TensorMemory", "memory_of"]
+__all__ = ["TensorMemory", "is_sole_memory", "memory_of"]
 
 
 class TensorMemory(NamedTuple):
@@ -54,3 +57,27 @@ def memory_of(tensor: torch.Tensor) -> TensorMemory | Reason:
         return Reason.NOT_PLAIN
     span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     return TensorMemory(address, span * ITEMSIZE[dtype], dtype, shape, stride)
+
+
+def is_sole_memory(tensor: torch.Tensor, also: Callable[[torch.Tensor, torch.UntypedStorage], object]) -> bool:
+    """Say whether nobody else refers to a tensor's memory: no view, no array, no storage object.
+
+    What torch and Python count is compared with the counts of a tensor that is alone, made here.
+
+    Args:
+        tensor: A tensor.
+        also: Returns what else must be as of that one, of a tensor and its storage.
+
+    Returns:
+        False where torch does not tell.
+    """
+    import torch
+
+    if (count := getattr(torch._C, "_storage_Use_Count", None)) is None:
+        return False
+
+    def counts(tensor: torch.Tensor) -> tuple[object, ...]:
+        storage = tensor.untyped_storage()
+        return count(storage._cdata), sys.getrefcount(storage), also(tensor, storage)
+
+    return counts(tensor) == counts(torch.empty(1))

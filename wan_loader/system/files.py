@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = [
     "LockedDirectory",
     "check_private",
+    "close_own",
     "is_below",
     "is_foreign",
+    "is_of",
     "lock_directory",
     "lock_or_refuse",
     "plain_path",
@@ -64,6 +66,20 @@ def read_capped(path: str | os.PathLike[str], most: int) -> bytes | None:
     with open(path, "rb") as file:
         text = file.read(most + 1)
     return text if len(text) <= most else None
+
+
+def is_of(fd: int, facts: os.stat_result) -> bool:
+    """Say whether a descriptor is one of a file; a program may have closed it, and its number may be another's now."""
+    try:
+        return os.path.samestat(os.fstat(fd), facts)
+    except OSError:
+        return False
+
+
+def close_own(fd: int, facts: os.stat_result) -> None:
+    """Close a descriptor of a file, unless somebody did that who closes what is not theirs."""
+    if is_of(fd, facts):
+        os.close(fd)
 
 
 def sync_directory(path: Path) -> None:

@@ -24,6 +24,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import signal
 import struct
 import threading
@@ -33,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wan_loader.system.files import close_own, is_of
 from wan_loader.system.mounts import mount_of
 from wan_loader.system.own_pages import PAGE, written_pages
 from wan_loader.system.posix import forbid, map_anonymous, map_private, move_over, read_at, unmap
@@ -43,8 +45,9 @@ _LOG = logging.getLogger("wan_loader")
 
 #: File systems all of whose writers this kernel sees.
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs")
-#: Each lease keeps a descriptor, of which a process may have a thousand.
+#: Each lease keeps a descriptor, of which a process may have a thousand, or fewer: then one of so many.
 _MAX_FILES = 64
+_FILES_SHARE = 16
 #: What is copied to settle a mapping, at the least: a writer waits, and the kernel waits no longer than its time.
 _COPIED_PER_S = 256 << 20
 _COPY_BYTES = 32 << 20
@@ -62,13 +65,29 @@ _REFUSALS = {errno.EACCES: "it belongs to another user", errno.EAGAIN: "somebody
 class LeasedFile:
     """A file with a lease on it, and its mappings. The lease is let go with the last of them."""
 
-    def __init__(self, fd: int, lock: threading.RLock) -> None:
-        self.fd = fd
+    def __init__(self, path: str, lock: threading.RLock) -> None:
+        self._path = os.path.abspath(path)
         self._lock = lock
-        self.facts = os.fstat(fd)
+        self._open()
+        self.facts = os.fstat(self.fd)
         self._regions: list[_Region] = []
         self.is_leased = False
-        self.close = weakref.finalize(self, os.close, fd)
+
+    def _open(self) -> None:
+        self.fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self.close = weakref.finalize(self, close_own, self.fd, os.fstat(self.fd))
+        # not at exit: a program's own exit handlers come later, and may save over the file
+        self.close.atexit = False
+
+    def _has_descriptor(self) -> bool:
+        """Say whether the descriptor is ours still: a program may have closed it with all others."""
+        return is_of(self.fd, self.facts)
+
+    def _open_again(self) -> None:
+        self.close.detach()
+        self._open()
+        if not self._has_descriptor():
+            raise OSError(errno.ESTALE, "its descriptor was closed, and its path leads to another file")
 
     def map(self, start: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
         """Map bytes of the file, privately, from page-aligned `start` on, to read and to write.
@@ -90,26 +109,45 @@ class LeasedFile:
 
     def is_wanted(self) -> bool:
         """Say whether somebody waits for the lease to be let go."""
-        return self.is_leased and fcntl.fcntl(self.fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+        if not self.is_leased:
+            return False
+        if self._has_descriptor():
+            return fcntl.fcntl(self.fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+        # the mappings keep the lease, of which nobody can be asked now: settled while the file can be opened again
+        with suppress(OSError):
+            return os.path.samestat(os.stat(self._path), self.facts)
+        return False
 
     def settle(self) -> None:
         """Give all mappings memory of their own, and let the lease go. Again does nothing.
 
         Raises:
-            OSError: There is no memory for them. Then they and the lease are as before.
+            OSError: There is no memory for them, or the file is not there. Then they and the lease are as before.
         """
         with self._lock:
             if not self.is_leased:
                 return
+            if not self._has_descriptor():
+                self._open_again()
             # held, so that none is unmapped while it is copied
             held = [(memory, region) for region in self._regions if (memory := region.memory()) is not None]
-            for _, region in held:
-                _settle(self.fd, region)
+            copies: dict[int, int] = {}
+            try:
+                for _, region in held:
+                    copies[region.address] = _copy(self.fd, region)
+                now = os.fstat(self.fd)
+                for _, region in held:
+                    _take_over(copies[region.address], region)
+                    del copies[region.address]
+            except BaseException:
+                for _, region in held:
+                    if region.address in copies:
+                        unmap(copies[region.address], _whole(region.nbytes))
+                raise
             self.is_leased = False
             try:
                 fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-            except OSError:  # the kernel has waited long enough: what was copied may be somebody's new bytes
-                now = os.fstat(self.fd)
+            except OSError:  # there is none: the kernel has waited long enough, and what was copied may be new bytes
                 if (now.st_size, now.st_mtime_ns) != (self.facts.st_size, self.facts.st_mtime_ns):
                     _LOG.critical("a file was rewritten before its mappings could be saved; they are closed")
                     self.close_mappings()
@@ -142,22 +180,26 @@ def _whole(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-def _settle(fd: int, region: _Region) -> None:
-    """Put memory of its own in the place of a mapping, with the bytes that it shows."""
-    address, start, nbytes = region.address, region.start, region.nbytes
-    length = _whole(nbytes)
-    copy = map_anonymous(length)
+def _copy(fd: int, region: _Region) -> int:
+    """Return the address of memory of its own with the bytes of the file: there an error is an error, and no signal."""
+    nbytes = region.nbytes
+    copy = map_anonymous(_whole(nbytes))
     try:
-        # all from the file, where an error is an error and no signal; then what this process has written
         for done in range(0, nbytes, _COPY_BYTES):
-            _read_all(fd, copy + done, min(_COPY_BYTES, nbytes - done), start + done)
-        for first, last in written_pages([(address, address + nbytes)]):
-            # no other thread runs Python from here on
-            _view(copy + first - address, last - first)[:] = _view(first, last - first)
-        move_over(copy, length, address)
+            _read_all(fd, copy + done, min(_COPY_BYTES, nbytes - done), region.start + done)
     except BaseException:
-        unmap(copy, length)
+        unmap(copy, _whole(nbytes))
         raise
+    return copy
+
+
+def _take_over(copy: int, region: _Region) -> None:
+    """Bring what this process has written into a copy, and put it in the place of the mapping."""
+    address = region.address
+    for first, last in written_pages([(address, address + region.nbytes)]):
+        # no other thread runs Python from here on
+        _view(copy + first - address, last - first)[:] = _view(first, last - first)
+    move_over(copy, _whole(region.nbytes), address)
 
 
 def _view(address: int, nbytes: int) -> memoryview:
@@ -187,7 +229,7 @@ class Leases:
         Raises:
             OSError: There is no such file, or no lease is to be had; the message says why.
         """
-        file = LeasedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), self._lock)
+        file = LeasedFile(path, self._lock)
         try:
             self._check(file.fd)
             with self._lock:
@@ -206,7 +248,8 @@ class Leases:
         patience_s = int(Path("/proc/sys/fs/lease-break-time").read_text())
         if os.fstat(fd).st_size > patience_s * _COPIED_PER_S:
             raise OSError(errno.EFBIG, "it is too large to be copied while a writer waits")
-        if len(self._files) >= _MAX_FILES:
+        # the program needs descriptors, too
+        if len(self._files) >= min(_MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES_SHARE):
             raise OSError(errno.EMFILE, "many files have leases already")
         # asked for when it comes to settling
         written_pages([])

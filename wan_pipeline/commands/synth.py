@@ -9,7 +9,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from wan_loader import OptionError
-from wan_pipeline.synth.arch import DType, Layout, Size, SynthName, Task
+from wan_pipeline.synth.arch import DType, Form, Layout, Size, SynthName, Task
 
 __all__ = ["synth"]
 
@@ -26,6 +26,10 @@ def synth(
     blocks: Annotated[int | None, typer.Option(help="Only the first N blocks of each expert.")] = None,
     component: Annotated[list[str] | None, typer.Option(help=f"Only this part; may be repeated. {_COMPONENTS}")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Dtype of the experts' files; published: fp32.")] = None,
+    form: Annotated[
+        Form,
+        typer.Option(help="As published; or a file a network as ComfyUI has them: plain, scaled fp8, GGUF (Q8_0)."),
+    ] = "published",
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights in both layouts.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace files in a directory that is not empty.")] = False,
 ) -> None:
@@ -36,6 +40,8 @@ def synth(
     Examples:
 
         wan-loader synth /tmp/tiny --layout diffusers
+
+        wan-loader synth /tmp/comfy --form fp8-scaled
 
         wan-loader synth /data/wan --size full
 
@@ -56,6 +62,7 @@ def synth(
             blocks=blocks,
             components=cast("list[SynthName]", component) if component else None,
             dtype=dtype,
+            form=form,
             seed=seed,
             force=force,
             progress=progress,

@@ -14,10 +14,14 @@ from wan_loader import OptionError
 from wan_pipeline.families import FAMILIES, Task
 from wan_pipeline.model_family import Layout, ModelFamily, Network, SynthName
 
-__all__ = ["ARCHS", "Arch", "DType", "Dit", "Layout", "Size", "SynthName", "Task", "Text", "Vae"]
+__all__ = ["ARCHS", "Arch", "DType", "Dit", "Form", "Layout", "Size", "Stored", "SynthName", "Task", "Text", "Vae"]
 
 Size = Literal["tiny", "full"]
 DType = Literal["fp32", "bf16", "fp16"]
+#: How files are stored: as they are published, or as ComfyUI has them (plain, or quantised in one of two ways).
+Form = Literal["published", "comfy", "fp8-scaled", "gguf"]
+#: What a tensor of a file may be: "fp8" is to be multiplied by a scale, "q8_0" is GGUF's.
+Stored = Literal["fp32", "bf16", "fp16", "fp8", "q8_0"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,14 +12,16 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args
 
 from wan_pipeline.model_family import ComponentName
+from wan_pipeline.synth.comfy_files import comfy_files
 from wan_pipeline.synth.formats import no_data, pth_stream, safetensors_stream, stream_nbytes
+from wan_pipeline.synth.gguf_stream import gguf_stream
 from wan_pipeline.synth.synth_tensors import component_tensors, meta_module, native_tensors
 from wan_pipeline.synth.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from wan_pipeline.synth.arch import Arch, DType, Layout, SynthName
+    from wan_pipeline.synth.arch import Arch, DType, Form, Layout, SynthName
     from wan_pipeline.synth.formats import Buffer, Data
     from wan_pipeline.synth.synth_tensors import SynthTensor
 
@@ -32,7 +34,7 @@ _FLOW_SHIFT = 3.0
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """A file of tensors: a zip checkpoint if it ends in .pth, safetensors otherwise."""
+    """A file of tensors: a zip checkpoint if it ends in .pth, GGUF if it ends so, safetensors otherwise."""
 
     path: str
     """The path relative to the checkpoint's directory."""
@@ -42,6 +44,8 @@ class WeightFile:
         """Yield the file's bytes in order."""
         if self.path.endswith(".pth"):
             return pth_stream(self.tensors, PurePosixPath(self.path).stem, data)
+        if self.path.endswith(".gguf"):
+            return gguf_stream(self.tensors, data)
         return safetensors_stream(self.tensors, data)
 
     @property
@@ -82,11 +86,16 @@ class SynthPlan:
 
 
 def plan_files(
-    arch: Arch, layout: Layout, components: Sequence[SynthName], dtypes: dict[SynthName, DType]
+    arch: Arch, layout: Layout, components: Sequence[SynthName], dtypes: dict[SynthName, DType], form: Form
 ) -> SynthPlan:
     """Plan the files of the given components, and the small files that every checkpoint has."""
-    files = _native(arch, components, dtypes) if layout == "native" else _diffusers(arch, components, dtypes)
-    found = tuple(files)
+    found: tuple[WeightFile | TextFile, ...]
+    if form != "published":
+        found = tuple(WeightFile(path, tensors) for path, tensors in comfy_files(arch, form, components, dtypes))
+    elif layout == "native":
+        found = tuple(_native(arch, components, dtypes))
+    else:
+        found = tuple(_diffusers(arch, components, dtypes))
     return SynthPlan(
         tuple(file for file in found if isinstance(file, WeightFile)),
         tuple(file for file in found if isinstance(file, TextFile)),

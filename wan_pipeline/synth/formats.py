@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["no_data", "pth_stream", "safetensors_stream", "stream_nbytes"]
 
-_SAFETENSORS_DTYPE = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+_SAFETENSORS_DTYPE = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3"}
 _STORAGE_CLASS = {"fp32": "FloatStorage", "bf16": "BFloat16Storage", "fp16": "HalfStorage"}
 _HEADER_ALIGN = 8
 _DATA_ALIGN = 64

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from wan_pipeline.keymap import MapName, keymap
 
 if TYPE_CHECKING:
-    from wan_pipeline.synth.arch import Arch, DType, SynthName
+    from wan_pipeline.synth.arch import Arch, DType, Stored, SynthName
 
-__all__ = ["ITEMSIZE", "SynthTensor", "component_tensors", "map_name", "meta_module", "native_tensors"]
+__all__ = ["ITEMSIZE", "Q8_0", "SynthTensor", "component_tensors", "map_name", "meta_module", "native_tensors"]
 
-ITEMSIZE: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+ITEMSIZE: dict[Stored, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+#: Elements and bytes of a block of Q8_0.
+Q8_0 = (32, 34)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,11 @@ class SynthTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: DType
+    dtype: Stored
     seed_name: str
     """The name that the values depend on: component and diffusers name, so that the layouts hold the same values."""
+    content: bytes | None = None
+    """Its bytes, where they are not random."""
 
     @property
     def numel(self) -> int:
@@ -38,6 +42,8 @@ class SynthTensor:
     @property
     def nbytes(self) -> int:
         """The length of the data."""
+        if self.dtype == "q8_0":
+            return self.numel // Q8_0[0] * Q8_0[1]
         return self.numel * ITEMSIZE[self.dtype]
 
     @property

@@ -1,6 +1,6 @@
 """Tensors whose values wait until somebody looks: casts of mapped weights, and random initialisation.
 
-deferred          the ways in: defer, settle, is_deferred
+deferred          the ways in: defer_all, settle, is_deferred
 deferred_tensor   the tensor that waits, a subclass of torch's for as long as it does
 waiting_cast      the cast of a range of a file, which waits
 waiting_init      an initialisation, which waits

@@ -30,28 +30,15 @@ if TYPE_CHECKING:
 __all__ = [
     "awaits_initialisation",
     "cast_of",
-    "defer",
     "defer_all",
     "is_deferred",
     "is_sole",
     "settle",
     "settle_all",
     "settle_file",
-    "source_of",
 ]
 
 _TENSORS = "wan_loader.fastpath.deferral.deferred_tensor"
-
-
-def defer(source: torch.Tensor, dtype: torch.dtype, tally: Tally) -> torch.Tensor:
-    """Return `source.to(dtype)`, deferred if that is safe. Costs some milliseconds: `defer_all` costs no more for all.
-
-    Args:
-        source: A tensor.
-        dtype: What it becomes.
-        tally: Is told what was not deferred and why, and what somebody looked at.
-    """
-    return defer_all({"": source}, {"": dtype}, tally)[""]
 
 
 def defer_all(
@@ -146,14 +133,3 @@ def settle_file(path: object) -> None:
         from wan_loader.fastpath.deferral.deferred_tensor import settle_file
 
         settle_file(path)
-
-
-def source_of(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
-    """Return the view of a file whose cast a tensor waits for, and the dtype that it is cast to.
-
-    Raises:
-        ValueError: It waits for none.
-    """
-    if (cast := cast_of(tensor)) is None:
-        raise ValueError("this tensor waits for no cast")
-    return cast.source, cast.dtype

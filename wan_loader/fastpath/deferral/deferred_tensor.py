@@ -102,6 +102,16 @@ class Deferred(torch.Tensor):
         """Pickle as the ordinary tensor that this becomes."""
         return settle(self).__reduce_ex__(protocol)
 
+    # about these two methods torch does not ask
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Make the ordinary tensor that this becomes another one."""
+        return settle(self).set_(*args, **kwargs)
+
+    def as_subclass(self, cls: type) -> Any:
+        """Return the ordinary tensor that this becomes as one of another class."""
+        return settle(self).as_subclass(cls)
+
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         """Show the ordinary tensor that this becomes."""
         return str(settle(self).__repr__(**options))
@@ -184,6 +194,8 @@ def _settle(tensor: Deferred, waiting: Waiting) -> torch.Tensor:
 
 def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """Return an ordinary tensor on some memory, and be it a parameter, as the one that waits is."""
+    if "_is_data" in vars(tensor):  # writes to it are not counted with those to what it was taken of
+        memory = memory.data
     if "_is_param" in vars(tensor):
         return torch.nn.Parameter(memory, tensor.requires_grad)
     return memory.detach().requires_grad_(tensor.requires_grad)
@@ -213,7 +225,7 @@ def _replace_by(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     torch._C._swap_tensor_impl(tensor, other)
     # only now: what another thread sees meanwhile asks for the lock of what waits, or is ordinary
     tensor.__class__ = type(other)
-    for name in ("_waiting", "_is_param"):
+    for name in ("_waiting", "_is_param", "_is_data"):
         vars(tensor).pop(name, None)
     _forget(id(tensor))
     return True
@@ -305,6 +317,9 @@ os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _settled(value: Any, *, by: Any = None) -> Any:
+    if isinstance(value, list | tuple):  # of a class of its own, which `tree_map` does not look into
+        for each in value:
+            _settled(each)
     return settle(value) if type(value) is Deferred and type(by) is not Deferred else value
 
 
@@ -329,7 +344,18 @@ _CPU = torch.device("cpu")
 
 
 def _alias(tensor: Any) -> Any:
-    return None if (waiting := _answering(tensor)) is None else give(waiting)
+    if (waiting := _answering(tensor)) is None:
+        return None
+    alias = give(waiting)
+    if "_is_data" in vars(tensor):
+        vars(alias)["_is_data"] = True
+    return alias
+
+
+def _data(tensor: Any, *_: Any) -> Any:
+    if (alias := _alias(tensor)) is not None:
+        vars(alias)["_is_data"] = True
+    return alias
 
 
 def _answering(tensor: Any) -> Waiting | None:
@@ -340,7 +366,9 @@ def _answering(tensor: Any) -> Waiting | None:
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the tensor itself for a move and a conversion to what it is."""
-    if waiting_of(tensor) is None or any(arg is True for arg in (*args, kwargs.get("copy"))):
+    # `copy` stands behind `non_blocking`, which is of no consequence here
+    behind = 2 if args and isinstance(args[0], torch.dtype | torch.Tensor) else 3
+    if waiting_of(tensor) is None or any(arg is True for arg in (*args[behind:], kwargs.get("copy"))):
         return None
     kwargs.pop("copy", None)
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
@@ -375,6 +403,10 @@ def _set_data(tensor: Any, value: Any) -> Any:
             return _DONE if defer_parameter(tensor, other) else None
     if type(value) is not torch.Tensor:
         return None
+    # what torch refuses to give it, it refuses in its own words
+    follows = not tensor.requires_grad or value.is_floating_point() or value.is_complex()
+    if not follows or not _may_be_set(tensor, value):
+        return None
     return _DONE if without_modes(lambda: give_memory(tensor, waiting, value)) else None
 
 
@@ -407,7 +439,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.detach: _alias,
     torch.detach: _alias,
     _T.__getitem__: lambda tensor, index: _alias(tensor) if index is ... and not tensor.requires_grad else None,
-    _T.data.__get__: lambda tensor, *_: _alias(tensor),
+    _T.data.__get__: _data,
     _T.data.__set__: _set_data,
     torch._has_compatible_shallow_copy_type: _may_be_set,
     _T.to: _to,

@@ -2,6 +2,7 @@
 
 A tensor that waits notices every function of torch that is called with it. Some look at tensors from C++, or keep what
 they saw: who is given the memory of another by `.data`, other classes of tensors, the old way to DLPack, and tracers.
+And some layers choose their kernel by the kind of their tensors.
 In their places stand functions of ours that settle first, from the first tensor that waits to the last; programs in
 which nothing waits never meet them. Imports torch.
 """
@@ -14,6 +15,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.overrides
 import torch.utils.dlpack
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ class _Data:
     def __set__(self, tensor: Any, value: Any) -> None:
         self._original.__set__(tensor, self._settled(value, by=tensor))
 
+    def __delete__(self, tensor: Any) -> None:
+        self._original.__delete__(tensor)  # it refuses
+
 
 class _MakeSubclass:
     """`torch.Tensor._make_subclass`, which makes tensors of other classes on the same memory."""
@@ -61,6 +66,27 @@ class _MakeSubclass:
         # the compiler of torch registers the function itself when it is imported
         is_asked_by_compiler = sys._getframe(1).f_globals.get("__name__", "").startswith("torch._dynamo")
         return self._original if is_asked_by_compiler else self._guarded
+
+
+class _HasTorchFunction:
+    """`torch.overrides.has_torch_function`, by which layers choose a kernel: as if nothing waited."""
+
+    def __init__(self, settled: Callable[..., Any]) -> None:
+        self._settled = settled
+        self._original: Any = torch.overrides.has_torch_function
+
+    def __call__(self, args: Any) -> Any:
+        for value in args:
+            self._settled(value)
+        return self._original(args)
+
+    # the compiler of torch registers the function itself when it is imported
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or other == self._original
+
+    def __hash__(self) -> int:
+        return hash(self._original)
 
 
 class Guards:
@@ -86,6 +112,8 @@ class Guards:
             if not self._places:
                 self._put(torch.Tensor, "data", _Data(self._settled))
                 self._put(torch.Tensor, "_make_subclass", _MakeSubclass(self._settled))
+                self._put(torch.nn.Parameter, "__new__", staticmethod(_new_parameter(self._settled)))
+                self._put(torch.overrides, "has_torch_function", _HasTorchFunction(self._settled))
                 for owner, name in ((torch.utils, "swap_tensors"), (torch.utils.dlpack, "to_dlpack")):
                     self._put(owner, name, _with_settled(self._settled, getattr(owner, name)))
                 for name in _OF_MODULES:
@@ -106,6 +134,17 @@ class Guards:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, before)
+
+
+def _new_parameter(settled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `torch.nn.Parameter.__new__`, which makes a parameter of a class of its own of no tensor that waits."""
+    original = torch.nn.Parameter.__new__
+
+    @wraps(original)
+    def new(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return original(cls, data if cls is torch.nn.Parameter else settled(data), *args, **kwargs)
+
+    return new
 
 
 def _with_settled(settled: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

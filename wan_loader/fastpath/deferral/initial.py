@@ -12,7 +12,6 @@ Only what is certain waits: large parameters in fp32 on the CPU, memory of their
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,8 @@ from wan_loader.fastpath.deferral.mt19937 import MIN_DRAWS, advance
 from wan_loader.fastpath.deferral.waiting_init import InitCall, WaitingInit
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
+from wan_loader.formats.checkpoint_facts import contiguous_strides
+from wan_loader.provenance.tensor_memory import is_sole_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -188,28 +189,16 @@ def _is_right(original: Callable[..., torch.Tensor], arguments: dict[str, Any], 
 def _is_alone(parameter: torch.nn.Parameter) -> bool:
     """Say whether nothing else may see a parameter's memory, and nothing hangs on it that a swap would take away."""
     return (
-        parameter.is_contiguous()
+        parameter.stride() == contiguous_strides(tuple(parameter.shape))
         and parameter.is_leaf
         and parameter.grad is None
         and not parameter._backward_hooks
         and not getattr(parameter, "_post_accumulate_grad_hooks", None)
         and not parameter.is_inference()
-        and _references(parameter) == _references_of_one()
+        and is_sole_memory(parameter, _kind)
     )
 
 
-def _references(tensor: torch.Tensor) -> tuple[int | bool, ...]:
-    """Count who refers to a tensor's memory, and say whether it is torch's own and was never lent to numpy."""
-    import torch
-
-    if (count := getattr(torch._C, "_storage_Use_Count", None)) is None:
-        return ()
-    storage = tensor.untyped_storage()
-    return count(storage._cdata), sys.getrefcount(storage), storage.resizable(), storage.is_shared()
-
-
-def _references_of_one() -> tuple[int | bool, ...]:
-    """Return the counts of a tensor that is alone."""
-    import torch
-
-    return _references(torch.empty(1)) or (0,)
+def _kind(_: torch.Tensor, storage: torch.UntypedStorage) -> tuple[bool, bool]:
+    """Say whether memory is torch's own, and shared: what was lent to numpy is not torch's to resize."""
+    return storage.resizable(), storage.is_shared()

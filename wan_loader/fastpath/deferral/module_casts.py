@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wan_loader.fastpath.moving.slots import Slot
     from wan_loader.fastpath.tally import Tally
 
-__all__ = ["defer_casts"]
+__all__ = ["defer_casts", "is_hooked"]
 
 
 def defer_casts(slots: Iterable[Slot], dtype: torch.dtype, tally: Tally) -> None:
@@ -36,7 +36,7 @@ def defer_casts(slots: Iterable[Slot], dtype: torch.dtype, tally: Tally) -> None
     for slot in slots:
         # a parameter in several places is one object, a buffer becomes one for each place
         is_new = not slot.is_parameter or id(slot.tensor) not in seen
-        if is_new and not _is_hooked(slot.tensor):
+        if is_new and not is_hooked(slot.tensor):
             waiting[str(len(waiting))] = slot
             seen.add(id(slot.tensor))
     # the memory alone: a parameter's own becomes that of its cast
@@ -49,7 +49,7 @@ def defer_casts(slots: Iterable[Slot], dtype: torch.dtype, tally: Tally) -> None
             tally.leave("is held by C++ code", slot.tensor.nbytes)
 
 
-def _is_hooked(tensor: torch.Tensor) -> bool:
+def is_hooked(tensor: torch.Tensor) -> bool:
     """Say whether something hangs on a tensor that would not stay with the object."""
     hooks = getattr(tensor, "_backward_hooks", None), getattr(tensor, "_post_accumulate_grad_hooks", None)
     return any(hooks) or tensor.retains_grad

@@ -4,6 +4,8 @@ When a cast is asked for, the tensor is proven to be a range of its file, and th
 that range is what counts, whatever is written to the tensor: it is read by calls, so that a file which was shortened is
 an error that names it, not the end of the process. The file is kept open, and may be deleted or replaced meanwhile;
 what this process itself writes to it comes after the casts (`deferred_tensor.settle_file`).
+
+What comes back from a device and still is a range of a file (`returns`) waits in the same way, perhaps only to be read.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from wan_loader.devices.torch_threads import UNDIVIDED
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import CheckpointError, WanLoaderError
 from wan_loader.fastpath.moving.loads import load
+from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
 from wan_loader.provenance.proof import Proof
 from wan_loader.provenance.prove import prove
+from wan_loader.system.files import close_own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,10 +38,10 @@ if TYPE_CHECKING:
     from wan_loader.formats.checkpoint_facts import FileFacts
     from wan_loader.provenance.proof import FileRange
 
-__all__ = ["SourceFile", "WaitingCast", "find_casts", "with_casts"]
+__all__ = ["FLOATS", "SourceFile", "WaitingCast", "find_casts", "with_casts"]
 
 #: Casts between these are the same wherever they are done.
-_FLOATS = {"torch.float64", "torch.float32", "torch.bfloat16", "torch.float16"}
+FLOATS = {"torch.float64", "torch.float32", "torch.bfloat16", "torch.float16"}
 
 #: From so many bytes on, several threads that read and convert are worth a plan.
 _PLANNED_BYTES = 32 << 20
@@ -56,7 +60,7 @@ class SourceFile:
         self.facts = facts
         self.fd = os.open(facts.path, os.O_RDONLY | os.O_CLOEXEC)
         # not at exit: whoever runs then may look, too
-        weakref.finalize(self, os.close, self.fd).atexit = False
+        weakref.finalize(self, close_own, self.fd, os.fstat(self.fd)).atexit = False
         facts.check_opened(self.fd)
 
     def check(self) -> None:
@@ -99,10 +103,13 @@ class SourceFile:
 
 
 class WaitingCast:
-    """A cast to `dtype` of a contiguous tensor that is a range of a file; several tensors may share its outcome."""
+    """A cast to `dtype` of a contiguous range of a file; several tensors may share its outcome.
+
+    Of a range that was on a device and came back, there is no `source`, and perhaps nothing to convert (`returns`).
+    """
 
     def __init__(
-        self, source: torch.Tensor, dtype: torch.dtype, file: SourceFile, place: FileRange, tally: Tally
+        self, source: torch.Tensor | None, dtype: torch.dtype, file: SourceFile, place: FileRange, tally: Tally
     ) -> None:
         self.source = source
         self.dtype = dtype
@@ -124,6 +131,11 @@ class WaitingCast:
         """The name of the dtype that it gives."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def converts(self) -> bool:
+        """Whether it gives another dtype than the file's; else it only reads."""
+        return self.target != self.place.dtype
+
     def outcome(self) -> torch.Tensor:
         """Return a plain tensor with exactly what `source.to(dtype)` was, the same each time; no mode may be active.
 
@@ -134,11 +146,12 @@ class WaitingCast:
             if self._done is None:
                 # `.data`: how it was made counts as no writes to it (`_version`)
                 self._done = self._convert().data
-                self.tally.leave("was cast on the CPU, as somebody looked at it", self._done.nbytes)
+                done = "cast on the CPU" if self.converts else "read into memory"
+                self.tally.leave(f"was {done}, as somebody looked at it", self._done.nbytes)
             return self._done
 
     def _convert(self) -> torch.Tensor:
-        if self.source.nbytes >= _PLANNED_BYTES:
+        if self.place.nbytes >= _PLANNED_BYTES:
             try:
                 return self._load()
             except WanLoaderError:  # its path leads there no more, or it was modified: the descriptor tells
@@ -198,10 +211,10 @@ def _may_wait(source: torch.Tensor, dtype: torch.dtype) -> bool:
 
     if type(source) not in (torch.Tensor, torch.nn.Parameter) or source.layout != torch.strided:
         return False
-    is_cast = source.dtype != dtype and {str(source.dtype), str(dtype)} <= _FLOATS
+    is_cast = source.dtype != dtype and {str(source.dtype), str(dtype)} <= FLOATS
     follows = source.requires_grad and torch.is_grad_enabled()
     # of those that are contiguous, too, some have strides that others would not have, and keep them
-    is_usual = source.stride() == torch.empty(source.shape, device="meta").stride()
+    is_usual = source.stride() == contiguous_strides(tuple(source.shape))
     return is_cast and not follows and source.device.type == "cpu" and is_usual
 
 

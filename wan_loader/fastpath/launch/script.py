@@ -5,6 +5,7 @@ Imports little: a program that loads nothing starts as soon as it would by itsel
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
 import stat
@@ -67,7 +68,7 @@ def prepare_file(script: str, args: Sequence[str]) -> Start:
     if not is_file:
         raise OptionError.because("is no script", "name a Python file", path=script)
     sys.argv = [script, *args]
-    sys.path.insert(0, os.path.dirname(os.path.realpath(script)))
+    _put_first(os.path.dirname(os.path.realpath(script)))
     file = os.path.abspath(script)
     return Start(file, partial(_run_file, file))
 
@@ -86,7 +87,7 @@ def prepare_module(words: Sequence[str]) -> Start:
         raise OptionError.because("-m lacks the name of a module", "name one: -m package.module")
     name, *args = words
     sys.argv = ["-m", *args]
-    sys.path.insert(0, os.getcwd())
+    _put_first(os.getcwd())
     try:
         spec = find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:  # a package
@@ -100,6 +101,12 @@ def prepare_module(words: Sequence[str]) -> Start:
         )
     sys.argv[0] = spec.origin or name
     return Start(sys.argv[0], partial(_run_module, spec, code))
+
+
+def _put_first(directory: str) -> None:
+    """Have modules searched where Python searches a program's own first, in place of where it has searched ours."""
+    if not sys.flags.safe_path:
+        sys.path[:1] = [directory]
 
 
 def _run_file(file: str) -> None:
@@ -134,7 +141,7 @@ def _run_module(spec: ModuleSpec, code: CodeType) -> None:
 def _new_main(**names: Any) -> dict[str, Any]:
     """Return the names of a new module __main__."""
     main = sys.modules["__main__"] = type(sys)("__main__")
-    main.__dict__.update(names, __builtins__=__builtins__, __annotations__={})
+    main.__dict__.update(names, __builtins__=builtins, __annotations__={})
     return main.__dict__
 
 

@@ -26,6 +26,8 @@ from wan_loader.fastpath.libraries.left_alone import LeftAloneError
 from wan_loader.fastpath.libraries.torch_load import ALIGNMENT
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
+from wan_loader.formats.checkpoint_facts import contiguous_strides
+from wan_loader.provenance.tensor_memory import is_sole_memory
 from wan_loader.system.mappings import read_mappings
 from wan_loader.system.own_pages import PAGE
 
@@ -89,7 +91,7 @@ class Copies:
             self._tally.leave(f"load_state_dict: {reason}")
             return state_dict
         except Exception as error:  # modules are of many kinds; the original knows its own
-            self._tally.leave(f"load_state_dict: {type(error).__name__}: {error}".splitlines()[0])
+            self._tally.leave_after(error, doing="load_state_dict: ")
             return state_dict
         given = copy(state_dict)  # with its `_metadata`
         given.update((name, copies[name].parameter) for name in done)
@@ -187,8 +189,8 @@ def _is_plain_copy(to: Any, value: Any, min_nbytes: int) -> bool:
         and to.dtype == value.dtype
         and to.shape == value.shape
         and value.nbytes >= min_nbytes
-        and to.is_contiguous()
-        and value.is_contiguous()
+        # not only contiguous: kernels are chosen by the strides, too, be it those of a size of one
+        and to.stride() == value.stride() == contiguous_strides(tuple(to.shape))
         and to.is_leaf
         and not to.is_inference()
     )
@@ -218,24 +220,12 @@ def _is_sole(tensor: torch.Tensor) -> bool:
         return is_sole(tensor)
     if "torch.cuda" in sys.modules and sys.modules["torch.cuda"].is_initialized() and tensor.is_pinned():
         return False
-    return _references(tensor) == _references_of_one()
+    return is_sole_memory(tensor, _reach)
 
 
-def _references(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Count who refers to a tensor's memory, and where in it the tensor lies; None where torch does not tell."""
-    import torch
-
-    if (count := getattr(torch._C, "_storage_Use_Count", None)) is None:
-        return None
-    storage = tensor.untyped_storage()
-    return count(storage._cdata), sys.getrefcount(storage), storage.nbytes() - tensor.nbytes
-
-
-def _references_of_one() -> tuple[int, ...]:
-    """Return the counts of a tensor that is alone."""
-    import torch
-
-    return _references(torch.empty(1)) or ()
+def _reach(tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:
+    """Return how many bytes of its memory a tensor leaves out."""
+    return storage.nbytes() - tensor.nbytes
 
 
 def _lease(leases: Leases, facts: FileFacts) -> LeasedFile:

@@ -17,7 +17,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wan_loader.fastpath.deferral.deferred import is_deferred
+from wan_loader.fastpath.libraries.left_alone import LeftAloneError
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 
@@ -40,10 +40,6 @@ _LEFT = {
     "offload_index": "goes to a disk",
     "state_dict_index": "goes to a disk",
 }
-
-
-class _LeftAloneError(Exception):
-    """A call is for the original; the message says why. Never leaves this module."""
 
 
 class _Place(NamedTuple):
@@ -93,7 +89,7 @@ class FromDiffusers:
                 devices = _devices(original, arguments, places)
                 dtypes = _expected_casts(state, places, arguments)
                 values = {**state, **self._waiting({name: state[name] for name in dtypes}, dtypes)}
-        except _LeftAloneError as reason:
+        except LeftAloneError as reason:
             self.tally.leave(str(reason), sum(getattr(tensor, "nbytes", 0) for tensor in state.values()))
             return original(**arguments)
         planned = {
@@ -122,7 +118,7 @@ class FromDiffusers:
         """Say whether weights for a device are fetched; those for the CPU stay in their files for now."""
         import torch
 
-        return device.type in self.moves.kinds and device != torch.device("cpu")
+        return self.moves.plans_to(device) and device != torch.device("cpu")
 
     def _fetch(
         self,
@@ -139,12 +135,12 @@ class FromDiffusers:
         """
         given = {name: value for name, value in arguments.items() if name not in ("device_map", "device")}
         original(**{**given, "state_dict": {name: values[name] for name in planned}})
+        component, fetched = type(arguments["model"]).__name__, set[str]()
         with ours():
             for device in set(planned.values()):
-                names = [name for name, target in planned.items() if target == device]
-                self.moves.fetch(_holder(type(arguments["model"]).__name__, names, places), device, None)
-        tensors = {name: places[name].tensor for name in planned}
-        return {name for name, t in tensors.items() if t.device.type == planned[name].type and not is_deferred(t)}
+                tensors = {name: places[name].tensor for name, target in planned.items() if target == device}
+                fetched |= self.moves.fetch_tensors(component, tensors, device).keys()
+        return fetched
 
 
 def _bound(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -200,15 +196,15 @@ def _devices(
     """Return where each tensor goes.
 
     Raises:
-        _LeftAloneError: That is not known, or more than that is asked for.
+        LeftAloneError: That is not known, or more than that is asked for.
     """
     import torch
 
     if (mode := why_not_now()) is not None:
-        raise _LeftAloneError(mode)
+        raise LeftAloneError(mode)
     for name, why in _LEFT.items():
         if arguments.get(name) is not None:
-            raise _LeftAloneError(why)
+            raise LeftAloneError(why)
     device_map = arguments.get("device_map")
     if device_map is None:
         return dict.fromkeys(names, torch.device(arguments.get("device") or "cpu"))
@@ -216,7 +212,7 @@ def _devices(
         find = inspect.unwrap(original).__globals__["_determine_param_device"]
         return {name: torch.device(find(name, device_map)) for name in names}
     except (LookupError, TypeError, ValueError, RuntimeError) as error:  # the original says what is wrong, if it is
-        raise _LeftAloneError("goes to something else than a device, or diffusers finds it in another way") from error
+        raise LeftAloneError("goes to something else than a device, or diffusers finds it in another way") from error
 
 
 def _expected_casts(
@@ -239,13 +235,3 @@ def _expected_casts(
 def _fits(tensor: torch.Tensor, place: _Place) -> bool:
     """Say whether a tensor is for a parameter of its shape; of another, the original complains."""
     return place.is_parameter and tensor.shape == place.tensor.shape
-
-
-def _holder(kind: str, names: Iterable[str], places: Mapping[str, _Place]) -> torch.nn.Module:
-    """Return a module, of a class of that name, that has some of its parameters and nothing else."""
-    import torch
-
-    holder: torch.nn.Module = type(kind, (torch.nn.Module,), {})()
-    for name in names:
-        holder._parameters[name] = places[name].owner[places[name].key]
-    return holder

@@ -93,6 +93,6 @@ class SafetensorsLoads:
             self._tally.leave(f"safe_open: {reason}")
             return handle
         except Exception as error:  # the original has opened the file
-            self._tally.leave(f"safe_open: {type(error).__name__}: {error}".splitlines()[0])
+            self._tally.leave_after(error, doing="safe_open: ")
             return handle
         return OpenOnDevice(handle, file, sizes, self._tally, whole=getattr(self._thread, "whole", False))

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wan_loader.fastpath.libraries.left_alone import LeftAloneError
 from wan_loader.fastpath.libraries.transformers_four import find_device, find_wanted, with_weights
-from wan_loader.fastpath.libraries.wanted import LeftAloneError, Wanted, serve
+from wan_loader.fastpath.libraries.wanted import Wanted, serve
 from wan_loader.fastpath.modes import why_not_now
 from wan_loader.fastpath.ours import ours
 

@@ -86,14 +86,13 @@ class OpenOnDevice:
             with ours():
                 if (why := why_not_now()) is None:
                     return self._counted(load)
-        except KeyError:  # there is none of that name
-            why = ""
-        except (WanLoaderError, OSError) as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-        except (IndexError, TypeError, ValueError):  # an index that makes no sense
-            why = ""
-        if why:
             self._tally.leave(f"safe_open: {why}")
+        except KeyError:  # there is none of that name, which the original will say
+            pass
+        except (WanLoaderError, OSError) as error:
+            self._tally.leave_after(error, doing="safe_open: ")
+        except (IndexError, TypeError, ValueError):  # an index that makes no sense, likewise
+            pass
         return original()
 
     def _counted(self, load: Callable[[], Any]) -> Any:

@@ -73,7 +73,7 @@ class TorchLoad:
                 if str(reason):
                     self._tally.leave(f"torch.load: {reason}")
             except Exception as error:  # the original will say it again, if it is not ours alone
-                self._tally.leave(f"torch.load: {type(error).__name__}: {error}".splitlines()[0])
+                self._tally.leave_after(error, doing="torch.load: ")
             return original(f, map_location, pickle_module, **options)
 
         return loaded

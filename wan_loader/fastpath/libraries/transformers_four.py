@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.fastpath.libraries.wanted import LeftAloneError, Wanted
+from wan_loader.fastpath.libraries.left_alone import LeftAloneError
+from wan_loader.fastpath.libraries.wanted import Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

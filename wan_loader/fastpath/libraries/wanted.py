@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.fastpath.deferral.deferred import defer_all, is_deferred
+from wan_loader.fastpath.deferral.deferred import defer_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
     from wan_loader.fastpath.moving.moves import Moves
 
-__all__ = ["LeftAloneError", "Wanted", "serve"]
-
-
-class LeftAloneError(Exception):
-    """A call is for the original; the message says why. Never leaves a seam."""
+__all__ = ["Wanted", "serve"]
 
 
 class Wanted(NamedTuple):
@@ -64,7 +60,7 @@ def serve(component: str, wanted: Mapping[str, Wanted], device: torch.device, mo
     import torch
 
     is_move = device != torch.device("cpu")
-    if is_move and {device.type, str(device)}.isdisjoint(moves.kinds):
+    if is_move and not moves.plans_to(device):
         moves.tally.leave(f"goes to a device of kind {device.type}")
         return {}
     weights = {name: weight for name, weight in wanted.items() if weight.is_plain and (is_move or weight.converts)}
@@ -76,17 +72,5 @@ def serve(component: str, wanted: Mapping[str, Wanted], device: torch.device, mo
     if not is_move:
         return values
     # aliases of the others: a move changes tensors, and the caller may hold these
-    return _fetch(component, {name: w.tensor.detach() for name, w in weights.items()} | values, device, moves)
-
-
-def _fetch(
-    component: str, values: Mapping[str, torch.Tensor], device: torch.device, moves: Moves
-) -> dict[str, torch.Tensor]:
-    """Move tensors by one plan, as a module that has them; return those that have moved."""
-    import torch
-
-    holder: torch.nn.Module = type(component, (torch.nn.Module,), {})()
-    holder._parameters.update(values)  # type: ignore[arg-type]
-    moves.fetch(holder, device, None)
-    moved = holder._parameters.items()
-    return {name: t for name, t in moved if t is not None and t.device.type == device.type and not is_deferred(t)}
+    aliases = {name: weight.tensor.detach() for name, weight in weights.items()}
+    return moves.fetch_tensors(component, aliases | values, device)

@@ -10,6 +10,7 @@ from wan_loader.events import clock_ns
 from wan_loader.fastpath.deferral.waiting_cast import with_casts
 from wan_loader.fastpath.moving.loads import load
 from wan_loader.fastpath.moving.memory_moves import fetch_memory
+from wan_loader.fastpath.moving.origins import Origin
 from wan_loader.fastpath.moving.slots import Slot, bind
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.provenance.as_checkpoint import as_checkpoint
@@ -42,28 +43,38 @@ class Fetching(NamedTuple):
     """Less than this of what is in no file is left."""
     tally: Tally
 
-    def fetch(self, slots: Mapping[str, Slot], casts: Mapping[str, WaitingCast]) -> None:
+    def fetch(self, slots: Mapping[str, Slot], casts: Mapping[str, WaitingCast]) -> list[tuple[Slot, Origin]]:
         """Bring what is in some places to the device, as far as that is certain, and bind it once it has arrived.
 
         Args:
             slots: Places of plain tensors and of tensors that wait, by names of the caller's choice.
             casts: What those wait for, by the same names.
+
+        Returns:
+            The places of what has come from files, and from where.
         """
         # each place of a buffer gets a tensor of its own, as in the original; a parameter in several stays one object
         tensors = {n: s.tensor if s.is_parameter else s.tensor.detach() for n, s in slots.items() if n not in casts}
         proof = prove(tensors)
         fetched = self._fetch_memory({name: tensors[name] for name in proof.reasons}, proof)
         whole = with_casts(proof, casts, _ties({name: slots[name] for name in casts}))
+        exact = {name: cast.target for name, cast in casts.items() if cast.converts}
+        policy = DtypePolicy(dtype_name(self.dtype), exact=exact)
         if whole.ranges:
-            policy = DtypePolicy(dtype_name(self.dtype), exact={name: cast.target for name, cast in casts.items()})
             fetched |= self._fetch_files(whole, tensors, policy)
+        origins = []
         for name, tensor in fetched.items():
             if name in whole.ties:  # the same object
                 continue
             if not bind(slots[name], tensor, casts.get(name)):
                 self.tally.leave("was settled meanwhile, or is held by C++ code", tensor.nbytes)
-            elif name in casts:
+                continue
+            if name in exact:
                 self.tally.saved("casts on the CPU", nbytes=tensor.nbytes)
+            if (place := whole.ranges.get(name)) is not None:
+                target = policy.target(name, place.dtype)
+                origins.append((slots[name], Origin(whole.files[place.file], place, target)))
+        return origins
 
     def _fetch_memory(self, tensors: Mapping[str, torch.Tensor], proof: Proof) -> dict[str, torch.Tensor]:
         """Load what is in no file, out of this process's memory."""
@@ -89,7 +100,7 @@ class Fetching(NamedTuple):
             loaded = load(as_checkpoint(proof), self.device, policy=policy, io=self.io)
         except (WanLoaderError, OSError) as error:
             nbytes = sum(found.nbytes for found in proof.ranges.values())
-            self.tally.leave(f"{type(error).__name__}: {error}".splitlines()[0], nbytes)
+            self.tally.leave_after(error, nbytes)
             return {}
         again, fetched = prove({name: tensors[name] for name in proof.ranges if name in tensors}), loaded.tensors
         for name in tensors.keys() & proof.ranges.keys():

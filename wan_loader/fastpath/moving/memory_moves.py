@@ -68,7 +68,7 @@ def fetch_memory(
     try:
         loaded = load_memory(memories, ties, device, dtype)
     except (WanLoaderError, OSError) as error:
-        tally.leave(f"{type(error).__name__}: {error}".splitlines()[0])
+        tally.leave_after(error)
         return {}
     tally.served(f"{component}, from memory", nbytes, loaded.seconds)
     return loaded.tensors

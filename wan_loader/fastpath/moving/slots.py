@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
     from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
 
-__all__ = ["Slot", "bind", "is_plain", "slots_of", "why_not_bound"]
+__all__ = ["Slot", "bind", "in_both_roles", "is_plain", "slots_of", "why_not_bound"]
 
 
 class Slot(NamedTuple):
@@ -34,14 +34,30 @@ def why_not_bound() -> str | None:
 
 
 def slots_of(module: torch.nn.Module) -> Iterator[Slot]:
-    """Yield every place of a parameter or buffer in a module and in those within it."""
+    """Yield every place of a parameter or buffer in a module and in those within it.
+
+    Not those of modules that `torch.jit` has compiled: what they have is held by C++, which takes memory unasked.
+    """
+    import torch
+
     for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
         for key, parameter in part._parameters.items():
             if parameter is not None:
                 yield Slot(part._parameters, key, parameter, is_parameter=True)
         for key, buffer in part._buffers.items():
             if buffer is not None:
                 yield Slot(part._buffers, key, buffer, is_parameter=False)
+
+
+def in_both_roles(slots: Sequence[Slot]) -> set[int]:
+    """Return the ids of tensors that are parameters in one place and buffers in another.
+
+    What the original makes of the buffer depends on which of both it comes to first.
+    """
+    parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
+    return {id(slot.tensor) for slot in slots if not slot.is_parameter} & parameters
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -87,8 +87,10 @@ def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> 
         cuda: Load to a GPU.
     """
     facts = Facts(device="cuda:0" if cuda else "cpu", processors=processors(), memory_limit=memory_limit())
-    request = LoadRequest(source=checkpoint, device=facts.device, policy=DtypePolicy(dtype), owned=True)
-    return make_plan(request, checkpoint, facts)
+    request = LoadRequest(
+        source=checkpoint, device=facts.device, policy=DtypePolicy(dtype), owned=True, makes_values=True
+    )
+    return make_plan(request, request.open(), facts)
 
 
 def blocks_of(plan: LoadPlan) -> list[SimulatedBlock]:
