@@ -86,7 +86,7 @@ def make(directory: Path, size: str, blocks: int) -> Path:
     path = directory / f"stream-{size}-{blocks}"
     if not path.exists():
         words = ["--layout", "diffusers", "--size", size, "--component", "high_noise", "--dtype", "bf16"]
-        command = [sys.executable, "-m", "wan_loader", "synth", str(path), *words, "--blocks", str(blocks)]
+        command = [sys.executable, "-m", "wan_pipeline", "synth", str(path), *words, "--blocks", str(blocks)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path / "transformer"
 
