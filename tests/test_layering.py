@@ -27,6 +27,7 @@ ROOMS = [
     {"warming"},
     {"stage_copy"},
     {"loading"},
+    {"streaming"},
     {"distributed"},
     {"cache"},
     {"provenance"},

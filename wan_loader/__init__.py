@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
     from wan_loader.spans import summarize
+    from wan_loader.streaming.handle import StreamedBlocks
+    from wan_loader.streaming.report import StreamReport
+    from wan_loader.streaming.stream_blocks import stream_blocks
     from wan_loader.system.interpreter import paused_gc
     from wan_loader.types import IoMode, StrPath
     from wan_loader.warming.evict import resident_bytes
@@ -92,6 +95,8 @@ _LAZY = {
     "Recorder": "wan_loader.events",
     "Span": "wan_loader.events",
     "StrPath": "wan_loader.types",
+    "StreamReport": "wan_loader.streaming.report",
+    "StreamedBlocks": "wan_loader.streaming.handle",
     "WanLoaderError": "wan_loader.errors",
     "accelerate": "wan_loader.fastpath.process",
     "bind": "wan_loader.api",
@@ -113,6 +118,7 @@ _LAZY = {
     "resolve_device": "wan_loader.devices.resolve",
     "span": "wan_loader.events",
     "start_device": "wan_loader.devices.driver",
+    "stream_blocks": "wan_loader.streaming.stream_blocks",
     "summarize": "wan_loader.spans",
     "uninstall": "wan_loader.fastpath.process",
 }
@@ -146,6 +152,8 @@ __all__ = [
     "Recorder",
     "Span",
     "StrPath",
+    "StreamReport",
+    "StreamedBlocks",
     "WanLoaderError",
     "__version__",
     "accelerate",
@@ -168,6 +176,7 @@ __all__ = [
     "resolve_device",
     "span",
     "start_device",
+    "stream_blocks",
     "summarize",
     "uninstall",
 ]

@@ -1,0 +1,154 @@
+"""Streams and events of the device, by a GPU that does its work late and in any order that its events allow."""
+
+import random
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from fake_gpu import FakeGpu
+from streamed_models import save_model
+
+from wan_loader.formats import open_checkpoint
+from wan_loader.plan.blocks import Transport
+from wan_loader.plan.dtype_policy import DtypePolicy
+from wan_loader.streaming import cuda_device, source
+from wan_loader.streaming.blocks import lay_out_block
+from wan_loader.streaming.cuda_device import CudaStreamDevice
+from wan_loader.streaming.schedule import Schedule
+from wan_loader.streaming.source import FileSource
+from wan_loader.system.posix import PAGE
+
+N_BLOCKS, N_BUFFERS = 7, 3
+
+
+class LockedGpu(FakeGpu):
+    """For several threads; knows what is registered."""
+
+    def __init__(self, rng, monkeypatch):
+        super().__init__(rng, monkeypatch)
+        self.lock = threading.RLock()
+        self.pinned = {}
+        self.torch.cuda.device = lambda device: nullcontext()
+        self.torch.cuda.synchronize = lambda device: self.drain()
+        monkeypatch.setattr(cuda_device, "driver", self)
+        monkeypatch.setattr(cuda_device, "_torch", lambda: self.torch)
+        monkeypatch.setattr(cuda_device, "_cast", self._cast)
+
+    def _cast(self, target, source):
+        target, source = target.as_subclass(torch.Tensor), source.as_subclass(torch.Tensor)
+        self.queue_current(lambda: target.copy_(source))
+
+    def queue(self, stream, work):
+        with self.lock:
+            super().queue(stream, work)
+
+    def _until(self, is_over):
+        with self.lock:
+            super()._until(is_over)
+
+    def register(self, address, nbytes, context, *, read_only):
+        self.pinned[address] = nbytes
+
+    def unregister(self, address, context):
+        if address in self.pinned:
+            assert not any(self._queues.values()), "unregistered while copies are under way"
+        return self.pinned.pop(address, None) is not None
+
+
+class Streamed:
+    """Blocks on their way to a fake device, and what computes with them: it looks at its buffer twice."""
+
+    def __init__(self, path, gpu, *, pinned, dtype=None):
+        self.gpu = gpu
+        checkpoint = open_checkpoint(path)
+        policy = DtypePolicy(dtype)
+        self.layouts = [
+            lay_out_block(
+                f"blocks.{n}", [t for t in checkpoint.tensors if t.name.startswith(f"blocks.{n}.")], checkpoint, policy
+            )
+            for n in range(N_BLOCKS)
+        ]
+        from safetensors.torch import load_file
+
+        self.expected = load_file(path)
+        nbytes = max(layout.nbytes for layout in self.layouts)
+        self.device = CudaStreamDevice(0, N_BUFFERS, nbytes, source.CHUNK_BYTES + 512 if dtype else 0)
+        self.source = FileSource(
+            checkpoint.files, self.layouts, self.device, pinned=pinned, transport=lambda *_: Transport.BUFFERED
+        )
+        self.schedule = Schedule(N_BLOCKS, N_BUFFERS, self.device, self.source)
+        self.n_looks = 0
+
+    def forward(self, order):
+        for block in order:
+            self.schedule.enter(block)
+            for _ in range(2):
+                self.gpu.queue(self.gpu.callers, lambda block=block: self._look(block))
+            self.schedule.leave(block)
+
+    def _look(self, block):
+        self.n_looks += 1
+        memory = self.device.buffers[block % N_BUFFERS].as_subclass(torch.Tensor)
+        for place in self.layouts[block].places:
+            wanted = self.expected[place.name].to(getattr(torch, place.dtype))
+            held = memory[place.start : place.start + place.nbytes].view(wanted.dtype).view(place.shape)
+            assert torch.equal(held, wanted), f"{place.name} is not what it should be"
+
+    def close(self):
+        self.source.close()
+        self.device.close()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Blocks of several parts, and slots that are used again."""
+    monkeypatch.setattr(source, "CHUNK_BYTES", PAGE)
+    monkeypatch.setattr(source, "_SLOTS", 3)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("pinned", [range(N_BLOCKS), [], [0, 3]], ids=["registered", "read", "some registered"])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_block_computes_on_anything_but_its_weights(tmp_path, monkeypatch, small_chunks, pinned, dtype, seed):
+    rng = random.Random(f"{seed} {list(pinned)} {dtype}")
+    gpu = LockedGpu(rng, monkeypatch)
+    streamed = Streamed(save_model(tmp_path, N_BLOCKS), gpu, pinned=pinned, dtype=dtype)
+    assert sum(gpu.pinned.values()) >= sum(streamed.layouts[n].nbytes_file for n in pinned)
+    streamed.schedule.start()
+    for _ in range(3):
+        streamed.forward(range(N_BLOCKS))
+    streamed.forward(rng.choices(range(N_BLOCKS), k=10))
+    streamed.close()
+    assert streamed.n_looks == 2 * (3 * N_BLOCKS + 10)
+    assert (gpu.n_streams, gpu.n_events, gpu.pinned) == (0, 0, {})
+
+
+def test_what_is_registered_needs_no_thread(tmp_path, monkeypatch):
+    gpu = LockedGpu(random.Random(1), monkeypatch)
+    before = threading.active_count()
+    streamed = Streamed(save_model(tmp_path, N_BLOCKS), gpu, pinned=range(N_BLOCKS))
+    streamed.schedule.start()
+    streamed.forward(range(N_BLOCKS))
+    assert threading.active_count() == before
+    assert streamed.source.nbytes()[Transport.BUFFERED] == 0
+    streamed.close()
+
+
+def test_a_driver_that_registers_nothing_has_all_blocks_read(tmp_path, monkeypatch):
+    from wan_loader.devices.writer import PinError
+
+    gpu = LockedGpu(random.Random(2), monkeypatch)
+
+    def refuse(*args, **kwargs):
+        raise PinError("not today")
+
+    monkeypatch.setattr(gpu, "register", refuse)
+    streamed = Streamed(save_model(tmp_path, N_BLOCKS), gpu, pinned=range(N_BLOCKS))
+    streamed.schedule.start()
+    streamed.forward(range(N_BLOCKS))
+    assert len(streamed.source.fallbacks) == 2  # the pages, and the slots
+    assert "blocks.0 and what follows are not registered" in streamed.source.fallbacks[0]
+    assert streamed.source.nbytes()[Transport.MAPPED] == 0
+    streamed.close()
+    assert streamed.n_looks == 2 * N_BLOCKS
