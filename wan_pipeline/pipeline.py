@@ -88,6 +88,7 @@ class WanT2V:
         dit_fsdp: bool = False,
         t5_fsdp: bool = False,
         ulysses_size: int = 1,
+        full_imports: bool = False,
     ) -> WanT2V:
         """Start from a checkpoint in either layout; returns while weights are still on their way.
 
@@ -112,6 +113,9 @@ class WanT2V:
             dit_fsdp: Divide the weights of the experts over the processes.
             t5_fsdp: Divide the weights of the text encoder over the processes.
             ulysses_size: 1, or the number of processes, which then divide attention.
+            full_imports: Import at once what the networks do not need, too. Else packages that transformers and
+                diffusers only offer something for (scipy, peft) are stand-ins until they are used, and so is torch's
+                compiler.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or another model.
@@ -134,6 +138,7 @@ class WanT2V:
             cache=cache,
             cache_dir=cache_dir,
             degrees=Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size),
+            full_imports=full_imports,
         )
         return cls(begin(directory, options))
 

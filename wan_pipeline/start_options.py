@@ -37,6 +37,8 @@ class StartOptions:
     """Read converted experts from the converted cache, and leave them there; not with several processes."""
     cache_dir: StrPath | None = None
     """None: the user's cache directory."""
+    full_imports: bool = False
+    """Import at once what waits for its first use otherwise; nothing waits where `like_diffusers` is asked for."""
     degrees: Degrees = field(default_factory=Degrees)
     """The networks that several processes divide."""
 
@@ -44,7 +46,7 @@ class StartOptions:
         preset = checked_path(self.preset, "preset", "pass a name, or the path of a TOML file")
         object.__setattr__(self, "preset", preset)
         check_device(self.device)
-        for name in ("t5_cpu", "like_diffusers"):
+        for name in ("t5_cpu", "like_diffusers", "full_imports"):
             check_flag(getattr(self, name), name)
         if self.offload_model is not None:
             check_flag(self.offload_model, "offload_model")

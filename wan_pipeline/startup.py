@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import Prewarm, StrPath
+    from wan_pipeline.lean.import_times import Import
     from wan_pipeline.pipeline_cache import PipelineCache
     from wan_pipeline.presets import Preset
     from wan_pipeline.start_options import StartOptions
@@ -57,6 +58,8 @@ class Started:
     cache: PipelineCache | None = None
     run: parallel.DistributedRun | None = None
     """The process among others, where there are several."""
+    imports: list[Import] = field(default_factory=list)
+    """The modules that were imported."""
 
     @property
     def directory(self) -> Path:
@@ -106,8 +109,11 @@ def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
     files = [f for c in checkpoint.components for f in c.files] if warms() else []
     warming = prewarm_files(files, threads=_WARMERS)
     try:
-        with short_imports():
-            return _begin(_StartContext(checkpoint, options, recorder, warming, cache))
+        lean = not (options.full_imports or options.like_diffusers)
+        with short_imports(lean=lean) as imports:
+            started = _begin(_StartContext(checkpoint, options, recorder, warming, cache))
+        started.imports = imports
+        return started
     except BaseException:
         warming.stop()
         if cache is not None:

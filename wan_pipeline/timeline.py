@@ -1,7 +1,7 @@
 """The times at which things happened since the process began, and the one document that says so.
 
 The document has the fields of a `wan-loader load` report for all loads together, and `pipeline` for the rest: stages,
-time to the first denoising step, how long each network was waited for, and memory.
+time to the first denoising step, imports by package, how long each network was waited for, and memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import clock_ns, summarize
 from wan_loader.dtypes import dtype_name
 from wan_loader.system import machine_card, peak_resident
+from wan_pipeline.lean.import_times import import_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +87,7 @@ class Timeline:
             "cache": None if started.cache is None else asdict(started.cache.report),
             "pipeline": {
                 "time_to_first_step_s": self.first_step_s(started),
+                "imports": import_seconds(started.imports),
                 "stages": [self._interval(*stage) for stage in self.stages],
                 "waits": [self._interval(*wait) for wait in log.waits],
                 "loads": [
