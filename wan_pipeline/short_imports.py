@@ -14,9 +14,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from wan_loader import paused_gc
-from wan_pipeline.lean.compiler import COMPILER, prepare
 from wan_pipeline.lean.import_times import imports_timed
 from wan_pipeline.lean.installed import needed_by, packages_distributions
+from wan_pipeline.lean.known import COMPILER, prepare
 from wan_pipeline.lean.stand_ins import PutOff
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["short_imports"]
 
 #: What the networks and their loading are made with: these and what they require are imported, the rest may wait.
-_LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "wan-loader")
+_LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "ftfy", "wan-loader")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def package(tmp_path, monkeypatch):
             file = tmp_path / name / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"import {RAN}; {RAN}.names.append(__name__)\n{text.replace('TOY', name)}")
-        return name, [], ran.names
+        return name, ran.names
 
     yield make
     sys.meta_path[:] = finders
@@ -56,7 +56,7 @@ FILES = {
 
 
 def test_it_runs_at_its_first_use_in_its_own_order(package, head):
-    name, _, ran = package(FILES)
+    name, ran = package(FILES)
     put_off = PutOff([name])
     with put_off.active():
         user = head(f"import {name}.tool\nimport {name}.other as t")
@@ -71,7 +71,7 @@ def test_it_runs_at_its_first_use_in_its_own_order(package, head):
 
 
 def test_a_name_at_the_head_of_a_module_waits_too(package, head):
-    name, _, ran = package(FILES)
+    name, ran = package(FILES)
     with PutOff([name]).active():
         user = head(f"from {name}.tool import tool as f, Base, KEYS\ntable = {{'f': f}}\ndef use(): return f(1)")
         same = head(f"from {name} import tool")
@@ -88,7 +88,7 @@ def test_a_name_at_the_head_of_a_module_waits_too(package, head):
     ("text", "expected"),
     [
         ("from TOY.tool import Base\nclass Mine(Base): pass\nfound = Mine.__mro__[1].__name__", "Base"),
-        ("from TOY.tool import Base\nfound = isinstance(3, Base)", False),
+        ("from TOY.tool import Base\nfound = isinstance(Base, type), isinstance(Base(), Base)", (True, True)),
         ("from TOY.tool import KEYS\nfound = KEYS['a'] + len(list(KEYS))", 2),
         ("from TOY import __version__\nfound = __version__ + '.0'", "3.0"),
         ("from TOY.tool import *\nfound = tool(1)", 2),
@@ -99,15 +99,27 @@ def test_a_name_at_the_head_of_a_module_waits_too(package, head):
     ],
 )
 def test_what_is_used_at_once_is_what_it_would_have_been(package, head, text, expected):
-    name, _, ran = package(FILES)
+    name, ran = package(FILES)
     with PutOff([name]).active():
         user = head(text.replace("TOY", name))
     assert user.found == expected
     assert name in ran
 
 
+def test_nothing_is_of_a_class_that_is_not_there_yet(package, head):
+    name, ran = package(FILES)
+    with PutOff([name]).active():
+        user = head(f"from {name}.tool import Base\ndef asks(x): return isinstance(x, Base)")
+    assert not user.asks(3)
+    assert ran == []
+    base = user.Base
+    assert user.asks(base())
+    assert isinstance(base(), base)
+    assert not isinstance(3, base)
+
+
 def test_a_part_that_is_imported_later_finds_the_whole_package(package, head):
-    name, _, ran = package(FILES)
+    name, ran = package(FILES)
     with PutOff([name]).active():
         user = head(f"import {name}")
     later = head(f"import {name}.other\nfound = {name}.other.twice(5)")
@@ -117,7 +129,7 @@ def test_a_part_that_is_imported_later_finds_the_whole_package(package, head):
 
 
 def test_what_is_broken_says_so_when_it_is_used(package, head):
-    name, _, _ = package({"__init__.py": "", "bad.py": "raise ImportError('no such library')", "good.py": "x = 1"})
+    name, _ = package({"__init__.py": "", "bad.py": "raise ImportError('no such library')", "good.py": "x = 1"})
     with PutOff([name]).active():
         user = head(f"import {name}.good\nfrom {name} import nothing\nfrom {name}.bad import y")
     assert getattr(user, name).good.x == 1
@@ -129,16 +141,16 @@ def test_what_is_broken_says_so_when_it_is_used(package, head):
 
 def test_others_do_not_wait(package, head):
     """Neither packages that are not named, nor what another thread imports, nor what one that is used imports."""
-    other, _, ran = package(FILES)
-    name, _, _ = package({"__init__.py": f"from {other} import tool\nx = tool(1)"})
-    third, _, _ = package(FILES)
+    other, ran = package(FILES)
+    name, _ = package({"__init__.py": f"from {other} import tool\nx = tool(1)"})
+    third, _ = package(FILES)
     with PutOff([name, other]).active():
         user = head(f"import {name}")
         head(f"import {third}")
         assert third in ran
         assert user.__dict__[name].x == 2
         assert type(sys.modules[other]) is ModuleType
-        name, _, _ = package(FILES)
+        name, _ = package(FILES)
     with (put_off := PutOff([name])).active():
         thread = threading.Thread(target=import_module, args=[name])
         thread.start()
@@ -148,7 +160,7 @@ def test_others_do_not_wait(package, head):
 
 
 def test_a_part_of_a_package_can_wait_with_what_is_known_of_it(package, head):
-    name, _, ran = package({**FILES, "big/__init__.py": "from .core import mark", "big/core.py": "def mark(x): return 0"})
+    name, ran = package({**FILES, "big/__init__.py": "from .core import mark", "big/core.py": "def mark(x): return 0"})
     root, marks = f"{name}.big", []
 
     def prepare(owner, module):
@@ -163,5 +175,5 @@ def test_a_part_of_a_package_can_wait_with_what_is_known_of_it(package, head):
     assert ran == [name, f"{name}.tool"]
     assert isinstance(sys.modules[name].big, StandInModule)
     assert sys.modules[name].big.core.mark(1) == 0
-    assert put_off.is_open(root)
+    assert put_off.is_used(root)
     assert marks == [0]

@@ -69,6 +69,9 @@ Cache = Annotated[
 CacheDir = Annotated[
     Path | None, _option("cache_dir", "Where the converted cache is.", show_default="the user's cache directory")
 ]
+FullImports = Annotated[
+    bool, _option("full_imports", "Import at once what else waits for its first use, such as scipy.")
+]
 ProfileOut = Annotated[Path | None, _option("profile_out", "Write one JSON report of the whole run to a file.")]
 Json = Annotated[bool, typer.Option("--json", help="The report as one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
@@ -106,6 +109,7 @@ def generate(
     ulysses_size: Ulysses = 1,
     cache: Cache = False,
     cache_dir: CacheDir = None,
+    full_imports: FullImports = False,
     profile_out: ProfileOut = None,
     json: Json = False,
     force: Force = False,
@@ -120,7 +124,7 @@ def generate(
         --dit_fsdp --t5_fsdp --ulysses_size 8
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
-    start |= _cache_settings(cache, cache_dir)
+    start |= _cache_settings(cache, cache_dir) | {"full_imports": full_imports}
     degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
     degrees.check(world_size(), t5_cpu=t5_cpu)
     start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
@@ -164,6 +168,7 @@ def load(
     t5_cpu: T5Cpu = False,
     cache: Cache = False,
     cache_dir: CacheDir = None,
+    full_imports: FullImports = False,
     profile_out: ProfileOut = None,
     json: Json = False,
     force: Force = False,
@@ -175,7 +180,7 @@ def load(
     wan-pipeline load --ckpt_dir Wan2.2-T2V-A14B --preset fastest --profile-out start.json
     """
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
-    start |= _cache_settings(cache, cache_dir)
+    start |= _cache_settings(cache, cache_dir) | {"full_imports": full_imports}
     profile_out = own_file(profile_out)
     check_outputs(profile_out, force=force)
     with _started(start, None) as pipe:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import FrameType
 
-__all__ = ["PutOff", "StandInModule"]
+__all__ = ["PutOff", "StandInModule", "StandInName"]
 
 _IMPORT_STATEMENT = {opcode.opmap["IMPORT_FROM"], opcode.opmap["IMPORT_NAME"]}
 #: Where a stand-in for a module keeps who made it.
@@ -45,7 +45,7 @@ class StandInModule(ModuleType):
         owner: PutOff = vars(self)[_OWNER]
         # names of the language (__version__, __all__) hold text and lists, which nothing can stand for
         if owner.is_putting_off and not name.startswith("__") and _is_named_at_the_head(sys._getframe(1)):
-            return _StandInName(owner, self.__name__, name)
+            return StandInName(owner, self.__name__, name)
         real = owner.real(self.__name__)
         if name == "__all__" and not hasattr(real, name):
             # `import *` would take what is in the namespace of the stand-in
@@ -63,7 +63,7 @@ class StandInModule(ModuleType):
         return dir(vars(self)[_OWNER].real(self.__name__))
 
 
-class _StandInName:
+class StandInName:
     """A stand-in for what a module calls by a name: a function or a class mostly. Whatever is done to it uses it."""
 
     __slots__ = ("_module", "_name", "_owner")
@@ -84,13 +84,20 @@ class _StandInName:
         return getattr(self.real(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what it stands for."""
         return self.real()(*args, **kwargs)
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.real(),)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        # for whoever asks whether it is a class
+        return self.real().__class__
+
     def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, self.real())
+        # nothing is of a class that there is not yet
+        return self._owner.is_used(self._module) and isinstance(instance, self.real())
 
     def __subclasscheck__(self, subclass: type) -> bool:
         return issubclass(subclass, self.real())
@@ -125,14 +132,14 @@ class PutOff:
 
     Args:
         packages: The packages that may wait, and modules that may with all below them though their package may not.
-        prepare: Given each stand-in for one of them, to give it what is known of it without it.
+        prepare: Given each stand-in for one of them, to give it what is known without the package.
     """
 
     def __init__(
         self,
         packages: Iterable[str],
         *,
-        prepare: Callable[[PutOff, StandInModule], None] = lambda owner, module: None,
+        prepare: Callable[[PutOff, ModuleType], None] = lambda owner, module: None,
     ) -> None:
         self._packages = frozenset(packages)
         self._below = tuple(name for name in self._packages if "." in name)
@@ -211,9 +218,9 @@ class PutOff:
         """Have something done once a package is opened."""
         self._then.setdefault(root, []).append(action)
 
-    def is_open(self, root: str) -> bool:
-        """Say whether a package was used."""
-        return root in self._opened
+    def is_used(self, name: str) -> bool:
+        """Say whether the package of a module was used."""
+        return self._root(name) in self._opened
 
     def _root(self, name: str) -> str:
         for root in self._below:
@@ -236,7 +243,7 @@ class PutOff:
                 with contextlib.suppress(ImportError):
                     if type(value) is StandInModule and self._root(value.__name__) == root:
                         names[key] = import_module(value.__name__)
-                    elif type(value) is _StandInName and self._root(value._module) == root:
+                    elif type(value) is StandInName and self._root(value._module) == root:
                         names[key] = value.real()
 
 
