@@ -16,9 +16,11 @@ import typer
 from wan_loader import OptionError
 from wan_loader.cli import check_outputs, own_file, print_json, say, show, write_json
 from wan_loader.distributed import is_first, world_size
+from wan_pipeline.commands.many import agreed_seed, make_videos, tell_made
 from wan_pipeline.families import FAMILIES
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.phase_progress import phase_progress
+from wan_pipeline.prompt_file import PromptLine, read_prompt_file
 from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
 from wan_pipeline.wan_checkpoint import open_wan
 
@@ -80,7 +82,13 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks 
 
 def generate(
     ckpt_dir: CkptDir,
-    prompt: Annotated[str, _option("prompt", "What the video shows.")],
+    prompt: Annotated[
+        str | None, _option("prompt", "What the video shows.", show_default="what --prompt_file says")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        _option("prompt_file", "Many videos, one start: a prompt a line, or JSON with fields named as flags."),
+    ] = None,
     task: Annotated[str | None, _option("task", _TASK_HELP, show_default="the checkpoint's")] = None,
     size: Annotated[str | None, _option("size", "WIDTH*HEIGHT in pixels.", show_default="1280*720")] = None,
     frame_num: Annotated[int | None, _option("frame_num", "Frames, 4n+1.", show_default="81")] = None,
@@ -97,6 +105,9 @@ def generate(
     base_seed: Annotated[int, _option("base_seed", "The same seed gives the same video; -1 draws one.")] = -1,
     save_file: Annotated[
         Path | None, _option("save_file", "The mp4 to write.", show_default="TASK_SIZE_SEED.mp4")
+    ] = None,
+    save_dir: Annotated[
+        Path | None, _option("save_dir", "Where the videos of --prompt_file go; those that are there are kept.")
     ] = None,
     preset: PresetName = "auto",
     device: Device = "auto",
@@ -115,14 +126,16 @@ def generate(
     force: Force = False,
     verbose: Verbose = False,
 ) -> None:
-    """Generate a video from a prompt.
+    """Generate a video from a prompt, or many from a file of prompts.
 
     \b
     wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
     wan-pipeline generate --ckpt_dir DIR --prompt TEXT --preset min-memory --size 832*480 --save_file cats.mp4
+    wan-pipeline generate --ckpt_dir DIR --prompt_file prompts.txt --save_dir videos
     torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT \\
         --dit_fsdp --t5_fsdp --ulysses_size 8
     """
+    _check_prompts(prompt, prompt_file, save_file, save_dir)
     start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
     start |= _cache_settings(cache, cache_dir) | {"full_imports": full_imports}
     degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
@@ -141,13 +154,20 @@ def generate(
         "negative_prompt": negative_prompt,
         "seed": secrets.randbelow(2**31) if base_seed == -1 else base_seed,
     }
+    if prompt_file is not None:
+        lines = _checked_lines(prompt_file, checkpoint, settings | {"seed": base_seed}, degrees, save_dir or Path())
+        _generate_all(lines, start, own_file(profile_out), json=json, force=force)
+        return
+    assert prompt is not None
     request = _checked_request(checkpoint, prompt, settings)
     degrees.check_model(checkpoint, request.size, request.frame_num)
     target = save_file or Path(f"{checkpoint.task}_{request.size[0]}x{request.size[1]}_{request.seed}.mp4")
     first, profile_out = is_first(), own_file(profile_out)
     check_outputs(target if first else None, profile_out, force=force)
     with phase_progress(quiet=not first) as progress, _started(start, request) as pipe:
-        seed = settings["seed"] = _same_seed(pipe, request.seed)
+        seed = settings["seed"] = agreed_seed(pipe, request.seed)
+        if base_seed == -1 and first:
+            say(f"seed {seed}")
         video = pipe(prompt, progress=progress, **settings)
         if first:
             progress("save", 0, 1)
@@ -189,6 +209,42 @@ def load(
     _finish_cache(report, pipe)
     loads = [f"{x['name']} {x['nbytes'] / 1e9:.2f} GB in {x['seconds']:.2f} s" for x in report["pipeline"]["loads"]]
     _finish(report, profile_out, json=json, result="\n".join(loads))
+
+
+def _check_prompts(prompt: str | None, prompt_file: Path | None, save_file: Path | None, save_dir: Path | None) -> None:
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("say what the video shows with --prompt or --prompt_file, and not with both")
+    if prompt_file is not None and save_file is not None:
+        raise OptionError.because("--save_file is for one video", "use --save_dir, or save_file in a line of the file")
+    if prompt_file is None and save_dir is not None:
+        raise OptionError.because("--save_dir needs --prompt_file", "use --save_file")
+
+
+def _checked_lines(
+    path: Path, checkpoint: WanCheckpoint, settings: dict[str, Any], degrees: Degrees, directory: Path
+) -> list[PromptLine]:
+    def check(request: VideoRequest) -> None:
+        request.check_task(checkpoint.task, checkpoint.vae_scale[1] * 2)
+        degrees.check_model(checkpoint, request.size, request.frame_num)
+
+    return read_prompt_file(path, checkpoint.task, settings, directory, check)
+
+
+def _generate_all(
+    lines: list[PromptLine], start: dict[str, Any], profile_out: Path | None, *, json: bool, force: bool
+) -> None:
+    if is_first():
+        lines[0].target.parent.mkdir(parents=True, exist_ok=True)
+        check_outputs(profile_out, force=force)
+        # what is there is kept, or to be made anew; that it can be written is checked
+        check_outputs(*(line.target for line in lines), profile_out, force=True)
+    made, report, pipe = make_videos(lines, lambda request: _started(start, request), force=force, names=not json)
+    report |= {"command": "generate", "videos": [video.to_json() for video in made]}
+    if pipe is not None:
+        _finish_cache(report, pipe)
+    _finish(report, profile_out, json=json, result=None)
+    if is_first() and (code := tell_made(made)):
+        raise typer.Exit(code)
 
 
 def _start_settings(
@@ -254,11 +310,6 @@ def _started(settings: dict[str, Any], request: VideoRequest | None) -> WanT2V:
     return pipe
 
 
-def _same_seed(pipe: WanT2V, seed: int) -> int:
-    """Return the first process's seed on all of them, as each has drawn its own."""
-    return seed if pipe.run is None else int(pipe.run.together("seed", str(seed))[0])
-
-
 def _parse_bool(name: str, text: str) -> bool:
     if (word := text.lower()) in ("true", "yes", "1", "y", "t"):
         return True
@@ -267,15 +318,15 @@ def _parse_bool(name: str, text: str) -> bool:
     raise OptionError.because(f"--{name} {text}", "use True or False")
 
 
-def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, result: str) -> None:
+def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, result: str | None) -> None:
     if profile_out is not None:
         write_json(profile_out, report)
     if not is_first():
         return
-    first = report["pipeline"]["time_to_first_step_s"]
+    first = report["pipeline"]["time_to_first_step_s"] if "pipeline" in report else None
     if first is not None:
         say(f"time to first denoising step: {first:.2f} s")
     if json:
         print_json(report)
-    else:
+    elif result is not None:
         show(result)
