@@ -33,6 +33,7 @@ VARIES = {
     "facts_rotational",
     "facts_source",
     "how",
+    "imports",
     "limits",
     "lost_s",
     "machine",
