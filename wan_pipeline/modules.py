@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from wan_loader import CancelToken, IoMode, LoadReport, Observer
     from wan_pipeline.wan_checkpoint import Component
 
-__all__ = ["adopt", "build", "check", "empty", "fetch"]
+__all__ = ["adopt", "build", "check", "empty", "fetch", "nbytes"]
 
 
 def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool = False) -> torch.nn.Module:
@@ -127,6 +127,11 @@ def empty(module: torch.nn.Module) -> None:
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:
                 owner._buffers[name] = torch.empty_like(buffer, device="meta")
+
+
+def nbytes(module: torch.nn.Module) -> int:
+    """Return the bytes of the weights that a module has; tied ones count once."""
+    return sum(p.nbytes for p in module.parameters() if not p.is_meta)
 
 
 def _key_map(module: torch.nn.Module, component: Component) -> Any:

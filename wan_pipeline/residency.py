@@ -196,12 +196,28 @@ class ModuleResidency:
         self._closed.set()
         if self._warming is not None:
             self._warming.stop()
+        self.drop_all()
+
+    def drop_all(self) -> tuple[str, ...]:
+        """Free every network, those that are on their way, too, and name them; the next use of one fetches again."""
+        names = tuple(self._fetches)
         # all are asked to end before one of them is waited for
         for fetch in self._fetches.values():
             fetch.stop()
-        for name in list(self._fetches):
+        for name in names:
             self._drop(name)
         self._current = None
+        return names
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no network is there or on its way."""
+        return not self._fetches
+
+    @property
+    def weights_nbytes(self) -> int:
+        """The bytes of the weights that are there."""
+        return sum(modules.nbytes(module) for module in self._modules.values())
 
     def note_peak(self) -> None:
         """Add the device's peak so far to the log: each load lets the allocator's own begin anew."""
