@@ -1,5 +1,7 @@
 """A start that imports what it needs: the rest is there when it is used, and videos are the same."""
 
+import hashlib
+import json
 import subprocess
 import sys
 from importlib import metadata
@@ -7,6 +9,8 @@ from importlib import metadata
 import pytest
 
 pytest.importorskip("diffusers")
+
+from programs import PIPELINE
 
 from wan_pipeline.lean.import_times import import_seconds
 from wan_pipeline.lean.installed import needed_by, packages_distributions
@@ -38,8 +42,6 @@ with WanT2V.from_checkpoint(sys.argv[1], device="cpu", size=(32, 32), frame_num=
 
 
 def test_the_same_video_and_what_waited_can_be_used(tiny_wan):
-    import hashlib
-
     from wan_pipeline import WanT2V
 
     lean = subprocess.run([sys.executable, "-c", LEAN, tiny_wan()], capture_output=True, text=True)
@@ -75,3 +77,13 @@ def test_a_package_has_the_time_of_its_own_modules():
     assert import_seconds(imports) == {"a": 5, "b": 3, "others": 0}
     assert import_seconds(imports, least_s=4) == {"a": 5, "others": 3}
     assert import_seconds([]) == {}
+
+
+def test_benchmark_runs(tiny_wan, tmp_path, benchmark_main, capsys):
+    """Tiny, so that it cannot rot; in forks of a process that has imported everything."""
+    words = ["--samples", "1", "--ckpt", tiny_wan(), "--device", "cpu", "--size", "32*32", "--frames", "5"]
+    benchmark_main("imports", *words, "--output", tmp_path / "out.json", modules=PIPELINE)
+    samples = json.loads((tmp_path / "out.json").read_text())["samples"]
+    assert [s["kind"] for s in samples] == ["python", "torch", "full", "lean", "first step full", "first step lean"]
+    assert samples[-1]["seconds"] > 0
+    assert "3.5 times that + 0.6 s" in capsys.readouterr().out
