@@ -7,6 +7,7 @@ during the start, or how the interpreter takes modules apart at its end is the p
 import atexit
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 import weakref
 from pathlib import Path
@@ -28,9 +30,29 @@ PIPELINE = (*TORCH, "diffusers.pipelines.wan.pipeline_wan", "transformers.models
 
 @functools.cache
 def _zygote(modules):
-    """Start one; it ends with this process, which holds the other end of its socket."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, ROOT / "tests" / "zygote.py", str(theirs.fileno()), *modules]
+    """Return a way to one, which all workers of a run of tests share: the first that needs it starts it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+    name = "\0wan-loader-tests-" + hashlib.sha256(f"{run} {modules}".encode()).hexdigest()[:32]
+    while True:
+        ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.suppress(ConnectionRefusedError):  # nobody listens: not yet, or no more
+            ours.connect(name)
+            atexit.register(ours.close)
+            return ours
+        ours.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            try:
+                listener.bind(name)
+            except OSError:  # another worker was faster
+                time.sleep(0.01)
+                continue
+            listener.listen()
+            _start_zygote(listener, modules)
+
+
+def _start_zygote(listener, modules):
+    """Start one; it ends with the last worker, for which the one that started it waits."""
+    command = [sys.executable, ROOT / "tests" / "zygote.py", str(listener.fileno()), *modules]
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
@@ -39,10 +61,8 @@ def _zygote(modules):
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # CUDA that has begun here would not work in forks
     }
     nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, **nothing)
-    theirs.close()
-    atexit.register(lambda: (ours.close(), process.wait()))
-    return ours
+    process = subprocess.Popen(command, pass_fds=[listener.fileno()], env=environment, **nothing)
+    atexit.register(process.wait)
 
 
 class Program:
