@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
@@ -27,10 +28,17 @@ TORCH = ("torch", "safetensors.torch", "numpy", *COMMAND)
 DISTRIBUTED = (*TORCH, "torch.distributed.fsdp", "torch._dynamo")  # which torch imports for collectives on DTensors
 PIPELINE = (*TORCH, "diffusers.pipelines.wan.pipeline_wan", "transformers.models.umt5.modeling_umt5", "imageio_ffmpeg")
 
+_STARTING = threading.Lock()
+
+
+def _zygote(modules):
+    with _STARTING:  # a way that another thread had opened meanwhile would be open while the end is waited for
+        return _way_to_zygote(modules)
+
 
 @functools.cache
-def _zygote(modules):
-    """Return a way to one, which all workers of a run of tests share: the first that needs it starts it."""
+def _way_to_zygote(modules):
+    """Return a way to a zygote, which all workers of a run of tests share: the first that needs it starts it."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
     name = "\0wan-loader-tests-" + hashlib.sha256(f"{run} {modules}".encode()).hexdigest()[:32]
     while True:
@@ -51,7 +59,7 @@ def _zygote(modules):
 
 
 def _start_zygote(listener, modules):
-    """Start one; it ends with the last worker, for which the one that started it waits."""
+    """Start one; it ends with the last worker, for which the one that started it waits for a while."""
     command = [sys.executable, ROOT / "tests" / "zygote.py", str(listener.fileno()), *modules]
     environment = {
         **os.environ,
@@ -62,7 +70,12 @@ def _start_zygote(listener, modules):
     }
     nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, pass_fds=[listener.fileno()], env=environment, **nothing)
-    atexit.register(process.wait)
+
+    def wait():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+
+    atexit.register(wait)
 
 
 class Program:
@@ -122,6 +135,12 @@ class Program:
         """End a program that still runs."""
         self.send_signal(signal.SIGKILL)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.wait()
+
 
 def _close(*fds):
     for fd in fds:
@@ -137,10 +156,10 @@ def run(*words, timeout=60.0, env=None, **options):
 def forking(modules=TORCH):
     """Return what a benchmark may use as `subprocess`: the Python processes that it starts come from a zygote."""
 
-    def popen(command, *, text=True, **options):
+    def popen(command, *, text=True, errors=None, **options):
         command = list(map(str, command))
         if command[0] != sys.executable:
-            return subprocess.Popen(command, text=text, **options)
+            return subprocess.Popen(command, text=text, errors=errors, **options)
         return Program(*command[1:], modules=modules, **options)
 
     def run(command, *, text=True, capture_output=True, check=False, **options):
