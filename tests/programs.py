@@ -135,12 +135,6 @@ class Program:
         """End a program that still runs."""
         self.send_signal(signal.SIGKILL)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.wait()
-
 
 def _close(*fds):
     for fd in fds:
@@ -156,10 +150,10 @@ def run(*words, timeout=60.0, env=None, **options):
 def forking(modules=TORCH):
     """Return what a benchmark may use as `subprocess`: the Python processes that it starts come from a zygote."""
 
-    def popen(command, *, text=True, errors=None, **options):
+    def popen(command, *, text=True, **options):
         command = list(map(str, command))
         if command[0] != sys.executable:
-            return subprocess.Popen(command, text=text, errors=errors, **options)
+            return subprocess.Popen(command, text=text, **options)
         return Program(*command[1:], modules=modules, **options)
 
     def run(command, *, text=True, capture_output=True, check=False, **options):
