@@ -9,7 +9,6 @@ networks and the arithmetic are diffusers' and transformers'; the results are th
 
 from __future__ import annotations
 
-import gc
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from wan_loader import OptionError, clock_ns
 from wan_loader.arguments import checked_path
 from wan_pipeline.hooks import detach
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.sleeping import Slept, Woken
+from wan_pipeline.sleeping import Slept, Woken, fall_asleep, wake_up
 from wan_pipeline.start_options import StartOptions
 from wan_pipeline.startup import begin
 from wan_pipeline.timeline import Timeline
@@ -214,20 +213,9 @@ class WanT2V:
         Raises:
             OptionError: It is one of several processes, whose networks are together.
         """
-        import torch
-
         if self.run is not None:
             raise OptionError.because("several processes keep their networks", "close it, or use one process")
-        start_ns, residency, device = clock_ns(), self._started.residency, self._started.device
-        before = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        nbytes, names = residency.weights_nbytes, residency.drop_all()
-        # errors that were raised and caught may still hold tensors, in circles
-        gc.collect()
-        after = 0
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            after = torch.cuda.memory_reserved(device)
-        return Slept(names, nbytes, before, after, (clock_ns() - start_ns) / 1e9)
+        return fall_asleep(self._started.residency, self._started.device)
 
     def wake(self) -> Woken:
         """Take the memory again: fetch what a start fetches, and wait for it. Does nothing if it is awake.
@@ -239,14 +227,7 @@ class WanT2V:
             DeviceMemoryError: Others have taken the memory meanwhile.
             CheckpointError: The files have changed.
         """
-        residency = self._started.residency
-        if not residency.is_empty:
-            return Woken((), 0, 0.0)
-        start_ns, known = clock_ns(), len(residency.log.loads)
-        residency.start()
-        residency.wait_all()
-        nbytes = sum(report.nbytes_file for *_, report in residency.log.loads[known:])
-        return Woken(residency.resident(), nbytes, (clock_ns() - start_ns) / 1e9)
+        return wake_up(self._started.residency)
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **settings: Any) -> Video:
         """Generate a video. The same seed and settings give the same video.

@@ -1,10 +1,19 @@
-"""What `WanT2V.sleep` gave back and what `WanT2V.wake` took again."""
+"""Networks that give their memory back and take it again, for `WanT2V.sleep` and `WanT2V.wake`."""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Slept", "Woken"]
+from wan_loader import clock_ns
+
+if TYPE_CHECKING:
+    import torch
+
+    from wan_pipeline.residency import ModuleResidency
+
+__all__ = ["Slept", "Woken", "fall_asleep", "wake_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +50,30 @@ class Woken:
     def gbps(self) -> float:
         """The rate in 10**9 bytes per second."""
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+def fall_asleep(residency: ModuleResidency, device: torch.device) -> Slept:
+    """Free all networks, and give what the allocator of `device` keeps for more back to the driver."""
+    import torch
+
+    start_ns, on_cuda = clock_ns(), device.type == "cuda"
+    before = torch.cuda.memory_reserved(device) if on_cuda else 0
+    nbytes, names = residency.weights_nbytes, residency.drop_all()
+    # errors that were raised and caught may still hold tensors, in circles
+    gc.collect()
+    after = 0
+    if on_cuda:
+        torch.cuda.empty_cache()
+        after = torch.cuda.memory_reserved(device)
+    return Slept(names, nbytes, before, after, (clock_ns() - start_ns) / 1e9)
+
+
+def wake_up(residency: ModuleResidency) -> Woken:
+    """Fetch what a start fetches, and wait for it."""
+    if not residency.is_empty:
+        return Woken((), 0, 0.0)
+    start_ns, known = clock_ns(), len(residency.log.loads)
+    residency.start()
+    residency.wait_all()
+    nbytes = sum(report.nbytes_file for *_, report in residency.log.loads[known:])
+    return Woken(residency.resident(), nbytes, (clock_ns() - start_ns) / 1e9)

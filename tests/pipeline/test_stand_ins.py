@@ -1,5 +1,6 @@
 """Packages that wait until they are used: small ones that leave a trace when they run."""
 
+import compileall
 import itertools
 import sys
 import threading
@@ -157,6 +158,28 @@ def test_others_do_not_wait(package, head):
         thread.join()
         assert name in ran
     assert put_off.waiting == ()
+
+
+def test_parts_of_a_package_that_is_in_use_do_not_wait(package, head):
+    name, ran = package(FILES)
+    used = import_module(name)
+    with PutOff([name]).active():
+        head(f"import {name}.other")
+    assert f"{name}.other" in ran
+    assert used.other.twice(2) == 4
+
+
+def test_a_part_that_is_compiled_comes_with_its_package(package, head, tmp_path):
+    name, ran = package(FILES)
+    with PutOff([name]).active():
+        head(f"import {name}")
+        assert ran == []
+        (tmp_path / name / "byte.py").write_text("x = 5")
+        compileall.compile_file(tmp_path / name / "byte.py", quiet=1, legacy=True)
+        (tmp_path / name / "byte.py").unlink()
+        user = head(f"from {name}.byte import x")
+    assert user.x == 5
+    assert name in ran
 
 
 def test_a_part_of_a_package_can_wait_with_what_is_known_of_it(package, head):

@@ -13,7 +13,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wan_pipeline.lean.stand_ins import StandInName
+from wan_pipeline.lean.stand_ins import StandInModule, StandInName
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,8 @@ def prepare(owner: PutOff, module: ModuleType) -> None:
     for name, known in _CLASSES.items():
         if f"{name}.".startswith(f"{module.__name__}."):
             with contextlib.suppress(ModuleNotFoundError):
-                vars(import_module(name))[known] = StandInName(owner, name, known)
+                if isinstance(found := import_module(name), StandInModule):
+                    vars(found)[known] = StandInName(owner, name, known)
     if module.__name__ == COMPILER:
         _prepare_compiler(owner, module)
 

@@ -177,11 +177,13 @@ class PutOff:
         root = self._root(name)
         if root in self._waiting and not self.is_putting_off:
             self.open(root)
-        if root in self._opened or not self.is_putting_off or root not in self._packages:
+        if root not in self._packages or not self.is_putting_off or self._is_there(root):
             return None
         spec = PathFinder.find_spec(name, path, target)
-        # parts that were compiled are never put off alone, nor what anybody else finds
+        # what was compiled cannot wait, nor what other finders find
         if spec is None or type(spec.loader) is not SourceFileLoader:
+            if root in self._waiting:
+                self.open(root)
             return None
         self._waiting.add(root)
         spec.loader = _StandInLoader(spec.loader.name, spec.loader.path, self)
@@ -221,6 +223,9 @@ class PutOff:
     def is_used(self, name: str) -> bool:
         """Say whether the package of a module was used."""
         return self._root(name) in self._opened
+
+    def _is_there(self, root: str) -> bool:
+        return root in self._opened or (root in sys.modules and not _stands_in(root))
 
     def _root(self, name: str) -> str:
         for root in self._below:
