@@ -191,11 +191,14 @@ def test_a_part_of_a_package_can_wait_with_what_is_known_of_it(package, head):
             owner.after(root, lambda: marks.append(sys.modules[root].mark(1)))
             vars(module)["mark"] = lambda x: x
 
-    put_off = PutOff([root], prepare=prepare)
+    another, _ = package({"__init__.py": f"from {name}.big.core import mark"})
+    put_off = PutOff([root, another], prepare=prepare)
     with put_off.active():
         user = head(f"import {name}.big\nfrom {name}.big import mark\nfound = mark(7)")
+        # it waits within another package that is used, too
+        head(f"import {another}\nfound = {another}.mark")
     assert user.found == 7
-    assert ran == [name, f"{name}.tool"]
+    assert ran == [name, f"{name}.tool", another]
     assert isinstance(sys.modules[name].big, StandInModule)
     assert sys.modules[name].big.core.mark(1) == 0
     assert put_off.is_used(root)

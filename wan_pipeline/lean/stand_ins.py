@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PutOff", "StandInModule", "StandInName"]
 
-_IMPORT_STATEMENT = {opcode.opmap["IMPORT_FROM"], opcode.opmap["IMPORT_NAME"]}
 #: Where a stand-in for a module keeps who made it.
 _OWNER = "__put_off_by__"
 
@@ -44,7 +43,8 @@ class StandInModule(ModuleType):
             raise AttributeError(name)
         owner: PutOff = vars(self)[_OWNER]
         # names of the language (__version__, __all__) hold text and lists, which nothing can stand for
-        if owner.is_putting_off and not name.startswith("__") and _is_named_at_the_head(sys._getframe(1)):
+        waits = owner.puts_off(self.__name__) and not name.startswith("__")
+        if waits and _is_named_at_the_head(sys._getframe(1)):
             return StandInName(owner, self.__name__, name)
         real = owner.real(self.__name__)
         if name == "__all__" and not hasattr(real, name):
@@ -162,10 +162,15 @@ class PutOff:
             self._thread = None
             self._leave_if_done()
 
-    @property
-    def is_putting_off(self) -> bool:
-        """True in the thread of the imports, outside of the import of a package that is used."""
-        return self._thread == threading.get_ident() and not self._opening
+    def puts_off(self, name: str) -> bool:
+        """Say whether the import of a module is put off now: in the thread of the imports, and not while one is used.
+
+        A package that is used imports what it needs. But part of a package (the compiler) waits within others, too.
+        """
+        root = self._root(name)
+        if self._thread != threading.get_ident() or root in self._opened:
+            return False
+        return not self._opening or root in self._below
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -175,9 +180,9 @@ class PutOff:
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Answer the import system: with a stand-in, or not at all."""
         root = self._root(name)
-        if root in self._waiting and not self.is_putting_off:
+        if root in self._waiting and not self.puts_off(name):
             self.open(root)
-        if root not in self._packages or not self.is_putting_off or self._is_there(root):
+        if root not in self._packages or not self.puts_off(name) or (root in sys.modules and not _stands_in(root)):
             return None
         spec = PathFinder.find_spec(name, path, target)
         # what was compiled cannot wait, nor what other finders find
@@ -223,9 +228,6 @@ class PutOff:
     def is_used(self, name: str) -> bool:
         """Say whether the package of a module was used."""
         return self._root(name) in self._opened
-
-    def _is_there(self, root: str) -> bool:
-        return root in self._opened or (root in sys.modules and not _stands_in(root))
 
     def _root(self, name: str) -> str:
         for root in self._below:
@@ -273,8 +275,10 @@ def _stands_in(name: str) -> bool:
 
 def _is_named_at_the_head(frame: FrameType | None) -> bool:
     """Say whether it is a `from ... import` of a module's own code, which binds a name and does nothing with it."""
-    while frame is not None and frame.f_globals.get("__name__") == "importlib._bootstrap":
-        frame = frame.f_back
+    statement = "IMPORT_FROM"
+    if frame is not None and frame.f_code.co_name == "_handle_fromlist":
+        # the import system asks first, for a package. From C (an extension that imports) it would have another caller
+        frame, statement = frame.f_back, "IMPORT_NAME"
     if frame is None or frame.f_locals is not frame.f_globals:
         return False
-    return frame.f_code.co_code[frame.f_lasti] in _IMPORT_STATEMENT
+    return frame.f_code.co_code[frame.f_lasti] == opcode.opmap[statement]
