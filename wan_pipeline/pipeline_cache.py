@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader import CacheError, CheckpointError, DtypePolicy
 from wan_loader.cache import CacheUse, Outline, check_entry, outline_file, read_segments
+from wan_pipeline.prompt_tokenizer import SentencePiece
 from wan_pipeline.wan_checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def _first_use(name: str) -> tuple[int, int, str]:
 
 
 def _small_files(checkpoint: WanCheckpoint) -> dict[str, bytes]:
-    found = sorted(path for path in checkpoint.tokenizer.iterdir() if not path.is_dir())
-    files = {f"tokenizer/{path.name}": _read_small(path) for path in found}
+    files = {f"tokenizer/{name}": content for name, content in _tokenizer_files(checkpoint.tokenizer).items()}
     for component in checkpoint.components:
         files[f"{component.name}/config.json"] = _json(_config(component))
     files["scheduler/scheduler_config.json"] = _json(checkpoint.scheduler)
@@ -87,6 +87,12 @@ def _small_files(checkpoint: WanCheckpoint) -> dict[str, bytes]:
         }
     )
     return files
+
+
+def _tokenizer_files(tokenizer: Path | SentencePiece) -> dict[str, bytes]:
+    if isinstance(tokenizer, SentencePiece):
+        return tokenizer.files()
+    return {path.name: _read_small(path) for path in sorted(tokenizer.iterdir()) if not path.is_dir()}
 
 
 def _config(component: Component) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
+from wan_pipeline.network_files import NetworkFiles
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.video_request import checked_size
 
@@ -21,6 +22,8 @@ __all__ = ["StartOptions"]
 class StartOptions:
     """The options of a start."""
 
+    files: NetworkFiles = field(default_factory=NetworkFiles)
+    """Files in the place of those of the checkpoint's directory."""
     preset: str = "auto"
     device: str | torch.device = "auto"
     dtype: str | None = None

@@ -22,6 +22,7 @@ from wan_loader.distributed import local_rank, use_device, warms, world_size
 from wan_pipeline import modules, parallel, presets
 from wan_pipeline.fitting import choose_preset, network_dtype
 from wan_pipeline.hooks import attach
+from wan_pipeline.prompt_tokenizer import load_tokenizer
 from wan_pipeline.residency import BackgroundFetch, ModuleResidency, Placement
 from wan_pipeline.short_imports import short_imports
 from wan_pipeline.wan_checkpoint import open_wan
@@ -81,11 +82,11 @@ class _StartContext:
     cache: PipelineCache | None
 
 
-def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
+def begin(directory: StrPath | WanCheckpoint | None, options: StartOptions) -> Started:
     """Start. Raises everything that can be found wrong before a weight is loaded.
 
     Args:
-        directory: The checkpoint's directory, or what `open_wan` made of it.
+        directory: The checkpoint's directory, or what `open_wan` made of it; None if the options name all files.
         options: The options of the start.
 
     Returns:
@@ -93,7 +94,7 @@ def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
     """
     recorder = Recorder()
     with span(recorder, "header"):
-        checkpoint = open_wan(directory)
+        checkpoint = open_wan(directory, **options.files.named)
         options = _checked_degrees(checkpoint, options)
     # after the headers: a wrong checkpoint is told of without the libraries, too
     if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
@@ -264,9 +265,8 @@ def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
 
 def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
     import diffusers
-    import transformers
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(checkpoint.tokenizer))
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     scheduler: Any = getattr(diffusers, checkpoint.scheduler.get("_class_name", "UniPCMultistepScheduler"))
     wan: Any = diffusers.WanPipeline
     return wan(
