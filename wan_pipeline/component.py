@@ -73,6 +73,11 @@ class Component:
         """True if its file holds bytes that only stand for numbers: it needs a dtype."""
         return bool(self.facts.quantised)
 
+    @property
+    def is_half(self) -> bool:
+        """True if its file is in float16."""
+        return any(tensor.dtype == "float16" for tensor in self.facts.tensors)
+
     def nbytes(self, dtype: str | None, *, decoder_only: bool = False) -> int:
         """Add up the bytes that it takes once it is loaded.
 

@@ -31,7 +31,8 @@ def network_dtype(component: Component, preset: Preset, options: StartOptions) -
         wanted = options.dtype or (None if component.network.kind == "text_encoder" else "fp32")
     else:
         wanted = {"vae": preset.vae_dtype, "text_encoder": None, "dit": preset.dtype}[component.network.kind]
-    if wanted is None and component.is_quantised:  # its bytes are no numbers; the model was published in bf16
+    # as it was published: bytes of blocks are no numbers, and float16 is too small for what umT5 computes
+    if wanted is None and (component.is_quantised or (component.is_half and not options.like_diffusers)):
         wanted = "bf16"
     name = dtype_name(wanted)
     return None if name is None else torch_dtype(name)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import clock_ns
 from wan_loader.arguments import checked_path
 from wan_pipeline.hooks import detach
+from wan_pipeline.network_files import NetworkFiles
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.start_options import StartOptions
 from wan_pipeline.startup import begin
@@ -74,11 +75,17 @@ class WanT2V:
     @classmethod
     def from_checkpoint(
         cls,
-        directory: StrPath | WanCheckpoint,
+        directory: StrPath | WanCheckpoint | None = None,
         *,
         preset: str = "auto",
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
+        high_noise: StrPath | None = None,
+        low_noise: StrPath | None = None,
+        transformer: StrPath | None = None,
+        text_encoder: StrPath | None = None,
+        vae: StrPath | None = None,
+        tokenizer: StrPath | None = None,
         t5_cpu: bool = False,
         offload_model: bool | None = None,
         size: tuple[int, int] = (1280, 720),
@@ -89,18 +96,32 @@ class WanT2V:
         t5_fsdp: bool = False,
         ulysses_size: int = 1,
     ) -> WanT2V:
-        """Start from a checkpoint in either layout; returns while weights are still on their way.
+        """Start from a checkpoint; returns while weights are still on their way.
+
+        The checkpoint is a directory in the native or the diffusers layout, one with ComfyUI's folders, or files that
+        are named one by one:
+
+            WanT2V.from_checkpoint("ComfyUI/models")
+            WanT2V.from_checkpoint("Wan2.2-T2V-A14B", high_noise="high-Q4_K_M.gguf", low_noise="low-Q4_K_M.gguf")
 
         In a distributed run (torchrun) every process makes the same calls. All weights have arrived when this returns.
         Only process 0 has the VAE and gets frames; the videos of the others have none. There is no cache then: it is
         for one process. Nothing given of `dit_fsdp`, `t5_fsdp` and `ulysses_size` divides everything.
 
         Args:
-            directory: The checkpoint's directory, or what `open_wan` made of it: then no header is read again.
+            directory: The checkpoint's directory, or what `open_wan` made of it: then no header is read again. None if
+                all networks are named.
             preset: auto, fastest, balanced, min-memory, multi-gpu, or the path of a TOML file.
             device: auto, cpu, cuda or cuda:N.
             dtype: The dtype of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is
-                used as it is in the file, the VAE in fp32.
+                used as it is in the file (in bf16 if that is quantised or fp16), the VAE in fp32.
+            high_noise: A file in the place of the directory's high-noise expert, as for `open_wan`, and so are the next
+                five.
+            low_noise: The low-noise expert.
+            transformer: The one expert of a model that has no two.
+            text_encoder: The text encoder.
+            vae: The VAE.
+            tokenizer: The directory of the tokenizer.
             t5_cpu: Encode on the CPU.
             offload_model: False keeps everything on the device, True one expert at a time; None is the preset's choice.
             size: The largest width and height, in pixels, that will be asked for. Like `frame_num` it decides how much
@@ -124,6 +145,14 @@ class WanT2V:
         from wan_loader.dtypes import dtype_name
 
         options = StartOptions(
+            files=NetworkFiles(
+                high_noise=high_noise,
+                low_noise=low_noise,
+                transformer=transformer,
+                text_encoder=text_encoder,
+                vae=vae,
+                tokenizer=tokenizer,
+            ),
             preset=preset,
             device=device,
             dtype=dtype_name(dtype),
@@ -292,11 +321,17 @@ def _no_frames(request: VideoRequest) -> np.ndarray:
 
 
 def load_diffusers(
-    directory: StrPath | WanCheckpoint,
+    directory: StrPath | WanCheckpoint | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     preset: str = "auto",
+    high_noise: StrPath | None = None,
+    low_noise: StrPath | None = None,
+    transformer: StrPath | None = None,
+    text_encoder: StrPath | None = None,
+    vae: StrPath | None = None,
+    tokenizer: StrPath | None = None,
     cache: bool = False,
     cache_dir: StrPath | None = None,
 ) -> Any:
@@ -308,16 +343,31 @@ def load_diffusers(
     832*480: larger ones may need the VAE's tiling, or another preset.
 
     Args:
-        directory: The checkpoint's directory in either layout, or what `open_wan` made of it.
+        directory: As for `WanT2V.from_checkpoint`.
         device: auto, cpu, cuda or cuda:N.
-        dtype: As diffusers' argument; None gives its default, fp32 with the text encoder as in the file.
-        preset: As for `WanT2V.from_checkpoint`, and so are the other arguments and the errors.
+        dtype: As diffusers' argument; None gives its default, fp32 with the text encoder as in the file (a quantised
+            one in bf16).
+        preset: As for `WanT2V.from_checkpoint`, and so are the errors.
+        high_noise: As there, and so are the next five.
+        low_noise: The low-noise expert.
+        transformer: The one expert of a model that has no two.
+        text_encoder: The text encoder.
+        vae: The VAE.
+        tokenizer: The directory of the tokenizer.
         cache: Read converted experts from the converted cache, and leave them there.
         cache_dir: The cache's directory; None is the user's.
     """
     from wan_loader.dtypes import dtype_name
 
     options = StartOptions(
+        files=NetworkFiles(
+            high_noise=high_noise,
+            low_noise=low_noise,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+            tokenizer=tokenizer,
+        ),
         preset=preset,
         device=device,
         dtype=dtype_name(dtype),

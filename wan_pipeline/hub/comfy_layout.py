@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
 
-    from wan_pipeline.model_family import ModelFamily, Network
+    from wan_pipeline.model_family import ComponentName, ModelFamily, Network
 
-__all__ = ["comfy_family", "comfy_file", "comfy_files", "comfy_root"]
+__all__ = ["comfy_family", "comfy_file", "comfy_files", "comfy_parts", "comfy_root"]
 
 _ROOTS = ("", "models", "split_files")
 #: The folders of each kind of network; what ComfyUI called them earlier comes second.
@@ -80,6 +80,21 @@ def comfy_file(root: Path, family: ModelFamily, network: Network) -> Path:
     held = _some(list(_names(root, network))) or "nothing"
     reason = f"holds no {network.title} of {family.title} (such as {folder}/{usual}_*); in {folder}/ is {held}"
     raise MissingFileError.because(reason, f"download it, or {remedy}", path=root)
+
+
+def comfy_parts(root: Path) -> tuple[ModelFamily, dict[ComponentName, str]] | None:
+    """Find the one model in ComfyUI's folders: it, and the file of each network below `root`, in order of first use.
+
+    None where there are no such folders, or some network has no file or several: then only its user can say what is
+    meant.
+    """
+    if (held := comfy_root(root)) is None:
+        return None
+    family = comfy_family(held)
+    found = {network.name: comfy_files(held, family, network) for network in family.networks}
+    if any(len(names) != 1 for names in found.values()):
+        return None
+    return family, {name: (held / names[0]).relative_to(root).as_posix() for name, names in found.items()}
 
 
 def _names(root: Path, network: Network) -> Iterator[str]:

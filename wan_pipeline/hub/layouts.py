@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.formats import Candidate
-    from wan_pipeline.model_family import ModelFamily, Network
+    from wan_pipeline.model_family import ComponentName, ModelFamily, Network
 
 __all__ = [
     "REPOSITORIES",
@@ -171,7 +171,7 @@ def _some_config(path: Path) -> dict[str, Any]:
         return {}
 
 
-def parts_of(root: Path, layout: Layout, family: ModelFamily | None = None) -> dict[str, str]:
+def parts_of(root: Path, layout: Layout, family: ModelFamily | None = None) -> dict[ComponentName, str]:
     """Map each part that holds weights to its file or directory below the root, in the order of first use."""
     family = family or family_of(root, layout)
     if layout == "diffusers":
