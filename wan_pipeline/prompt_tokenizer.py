@@ -73,17 +73,18 @@ class SentencePiece:
         return kind(tokenizer_object=made, model_max_length=_MAX_LENGTH, **special)
 
     def _make(self) -> tuple[Any, dict[str, str]]:
+        content = self._read()
         try:
-            pieces, ids, charsmap = _read_model(self._read())
+            pieces, ids, charsmap = _read_model(content)
             special = {role: pieces[number][0] for role, number in ids.items()}
-        except (ValueError, IndexError) as error:
+            return unigram(pieces, special, ids["unk_token"], charsmap), special
+        except Exception as error:  # of the library's, too: it raises plain ones
             reason = f"holds no sentencepiece model that T5 could have ({error})"
             raise CheckpointError.because(reason, "name a tokenizer's directory: --tokenizer", path=self.path) from None
-        return unigram(pieces, special, ids["unk_token"], charsmap), special
 
     def _read(self) -> bytes:
         if self.nbytes > _MAX_MODEL_BYTES:
-            raise ValueError(f"{self.nbytes} bytes")
+            raise CheckpointError.because(f"has a sentencepiece model of {self.nbytes} bytes: damaged", path=self.path)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.start)
@@ -154,6 +155,8 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, float]], dict[str, int], 
     for field, value in _fields(model):
         if field == _PIECES:
             one = dict(_fields(value))
+            if _TEXT not in one:
+                raise ValueError("a piece without text")
             pieces.append((one[_TEXT].decode(), struct.unpack("<f", one.get(_SCORE, bytes(4)))[0]))
             if len(pieces) > _MAX_PIECES:
                 raise ValueError(f"more than {_MAX_PIECES} pieces")
