@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import CheckpointError, DtypePolicy, open_checkpoint
 from wan_loader.formats import find_scales, parse_object, with_values
 from wan_pipeline import configs
-from wan_pipeline.keymap import network_of, spelling
+from wan_pipeline.keymap import networks_of, spelling
 from wan_pipeline.prompt_tokenizer import SentencePiece
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ class Component:
         return self.network.keep_fp32
 
     @property
-    def is_quantised(self) -> bool:
-        """True if its file holds bytes that only stand for numbers: it needs a dtype."""
-        return bool(self.facts.quantised)
+    def needs_dtype(self) -> bool:
+        """True if its file holds what no module computes with: blocks that stand for numbers, or eight-bit floats."""
+        return bool(self.facts.quantised) or any(t.dtype.startswith("float8") for t in self.facts.tensors)
 
     @property
     def is_half(self) -> bool:
@@ -211,6 +211,7 @@ def _facts(path: Path) -> tuple[Checkpoint, SentencePiece | None]:
 
 def _check_kind(network: Network, facts: Checkpoint) -> None:
     """Raise `CheckpointError` for a file that is another network of some model, by the names in it."""
-    if (other := network_of(facts.names)) not in (None, network.map_name):
-        reason = f"is no {network.title}: by the names in it, it is {_KINDS[other]}"
+    fitting = networks_of(facts.names)
+    if fitting and network.map_name not in fitting:
+        reason = f"is no {network.title}: by the names in it, it is {_KINDS[fitting[0]]}"
         raise CheckpointError.because(reason, f"name another file with --{network.synth_name}", path=facts.path)

@@ -31,8 +31,8 @@ def network_dtype(component: Component, preset: Preset, options: StartOptions) -
         wanted = options.dtype or (None if component.network.kind == "text_encoder" else "fp32")
     else:
         wanted = {"vae": preset.vae_dtype, "text_encoder": None, "dit": preset.dtype}[component.network.kind]
-    # as it was published: bytes of blocks are no numbers, and float16 is too small for what umT5 computes
-    if wanted is None and (component.is_quantised or (component.is_half and not options.like_diffusers)):
+    # the dtype that it was published in; float16 is too small for what umT5 computes
+    if wanted is None and (component.needs_dtype or (component.is_half and not options.like_diffusers)):
         wanted = "bf16"
     name = dtype_name(wanted)
     return None if name is None else torch_dtype(name)

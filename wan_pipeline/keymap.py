@@ -35,7 +35,7 @@ __all__ = [
     "MapName",
     "key_map",
     "keymap",
-    "network_of",
+    "networks_of",
     "spelling",
     "to_diffusers",
     "to_native",
@@ -149,16 +149,17 @@ def spelling(name: MapName, names: Collection[str]) -> Callable[[str], str] | No
     return functools.partial(_respelled, prefix, _same) if prefix else None
 
 
-def network_of(names: Collection[str]) -> MapName | None:
-    """Return the key map of the network whose tensors have these names, all of them in one spelling; None if none's."""
+def networks_of(names: Collection[str]) -> list[MapName]:
+    """Return the key maps of the networks that tensors of all these names, in one spelling, may belong to."""
     prefix = _prefix(names)
     bare = [n.removeprefix(prefix) for n in names]
+    fitting: list[MapName] = []
     for name in _BUILDERS:
         found = keymap(name)
         tables = [table for table in (found.native, found.diffusers, found.llama) if table is not None]
-        if bare and any(all(table.rename(n) is not None for n in bare) for table in tables):
-            return name
-    return None
+        if any(all(table.rename(n) is not None for n in bare) for table in tables):
+            fitting.append(name)
+    return fitting
 
 
 def _prefix(names: Collection[str]) -> str:

@@ -80,12 +80,6 @@ class WanT2V:
         preset: str = "auto",
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
-        high_noise: StrPath | None = None,
-        low_noise: StrPath | None = None,
-        transformer: StrPath | None = None,
-        text_encoder: StrPath | None = None,
-        vae: StrPath | None = None,
-        tokenizer: StrPath | None = None,
         t5_cpu: bool = False,
         offload_model: bool | None = None,
         size: tuple[int, int] = (1280, 720),
@@ -95,6 +89,12 @@ class WanT2V:
         dit_fsdp: bool = False,
         t5_fsdp: bool = False,
         ulysses_size: int = 1,
+        high_noise: StrPath | None = None,
+        low_noise: StrPath | None = None,
+        transformer: StrPath | None = None,
+        text_encoder: StrPath | None = None,
+        vae: StrPath | None = None,
+        tokenizer: StrPath | None = None,
     ) -> WanT2V:
         """Start from a checkpoint; returns while weights are still on their way.
 
@@ -115,13 +115,6 @@ class WanT2V:
             device: auto, cpu, cuda or cuda:N.
             dtype: The dtype of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is
                 used as it is in the file (in bf16 if that is quantised or fp16), the VAE in fp32.
-            high_noise: A file in the place of the directory's high-noise expert, as for `open_wan`, and so are the next
-                five.
-            low_noise: The low-noise expert.
-            transformer: The one expert of a model that has no two.
-            text_encoder: The text encoder.
-            vae: The VAE.
-            tokenizer: The directory of the tokenizer.
             t5_cpu: Encode on the CPU.
             offload_model: False keeps everything on the device, True one expert at a time; None is the preset's choice.
             size: The largest width and height, in pixels, that will be asked for. Like `frame_num` it decides how much
@@ -133,6 +126,13 @@ class WanT2V:
             dit_fsdp: Divide the weights of the experts over the processes.
             t5_fsdp: Divide the weights of the text encoder over the processes.
             ulysses_size: 1, or the number of processes, which then divide attention.
+            high_noise: A file in the place of the directory's high-noise expert, as for `open_wan`, and so are the next
+                five.
+            low_noise: The low-noise expert.
+            transformer: The one expert of a model that has no two.
+            text_encoder: The text encoder.
+            vae: The VAE.
+            tokenizer: The directory of the tokenizer.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or another model.
@@ -326,14 +326,14 @@ def load_diffusers(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     preset: str = "auto",
+    cache: bool = False,
+    cache_dir: StrPath | None = None,
     high_noise: StrPath | None = None,
     low_noise: StrPath | None = None,
     transformer: StrPath | None = None,
     text_encoder: StrPath | None = None,
     vae: StrPath | None = None,
     tokenizer: StrPath | None = None,
-    cache: bool = False,
-    cache_dir: StrPath | None = None,
 ) -> Any:
     """Load a ready `diffusers.WanPipeline`, the same as `WanPipeline.from_pretrained` makes.
 
@@ -348,14 +348,14 @@ def load_diffusers(
         dtype: As diffusers' argument; None gives its default, fp32 with the text encoder as in the file (a quantised
             one in bf16).
         preset: As for `WanT2V.from_checkpoint`, and so are the errors.
+        cache: Read converted experts from the converted cache, and leave them there.
+        cache_dir: The cache's directory; None is the user's.
         high_noise: As there, and so are the next five.
         low_noise: The low-noise expert.
         transformer: The one expert of a model that has no two.
         text_encoder: The text encoder.
         vae: The VAE.
         tokenizer: The directory of the tokenizer.
-        cache: Read converted experts from the converted cache, and leave them there.
-        cache_dir: The cache's directory; None is the user's.
     """
     from wan_loader.dtypes import dtype_name
 

@@ -188,6 +188,9 @@ def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartO
         raise OptionError.because(
             "several processes keep everything on their devices", "leave out offload_model, use WanT2V"
         )
+    if world > 1 and (quantised := [c for c in checkpoint.components if c.facts.quantised]):
+        reason = f"{quantised[0].source} is quantised, and there are {world} processes, which load parts of tensors"
+        raise OptionError.because(reason, "use one process, or a checkpoint in bf16")
     if world > 1 and options.cache:
         raise OptionError.because(f"the converted cache is for one process, and there are {world}", "leave out --cache")
     return replace(options, degrees=degrees)

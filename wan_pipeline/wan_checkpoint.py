@@ -144,7 +144,8 @@ def _open(root: Path | None, files: NetworkFiles) -> WanCheckpoint:
     if root is None:
         return _open_files(None, files)
     if not root.is_dir():
-        raise MissingFileError.because("is no directory", "name the directory of a WAN2.2 checkpoint", path=root)
+        remedy = "name the directory of a WAN2.2 checkpoint, and a network's file with --high_noise and its like"
+        raise MissingFileError.because("is no directory", remedy, path=root)
     if (root / "model_index.json").exists():
         return _open_diffusers(root, files)
     if is_native(root):

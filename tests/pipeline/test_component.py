@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan_loader.errors import CheckpointError, MissingFileError, OptionError
-from wan_pipeline import configs
+from wan_pipeline import configs, startup
 from wan_pipeline.component import open_component
 from wan_pipeline.families import FAMILIES
+from wan_pipeline.fitting import network_dtype
 from wan_pipeline.keymap import keymap, spelling
+from wan_pipeline.presets import load_preset
 from wan_pipeline.prompt_tokenizer import SentencePiece
+from wan_pipeline.start_options import StartOptions
 from wan_pipeline.synth import plan_synth
 from wan_pipeline.synth.arch import ARCHS
 from wan_pipeline.wan_checkpoint import open_wan
@@ -174,6 +177,36 @@ def test_one_expert_decides_which_model_it_is(tmp_path):
         assert open_wan(root).task == task
     with pytest.raises(OptionError, match="no model has networks for --high_noise, --transformer together"):
         open_wan(high_noise="a", transformer="b")
+
+
+@pytest.mark.parametrize(
+    ("stored", "like_diffusers", "expected"),
+    [
+        (torch.float8_e4m3fn, False, torch.bfloat16),
+        (torch.float8_e4m3fn, True, torch.bfloat16),
+        (torch.float16, False, torch.bfloat16),
+        (torch.float16, True, None),
+        (torch.bfloat16, False, None),
+        (torch.float32, False, None),
+    ],
+    ids=str,
+)
+def test_a_text_encoder_is_used_in_what_it_can_be(plain, tmp_path, stored, like_diffusers, expected):
+    """As in the file; in bf16 where that is nothing to compute in."""
+    held = {
+        name: tensor.to(stored) for name, tensor in load_file(plain["text_encoder"]).items() if "spiece" not in name
+    }
+    save_file(held, tmp_path / "umt5.safetensors")
+    text = open_component(A14B, A14B["text_encoder"], tmp_path / "umt5.safetensors")
+    assert network_dtype(text, load_preset("fastest"), StartOptions(like_diffusers=like_diffusers)) == expected
+
+
+def test_several_processes_load_no_quantised_file(tiny_comfy, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = StartOptions(size=(128, 128), frame_num=5)
+    with pytest.raises(OptionError, match="is quantised, and there are 2 processes"):
+        startup._checked_degrees(open_wan(tiny_comfy("gguf")), options)
+    startup._checked_degrees(open_wan(tiny_comfy("comfy")), options)
 
 
 # --- what is wrong
