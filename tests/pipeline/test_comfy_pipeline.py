@@ -28,8 +28,8 @@ def one_thread():
     torch.set_num_threads(n_threads)
 
 
-def frames(*args, **settings):
-    with wan_pipeline.WanT2V.from_checkpoint(*args, device="cpu", **settings) as pipe:
+def frames(*args, device="cpu", **settings):
+    with wan_pipeline.WanT2V.from_checkpoint(*args, device=device, **settings) as pipe:
         return pipe(PROMPT, **SMALL).frames_THWC
 
 
@@ -123,3 +123,15 @@ def test_the_commands(tiny_comfy, tmp_path, call_main, capfd):
     assert "--ckpt_dir" in capfd.readouterr().err
     assert call_main(main, "load", *flags[:2], "--device", "cpu") == 1
     assert "give --text_encoder FILE, --low_noise FILE, --vae FILE or --ckpt_dir DIR" in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", comfy_folders.FORMS)
+def test_on_cuda_a_video_is_that_of_the_plain_numbers(tiny_comfy, tiny_wan, tmp_path, form):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    small = {"device": "cuda", "size": SMALL["size"], "frame_num": SMALL["frame_num"]}
+    plain = comfy_folders.plain_copy(comfy_folders.files(tiny_comfy(form), form), tiny_wan(), tmp_path / "plain")
+    expected = frames(plain, **small)
+    for preset in ("fastest", "balanced", "min-memory"):
+        np.testing.assert_array_equal(frames(tiny_comfy(form), preset=preset, **small), expected)
