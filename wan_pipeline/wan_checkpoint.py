@@ -130,7 +130,7 @@ def open_wan(
         if files:
             raise OptionError.because("files are named for a checkpoint that was opened", "name them when it is opened")
         return directory
-    root = None if directory is None else checked_path(directory, "directory")
+    root = None if directory is None and files.networks else checked_path(directory, "directory")
     try:
         return _checked(_open(None if root is None else Path(locate(root)), files))
     except CheckpointError:

@@ -16,7 +16,7 @@ from wan_pipeline.commands.app import main
 from wan_pipeline.wan_checkpoint import open_wan
 
 PROMPT = "two cats boxing on a stage"
-SMALL = {"size": (32, 32), "frame_num": 5, "steps": 3, "seed": 3, "shift": 5.0}
+SMALL = {"size": (32, 32), "frame_num": 5, "steps": 2, "seed": 3, "shift": 5.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
