@@ -90,6 +90,33 @@ def test_every_way_of_reading_gives_the_same(path, device, expected, io):
     )
 
 
+def test_what_host_memory_cannot_hold_is_read_from_the_disk_each_time(path, device, expected):
+    one = sum(t.nbytes for name, t in load_file(path).items() if name.startswith("blocks.0.") and "shift" not in name)
+    model, streamed = stream(path, device, host_memory=3 * one + 5)
+    with streamed:
+        report = streamed.report
+        assert (report.n_direct, report.nbytes_direct) == (4, 4 * one)
+        assert report.n_mapped + report.n_buffered == 3
+        assert "3 of 7 blocks fit the" in report.reason
+        assert report.read_seconds == report.nbytes_direct / report.read_rate
+        assert "a forward at" in str(report)
+        for _ in range(3):
+            assert torch.equal(model(inputs(device)), expected)
+
+
+def test_what_is_in_the_page_cache_need_not_be_read_from_the_disk(path, device):
+    with stream(path, device, host_memory="1GB")[1] as streamed:
+        assert streamed.report.n_direct == 0
+        assert streamed.report.read_seconds is None
+
+
+@pytest.mark.gpu
+def test_no_more_is_pinned_than_host_memory_allows(path):
+    with stream(path, "cuda", host_memory=40_000, pinned_memory=10**9)[1] as streamed:
+        assert streamed.report.n_mapped
+        assert streamed.report.nbytes_mapped <= 40_000
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [0, 40_000, 10**9])
 def test_pages_beyond_the_limit_are_read_each_time(path, pinned):
@@ -353,7 +380,14 @@ def test_blocks_that_are_none_are_an_error_that_names_some(path, blocks):
 
 @pytest.mark.parametrize(
     "options",
-    [{"buffers": 0}, {"buffers": 65}, {"device_memory": -1}, {"device_memory": "much"}, {"pinned_memory": 1.5}],
+    [
+        {"buffers": 0},
+        {"buffers": 65},
+        {"device_memory": -1},
+        {"device_memory": "much"},
+        {"pinned_memory": 1.5},
+        {"host_memory": -1},
+    ],
 )
 def test_arguments_that_make_no_sense(path, options):
     with pytest.raises(OptionError):

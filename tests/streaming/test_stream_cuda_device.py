@@ -1,7 +1,9 @@
 """Streams and events of the device, by a GPU that does its work late and in any order that its events allow."""
 
+import itertools
 import random
 import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 from fake_gpu import FakeGpu
 from streamed_models import save_model
 
+from wan_loader.engine.read_queue import ReadQueue
 from wan_loader.formats import open_checkpoint
 from wan_loader.plan.blocks import Transport
 from wan_loader.plan.dtype_policy import DtypePolicy
-from wan_loader.streaming import cuda_device, source
+from wan_loader.streaming import cuda_device, slots, source
 from wan_loader.streaming.blocks import lay_out_block
 from wan_loader.streaming.cuda_device import CudaStreamDevice
-from wan_loader.streaming.schedule import Schedule
+from wan_loader.streaming.schedule import Schedule, course
 from wan_loader.streaming.source import FileSource
 from wan_loader.system.posix import PAGE
 
@@ -42,6 +45,10 @@ class LockedGpu(FakeGpu):
     def queue(self, stream, work):
         with self.lock:
             super().queue(stream, work)
+
+    def record(self, event, stream):
+        with self.lock:  # who waits for the event meanwhile would find that nothing leads to it
+            super().record(event, stream)
 
     def _until(self, is_over):
         with self.lock:
@@ -75,7 +82,12 @@ class Streamed:
         nbytes = max(layout.nbytes for layout in self.layouts)
         self.device = CudaStreamDevice(0, N_BUFFERS, nbytes, source.CHUNK_BYTES + 512 if dtype else 0)
         self.source = FileSource(
-            checkpoint.files, self.layouts, self.device, pinned=pinned, transport=lambda *_: Transport.BUFFERED
+            checkpoint.files,
+            self.layouts,
+            self.device,
+            pinned=pinned,
+            transport=lambda number: Transport.DIRECT if number % 2 else Transport.BUFFERED,
+            course=course(N_BLOCKS, N_BUFFERS),
         )
         self.schedule = Schedule(N_BLOCKS, N_BUFFERS, self.device, self.source)
         self.n_looks = 0
@@ -104,7 +116,7 @@ class Streamed:
 def small_chunks(monkeypatch):
     """Blocks of several parts, and slots that are used again."""
     monkeypatch.setattr(source, "CHUNK_BYTES", PAGE)
-    monkeypatch.setattr(source, "_SLOTS", 3)
+    monkeypatch.setattr(slots, "N_READS", 2)
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -131,7 +143,7 @@ def test_what_is_registered_needs_no_thread(tmp_path, monkeypatch):
     streamed.schedule.start()
     streamed.forward(range(N_BLOCKS))
     assert threading.active_count() == before
-    assert streamed.source.nbytes()[Transport.BUFFERED] == 0
+    assert streamed.source.travel()[Transport.BUFFERED] == streamed.source.travel()[Transport.DIRECT] == (0, 0)
     streamed.close()
 
 
@@ -149,6 +161,40 @@ def test_a_driver_that_registers_nothing_has_all_blocks_read(tmp_path, monkeypat
     streamed.forward(range(N_BLOCKS))
     assert len(streamed.source.fallbacks) == 2  # the pages, and the slots
     assert "blocks.0 and what follows are not registered" in streamed.source.fallbacks[0]
-    assert streamed.source.nbytes()[Transport.MAPPED] == 0
+    assert streamed.source.travel()[Transport.MAPPED] == (0, 0)
     streamed.close()
     assert streamed.n_looks == 2 * N_BLOCKS
+
+
+def test_reads_go_on_between_forwards_within_the_slots(tmp_path, monkeypatch, small_chunks):
+    started = []
+    start = ReadQueue.start
+
+    def noted(queue, block, place=None):
+        started.append(block)
+        assert len(queue.used) <= 4
+        return start(queue, block, place)
+
+    monkeypatch.setattr(ReadQueue, "start", noted)
+    gpu = LockedGpu(random.Random(3), monkeypatch)
+    streamed = Streamed(save_model(tmp_path, N_BLOCKS), gpu, pinned=[])
+    streamed.schedule.start()
+    for _ in range(2):
+        streamed.forward(range(N_BLOCKS))
+    # every part of every block in turn, and what is next already: nothing twice, although nothing was asked for
+    order = [
+        block for number in itertools.chain(range(3), [3, 4, 5, 6, 1, 2, 0] * 3) for block in parts(streamed, number)
+    ]
+    n_asked = sum(len(parts(streamed, number)) for number in range(N_BLOCKS)) * 2 + sum(
+        len(parts(streamed, number)) for number in range(3)
+    )
+    deadline = time.monotonic() + 10
+    while len(started) < n_asked + 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(started) == n_asked + 4
+    assert started == order[: len(started)]
+    streamed.close()
+
+
+def parts(streamed, number):
+    return streamed.source._blocks[number]

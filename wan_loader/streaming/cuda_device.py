@@ -42,8 +42,11 @@ class _EventFence:
     """An event of the stream of copies, destroyed once it was waited for."""
 
     def __init__(self, stream: int) -> None:
-        self._event = driver.make_event()
+        self._event = driver.make_event(sleeps=True)  # for as long as a computation takes
         driver.record(self._event, stream)
+
+    def is_over(self) -> bool:
+        return driver.is_over(self._event)
 
     def wait(self) -> None:
         driver.wait_for(self._event)

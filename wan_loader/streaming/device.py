@@ -27,6 +27,9 @@ __all__ = ["Fence", "HostStreamDevice", "StreamDevice", "segments_of"]
 class Fence(Protocol):
     """A moment in the copies of a device, to be waited for once."""
 
+    def is_over(self) -> bool:
+        """Return whether everything that was copied until then has left host memory. `wait` is called all the same."""
+
     def wait(self) -> None:
         """Return once everything that was copied until then has left host memory."""
 

@@ -14,11 +14,12 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from wan_loader.errors import OptionError
+from wan_loader.streaming.reads import Course
 
 if TYPE_CHECKING:
     from wan_loader.streaming.device import StreamDevice
 
-__all__ = ["Schedule", "Source", "following"]
+__all__ = ["Schedule", "Source", "course", "following"]
 
 
 class Source(Protocol):
@@ -34,6 +35,13 @@ class Source(Protocol):
 def following(block: int, n_blocks: int, n_buffers: int) -> int:
     """Return the block that is the next to go into the buffer of this one."""
     return block + n_buffers if block + n_buffers < n_blocks else block % n_buffers
+
+
+def course(n_blocks: int, n_buffers: int) -> Course:
+    """Return the order in which blocks are asked for while they run in theirs."""
+    successors = [following(block, n_blocks, n_buffers) for block in range(n_blocks)]
+    # what follows itself stays where it is
+    return Course(range(n_buffers), [after for before, after in enumerate(successors) if after != before])
 
 
 class Schedule:

@@ -14,7 +14,7 @@ from wan_loader.errors import DeviceMemoryError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Split", "choose_pinned", "split_blocks", "spread"]
+__all__ = ["Split", "choose_kept", "split_blocks", "spread"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +73,19 @@ def _split(blocks: Sequence[int], rest: int, streamed: tuple[int, ...], n_buffer
     return Split(streamed=streamed, n_buffers=n_buffers, buffer_nbytes=largest, nbytes=rest + resident + beside)
 
 
-def choose_pinned(nbytes: Sequence[int], limit: int) -> set[int]:
-    """Return the numbers of the blocks whose pages are registered with the driver for good: as many as fit the limit.
+def choose_kept(nbytes: Sequence[int], limit: int) -> set[int]:
+    """Return the numbers of blocks that memory is kept for, as many as fit the limit; the others are read each time.
 
-    The others are read each time. A set that stays is better than pages that come and go: reading in circles would
-    find none of them in the page cache.
+    A set that stays is better than pages that come and go: reading in circles would find none of them in the page
+    cache. The first block is among those that are read, if any is: so it is known what reading costs before anything
+    runs.
 
     Args:
         nbytes: The bytes of each streamed block in the files.
-        limit: The bytes that may be pinned.
+        limit: The bytes that may be kept.
     """
-    for count in range(len(nbytes), 0, -1):
-        chosen = spread(len(nbytes), count)
-        if sum(nbytes[number] for number in chosen) <= limit:
-            return set(chosen)
+    for n_read in range(len(nbytes)):
+        read = spread(len(nbytes), n_read)
+        if sum(nbytes) - sum(nbytes[number] for number in read) <= limit:
+            return set(range(len(nbytes))) - set(read)
     return set()

@@ -28,7 +28,7 @@ from wan_loader.sizes import parse_size
 from wan_loader.streaming.decision import Limits, decide, lay_out_all
 from wan_loader.streaming.device import HostStreamDevice
 from wan_loader.streaming.report import StreamReport
-from wan_loader.streaming.schedule import Schedule
+from wan_loader.streaming.schedule import Schedule, course
 from wan_loader.streaming.source import CHUNK_BYTES, FileSource
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def stream_blocks(
     buffers: int = 3,
     device_memory: int | str | None = None,
     pinned_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     part: str | None = None,
     key_map: KeyMap | None = None,
     strict: bool = True,
@@ -107,14 +108,18 @@ def stream_blocks(
             top.
         pinned_memory: The bytes of the page cache that may be pinned for the device, so that the host has nothing to do
             but to queue copies; None: half of the memory that is allowed here. Of blocks beyond that, the bytes are
-            read each time, by threads.
+            read each time, by a thread.
+        host_memory: The bytes of the page cache that may be relied upon, pinned ones included; None: three quarters of
+            the memory that is available now. Blocks beyond that are read from the disk in each forward, past the page
+            cache, ahead of the computation: a forward that takes longer than these reads hides them. The report says
+            what they cost, before the first forward. The slots that bytes pass through come on top: 400 MB.
         part: As for `load_file`.
         key_map: As for `load_into`.
         strict: As for `load_into`.
         allow_meta: As for `load_into`.
         keep_fp32: As for `load_into`.
         io: As for `load_file`. For the streamed blocks, "mapped" is what "auto" prefers; "direct" and "buffered" read
-            each time.
+            all of them each time.
         threads: As for `load_file`, for what stays on the device.
         cancel: As for `load_file`. Also asked by each streamed block: a forward that was cancelled raises.
         observer: As for `load_file`, for what stays on the device.
@@ -149,6 +154,7 @@ def stream_blocks(
         buffers=checked_count(buffers, "buffers", most=_MAX_BUFFERS),
         device=_checked_size(device_memory, "device_memory"),
         pinned=_checked_size(pinned_memory, "pinned_memory"),
+        host=_checked_size(host_memory, "host_memory"),
     )
     import_torch()
     into = Into(module=module, key_map=key_map, strict=strict, allow_meta=tuple(allow_meta))
@@ -197,11 +203,17 @@ def _stream(
             device = _make_device(decision, facts)
             resources.callback(device.close)
             transfer = session.run(plan)
+            n_blocks, n_buffers = len(decision.layouts), decision.split.n_buffers
             source = FileSource(
-                checkpoint.files, decision.layouts, device, pinned=decision.pinned, transport=decision.transport
+                checkpoint.files,
+                decision.layouts,
+                device,
+                pinned=decision.pinned,
+                transport=decision.transport,
+                course=course(n_blocks, n_buffers),
             )
             resources.callback(source.close)
-            schedule = Schedule(len(decision.layouts), decision.split.n_buffers, device, source)
+            schedule = Schedule(n_blocks, n_buffers, device, source)
             schedule.start()
             with session.span("assign"):
                 notes = binding.bind(transfer.tensors | _views(decision.layouts, device), facts.device)
@@ -277,7 +289,7 @@ def _handle(
 def _report(
     decision: Decision, names: Sequence[str], load: LoadReport, source: FileSource, schedule: Schedule
 ) -> StreamReport:
-    nbytes = source.nbytes()
+    travel = source.travel()
     return StreamReport(
         load=load,
         blocks=tuple(names),
@@ -285,10 +297,14 @@ def _report(
         n_buffers=decision.split.n_buffers,
         buffer_nbytes=decision.split.buffer_nbytes,
         device_nbytes=decision.split.nbytes,
-        nbytes_mapped=nbytes[Transport.MAPPED],
-        nbytes_direct=nbytes[Transport.DIRECT],
-        nbytes_buffered=nbytes[Transport.BUFFERED],
+        n_mapped=travel[Transport.MAPPED][0],
+        nbytes_mapped=travel[Transport.MAPPED][1],
+        n_direct=travel[Transport.DIRECT][0],
+        nbytes_direct=travel[Transport.DIRECT][1],
+        n_buffered=travel[Transport.BUFFERED][0],
+        nbytes_buffered=travel[Transport.BUFFERED][1],
         pinned_nbytes=source.pinned_nbytes,
+        read_rate=source.read_rate(),
         reason=decision.reason,
         n_fetched=schedule.n_fetched,
         n_late=schedule.n_late,
