@@ -9,15 +9,20 @@ from contextlib import nullcontext
 import pytest
 import torch
 from fake_gpu import FakeGpu
+from gguf_files import blocks, gguf_bytes, plain
+from safetensors.torch import load_file
 from streamed_models import save_model
 
+import wan_loader
 from wan_loader.engine.read_queue import ReadQueue
 from wan_loader.formats import open_checkpoint
+from wan_loader.formats.quantised import with_values
 from wan_loader.plan.blocks import Transport
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.streaming import cuda_device, slots, source
 from wan_loader.streaming.blocks import lay_out_block
 from wan_loader.streaming.cuda_device import CudaStreamDevice
+from wan_loader.streaming.device import convert
 from wan_loader.streaming.schedule import Schedule, course
 from wan_loader.streaming.source import FileSource
 from wan_loader.system.posix import PAGE
@@ -36,11 +41,11 @@ class LockedGpu(FakeGpu):
         self.torch.cuda.synchronize = lambda device: self.drain()
         monkeypatch.setattr(cuda_device, "driver", self)
         monkeypatch.setattr(cuda_device, "_torch", lambda: self.torch)
-        monkeypatch.setattr(cuda_device, "_cast", self._cast)
+        monkeypatch.setattr(cuda_device, "convert", self._convert)
 
-    def _cast(self, target, source):
-        target, source = target.as_subclass(torch.Tensor), source.as_subclass(torch.Tensor)
-        self.queue_current(lambda: target.copy_(source))
+    def _convert(self, target, raw, *facts):
+        target, raw = target.as_subclass(torch.Tensor), raw.as_subclass(torch.Tensor)
+        self.queue_current(lambda: convert(target, raw, *facts))
 
     def queue(self, stream, work):
         with self.lock:
@@ -68,7 +73,7 @@ class Streamed:
 
     def __init__(self, path, gpu, *, pinned, dtype=None):
         self.gpu = gpu
-        checkpoint = open_checkpoint(path)
+        checkpoint = with_values(open_checkpoint(path)) if dtype else open_checkpoint(path)
         policy = DtypePolicy(dtype)
         self.layouts = [
             lay_out_block(
@@ -76,9 +81,7 @@ class Streamed:
             )
             for n in range(N_BLOCKS)
         ]
-        from safetensors.torch import load_file
-
-        self.expected = load_file(path)
+        self.expected = wan_loader.load_file(path, dtype=dtype)
         nbytes = max(layout.nbytes for layout in self.layouts)
         self.device = CudaStreamDevice(0, N_BUFFERS, nbytes, source.CHUNK_BYTES + 512 if dtype else 0)
         self.source = FileSource(
@@ -103,7 +106,7 @@ class Streamed:
         self.n_looks += 1
         memory = self.device.buffers[block % N_BUFFERS].as_subclass(torch.Tensor)
         for place in self.layouts[block].places:
-            wanted = self.expected[place.name].to(getattr(torch, place.dtype))
+            wanted = self.expected[place.name]
             held = memory[place.start : place.start + place.nbytes].view(wanted.dtype).view(place.shape)
             assert torch.equal(held, wanted), f"{place.name} is not what it should be"
 
@@ -134,6 +137,26 @@ def test_no_block_computes_on_anything_but_its_weights(tmp_path, monkeypatch, sm
     streamed.close()
     assert streamed.n_looks == 2 * (3 * N_BLOCKS + 10)
     assert (gpu.n_streams, gpu.n_events, gpu.pinned) == (0, 0, {})
+
+
+@pytest.mark.parametrize("pinned", [range(N_BLOCKS), [], [0, 3]], ids=["registered", "read", "some registered"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_block_computes_on_anything_but_its_numbers(tmp_path, monkeypatch, small_chunks, pinned, seed):
+    """As above, of blocks that are quantised in their file."""
+    content = {}
+    for name, tensor in load_file(save_model(tmp_path, N_BLOCKS)).items():
+        raw = torch.randint(0, 256, (tensor.numel() // 32, 34), dtype=torch.uint8)
+        raw[:, 1] &= 0x3B  # scales are finite
+        content[name] = blocks("Q8_0", tensor.shape, raw) if tensor.dim() == 2 else plain(tensor)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes(content))
+    gpu = LockedGpu(random.Random(f"{seed} {list(pinned)}"), monkeypatch)
+    streamed = Streamed(path, gpu, pinned=pinned, dtype="bfloat16")
+    streamed.schedule.start()
+    for _ in range(3):
+        streamed.forward(range(N_BLOCKS))
+    streamed.close()
+    assert streamed.n_looks == 6 * N_BLOCKS
 
 
 def test_what_is_registered_needs_no_thread(tmp_path, monkeypatch):

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices import driver
 from wan_loader.devices.cuda import join_copies
-from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import DeviceMemoryError
-from wan_loader.streaming.device import segments_of
+from wan_loader.streaming.device import convert, segments_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from wan_loader.devices.writer import HostBlock
     from wan_loader.plan.blocks import Segment
     from wan_loader.streaming.blocks import BlockLayout, Place
+    from wan_loader.streaming.device import Scales
 
 __all__ = ["CudaStreamDevice"]
 
@@ -31,11 +31,6 @@ def _torch() -> Any:
     import torch
 
     return torch
-
-
-def _cast(target: Any, source: Any) -> None:
-    """Convert a tensor on the current stream."""
-    target.copy_(source)
 
 
 class _EventFence:
@@ -107,7 +102,7 @@ class CudaStreamDevice:
         """Have copies wait for the computation that used the buffer last."""
         driver.wait_in_stream(self._stream, self._used[buffer])
 
-    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock]) -> None:
+    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock], scales: Scales) -> None:
         """Queue copies into the buffer; what is to be converted goes through the scratch, one segment at a time."""
         memory = self.buffers[buffer]
         base, plain = int(memory.data_ptr()), []
@@ -116,7 +111,7 @@ class CudaStreamDevice:
             if place.source is None:
                 plain.append((base + place.start_of(segment), address, segment.nbytes))
             else:
-                self._convert(memory, place, segment, address, quick=quick)
+                self._convert(memory, place, segment, address, scales, quick=quick)
         joined = join_copies(plain, lambda _: (base, base + memory.numel()))
         driver.copy_to_device(joined, self._stream, quick=quick)
 
@@ -124,16 +119,17 @@ class CudaStreamDevice:
         """Return the end of the copies until here."""
         return _EventFence(self._stream)
 
-    def _convert(self, memory: Any, place: Place, segment: Segment, address: int, *, quick: bool) -> None:
-        """Copy a segment to the scratch and cast it from there: the stream keeps the order."""
+    def _convert(
+        self, memory: Any, place: Place, segment: Segment, address: int, scales: Scales, *, quick: bool
+    ) -> None:
+        """Copy a segment to the scratch and convert it from there: the stream keeps the order."""
         assert self._scratch is not None
-        assert place.source is not None
         driver.copy_to_device([(int(self._scratch.data_ptr()), address, segment.nbytes)], self._stream, quick=quick)
         start = place.start_of(segment)
-        target = memory[start : start + place.nbytes_of(segment)].view(torch_dtype(place.dtype))
+        target, raw = memory[start : start + place.nbytes_of(segment)], self._scratch[: segment.nbytes]
         # a buffer that was made in inference mode may be written in no other
         with self._torch.inference_mode(), self._torch.cuda.stream(self._cast_stream):
-            _cast(target, self._scratch[: segment.nbytes].view(torch_dtype(place.source)))
+            convert(target, raw, place, segment, scales)
 
     def end(self, buffer: int) -> None:
         """Record that the buffer is full."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.plan.blocks import Transport
 from wan_loader.plan.memory import rounded
+from wan_loader.plan.quantised_values import SCRATCH_BYTES
 from wan_loader.sizes import format_bytes
 from wan_loader.streaming.blocks import BlockLayout, lay_out_block, streamable
 from wan_loader.streaming.split import Split, choose_kept, split_blocks
@@ -118,11 +119,12 @@ def decide(
     in_blocks = {place.name for layout in layouts for place in layout.places}
     rest = sum(_nbytes_on_device(tensor, policy) for tensor in wanted if tensor.name not in in_blocks)
     scratch = chunk_nbytes if facts.cuda and any(layout.converts for layout in layouts) else 0
+    half_done = SCRATCH_BYTES if facts.cuda and any(layout.quantised for layout in layouts) else 0
     split = split_blocks(
         [layout.nbytes for layout in layouts],
         rest,
         buffers=limits.buffers,
-        scratch=scratch,
+        scratch=scratch + half_done,
         budget=limits.device,
         path=checkpoint.path,
     )

@@ -10,15 +10,14 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
-
 from wan_loader.errors import CheckpointError, OptionError
-from wan_loader.streaming.away import stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import ExitStack
     from types import TracebackType
+
+    import torch
 
     from wan_loader.cancel import CancelToken
     from wan_loader.streaming.report import StreamReport
@@ -45,6 +44,8 @@ class TakenParameter(NamedTuple):
 
 def take_parameters(module: torch.nn.Module, names: Sequence[str]) -> list[TakenParameter]:
     """Return parameters of a module with stand-ins, by their dotted names. Those of one object have one stand-in."""
+    from wan_loader.streaming.away import stand_in  # imports torch, which the name of a class must not
+
     stand_ins: dict[int, torch.Tensor] = {}
     taken: list[TakenParameter] = []
     for full_name in names:
@@ -82,6 +83,8 @@ class _Block:
 
     def check_gradients(self, module: torch.nn.Module, inputs: object) -> None:
         """Raise `OptionError` if autograd would keep this block's weights: they are gone by the time they are used."""
+        import torch
+
         if not torch.is_grad_enabled():
             return
         tensors = [*module.parameters(), *torch.utils._pytree.tree_leaves(inputs)]
@@ -103,6 +106,8 @@ def _uncompiled(hook: _Hook) -> _Hook:
     """
     if "torch._dynamo" not in sys.modules:
         return hook
+    import torch
+
     return torch.compiler.disable(hook)  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from wan_loader.formats.checkpoint_facts import FileFacts
     from wan_loader.streaming.blocks import BlockLayout
-    from wan_loader.streaming.device import StreamDevice
+    from wan_loader.streaming.device import Scales, StreamDevice
     from wan_loader.streaming.reads import Course
 
 __all__ = ["CHUNK_BYTES", "FileSource"]
@@ -45,6 +45,7 @@ class FileSource:
         pinned: The numbers of the blocks whose pages are registered with the driver, if it will.
         transport: Says how the bytes of a block travel that is read, by its number.
         course: The order in which the blocks will be asked for.
+        scales: What scaled tensors are multiplied by, on the device, by their names.
 
     Raises:
         MissingFileError: A file is gone.
@@ -61,9 +62,11 @@ class FileSource:
         pinned: Collection[int],
         transport: Callable[[int], Transport],
         course: Course,
+        scales: Scales | None = None,
     ) -> None:
         self._layouts = layouts
         self._device = device
+        self._scales = scales or {}
         self._files = [files[n] for n in sorted({r.file for layout in layouts for r in layout.byte_ranges})]
         self._under_way: dict[int, Future[None]] = {}
         """What the thread was asked for last, by buffer."""
@@ -143,11 +146,12 @@ class FileSource:
         with device.current():
             device.begin(buffer)
             if number in self._mapped:
-                device.copy(buffer, layout, [self._mapped_block(number, block) for block in self._blocks[number]])
+                mapped = [self._mapped_block(number, block) for block in self._blocks[number]]
+                device.copy(buffer, layout, mapped, self._scales)
             else:
                 assert self._reads is not None
                 for part in self._reads.parts(number):
-                    device.copy(buffer, layout, [part])
+                    device.copy(buffer, layout, [part], self._scales)
                     self._reads.copied(device.fence())
             device.end(buffer)
 

@@ -21,6 +21,7 @@ from wan_loader.loading.bind import Into, make_binding
 from wan_loader.loading.fill_module import is_distributed
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.probe import probe
+from wan_loader.loading.run import read_tensors
 from wan_loader.plan.blocks import Transport
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
@@ -99,7 +100,8 @@ def stream_blocks(
         blocks: The dotted name of the module that holds the blocks, such as a `torch.nn.ModuleList`. They may run in
             any order; in theirs, again and again, they come in time.
         device: As for `load_file`. On the CPU, everything happens at once: for tests.
-        dtype: As for `load_file`; conversions happen on the device, each time.
+        dtype: As for `load_file`; conversions happen on the device, each time. So what is quantised stays small in its
+            file and on the link.
         buffers: How many streamed blocks have room on the device, 1 to 64: one computes while the others come. Block i
             always has buffer i modulo this. Where the number of streamed blocks is a multiple of it, forwards that
             follow each other do so without a gap.
@@ -149,6 +151,7 @@ def stream_blocks(
         part=part,
         io=io,
         threads=threads,
+        makes_values=True,
     )
     limits = Limits(
         buffers=checked_count(buffers, "buffers", most=_MAX_BUFFERS),
@@ -203,6 +206,8 @@ def _stream(
             device = _make_device(decision, facts)
             resources.callback(device.close)
             transfer = session.run(plan)
+            scales = _scales(decision.layouts, checkpoint, facts.device)
+            device.synchronize()  # before another stream uses them
             n_blocks, n_buffers = len(decision.layouts), decision.split.n_buffers
             source = FileSource(
                 checkpoint.files,
@@ -211,6 +216,7 @@ def _stream(
                 pinned=decision.pinned,
                 transport=decision.transport,
                 course=course(n_blocks, n_buffers),
+                scales=scales,
             )
             resources.callback(source.close)
             schedule = Schedule(n_blocks, n_buffers, device, source)
@@ -243,6 +249,17 @@ def _make_device(decision: Decision, facts: Facts) -> StreamDevice:
     from wan_loader.streaming.cuda_device import CudaStreamDevice
 
     return CudaStreamDevice(int(facts.device.partition(":")[2]), n_buffers, nbytes, decision.scratch_nbytes)
+
+
+def _scales(layouts: Sequence[BlockLayout], checkpoint: Checkpoint, device: str) -> dict[str, torch.Tensor]:
+    """Load what the scaled tensors of all blocks are multiplied by, in float32: it stays on the device."""
+    scaled = {one.value.name: one.scale for layout in layouts for one in layout.quantised if one.scale is not None}
+    if not scaled:
+        return {}
+    wanted = {scale.name: scale for scale in scaled.values()}
+    request = LoadRequest(source=replace(checkpoint, tensors=tuple(wanted.values()), quantised={}), owned=True)
+    held = {name: tensor.float().reshape(-1).to(device) for name, tensor in read_tensors(request).items()}
+    return {name: held[scale.name] for name, scale in scaled.items()}
 
 
 def _views(layouts: Sequence[BlockLayout], device: StreamDevice) -> dict[str, torch.Tensor]:
