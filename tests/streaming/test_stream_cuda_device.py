@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_gpu import FakeGpu
 from gguf_files import blocks, gguf_bytes, plain
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from streamed_models import save_model
 
 import wan_loader
@@ -23,8 +23,10 @@ from wan_loader.streaming import cuda_device, slots, source
 from wan_loader.streaming.blocks import lay_out_block
 from wan_loader.streaming.cuda_device import CudaStreamDevice
 from wan_loader.streaming.device import convert
+from wan_loader.streaming.ledger import Ledger
 from wan_loader.streaming.schedule import Schedule, course
 from wan_loader.streaming.source import FileSource
+from wan_loader.streaming.workspace import Workspace
 from wan_loader.system.posix import PAGE
 
 N_BLOCKS, N_BUFFERS = 7, 3
@@ -71,7 +73,7 @@ class LockedGpu(FakeGpu):
 class Streamed:
     """Blocks on their way to a fake device, and what computes with them: it looks at its buffer twice."""
 
-    def __init__(self, path, gpu, *, pinned, dtype=None):
+    def __init__(self, path, gpu, *, pinned, dtype=None, share=None):
         self.gpu = gpu
         checkpoint = with_values(open_checkpoint(path)) if dtype else open_checkpoint(path)
         policy = DtypePolicy(dtype)
@@ -83,16 +85,24 @@ class Streamed:
         ]
         self.expected = wan_loader.load_file(path, dtype=dtype)
         nbytes = max(layout.nbytes for layout in self.layouts)
-        self.device = CudaStreamDevice(0, N_BUFFERS, nbytes, source.CHUNK_BYTES + 512 if dtype else 0)
+        if share is None:
+            device = CudaStreamDevice(0, N_BUFFERS, nbytes)
+            self.workspace = Workspace(device, "cuda:0", source.CHUNK_BYTES, Ledger())
+        else:
+            self.workspace = share.workspace
+        self.workspace.join()
+        self.device = self.workspace.device
+        self.device.reserve(source.CHUNK_BYTES + 512 if dtype else 0)
         self.source = FileSource(
             checkpoint.files,
             self.layouts,
             self.device,
+            self.workspace.slots,
             pinned=pinned,
             transport=lambda number: Transport.DIRECT if number % 2 else Transport.BUFFERED,
             course=course(N_BLOCKS, N_BUFFERS),
         )
-        self.schedule = Schedule(N_BLOCKS, N_BUFFERS, self.device, self.source)
+        self.schedule = Schedule(N_BLOCKS, N_BUFFERS, self.device, self.source, self.workspace.occupancy)
         self.n_looks = 0
 
     def forward(self, order):
@@ -111,8 +121,9 @@ class Streamed:
             assert torch.equal(held, wanted), f"{place.name} is not what it should be"
 
     def close(self):
+        self.schedule.close()
         self.source.close()
-        self.device.close()
+        self.workspace.leave()
 
 
 @pytest.fixture
@@ -157,6 +168,54 @@ def test_no_block_computes_on_anything_but_its_numbers(tmp_path, monkeypatch, sm
         streamed.forward(range(N_BLOCKS))
     streamed.close()
     assert streamed.n_looks == 6 * N_BLOCKS
+
+
+PINNED = {"registered": range(N_BLOCKS), "read": [], "some registered": [0, 3]}
+
+
+@pytest.mark.parametrize("first", PINNED)
+@pytest.mark.parametrize("second", PINNED)
+@pytest.mark.parametrize("seed", range(3))
+def test_modules_that_share_buffers_never_see_each_other_s_blocks(
+    tmp_path, monkeypatch, small_chunks, first, second, seed
+):
+    rng = random.Random(f"{seed} {first} {second}")
+    gpu = LockedGpu(rng, monkeypatch)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    a = Streamed(save_model(paths[0], N_BLOCKS), gpu, pinned=PINNED[first])
+    a.schedule.start()
+    # the same names and shapes, and other values
+    save_file({name: -2 * t for name, t in load_file(paths[0] / "model.safetensors").items()}, paths[1] / "model")
+    b = Streamed(paths[1] / "model", gpu, pinned=PINNED[second], dtype="bfloat16" if seed else None, share=a)
+    b.schedule.start()
+    for _ in range(4):
+        one = rng.choice([a, b])
+        one.forward(range(N_BLOCKS) if rng.random() < 0.7 else rng.choices(range(N_BLOCKS), k=5))
+    one, other = rng.sample([a, b], 2)
+    other.forward(range(3))
+    one.close()
+    before = other.n_looks
+    other.forward(range(N_BLOCKS))
+    gpu.drain()
+    assert other.n_looks >= before + 2 * N_BLOCKS
+    other.close()
+    assert (gpu.n_streams, gpu.n_events, gpu.pinned) == (0, 0, {})
+
+
+def test_after_a_change_of_modules_only_the_first_block_is_late(tmp_path, monkeypatch):
+    gpu = LockedGpu(random.Random(5), monkeypatch)
+    path = save_model(tmp_path, N_BLOCKS)
+    a = Streamed(path, gpu, pinned=range(N_BLOCKS))
+    a.schedule.start()
+    b = Streamed(path, gpu, pinned=range(N_BLOCKS), share=a)
+    b.schedule.start()
+    for one in (a, b, a):
+        one.forward(range(N_BLOCKS))
+    assert (a.schedule.n_late, b.schedule.n_late) == (1, 1)
+    a.close()
+    b.close()
 
 
 def test_what_is_registered_needs_no_thread(tmp_path, monkeypatch):

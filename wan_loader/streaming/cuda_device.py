@@ -55,7 +55,6 @@ class CudaStreamDevice:
         index: The number of the device.
         n_buffers: The number of buffers.
         buffer_nbytes: The bytes of each.
-        scratch_nbytes: The bytes of the longest segment that is converted; 0: none is.
 
     Raises:
         DeviceMemoryError: The device has no room for them.
@@ -63,13 +62,12 @@ class CudaStreamDevice:
 
     copies_late = True
 
-    def __init__(self, index: int, n_buffers: int, buffer_nbytes: int, scratch_nbytes: int) -> None:
+    def __init__(self, index: int, n_buffers: int, buffer_nbytes: int) -> None:
         self._torch = torch = _torch()
         self._device = f"cuda:{index}"
         self._context = driver.current_context()
         try:
             self.buffers = [self._empty(buffer_nbytes) for _ in range(n_buffers)]
-            self._scratch = self._empty(scratch_nbytes) if scratch_nbytes else None
         except torch.OutOfMemoryError as error:
             reason = f"{self._device} has no room for {n_buffers} buffers of {buffer_nbytes} bytes"
             raise DeviceMemoryError.because(reason, "use fewer buffers, or end what else runs there") from error
@@ -78,7 +76,27 @@ class CudaStreamDevice:
         self._full = [driver.make_event() for _ in self.buffers]
         self._used = [driver.make_event() for _ in self.buffers]
         self._allocated = driver.make_event()
-        # the memory may have been somebody's, whose work is still queued
+        self._scratch: Any = None
+        self._wait_for_memory()
+
+    def reserve(self, scratch_nbytes: int) -> None:
+        """Have room for the conversion of segments of so many bytes.
+
+        Raises:
+            DeviceMemoryError: The device has none.
+        """
+        if scratch_nbytes <= (0 if self._scratch is None else self._scratch.numel()):
+            return
+        self.synchronize()  # what is there may be in use
+        try:
+            self._scratch = self._empty(scratch_nbytes)
+        except self._torch.OutOfMemoryError as error:
+            reason = f"{self._device} has no room for {scratch_nbytes} bytes that are converted"
+            raise DeviceMemoryError.because(reason, "use fewer buffers, or end what else runs there") from error
+        self._wait_for_memory()
+
+    def _wait_for_memory(self) -> None:
+        """Have copies wait: new memory may have been somebody's, whose work is still queued."""
         driver.record(self._allocated, self._computing)
         driver.wait_in_stream(self._stream, self._allocated)
 

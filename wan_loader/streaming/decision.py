@@ -11,6 +11,7 @@ from wan_loader.plan.memory import rounded
 from wan_loader.plan.quantised_values import SCRATCH_BYTES
 from wan_loader.sizes import format_bytes
 from wan_loader.streaming.blocks import BlockLayout, lay_out_block, streamable
+from wan_loader.streaming.ledger import Held
 from wan_loader.streaming.split import Split, choose_kept, split_blocks
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from wan_loader.loading.match import Match
     from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.plan.facts import Facts
+    from wan_loader.streaming.split import SharedBuffers
 
 __all__ = ["Decision", "Limits", "decide", "lay_out_all"]
 
@@ -28,6 +30,7 @@ __all__ = ["Decision", "Limits", "decide", "lay_out_all"]
 _PINNED_SHARE = 0.5
 #: The page cache that blocks rely on: other programs, and the rest of this one, need some, too.
 _HOST_SHARE = 0.75
+_NOTHING = Held()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +56,17 @@ class Decision:
     resident: tuple[str, ...]
     """The names in the checkpoint of everything that stays on the device."""
     scratch_nbytes: int
+    """The bytes of the longest segment that is converted."""
+    half_done_nbytes: int
+    """What making numbers takes beside that."""
     pinned: frozenset[int]
     """The streamed blocks whose pages are to be registered, by their places in `layouts`."""
     kept: frozenset[int]
     """Those that are expected to stay in the page cache, the pinned ones included; the others are read from the disk
     each time."""
     io: str
+    held: Held
+    """What the module holds for itself."""
     reason: str
 
     def transport(self, number: int) -> Transport:
@@ -100,6 +108,8 @@ def decide(
     *,
     io: str,
     chunk_nbytes: int,
+    shared: SharedBuffers | None = None,
+    taken: Held = _NOTHING,
 ) -> Decision:
     """Decide which blocks are streamed, and where their bytes come from.
 
@@ -112,9 +122,12 @@ def decide(
         limits: What may be taken.
         io: The mode that was asked for.
         chunk_nbytes: What is converted at a time.
+        shared: The buffers, if another module has them already.
+        taken: What other modules hold for which the limits count, too.
 
     Raises:
         DeviceMemoryError: The limit for the device is too small even if every block is streamed.
+        OptionError: Blocks are larger than the buffers that are there.
     """
     in_blocks = {place.name for layout in layouts for place in layout.places}
     rest = sum(_nbytes_on_device(tensor, policy) for tensor in wanted if tensor.name not in in_blocks)
@@ -122,18 +135,20 @@ def decide(
     half_done = SCRATCH_BYTES if facts.cuda and any(layout.quantised for layout in layouts) else 0
     split = split_blocks(
         [layout.nbytes for layout in layouts],
-        rest,
+        rest + taken.device,
         buffers=limits.buffers,
         scratch=scratch + half_done,
         budget=limits.device,
         path=checkpoint.path,
+        shared=shared,
     )
     streamed = tuple(layouts[number] for number in split.streamed)
     away = {place.name for layout in streamed for place in layout.places}
     sizes = [layout.nbytes_file for layout in streamed]
-    host = _host_limit(facts) if limits.host is None else limits.host
+    host = max(0, (_host_limit(facts) if limits.host is None else limits.host) - taken.host)
     kept = choose_kept(sizes, host)
-    limit = min(host, int(facts.memory_limit * _PINNED_SHARE) if limits.pinned is None else limits.pinned)
+    limit = int(facts.memory_limit * _PINNED_SHARE) if limits.pinned is None else limits.pinned
+    limit = min(host, max(0, limit - taken.pinned))
     may_pin = facts.cuda and io in ("auto", "mapped")
     pinned = _choose_among(kept, sizes, limit) if may_pin else set()
     return Decision(
@@ -141,9 +156,15 @@ def decide(
         split=split,
         resident=tuple(tensor.name for tensor in wanted if tensor.name not in away),
         scratch_nbytes=scratch if streamed else 0,
+        half_done_nbytes=half_done if streamed else 0,
         pinned=frozenset(pinned),
         kept=frozenset(kept),
         io=io,
+        held=Held(
+            split.nbytes - split.nbytes_beside - taken.device,
+            0 if io == "direct" else sum(sizes[number] for number in kept),
+            sum(sizes[number] for number in pinned),
+        ),
         reason=_reason(io, host, limit, n_pinned=len(pinned), n_kept=len(kept), n_streamed=len(streamed), facts=facts),
     )
 

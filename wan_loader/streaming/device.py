@@ -51,6 +51,9 @@ class StreamDevice(Protocol):
     buffers: list[Any]
     """The memory of each buffer: a tensor of bytes."""
 
+    def reserve(self, scratch_nbytes: int) -> None:
+        """Have room for the conversion of segments of so many bytes."""
+
     def current(self) -> AbstractContextManager[None]:
         """Make the device the current one of this thread, for copies."""
 
@@ -106,6 +109,9 @@ class HostStreamDevice:
         except RuntimeError as error:  # torch's allocator of host memory has no error of its own
             reason = f"there is no memory for {n_buffers} buffers of {buffer_nbytes} bytes"
             raise DeviceMemoryError.because(reason, "use fewer buffers") from error
+
+    def reserve(self, scratch_nbytes: int) -> None:
+        """Do nothing: bytes are converted where they lie."""
 
     def current(self) -> AbstractContextManager[None]:
         """Return a context that does nothing."""

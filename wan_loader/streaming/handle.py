@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wan_loader.cancel import CancelToken
     from wan_loader.streaming.report import StreamReport
     from wan_loader.streaming.schedule import Schedule
+    from wan_loader.streaming.workspace import Workspace
 
 _Hook = TypeVar("_Hook", bound="Callable[..., None]")
 
@@ -125,6 +126,7 @@ class StreamedBlocks:
         schedule: Schedule,
         *,
         check_files: Callable[[], None],
+        workspace: Workspace,
         resources: ExitStack,
         report: Callable[[], StreamReport],
         cancel: CancelToken,
@@ -134,6 +136,8 @@ class StreamedBlocks:
         self._check_files = check_files
         self._report = report
         self._cancel = cancel
+        self.workspace = workspace
+        """What another module may share."""
         self._close = weakref.finalize(self, resources.close)
         self._hooks: list[Any] = []
         for block in self._blocks:

@@ -27,7 +27,8 @@ class StreamReport:
     buffer_nbytes: int
     """The size of one buffer."""
     device_nbytes: int
-    """What the weights take on the device: those that stay there, the buffers, and what conversions take."""
+    """What the weights take on the device: those that stay there, the buffers, and what conversions take; of modules
+    that share buffers, what all of them take."""
     nbytes_mapped: int
     """Bytes of the files that come out of registered pages of the page cache, in one forward."""
     nbytes_direct: int

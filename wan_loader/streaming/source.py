@@ -16,7 +16,6 @@ from wan_loader.engine.open_files import OpenFiles
 from wan_loader.errors import CheckpointError
 from wan_loader.plan.blocks import Block, Transport, plan_blocks
 from wan_loader.streaming.reads import ReadAhead
-from wan_loader.streaming.slots import Slots
 from wan_loader.system.posix import map_file, populate, unmap
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from wan_loader.streaming.blocks import BlockLayout
     from wan_loader.streaming.device import Scales, StreamDevice
     from wan_loader.streaming.reads import Course
+    from wan_loader.streaming.slots import Slots
 
 __all__ = ["CHUNK_BYTES", "FileSource"]
 
@@ -42,6 +42,7 @@ class FileSource:
         files: The files of the checkpoint.
         layouts: The streamed blocks.
         device: Where they go.
+        slots: What bytes pass through that are read. Others may use them, when this has nothing under way.
         pinned: The numbers of the blocks whose pages are registered with the driver, if it will.
         transport: Says how the bytes of a block travel that is read, by its number.
         course: The order in which the blocks will be asked for.
@@ -58,6 +59,7 @@ class FileSource:
         files: Sequence[FileFacts],
         layouts: Sequence[BlockLayout],
         device: StreamDevice,
+        slots: Slots,
         *,
         pinned: Collection[int],
         transport: Callable[[int], Transport],
@@ -74,7 +76,7 @@ class FileSource:
         """Blocks that were asked for, and those that the thread has begun to bring."""
         self._thread: ThreadPoolExecutor | None = None
         self._reads: ReadAhead | None = None
-        self._slots = Slots(device, CHUNK_BYTES)
+        self._slots = slots
         self.pinned_nbytes = 0
         """The bytes of the page cache that are registered."""
         self._stack = ExitStack()
@@ -93,7 +95,6 @@ class FileSource:
                 if device.copies_late:
                     self._thread = ThreadPoolExecutor(1, "stream blocks")
         except BaseException:
-            self._slots.close()
             self._stack.close()
             raise
 
@@ -139,6 +140,20 @@ class FileSource:
         """Return once everything that was asked for a buffer is queued; raises what went wrong there."""
         if (future := self._under_way.pop(buffer, None)) is not None:
             future.result()
+
+    def drop(self) -> None:
+        """Return once nothing is queued any more, nor will be, and nothing is read: somebody else has the buffers."""
+        self._n_asked += 1  # nothing is read ahead from here on
+        for future in self._under_way.values():
+            if not future.cancel():
+                future.exception()
+        self._under_way.clear()
+        if self._reads is not None:
+            if self._thread is None:
+                self._reads.drop()
+            else:
+                self._thread.submit(self._reads.drop).result()
+        self._n_begun = self._n_asked
 
     def _fetch(self, number: int, buffer: int) -> None:
         self._n_begun += 1
@@ -205,11 +220,11 @@ class FileSource:
     def close(self) -> None:
         """End the threads, and give everything back: once no copy is under way any more, and no computation."""
         self._n_asked += 1  # nothing is read ahead from here on
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(cancel_futures=True)
         self._under_way.clear()
         with self._stack:
             if self._reads is not None:
                 self._reads.drop()
             self._device.synchronize()  # copies out of mapped pages have no fences
-            self._slots.close()

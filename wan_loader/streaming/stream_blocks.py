@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_cancel, check_module, check_observer, checked_count, checked_strings
@@ -28,12 +29,14 @@ from wan_loader.plan.request import LoadRequest
 from wan_loader.sizes import parse_size
 from wan_loader.streaming.decision import Limits, decide, lay_out_all
 from wan_loader.streaming.device import HostStreamDevice
+from wan_loader.streaming.ledger import Held, Ledger
 from wan_loader.streaming.report import StreamReport
 from wan_loader.streaming.schedule import Schedule, course
 from wan_loader.streaming.source import CHUNK_BYTES, FileSource
+from wan_loader.streaming.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -67,6 +70,7 @@ def stream_blocks(
     device_memory: int | str | None = None,
     pinned_memory: int | str | None = None,
     host_memory: int | str | None = None,
+    share: StreamedBlocks | None = None,
     part: str | None = None,
     key_map: KeyMap | None = None,
     strict: bool = True,
@@ -115,6 +119,9 @@ def stream_blocks(
             the memory that is available now. Blocks beyond that are read from the disk in each forward, past the page
             cache, ahead of the computation: a forward that takes longer than these reads hides them. The report says
             what they cost, before the first forward. The slots that bytes pass through come on top: 400 MB.
+        share: Another module's streamed blocks, whose buffers on the device these use, too: for modules of which one
+            runs at a time, such as two experts. The limits then count what all of them hold, buffers once. The first
+            block of a module that runs after another one is waited for. Each may be closed at any time.
         part: As for `load_file`.
         key_map: As for `load_into`.
         strict: As for `load_into`.
@@ -133,7 +140,8 @@ def stream_blocks(
         streamed weights.
 
     Raises:
-        OptionError: An argument makes no sense, or `blocks` names nothing with blocks.
+        OptionError: An argument makes no sense, `blocks` names nothing with blocks, or `share` is closed, lies on
+            another device, or has smaller buffers.
         CheckpointError: As for `load_file`, or the checkpoint is a pickle that cannot be planned.
         KeyMismatchError: As for `load_into`.
         DeviceMemoryError: `device_memory` is too little even with every block streamed, or the device has no room.
@@ -162,7 +170,20 @@ def stream_blocks(
     import_torch()
     into = Into(module=module, key_map=key_map, strict=strict, allow_meta=tuple(allow_meta))
     names = _block_names(module, blocks)
-    return _stream(request, into, names, limits, cancel or CancelToken(), observer)
+    return _stream(request, into, names, limits, _checked_share(share), cancel or CancelToken(), observer)
+
+
+def _checked_share(share: object) -> Workspace | None:
+    """Return what is to be shared."""
+    if share is None:
+        return None
+    from wan_loader.streaming.handle import StreamedBlocks
+
+    if not isinstance(share, StreamedBlocks):
+        raise OptionError.because(f"share is {type(share).__name__}", "pass what stream_blocks has returned")
+    if share.closed:
+        raise OptionError.because("the blocks that are to be shared with are closed", "share with some that are not")
+    return share.workspace
 
 
 def _checked_size(size: int | str | None, what: str) -> int | None:
@@ -190,6 +211,7 @@ def _stream(
     into: Into,
     names: Sequence[str],
     limits: Limits,
+    shared: Workspace | None,
     cancel: CancelToken,
     observer: Observer | None,
 ) -> StreamedBlocks:
@@ -200,34 +222,62 @@ def _stream(
             reason, remedy = "is a pickle that only torch can read", "save it as safetensors, or use load_into"
             raise CheckpointError.because(reason, remedy, path=checkpoint.path)
         binding = make_binding(request, checkpoint, into)
-        decision, facts = _decide(binding, checkpoint, names, limits)
+        decision, facts = _decide(binding, checkpoint, names, limits, shared)
         plan = session.plan(replace(binding.request, names=decision.resident), checkpoint)
         with current(facts.device):
-            device = _make_device(decision, facts)
-            resources.callback(device.close)
+            workspace = _join(resources, decision, facts, shared)
             transfer = session.run(plan)
-            scales = _scales(decision.layouts, checkpoint, facts.device)
-            device.synchronize()  # before another stream uses them
-            n_blocks, n_buffers = len(decision.layouts), decision.split.n_buffers
-            source = FileSource(
-                checkpoint.files,
-                decision.layouts,
-                device,
-                pinned=decision.pinned,
-                transport=decision.transport,
-                course=course(n_blocks, n_buffers),
-                scales=scales,
-            )
-            resources.callback(source.close)
-            schedule = Schedule(n_blocks, n_buffers, device, source)
-            schedule.start()
+            schedule, source = _begin(resources, decision, checkpoint, workspace)
             with session.span("assign"):
-                notes = binding.bind(transfer.tensors | _views(decision.layouts, device), facts.device)
+                notes = binding.bind(transfer.tensors | _views(decision, workspace.device), facts.device)
         load = session.result(plan, transfer, warnings=notes).report
-        return _handle(binding, decision, schedule, source, resources.pop_all(), names, load, cancel)
+        report = partial(_report, decision, names, load, source, schedule)
+        return _handle(binding, decision, schedule, source, workspace, resources.pop_all(), report, cancel)
 
 
-def _decide(binding: Binding, checkpoint: Checkpoint, names: Sequence[str], limits: Limits) -> tuple[Decision, Facts]:
+def _join(resources: ExitStack, decision: Decision, facts: Facts, shared: Workspace | None) -> Workspace:
+    """Make the buffers, or join those that have some."""
+    ledger = Ledger() if shared is None else shared.ledger
+    if shared is not None and shared.shared() is not None:
+        workspace = shared
+    else:
+        workspace = Workspace(_make_device(decision, facts), facts.device, CHUNK_BYTES, ledger)
+    workspace.join()
+    resources.callback(workspace.leave)
+    workspace.reserve(decision.scratch_nbytes, decision.scratch_nbytes + decision.half_done_nbytes)
+    me = object()
+    resources.callback(ledger.strike, me)
+    ledger.note(me, decision.held)
+    return workspace
+
+
+def _begin(
+    resources: ExitStack, decision: Decision, checkpoint: Checkpoint, workspace: Workspace
+) -> tuple[Schedule, FileSource]:
+    """Have the first blocks come, unless another module's are in the buffers."""
+    device, n_blocks, n_buffers = workspace.device, len(decision.layouts), decision.split.n_buffers
+    scales = _scales(decision.layouts, checkpoint, workspace.device_name)
+    device.synchronize()  # before another stream uses them
+    source = FileSource(
+        checkpoint.files,
+        decision.layouts,
+        device,
+        workspace.slots,
+        pinned=decision.pinned,
+        transport=decision.transport,
+        course=course(n_blocks, n_buffers),
+        scales=scales,
+    )
+    resources.callback(source.close)
+    schedule = Schedule(n_blocks, n_buffers, device, source, workspace.occupancy)
+    resources.callback(schedule.close)
+    schedule.start()
+    return schedule, source
+
+
+def _decide(
+    binding: Binding, checkpoint: Checkpoint, names: Sequence[str], limits: Limits, shared: Workspace | None
+) -> tuple[Decision, Facts]:
     """Ask the system what must be known of it, and decide."""
     request, found, into = binding.request, binding.found, binding.into
     assert found is not None
@@ -238,8 +288,22 @@ def _decide(binding: Binding, checkpoint: Checkpoint, names: Sequence[str], limi
     layouts = lay_out_all(names, found, parameters, checkpoint, request.policy)
     in_blocks = tuple(place.name for layout in layouts for place in layout.places)
     facts = probe(checkpoint, replace(request, names=in_blocks))
-    policy, io = request.policy, request.io
-    return decide(layouts, wanted, checkpoint, policy, facts, limits, io=io, chunk_nbytes=_SCRATCH_BYTES), facts
+    if shared is not None and shared.device_name != facts.device:
+        reason = f"the blocks to share with lie on {shared.device_name}, these are for {facts.device}"
+        raise OptionError.because(reason, "stream both on one device, or share nothing")
+    decision = decide(
+        layouts,
+        wanted,
+        checkpoint,
+        request.policy,
+        facts,
+        limits,
+        io=request.io,
+        chunk_nbytes=_SCRATCH_BYTES,
+        shared=None if shared is None else shared.shared(),
+        taken=Held() if shared is None else shared.ledger.total(),
+    )
+    return decision, facts
 
 
 def _make_device(decision: Decision, facts: Facts) -> StreamDevice:
@@ -248,7 +312,7 @@ def _make_device(decision: Decision, facts: Facts) -> StreamDevice:
         return HostStreamDevice(n_buffers, nbytes)
     from wan_loader.streaming.cuda_device import CudaStreamDevice
 
-    return CudaStreamDevice(int(facts.device.partition(":")[2]), n_buffers, nbytes, decision.scratch_nbytes)
+    return CudaStreamDevice(int(facts.device.partition(":")[2]), n_buffers, nbytes)
 
 
 def _scales(layouts: Sequence[BlockLayout], checkpoint: Checkpoint, device: str) -> dict[str, torch.Tensor]:
@@ -262,11 +326,11 @@ def _scales(layouts: Sequence[BlockLayout], checkpoint: Checkpoint, device: str)
     return {name: held[scale.name] for name, scale in scaled.items()}
 
 
-def _views(layouts: Sequence[BlockLayout], device: StreamDevice) -> dict[str, torch.Tensor]:
+def _views(decision: Decision, device: StreamDevice) -> dict[str, torch.Tensor]:
     """Return each streamed tensor, by its name in the checkpoint: a view of the buffer that it always comes to."""
     views: dict[str, torch.Tensor] = {}
-    for number, layout in enumerate(layouts):
-        buffer = device.buffers[number % len(device.buffers)]
+    for number, layout in enumerate(decision.layouts):
+        buffer = device.buffers[number % decision.split.n_buffers]
         for place in layout.places:
             flat = buffer[place.start : place.start + place.nbytes].view(torch_dtype(place.dtype))
             views[place.name] = flat.view(place.shape)
@@ -278,9 +342,9 @@ def _handle(
     decision: Decision,
     schedule: Schedule,
     source: FileSource,
+    workspace: Workspace,
     resources: ExitStack,
-    names: Sequence[str],
-    load: LoadReport,
+    report: Callable[[], StreamReport],
     cancel: CancelToken,
 ) -> StreamedBlocks:
     """Put the hooks in place."""
@@ -297,8 +361,9 @@ def _handle(
         },
         schedule,
         check_files=source.check_unchanged,
+        workspace=workspace,
         resources=resources,
-        report=lambda: _report(decision, names, load, source, schedule),
+        report=report,
         cancel=cancel,
     )
 
