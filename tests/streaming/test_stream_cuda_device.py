@@ -4,6 +4,7 @@ import itertools
 import random
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -39,6 +40,8 @@ class LockedGpu(FakeGpu):
         super().__init__(rng, monkeypatch)
         self.lock = threading.RLock()
         self.pinned = {}
+        self.sources = Counter()
+        """The copies that are under way: destination, source and length."""
         self.torch.cuda.device = lambda device: nullcontext()
         self.torch.cuda.synchronize = lambda device: self.drain()
         monkeypatch.setattr(cuda_device, "driver", self)
@@ -64,9 +67,16 @@ class LockedGpu(FakeGpu):
     def register(self, address, nbytes, context, *, read_only):
         self.pinned[address] = nbytes
 
+    def copy_to_device(self, copies, stream, *, quick):
+        for copy in list(copies):
+            self.sources[copy] += 1
+            super().copy_to_device([copy], stream, quick=quick)
+            self.queue(stream, lambda copy=copy: self.sources.subtract([copy]))
+
     def unregister(self, address, context):
-        if address in self.pinned:
-            assert not any(self._queues.values()), "unregistered while copies are under way"
+        end = address + self.pinned.get(address, 0)
+        used = [source for (_, source, _), n in self.sources.items() if n and address <= source < end]
+        assert not used, "unregistered while copies are under way"
         return self.pinned.pop(address, None) is not None
 
 

@@ -20,7 +20,7 @@ from wan_loader.plan.blocks import Transport
 from wan_loader.streaming.slots import N_READS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
     from wan_loader.engine.open_files import OpenFiles
     from wan_loader.engine.read_queue import InFlightRead
@@ -94,7 +94,7 @@ class ReadAhead:
         """
         return self._meter.rate(timeout_s)
 
-    def parts(self, number: int) -> Iterator[HostBlock]:
+    def parts(self, number: int) -> Generator[HostBlock, None, None]:
         """Yield the parts of a block, each once it is in memory. After each, `copied` must be called.
 
         Raises:

@@ -8,7 +8,7 @@ ahead of the computation (`reads`). On a device that copies late, a thread of it
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
 
 from wan_loader.devices.writer import HostBlock, PinError
@@ -165,9 +165,10 @@ class FileSource:
                 device.copy(buffer, layout, mapped, self._scales)
             else:
                 assert self._reads is not None
-                for part in self._reads.parts(number):
-                    device.copy(buffer, layout, [part], self._scales)
-                    self._reads.copied(device.fence())
+                with closing(self._reads.parts(number)) as parts:  # after a failure, nothing may be under way
+                    for part in parts:
+                        device.copy(buffer, layout, [part], self._scales)
+                        self._reads.copied(device.fence())
             device.end(buffer)
 
     def _read_ahead(self) -> None:
