@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from wan_loader.loading.report import LoadReport
+    from wan_loader.loading.report import CacheReport, LoadReport
 
 __all__ = ["StreamReport"]
 
@@ -47,6 +47,8 @@ class StreamReport:
     """Why the bytes come as they do."""
     read_rate: float | None = None
     """The bytes a second that the first reads from the disk came with; None where there are none."""
+    cache: CacheReport | None = None
+    """The part of the converted cache; None where it was not asked for."""
     n_fetched: int = 0
     """Blocks that were brought until now."""
     n_late: int = 0
@@ -77,6 +79,7 @@ class StreamReport:
                 f"  device  {format_bytes(self.device_nbytes)} of weights and buffers",
                 f"  each    {shown or 'nothing'}: {self.reason}",
                 *([f"  disk    {cost}"] if (cost := self._cost()) else []),
+                *([f"  cache   {self.cache.state}: {self.cache.reason}"] if self.cache else []),
                 f"  pinned  {format_bytes(self.pinned_nbytes)} of the page cache",
                 f"  until now {format_count(self.n_fetched, 'block')} came, {self.n_late} of them late",
                 *(f"  note    {warning}" for warning in self.warnings),

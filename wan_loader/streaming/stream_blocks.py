@@ -10,9 +10,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from wan_loader.arguments import check_cancel, check_module, check_observer, checked_count, checked_strings
+from wan_loader.arguments import check_cache, check_cancel, check_module, check_observer, checked_count, checked_strings
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.resolve import current, import_torch
 from wan_loader.dtypes import dtype_name, torch_dtype
@@ -27,6 +27,7 @@ from wan_loader.plan.blocks import Transport
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 from wan_loader.sizes import parse_size
+from wan_loader.streaming.converted import find_converted
 from wan_loader.streaming.decision import Limits, decide, lay_out_all
 from wan_loader.streaming.device import HostStreamDevice
 from wan_loader.streaming.ledger import Held, Ledger
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from wan_loader.formats import Checkpoint
     from wan_loader.loading.bind import Binding
     from wan_loader.loading.match import KeyMap
-    from wan_loader.loading.report import LoadReport
+    from wan_loader.loading.report import CacheReport, LoadReport
     from wan_loader.plan.facts import Facts
     from wan_loader.streaming.blocks import BlockLayout
     from wan_loader.streaming.decision import Decision
@@ -78,6 +79,8 @@ def stream_blocks(
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
     threads: int | None = None,
+    cache: bool = False,
+    cache_dir: StrPath | None = None,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> StreamedBlocks:
@@ -130,6 +133,9 @@ def stream_blocks(
         io: As for `load_file`. For the streamed blocks, "mapped" is what "auto" prefers; "direct" and "buffered" read
             all of them each time.
         threads: As for `load_file`, for what stays on the device.
+        cache: Stream from the entry of the converted cache, if there is one: of a checkpoint in float32 that is wanted
+            in bfloat16, half the bytes. If there is none, conversions happen each time, and the report says so.
+        cache_dir: The directory of the cache; None takes the user's cache directory.
         cancel: As for `load_file`. Also asked by each streamed block: a forward that was cancelled raises.
         observer: As for `load_file`, for what stays on the device.
 
@@ -152,6 +158,7 @@ def stream_blocks(
     check_module(module)
     check_cancel(cancel)
     check_observer(observer)
+    check_cache(cache=cache, cache_dir=cache_dir)
     request = LoadRequest(
         source=path,
         device=device,
@@ -170,7 +177,16 @@ def stream_blocks(
     import_torch()
     into = Into(module=module, key_map=key_map, strict=strict, allow_meta=tuple(allow_meta))
     names = _block_names(module, blocks)
-    return _stream(request, into, names, limits, _checked_share(share), cancel or CancelToken(), observer)
+    use = _Use(_checked_share(share), cache, cache_dir)
+    return _stream(request, into, names, limits, use, cancel or CancelToken(), observer)
+
+
+class _Use(NamedTuple):
+    """What the blocks may use that is there already."""
+
+    workspace: Workspace | None
+    cache: bool
+    cache_dir: StrPath | None
 
 
 def _checked_share(share: object) -> Workspace | None:
@@ -211,7 +227,7 @@ def _stream(
     into: Into,
     names: Sequence[str],
     limits: Limits,
-    shared: Workspace | None,
+    use: _Use,
     cancel: CancelToken,
     observer: Observer | None,
 ) -> StreamedBlocks:
@@ -221,17 +237,20 @@ def _stream(
         if not is_planned(checkpoint):
             reason, remedy = "is a pickle that only torch can read", "save it as safetensors, or use load_into"
             raise CheckpointError.because(reason, remedy, path=checkpoint.path)
-        binding = make_binding(request, checkpoint, into)
-        decision, facts = _decide(binding, checkpoint, names, limits, shared)
+        binding, cached = make_binding(request, checkpoint, into), None
+        if use.cache:
+            checkpoint, cached = find_converted(checkpoint, binding.request.policy, use.cache_dir, resources)
+            binding = make_binding(request, checkpoint, into)
+        decision, facts = _decide(binding, checkpoint, names, limits, use.workspace)
         plan = session.plan(replace(binding.request, names=decision.resident), checkpoint)
         with current(facts.device):
-            workspace = _join(resources, decision, facts, shared)
+            workspace = _join(resources, decision, facts, use.workspace)
             transfer = session.run(plan)
             schedule, source = _begin(resources, decision, checkpoint, workspace)
             with session.span("assign"):
                 notes = binding.bind(transfer.tensors | _views(decision, workspace.device), facts.device)
         load = session.result(plan, transfer, warnings=notes).report
-        report = partial(_report, decision, names, load, source, schedule)
+        report = partial(_report, decision, names, load, source, schedule, cached)
         return _handle(binding, decision, schedule, source, workspace, resources.pop_all(), report, cancel)
 
 
@@ -369,7 +388,12 @@ def _handle(
 
 
 def _report(
-    decision: Decision, names: Sequence[str], load: LoadReport, source: FileSource, schedule: Schedule
+    decision: Decision,
+    names: Sequence[str],
+    load: LoadReport,
+    source: FileSource,
+    schedule: Schedule,
+    cached: CacheReport | None,
 ) -> StreamReport:
     travel = source.travel()
     return StreamReport(
@@ -387,6 +411,7 @@ def _report(
         nbytes_buffered=travel[Transport.BUFFERED][1],
         pinned_nbytes=source.pinned_nbytes,
         read_rate=source.read_rate(),
+        cache=cached,
         reason=decision.reason,
         n_fetched=schedule.n_fetched,
         n_late=schedule.n_late,
