@@ -38,7 +38,6 @@ from turns import describe_run, run_fresh
 _SAMPLE = """
 import hashlib, json, os, re, resource, sys, time
 path, device, frames, way, steps, options = sys.argv[1:]
-import accelerate
 import torch
 from diffusers import WanTransformer3DModel
 import wan_loader
@@ -49,6 +48,9 @@ tiny = config["num_layers"] * config["ffn_dim"] < 10_000
 height, width = (8, 8) if tiny else (60, 104)
 if cuda:
     torch.zeros(1, device="cuda")
+
+if way == "sequential":
+    import accelerate
 
 def settle():
     if cuda:
