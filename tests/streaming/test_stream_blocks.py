@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from streamed_models import Model, empty_model, inputs, resident_model, save_mod
 
 import wan_loader
 from wan_loader import CheckpointError, DeviceMemoryError, KeyMismatchError, LoadCancelledError, OptionError
+from wan_loader.streaming import handle
 from wan_loader.system.posix import PAGE
 
 N = 7
@@ -441,6 +443,20 @@ def test_without_a_reference_to_it_the_module_is_enough(path, device, expected):
     del model, _
     gc.collect()
     assert n_files() == files
+
+
+def test_the_end_may_come_in_a_thread_that_it_ends(path):
+    """The garbage collector runs wherever memory is allocated."""
+    _, streamed = stream(path)
+    ended, seen = threading.Event(), []
+    with ExitStack() as resources:
+        resources.callback(lambda: (seen.append(threading.current_thread().name), ended.set()))
+        thread = threading.Thread(target=handle._give_back, args=(resources,), name=f"{handle.THREAD_NAME}_0")
+        thread.start()
+        thread.join()
+        assert ended.wait(10)
+    assert not seen[0].startswith(handle.THREAD_NAME)
+    streamed.close()
 
 
 def test_a_failure_on_the_way_gives_everything_back(path, monkeypatch):

@@ -7,10 +7,13 @@ the same objects. At all other times stand-ins are in their place (`away`).
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from wan_loader.errors import CheckpointError, OptionError
+from wan_loader.streaming.source import THREAD_NAME
+from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -112,6 +115,14 @@ def _uncompiled(hook: _Hook) -> _Hook:
     return torch.compiler.disable(hook)  # type: ignore[no-any-return]
 
 
+def _give_back(resources: ExitStack) -> None:
+    """Close everything. The garbage collector may come to this in a thread that is to be ended by it."""
+    if threading.current_thread().name.startswith(THREAD_NAME):
+        in_background(resources.close, "close streamed blocks")
+    else:
+        resources.close()
+
+
 class StreamedBlocks:
     """A module whose blocks come from the checkpoint while it runs. A context manager, which ends that.
 
@@ -138,7 +149,7 @@ class StreamedBlocks:
         self._cancel = cancel
         self.workspace = workspace
         """What another module may share."""
-        self._close = weakref.finalize(self, resources.close)
+        self._close = weakref.finalize(self, _give_back, resources)
         self._hooks: list[Any] = []
         for block in self._blocks:
             block.put(away=True)

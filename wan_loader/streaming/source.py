@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from wan_loader.streaming.reads import Course
     from wan_loader.streaming.slots import Slots
 
-__all__ = ["CHUNK_BYTES", "FileSource"]
+__all__ = ["CHUNK_BYTES", "THREAD_NAME", "FileSource"]
 
 #: What is read, or converted, at a time; copies of this size reach what the link gives.
 CHUNK_BYTES = 16 << 20
+THREAD_NAME = "stream blocks"
 #: How long a report waits for the first reads, whose rate it is to name.
 _FIRST_READS_S = 2.0
 
@@ -93,7 +94,7 @@ class FileSource:
                 self._reads = ReadAhead(self._open, read, course, self._slots)
                 self._slots.ring()  # now, where an error is the caller's
                 if device.copies_late:
-                    self._thread = ThreadPoolExecutor(1, "stream blocks")
+                    self._thread = ThreadPoolExecutor(1, THREAD_NAME)
         except BaseException:
             self._stack.close()
             raise
@@ -148,12 +149,16 @@ class FileSource:
             if not future.cancel():
                 future.exception()
         self._under_way.clear()
-        if self._reads is not None:
-            if self._thread is None:
-                self._reads.drop()
-            else:
-                self._thread.submit(self._reads.drop).result()
+        if self._thread is None:
+            self._drop_reads()
+        else:
+            self._thread.submit(self._drop_reads).result()
         self._n_begun = self._n_asked
+
+    def _drop_reads(self) -> None:
+        if self._reads is not None:
+            with self._device.current():
+                self._reads.drop()
 
     def _fetch(self, number: int, buffer: int) -> None:
         self._n_begun += 1
@@ -226,6 +231,5 @@ class FileSource:
             thread.shutdown(cancel_futures=True)
         self._under_way.clear()
         with self._stack:
-            if self._reads is not None:
-                self._reads.drop()
+            self._drop_reads()
             self._device.synchronize()  # copies out of mapped pages have no fences
