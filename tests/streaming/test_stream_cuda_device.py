@@ -290,3 +290,27 @@ def test_reads_go_on_between_forwards_within_the_slots(tmp_path, monkeypatch, sm
 
 def parts(streamed, number):
     return streamed.source._blocks[number]
+
+
+@pytest.mark.parametrize("end", ["drop", "close"])
+def test_nobody_waits_for_the_rest_of_a_block_that_is_not_needed(tmp_path, monkeypatch, small_chunks, end):
+    gpu = LockedGpu(random.Random(6), monkeypatch)
+    streamed = Streamed(save_model(tmp_path, N_BLOCKS), gpu, pinned=[])
+    begun, n_copied = threading.Event(), []
+    copy = streamed.device.copy
+
+    def slow(*arguments):
+        copy(*arguments)
+        n_copied.append(1)
+        begun.set()
+        while not streamed.source._is_stopping:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(streamed.device, "copy", slow)
+    streamed.schedule.start()
+    assert begun.wait(10)
+    if end == "drop":
+        streamed.source.drop()
+    streamed.close()
+    assert len(n_copied) == 1 < len(parts(streamed, 0))
+    assert (gpu.n_streams, gpu.n_events, gpu.pinned) == (0, 0, {})

@@ -75,6 +75,7 @@ class FileSource:
         """What the thread was asked for last, by buffer."""
         self._n_asked = self._n_begun = 0
         """Blocks that were asked for, and those that the thread has begun to bring."""
+        self._is_stopping = False
         self._thread: ThreadPoolExecutor | None = None
         self._reads: ReadAhead | None = None
         self._slots = slots
@@ -144,16 +145,21 @@ class FileSource:
 
     def drop(self) -> None:
         """Return once nothing is queued any more, nor will be, and nothing is read: somebody else has the buffers."""
-        self._n_asked += 1  # nothing is read ahead from here on
-        for future in self._under_way.values():
-            if not future.cancel():
-                future.exception()
+        self._stop()
+        for future in [future for future in self._under_way.values() if not future.cancel()]:
+            future.exception()
         self._under_way.clear()
         if self._thread is None:
             self._drop_reads()
         else:
             self._thread.submit(self._drop_reads).result()
         self._n_begun = self._n_asked
+        self._is_stopping = False
+
+    def _stop(self) -> None:
+        """Have the thread end what it is at after the next part, and read nothing ahead."""
+        self._is_stopping = True
+        self._n_asked += 1
 
     def _drop_reads(self) -> None:
         if self._reads is not None:
@@ -174,6 +180,8 @@ class FileSource:
                     for part in parts:
                         device.copy(buffer, layout, [part], self._scales)
                         self._reads.copied(device.fence())
+                        if self._is_stopping:  # the block will not be used
+                            return
             device.end(buffer)
 
     def _read_ahead(self) -> None:
@@ -225,7 +233,7 @@ class FileSource:
 
     def close(self) -> None:
         """End the threads, and give everything back: once no copy is under way any more, and no computation."""
-        self._n_asked += 1  # nothing is read ahead from here on
+        self._stop()
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.shutdown(cancel_futures=True)
