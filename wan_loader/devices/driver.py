@@ -48,6 +48,7 @@ __all__ = [
 # from cuda.h: flags of cuStreamCreate, cuEventCreate and of cuMemHostRegister, results
 _NON_BLOCKING = 0x01
 _WITHOUT_TIMING = 0x02
+_BLOCKING_SYNC = 0x01
 _NOT_READY = 600
 _PORTABLE = 0x01
 _READ_ONLY = 0x08
@@ -204,10 +205,16 @@ def wait_for_stream(stream: int) -> None:
     _check(_driver().cuStreamSynchronize(stream))
 
 
-def make_event(*, timed: bool = False) -> int:
-    """Make an event; the caller destroys it. Timed ones make copies beside them slower by some percent."""
+def make_event(*, timed: bool = False, sleeps: bool = False) -> int:
+    """Make an event; the caller destroys it.
+
+    Args:
+        timed: Times can be asked for, which makes copies beside it slower by some percent.
+        sleeps: Whoever waits for it leaves the processor to others, and goes on some microseconds later.
+    """
     event = ctypes.c_void_p()
-    _check(_quick().cuEventCreate(ctypes.byref(event), 0 if timed else _WITHOUT_TIMING))
+    flags = (0 if timed else _WITHOUT_TIMING) | (_BLOCKING_SYNC if sleeps else 0)
+    _check(_quick().cuEventCreate(ctypes.byref(event), flags))
     return event.value or 0
 
 
