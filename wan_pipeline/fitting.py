@@ -88,17 +88,19 @@ def _needs(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, dev
             sizes[component.name] //= world_size()
             workspace[component.name] += int(nbytes * _GATHERED[component.network.kind == "text_encoder"])
         if component.network.blocks and world_size() == 1:
-            blocks[component.name] = measure_blocks(component, name)
+            scratch = _SCRATCH_BYTES if device.type == "cuda" else 0
+            blocks[component.name] = measure_blocks(component, name, scratch_nbytes=scratch)
     host_nbytes = _PINNED_RING_BYTES if device.type == "cuda" else 0
     return Needs(sizes=sizes, workspace=workspace, blocks=blocks, tiled_workspace=tiled, host_nbytes=host_nbytes)
 
 
-def measure_blocks(component: Component, dtype: str | None) -> Blocks:
+def measure_blocks(component: Component, dtype: str | None, *, scratch_nbytes: int = 0) -> Blocks:
     """Add up what the repeated blocks of a network take, and what the rest of it does. From headers alone.
 
     Args:
         component: The network.
         dtype: The name of the dtype that it is loaded as; None leaves it as in the file.
+        scratch_nbytes: What streaming takes on the device beside its tensors, if some are converted.
     """
     policy = DtypePolicy(dtype, component.keep_fp32)
     block = re.compile(rf"{re.escape(component.network.blocks)}\.(\d+)\.")
@@ -119,7 +121,7 @@ def measure_blocks(component: Component, dtype: str | None) -> Blocks:
         count=len(in_blocks),
         nbytes=max(nbytes for nbytes, _ in in_blocks.values()),
         nbytes_file=max(nbytes for _, nbytes in in_blocks.values()),
-        rest_nbytes=rest + _SCRATCH_BYTES * converts,
+        rest_nbytes=rest + scratch_nbytes * converts,
     )
 
 

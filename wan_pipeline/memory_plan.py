@@ -235,9 +235,11 @@ def _place(preset: Preset, needs: Needs, limits: Limits, allowed: int) -> Memory
         work = needs.workspace.get(name, 0)
         if nbytes + work <= allowed or not _on_device(preset, name):
             continue
-        if name in needs.blocks:
-            streams[name] = _stream(needs.blocks[name], allowed - work, limits.pinned_nbytes)
-        elif name in needs.tiled_workspace:
+        blocks = needs.blocks.get(name)
+        # of a small network, buffers and what conversions take may be more than all of it
+        if blocks is not None and blocks.needed(blocks.count, _BUFFERS[-1]) < nbytes:
+            streams[name] = _stream(blocks, allowed - work, limits.pinned_nbytes)
+        elif needs.tiled_workspace.get(name, work) < work:
             tiled.add(name)
     plan = MemoryPlan(preset=preset, reason="", steps=(), streams=streams, tiled=frozenset(tiled))
     return replace(plan, steps=_fitted_steps(plan, needs, limits, allowed))

@@ -136,6 +136,9 @@ def stream(
         cancel: A token that stops the load, and later every forward.
         observer: As for `fetch`.
     """
+    unused = DtypePolicy(keep_fp32=component.keep_fp32).unused_parts([name for name, _ in module.named_parameters()])
+    # nobody trains what is streamed, and what asks for gradients would run under torch.no_grad() alone
+    module.requires_grad_(False)
     return stream_blocks(
         module,
         component.facts,
@@ -146,7 +149,8 @@ def stream(
         device_memory=streaming.device_nbytes,
         pinned_memory=streaming.pinned_nbytes,
         key_map=component.key_map,
-        keep_fp32=component.kept_parts,
+        # in the words of the module, which a name is looked up in here
+        keep_fp32=[part for part in component.keep_fp32 if part not in unused],
         cancel=cancel,
         observer=observer,
     )
