@@ -167,6 +167,15 @@ def test_the_error_of_a_limit_names_the_smallest_that_would_do(work, flags, pres
         plan(least - 100_000_001)
 
 
+def test_a_small_network_is_not_streamed_where_that_takes_more():
+    small = Blocks(count=2, nbytes=1000, nbytes_file=2000, rest_nbytes=17_000_000)
+    needed = Needs(
+        sizes={"text_encoder": 3000, "transformer": 1, "vae": 1}, workspace={}, blocks={"text_encoder": small}
+    )
+    with pytest.raises(DeviceMemoryError, match="allow 3000B or more"):
+        choose(needed, limits(None), device_memory=2000)
+
+
 def test_what_host_memory_costs_is_said_before_it_begins():
     assert "read" not in chosen(12, pinned_gb=64).reason
     plan = chosen(12, pinned_gb=10)

@@ -117,6 +117,16 @@ def test_a_text_encoder_that_is_streamed_gives_the_same_video(six_blocks, reside
     assert "2 of 2 blocks of the text encoder are streamed" in reason
 
 
+def test_a_named_preset_gets_the_limit_as_its_number(six_blocks, resident):
+    limit = least(six_blocks["native"], preset="streamed")
+    frames, streams, reason = video(six_blocks["native"], preset="streamed", device_memory=limit)
+    assert np.array_equal(frames, resident["native"])
+    assert list(streams) == ["text_encoder"]
+    assert reason.startswith("streamed: ")
+    with pytest.raises(DeviceMemoryError, match="preset balanced needs"):
+        video(six_blocks["native"], preset="balanced", device_memory=limit)
+
+
 def test_a_limit_with_room_takes_the_usual_ways(six_blocks, resident):
     for limit, name in ((10**9, "fastest"), (24_200_000, "balanced")):
         frames, streams, reason = video(six_blocks["native"], device_memory=limit)
@@ -128,15 +138,18 @@ def test_a_limit_with_room_takes_the_usual_ways(six_blocks, resident):
     assert "12.0 GB allowed on cpu" in reason
 
 
-@pytest.mark.usefixtures("no_work")
-def test_load_diffusers_within_a_limit(six_blocks):
-    """A plain pipeline of diffusers, whose text encoder may be called outside of it, too."""
+def test_load_diffusers_within_a_limit(six_blocks, monkeypatch):
+    """A plain pipeline of diffusers, whose text encoder may be called outside of it, and with gradients on."""
     root = six_blocks["diffusers"]
     videos = []
-    for settings in ({"preset": "fastest"}, {"device_memory": "1MB"}):
+    work = {"text_encoder": 950_000, "transformer": 0, "transformer_2": 0, "vae": 0}
+    monkeypatch.setattr(fitting, "_workspace", lambda *a: (dict(work), {}))
+    for settings in ({"preset": "fastest"}, {"device_memory": 1_010_000}):
         pipe = wan_pipeline.load_diffusers(root, device="cpu", dtype="bf16", **settings)
         pipe.set_progress_bar_config(disable=True)
-        embeds, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+        pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)  # with gradients on, kernels are others
+        with torch.no_grad():
+            embeds, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
         made = pipe(
             prompt_embeds=embeds,
             negative_prompt_embeds=embeds,
