@@ -128,7 +128,7 @@ def measure_blocks(component: Component, dtype: str | None, *, scratch_nbytes: i
 def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.device) -> Limits:
     import torch
 
-    free, held, pinned = None, 0, None
+    free, held, cache = None, 0, None
     host = available_memory()
     host = memory_limit() if host is None else host
     if options.host_memory is not None:
@@ -136,14 +136,15 @@ def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.devi
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-        pinned = memory_limit() // 2 if options.host_memory is None else host - _PINNED_RING_BYTES
+        # without a limit, as much as may be pinned
+        cache = memory_limit() // 2 if options.host_memory is None else host - _PINNED_RING_BYTES
     return Limits(
         device=str(device),
         titles={c.name: c.network.title for c in checkpoint.components},
         device_nbytes=free,
         held_nbytes=held,
         host_nbytes=host,
-        pinned_nbytes=pinned,
+        cache_nbytes=cache,
         # several processes load together: no network gives way on one of them
         may_drop=not options.like_diffusers and world_size() == 1,
     )

@@ -27,10 +27,10 @@ __all__ += ["Streaming", "allocator_nbytes", "choose", "plan_memory"]
 #: What the driver counts beside the memory that torch's allocator holds: the context, which is there before the first
 #: tensor is, ...
 CONTEXT_BYTES = 600_000_000
-#: ... and what comes with the first calls: kernels of torch, cuBLAS, cuDNN and attention, and their handles. (The
-#: workspaces of cuBLAS and cuDNN are the allocator's.)
-LIBRARY_BYTES = 300_000_000
-#: Host memory of the process beside pinned pages and ring: Python, the libraries, the driver's own.
+#: ... and what comes with the first calls: kernels of torch, cuBLAS, cuDNN and attention, their handles, and the tables
+#: of registered host pages (8 bytes for each page of 4 kB). The workspaces of cuBLAS and cuDNN are the allocator's.
+LIBRARY_BYTES = 400_000_000
+#: Host memory of the process beside the page cache and the pinned ring: Python, the libraries, the driver's own.
 HOST_PROCESS_BYTES = 3_000_000_000
 #: Blocks on the device at a time, of those that are streamed: with fewer, copies hide less behind computation.
 _BUFFERS = (3, 2, 1)
@@ -67,8 +67,8 @@ class Streaming:
     buffers: int
     device_nbytes: int
     """Bytes that its weights may take on the device."""
-    pinned_nbytes: int | None
-    """Bytes of the page cache that may be pinned for it; None where there is nothing to pin for."""
+    cache_nbytes: int | None
+    """Bytes of the page cache that it may rely upon; None where nothing is copied out of that to a device."""
 
     @property
     def needed_nbytes(self) -> int:
@@ -77,10 +77,10 @@ class Streaming:
 
     @property
     def n_read(self) -> int:
-        """The blocks that find no room in pinned pages either: they are read whenever the network runs."""
-        if self.pinned_nbytes is None:
+        """The blocks that find no room there either: they are read whenever the network runs."""
+        if self.cache_nbytes is None:
             return 0
-        return max(0, self.n_streamed - self.pinned_nbytes // self.blocks.nbytes_file)
+        return max(0, self.n_streamed - self.cache_nbytes // self.blocks.nbytes_file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +112,8 @@ class Limits:
     """Bytes that other tensors of this process hold on the device."""
     host_nbytes: int
     """Bytes that this process may still take on the host."""
-    pinned_nbytes: int | None = None
-    """Bytes of the page cache that may be pinned; None where there is nothing to pin for."""
+    cache_nbytes: int | None = None
+    """Bytes of the page cache that may be relied upon; None where nothing is copied out of that to a device."""
     world_size: int = 1
     may_drop: bool = True
     """True if a network can be dropped for another to run; False where the networks are handed out."""
@@ -238,14 +238,14 @@ def _place(preset: Preset, needs: Needs, limits: Limits, allowed: int) -> Memory
         blocks = needs.blocks.get(name)
         # of a small network, buffers and what conversions take may be more than all of it
         if blocks is not None and blocks.needed(blocks.count, _BUFFERS[-1]) < nbytes:
-            streams[name] = _stream(blocks, allowed - work, limits.pinned_nbytes)
+            streams[name] = _stream(blocks, allowed - work, limits.cache_nbytes)
         elif needs.tiled_workspace.get(name, work) < work:
             tiled.add(name)
     plan = MemoryPlan(preset=preset, reason="", steps=(), streams=streams, tiled=frozenset(tiled))
     return replace(plan, steps=_fitted_steps(plan, needs, limits, allowed))
 
 
-def _stream(blocks: Blocks, budget: int, pinned_nbytes: int | None) -> Streaming:
+def _stream(blocks: Blocks, budget: int, cache_nbytes: int | None) -> Streaming:
     """Stream as few blocks as fit a budget; all of them, through one buffer, if nothing does."""
     for buffers in _BUFFERS:
         if (n_streamed := blocks.fewest(budget, buffers)) is not None:
@@ -253,7 +253,7 @@ def _stream(blocks: Blocks, budget: int, pinned_nbytes: int | None) -> Streaming
     else:
         n_streamed, buffers, budget = blocks.count, _BUFFERS[-1], blocks.needed(blocks.count, _BUFFERS[-1])
     return Streaming(
-        blocks=blocks, n_streamed=n_streamed, buffers=buffers, device_nbytes=budget, pinned_nbytes=pinned_nbytes
+        blocks=blocks, n_streamed=n_streamed, buffers=buffers, device_nbytes=budget, cache_nbytes=cache_nbytes
     )
 
 

@@ -30,6 +30,8 @@ __all__ = ["BackgroundFetch", "FetchCancelledError", "ModuleResidency", "Placeme
 
 #: Whoever waits for a module asks so often whether to stop.
 _ASK_S = 0.05
+#: Threads that read a network's files into the page cache, when nothing else is to be done.
+_READERS = 8
 
 
 class FetchCancelledError(Exception):
@@ -273,12 +275,12 @@ class ModuleResidency:
         placement = self._placements[name]
 
         def load(cancel: CancelToken) -> None:
-            if self._warming is not None:  # the load has the disk alone; what was warmed, it finds
-                self._warming.stop()
-            self.note_peak()
             if placement.streaming is not None:
                 self._stream(name, placement, placement.streaming, cancel)
                 return
+            if self._warming is not None:  # the load has the disk alone; what was warmed, it finds
+                self._warming.stop()
+            self.note_peak()
             start_ns = clock_ns()
             if placement.run is not None:
                 weights, report = parallel.fetch(
@@ -310,6 +312,9 @@ class ModuleResidency:
                 cancel.check()
                 self._built.wait(_ASK_S)
         start_ns = clock_ns()
+        if streaming.cache_nbytes is not None:
+            self._fill_cache(placement.component.files if not streaming.n_read else [], cancel)
+        self.note_peak()
         streamed = self._streamed[name] = modules.stream(
             self._modules[name],
             placement.component,
@@ -321,6 +326,14 @@ class ModuleResidency:
         )
         self.note_peak()
         self.log.loads.append((name, start_ns, clock_ns(), streamed.report.load))
+
+    def _fill_cache(self, files: Sequence[str], cancel: CancelToken) -> None:
+        """Have a network's pages in the page cache: those that are registered would else come one by one."""
+        if self._warming is not None:
+            self._warming.stop()
+        with prewarm_files(files, threads=_READERS) as filling:
+            while not filling.wait(_ASK_S):
+                cancel.check()
 
     def _hand_over(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """Give weights to the module, if it is built already; else they are kept until `provide`."""

@@ -48,9 +48,9 @@ def needs(work=WORK, sizes=SIZES, tiled=5 * GB, host_nbytes=0):
     return Needs(sizes=sizes, workspace=work, blocks=BLOCKS, tiled_workspace={"vae": tiled}, host_nbytes=host_nbytes)
 
 
-def chosen(limit_gb, *, work=SMALLER, free_gb=80, pinned_gb=64, **flags):
+def chosen(limit_gb, *, work=SMALLER, free_gb=80, cache_gb=64, **flags):
     limit = None if limit_gb is None else round(limit_gb * GB)
-    return choose(needs(work), limits(free_gb, pinned_nbytes=pinned_gb * GB), device_memory=limit, **flags)
+    return choose(needs(work), limits(free_gb, cache_nbytes=cache_gb * GB), device_memory=limit, **flags)
 
 
 def bytes_at_peak(plan, sizes, work, *, tiled=5 * GB):
@@ -111,7 +111,7 @@ def test_twelve_gigabytes():
         assert one.device_nbytes == budget
         assert one.buffers == 3
         assert one.blocks.needed(one.n_streamed, 3) <= budget < one.blocks.needed(one.n_streamed - 1, 3)
-    assert "12.0 GB, as 0.9 GB are left to the driver and its libraries" in plan.reason
+    assert "12.0 GB, as 1.0 GB are left to the driver and its libraries" in plan.reason
     assert f"{high.n_streamed} of 40 blocks of the high-noise expert and of the low-noise expert" in plan.reason
     assert "preset min-memory needs 3" in plan.reason
 
@@ -160,7 +160,7 @@ def test_the_error_of_a_limit_names_the_smallest_that_would_do(work, flags, pres
 
     with pytest.raises(DeviceMemoryError) as error:
         plan(2 * GB)
-    assert "1.1 GB are allowed of 2.0 GB, as 0.9 GB are left to the driver" in error.value.reason
+    assert "1.0 GB are allowed of 2.0 GB, as 1.0 GB are left to the driver" in error.value.reason
     least = parse_size(re.search(r"allow ([\d.]+GB) or more", error.value.remedy)[1])
     assert bytes_at_peak(plan(least), SIZES, work) + BESIDE <= least
     with pytest.raises(DeviceMemoryError):
@@ -177,8 +177,8 @@ def test_a_small_network_is_not_streamed_where_that_takes_more():
 
 
 def test_what_host_memory_costs_is_said_before_it_begins():
-    assert "read" not in chosen(12, pinned_gb=64).reason
-    plan = chosen(12, pinned_gb=10)
+    assert "read" not in chosen(12, cache_gb=64).reason
+    plan = chosen(12, cache_gb=10)
     expert = plan.streams["transformer"]
     n_read = expert.n_streamed - 14  # of 703 MB
     assert expert.n_read == n_read > 0
@@ -224,7 +224,7 @@ def test_a_cpu_has_no_contract_but_a_limit():
     assert "no memory of its own" in plan.reason
     plan = choose(needs(SMALLER), limits(None), device_memory=12 * GB)
     assert plan.preset.name == "streamed"
-    # there is no driver to leave room for, and nothing to pin for
+    # there is no driver to leave room for, and no page to rely upon
     assert plan.streams["transformer"].device_nbytes == 12 * GB - SMALLER["transformer"]
     assert plan.streams["transformer"].n_read == 0
 

@@ -176,7 +176,7 @@ def streaming(component):
 
     blocks = measure_blocks(component, None)
     budget = blocks.needed(blocks.count, 1)
-    return Streaming(blocks=blocks, n_streamed=blocks.count, buffers=1, device_nbytes=budget, pinned_nbytes=None)
+    return Streaming(blocks=blocks, n_streamed=blocks.count, buffers=1, device_nbytes=budget, cache_nbytes=None)
 
 
 @pytest.fixture
@@ -204,6 +204,21 @@ def test_a_streamed_network_waits_for_its_module_and_is_let_go_like_any_other(st
             assert loaded(streamed) == [name]
     assert sorted(streamed.streams()) == sorted(NAMES[:3])
     assert all(report.n_fetched for report in streamed.streams().values())
+
+
+@pytest.mark.parametrize("cache_nbytes", [10**9, 0, None])
+def test_the_pages_of_a_streamed_network_are_read_at_once_where_they_fit(make, monkeypatch, cache_nbytes):
+    keeper, read = make("streamed"), []
+    one = keeper._placements["text_encoder"]
+    order = replace(streaming(one.component), cache_nbytes=cache_nbytes)
+    keeper._placements["text_encoder"] = replace(one, streaming=order)
+    prewarm = residency.prewarm_files
+    monkeypatch.setattr(residency, "prewarm_files", lambda files, **o: read.extend(files) or prewarm(files, **o))
+    keeper._warm_ahead = False
+    keeper.start()
+    keeper.use("text_encoder")
+    assert read == (list(one.component.files) if cache_nbytes else [])
+    assert keeper.resident() == ("text_encoder",)
 
 
 def test_what_waits_for_its_module_ends_when_told(streamed):

@@ -212,7 +212,7 @@ def test_blocks_are_measured_as_streaming_does(six_blocks, layout, name, dtype):
     for buffers in range(1, blocks.count):
         budget = blocks.needed(blocks.count, buffers)
         one = Streaming(
-            blocks=blocks, n_streamed=blocks.count, buffers=buffers, device_nbytes=budget, pinned_nbytes=None
+            blocks=blocks, n_streamed=blocks.count, buffers=buffers, device_nbytes=budget, cache_nbytes=None
         )
         module = modules.build(component, wanted)
         with modules.stream(module, component, one, device="cpu", dtype=wanted) as streamed:
