@@ -350,7 +350,7 @@ def _alike(streams: Mapping[str, Streaming], limits: Limits) -> Sequence[tuple[S
 
 
 def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 50_000_000 else format_bytes(nbytes)
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 999_500_000 else format_bytes(nbytes)
 
 
 def _enough(nbytes: int) -> str:
