@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from wan_pipeline.presets import Preset, ResidencyStep
 
 __all__ = ["CONTEXT_BYTES", "HOST_PROCESS_BYTES", "LIBRARY_BYTES", "Blocks", "Limits", "MemoryPlan", "Needs"]
-__all__ += ["Streaming", "allocator_nbytes", "choose", "plan_memory"]
+__all__ += ["WORKSPACE_BYTES", "Streaming", "allocator_nbytes", "choose", "plan_memory"]
 
 #: What the driver counts beside the memory that torch's allocator holds: the context, which is there before the first
 #: tensor is, ...
 CONTEXT_BYTES = 600_000_000
 #: ... and what comes with the first calls: kernels of torch, cuBLAS, cuDNN and attention, their handles, and the tables
-#: of registered host pages (8 bytes for each page of 4 kB). The workspaces of cuBLAS and cuDNN are the allocator's.
+#: of registered host pages (8 bytes for each page of 4 kB).
 LIBRARY_BYTES = 400_000_000
+#: Of the allocator's memory, what is neither weights nor work: cuBLAS's workspaces (32 MiB each on sm90), roundings.
+WORKSPACE_BYTES = 100_000_000
 #: Host memory of the process beside the page cache and the pinned ring: Python, the libraries, the driver's own.
 HOST_PROCESS_BYTES = 3_000_000_000
 #: Blocks on the device at a time, of those that are streamed: with fewer, copies hide less behind computation.
@@ -121,7 +123,8 @@ class Limits:
     @property
     def beside_nbytes(self) -> int:
         """What the process holds on the device beside the pipeline, as the driver counts it."""
-        return 0 if self.device_nbytes is None else CONTEXT_BYTES + LIBRARY_BYTES + self.held_nbytes
+        own = CONTEXT_BYTES + LIBRARY_BYTES + WORKSPACE_BYTES
+        return 0 if self.device_nbytes is None else own + self.held_nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +227,7 @@ def _allowed(preset: Preset, limits: Limits) -> int | None:
     if not preset.whole_process:
         return min(number, limits.device_nbytes)
     # of what is free now, the libraries will take their part
-    return min(number - limits.beside_nbytes, limits.device_nbytes - LIBRARY_BYTES)
+    return min(number - limits.beside_nbytes, limits.device_nbytes - LIBRARY_BYTES - WORKSPACE_BYTES)
 
 
 def _place(preset: Preset, needs: Needs, limits: Limits, allowed: int) -> MemoryPlan:
