@@ -177,7 +177,8 @@ def choose(
     for name in names:
         limit = device_memory
         if name == "streamed" and limit is None and limits.device_nbytes is not None:
-            limit = limits.device_nbytes + limits.held_nbytes + CONTEXT_BYTES
+            # no number binds: what is free does
+            limit = limits.device_nbytes + limits.beside_nbytes
         preset = load_preset(name).adapted(t5_cpu=t5_cpu, offload_model=offload_model, dtype=dtype, device_memory=limit)
         try:
             plan = plan_memory(preset, needs, limits)
@@ -215,7 +216,7 @@ def plan_memory(preset: Preset, needs: Needs, limits: Limits) -> MemoryPlan:
     needed, where = _peak(plan, needs, limits)
     if needed > allowed:
         raise _too_little(plan, needs, limits, allowed)
-    said = [f"{preset.name}: {where}, {_gb(allowed)} allowed on {limits.device}{_beside(preset, limits)}"]
+    said = [f"{preset.name}: {where}, {_gb(allowed)} allowed on {limits.device}{_beside(preset, limits, allowed)}"]
     return replace(plan, reason="; ".join([*said, *_costs(plan, limits)]))
 
 
@@ -306,25 +307,31 @@ def _too_little(plan: MemoryPlan, needs: Needs, limits: Limits, allowed: int) ->
     """Return the error of a plan that does not fit, with the smallest limit that would do."""
     preset = plan.preset
     least = _peak(_place(preset, needs, limits, 0), needs, limits)[0] + limits.beside_nbytes
-    contract = f"its contract is {_gb(allowed)}" if not preset.whole_process else None
+    contract = f"its contract is {_gb(allowed)}"
     if preset.whole_process:
-        contract = f"{_gb(allowed)} are allowed{_beside(preset, limits)}"
-    binds = limits.device_nbytes is None or allowed < limits.device_nbytes
+        contract = f"{_gb(allowed)} are allowed{_beside(preset, limits, allowed)}"
     free = None if limits.device_nbytes is None else f"{_gb(limits.device_nbytes)} are free on {limits.device}"
-    what = " and ".join(filter(None, (contract if binds else None, free)))
-    smaller = "use a smaller size, or fewer frames"
+    what = " and ".join(filter(None, (None if allowed == limits.device_nbytes else contract, free)))
+    remedy = "use a smaller size, or fewer frames"
     if preset.residency != "streamed":
-        smaller = "use a smaller preset (--preset streamed), a smaller size, or fewer frames"
-    remedy = f"allow {_enough(least)} or more, or {smaller}" if preset.whole_process else smaller
+        remedy = "use a smaller preset (--preset streamed), a smaller size, or fewer frames"
+    if preset.whole_process and _limit_binds(preset, limits, allowed):
+        remedy = f"allow {_enough(least)} or more, or {remedy}"
     return DeviceMemoryError.because(f"preset {preset.name} needs {_peak(plan, needs, limits)[1]}; {what}", remedy)
 
 
-def _beside(preset: Preset, limits: Limits) -> str:
-    """Say what of a limit is left to others."""
-    if not (preset.whole_process and limits.beside_nbytes):
+def _limit_binds(preset: Preset, limits: Limits, allowed: int) -> bool:
+    """Return whether the number of a preset is what keeps it from more, and not what is free."""
+    return allowed == round(preset.device_memory_gb * 1e9) - limits.beside_nbytes
+
+
+def _beside(preset: Preset, limits: Limits, allowed: int) -> str:
+    """Say what is left to others, of the limit or of what is free."""
+    if not preset.whole_process or limits.device_nbytes is None:
         return ""
-    whole, beside = _gb(round(preset.device_memory_gb * 1e9)), _gb(limits.beside_nbytes)
-    return f" of {whole}, as {beside} are left to the driver and its libraries"
+    binds = _limit_binds(preset, limits, allowed)
+    whole = round(preset.device_memory_gb * 1e9) if binds else limits.device_nbytes
+    return f" of {_gb(whole)}, as {_gb(whole - allowed)} are left to the driver and its libraries"
 
 
 def _costs(plan: MemoryPlan, limits: Limits) -> list[str]:

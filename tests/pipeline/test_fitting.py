@@ -73,6 +73,11 @@ def test_what_the_process_holds_already(plan):
     work = alone - (12 * GB - CONTEXT_BYTES - LIBRARY_BYTES - WORKSPACE_BYTES)
     full = plan(**SMALL, device_memory=30 * GB, held={"allocated": 0, "reserved": 0, "free": 10 * GB})
     assert full.streams["transformer"].device_nbytes == 10 * GB - LIBRARY_BYTES - WORKSPACE_BYTES + work
+    assert "9.5 GB allowed on cuda:0 of 10.0 GB, as 500 MB are left" in full.reason
+    for limit in (None, 30 * GB):  # to allow more would not help
+        with pytest.raises(DeviceMemoryError, match=r"of 5\.0 GB, as 500 MB .*5\.0 GB are free") as error:
+            plan(**SMALL, device_memory=limit, held={"free": 5 * GB})
+        assert error.value.remedy == "use a smaller size, or fewer frames"
 
 
 def test_host_memory(plan):
