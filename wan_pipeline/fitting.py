@@ -26,9 +26,9 @@ __all__ = ["make_memory_plan", "network_dtype"]
 _PINNED_RING_BYTES = 512 << 20
 #: Of a divided network, what FSDP2 gathers at a time: two blocks; of the text encoder the embedding, too.
 _GATHERED = (1 / 20, 1 / 4)
-#: What a streamed network takes on the device beside its tensors, if some are converted on the way; and the allocator
-#: rounds every tensor up to a multiple of this.
-_SCRATCH_BYTES, _ALIGNMENT = 17 << 20, 512
+#: What a streamed network takes on the device beside its tensors, if some are converted on the way, and if numbers are
+#: made of some that are quantised; the allocator rounds every tensor up to a multiple of this.
+_SCRATCH_BYTES, _HALF_DONE_BYTES, _ALIGNMENT = 17 << 20, 128 << 20, 512
 #: Pixels in a row of a tile of the VAE, and tokens of a prompt.
 _TILE, _PROMPT = 256, 512
 
@@ -88,24 +88,23 @@ def _needs(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, dev
             sizes[component.name] //= world_size()
             workspace[component.name] += int(nbytes * _GATHERED[component.network.kind == "text_encoder"])
         if component.network.blocks and world_size() == 1:
-            scratch = _SCRATCH_BYTES if device.type == "cuda" else 0
-            blocks[component.name] = measure_blocks(component, name, scratch_nbytes=scratch)
+            blocks[component.name] = measure_blocks(component, name, cuda=device.type == "cuda")
     host_nbytes = _PINNED_RING_BYTES if device.type == "cuda" else 0
     return Needs(sizes=sizes, workspace=workspace, blocks=blocks, tiled_workspace=tiled, host_nbytes=host_nbytes)
 
 
-def measure_blocks(component: Component, dtype: str | None, *, scratch_nbytes: int = 0) -> Blocks:
+def measure_blocks(component: Component, dtype: str | None, *, cuda: bool = False) -> Blocks:
     """Add up what the repeated blocks of a network take, and what the rest of it does. From headers alone.
 
     Args:
         component: The network.
         dtype: The name of the dtype that it is loaded as; None leaves it as in the file.
-        scratch_nbytes: What streaming takes on the device beside its tensors, if some are converted.
+        cuda: Count what conversions on the way take on a GPU.
     """
     policy = DtypePolicy(dtype, component.keep_fp32)
     block = re.compile(rf"{re.escape(component.network.blocks)}\.(\d+)\.")
     in_blocks: dict[int, tuple[int, int]] = {}
-    rest, converts = 0, False
+    rest, beside = 0, 0
     for tensor in component.facts.tensors:
         target = policy.target(tensor.name, tensor.dtype)
         nbytes = tensor.nbytes // ITEMSIZE[tensor.dtype] * ITEMSIZE[target]
@@ -114,14 +113,19 @@ def measure_blocks(component: Component, dtype: str | None, *, scratch_nbytes: i
         if found is None:
             rest += nbytes
             continue
-        converts |= target != tensor.dtype
+        quantised = component.facts.quantised.get(tensor.name)
+        if cuda and target != tensor.dtype:
+            beside = max(beside, _SCRATCH_BYTES)
+        if cuda and quantised is not None:
+            beside = _SCRATCH_BYTES + _HALF_DONE_BYTES
+        nbytes_file = tensor.nbytes if quantised is None else quantised.raw.nbytes
         before = in_blocks.get(int(found[1]), (0, 0))
-        in_blocks[int(found[1])] = before[0] + nbytes, before[1] + tensor.nbytes
+        in_blocks[int(found[1])] = before[0] + nbytes, before[1] + nbytes_file
     return Blocks(
         count=len(in_blocks),
         nbytes=max(nbytes for nbytes, _ in in_blocks.values()),
         nbytes_file=max(nbytes for _, nbytes in in_blocks.values()),
-        rest_nbytes=rest + scratch_nbytes * converts,
+        rest_nbytes=rest + beside,
     )
 
 

@@ -1,14 +1,16 @@
 """What WAN2.2-T2V-A14B needs, from its headers, on a GPU that only says how large it is."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 from programs import ROOT
 
 from wan_loader.errors import DeviceMemoryError, HostMemoryError
+from wan_loader.formats.checkpoint_facts import Quantised
 from wan_pipeline import fitting
-from wan_pipeline.fitting import make_memory_plan
+from wan_pipeline.fitting import make_memory_plan, measure_blocks
 from wan_pipeline.memory_plan import CONTEXT_BYTES, HOST_PROCESS_BYTES, LIBRARY_BYTES, WORKSPACE_BYTES
 from wan_pipeline.start_options import StartOptions
 from wan_pipeline.wan_checkpoint import open_wan
@@ -78,6 +80,20 @@ def test_what_the_process_holds_already(plan):
         with pytest.raises(DeviceMemoryError, match=r"of 5\.0 GB, as 500 MB .*5\.0 GB are free") as error:
             plan(**SMALL, device_memory=limit, held={"free": 5 * GB})
         assert error.value.remedy == "use a smaller size, or fewer frames"
+
+
+def test_quantised_blocks_are_small_in_their_files_and_take_more_on_the_way(a14b):
+    expert = a14b["transformer"]
+    plain = measure_blocks(expert, "bfloat16")
+    in_blocks = [t for t in expert.facts.tensors if t.name.startswith("blocks.") and len(t.shape) == 2]
+    raw = {t.name: t._replace(dtype="uint8") for t in in_blocks}  # a byte for each number
+    quantised = {t.name: Quantised("scaled", raw[t.name], t) for t in in_blocks}
+    small = measure_blocks(replace(expert, facts=replace(expert.facts, quantised=quantised)), "bfloat16", cuda=True)
+    assert small.nbytes == plain.nbytes
+    assert small.nbytes_file == pytest.approx(plain.nbytes_file / 4, rel=0.01)
+    assert small.rest_nbytes - plain.rest_nbytes == (17 << 20) + (128 << 20)
+    assert measure_blocks(expert, "bfloat16", cuda=True).rest_nbytes - plain.rest_nbytes == 17 << 20
+    assert measure_blocks(expert, None, cuda=True).rest_nbytes == measure_blocks(expert, None).rest_nbytes
 
 
 def test_host_memory(plan):
