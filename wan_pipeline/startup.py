@@ -154,10 +154,15 @@ def _begin(context: _StartContext) -> Started:
         started = found[0]
         # the current device is each thread's own: that of the fetching thread is set already
         use_device(started.device)
+        with span(
+            recorder, "init"
+        ):  # one whose blocks are streamed is fetched once it is built: behind the next import
+            built = _build(started, context.options, "transformers")
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
-            started.pipe = _pipeline(context.checkpoint, _build_all(started, context.options))
+            built |= _build(started, context.options, "diffusers")
+            started.pipe = _pipeline(context.checkpoint, built)
             attach(started.pipe, started.residency, started.device)
         # collectives of a load must not meet those of a network
         if started.run is not None:
@@ -260,14 +265,16 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
     return Started(None, checkpoint, residency, plan, options, limit, device, context.recorder, cache, run)
 
 
-def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
-    """Build the networks on meta and make them known to the residency.
+def _build(started: Started, options: StartOptions, library: str) -> dict[str, Any]:
+    """Build the networks whose classes are a library's on meta, and make them known to the residency.
 
     Raises:
         KeyMismatchError: A checkpoint does not fit its module.
     """
     built: dict[str, Any] = {}
     for component in started.checkpoint.components:
+        if component.network.module[0] != library:
+            continue
         dtype = network_dtype(component, started.preset, options)
         module = modules.build(component, dtype, decoder_only=not options.like_diffusers)
         modules.check(module, component)
