@@ -23,6 +23,7 @@ _TEXT_ENCODER = Network(
     native="models_t5_umt5-xxl-enc-bf16.pth",
     native_word="t5",
     config={"feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128},
+    blocks="encoder.block",
 )
 _HIGH_NOISE = Network(
     name="transformer",
@@ -33,6 +34,7 @@ _HIGH_NOISE = Network(
     module=("diffusers", "WanTransformer3DModel"),
     native="high_noise_model",
     config={"cross_attn_norm": True, "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads"},
+    blocks="blocks",
     # as diffusers keeps them, in its words and in the native ones
     keep_fp32=("time_embedder", "scale_shift_table", "norm2", "time_embedding", "modulation", "norm3"),
 )

@@ -60,6 +60,8 @@ class Network:
     """A pattern in such names that other models' do not have."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the class that the native layout says nowhere and that do not follow from shapes."""
+    blocks: str = ""
+    """The dotted name of the list of its repeated blocks, which can be streamed; "" if it has none."""
     keep_fp32: tuple[str, ...] = ()
     """Parts of names of tensors that stay fp32 when the network is converted, in the words of both layouts."""
     encodes_only: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from wan_pipeline.families import FAMILIES
 from wan_pipeline.network_files import NetworkFiles
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.phase_progress import phase_progress
+from wan_pipeline.start_options import checked_bytes
 from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
 from wan_pipeline.wan_checkpoint import open_wan
 
@@ -62,7 +63,26 @@ Tokenizer = Annotated[
     _option("tokenizer", "The directory of umT5's tokenizer.", metavar="DIR", show_default="in or beside the files"),
 ]
 PresetName = Annotated[
-    str, _option("preset", "auto, fastest, balanced, min-memory, multi-gpu, or a .toml file of your own.")
+    str, _option("preset", "auto, fastest, balanced, min-memory, streamed, multi-gpu, or a .toml file of your own.")
+]
+VramLimit = Annotated[
+    str | None,
+    _option(
+        "vram_limit",
+        "What the process may hold on the GPU, as the driver counts it, such as 12GB: the fastest way that fits is "
+        "taken, down to blocks that come from the files as they run.",
+        metavar="SIZE",
+        show_default="the preset's, or what is free",
+    ),
+]
+RamLimit = Annotated[
+    str | None,
+    _option(
+        "ram_limit",
+        "What the process may hold in host memory beside the page cache, such as 24GB.",
+        metavar="SIZE",
+        show_default="half of the memory for pinned pages",
+    ),
 ]
 Device = Annotated[str, _option("device", "auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
@@ -121,6 +141,8 @@ def generate(
         Path | None, _option("save_file", "The mp4 to write.", show_default="TASK_SIZE_SEED.mp4")
     ] = None,
     preset: PresetName = "auto",
+    vram_limit: VramLimit = None,
+    ram_limit: RamLimit = None,
     device: Device = "auto",
     dtype: Dtype = None,
     offload_model: OffloadModel = None,
@@ -140,14 +162,14 @@ def generate(
 
     \b
     wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
-    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --preset min-memory --size 832*480 --save_file cats.mp4
+    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --vram_limit 12GB --size 832*480 --save_file cats.mp4
     wan-pipeline generate --ckpt_dir DIR --prompt TEXT --high_noise high-Q4_K_M.gguf --low_noise low-Q4_K_M.gguf
     torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT \\
         --dit_fsdp --t5_fsdp --ulysses_size 8
     """
     files = _named_files(ckpt_dir, high_noise, low_noise, transformer, text_encoder, vae, tokenizer)
     start = _start_settings(preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
-    start |= _cache_settings(cache, cache_dir)
+    start |= _cache_settings(cache, cache_dir) | _memory_settings(vram_limit, ram_limit)
     degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
     degrees.check(world_size(), t5_cpu=t5_cpu)
     start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
@@ -190,6 +212,8 @@ def load(
     vae: Vae = None,
     tokenizer: Tokenizer = None,
     preset: PresetName = "auto",
+    vram_limit: VramLimit = None,
+    ram_limit: RamLimit = None,
     device: Device = "auto",
     dtype: Dtype = None,
     offload_model: OffloadModel = None,
@@ -209,7 +233,8 @@ def load(
     """
     files = _named_files(ckpt_dir, high_noise, low_noise, transformer, text_encoder, vae, tokenizer)
     start = _start_settings(preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
-    start |= {"directory": ckpt_dir, **files.named} | _cache_settings(cache, cache_dir)
+    start |= {"directory": ckpt_dir, **files.named}
+    start |= _cache_settings(cache, cache_dir) | _memory_settings(vram_limit, ram_limit)
     profile_out = own_file(profile_out)
     check_outputs(profile_out, force=force)
     with _started(start, None) as pipe:
@@ -261,6 +286,18 @@ def _start_settings(
         "t5_cpu": t5_cpu,
         "offload_model": None if offload is None else _parse_bool("offload_model", offload),
     }
+
+
+def _memory_settings(vram_limit: str | None, ram_limit: str | None) -> dict[str, Any]:
+    """Read the limits, whose errors name the flags."""
+    limits = {"device_memory": ("vram_limit", vram_limit), "host_memory": ("ram_limit", ram_limit)}
+    found: dict[str, Any] = {}
+    for name, (flag, text) in limits.items():
+        try:
+            found[name] = checked_bytes(text, flag)
+        except OptionError as error:
+            raise OptionError(f"--{flag}: {error}") from error
+    return found
 
 
 def _cache_settings(cache: bool, cache_dir: Path | None) -> dict[str, Any]:
