@@ -30,6 +30,7 @@ ROOMS = [
     {"streaming"},
     {"distributed"},
     {"cache"},
+    {"keeper"},
     {"provenance"},
     {"api"},
     {"profiler"},
