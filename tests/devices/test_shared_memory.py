@@ -13,7 +13,7 @@ from wan_loader.keeper.messages import receive, send
 
 ATTACH = """
 import os, socket, sys, torch
-from wan_loader.keeper.keeping import shared_memory_of
+from wan_loader.keeper.identity import shared_memory_of
 from wan_loader.keeper.messages import receive, send
 link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 link.connect(sys.argv[1])
@@ -33,7 +33,7 @@ for _ in range(2):
 
 @pytest.fixture
 def memory(device):
-    from wan_loader.keeper.keeping import shared_memory_of
+    from wan_loader.keeper.identity import shared_memory_of
 
     if device == "cuda":
         torch.zeros(1, device="cuda")
@@ -162,7 +162,7 @@ def test_a_chunk_that_is_too_short_is_refused():
 @pytest.mark.gpu
 def test_more_than_the_device_has():
     from wan_loader.errors import DeviceMemoryError
-    from wan_loader.keeper.keeping import shared_memory_of
+    from wan_loader.keeper.identity import shared_memory_of
 
     torch.zeros(1, device="cuda")
     memory = shared_memory_of(torch.device("cuda", 0))
@@ -176,7 +176,7 @@ def test_more_than_the_device_has():
 @pytest.mark.gpu
 def test_a_descriptor_of_something_else():
     from wan_loader.errors import DeviceError
-    from wan_loader.keeper.keeping import shared_memory_of
+    from wan_loader.keeper.identity import shared_memory_of
 
     torch.zeros(1, device="cuda")
     memory = shared_memory_of(torch.device("cuda", 0))

@@ -404,7 +404,7 @@ def test_many_start_it_at_once_and_there_is_one(runtime, model):
 
 
 def test_two_that_keep_the_same_at_once(runtime, model):
-    from wan_loader.keeper.keeping import identify
+    from wan_loader.keeper.identity import identify
     from wan_loader.plan.dtype_policy import DtypePolicy
 
     identity = identify(wan_loader.open_checkpoint(model), DtypePolicy(), "cpu")

@@ -1,5 +1,6 @@
 """Weights that stay in a device's memory between programs: kept once, attached by every load that asks for them.
 
+    identity        what tells kept weights apart
     place           where the keeper and its clients meet
     messages        what they say to each other, descriptors included
     shelf           what is kept, who uses it, what goes first: pure

@@ -16,9 +16,8 @@ from wan_loader.devices.resolve import current, import_torch, resolve_device
 from wan_loader.dtypes import dtype_name
 from wan_loader.engine import TransferState
 from wan_loader.errors import DeviceError, DeviceMemoryError, KeepError
-from wan_loader.keeper.checksum import checksum
 from wan_loader.keeper.client import find_keeper
-from wan_loader.keeper.keeping import identify, shared_memory_of
+from wan_loader.keeper.identity import identify, shared_memory_of
 from wan_loader.keeper.messages import close_all
 from wan_loader.keeper.table import padded, read_table
 from wan_loader.loading.bind import make_binding
@@ -182,6 +181,8 @@ def verify_kept(
         KeepError: They are not kept.
     """
     policy = DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+    from wan_loader.keeper.checksum import checksum
+
     request = LoadRequest(source=path, device=device, policy=policy, part=part, makes_values=True)
     import_torch()
     attached = _attach(checkpoint := request.open(), policy, resolve_device(device))

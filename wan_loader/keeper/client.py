@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -116,6 +115,8 @@ def need_keeper() -> KeeperLink:
 
 
 def _start() -> None:
+    import subprocess  # who only attaches does without
+
     command = [sys.executable, "-m", "wan_loader.keeper.serve"]
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # so that it finds this very package, wherever the program has it from

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wan_loader.arguments import checked_count, checked_strings
-from wan_loader.cache.cached_load import outline_checkpoint
 from wan_loader.devices.resolve import import_torch, resolve_device
-from wan_loader.devices.shared_memory import HostSharedMemory, chunk_sizes
+from wan_loader.devices.shared_memory import chunk_sizes
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import KeepError
 from wan_loader.keeper.checksum import checksum
 from wan_loader.keeper.client import need_keeper
+from wan_loader.keeper.identity import identify, shared_memory_of
 from wan_loader.keeper.messages import close_all
-from wan_loader.keeper.shelf import Identity
 from wan_loader.keeper.table import KeptStorage, KeptTable, KeptTensor, padded, write_table
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
@@ -34,12 +32,13 @@ if TYPE_CHECKING:
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
     from wan_loader.keeper.client import KeeperLink
+    from wan_loader.keeper.shelf import Identity
     from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import LoadResult
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.types import IoMode, StrPath
 
-__all__ = ["Kept", "identify", "keep", "shared_memory_of"]
+__all__ = ["Kept", "keep"]
 
 #: How long to wait for memory that the keeper has let go of: the driver may free it a little later.
 _PATIENCE_S = 2.0
@@ -126,25 +125,6 @@ def keep(
             loaded = _load(session, replace(request, source=checkpoint, device=on), checkpoint, memory)
             _put(keeper, loaded)
     return Kept(identity, str(on), loaded.result.report, dropped)
-
-
-def shared_memory_of(device: torch.device) -> SharedMemory:
-    """Return the shared memory of a device; `DeviceError` if it has none."""
-    if device.type == "cpu":
-        return HostSharedMemory()
-    from wan_loader.devices.shared_cuda import CudaSharedMemory
-
-    return CudaSharedMemory(device.index)
-
-
-def identify(checkpoint: Checkpoint, policy: DtypePolicy, device: str) -> Identity:
-    """Return what weights are kept under: the key of the converted cache, and the device. One stat a file."""
-    outline = outline_checkpoint(checkpoint, policy)
-    words = policy.dtype or "in the file"
-    if policy.keep_fp32:
-        words += f", float32 for {', '.join(policy.keep_fp32)}"
-    label = os.path.abspath(checkpoint.path) + (f", part {checkpoint.part}" if checkpoint.part is not None else "")
-    return Identity(outline.key(outline.sources), device, label, words)
 
 
 def _estimate(checkpoint: Checkpoint, policy: DtypePolicy) -> int:
