@@ -15,6 +15,7 @@ from programs import Program
 from safetensors.torch import load_file, save_file
 
 import wan_loader
+from wan_loader.arguments import check_keep
 from wan_loader.errors import KeepError, OptionError
 from wan_loader.keeper import client, messages, place, serve
 from wan_loader.verify import same_bits
@@ -278,6 +279,31 @@ def test_a_wrong_checksum_is_told(runtime, model, monkeypatch):
 def test_keep_is_a_flag_or_copy(model, keep):
     with pytest.raises(OptionError, match="keep is"):
         wan_loader.load_file(model, keep=keep)
+
+
+def test_processes_that_load_together_keep_nothing():
+    check_keep(False, is_shared=True)
+    with pytest.raises(OptionError, match="several processes load together: leave out keep"):
+        check_keep("copy", is_shared=True)
+
+
+@pytest.mark.parametrize("limit", ["lots", 0, -1, 1.5])
+def test_a_limit_that_makes_no_sense(runtime, model, limit):
+    with pytest.raises(OptionError):
+        wan_loader.keep(model, "cpu", limit=limit)
+    assert client.status() is None
+
+
+def test_the_cache_takes_over_where_nothing_is_kept(runtime, model, tmp_path):
+    options = {"dtype": "bf16", "cache": True, "cache_dir": tmp_path / "cache"}
+    found = wan_loader.load(model, keep=True, **options)
+    assert found.build.wait(30)
+    assert (found.kept.state, found.cache.state) == ("source", "building")
+    found = wan_loader.load(model, keep=True, **options)
+    assert (found.kept.reason, found.cache.state) == ("there is no keeper", "hit")
+    wan_loader.keep(model, "cpu", dtype="bf16")
+    found = wan_loader.load(model, keep=True, **options)
+    assert (found.kept.state, found.cache) == ("attached", None)
 
 
 # whom a client may meet
