@@ -59,7 +59,7 @@ kept = keep(path, device, dtype=None if dtype == "-" else dtype)
 print(json.dumps({"seconds": time.perf_counter() - start, "nbytes": kept.report.nbytes_device}))
 """
 
-_STOP = "from wan_loader.keeper import client; print(client.stop() and 1)"
+_STOP = "from wan_loader.keeper import client; print(int(client.stop()))"
 
 
 def main() -> None:
