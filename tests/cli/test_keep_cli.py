@@ -1,20 +1,27 @@
 """`wan-loader keep` and `load --keep`, as commands: output, exit codes, mistakes."""
 
 import json
+import subprocess
 
 import pytest
 import torch
-from programs import check_error, check_usage, wan_loader
+from programs import check_error, check_usage
 from safetensors.torch import save_file
+
+from wan_loader.cli import main
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run the command with a keeper of the test's own, which ends with it."""
+def run(tmp_path, monkeypatch, call_main, capfd):
+    """Run the command in this process, with a keeper of the test's own, which ends with it."""
     (tmp_path / "runtime").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*words):
-        return wan_loader(*words, XDG_RUNTIME_DIR=str(tmp_path / "runtime"))
+        code = call_main(main, *words)
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(words, code, out, err)
 
     yield run
     run("keep", "stop")
