@@ -6,18 +6,18 @@ import os
 import pytest
 
 from wan_loader.errors import KeepError
-from wan_loader.keeper.table import KeptStorage, KeptTable, KeptTensor, padded, read_table, write_table
+from wan_loader.keeper.table import KeptStorage, KeptTable, KeptTensor, Origin, padded, read_table, write_table
 
 STORAGES = (KeptStorage(0, 24, "abc"), KeptStorage(512, 0, ""))
 TENSORS = (
     KeptTensor("ä", "float32", (2, 2), 0, (2, 1), 1),
-    KeptTensor("tied", "float32", (6,), 0, (1,), 0),
+    KeptTensor("tied", "float32", (6,), 0, (1,), 0, Origin(0, 8, 24, "float32")),
     KeptTensor("none", "int64", (0, 3), 1, (3, 1), 0),
 )
 
 
 def test_it_comes_back_as_it_was():
-    fd = write_table(table := KeptTable(STORAGES, TENSORS))
+    fd = write_table(table := KeptTable(STORAGES, TENSORS, ("mark",)))
     try:
         assert read_table(fd) == table
         table.check(512)
@@ -42,14 +42,16 @@ def test_it_comes_back_as_it_was():
         {"stride": ()},
         {"dtype": "float33"},
         {"shape": ("6",)},
+        {"origin": Origin(1, 0, 24, "float32")},
+        {"origin": Origin(-1, 0, 24, "float32")},
     ],
     ids=str,
 )
 def test_what_lies_outside_is_refused(wrong):
     tied = KeptTensor("tied", "float32", (6,), 0, (1,), 0)
-    KeptTable(STORAGES, (tied,)).check(512)
+    KeptTable(STORAGES, (tied._replace(origin=Origin(0, 0, 24, "float32")),), ("mark",)).check(512)
     with pytest.raises(KeepError, match="damaged"):
-        KeptTable(STORAGES, (tied._replace(**wrong),)).check(512)
+        KeptTable(STORAGES, (tied._replace(**wrong),), ("mark",)).check(512)
 
 
 @pytest.mark.parametrize(("storage", "nbytes"), [(KeptStorage(0, 24, ""), 23), (KeptStorage(-1, 24, ""), 512)])

@@ -6,20 +6,17 @@ A wrapper around a load. Whatever is wrong with the keeper, the load goes on fro
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.arguments import checked_strings
 from wan_loader.devices.resolve import current, import_torch, resolve_device
 from wan_loader.dtypes import dtype_name
 from wan_loader.engine import TransferState
-from wan_loader.errors import DeviceError, DeviceMemoryError, KeepError
-from wan_loader.keeper.client import find_keeper
+from wan_loader.errors import DeviceMemoryError, KeepError
+from wan_loader.keeper.attached import ATTACH_ERRORS, Attached, attach
 from wan_loader.keeper.identity import identify, shared_memory_of
-from wan_loader.keeper.messages import close_all
-from wan_loader.keeper.table import padded, read_table
+from wan_loader.keeper.table import padded
 from wan_loader.loading.bind import make_binding
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.loading.report import KeptReport
@@ -33,10 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader.cancel import CancelToken
-    from wan_loader.devices.shared_memory import SharedRange
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
-    from wan_loader.keeper.table import KeptTable
     from wan_loader.loading.bind import Into
     from wan_loader.loading.result import LoadResult
     from wan_loader.types import StrPath
@@ -49,13 +44,6 @@ class NotKept(NamedTuple):
 
     checkpoint: Checkpoint
     reason: str
-
-
-class _Attached(NamedTuple):
-    """Kept weights that are mapped here."""
-
-    table: KeptTable
-    memory: SharedRange
 
 
 def load_kept(
@@ -103,29 +91,13 @@ def load_kept(
     return replace(result, kept=kept)
 
 
-def _attach(checkpoint: Checkpoint, policy: DtypePolicy, device: torch.device) -> _Attached | str:
+def _attach(checkpoint: Checkpoint, policy: DtypePolicy, device: torch.device) -> Attached | str:
     """Map kept weights; or say why that is not possible."""
     try:
         memory = shared_memory_of(device)
-        keeper = find_keeper()
-        if keeper is None:
-            return "there is no keeper"
-        with keeper:
-            answer = keeper.attach(identify(checkpoint, policy, memory.name))
-            if isinstance(answer, str):
-                return answer
-            sizes, fds = answer
-            try:
-                table = read_table(fds[0])
-                table.check(sum(sizes))
-                mapped = memory.attach(fds[1:], sizes)
-            finally:
-                close_all(fds)
-            # as long as any tensor is there, the keeper knows that we use them
-            mapped.on_close(partial(os.close, keeper.lease()))
-    except (KeepError, DeviceError, DeviceMemoryError, OSError) as error:
+        return attach(identify(checkpoint, policy, memory.name), memory)
+    except ATTACH_ERRORS as error:
         return str(error)
-    return _Attached(table, mapped)
 
 
 def _copied(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.shared_memory import SharedMemory
     from wan_loader.formats import Checkpoint
+    from wan_loader.formats.checkpoint_facts import FileFacts
     from wan_loader.plan.dtype_policy import DtypePolicy
 
-__all__ = ["identify", "shared_memory_of"]
+__all__ = ["file_mark", "identify", "shared_memory_of"]
 
 
 def shared_memory_of(device: torch.device) -> SharedMemory:
@@ -26,6 +28,12 @@ def shared_memory_of(device: torch.device) -> SharedMemory:
     from wan_loader.devices.shared_cuda import CudaSharedMemory
 
     return CudaSharedMemory(device.index)
+
+
+def file_mark(file: FileFacts) -> str:
+    """Return a short text that is another one for every other file, and for every other state of this one."""
+    facts = (file.device, file.inode, file.nbytes, file.mtime_ns, file.ctime_ns)
+    return hashlib.blake2b(repr(facts).encode(), digest_size=10).hexdigest()
 
 
 def identify(checkpoint: Checkpoint, policy: DtypePolicy, device: str) -> Identity:

@@ -11,11 +11,12 @@ from wan_loader.devices.resolve import import_torch, resolve_device
 from wan_loader.devices.shared_memory import chunk_sizes
 from wan_loader.dtypes import dtype_name
 from wan_loader.errors import KeepError
+from wan_loader.formats.checkpoint_facts import contiguous_strides
 from wan_loader.keeper.checksum import checksum
 from wan_loader.keeper.client import need_keeper
-from wan_loader.keeper.identity import identify, shared_memory_of
+from wan_loader.keeper.identity import file_mark, identify, shared_memory_of
 from wan_loader.keeper.messages import close_all
-from wan_loader.keeper.table import KeptStorage, KeptTable, KeptTensor, padded, write_table
+from wan_loader.keeper.table import KeptStorage, KeptTable, KeptTensor, Origin, padded, write_table
 from wan_loader.loading.load_session import LoadSession
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.layout import plan_storages
@@ -23,7 +24,7 @@ from wan_loader.plan.request import LoadRequest
 from wan_loader.sizes import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -213,12 +214,24 @@ def _place(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _loaded(session: LoadSession, plan: LoadPlan, transfer: Any, arena: _Arena, memory: SharedMemory) -> _Loaded:
     """End a load: describe where everything is."""
-    table = _tabulate(transfer.tensors, arena.range)
+    table = _tabulate(transfer.tensors, arena.range, _origins(plan), map(file_mark, plan.checkpoint.files))
     memory.flush()
     return _Loaded(session.result(plan, transfer), table, arena.range, arena.sizes, arena.fds)
 
 
-def _tabulate(tensors: Mapping[str, torch.Tensor], memory: SharedRange) -> KeptTable:
+def _origins(plan: LoadPlan) -> dict[str, Origin]:
+    """Return the tensors that are all of their storage in a file, and that storage."""
+    found = {}
+    for storage in plan.layout.copied if _is_direct(plan) else ():
+        facts, place = storage.tensors[0], plan.checkpoint.storages[storage.storage]
+        if facts.nbytes == place.nbytes and facts.stride == contiguous_strides(facts.shape):
+            found[facts.name] = Origin(place.file, place.start, place.nbytes, facts.dtype)
+    return found
+
+
+def _tabulate(
+    tensors: Mapping[str, torch.Tensor], memory: SharedRange, origins: Mapping[str, Origin], files: Iterable[str]
+) -> KeptTable:
     numbers, storages, found = dict[tuple[int, int], int](), list[KeptStorage](), list[KeptTensor]()
     for name, tensor in tensors.items():
         address, nbytes = place = _place(tensor)
@@ -228,8 +241,9 @@ def _tabulate(tensors: Mapping[str, torch.Tensor], memory: SharedRange) -> KeptT
             storages.append(KeptStorage(start, nbytes, checksum(memory, start, nbytes)))
         dtype = str(tensor.dtype).removeprefix("torch.")
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-        found.append(KeptTensor(name, dtype, shape, numbers[place], stride, int(tensor.storage_offset())))
-    return KeptTable(tuple(storages), tuple(found))
+        offset, origin = int(tensor.storage_offset()), origins.get(name)
+        found.append(KeptTensor(name, dtype, shape, numbers[place], stride, offset, origin))
+    return KeptTable(tuple(storages), tuple(found), tuple(files))
 
 
 def _put(keeper: KeeperLink, loaded: _Loaded) -> None:
@@ -237,6 +251,6 @@ def _put(keeper: KeeperLink, loaded: _Loaded) -> None:
     fds = list(loaded.fds)
     try:
         fds.insert(0, write_table(loaded.table))
-        keeper.ask("put", fds, sizes=loaded.sizes, n_tensors=len(loaded.table.tensors))
+        keeper.ask("put", fds, sizes=loaded.sizes, n_tensors=len(loaded.table.tensors), files=loaded.table.files)
     finally:
         close_all(fds)

@@ -32,6 +32,9 @@ __all__ = ["Keeper", "main"]
 #: A keeper that has nothing, and whom nobody asks, ends after so long.
 _IDLE_S = 60.0
 
+#: So many things that are kept of the same files are told of at most.
+_MOST_FOUND = 32
+
 _Answer = tuple[dict[str, Any], list[int]]
 
 
@@ -58,6 +61,7 @@ class Keeper:
             "attach": self._attach,
             "reserve": self._reserve,
             "put": self._put,
+            "find": self._find,
             "status": self._status,
             "drop": self._drop,
         }
@@ -139,11 +143,17 @@ class Keeper:
 
     def _put(self, link: socket.socket, message: dict[str, Any], fds: list[int]) -> _Answer:
         item, sizes = self._held[link], tuple(int(size) for size in message["sizes"])
+        files = frozenset(map(str, message["files"]))
         if item is None or item.fds is not None or len(fds) != len(sizes) + 1 or len(fds) > MAX_FDS:
             raise KeepError("what is put was not reserved, or lacks descriptors")
         self._shelf.put(item, fds, sizes, int(message["n_tensors"]), self._clock())
+        item.files = files
         self._held[link] = None
         return {"state": "kept"}, []
+
+    def _find(self, link: socket.socket, message: dict[str, Any], fds: list[int]) -> _Answer:
+        found = self._shelf.of_files(str(message["device"]), frozenset(map(str, message["files"])))
+        return {"items": [item.identity for item in found[:_MOST_FOUND]]}, []
 
     def _status(self, link: socket.socket, message: dict[str, Any], fds: list[int]) -> _Answer:
         return {"pid": os.getpid(), "items": self._told(self._shelf.items), "limits": self._shelf.limits}, []

@@ -41,6 +41,8 @@ class Item:
     sizes: tuple[int, ...] = ()
     n_tensors: int = 0
     n_users: int = 0
+    files: frozenset[str] = frozenset()
+    """What tells the files apart that they were loaded from."""
 
     @property
     def is_idle(self) -> bool:
@@ -125,6 +127,11 @@ class Shelf:
         made = Item(identity, nbytes, now_s)
         self.items.append(made)
         return made, going
+
+    def of_files(self, device: str, files: frozenset[str]) -> list[Item]:
+        """Return what is kept of any of these files on a device, the last used first."""
+        found = [item for item in self.items if item.identity.device == device and item.files & files]
+        return sorted((item for item in found if item.fds is not None), key=lambda item: -item.used_s)
 
     def put(self, item: Item, fds: list[int], sizes: tuple[int, ...], n_tensors: int, now_s: float) -> None:
         """Take what was loaded."""

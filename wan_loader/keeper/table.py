@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from wan_loader.devices.shared_memory import SharedRange
 
-__all__ = ["ALIGNMENT", "KeptStorage", "KeptTable", "KeptTensor", "padded", "read_table", "write_table"]
+__all__ = ["ALIGNMENT", "KeptStorage", "KeptTable", "KeptTensor", "Origin", "padded", "read_table", "write_table"]
 
 #: Storages begin at multiples of it, as those of torch's own allocator do.
 ALIGNMENT = 512
@@ -42,6 +42,15 @@ class KeptStorage(NamedTuple):
     checksum: str
 
 
+class Origin(NamedTuple):
+    """The bytes of a file that are one tensor and nothing else: `file` counts the table's."""
+
+    file: int
+    start: int
+    nbytes: int
+    dtype: str
+
+
 class KeptTensor(NamedTuple):
     """A tensor on storage number `storage`. `stride` and `offset` count elements."""
 
@@ -51,6 +60,8 @@ class KeptTensor(NamedTuple):
     storage: int
     stride: tuple[int, ...]
     offset: int
+    origin: Origin | None = None
+    """What it was loaded from; None: from more than its own bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,8 @@ class KeptTable:
 
     storages: tuple[KeptStorage, ...]
     tensors: tuple[KeptTensor, ...]
+    files: tuple[str, ...] = ()
+    """What tells the files apart that they are from (`identity.file_mark`)."""
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +86,7 @@ class KeptTable:
                 last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
                 end = (last + 1) * ITEMSIZE[tensor.dtype] if math.prod(tensor.shape) else 0
                 fits = fits and min((0, tensor.offset, *tensor.shape, *tensor.stride)) == 0
+                fits = fits and (tensor.origin is None or 0 <= tensor.origin.file < len(self.files))
                 fits = fits and tensor.storage >= 0 and end <= self.storages[tensor.storage].nbytes
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise KeepError("the table of kept weights is damaged") from error
@@ -100,7 +114,9 @@ def write_table(table: KeptTable) -> int:
     fd = os.memfd_create("wan-loader-table", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with os.fdopen(fd, "wb", closefd=False) as file:
-            file.write(json.dumps({"storages": table.storages, "tensors": table.tensors}).encode())
+            file.write(
+                json.dumps({"storages": table.storages, "tensors": table.tensors, "files": table.files}).encode()
+            )
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     except BaseException:
         os.close(fd)
@@ -116,7 +132,7 @@ def read_table(fd: int) -> KeptTable:
             raise KeepError("the table of kept weights is damaged")
         document = json.loads(os.pread(fd, nbytes, 0))
         storages = tuple(KeptStorage(*one) for one in document["storages"])
-        return KeptTable(storages, tuple(map(_tensor, document["tensors"])))
+        return KeptTable(storages, tuple(map(_tensor, document["tensors"])), tuple(document["files"]))
     except (KeyError, TypeError, ValueError, OSError) as error:
         if isinstance(error, KeepError):
             raise
@@ -124,5 +140,6 @@ def read_table(fd: int) -> KeptTable:
 
 
 def _tensor(fields: list[Any]) -> KeptTensor:
-    name, dtype, shape, storage, stride, offset = fields
-    return KeptTensor(name, dtype, tuple(shape), storage, tuple(stride), offset)
+    name, dtype, shape, storage, stride, offset, origin = fields
+    from_file = None if origin is None else Origin(*origin)
+    return KeptTensor(name, dtype, tuple(shape), storage, tuple(stride), offset, from_file)
