@@ -85,6 +85,8 @@ def test_what_is_attached_is_what_is_loaded(runtime, model, device, dtype, keep)
     owners = {tensor.untyped_storage().data_ptr() for tensor in found.tensors.values() if tensor.numel()}
     assert len(owners) == len(expected) - 1  # each its own, but for the empty one
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in found.tensors.values())
+    if keep is True:  # where kernels expect the first element
+        assert all(tensor.data_ptr() % 512 == 0 for tensor in found.tensors.values())
     assert wan_loader.verify_kept(model, device, dtype=dtype) == []
     assert user_count() == (keep is True)
 

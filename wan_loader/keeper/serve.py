@@ -31,6 +31,7 @@ __all__ = ["Keeper", "main"]
 
 #: A keeper that has nothing, and whom nobody asks, ends after so long.
 _IDLE_S = 60.0
+_PAUSE_S = 0.01
 
 #: So many things that are kept of the same files are told of at most.
 _MOST_FOUND = 32
@@ -86,7 +87,8 @@ class Keeper:
     def _accept(self, selector: selectors.BaseSelector) -> None:
         try:
             link, _ = self._server.accept()
-        except OSError:  # it is gone already, or there are too many
+        except OSError:  # it is gone already, or there are too many: then it still waits
+            time.sleep(_PAUSE_S)
             return
         if not is_own_peer(link):
             link.close()
