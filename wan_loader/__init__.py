@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from wan_loader.fastpath.process import accelerate, install, uninstall
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.formats.model_directory import MissingFile, ModelDirectory, ModelPart
-    from wan_loader.keeper.attach import verify_kept
+    from wan_loader.keeper.attach import kept_nbytes, verify_kept
     from wan_loader.keeper.keeping import Kept, keep
     from wan_loader.loading.empty_weights import empty_weights
     from wan_loader.loading.match import match, module_slots
@@ -110,6 +110,7 @@ _LAZY = {
     "install": "wan_loader.fastpath.process",
     "iter_file": "wan_loader.api",
     "keep": "wan_loader.keeper.keeping",
+    "kept_nbytes": "wan_loader.keeper.attach",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
     "load_into": "wan_loader.api",
@@ -172,6 +173,7 @@ __all__ = [
     "install",
     "iter_file",
     "keep",
+    "kept_nbytes",
     "load",
     "load_file",
     "load_into",

@@ -156,6 +156,15 @@ def test_a_second_time_nothing_is_loaded(runtime, model, device):
     assert len(client.status()["items"]) == 1
 
 
+def test_how_much_need_not_be_taken(runtime, model, device):
+    assert wan_loader.kept_nbytes(model, device, dtype="bf16") == 0
+    wan_loader.keep(model, device, dtype="bf16")
+    (item,) = client.status()["items"]
+    assert wan_loader.kept_nbytes(model, device, dtype="bf16") == item["nbytes"] > 0
+    assert wan_loader.kept_nbytes(model, device) == 0
+    assert wan_loader.kept_nbytes(model, device, dtype="bf16", keep_fp32=["half"]) == 0
+
+
 def test_nothing_stays_mapped_or_open(runtime, model, open_files):
     wan_loader.keep(model, "cpu")
     wan_loader.load_file(model, keep=True)

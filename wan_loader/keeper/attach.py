@@ -13,7 +13,8 @@ from wan_loader.arguments import checked_strings
 from wan_loader.devices.resolve import current, import_torch, resolve_device
 from wan_loader.dtypes import dtype_name
 from wan_loader.engine import TransferState
-from wan_loader.errors import DeviceMemoryError, KeepError
+from wan_loader.errors import DeviceError, DeviceMemoryError, KeepError
+from wan_loader.keeper import client
 from wan_loader.keeper.attached import ATTACH_ERRORS, Attached, attach
 from wan_loader.keeper.identity import identify, shared_memory_of
 from wan_loader.keeper.table import padded
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from wan_loader.loading.result import LoadResult
     from wan_loader.types import StrPath
 
-__all__ = ["NotKept", "load_kept", "verify_kept"]
+__all__ = ["NotKept", "kept_nbytes", "load_kept", "verify_kept"]
 
 
 class NotKept(NamedTuple):
@@ -127,6 +128,31 @@ def _copied(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
         place = made[tensor.untyped_storage().data_ptr()]
         out[name] = copy.set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
     return out
+
+
+def kept_nbytes(
+    path: StrPath | Sequence[StrPath] | Checkpoint,
+    device: str | int | torch.device = "cuda",
+    *,
+    dtype: torch.dtype | str | None = None,
+    part: str | None = None,
+    keep_fp32: Sequence[str] = (),
+) -> int:
+    """Return the memory of the device that a load with `keep=True` would find taken already, and not take.
+
+    For whoever reckons with free memory before loading. Arguments are those of `keep`; 0 if nothing is kept of it, or
+    the keeper cannot be asked.
+    """
+    policy = DtypePolicy(dtype_name(dtype), checked_strings(keep_fp32, "keep_fp32"))
+    request = LoadRequest(source=path, device=device, policy=policy, part=part, makes_values=True)
+    import_torch()
+    try:
+        identity = identify(request.open(), policy, shared_memory_of(resolve_device(device)).name)
+        items = (client.status() or {}).get("items", ())
+    except (KeepError, DeviceError):
+        return 0
+    same = (item for item in items if (item["key"], item["device"], item["state"]) == (*identity[:2], "kept"))
+    return sum(int(item["nbytes"]) for item in same)
 
 
 def verify_kept(
