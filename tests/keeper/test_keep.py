@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from gguf_files import blocks, gguf_bytes
-from kept import kill_keeper, user_count, wait_until
+from keepers import kill_keeper, user_count, wait_until
 from programs import Program
 from safetensors.torch import load_file, save_file
 
@@ -387,9 +387,9 @@ def test_a_directory_that_is_open_to_others(runtime, model):
 
 def test_another_users_keeper(runtime, model, monkeypatch):
     wan_loader.keep(model, "cpu")
-    monkeypatch.setattr(place, "is_own_peer", lambda link: False)
-    assert "another user" in wan_loader.load(model, keep=True).kept.reason
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "is_own_peer", lambda link: False)
+        assert "another user" in wan_loader.load(model, keep=True).kept.reason
 
 
 def test_another_user_is_turned_away(runtime, monkeypatch):
@@ -451,6 +451,25 @@ def test_two_that_keep_the_same_at_once(runtime, model):
             wan_loader.keep(model, "cpu")
         assert wan_loader.load(model, keep=True).kept.reason == "it is being loaded to be kept"
     assert wan_loader.keep(model, "cpu").report is not None
+
+
+def test_a_keeper_whom_nobody_can_reach_ends(runtime, monkeypatch):
+    """As after a logout, which removes the directory: its memory would be lost for ever."""
+    monkeypatch.setattr(serve, "_LOOK_S", 0.05)
+    listening, lock = place.listen(place.keeper_directory())
+    keeper = serve.Keeper(listening)
+    thread = threading.Thread(target=keeper.run)
+    thread.start()
+    with client.find_keeper() as link:
+        link.ask("reserve", key="k", device="d", label="l", dtype="t", nbytes=1, free=None)
+        link.ask("put", [os.memfd_create("table")], sizes=[], n_tensors=0, files=[])
+    thread.join(0.3)
+    assert thread.is_alive()
+    os.unlink(place.keeper_directory() / "keeper.socket")
+    thread.join(10)
+    assert not thread.is_alive()
+    listening.close()
+    os.close(lock)
 
 
 def test_a_keeper_with_nothing_ends(runtime):

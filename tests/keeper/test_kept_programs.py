@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from kept import user_count, wait_until
+from keepers import user_count, wait_until
 from programs import run as run_program
 from safetensors.torch import load_file, save_file
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from wan_loader.errors import KeepError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["KEEPER_LOG", "connect", "forget", "is_own_peer", "keeper_directory", "listen", "opened"]
+__all__ = ["KEEPER_LOG", "connect", "forget", "is_own_peer", "keeper_directory", "listen", "opened", "watch"]
 
 _NAME = "keeper.socket"
 _LOCK = "keeper.lock"
@@ -125,6 +125,20 @@ def listen(directory: Path) -> tuple[socket.socket, int] | None:
             os.close(lock)
             raise KeepError.because(f"cannot hold the keeper's socket: {error.strerror}", path=directory) from error
     return server, lock
+
+
+def watch(directory: Path) -> Callable[[], bool]:
+    """Return a function that says whether the socket there is still the one that is there now."""
+
+    def facts() -> tuple[int, int] | None:
+        try:
+            found = os.stat(directory / _NAME, follow_symlinks=False)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    at_first = facts()
+    return lambda: at_first is not None and facts() == at_first
 
 
 def forget(directory: Path) -> None:

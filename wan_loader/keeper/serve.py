@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import KeepError
 from wan_loader.keeper.messages import MAX_FDS, PROTOCOL, close_all, receive, send
-from wan_loader.keeper.place import KEEPER_LOG, forget, is_own_peer, keeper_directory, listen
+from wan_loader.keeper.place import KEEPER_LOG, forget, is_own_peer, keeper_directory, listen, watch
 from wan_loader.keeper.shelf import Identity, Item, Shelf
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ __all__ = ["Keeper", "main"]
 
 #: A keeper that has nothing, and whom nobody asks, ends after so long.
 _IDLE_S = 60.0
+#: How often a keeper looks whether its socket is still there: the end of a session may remove it.
+_LOOK_S = 30.0
 _PAUSE_S = 0.01
 
 #: So many things that are kept of the same files are told of at most.
@@ -68,14 +70,15 @@ class Keeper:
         }
 
     def run(self) -> None:
-        """Serve until told to stop, or until there is nothing to keep."""
+        """Serve until told to stop, until there is nothing to keep, or until nobody can reach the socket any more."""
         self._server.setblocking(False)
+        is_reachable = watch(keeper_directory())
         with selectors.DefaultSelector() as selector:
             selector.register(self._server, selectors.EVENT_READ)
             while not self._stops:
                 is_idle = not self._shelf.items and not self._held
-                events = selector.select(self._idle_s if is_idle else None)
-                if not events and is_idle:
+                events = selector.select(self._idle_s if is_idle else _LOOK_S)
+                if not events and (is_idle or not is_reachable()):
                     break
                 for event, _ in events:
                     if event.fileobj is self._server:
