@@ -30,6 +30,7 @@ ROOMS = [
     {"distributed"},
     {"cache"},
     {"streaming"},
+    {"keeper"},
     {"provenance"},
     {"api"},
     {"profiler"},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.cache.checksums import BlockCheck, check_entry, check_header
 from wan_loader.cache.loaded_tensors import prepare_fingerprints
-from wan_loader.cache.outline import Outline, outline_file
+from wan_loader.cache.outline import ENTRY_FILE, outline_checkpoint
 from wan_loader.cache.use import CacheUse
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CacheError, CheckpointError
@@ -41,16 +41,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.types import StrPath
 
-__all__ = ["ENTRY_FILE", "load_cached", "open_entry", "outline_checkpoint", "read_segments"]
-
-#: The one file of an entry that was made from one checkpoint.
-ENTRY_FILE = "model.safetensors"
-
-
-def outline_checkpoint(checkpoint: Checkpoint, policy: DtypePolicy) -> Outline:
-    """Outline an entry of a checkpoint: all of its tensors under their names, in the dtypes of the policy."""
-    label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
-    return Outline(label, policy.dtype, (outline_file(ENTRY_FILE, checkpoint, policy.target),))
+__all__ = ["load_cached", "open_entry", "read_segments"]
 
 
 def load_cached(

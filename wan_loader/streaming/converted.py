@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_loader.cache.cached_load import open_entry, outline_checkpoint
+from wan_loader.cache.cached_load import open_entry
 from wan_loader.cache.checksums import check_entry
-from wan_loader.cache.outline import why_source
+from wan_loader.cache.outline import outline_checkpoint, why_source
 from wan_loader.cache.store import Store
 from wan_loader.errors import CacheError, CheckpointError, MissingFileError
 from wan_loader.loading.report import CacheReport
