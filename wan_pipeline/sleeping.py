@@ -23,7 +23,7 @@ class Slept:
     networks: tuple[str, ...]
     """The networks that were there, or on their way."""
     nbytes: int
-    """Bytes of their weights, wherever they were."""
+    """Bytes of their weights, wherever they were; those of blocks that are streamed are in files mostly."""
     device_nbytes_before: int
     """Bytes of the device that this process had taken for tensors, and for more of them; 0 on a CPU."""
     device_nbytes_after: int
