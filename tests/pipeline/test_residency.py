@@ -206,6 +206,23 @@ def test_a_streamed_network_waits_for_its_module_and_is_let_go_like_any_other(st
     assert all(report.n_fetched for report in streamed.streams().values())
 
 
+def test_all_can_be_dropped_and_comes_back(streamed):
+    for name, module in streamed.built.items():
+        streamed.provide(name, module)
+    streamed.start()
+    assert streamed.drop_all() == ("text_encoder",)
+    assert streamed.is_empty
+    streamed.use("transformer")
+    (one,) = streamed._streamed.values()
+    assert streamed.weights_nbytes > 0
+    assert streamed.drop_all() == ("transformer",)
+    assert one.closed
+    assert streamed.weights_nbytes == 0
+    assert loaded(streamed) == []
+    streamed.use("transformer")
+    assert loaded(streamed) == ["transformer"]
+
+
 @pytest.mark.parametrize("cache_nbytes", [10**9, 0, None])
 def test_the_pages_of_a_streamed_network_are_read_at_once_where_they_fit(make, monkeypatch, cache_nbytes):
     keeper, read = make("streamed"), []
