@@ -81,7 +81,7 @@ RamLimit = Annotated[
         "ram_limit",
         "What the process may hold in host memory beside the page cache, such as 24GB.",
         metavar="SIZE",
-        show_default="half of the memory for pinned pages",
+        show_default="three quarters of what is available for streamed blocks",
     ),
 ]
 Device = Annotated[str, _option("device", "auto, cpu, cuda or cuda:N.")]
