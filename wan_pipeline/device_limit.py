@@ -1,11 +1,14 @@
 """A bound on what torch's allocator holds on a device, for as long as a pipeline needs it.
 
 The plan keeps weights and work below a limit, but between tensors the allocator keeps memory that it could give back.
-Told of the bound, it gives that back before it takes more.
+Told of the bound, it gives that back before it takes more. It cuts that memory from segments which grow, since of
+segments that do not, a twentieth of a small device is in pieces that nothing fits into.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ class DeviceLimit:
         if self._device is not None and nbytes is not None:
             import torch
 
+            _grow_segments()
             total = torch.cuda.mem_get_info(self._device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self._device)
 
@@ -37,3 +41,15 @@ class DeviceLimit:
 
             torch.cuda.set_per_process_memory_fraction(1.0, self._device)
             self._device = None
+
+
+def _grow_segments() -> None:
+    """Have torch's allocator take memory in segments that grow, from here on; torch's word counts where it has none."""
+    import torch
+
+    if "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", "")):
+        return  # the user has decided
+    name = "_accelerator_setAllocatorSettings"
+    settings = getattr(torch._C, name, None) or torch.cuda.memory._set_allocator_settings
+    with suppress(RuntimeError, AttributeError):  # a platform that has no such memory
+        settings("expandable_segments:True")

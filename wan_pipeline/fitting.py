@@ -24,6 +24,8 @@ __all__ = ["make_memory_plan", "network_dtype"]
 
 #: Host memory of a load to a GPU: its pinned ring.
 _PINNED_RING_BYTES = 512 << 20
+#: Of the host memory that is available, what streamed blocks may rely upon as page cache where no limit was asked for.
+_CACHE_SHARE = 0.75
 #: Of a divided network, what FSDP2 gathers at a time: two blocks; of the text encoder the embedding, too.
 _GATHERED = (1 / 20, 1 / 4)
 #: What a streamed network takes on the device beside its tensors, if some are converted on the way, and if numbers are
@@ -143,8 +145,7 @@ def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.devi
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-        # without a limit, as much as may be pinned
-        cache = memory_limit() // 2 if options.host_memory is None else host - _PINNED_RING_BYTES
+        cache = int(host * _CACHE_SHARE) if options.host_memory is None else host - _PINNED_RING_BYTES
     return Limits(
         device=str(device),
         titles={c.name: c.network.title for c in checkpoint.components},

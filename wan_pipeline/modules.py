@@ -147,7 +147,7 @@ def stream(
         dtype=dtype,
         buffers=streaming.buffers,
         device_memory=streaming.device_nbytes,
-        pinned_memory=streaming.cache_nbytes,
+        host_memory=streaming.cache_nbytes,
         key_map=component.key_map,
         # in the words of the module, which a name is looked up in here
         keep_fp32=[part for part in component.keep_fp32 if part not in unused],

@@ -129,8 +129,9 @@ class WanT2V:
                 everything resident, networks that take turns, or blocks that come from the files as they run; the VAE
                 works by tiles if it must, which changes its pictures slightly. A named preset gets it as its number.
                 None leaves the presets theirs, and "auto" what is free.
-            host_memory: The bytes that the process may hold on the host beside the page cache, likewise: it bounds the
-                pinned pages that streamed blocks come from; blocks beyond that are read each time they run.
+            host_memory: The bytes that the process may hold on the host, likewise, with the pages that streamed blocks
+                rely upon; blocks beyond that are read from the disk whenever they run, and `preset_reason` says
+                how many. None relies upon three quarters of what is available.
             cache: Read the experts as they were converted by an earlier start, from the converted cache, or leave them
                 there once everything was loaded.
             cache_dir: The cache's directory; None is the user's.

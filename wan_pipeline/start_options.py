@@ -40,7 +40,7 @@ class StartOptions:
     device_memory: int | None = None
     """Bytes that the process may hold on the device, as the driver counts them; None leaves it to the preset."""
     host_memory: int | None = None
-    """Bytes that it may hold on the host beside the page cache, pinned pages included; None: what there is."""
+    """Bytes that it may hold on the host, with the pages that streamed blocks rely upon; None: what there is."""
     cache: bool = False
     """Read converted experts from the converted cache, and leave them there; not with several processes."""
     cache_dir: StrPath | None = None

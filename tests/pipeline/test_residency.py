@@ -238,6 +238,18 @@ def test_the_pages_of_a_streamed_network_are_read_at_once_where_they_fit(make, m
     assert keeper.resident() == ("text_encoder",)
 
 
+def test_what_the_page_cache_cannot_hold_is_read_from_the_disk(make):
+    keeper = make("streamed")
+    one = keeper._placements["transformer"]
+    order = streaming(one.component)
+    order = replace(order, cache_nbytes=order.blocks.nbytes_file)
+    keeper._placements["transformer"] = replace(one, streaming=order)
+    keeper.start()
+    keeper.use("transformer")
+    report = keeper.streams()["transformer"]
+    assert report.n_direct == order.n_read == order.n_streamed - 1
+
+
 def test_what_waits_for_its_module_ends_when_told(streamed):
     streamed.start()
     streamed.close()

@@ -123,6 +123,15 @@ def test_a_text_encoder_that_is_streamed_gives_the_same_video(six_blocks, reside
     assert "2 of 2 blocks of the text encoder are streamed" in reason
 
 
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("form", ["fp8-scaled", "gguf"])
+def test_quantised_experts_that_are_streamed_give_the_same_video(tiny_comfy, form):
+    expected, _, _ = video(tiny_comfy(form), preset="fastest")
+    frames, streams, _ = video(tiny_comfy(form), device_memory=least(tiny_comfy(form)))
+    assert np.array_equal(frames, expected)
+    assert {"transformer", "transformer_2"} <= streams.keys()
+
+
 def test_a_named_preset_gets_the_limit_as_its_number(six_blocks, resident):
     limit = least(six_blocks["native"], preset="streamed")
     frames, streams, reason = video(six_blocks["native"], preset="streamed", device_memory=limit)

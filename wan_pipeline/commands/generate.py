@@ -81,9 +81,9 @@ RamLimit = Annotated[
     str | None,
     _option(
         "ram_limit",
-        "What the process may hold in host memory beside the page cache, such as 24GB.",
+        "What the process may hold in host memory, such as 24GB: with the pages that streamed blocks rely upon.",
         metavar="SIZE",
-        show_default="half of the memory for pinned pages",
+        show_default="three quarters of what is available for streamed blocks",
     ),
 ]
 Device = Annotated[str, _option("device", "auto, cpu, cuda or cuda:N.")]
