@@ -192,6 +192,7 @@ def test_flags_that_contradict(run, tmp_path, capfd, words, code, message):
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_start(run, tmp_path, capfd):
-    (tmp_path / "p.txt").write_text('A\n{"prompt": "B", "save_file": "no/such/v.mp4"}')
+    (tmp_path / "p.txt").write_text('{"prompt": "B", "save_file": "no/such/v.mp4"}\nA')
     assert run() == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["videos"]
     assert "no directory that you may write to" in capfd.readouterr().err

@@ -206,6 +206,8 @@ def generate(
     }
     if prompt_file is not None:
         lines = _checked_lines(prompt_file, checkpoint, settings | {"seed": base_seed}, degrees, save_dir or Path())
+        if save_dir is not None and is_first():
+            save_dir.mkdir(parents=True, exist_ok=True)
         _generate_all(lines, start, own_file(profile_out), json=json, force=force)
         return
     assert prompt is not None
@@ -295,7 +297,6 @@ def _generate_all(
     lines: list[PromptLine], start: dict[str, Any], profile_out: Path | None, *, json: bool, force: bool
 ) -> None:
     if is_first():
-        lines[0].target.parent.mkdir(parents=True, exist_ok=True)
         check_outputs(profile_out, force=force)
         # what is there is kept, or to be made anew; that it can be written is checked
         check_outputs(*(line.target for line in lines), profile_out, force=True)
