@@ -33,7 +33,7 @@ ROOMS = [
     {"provenance"},
     {"api"},
     {"profiler"},
-    {"verify", "fastpath"},
+    {"verify", "fastpath", "standby"},
     {"bench"},
     {"cli"},
 ]

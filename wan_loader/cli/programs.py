@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from wan_loader.errors import OptionError
 from wan_loader.fastpath.launch.script import prepare_file, prepare_module
 from wan_loader.fastpath.launch.waiting import begin, is_off
+from wan_loader.system.forks import start_origin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from wan_loader.fastpath.tally import Tally
 
-__all__ = ["RunRequest", "parse_run", "run_at_once", "run_program"]
+__all__ = ["RunRequest", "from_standby", "parse_run", "run_at_once", "run_forked", "run_program"]
 
-_OPTIONS = ("--report", "--quiet", "-v", "--verbose")
+_OPTIONS = ("--report", "--quiet", "--standby", "--no-standby", "-v", "--verbose")
 #: The exit code for a program that is not there, as shells and programs that start others have it.
 _NOT_FOUND = 127
 
@@ -35,6 +36,8 @@ class RunRequest(NamedTuple):
     """SCRIPT ARGS, -m MODULE ARGS, or -- PROGRAM ARGS."""
     report: bool = False
     quiet: bool = False
+    standby: bool | None = None
+    """Whether a fork of the stand-by server is wanted; None: if there is one."""
 
 
 def parse_run(words: Sequence[str]) -> RunRequest | None:
@@ -44,7 +47,8 @@ def parse_run(words: Sequence[str]) -> RunRequest | None:
         options.add(rest.pop(0))
     if not rest or rest[0] in ("-h", "--help") or rest == ["--"]:
         return None
-    return RunRequest(rest, "--report" in options, "--quiet" in options)
+    standby = False if "--no-standby" in options else True if "--standby" in options else None
+    return RunRequest(rest, "--report" in options, "--quiet" in options, standby)
 
 
 def run_at_once(words: Sequence[str]) -> None:
@@ -59,6 +63,7 @@ def run_program(request: RunRequest) -> NoReturn:
     first, *others = request.words
     if first == "--":
         _run_children(request, others)
+    _hand_over(request, first, others)
     try:
         start = prepare_module(others) if first == "-m" else prepare_file(first, others)
     except OptionError as error:
@@ -68,6 +73,46 @@ def run_program(request: RunRequest) -> NoReturn:
         atexit.register(_tell_own, os.getpid(), request.report)
     start.run()
     sys.exit()
+
+
+def run_forked() -> NoReturn:
+    """Run the program of this process's command line; called in a fork of the stand-by server."""
+    request = parse_run(sys.argv[2:])
+    assert request is not None, sys.argv
+    run_program(request._replace(standby=False))
+
+
+def _hand_over(request: RunRequest, first: str, others: Sequence[str]) -> None:
+    """Have the program run in a fork of the stand-by server, and end as it does; return if that cannot be."""
+    program = f"-m {others[0]}" if first == "-m" and others else os.path.abspath(first)
+    directory = os.getcwd() if first == "-m" else os.path.dirname(os.path.realpath(first))
+    why = from_standby(f"{__name__}:run_forked", first=directory, program=program, wanted=request.standby)
+    if why and not request.quiet:
+        _tell(f"started directly: {why}")
+
+
+def from_standby(entry: str, *, first: str, program: str, wanted: bool | None = None) -> str:
+    """Run a program in a fork of the stand-by server and end as it does; return if it must be started directly.
+
+    Args:
+        entry: The function that runs it, as `module:function`; it finds its arguments in `sys.argv`.
+        first: The directory in which its modules are looked for first.
+        program: Its file, or -m and its module.
+        wanted: Whether a fork is wanted; None: if there is a server, and WAN_LOADER_STANDBY=0 does not refuse it.
+
+    Returns:
+        What to tell the user; "" if there is nothing to tell.
+    """
+    if (
+        wanted is False
+        or (wanted is None and os.environ.get("WAN_LOADER_STANDBY") == "0")
+        or start_origin() == "forked"
+    ):
+        return ""
+    from wan_loader.standby.client import hand_over
+
+    why = hand_over(entry, first=first, program=program)
+    return why or ("there is no stand-by server: `wan-loader standby start` starts one" if wanted else "")
 
 
 def _run_children(request: RunRequest, words: Sequence[str]) -> NoReturn:
@@ -109,7 +154,7 @@ def _tell(line: str, tally: Tally | None = None) -> None:
         if sys.stderr is not None:
             say(f"wan-loader: {line}")
             if tally is not None:
-                say(tally.report())
+                say(f"{tally.report()}\nstarted\n  {start_origin()}")
 
 
 def _fail(error: OptionError, code: int) -> NoReturn:

@@ -25,6 +25,14 @@ def run(
         bool, typer.Option("--report", help="Show at the end what was fetched, spared and left, and why.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing at the end.")] = False,
+    standby: Annotated[
+        bool | None,
+        typer.Option(
+            "--standby/--no-standby",
+            help="Run in a fork of the stand-by server.",
+            show_default="if there is one",
+        ),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Run a program that knows nothing of us with our loader inside.
@@ -36,6 +44,9 @@ def run(
 
     A SCRIPT or MODULE runs in this process, and no other process is served. After -- stands any program: every Python
     process that it starts is served, and the line sums them up. WAN_LOADER_ACCELERATE=0 turns it off.
+
+    Where `wan-loader standby start` has started a server, a SCRIPT or MODULE begins with everything imported.
+    WAN_LOADER_STANDBY=0 turns that off.
 
     Examples:
 

@@ -1,0 +1,12 @@
+"""Ready processes: a server that has imported what programs need, and forks one for each that is started.
+
+place       where the server of this user and this environment listens
+wire        what the two say to each other: documents, with descriptors
+world       what a process gets from whoever starts it, taken from one and given to another
+variables   which variables of the environment imports have looked at
+learned     what programs have imported, so that the server imports it the next time
+imports     what the server imports, and whether a process may be forked then
+server      listens, forks, and watches over what it has forked
+client      hands a program over, and stands for it until it has ended
+control     starts, describes and ends the server
+"""
