@@ -103,11 +103,8 @@ def from_standby(entry: str, *, first: str, program: str, wanted: bool | None = 
     Returns:
         What to tell the user; "" if there is nothing to tell.
     """
-    if (
-        wanted is False
-        or (wanted is None and os.environ.get("WAN_LOADER_STANDBY") == "0")
-        or start_origin() == "forked"
-    ):
+    is_refused = wanted is None and os.environ.get("WAN_LOADER_STANDBY") == "0"
+    if wanted is False or is_refused or start_origin() == "forked":
         return ""
     from wan_loader.standby.client import hand_over
 

@@ -47,10 +47,10 @@ def hand_over(entry: str, *, first: str, program: str = "") -> str:
     signals = _forwarded()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     answer = _offer(given)
-    if isinstance(answer, str):
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return answer
-    _stand_for_it(answer, signals, given["fds"])
+    if not isinstance(answer, str):
+        _stand_for_it(answer, signals, given["fds"])
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return answer
 
 
 def ask(document: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ def _forwarded() -> set[int]:
     """Return the signals that are for the program: all but those that are about this process, or end it at once."""
     import signal
 
-    own = "KILL STOP CHLD SEGV BUS FPE ILL TRAP SYS PIPE TTIN TTOU".split()
+    own = ["KILL", "STOP", "CHLD", "SEGV", "BUS", "FPE", "ILL", "TRAP", "SYS", "PIPE", "TTIN", "TTOU"]
     return {int(n) for n in signal.valid_signals()} - {int(getattr(signal, f"SIG{name}")) for name in own}
 
 

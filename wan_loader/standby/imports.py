@@ -24,7 +24,7 @@ _CUDA_ERROR_NOT_INITIALIZED = 3
 _LINGERING_S = 0.1
 
 
-class Unforkable(Exception):  # noqa: N818 - it is an answer
+class Unforkable(Exception):
     """A module's import has begun what a forked process cannot have."""
 
     def __init__(self, module: str, why: str) -> None:

@@ -25,6 +25,7 @@ from importlib.machinery import all_suffixes
 from typing import Any, NoReturn
 
 from wan_loader.standby import place, wire, world
+from wan_loader.standby.ending import run_to_end
 from wan_loader.standby.imports import Unforkable, files_of_modules, import_all, joined_modules
 from wan_loader.standby.learned import Learned
 from wan_loader.standby.variables import NOT_COMPARED, different, names_set, recorded_reads, watch_writes
@@ -49,8 +50,7 @@ def main(settings: str) -> NoReturn:
     server.prepare()
     entry = server.serve()
     module, _, function = entry.partition(":")
-    getattr(importlib.import_module(module), function)()
-    sys.exit()
+    run_to_end(getattr(importlib.import_module(module), function), server.known)
 
 
 class Server:
@@ -79,7 +79,8 @@ class Server:
         self._set_by_imports: dict[str, str | None] = {}
         self._files: dict[str, tuple[int, int, int]] = {}
         self._facts: dict[str, Any] = {}
-        self._known: frozenset[str] = frozenset()
+        self.known: frozenset[str] = frozenset()
+        """The modules that its forks have from it."""
         self._seen_ns = 0
 
     def take_lock(self) -> None:
@@ -115,7 +116,7 @@ class Server:
             if before.get(name) != os.environ.get(name)
         }
         self._files = files_of_modules()
-        self._known = frozenset(sys.modules)
+        self.known = frozenset(sys.modules)
         self._facts = {
             "pid": os.getpid(),
             "n_modules": len(sys.modules),
@@ -222,7 +223,7 @@ class Server:
     def _own_modules(self, directory: str) -> str:
         """Say whether a program has modules of its own in place of those that were imported."""
         for name in _modules_in(directory or "."):
-            file = getattr(sys.modules.get(name) if name in self._known else None, "__file__", None)
+            file = getattr(sys.modules.get(name) if name in self.known else None, "__file__", None)
             if file and name != "__main__" and not _lies_in(file, directory or "."):
                 return f"{name} beside the program takes the place of the installed one"
         return ""
@@ -243,8 +244,7 @@ class Server:
 
         from wan_loader.system import forks
 
-        gc.unfreeze()
-        gc.enable()
+        gc.enable()  # what is frozen stays so: looking at it would copy all of it
         signal.set_wakeup_fd(-1)
         forks.begin_anew()
         importlib.invalidate_caches()
@@ -252,7 +252,7 @@ class Server:
 
         def learn() -> None:
             if program and os.getpid() == pid:
-                self._learned.learn(program, self._known)
+                self._learned.learn(program, self.known)
 
         def tell(name: str) -> None:
             if name not in told and os.getpid() == pid:

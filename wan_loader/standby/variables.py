@@ -19,8 +19,10 @@ __all__ = ["NOT_COMPARED", "different", "names_set", "recorded_reads", "watch_wr
 
 #: Read in C: by the interpreter and its C library when they start, by libraries of threads and of linear algebra when
 #: they are loaded.
-_READ_IN_C = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
-_READ_IN_C += ("PYTORCH_", "NVIDIA_TF32_OVERRIDE")
+_READ_IN_C = (
+    *("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "GLIBC_"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE"),
+)
 #: Given to a process later (`world` sets the number of threads, `sys.stdout`), or set by ourselves for the imports.
 NOT_COMPARED = frozenset(
     ("OMP_NUM_THREADS", "PYTHONUNBUFFERED", "PYTORCH_NVML_BASED_CUDA_CHECK", "WAN_LOADER_ACCELERATE")

@@ -41,11 +41,11 @@ def watch(connection: socket.socket, fds: list[int]) -> None:
     connection.settimeout(None)
     is_running = True
     while is_running:
-        ready, _, _ = select.select([connection, ended], [], [])
+        ready, _, _ = select.select([connection.fileno(), ended], [], [])
         if ended in ready:
             os.read(ended, 4096)
             is_running = _tell_changes(connection, pid)
-        if is_running and connection in ready:
+        if is_running and connection.fileno() in ready:
             _pass_on(connection, pid)
     os._exit(0)
 

@@ -174,7 +174,7 @@ def _set_signals(given: dict[str, Any]) -> None:
 
 
 def _renew_streams(given: dict[str, Any]) -> None:
-    """Make the standard streams anew, as Python does when it starts. They stay the same objects: libraries have them."""
+    """Make the standard streams anew, as Python does at its start; they stay the objects that libraries have."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         stream: Any = getattr(sys, f"__{name}__")
         if fd not in given["fds"]:
@@ -190,17 +190,19 @@ def _renew_streams(given: dict[str, Any]) -> None:
 
 
 def _renew_random_state() -> None:
-    """Draw what libraries draw when they are imported. torch's own seed is a constant, and nothing was drawn since."""
+    """Draw anew what libraries draw when they are imported."""
     if "random" in sys.modules:
         sys.modules["random"].seed()
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
 
 
 def _set_threads(given: dict[str, Any], before: Mapping[str, str]) -> None:
-    """Tell libraries how many threads they may have, if that is another number than they found when they were loaded."""
+    """Tell libraries how many threads they may have, if that is another number than when they were loaded."""
     wanted, found = given["environ"].get("OMP_NUM_THREADS"), before.get("OMP_NUM_THREADS")
     if wanted == found:
         return
