@@ -23,6 +23,7 @@ def start(
     imports: Annotated[
         list[str] | None, typer.Option("--import", metavar="MODULE", help="Import this as well; may be repeated.")
     ] = None,
+    only: Annotated[bool, typer.Option("--only", help="Import nothing but what --import names.")] = False,
     idle: Annotated[
         str, typer.Option(help="End after so long without a program, such as 30m.", callback=checked(parse_age))
     ] = "1h",
@@ -46,7 +47,7 @@ def start(
 
     with usage_errors():
         idle_s = parse_age(idle)
-    _tell(control.start(imports or [], idle_s=idle_s), json=json)
+    _tell(control.start(imports or [], idle_s=idle_s, only=only), json=json)
 
 
 @app.command()

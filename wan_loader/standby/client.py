@@ -145,6 +145,7 @@ def _stand_for_it(connection: socket.socket, signals: set[int], fds: list[int]) 
 
 def _end_as_it_ends(connection: socket.socket) -> NoReturn:
     """Stop and end when the program does; what nobody can tell of has been killed with who watched over it."""
+    import _thread
     import resource
     import signal
 
@@ -159,5 +160,5 @@ def _end_as_it_ends(connection: socket.socket) -> NoReturn:
         resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
     )  # the program has left one
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
-    os.kill(os.getpid(), -code)
-    os._exit(128 - code)  # it is one that this process was born with, ignored
+    signal.pthread_kill(_thread.get_ident(), -code)  # the other thread takes those that are for the process
+    os._exit(128 - code)

@@ -38,12 +38,13 @@ def running() -> int | None:
     return None if kind == fcntl.F_UNLCK else int(pid)
 
 
-def start(modules: list[str], *, idle_s: float = IDLE_S) -> dict[str, Any]:
+def start(modules: list[str], *, idle_s: float = IDLE_S, only: bool = False) -> dict[str, Any]:
     """Start a server, unless there is one, and wait until it is ready.
 
     Args:
         modules: What it imports beside what it knows that programs need.
         idle_s: It ends after so many seconds without a request.
+        only: Import nothing but `modules`.
 
     Returns:
         What `status` returns.
@@ -58,7 +59,7 @@ def start(modules: list[str], *, idle_s: float = IDLE_S) -> dict[str, Any]:
     if why := place.not_private(directory):
         raise OutputError.because(why, "remove it, or set XDG_RUNTIME_DIR to a directory of yours", path=directory)
     if running() is None:
-        _launch(modules, idle_s)
+        _launch({"modules": modules, "idle_s": idle_s, "only": only})
     while running() is not None:
         if (found := status()) is not None and "n_modules" in found:
             return found
@@ -68,7 +69,7 @@ def start(modules: list[str], *, idle_s: float = IDLE_S) -> dict[str, Any]:
     raise WanLoaderError.because(f"the stand-by server has ended: {said[0]}", f"{place.log_path()} has all it said")
 
 
-def _launch(modules: list[str], idle_s: float) -> None:
+def _launch(settings: dict[str, Any]) -> None:
     """Begin a server in a session of its own, and wait until it holds the lock, or has ended."""
     path = sys.path if sys.flags.safe_path else [place.package_root(), *sys.path[1:]]
     code = f"import sys; sys.path[:] = {path!r}; from wan_loader.standby.server import main; main(sys.argv[1])"
@@ -76,7 +77,7 @@ def _launch(modules: list[str], idle_s: float) -> None:
     with open(place.log_path(), "wb") as log:
         os.fchmod(log.fileno(), 0o600)
         process = subprocess.Popen(
-            [sys.executable, *_options(), "-c", code, json.dumps({"modules": modules, "idle_s": idle_s})],
+            [sys.executable, *_options(), "-c", code, json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -79,8 +79,10 @@ def _flushed() -> bool:
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             done = stream is sys.stderr and done
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}\n")
         except AttributeError:  # what the program has put in its place
             continue
     return done

@@ -59,6 +59,7 @@ class Server:
     Args:
         modules: Modules to import beside those that programs need or have needed.
         idle_s: It ends after so many seconds without a request.
+        only: Import nothing but `modules`.
         left_out: Module -> why it must not be imported.
         lock: The descriptor that holds the lock, if this is a server that begins anew.
     """
@@ -67,10 +68,12 @@ class Server:
         self,
         modules: list[str],
         idle_s: float,
+        only: bool,
         left_out: dict[str, str] | None = None,
         lock: int = -1,
     ) -> None:
-        self._modules, self._idle_s, self._environ = modules, idle_s, dict(os.environ)
+        self._modules, self._idle_s, self._only = modules, idle_s, only
+        self._environ = dict(os.environ)
         self._left_out = left_out or {}
         self._locked = lock
         self._learned = Learned()
@@ -127,7 +130,8 @@ class Server:
         }
 
     def _wanted(self) -> list[str]:
-        names = dict.fromkeys([*self._modules, *joined_modules(), *self._learned.modules()])
+        others = [] if self._only else [*joined_modules(), *self._learned.modules()]
+        names = dict.fromkeys([*self._modules, *others])
         return [name for name in names if name.partition(".")[0] not in self._left_out]
 
     def serve(self) -> str:
@@ -138,6 +142,7 @@ class Server:
             listener.listen(_BACKLOG)
             os.rename(beside, place.socket_path())
             connection = self._next(listener)
+        os.close(self._locked)
         return self._begin(connection)
 
     def _next(self, listener: socket.socket) -> socket.socket:
@@ -186,7 +191,8 @@ class Server:
         with suppress(FileNotFoundError):
             os.unlink(place.socket_path())
         os.set_inheritable(self._locked, True)
-        settings = {"modules": self._modules, "idle_s": self._idle_s, "left_out": self._left_out, "lock": self._locked}
+        settings = {"modules": self._modules, "idle_s": self._idle_s, "only": self._only}
+        settings |= {"left_out": self._left_out, "lock": self._locked}
         os.execve(sys.executable, [*sys.orig_argv[:-1], json.dumps(settings)], self._environ)
 
     def _begin(self, connection: socket.socket) -> str:

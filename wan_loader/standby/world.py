@@ -183,10 +183,10 @@ def _renew_streams(given: dict[str, Any]) -> None:
         elif stream is not None:
             raw = io.FileIO(fd, "w" if fd else "r", closefd=False)
             raw.name = f"<{name}>"
-            writes_through = bool(fd and given["unbuffered"])
-            buffer: Any = raw if writes_through else io.BufferedWriter(raw) if fd else io.BufferedReader(raw)
-            in_lines = not writes_through and (fd == 2 or raw.isatty())
-            stream.__init__(buffer, stream.encoding, stream.errors, "\n", in_lines, writes_through)
+            at_once = given["unbuffered"]
+            buffer: Any = io.BufferedReader(raw) if fd == 0 else raw if at_once else io.BufferedWriter(raw)
+            in_lines = not at_once and (fd == 2 or raw.isatty())
+            stream.__init__(buffer, stream.encoding, stream.errors, "\n", in_lines, at_once)
 
 
 def _renew_random_state() -> None:
