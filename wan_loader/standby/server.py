@@ -213,7 +213,7 @@ class Server:
             os._exit(0)
         watch(connection, fds)
         world.assume(given, fds, self._environ, self._set_by_imports)
-        self._begin_program(given["program"])
+        self._begin_program(given["program"], given["pid"])
         return str(given["entry"])
 
     def _refusal(self, given: dict[str, Any], cwd: int) -> str:
@@ -244,7 +244,7 @@ class Server:
                     names = names or names_set(file.read(), self._reads)
         return f"the program sets {names[0]}, which the server's imports have read" if names else ""
 
-    def _begin_program(self, program: str) -> None:
+    def _begin_program(self, program: str, client: int) -> None:
         """Leave the process as one in which nothing was served."""
         import atexit
 
@@ -252,7 +252,7 @@ class Server:
 
         gc.enable()  # what is frozen stays so: looking at it would copy all of it
         signal.set_wakeup_fd(-1)
-        forks.begin_anew()
+        forks.begin_anew(client)
         importlib.invalidate_caches()
         pid, told = os.getpid(), set[str]()
 

@@ -82,6 +82,7 @@ def capture() -> dict[str, Any]:
     os.umask(umask := os.umask(0o077))
     return {
         "identity": identity(),
+        "pid": os.getpid(),
         "argv": sys.argv,
         "orig_argv": sys.orig_argv,
         "path": sys.path,
