@@ -40,7 +40,7 @@ def hand_over(entry: str, *, first: str, program: str = "") -> str:
 
     from wan_loader.standby import world
 
-    given = world.capture() | {"entry": entry, "first": first, "program": program}
+    given = world.capture() | {"entry": entry, "first": os.path.realpath(first), "program": program}
     if why := world.refusal(given):
         return why
     # from here on none is lost
@@ -98,10 +98,11 @@ def _offer(given: dict[str, Any]) -> socket.socket | str:
         return connection
     cwd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        wire.send(connection, given, [*given["fds"], cwd])
+        wire.send(connection, given)
         answer = wire.receive(connection)
         if answer is not None and "ready" in answer:
-            wire.send(connection, {"go": True})
+            # not before: descriptors that nobody takes would stay open
+            wire.send(connection, {"go": True}, [*given["fds"], cwd])
             return connection
     except OSError:
         answer = None

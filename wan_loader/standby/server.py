@@ -81,6 +81,7 @@ class Server:
         self._reads: set[str] = set()
         self._set_by_imports: dict[str, str | None] = {}
         self._files: dict[str, tuple[int, int, int]] = {}
+        self._outdated = ""
         self._facts: dict[str, Any] = {}
         self.known: frozenset[str] = frozenset()
         """The modules that its forks have from it."""
@@ -162,19 +163,24 @@ class Server:
             elif time.monotonic() - asked >= self._idle_s:
                 os.unlink(place.socket_path())
                 os._exit(0)
-            elif self._learned.changed_ns() != self._seen_ns:
+            if self._learned.changed_ns() != self._seen_ns:
                 self._seen_ns = self._learned.changed_ns()
                 if not self._tried.issuperset(self._wanted()):
                     self._begin_anew()
 
     def _fork_for(self, connection: socket.socket) -> bool:
-        """Fork, unless what was imported is not what lies on the disk any more; say whether this is the fork."""
-        if changed := self._changed():
-            with suppress(OSError):
-                wire.send(connection, {"direct": f"{changed} has changed, and the server imports it again"})
+        """Fork, and begin anew if what was imported is not what lies on the disk any more.
+
+        Returns:
+            Whether this is the fork.
+        """
+        self._outdated = self._changed()
+        if not os.fork():
+            return True
+        if self._outdated:
             connection.close()
             self._begin_anew()
-        return not os.fork()
+        return False
 
     def _changed(self) -> str:
         for path, known in self._files.items():
@@ -198,39 +204,40 @@ class Server:
     def _begin(self, connection: socket.socket) -> str:
         """Be the watcher of a request; returns in the process of its program."""
         connection.settimeout(_PATIENCE_S)
-        given, fds = wire.receive_all(connection)
+        given = wire.receive(connection)
         if given is None or "argv" not in given:
             if given is not None:
                 wire.send(connection, {name: fact for name, fact in self._facts.items() if name != "identity"})
             os._exit(0)
-        *fds, cwd = fds
-        if why := self._refusal(given, cwd):
+        if why := self._refusal(given):
             wire.send(connection, {"direct": why})
             os._exit(0)
-        os.close(cwd)
         wire.send(connection, {"ready": True})
-        if wire.receive(connection) is None:  # it has gone on without
+        goes, fds = wire.receive_all(connection)
+        if goes is None:  # it has gone on without
             os._exit(0)
         watch(connection, fds)
         world.assume(given, fds, self._environ, self._set_by_imports)
         self._begin_program(given["program"], given["pid"])
         return str(given["entry"])
 
-    def _refusal(self, given: dict[str, Any], cwd: int) -> str:
+    def _refusal(self, given: dict[str, Any]) -> str:
         """Say why this program is to be started directly; nothing if it can be forked."""
-        if why := world.different_identity(self._facts["identity"], given["identity"]):
-            return why
+        if self._outdated:
+            return f"{self._outdated} has changed, and the server imports it again"
         if name := different(self._reads, self._environ, given["environ"]):
             return f"{name} is another than when the server's imports read it"
-        if why := world.assume_limits(given, cwd):
+        if why := world.different_identity(self._facts["identity"], given["identity"]):
+            return why
+        if why := world.assume_limits(given):
             return why
         return self._own_modules(given["first"]) or self._own_variables(given["program"])
 
     def _own_modules(self, directory: str) -> str:
         """Say whether a program has modules of its own in place of those that were imported."""
-        for name in _modules_in(directory or "."):
+        for name in _modules_in(directory):
             file = getattr(sys.modules.get(name) if name in self.known else None, "__file__", None)
-            if file and name != "__main__" and not _lies_in(file, directory or "."):
+            if file and name != "__main__" and not _lies_in(file, directory, name):
                 return f"{name} beside the program takes the place of the installed one"
         return ""
 
@@ -288,6 +295,7 @@ def _modules_in(directory: str) -> list[str]:
     return sorted(names)
 
 
-def _lies_in(file: str, directory: str) -> bool:
-    """Say whether a module's file is in a directory, or in a package there."""
-    return os.path.realpath(file).startswith(os.path.join(os.path.realpath(directory), ""))
+def _lies_in(file: str, directory: str, name: str) -> bool:
+    """Say whether a module's file is the one of that name in a directory."""
+    path = os.path.join(os.path.realpath(directory), name)
+    return os.path.realpath(file).startswith((f"{path}.", f"{path}{os.sep}"))

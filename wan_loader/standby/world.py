@@ -98,8 +98,8 @@ def capture() -> dict[str, Any]:
     }
 
 
-def assume_limits(given: dict[str, Any], cwd: int) -> str:
-    """Take on limits and working directory; say which cannot be had."""
+def assume_limits(given: dict[str, Any]) -> str:
+    """Take on limits, processors and priority; say which cannot be had."""
     os.umask(given["umask"])
     for name, limits in given["limits"].items():
         try:
@@ -109,9 +109,8 @@ def assume_limits(given: dict[str, Any], cwd: int) -> str:
     try:
         os.sched_setaffinity(0, given["processors"])
         os.setpriority(os.PRIO_PROCESS, 0, given["nice"])
-        os.fchdir(cwd)
     except OSError as error:
-        return f"processors, priority or a working directory that the server may not take: {error.strerror}"
+        return f"processors or a priority that the server may not have: {error.strerror}"
     return ""
 
 
@@ -128,12 +127,15 @@ def assume(
 
     Args:
         given: What `capture` has described.
-        fds: Its descriptors, in their order; they are placed, and closed here.
+        fds: Its descriptors, in their order, and its working directory; they are placed, and closed here.
         before: The environment that libraries have found when they were loaded.
         set_by_imports: Variables that imports have set, or taken out, and would again.
     """
     _end_with_parent()
     os.setpgid(0, 0)
+    *fds, cwd = fds
+    os.fchdir(cwd)
+    os.close(cwd)
     _place(given["fds"], fds)
     os.environ.clear()
     os.environ.update(given["environ"])
