@@ -173,7 +173,7 @@ def test_modules_that_no_fork_can_have_are_left_to_programs(own, script, modules
     said = server.start(
         *(word for name in ("quick", "threaded", "broken", "none") for word in ("--import", name))
     ).stdout
-    assert "left to programs: threaded, as it starts 1 threads\n" in said
+    assert "left to programs: threaded, as it starts 1 thread\n" in said
     assert "not imported: broken: SystemExit: no\n" in said
     assert "not imported: none: ModuleNotFoundError: No module named 'none'\n" in said
     path = script(f"{_WHERE}print('threaded' in sys.modules, 'quick' in sys.modules)")

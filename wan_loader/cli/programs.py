@@ -68,7 +68,8 @@ def run_program(request: RunRequest) -> NoReturn:
         start = prepare_module(others) if first == "-m" else prepare_file(first, others)
     except OptionError as error:
         _fail(error, 1)
-    begin()
+    if start_origin() == "imported" or "torch" not in sys.modules:  # else it is there, if it is to be
+        begin()
     if not request.quiet:
         atexit.register(_tell_own, os.getpid(), request.report)
     start.run()
@@ -86,18 +87,21 @@ def _hand_over(request: RunRequest, first: str, others: Sequence[str]) -> None:
     """Have the program run in a fork of the stand-by server, and end as it does; return if that cannot be."""
     program = f"-m {others[0]}" if first == "-m" and others else os.path.abspath(first)
     directory = os.getcwd() if first == "-m" else os.path.dirname(os.path.realpath(first))
-    why = from_standby(f"{__name__}:run_forked", first=directory, program=program, wanted=request.standby)
+    why = from_standby(
+        f"{__name__}:run_forked", first=directory, program=program, fast_path=not is_off(), wanted=request.standby
+    )
     if why and not request.quiet:
         _tell(f"started directly: {why}")
 
 
-def from_standby(entry: str, *, first: str, program: str, wanted: bool | None = None) -> str:
+def from_standby(entry: str, *, first: str, program: str, fast_path: bool = False, wanted: bool | None = None) -> str:
     """Run a program in a fork of the stand-by server and end as it does; return if it must be started directly.
 
     Args:
         entry: The function that runs it, as `module:function`; it finds its arguments in `sys.argv`.
         first: The directory in which its modules are looked for first.
         program: Its file, or -m and its module.
+        fast_path: Whether it is to have the fast path.
         wanted: Whether a fork is wanted; None: if there is a server, and WAN_LOADER_STANDBY=0 does not refuse it.
 
     Returns:
@@ -108,7 +112,7 @@ def from_standby(entry: str, *, first: str, program: str, wanted: bool | None = 
         return ""
     from wan_loader.standby.client import hand_over
 
-    why = hand_over(entry, first=first, program=program)
+    why = hand_over(entry, first=first, program=program, fast_path=fast_path)
     return why or ("there is no stand-by server: `wan-loader standby start` starts one" if wanted else "")
 
 

@@ -23,13 +23,14 @@ _PATIENCE_S = 10.0
 _SI_KERNEL = 0x80
 
 
-def hand_over(entry: str, *, first: str, program: str = "") -> str:
+def hand_over(entry: str, *, first: str, program: str, fast_path: bool) -> str:
     """Have a program run in a fork of the server, and end as it ends; return if it must be started directly.
 
     Args:
         entry: The function that runs it, as `module:function`; it finds its arguments in `sys.argv`.
         first: The directory in which its modules are looked for first.
-        program: Its file, if it is one.
+        program: Its file, or -m and its module.
+        fast_path: Whether it is to have the fast path, which is in place from the beginning if torch is.
 
     Returns:
         Why there is no fork: "" if there is no server.
@@ -40,7 +41,8 @@ def hand_over(entry: str, *, first: str, program: str = "") -> str:
 
     from wan_loader.standby import world
 
-    given = world.capture() | {"entry": entry, "first": os.path.realpath(first), "program": program}
+    given = world.capture() | {"entry": entry, "first": os.path.realpath(first)}
+    given |= {"program": program, "fast_path": fast_path}
     if why := world.refusal(given):
         return why
     # from here on none is lost

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from wan_loader.entry_points import entry_points
+from wan_loader.sizes import format_count
 
 __all__ = ["Imported", "Unforkable", "files_of_modules", "import_all", "joined_modules"]
 
@@ -82,7 +83,7 @@ def _check(name: str) -> None:
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or _cuda_has_begun():
         raise Unforkable(name, "it begins CUDA")
     if n_threads > 1:
-        raise Unforkable(name, f"it starts {n_threads - 1} threads")
+        raise Unforkable(name, f"it starts {format_count(n_threads - 1, 'thread')}")
 
 
 def _lasting_threads() -> int:

@@ -24,6 +24,7 @@ from contextlib import suppress
 from importlib.machinery import all_suffixes
 from typing import Any, NoReturn
 
+import wan_loader
 from wan_loader.standby import place, wire, world
 from wan_loader.standby.ending import run_to_end
 from wan_loader.standby.imports import Unforkable, files_of_modules, import_all, joined_modules
@@ -111,6 +112,8 @@ class Server:
             except Unforkable as found:
                 self._left_out[found.module.partition(".")[0]] = found.why
                 self._begin_anew()
+        if "torch" in sys.modules:  # in a fork this would take longer than all the rest
+            wan_loader.install()
         gc.collect()
         gc.freeze()  # nothing of it is looked at again, or copied into a fork
         self._tried = set(names)
@@ -218,7 +221,7 @@ class Server:
             os._exit(0)
         watch(connection, fds)
         world.assume(given, fds, self._environ, self._set_by_imports)
-        self._begin_program(given["program"], given["pid"])
+        self._begin_program(given)
         return str(given["entry"])
 
     def _refusal(self, given: dict[str, Any]) -> str:
@@ -251,7 +254,7 @@ class Server:
                     names = names or names_set(file.read(), self._reads)
         return f"the program sets {names[0]}, which the server's imports have read" if names else ""
 
-    def _begin_program(self, program: str, client: int) -> None:
+    def _begin_program(self, given: dict[str, Any]) -> None:
         """Leave the process as one in which nothing was served."""
         import atexit
 
@@ -259,9 +262,11 @@ class Server:
 
         gc.enable()  # what is frozen stays so: looking at it would copy all of it
         signal.set_wakeup_fd(-1)
-        forks.begin_anew(client)
+        forks.begin_anew(given["pid"])
+        if "torch" in self.known and not given["fast_path"]:
+            wan_loader.uninstall()
         importlib.invalidate_caches()
-        pid, told = os.getpid(), set[str]()
+        program, pid, told = str(given["program"]), os.getpid(), set[str]()
 
         def learn() -> None:
             if program and os.getpid() == pid:
