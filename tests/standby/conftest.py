@@ -1,7 +1,6 @@
 """A stand-by server of the tests' own, whose imports are quick."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -9,8 +8,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from wan_loader.standby import control
 
 
 class Standby:
@@ -34,11 +36,19 @@ class Standby:
         assert not check or done.returncode == 0, done.stderr
         return done
 
-    def start(self, *words, check=True, **env):
-        return self.command("standby", "start", "--only", *words, check=check, **env)
+    def start(self, *modules, idle_s=60, **env):
+        """Start one, without the command line, which takes longer to import than all else."""
+        code = f"from wan_loader.standby import control; control.start({modules!r}, idle_s={idle_s}, only=True)"
+        subprocess.run([sys.executable, "-c", code], env=self.env | env, timeout=60, check=True)
 
     def status(self):
-        return json.loads(self.command("standby", "status", "--json", check=False).stdout)["server"]
+        with mock.patch.dict(os.environ, XDG_RUNTIME_DIR=str(self.directory)):
+            return control.status()
+
+    def pid(self):
+        """Who holds the lock, without asking it anything."""
+        with mock.patch.dict(os.environ, XDG_RUNTIME_DIR=str(self.directory)):
+            return control.running()
 
     def popen(self, *words, env=None, **options):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
@@ -63,7 +73,8 @@ class Standby:
         wait_for(lambda: "n_modules" in (self.status() or {}))
 
     def close(self):
-        self.command("standby", "stop", check=False)
+        with mock.patch.dict(os.environ, XDG_RUNTIME_DIR=str(self.directory)):
+            control.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -79,7 +90,7 @@ def wait_for(condition, seconds=20.0):
 def standby():
     """One that all tests of a module share; they leave it as it is."""
     server = Standby()
-    server.start("--import", "json", "--import", "random", "--import", "logging")
+    server.start("json", "random", "logging")
     yield server
     server.close()
 

@@ -41,23 +41,26 @@ def test_from_its_start_to_its_end(own, script):
     assert "there is no stand-by server: `wan-loader standby start` starts one" in why(server.run(path, said=True))
     assert server.run(path).stderr == ""
     assert server.command("standby", "stop").stdout == "there is no stand-by server\n"
-    started = server.start("--import", "json")
+    started = server.command("standby", "start", "--only", "--import", "json")
     assert started.stdout.startswith("ready: process ")
-    assert server.start().stdout == started.stdout  # the same
+    assert server.command("standby", "start").stdout == started.stdout  # the same
+    assert json.loads(server.command("standby", "status", "--json").stdout)["server"] == server.status()
     assert why(server.run(path, said=True)) == ""
     pid = server.status()["pid"]
     assert server.command("standby", "stop").stdout == f"stopped: process {pid}\n"
     wait_until_gone(pid)
     assert server.status() is None
+    done = server.command("standby", "status", check=False)
+    assert (done.returncode, done.stdout) == (1, "there is no stand-by server\n")
     assert "there is no stand-by server" in why(server.run(path, said=True))
 
 
 def test_it_ends_when_nobody_asks(own):
     server = own()
-    server.start("--idle", "0.3s")
-    wait_for(lambda: server.status() is None, 5)
+    server.start(idle_s=0.3)
+    wait_for(lambda: server.pid() is None, 5)
     assert not list((server.directory / "wan-loader").glob("*.socket"))
-    check_usage(server.start("--idle", "soon", check=False), "soon")
+    check_usage(server.command("standby", "start", "--idle", "soon", check=False), "soon")
 
 
 def test_several_that_begin_at_once_are_one(own):
@@ -75,7 +78,7 @@ def test_a_server_that_is_killed(own, script):
     server.start()
     process, program, _ = waiting(server, script, 0.5)
     os.kill(server.status()["pid"], signal.SIGKILL)
-    wait_for(lambda: server.status() is None)
+    wait_for(lambda: server.pid() is None)
     done = server.run(script(_WHERE, "where.py"), said=True)  # its socket is still there
     assert why(done) == "the server does not answer (Connection refused)"
     process.communicate(timeout=10)
@@ -103,7 +106,7 @@ def test_a_server_that_hangs_is_not_waited_for_and_takes_nothing_later(own, scri
 def test_a_changed_file_of_a_module(own, script, modules):
     (modules / "installed.py").write_text("value = 1")
     server, path = own(modules), script(f"{_WHERE}import installed; print(installed.value)")
-    server.start("--import", "installed")
+    server.start("installed")
     pid = server.status()["pid"]
     assert server.run(path).stdout == "forked\n1\n"
     (modules / "installed.py").write_text("value = 22")
@@ -123,7 +126,7 @@ _READER = "import os\nvalue = os.environ.get('SETTING', 'none')\nfor _ in os.env
 def test_variables_that_imports_have_read(own, script, modules):
     (modules / "reader.py").write_text(f"{_READER}os.environ.setdefault('MADE', 'by import')")
     server, path = own(modules), script(f"{_WHERE}import os, reader; print(reader.value, os.environ['MADE'])")
-    server.start("--import", "reader", SETTING="a", OTHER="1")
+    server.start("reader", SETTING="a", OTHER="1")
     assert server.run(path, env={"SETTING": "a", "OTHER": "2"}).stdout == "forked\na by import\n"
     for name, value in {"SETTING": "b", "PYTHONHASHSEED": "7", "LC_ALL": "C", "MADE": "here"}.items():
         done = server.run(path, said=True, env={"SETTING": "a", name: value})
@@ -136,7 +139,7 @@ def test_variables_that_imports_have_read(own, script, modules):
 def test_variables_that_a_program_sets(own, script, modules):
     (modules / "reader.py").write_text(_READER)
     server = own(modules)
-    server.start("--import", "reader")
+    server.start("reader")
     told = "the program sets SETTING, which the server's imports have read"
     for i, line in enumerate(("os.environ['SETTING'] = '1'", "os.environ.setdefault('SETTING', '1')")):
         path = script(f"{_WHERE}import os; {line}; import reader; print(reader.value)", f"sets{i}.py")
@@ -156,7 +159,7 @@ def test_variables_that_a_program_sets(own, script, modules):
 def test_modules_of_the_programs_own(own, script, modules, tmp_path):
     (modules / "shared.py").write_text("value = 'installed'")
     server, path = own(modules), script(f"{_WHERE}import shared; print(shared.value)")
-    server.start("--import", "shared")
+    server.start("shared")
     (tmp_path / "shared").mkdir()  # a directory alone does not come before it
     assert server.run(path).stdout == "forked\ninstalled\n"
     (tmp_path / "shared" / "__init__.py").write_text("value = 'own'")
@@ -170,9 +173,8 @@ def test_modules_that_no_fork_can_have_are_left_to_programs(own, script, modules
     (modules / "quick.py").write_text("import threading; t = threading.Thread(target=int); t.start(); t.join()")
     (modules / "broken.py").write_text("raise SystemExit('no')")
     server = own(modules)
-    said = server.start(
-        *(word for name in ("quick", "threaded", "broken", "none") for word in ("--import", name))
-    ).stdout
+    server.start("quick", "threaded", "broken", "none")
+    said = server.command("standby", "status").stdout
     assert "left to programs: threaded, as it starts 1 thread\n" in said
     assert "not imported: broken: SystemExit: no\n" in said
     assert "not imported: none: ModuleNotFoundError: No module named 'none'\n" in said
@@ -238,7 +240,7 @@ def test_sockets_of_other_users_are_refused(own, script, open_dir, unprivileged)
     (server.directory / "wan-loader").chmod(0o755)
     done = server.run(script(_WHERE), said=True)
     assert why(done) == f"the server's directory {server.directory}/wan-loader others may enter it"
-    done = server.start(check=False)
+    done = server.command("standby", "start", check=False)
     assert (done.returncode, "others may enter it" in done.stderr) == (1, True)
 
 
@@ -257,6 +259,6 @@ def test_where_it_listens(monkeypatch, tmp_path):
 def test_a_server_that_does_not_begin(own, modules):
     (modules / "platformdirs.py").write_text("raise ImportError('broken on purpose')")
     server = own(modules)
-    done = server.start(check=False)
+    done = server.command("standby", "start", check=False)
     assert done.returncode == 1
     assert "broken on purpose" in done.stderr

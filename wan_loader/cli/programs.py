@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from wan_loader.errors import OptionError
+from wan_loader.errors import OptionError, WanLoaderError
 from wan_loader.fastpath.launch.script import prepare_file, prepare_module
 from wan_loader.fastpath.launch.waiting import begin, is_off
 from wan_loader.system.forks import start_origin
@@ -38,17 +38,25 @@ class RunRequest(NamedTuple):
     quiet: bool = False
     standby: bool | None = None
     """Whether a fork of the stand-by server is wanted; None: if there is one."""
+    n_processes: int = 0
+    """So many processes of one group; 0: this one alone."""
 
 
 def parse_run(words: Sequence[str]) -> RunRequest | None:
     """Understand the words after `run`; None where there is nothing to run."""
-    rest, options = list(words), set[str]()
-    while rest and rest[0] in _OPTIONS:
-        options.add(rest.pop(0))
+    rest, options, n_processes = list(words), set[str](), "0"
+    while rest and (rest[0] in _OPTIONS or rest[0].partition("=")[0] == "--nproc"):
+        option, has_value, value = rest.pop(0).partition("=")
+        if option == "--nproc":
+            n_processes = value if has_value else rest.pop(0) if rest else ""
+            if not n_processes.isdecimal() or not int(n_processes) or rest[:1] == ["--"]:
+                return None
+        else:
+            options.add(option)
     if not rest or rest[0] in ("-h", "--help") or rest == ["--"]:
         return None
     standby = False if "--no-standby" in options else True if "--standby" in options else None
-    return RunRequest(rest, "--report" in options, "--quiet" in options, standby)
+    return RunRequest(rest, "--report" in options, "--quiet" in options, standby, int(n_processes))
 
 
 def run_at_once(words: Sequence[str]) -> None:
@@ -61,6 +69,8 @@ def run_at_once(words: Sequence[str]) -> None:
 def run_program(request: RunRequest) -> NoReturn:
     """Run a program and end with its exit code."""
     first, *others = request.words
+    if request.n_processes:
+        _run_ranks(request)
     if first == "--":
         _run_children(request, others)
     _hand_over(request, first, others)
@@ -74,6 +84,18 @@ def run_program(request: RunRequest) -> NoReturn:
         atexit.register(_tell_own, os.getpid(), request.report)
     start.run()
     sys.exit()
+
+
+def _run_ranks(request: RunRequest) -> NoReturn:
+    from wan_loader.cli.ranks import run_ranks
+
+    wanted = {"--report": request.report, "--quiet": request.quiet, "--no-standby": request.standby is False}
+    options = [option for option, is_wanted in wanted.items() if is_wanted]
+    standby = request.standby is not False and os.environ.get("WAN_LOADER_STANDBY") != "0"
+    try:
+        sys.exit(run_ranks(request.n_processes, options, request.words, standby=standby))
+    except WanLoaderError as error:
+        _fail(error, 1)
 
 
 def run_forked() -> NoReturn:
@@ -158,7 +180,7 @@ def _tell(line: str, tally: Tally | None = None) -> None:
                 say(f"{tally.report()}\nstarted\n  {start_origin()}")
 
 
-def _fail(error: OptionError, code: int) -> NoReturn:
+def _fail(error: WanLoaderError, code: int) -> NoReturn:
     from wan_loader.cli.output import say
     from wan_loader.printable import printable
 

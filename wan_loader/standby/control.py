@@ -11,10 +11,13 @@ import struct
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OutputError, WanLoaderError
 from wan_loader.standby import client, place
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["IDLE_S", "running", "start", "status", "stop"]
 
@@ -38,7 +41,7 @@ def running() -> int | None:
     return None if kind == fcntl.F_UNLCK else int(pid)
 
 
-def start(modules: list[str], *, idle_s: float = IDLE_S, only: bool = False) -> dict[str, Any]:
+def start(modules: Sequence[str], *, idle_s: float = IDLE_S, only: bool = False) -> dict[str, Any]:
     """Start a server, unless there is one, and wait until it is ready.
 
     Args:
@@ -59,7 +62,7 @@ def start(modules: list[str], *, idle_s: float = IDLE_S, only: bool = False) -> 
     if why := place.not_private(directory):
         raise OutputError.because(why, "remove it, or set XDG_RUNTIME_DIR to a directory of yours", path=directory)
     if running() is None:
-        _launch({"modules": modules, "idle_s": idle_s, "only": only})
+        _launch({"modules": list(modules), "idle_s": idle_s, "only": only})
     while running() is not None:
         if (found := status()) is not None and "n_modules" in found:
             return found
