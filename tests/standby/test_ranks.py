@@ -57,7 +57,7 @@ def test_a_server_is_started_for_them(own, script, tmp_path):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: wan-loader\nVersion: 0\n")
     done = server.run("--nproc", "2", script(_RANK))
     assert {line.split()[6] for line in done.stdout.splitlines()} == {"forked"}, done.stderr
-    assert server.status()["n_modules"] > 0
+    assert server.pid() is not None
 
 
 @pytest.mark.parametrize("words", [["--nproc", "0", "x.py"], ["--nproc", "x", "x.py"], ["--nproc", "2", "--", "ls"]])
