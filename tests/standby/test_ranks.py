@@ -28,7 +28,7 @@ def test_all_are_forks(standby, script, words):
 
 
 def test_the_first_speaks_alone(standby, script):
-    done = standby.run("--nproc", "2", script("print('said')"), said=True)
+    done = standby.run("--nproc", "2", script("import os; os.write(1, b'said\\n')"), said=True)
     assert (done.stdout, done.stderr.count("wan-loader: 0 loads")) == ("said\nsaid\n", 1)
 
 
