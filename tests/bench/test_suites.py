@@ -98,3 +98,13 @@ def test_the_python_of_from_pretrained(tmp_path, benchmark_main, capfd):
     assert " 0 casts wait" not in ours
     samples = json.loads((tmp_path / "o.json").read_text())["samples"]
     assert samples["ours"][0]["nbytes"] < samples["plain"][0]["nbytes"]
+
+
+def test_the_line_of_a_program_on_the_cpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    programs_on_cpu = importlib.import_module("programs_on_cpu")
+    plain = [{"seconds": seconds, "cpu_s": 4.0} for seconds in (2.0, 4.0, 1.0)]
+    run = [{"seconds": seconds, "cpu_s": 5.0} for seconds in (2.2, 4.0, 0.9)]
+    line = programs_on_cpu.describe("torch.load", {"plain": plain, "run": run})
+    numbers = ["2.00", "s", "2.20", "s", "1.000", "(0.90", "-", "1.10)", "4.00", "->", "5.00", "1.250"]
+    assert line.split() == ["torch.load", *numbers]

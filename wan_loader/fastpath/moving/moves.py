@@ -41,7 +41,7 @@ __all__ = ["Moves"]
 #: Less than this is moved sooner than it is planned.
 _MIN_BYTES = 16 << 20
 #: The same for memory that is in no file: the original is not as slow there.
-_MIN_MEMORY_BYTES = 64 << 20
+_MIN_MEMORY_BYTES = 256 << 20
 #: Methods of modules that cast -> the dtype.
 _CASTS = {"bfloat16": "bfloat16", "half": "float16", "float": "float32", "double": "float64"}
 
