@@ -145,7 +145,13 @@ def test_variables_that_a_program_sets(own, script, modules):
         path = script(f"{_WHERE}import os; {line}; import reader; print(reader.value)", f"sets{i}.py")
         done = server.run(path, said=True)
         assert (why(done), done.stdout) == (told, "imported\n1\n")
-    reads = script(f"{_WHERE}import os; os.environ['OTHER'] = 'SETTING'; os.environ.get('SETTING')", "reads.py")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        path = script(f"{_WHERE}import os; os.environ.update({name}='1')", "threads.py")
+        assert name in why(server.run(path, said=True))
+    reads = script(
+        f"{_WHERE}import os; os.environ['OTHER'] = 'SETTING'; os.environ.get('SETTING'); {{}}.setdefault('SETTING')",
+        "reads.py",
+    )
     assert why(server.run(reads, said=True)) == ""
     hidden = script(f"{_WHERE}import os; os.environ['SET' + 'TING'] = '1'", "hidden.py")
     done = server.run(hidden, said=True)

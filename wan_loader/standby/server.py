@@ -29,7 +29,7 @@ from wan_loader.standby import place, wire, world
 from wan_loader.standby.ending import run_to_end
 from wan_loader.standby.imports import Unforkable, files_of_modules, import_all, joined_modules
 from wan_loader.standby.learned import Learned
-from wan_loader.standby.variables import NOT_COMPARED, different, names_set, recorded_reads, watch_writes
+from wan_loader.standby.variables import NOT_COMPARED, comes_late, different, names_set, recorded_reads, watch_writes
 from wan_loader.standby.watcher import watch
 
 __all__ = ["Server", "main"]
@@ -159,10 +159,9 @@ class Server:
                     pass
             if is_asked:
                 asked = time.monotonic()
-                connection = listener.accept()[0]
-                if wire.is_own(connection) and self._fork_for(connection):
-                    return connection
-                connection.close()
+                with suppress(OSError), listener.accept()[0] as connection:  # no memory, say: it goes on without
+                    if wire.is_own(connection) and self._fork_for(connection):
+                        return connection.dup()
             elif time.monotonic() - asked >= self._idle_s:
                 os.unlink(place.socket_path())
                 os._exit(0)
@@ -249,10 +248,11 @@ class Server:
         names: list[str] = []
         with suppress(OSError, UnicodeDecodeError):
             if program and os.path.isfile(program):
-                names = sorted(self._learned.variables(program) & self._reads)
+                names = sorted(self._learned.variables(program))
                 with open(program, encoding="utf-8") as file:
-                    names = names or names_set(file.read(), self._reads)
-        return f"the program sets {names[0]}, which the server's imports have read" if names else ""
+                    names += names_set(file.read())
+        late = next((name for name in names if comes_late(name, self._reads)), "")
+        return late and f"the program sets {late}, which the server's imports have read"
 
     def _begin_program(self, given: dict[str, Any]) -> None:
         """Leave the process as one in which nothing was served."""

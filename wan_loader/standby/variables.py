@@ -15,19 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["NOT_COMPARED", "different", "names_set", "recorded_reads", "watch_writes"]
+__all__ = ["NOT_COMPARED", "comes_late", "different", "names_set", "recorded_reads", "watch_writes"]
 
-#: Read in C: by the interpreter and its C library when they start, by libraries of threads and of linear algebra when
-#: they are loaded.
-_READ_IN_C = (
-    *("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "GLIBC_"),
-    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE"),
-)
+#: Read in C: by the interpreter and its C library when they start,
+_READ_AT_START = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "GLIBC_")
+#: and by libraries of threads and of linear algebra, and by torch's own, when they are loaded.
+_READ_BY_LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE")
 #: Given to a process later (`world` sets the number of threads, `sys.stdout`), or set by ourselves for the imports.
 NOT_COMPARED = frozenset(
     ("OMP_NUM_THREADS", "PYTHONUNBUFFERED", "PYTORCH_NVML_BASED_CUDA_CHECK", "WAN_LOADER_ACCELERATE")
 )
-_SETTERS = ("setdefault", "update", "pop", "putenv", "unsetenv", "setenv")
+_SETTERS = ("setdefault", "update", "pop")
 
 _Environ: Any = type(os.environ)
 
@@ -84,22 +82,38 @@ def recorded_reads() -> Iterator[set[str]]:
 
 def different(reads: set[str], before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Name a variable that has been read with one value, and now has another; nothing if there is none."""
-    in_c = {name for name in (*before, *now) if name.startswith(_READ_IN_C)}
+    in_c = {name for name in (*before, *now) if name.startswith(_READ_AT_START + _READ_BY_LIBRARIES)}
     wrong = (name for name in sorted((reads | in_c) - NOT_COMPARED) if before.get(name) != now.get(name))
     return next(wrong, "")
 
 
-def names_set(source: str, names: set[str]) -> list[str]:
-    """Name the variables that a program sets by their literal names, of those that count."""
+def comes_late(name: str, reads: set[str]) -> bool:
+    """Say whether a program that sets a variable is too late, as imports have looked at it."""
+    return name in reads or name.startswith(_READ_BY_LIBRARIES)
+
+
+def names_set(source: str) -> list[str]:
+    """Name the variables of the environment that a program sets by their literal names."""
     found: set[str] = set()
     with suppress(SyntaxError, ValueError, RecursionError):
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _is_environ(node.value):
                 found |= _texts(node.slice)
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SETTERS:
+            elif isinstance(node, ast.Call) and _is_setter(node.func):
                 found.update(text for part in node.args for text in _texts(part))
                 found.update(word.arg for word in node.keywords if word.arg)
-    return sorted(found & names)
+    return sorted(found)
+
+
+def _is_setter(node: ast.AST) -> bool:
+    """Say whether a function is one that sets variables."""
+    if not isinstance(node, ast.Attribute):
+        return False
+    return node.attr in ("putenv", "unsetenv") or (node.attr in _SETTERS and _is_environ(node.value))
+
+
+def _is_environ(node: ast.AST) -> bool:
+    return "environ" in (getattr(node, "attr", ""), getattr(node, "id", ""))
 
 
 def _texts(node: ast.AST) -> set[str]:
@@ -111,12 +125,12 @@ def watch_writes(reads: set[str], tell: Callable[[str], None]) -> None:
 
     class Watched(_Environ):  # type: ignore[misc]
         def __setitem__(self, name: str, value: str) -> None:
-            if name in reads and self.get(name) != value:
+            if comes_late(name, reads) and self.get(name) != value:
                 tell(name)
             super().__setitem__(name, value)
 
         def __delitem__(self, name: str) -> None:
-            if name in reads and name in self:
+            if comes_late(name, reads) and name in self:
                 tell(name)
             super().__delitem__(name)
 
