@@ -21,7 +21,8 @@ def stream(s):
                   s.fileno(), type(s.buffer).__name__, s.newlines)
 skip = ("PWD", "OLDPWD", "SHLVL", "_")
 for fact in (
-    sys.argv, sys.orig_argv[-2:], os.getcwd(), sorted((k, v) for k, v in os.environ.items() if k not in skip),
+    sys.argv, sys.executable, sys.orig_argv[-2:], os.getcwd(),
+    sorted((k, v) for k, v in os.environ.items() if k not in skip),
     stream(sys.stdin), stream(sys.stdout), stream(sys.stderr), sys.stdin and sys.stdin.read(), oct(os.umask(0)),
     [resource.getrlimit(getattr(resource, n)) for n in sorted(dir(resource)) if n.startswith("RLIMIT")],
     os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0), sys.path, sys.flags, sys.warnoptions, fds,

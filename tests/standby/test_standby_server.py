@@ -213,6 +213,13 @@ def test_a_client_that_is_other_than_the_server(own, script):
     words = [sys.executable, "-W", "error", "-m", "wan_loader", "run", path]
     done = subprocess.run(words, env=server.env, capture_output=True, text=True, check=True)
     assert why(done) == "another set of options of Python (-W, -X, ...)"
+    names = script(f"{_WHERE}print(sys.executable)", "names.py")
+    for name in {os.path.basename(sys.executable), f"python{sys.version_info.major}"}:  # two names of the same
+        python = os.path.join(os.path.dirname(sys.executable), name)
+        if os.path.exists(python):
+            words = [python, *server.words("run", "--quiet", names)[1:]]
+            done = subprocess.run(words, env=server.env, capture_output=True, text=True, check=True)
+            assert done.stdout == f"forked\n{python}\n"
     os.dup2(2, 300)
     done = server.run(path, said=True, pass_fds=[300])
     os.close(300)

@@ -68,7 +68,6 @@ def _pass_on(connection: socket.socket, pid: int) -> None:
     message = wire.receive(connection)
     if message is None:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
         os._exit(0)
     with suppress(ProcessLookupError):
         (os.killpg if message["group"] else os.kill)(pid, message["signal"])

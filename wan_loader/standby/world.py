@@ -44,7 +44,7 @@ def identity() -> dict[str, Any]:
     privileges = dict(line.split(":", 1) for line in _status().splitlines())
     return {
         "version of wan-loader": __version__,
-        "Python": [sys.executable, sys.prefix, sys.version],
+        "Python": [os.path.realpath(sys.executable), sys.prefix, sys.version],
         "set of options of Python (-W, -X, ...)": _options(),
         "search path of modules": [path for path in sys.path[not sys.flags.safe_path :] if path],
         "container or namespace": [os.readlink(f"/proc/self/ns/{name}") for name in _NAMESPACES]
@@ -83,6 +83,7 @@ def capture() -> dict[str, Any]:
     return {
         "identity": identity(),
         "pid": os.getpid(),
+        "executable": sys.executable,
         "argv": sys.argv,
         "orig_argv": sys.orig_argv,
         "path": sys.path,
@@ -143,6 +144,7 @@ def assume(
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     time.tzset()
     sys.argv[:], sys.orig_argv[:], sys.path[:] = given["argv"], given["orig_argv"], given["path"]
+    sys.executable = given["executable"]
     sys.path_importer_cache.clear()
     _set_signals(given)
     _renew_streams(given)
