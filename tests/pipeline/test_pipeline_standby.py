@@ -15,7 +15,7 @@ def test_what_a_start_imports_is_there_and_can_live_in_a_fork():
     """Unlike what a test process has imported, so it is another that looks."""
     from programs import PIPELINE, run
 
-    code = "from wan_loader.standby.imports import import_all\nprint(import_all({!r}).failed)"
+    code = "from wan_loader.standby.imports import import_all\nprint(import_all({!r}))"
     done = run("-c", code.format(list(modules_of_a_start())), modules=PIPELINE)
     assert done.stdout == "{}\n", done.stderr
 

@@ -11,13 +11,11 @@ import importlib
 import os
 import sys
 import time
-from contextlib import suppress
-from typing import NamedTuple
 
 from wan_loader.entry_points import entry_points
 from wan_loader.sizes import format_count
 
-__all__ = ["Imported", "Unforkable", "files_of_modules", "import_all", "joined_modules"]
+__all__ = ["Unforkable", "import_all", "joined_modules"]
 
 _GROUP = "wan_loader.standby"
 _CUDA_ERROR_NOT_INITIALIZED = 3
@@ -33,20 +31,13 @@ class Unforkable(Exception):
         self.module, self.why = module, why
 
 
-class Imported(NamedTuple):
-    """What has become of the modules that were asked for."""
-
-    failed: dict[str, str]
-    """Those that cannot be imported, and why."""
-
-
 def joined_modules() -> list[str]:
     """Name the modules that programs of this distribution import when they start."""
     return [name for entry in entry_points(_GROUP) for name in entry.load()()]
 
 
-def import_all(names: list[str]) -> Imported:
-    """Import modules, each if it can be.
+def import_all(names: list[str]) -> dict[str, str]:
+    """Import modules, each if it can be; return those that cannot, with the reason.
 
     Raises:
         Unforkable: No process may be forked after one of them.
@@ -67,7 +58,7 @@ def import_all(names: list[str]) -> Imported:
             _check(name)
     if names:
         _check(names[-1])
-    return Imported(failed)
+    return failed
 
 
 def _top(name: str) -> str:
@@ -106,22 +97,3 @@ def _cuda_has_begun() -> bool:
             return False
     context = ctypes.c_void_p()
     return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
-
-
-def files_of_modules() -> dict[str, tuple[int, int, int]]:
-    """Return what changes when the environment does: path -> time, size and number.
-
-    Those are the files of all modules, the directories of what is installed, and the interpreter.
-    """
-    paths = {os.path.realpath(sys.executable), os.path.join(sys.prefix, "pyvenv.cfg")}
-    paths.update(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
-    for module in list(sys.modules.values()):
-        spec = getattr(module, "__spec__", None)
-        if isinstance(origin := getattr(spec, "origin", None), str) and os.path.isabs(origin):
-            paths.add(origin)
-    found = {}
-    for path in paths:
-        with suppress(OSError):
-            facts = os.stat(path)
-            found[path] = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
-    return found

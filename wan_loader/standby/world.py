@@ -62,7 +62,7 @@ def _options() -> list[Any]:
     return [list(sys.flags), list(sys.warnoptions), sorted(map(list, sys._xoptions.items()))]
 
 
-def different_identity(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+def different_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Say what differs between a server and a client; nothing if they are the same."""
     return next((f"another {name}" for name in ours if ours[name] != theirs.get(name)), "")
 
