@@ -125,6 +125,11 @@ def test_a_module_and_a_script_that_is_not_there(standby, script, tmp_path):
     assert (ours.returncode, "is no script" in ours.stderr) == (1, True)
 
 
+def test_its_time_zone(standby, script):
+    path = script("import time; print(time.localtime(0).tm_hour)")
+    assert standby.run(path, env={"TZ": "UTC-5"}).stdout == "5\n"
+
+
 def test_random_numbers_differ(standby, script):
     path = script("import random; print(random.random())")
     assert len({standby.run(path).stdout for _ in range(3)}) == 3

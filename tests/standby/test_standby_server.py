@@ -120,6 +120,14 @@ def test_a_changed_file_of_a_module(own, script, modules):
     assert why(server.run(path, said=True)) == f"{modules} has changed, and the server imports it again"
 
 
+def test_a_file_that_is_written_while_it_is_imported(own, script, modules):
+    """Nobody knows which of the two was imported."""
+    (modules / "installed.py").write_text("import os\nvalue = 1\nopen(__file__, 'a').write('value = 2\\n')")
+    server, path = own(modules), script(f"{_WHERE}import installed; print(installed.value)")
+    server.start("installed")
+    assert why(server.run(path, said=True)) == f"{modules}/installed.py has changed, and the server imports it again"
+
+
 _READER = "import os\nvalue = os.environ.get('SETTING', 'none')\nfor _ in os.environ.items(): pass\ndict(os.environ)\n"
 
 

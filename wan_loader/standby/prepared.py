@@ -23,6 +23,8 @@ __all__ = ["Prepared", "prepare"]
 Fingerprint = tuple[int, int, int]
 """Of a file: time, size and number."""
 _OUTDATED = (0, 0, 0)
+#: By so much the clock of files is behind at most.
+_COARSE_NS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,9 @@ def _files(begun_ns: int) -> dict[str, Fingerprint]:
     found = {path: _fingerprint(path) for path in paths}
     now_ns = time.time_ns()
     # what was written meanwhile may be another than was imported
-    return {path: _OUTDATED if begun_ns < mark[0] < now_ns else mark for path, mark in found.items() if mark}
+    return {
+        path: _OUTDATED if begun_ns - _COARSE_NS < mark[0] < now_ns else mark for path, mark in found.items() if mark
+    }
 
 
 def _fingerprint(path: str) -> Fingerprint | tuple[()]:
