@@ -24,7 +24,7 @@ Fingerprint = tuple[int, int, int]
 """Of a file: time, size and number."""
 _OUTDATED = (0, 0, 0)
 #: By so much the clock of files is behind at most.
-_COARSE_NS = 10_000_000
+_COARSE_NS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

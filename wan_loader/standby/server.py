@@ -146,14 +146,14 @@ class Server:
     def _answer(self, connection: socket.socket, prepared: Prepared, changed: str) -> NoReturn:
         """Be the watcher of a program, and in its process the program; or tell why not, or of the server."""
         connection.settimeout(_PATIENCE_S)
-        given, fds = None, list[int]()
+        given, goes, fds = None, None, list[int]()
         with suppress(OSError):  # the client is gone
             given = wire.receive(connection)
             answer = self._decide(prepared, changed, given or {})
             wire.send(connection, answer)
-            goes, fds = wire.receive_all(connection) if "ready" in answer else (None, [])
-            given = goes and given  # a client that has waited too long has gone on without
-        if not given:
+            if "ready" in answer:
+                goes, fds = wire.receive_all(connection)
+        if given is None or goes is None:  # one that has waited too long has gone on without
             os._exit(0)
         watch(connection, fds)
         program.run(prepared, self._learned, given, fds)
