@@ -126,7 +126,9 @@ def test_a_file_that_is_written_while_it_is_imported(own, modules, line):
     (modules / "installed.py").write_text(f"{line}\nvalue = 1\n")
     for path in (modules / "installed.py", modules):
         os.utime(path, (1e9, 1e9))
-    code = "import os\nfrom wan_loader.standby import prepared\nprint(prepared.prepare(['installed'], os.environ).changed())"
+    code = (
+        "import os; from wan_loader.standby import prepared as p; print(p.prepare(['installed'], os.environ).changed())"
+    )
     env = own(modules).env | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == (f"{modules}/installed.py\n" if line else "\n")
