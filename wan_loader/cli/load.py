@@ -42,6 +42,9 @@ def load(
         ),
     ] = False,
     cache_dir: CacheDir = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Take the weights that `wan-loader keep` has left on the device, if it has.")
+    ] = False,
     json: JsonOut = False,
     verbose: Verbose = False,
 ) -> None:
@@ -55,6 +58,8 @@ def load(
 
         wan-loader load model/transformer --dtype bf16 --cache
 
+        wan-loader load model/transformer --device cuda --dtype bf16 --keep
+
         wan-loader load checkpoint.pth --part state_dict
 
         torchrun --nproc_per_node 2 -m wan_loader load model.safetensors --device cuda
@@ -67,7 +72,7 @@ def load(
     opening = Recorder()
     with span(opening, "header"):
         checkpoint = open_checkpoint(path, part=part)
-    loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify).after(opening.spans)
+    loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify, keep).after(opening.spans)
     with stopping(loaded.build):
         _tell(checkpoint, loaded, verify=verify, json=json)
         if loaded.build is not None:
@@ -114,6 +119,7 @@ def _load(
     cache: bool,
     cache_dir: Path | None,
     verify: bool,
+    keep: bool,
 ) -> LoadResult:
     import wan_loader
     from wan_loader.cli.progress import reading_progress
@@ -129,6 +135,7 @@ def _load(
             cache=cache,
             cache_dir=cache_dir,
             verify=verify and cache,
+            keep=keep,
             group=group,
             observer=observer or wan_loader.Recorder(),
         )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunRequest", "from_standby", "parse_run", "run_at_once", "run_forked", "run_program"]
 
-_OPTIONS = ("--report", "--quiet", "--standby", "--no-standby", "-v", "--verbose")
+_OPTIONS = ("--report", "--quiet", "--keep", "--standby", "--no-standby", "-v", "--verbose")
 #: The exit code for a program that is not there, as shells and programs that start others have it.
 _NOT_FOUND = 127
 
@@ -36,6 +36,8 @@ class RunRequest(NamedTuple):
     """SCRIPT ARGS, -m MODULE ARGS, or -- PROGRAM ARGS."""
     report: bool = False
     quiet: bool = False
+    keep: bool = False
+    """Use weights that are kept."""
     standby: bool | None = None
     """Whether a fork of the stand-by server is wanted; None: if there is one."""
     n_processes: int = 0
@@ -56,7 +58,8 @@ def parse_run(words: Sequence[str]) -> RunRequest | None:
     if not rest or rest[0] in ("-h", "--help") or rest == ["--"]:
         return None
     standby = False if "--no-standby" in options else True if "--standby" in options else None
-    return RunRequest(rest, "--report" in options, "--quiet" in options, standby, int(n_processes))
+    flags = ("--report" in options, "--quiet" in options, "--keep" in options)
+    return RunRequest(rest, *flags, standby, int(n_processes))
 
 
 def run_at_once(words: Sequence[str]) -> None:
@@ -69,6 +72,8 @@ def run_at_once(words: Sequence[str]) -> None:
 def run_program(request: RunRequest) -> NoReturn:
     """Run a program and end with its exit code."""
     first, *others = request.words
+    if request.keep:
+        os.environ["WAN_LOADER_KEEP"] = "1"  # for the processes that it starts, too
     if request.n_processes:
         _run_ranks(request)
     if first == "--":
@@ -89,6 +94,7 @@ def run_program(request: RunRequest) -> NoReturn:
 def _run_ranks(request: RunRequest) -> NoReturn:
     from wan_loader.cli.ranks import run_ranks
 
+    # --keep is in the environment
     wanted = {"--report": request.report, "--quiet": request.quiet, "--no-standby": request.standby is False}
     options = [option for option, is_wanted in wanted.items() if is_wanted]
     standby = request.standby is not False and os.environ.get("WAN_LOADER_STANDBY") != "0"

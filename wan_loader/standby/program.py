@@ -36,11 +36,19 @@ def run(prepared: Prepared, learned: Learned, given: dict[str, Any], fds: list[i
     gc.enable()  # what is frozen stays so: looking at it would copy all of it
     begin_anew(given["pid"])
     importlib.invalidate_caches()
-    if "torch" in prepared.modules and not given["fast_path"]:
-        wan_loader.uninstall()
+    if "torch" in prepared.modules:
+        _adapt_fast_path(given["fast_path"])
     _watch(prepared, learned, given["program"])
     module, _, function = given["entry"].partition(":")
     run_to_end(getattr(importlib.import_module(module), function), prepared.modules)
+
+
+def _adapt_fast_path(wanted: bool) -> None:
+    """Take the fast path out, which is in place, or have it use weights that are kept, as `waiting` would."""
+    if not wanted:
+        wan_loader.uninstall()
+    elif os.environ.get("WAN_LOADER_KEEP") == "1":
+        wan_loader.accelerate(keep=True)
 
 
 def _watch(prepared: Prepared, learned: Learned, program: str) -> None:
