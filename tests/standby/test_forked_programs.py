@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from standbys import wait_until_gone, waiting
 
 #: Says whether it is a fork, by what is there without having been imported.
 _WHERE = "import sys; where = 'forked' if 'wan_loader.standby.server' in sys.modules else 'imported'\n"
@@ -173,33 +174,6 @@ def test_fifty_at_once(standby, script):
     assert {words[0] for words, _ in said} == {"forked"}
     assert [words[2] for words, _ in said] == [str(i) for i in range(50)]
     assert len({words[1] for words, _ in said}) == 50
-
-
-_WAITING = (
-    "import os, sys, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(float(sys.argv[1])); sys.exit(5)"
-)
-
-
-def waiting(standby, script, seconds):
-    """A program that waits; itself, its own process and that of who watches over it."""
-    process = standby.popen(script(_WAITING), seconds)
-    program, watcher = map(int, process.stdout.readline().split())
-    return process, program, watcher
-
-
-def is_there(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_until_gone(pid):
-    end = time.monotonic() + 10
-    while is_there(pid):
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_client_that_is_killed_takes_its_program_with_it(standby, script):

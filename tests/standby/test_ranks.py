@@ -4,7 +4,7 @@ import signal
 
 import pytest
 from programs import check_usage
-from test_forked_programs import wait_until_gone
+from standbys import wait_until_gone
 
 _RANK = """
 import os, sys, time

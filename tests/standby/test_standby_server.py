@@ -10,9 +10,8 @@ import sys
 import threading
 
 import pytest
-from conftest import wait_for
 from programs import check_usage
-from test_forked_programs import wait_until_gone, waiting
+from standbys import wait_for, wait_until_gone, waiting
 
 from wan_loader.standby import place, wire, world
 

@@ -1,6 +1,7 @@
 """Programs with torch in forks of the stand-by server."""
 
 import pytest
+from standbys import Standby
 
 _PROGRAM = """
 import sys
@@ -19,8 +20,6 @@ fast.tally.served("Model", 7, 0.5)
 
 @pytest.fixture(scope="module")
 def with_torch():
-    from conftest import Standby
-
     server = Standby()
     del server.env["CUDA_VISIBLE_DEVICES"]
     server.start("torch")

@@ -10,7 +10,7 @@ import termios
 import time
 
 import pytest
-from test_forked_programs import is_there
+from standbys import is_there
 
 _PROGRAM = """
 import os, signal, sys, time
