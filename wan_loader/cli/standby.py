@@ -32,8 +32,8 @@ def start(
 ) -> None:
     """Start the server of this user and this environment, unless there is one, and wait until it is ready.
 
-    It imports what `wan-pipeline` needs, and what the last programs have imported that were run from it; it uses no
-    GPU. `wan-loader run` and `wan-pipeline` find it by themselves. Where a program would find another environment than
+    It imports what programs of this environment say that they need, and what the last ones have imported that were run
+    from it; it uses no GPU. `wan-loader run` finds it by itself. Where a program would find another environment than
     the imports have found, it is started as ever, and the reason is said.
 
     Examples:
