@@ -3,6 +3,8 @@
 import importlib
 import json
 import sys
+import time
+import types
 
 from programs import ROOT
 
@@ -22,6 +24,8 @@ def test_it_takes_turns_and_writes_a_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         script, "standby", lambda args, *words: command(args, *words, *["--only"][words[0] != "start" :])
     )
+    clock = types.SimpleNamespace(sleep=lambda seconds: None, monotonic_ns=time.monotonic_ns)  # nothing is learned
+    monkeypatch.setattr(script, "time", clock)
     words = ["--ckpt", str(tmp_path), "--pairs", "1", "--program", "script", "--output", str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", ["standby.py", str(tmp_path), *words])
     script.main()
