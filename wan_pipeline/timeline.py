@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader import clock_ns, summarize
 from wan_loader.dtypes import dtype_name
-from wan_loader.system import machine_card, peak_resident
+from wan_loader.system import machine_card, peak_resident, start_origin, started_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,9 +30,9 @@ _START_TICKS = 19  # field 22 of /proc/self/stat, counted after the command's na
 
 
 def process_start_ns() -> int:
-    """Return the time when this process began, on the clock of spans; to a hundredth of a second."""
+    """Return the time when the user has started this process, on the clock of spans; to a hundredth of a second."""
     try:
-        text = Path("/proc/self/stat").read_text()
+        text = Path(f"/proc/{started_process()}/stat").read_text()
         # behind the last bracket: the name of a command may hold spaces and brackets
         seconds = int(text.rpartition(")")[2].split()[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
@@ -86,6 +86,7 @@ class Timeline:
             "cache": None if started.cache is None else asdict(started.cache.report),
             "pipeline": {
                 "time_to_first_step_s": self.first_step_s(started),
+                "started": start_origin(),
                 "stages": [self._interval(*stage) for stage in self.stages],
                 "waits": [self._interval(*wait) for wait in log.waits],
                 "loads": [

@@ -109,6 +109,12 @@ CacheDir = Annotated[
     Path | None, _option("cache_dir", "Where the converted cache is.", show_default="the user's cache directory")
 ]
 ProfileOut = Annotated[Path | None, _option("profile_out", "Write one JSON report of the whole run to a file.")]
+Standby = Annotated[
+    bool | None,
+    typer.Option(
+        "--standby/--no-standby", help="Start in a fork of the stand-by server.", show_default="if there is one"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="The report as one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")]
@@ -154,6 +160,7 @@ def generate(
     cache: Cache = False,
     cache_dir: CacheDir = None,
     profile_out: ProfileOut = None,
+    standby: Standby = None,
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
@@ -222,6 +229,7 @@ def load(
     cache: Cache = False,
     cache_dir: CacheDir = None,
     profile_out: ProfileOut = None,
+    standby: Standby = None,
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
