@@ -12,6 +12,7 @@ import pytest
 from installed import install_entry_points
 
 install_entry_points()
+os.environ["WAN_LOADER_STANDBY"] = "0"  # whatever server the user has
 
 # Asked of the driver's files: torch takes long to ask, and CUDA that has begun in here does not work in forks.
 HAS_CUDA = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""

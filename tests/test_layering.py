@@ -34,7 +34,7 @@ ROOMS = [
     {"provenance"},
     {"api"},
     {"profiler"},
-    {"verify", "fastpath"},
+    {"verify", "fastpath", "standby"},
     {"bench"},
     {"cli"},
 ]

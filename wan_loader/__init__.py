@@ -18,13 +18,12 @@ Public are the names in `__all__` here, and those in the `__all__` of these subm
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wan_loader._version import __version__
-from wan_loader.system.forks import without_forks
+from wan_loader.system.forks import is_forked, without_forks
 
 if TYPE_CHECKING:
     from wan_loader.api import bind, iter_file, load, load_file, load_into, open_file
@@ -206,12 +205,12 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _at_exit(pid: int) -> None:
+def _at_exit() -> None:
     """Leave a note for the others of a distributed run, who may wait for this process; nobody waits for forked ones."""
-    if "torch.distributed" in sys.modules and os.getpid() == pid:
+    if "torch.distributed" in sys.modules and not is_forked():
         from wan_loader.distributed.exit_note import leave_exit_note
 
         leave_exit_note()
 
 
-atexit.register(_at_exit, os.getpid())
+atexit.register(_at_exit)

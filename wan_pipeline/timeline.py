@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader import clock_ns, summarize
 from wan_loader.dtypes import dtype_name
-from wan_loader.system import machine_card, peak_resident
+from wan_loader.system import machine_card, peak_resident, start_origin, started_process
 from wan_pipeline.lean.import_times import import_seconds
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ _START_TICKS = 19  # field 22 of /proc/self/stat, counted after the command's na
 
 
 def process_start_ns() -> int:
-    """Return the time when this process began, on the clock of spans; to a hundredth of a second."""
+    """Return the time when the user has started this process, on the clock of spans; to a hundredth of a second."""
     try:
-        text = Path("/proc/self/stat").read_text()
+        text = Path(f"/proc/{started_process()}/stat").read_text()
         # behind the last bracket: the name of a command may hold spaces and brackets
         seconds = int(text.rpartition(")")[2].split()[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
@@ -87,6 +87,7 @@ class Timeline:
             "cache": None if started.cache is None else asdict(started.cache.report),
             "pipeline": {
                 "time_to_first_step_s": self.first_step_s(started),
+                "started": start_origin(),
                 "imports": import_seconds(started.imports),
                 "stages": [self._interval(*stage) for stage in self.stages],
                 "waits": [self._interval(*wait) for wait in log.waits],

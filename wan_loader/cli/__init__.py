@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wan_loader.cli.exit_codes import run_program
     from wan_loader.cli.options import JsonOut, Verbose
     from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
+    from wan_loader.cli.programs import from_standby
     from wan_loader.cli.progress import byte_progress, progress_bars
     from wan_loader.cli.render import output_console, print_warnings
     from wan_loader.cli.torchrun import own_file
@@ -32,6 +33,7 @@ __all__ = [
     "byte_progress",
     "check_outputs",
     "follow_build",
+    "from_standby",
     "main",
     "marked",
     "output_console",
@@ -57,6 +59,7 @@ __getattr__ = lazy_names(
         "byte_progress": "wan_loader.cli.progress",
         "check_outputs": "wan_loader.cli.output",
         "follow_build": "wan_loader.cli.building",
+        "from_standby": "wan_loader.cli.programs",
         "marked": "wan_loader.console",
         "output_console": "wan_loader.cli.render",
         "own_file": "wan_loader.cli.torchrun",

@@ -28,6 +28,18 @@ def run(
     keep: Annotated[
         bool, typer.Option("--keep", help="Use weights that `wan-loader keep` has left on the device where they lie.")
     ] = False,
+    standby: Annotated[
+        bool | None,
+        typer.Option(
+            "--standby/--no-standby",
+            help="Run in a fork of the stand-by server.",
+            show_default="if there is one",
+        ),
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, metavar="N", help="N processes of one group, as torchrun starts them."),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Run a program that knows nothing of us with our loader inside.
@@ -40,6 +52,9 @@ def run(
     A SCRIPT or MODULE runs in this process, and no other process is served. After -- stands any program: every Python
     process that it starts is served, and the line sums them up. WAN_LOADER_ACCELERATE=0 turns it off.
 
+    Where `wan-loader standby start` has started a server, a SCRIPT or MODULE begins with everything imported.
+    WAN_LOADER_STANDBY=0 turns that off. With --nproc, one is started if there is none.
+
     Examples:
 
         wan-loader run generate.py --ckpt_dir model
@@ -49,5 +64,11 @@ def run(
         wan-loader run --keep generate.py --ckpt_dir model
 
         wan-loader run -- torchrun --nproc_per_node 8 generate.py
+
+        wan-loader run --nproc 8 generate.py
     """
     run_at_once(sys.argv[2:])  # nobody comes here by `main`, which has done it
+    if nproc is not None:
+        raise typer.BadParameter(
+            "is for a SCRIPT or a MODULE: what stands after -- starts its processes itself", param_hint="--nproc"
+        )

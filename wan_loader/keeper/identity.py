@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from wan_loader.cache.outline import outline_checkpoint
+from wan_loader.devices.resolve import resolve_device
 from wan_loader.devices.shared_memory import HostSharedMemory
 from wan_loader.keeper.shelf import Identity
 
@@ -27,7 +28,8 @@ def shared_memory_of(device: torch.device) -> SharedMemory:
         return HostSharedMemory()
     from wan_loader.devices.shared_cuda import CudaSharedMemory
 
-    return CudaSharedMemory(device.index)
+    # `torch.device("cuda")`, as programs say it, is the current one
+    return CudaSharedMemory(resolve_device(device).index)
 
 
 def file_mark(file: FileFacts) -> str:

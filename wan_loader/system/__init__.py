@@ -11,6 +11,7 @@ from wan_loader.system.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wan_loader.system.files import check_private, is_below, lock_or_refuse, plain_path, read_capped, write_text
+    from wan_loader.system.forks import start_origin, started_process
     from wan_loader.system.machine import available_memory, machine_card, memory_limit, peak_resident
     from wan_loader.system.page_cache import describe
     from wan_loader.system.threads import StoppedError, run_all
@@ -28,6 +29,8 @@ __all__ = [
     "plain_path",
     "read_capped",
     "run_all",
+    "start_origin",
+    "started_process",
     "write_text",
 ]
 
@@ -46,6 +49,8 @@ __getattr__ = lazy_names(
         "plain_path": "wan_loader.system.files",
         "read_capped": "wan_loader.system.files",
         "run_all": "wan_loader.system.threads",
+        "start_origin": "wan_loader.system.forks",
+        "started_process": "wan_loader.system.forks",
         "write_text": "wan_loader.system.files",
     },
 )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["is_forked", "without_forks"]
+__all__ = ["begin_anew", "is_forked", "start_origin", "started_process", "without_forks"]
 
 #: How long a fork waits at most, whatever others do in their imports.
 _PATIENCE_S = 60.0
@@ -25,6 +25,8 @@ _importing = threading.RLock()
 _held: dict[int, bool] = {}
 """A thread that forks -> whether it got the lock."""
 _is_forked = threading.Event()
+_client = 0
+"""The process that stands for this one, which was forked for it; 0 for any other process."""
 
 os.register_at_fork(after_in_child=_is_forked.set)
 
@@ -32,6 +34,27 @@ os.register_at_fork(after_in_child=_is_forked.set)
 def is_forked() -> bool:
     """Return whether this process was forked from one that had imported this."""
     return _is_forked.is_set()
+
+
+def begin_anew(client: int) -> None:
+    """Count this process as one of its own: nothing was left behind where it was forked, for nothing ran there.
+
+    Args:
+        client: The process that the user has started, for which this one was forked.
+    """
+    global _client
+    _is_forked.clear()
+    _client = client
+
+
+def start_origin() -> str:
+    """Say where what this process has imported comes from: it has "imported" it, or was "forked" with it."""
+    return "forked" if _client else "imported"
+
+
+def started_process() -> int:
+    """Return the process that the user has started: this one, or the one that it was forked for."""
+    return _client or os.getpid()
 
 
 @contextmanager

@@ -114,6 +114,12 @@ FullImports = Annotated[
     bool, _option("full_imports", "Import at once what else waits for its first use, such as scipy.")
 ]
 ProfileOut = Annotated[Path | None, _option("profile_out", "Write one JSON report of the whole run to a file.")]
+Standby = Annotated[
+    bool | None,
+    typer.Option(
+        "--standby/--no-standby", help="Start in a fork of the stand-by server.", show_default="if there is one"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="The report as one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")]
@@ -169,6 +175,7 @@ def generate(
     cache_dir: CacheDir = None,
     full_imports: FullImports = False,
     profile_out: ProfileOut = None,
+    standby: Standby = None,
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,
@@ -250,6 +257,7 @@ def load(
     cache_dir: CacheDir = None,
     full_imports: FullImports = False,
     profile_out: ProfileOut = None,
+    standby: Standby = None,
     json: Json = False,
     force: Force = False,
     verbose: Verbose = False,

@@ -1,0 +1,180 @@
+"""A start from the stand-by server beside a direct one: from the start of the process to what the user waits for.
+
+    python benchmarks/standby.py /data --output benchmarks/results/NAME.json
+    python benchmarks/standby.py /tmp/bench --size tiny --device cpu --pairs 1
+
+Makes a checkpoint in A14B's shapes with few blocks an expert, in the diffusers layout, unless it is there. Programs:
+
+    script     knows nothing of us: WanPipeline.from_pretrained(torch_dtype=bf16).to(device); clocks: its first line,
+               after its imports, when the device has finished
+    generate   wan-pipeline generate; the clock of its own report: the first denoising step can run
+    ranks      the script in two processes, each to a GPU of its own; torchrun, or `wan-loader run --nproc`; only when
+               it is asked for
+
+Ways: `plain` (python, torchrun), `direct` (wan-loader, without a server), `stand-by`. Every sample is a fresh process;
+ways take turns, every second round the other way round. One round comes before those that count: from then on the page
+cache is warm, byte code is compiled, and the server has learned what is imported. A sum over the bytes of all weights
+must be the same in all. The server is one of the benchmark's own, and its start is told as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline_start import machine, make_checkpoint
+from turns import describe_run, environment
+
+_SCRIPT = """
+import json, os, sys, time
+begun = time.monotonic_ns()
+path, device = sys.argv[1:3]
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from transformers import AutoTokenizer, UMT5EncoderModel
+imported = time.monotonic_ns()
+if device == "cuda" and "LOCAL_RANK" in os.environ:
+    device = "cuda:" + os.environ["LOCAL_RANK"]
+pipe = WanPipeline.from_pretrained(path, torch_dtype=torch.bfloat16).to(device)
+if device != "cpu":
+    torch.cuda.synchronize()
+loaded = time.monotonic_ns()
+total = 0
+for module in pipe.components.values():
+    if isinstance(module, torch.nn.Module):
+        for tensor in module.state_dict().values():
+            total += int(tensor.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64))
+start = int(os.environ["TURNS_START_NS"])
+seconds = {"first line": begun - start, "imported": imported - start, "loaded": loaded - start}
+print(json.dumps({"seconds": {name: ns / 1e9 for name, ns in seconds.items()}, "sum": total}))
+"""
+WAYS = ("plain", "direct", "stand-by")
+_VIDEO = {"full": ("832*480", "17"), "tiny": ("32*32", "5")}
+
+
+def command(program: str, way: str, args: argparse.Namespace) -> list[str] | None:
+    """Return the command line of a sample; None where there is none."""
+    script = [str(args.script), args.ckpt, args.device]
+    flag = "--standby" if way == "stand-by" else "--no-standby"
+    run = ["-m", "wan_loader", "run", "--quiet", flag]
+    if program == "generate":
+        size, frames = _VIDEO[args.size]
+        words = ["--prompt", "two cats boxing on a stage", "--size", size, "--frame_num", frames, "--sample_steps", "1"]
+        words += ["--save_file", str(args.script.parent / "video.mp4"), "--force", "--json", "--device", args.device]
+        generate = ["-m", "wan_pipeline", "generate", "--ckpt_dir", args.ckpt, "--base_seed", "1", *words, flag]
+        return None if way == "plain" else generate
+    if program == "ranks":
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        return [*launcher, *script] if way == "plain" else [*run, "--nproc", "2", *script]
+    return script if way == "plain" else [*run, *script]
+
+
+def sample(program: str, way: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Take one sample: seconds by what has happened, and the sum of the weights."""
+    words = command(program, way, args)
+    if words is None:
+        return None
+    env = args.environment | {"TURNS_START_NS": str(time.monotonic_ns())}
+    done = subprocess.run([sys.executable, *words], env=env, cwd="/", capture_output=True, text=True, check=False)
+    if done.returncode or "started directly" in done.stderr:
+        sys.exit(f"{program}, {way}: {done.stderr}")
+    if program == "generate":
+        report = json.loads(done.stdout)
+        expected = "forked" if way == "stand-by" else "imported"
+        if report["pipeline"]["started"] != expected:
+            sys.exit(f"{program}, {way}: it was {report['pipeline']['started']}")
+        return {"seconds": {"first step": report["pipeline"]["time_to_first_step_s"]}, "sum": 0}
+    each = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    slowest = {name: max(one["seconds"][name] for one in each) for name in each[0]["seconds"]}
+    return {"seconds": slowest, "sum": sum(one["sum"] for one in each) // len(each)}
+
+
+def standby(args: argparse.Namespace, *words: str) -> dict[str, Any] | None:
+    """Give the server a command; return what it says of itself."""
+    whole = [sys.executable, "-m", "wan_loader", "standby", *words]
+    done = subprocess.run(whole, env=args.environment, cwd="/", capture_output=True, text=True, check=False)
+    if words[0] == "start" and done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout)["server"] if "--json" in words else None
+
+
+def wait_until_ready(args: argparse.Namespace) -> dict[str, Any]:
+    """Wait for a server that imports what it has learned."""
+    for _ in range(600):
+        time.sleep(0.5)  # it looks once a second
+        if (found := standby(args, "status", "--json")) and "n_modules" in found:
+            return found
+    sys.exit("the stand-by server is not ready")
+
+
+def take_turns(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Take all samples: program -> way -> samples."""
+    turns = [(program, way) for program in args.program for way in WAYS]
+    for program, way in turns:
+        sample(program, way, args)
+    time.sleep(2)
+    args.server = wait_until_ready(args)
+    samples: dict[str, dict[str, list[dict[str, Any]]]] = {program: {} for program in args.program}
+    for i in range(args.pairs):
+        for program, way in reversed(turns) if i % 2 else turns:
+            if (found := sample(program, way, args)) is not None:
+                samples[program].setdefault(way, []).append(found)
+    return samples
+
+
+def table(samples: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Write medians, with the fastest and the slowest sample."""
+    lines = ["| program | until | " + " | ".join(WAYS) + " |", "|---|---|" + "---:|" * len(WAYS)]
+    for program, ways in samples.items():
+        sums = {one["sum"] for found in ways.values() for one in found}
+        for name in next(iter(ways.values()))[0]["seconds"]:
+            cells = [_told([one["seconds"][name] for one in ways[way]]) if way in ways else "" for way in WAYS]
+            lines.append(f"| {program}{'' if len(sums) == 1 else ' OTHER WEIGHTS'} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _told(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="where the checkpoint is made")
+    parser.add_argument("--ckpt", help="a checkpoint in the diffusers layout to take instead")
+    parser.add_argument("--size", choices=["tiny", "full"], default="full")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks per expert, of 40")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the experts' files")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
+    parser.add_argument("--program", nargs="+", choices=["script", "generate", "ranks"], default=["script", "generate"])
+    parser.add_argument("--pairs", type=int, default=5, help="samples of each (default: 5)")
+    parser.add_argument("--output", type=Path, help="all samples, as JSON")
+    args = parser.parse_args()
+    Path(args.directory).mkdir(parents=True, exist_ok=True)
+    args.ckpt = os.path.abspath(args.ckpt or make_checkpoint(args))
+    with tempfile.TemporaryDirectory(prefix="sb-") as own:
+        args.script = Path(own, "script.py")
+        args.script.write_text(_SCRIPT)
+        args.environment = environment(Path(__file__).parents[1]) | {"XDG_RUNTIME_DIR": own, "XDG_CACHE_HOME": own}
+        args.environment.pop("WAN_LOADER_STANDBY", None)
+        standby(args, "start")
+        try:
+            samples = take_turns(args)
+        finally:
+            standby(args, "stop")
+    print(table(samples))
+    print(f"the server: {args.server['n_modules']} modules in {args.server['seconds']:.1f} s")
+    if args.output is not None:
+        document = describe_run() | {"machine": machine(), "server": args.server, "samples": samples}
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
