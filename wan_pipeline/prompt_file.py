@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def read_prompt_file(
         OptionError: The file cannot be read or has no line, or one is wrong; the message has its number.
     """
     found: list[PromptLine] = []
-    for number, text in enumerate(_text(path).splitlines(), 1):
+    # not splitlines: what else Unicode ends lines with may stand in prompts, and unescaped in strings of JSON
+    for number, text in enumerate(_text(path).split("\n"), 1):
         if text.strip():
             try:
                 found.append(_read_line(number, text.strip(), task, defaults, directory))
@@ -107,11 +109,19 @@ def _read_line(number: int, text: str, task: str, defaults: Mapping[str, Any], d
     request = VideoRequest.make(task, fields.pop("prompt", ""), **fields)
     if save_file is None:
         name = f"{task}_{request.size[0]}x{request.size[1]}_{_name(request, draws_seed)}.mp4"
-    elif isinstance(save_file, str) and save_file.strip():
+    elif isinstance(save_file, str) and save_file.strip() and _can_be_called(save_file):
         name = save_file
     else:
         raise OptionError.because(f"save_file {save_file!r:.60}", "give the name of a file")
     return PromptLine(number, request, draws_seed, directory / name)
+
+
+def _can_be_called(name: str) -> bool:
+    """Say whether a file can have this name: escapes of JSON give characters that none can have."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -141,7 +151,7 @@ def _value(name: str, value: Any) -> Any:
     if name == "size":
         return parse_size(value) if isinstance(value, str) else value
     if name == "sample_guide_scale":
-        return parse_guide_scale(value if isinstance(value, str) else str(value))
+        return tuple(value) if isinstance(value, list) else parse_guide_scale(str(value))
     return value
 
 

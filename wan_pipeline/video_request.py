@@ -59,7 +59,7 @@ class VideoRequest:
         if width < 16 or height < 16 or width % 16 or height % 16:
             raise OptionError.because(f"size {width}*{height}", "both must be multiples of 16")
         if not isinstance(self.frame_num, Integral) or self.frame_num < 1 or self.frame_num % 4 != 1:
-            raise OptionError.because(f"frame_num {self.frame_num}", "it must be 4n+1, such as 81")
+            raise OptionError.because(f"frame_num {self.frame_num!r:.60}", "it must be 4n+1, such as 81")
         if not _is_finite(self.shift) or self.shift <= 0:
             raise OptionError.because(f"sample_shift {self.shift!r:.60}", "it must be a positive number")
         if not _is_pair(self.guide_scale):
@@ -69,7 +69,7 @@ class VideoRequest:
         if self.grid not in get_args(Grid):
             raise OptionError.because(f"grid {self.grid!r}", f"use {' or '.join(get_args(Grid))}")
         if not isinstance(self.seed, Integral) or not 0 <= self.seed <= _MAX_SEED:
-            raise OptionError.because(f"seed {self.seed}", "from 0 to 2**63 - 1")
+            raise OptionError.because(f"seed {self.seed!r:.60}", "from 0 to 2**63 - 1")
 
     @classmethod
     def make(cls, task: str, prompt: str, **settings: Any) -> VideoRequest:

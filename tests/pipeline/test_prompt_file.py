@@ -50,6 +50,18 @@ def test_lines_are_prompts_or_objects(read):
     assert (full.number, full.draws_seed, full.target) == (3, False, Path("videos/dog.mp4"))
 
 
+def test_lines_end_where_files_say_and_nowhere_else(tmp_path):
+    odd = "\u2028 \x85"
+    (tmp_path / "p.txt").write_bytes(f'\ufeffTwo{odd}cats\r\n\r\n{{"prompt": "A{odd}dog"}}\n'.encode())
+    found = read_prompt_file(tmp_path / "p.txt", TASK, {}, Path(), lambda request: None)
+    assert [(line.number, line.request.prompt) for line in found] == [(1, f"Two{odd}cats"), (3, f"A{odd}dog")]
+
+
+def test_guidance_may_be_a_list(read):
+    text, pair = read('{"prompt": "a", "sample_guide_scale": "3,4"}', '{"prompt": "b", "sample_guide_scale": [3, 4]}')
+    assert pair.request.guide_scale == text.request.guide_scale == (3.0, 4.0)
+
+
 def test_names_tell_what_is_asked_for_and_stay(read):
     cats, dog = read("Two cats: boxing!", "A dog")
     assert cats.target.name.startswith("t2v-A14B_1280x720_two-cats-boxing_")
@@ -65,13 +77,17 @@ def test_names_tell_what_is_asked_for_and_stay(read):
     [
         ('{"prompt": "x", "steps": 3}', "unknown field 'steps'"),
         ('{"prompt": "x", "frame_num": 80}', "4n+1"),
-        ('{"prompt": "x", "frame_num": "81"}', "4n+1"),
+        ('{"prompt": "x", "frame_num": "81"}', "frame_num '81': it must be 4n+1"),
         ('{"prompt": "x", "frame_num": true}', "frame_num is true"),
         ('{"prompt": "x", "size": "large"}', "WIDTH*HEIGHT"),
         ('{"prompt": "x", "size": 3}', "width and height"),
-        ('{"prompt": "x", "sample_guide_scale": [1]}', "sample_guide_scale"),
+        ('{"prompt": "x", "sample_guide_scale": [1]}', "guide_scale=(1,): use two numbers"),
+        ('{"prompt": "x", "sample_guide_scale": {}}', "sample_guide_scale"),
         ('{"prompt": "x", "base_seed": -2}', "seed -2"),
+        ('{"prompt": "x", "base_seed": "7"}', "seed '7'"),
         ('{"prompt": "x", "save_file": ""}', "name of a file"),
+        ('{"prompt": "x", "save_file": "a\\u0000b.mp4"}', "name of a file"),
+        ('{"prompt": "x", "save_file": "\\ud800.mp4"}', "name of a file"),
         ('{"prompt": "x", "prompt": "y"}', "stands twice"),
         ('{"prompt": "x", "sample_shift": NaN}', "no number"),
         ('{"prompt": "x"', "no JSON"),
@@ -196,3 +212,14 @@ def test_a_file_that_cannot_be_written_is_told_before_the_start(run, tmp_path, c
     assert run() == 1
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["videos"]
     assert "no directory that you may write to" in capfd.readouterr().err
+    (tmp_path / "videos" / "there").mkdir()
+    (tmp_path / "p.txt").write_text('{"prompt": "B", "save_file": "there"}')
+    assert run() == 1
+    assert "there is a directory: give the name of a file" in capfd.readouterr().err
+    # the second A would be called like B
+    lines = ["A", "A", "B", "C"]
+    names = ["v.mp4", "v.mp4", "v_2.mp4", "c.mp4"]
+    objects = [{"prompt": line, "save_file": name} for line, name in zip(lines, names, strict=True)]
+    (tmp_path / "p.txt").write_text("\n".join(map(json.dumps, objects)))
+    assert run() == 1
+    assert "error: " + ", ".join([str(tmp_path / "videos" / "v_2.mp4")] * 2) + ": two" in capfd.readouterr().err

@@ -32,14 +32,18 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
     """Raise `OutputError` now rather than after the work, if files cannot be written, or one would replace another."""
     wanted = [path for path in paths if path is not None]
     for path in wanted:
+        if path.is_dir():
+            raise OutputError.because("is a directory", "give the name of a file", path=path)
         if path.exists() and not force:
             raise OutputError.because("exists", "choose another name, or overwrite it with --force", path=path)
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             reason = f"cannot be written: {path.parent} is no directory that you may write to"
             raise OutputError.because(reason, path=path)
-    if len({path.resolve() for path in wanted}) < len(wanted):
-        reason = f"{', '.join(map(str, wanted))}: two outputs in one file"
-        raise OutputError.because(reason, "give each a name of its own")
+    first: dict[Path, Path] = {}
+    for path in wanted:
+        if (other := first.get(place := path.resolve())) is not None:
+            raise OutputError.because(f"{other}, {path}: two outputs in one file", "give each a name of its own")
+        first[place] = path
 
 
 @contextmanager
