@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_loader import DtypePolicy, HostMemoryError
@@ -65,8 +66,10 @@ def make_memory_plan(checkpoint: WanCheckpoint, options: StartOptions, device: t
     some = some.adapted(t5_cpu=options.t5_cpu, offload_model=options.offload_model, dtype=options.dtype)
     needs = _needs(checkpoint, options, some, device)
     device_memory = options.device_memory
-    if device.type == "cpu" and options.host_memory is not None:  # weights lie on the host
-        device_memory = min(options.host_memory - HOST_PROCESS_BYTES, device_memory or options.host_memory)
+    host_memory = options.host_memory if device.type == "cpu" else None
+    # weights lie on the host: the smaller limit counts
+    if host_memory is not None and host_memory - HOST_PROCESS_BYTES < (device_memory or host_memory):
+        device_memory, limits = host_memory, replace(limits, process_nbytes=HOST_PROCESS_BYTES)
     if wanted != "auto":
         return plan_memory(some.adapted(device_memory=device_memory), needs, limits)
     return choose(

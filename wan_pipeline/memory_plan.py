@@ -112,6 +112,8 @@ class Limits:
     """Free bytes on the device; None if it is the CPU, which has no memory of its own."""
     held_nbytes: int = 0
     """Bytes that other tensors of this process hold on the device."""
+    process_nbytes: int = 0
+    """Of a limit of host memory that counts for the weights, too, what the rest of the process takes."""
     host_nbytes: int
     """Bytes that this process may still take on the host."""
     cache_nbytes: int | None = None
@@ -122,9 +124,9 @@ class Limits:
 
     @property
     def beside_nbytes(self) -> int:
-        """What the process holds on the device beside the pipeline, as the driver counts it."""
+        """What the process holds beside the pipeline: on the device, as the driver counts it, or in host memory."""
         own = CONTEXT_BYTES + LIBRARY_BYTES + WORKSPACE_BYTES
-        return 0 if self.device_nbytes is None else own + self.held_nbytes
+        return self.process_nbytes if self.device_nbytes is None else own + self.held_nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +226,7 @@ def _allowed(preset: Preset, limits: Limits) -> int | None:
     """Return the bytes that weights and work may take on the device; None if that has no memory of its own."""
     number = round(preset.device_memory_gb * 1e9)
     if limits.device_nbytes is None:
-        return number if preset.whole_process else None
+        return number - limits.beside_nbytes if preset.whole_process else None
     if not preset.whole_process:
         return min(number, limits.device_nbytes)
     # of what is free now, the libraries will take their part
@@ -327,11 +329,13 @@ def _limit_binds(preset: Preset, limits: Limits, allowed: int) -> bool:
 
 def _beside(preset: Preset, limits: Limits, allowed: int) -> str:
     """Say what is left to others, of the limit or of what is free."""
-    if not preset.whole_process or limits.device_nbytes is None:
+    if not preset.whole_process or not limits.beside_nbytes:
         return ""
-    binds = _limit_binds(preset, limits, allowed)
-    whole = round(preset.device_memory_gb * 1e9) if binds else limits.device_nbytes
-    return f" of {_gb(whole)}, as {_gb(whole - allowed)} are left to the driver and its libraries"
+    whole, others = round(preset.device_memory_gb * 1e9), "libraries and loads"
+    if limits.device_nbytes is not None:
+        others = "the driver and its libraries"
+        whole = whole if _limit_binds(preset, limits, allowed) else limits.device_nbytes
+    return f" of {_gb(whole)}, as {_gb(whole - allowed)} are left to {others}"
 
 
 def _costs(plan: MemoryPlan, limits: Limits) -> list[str]:

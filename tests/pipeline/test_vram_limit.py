@@ -258,7 +258,14 @@ def test_on_the_cpu_weights_are_in_host_memory(tiny_wan):
     options = StartOptions(device="cpu", **ROOM, **limits)
     plan = make_memory_plan(open_wan(tiny_wan()), options, torch.device("cpu"))
     assert plan.preset.name == "min-memory"
-    assert "22.5 MB allowed on cpu" in plan.reason
+    assert "22.5 MB allowed on cpu of 3.0 GB, as 3.0 GB are left to libraries and loads" in plan.reason
+    # what would be enough is told as a limit of the same memory
+    options = StartOptions(device="cpu", **ROOM, host_memory=HOST_PROCESS_BYTES + 1_000_000)
+    with pytest.raises(DeviceMemoryError, match=r"allow 3\.1GB or more"):
+        make_memory_plan(open_wan(tiny_wan()), options, torch.device("cpu"))
+    options = StartOptions(device="cpu", **ROOM, **limits, device_memory=1_000_000)
+    with pytest.raises(DeviceMemoryError, match=r"allow 22\d+B or more"):
+        make_memory_plan(open_wan(tiny_wan()), options, torch.device("cpu"))
 
 
 def test_a_converted_cache_gets_no_entry_of_what_is_streamed(six_blocks, resident, tmp_path):
