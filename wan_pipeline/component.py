@@ -40,6 +40,8 @@ _KINDS: dict[MapName, str] = {
     "vae2.1": "a VAE of WAN 2.1 (--vae)",
     "vae2.2": "a VAE of WAN 2.2 (--vae)",
 }
+#: What tells networks of one title apart.
+_GENERATIONS: dict[MapName, str] = {"vae2.1": " of WAN 2.1", "vae2.2": " of WAN 2.2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,5 +215,6 @@ def _check_kind(network: Network, facts: Checkpoint) -> None:
     """Raise `CheckpointError` for a file that is another network of some model, by the names in it."""
     fitting = networks_of(facts.names)
     if fitting and network.map_name not in fitting:
-        reason = f"is no {network.title}: by the names in it, it is {_KINDS[fitting[0]]}"
+        wanted = f"{network.title}{_GENERATIONS.get(network.map_name, '')}"
+        reason = f"is no {wanted}: by the names in it, it is {_KINDS[fitting[0]]}"
         raise CheckpointError.because(reason, f"name another file with --{network.synth_name}", path=facts.path)

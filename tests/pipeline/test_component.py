@@ -269,7 +269,7 @@ def test_a_type_of_gguf_whose_numbers_are_not_made(plain, tmp_path):
 @pytest.mark.parametrize(
     ("role", "given", "match"),
     [
-        ("vae", "low_noise", "is no VAE: by the names in it, it is an expert (--high_noise"),
+        ("vae", "low_noise", "is no VAE of WAN 2.1: by the names in it, it is an expert (--high_noise"),
         ("text_encoder", "vae", "is no text encoder: by the names in it, it is a VAE of WAN 2.1 (--vae)"),
         ("high_noise", "text_encoder", "is no high-noise expert: by the names in it, it is a text encoder"),
     ],

@@ -78,7 +78,7 @@ def comfy_file(root: Path, family: ModelFamily, network: Network) -> Path:
         raise CheckpointError.because(reason, remedy, path=root)
     folder, usual = _FOLDERS[network.kind][0], family.comfy[network.synth_name]
     held = _some(list(_names(root, network))) or "nothing"
-    reason = f"holds no {network.title} of {family.title} (such as {folder}/{usual}_*); in {folder}/ is {held}"
+    reason = f"holds no {network.title} of {family.title} (such as {folder}/{usual}*); in {folder}/ is {held}"
     raise MissingFileError.because(reason, f"download it, or {remedy}", path=root)
 
 

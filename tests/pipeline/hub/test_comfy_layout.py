@@ -108,7 +108,7 @@ def test_what_is_missing(tmp_path):
     make(tmp_path, *OTHERS)
     with pytest.raises(MissingFileError) as error:
         comfy_file(tmp_path, A14B, A14B["transformer_2"])
-    assert "holds no low-noise expert of Wan2.2-T2V-A14B (such as diffusion_models/wan2.2_t2v_low_noise" in str(
+    assert "holds no low-noise expert of Wan2.2-T2V-A14B (such as diffusion_models/wan2.2_t2v_low_noise_14B*)" in str(
         error.value
     )
     assert "flux1-dev.safetensors" in error.value.reason
