@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from wan_loader.profiler.analysis.merge import main_process, merge
+from wan_loader.profiler.analysis.merge import merge
+from wan_loader.profiler.analysis.story import subject_of, turns_of
 from wan_loader.profiler.program import Recording, run_program
 
 
@@ -192,11 +193,11 @@ def test_lines_of_a_foreign_form_are_left_out():
     begin = {"begin": {"pid": 5, "argv": ["x"], "started": 100}}
     rows = {"spans": [["read", 100, 200, 5, "t", "l"], ["read", "x"], 7, ["nonsense", 1, 2, 3, "t", "l"]], "at": 250}
     recording = Recording(
-        argv=("x",), pid=5, start_ns=100, end_ns=400, returncode=0, logs=((begin, rows, {"spans": 3}),), samples={}
+        argv=("x",), pid=5, start_ns=100, end_ns=400, returncode=0, logs=((begin, rows, {"spans": 3}),)
     )
     (process,) = merge(recording)
     assert [(s.name, s.start_ns, s.end_ns) for s in process.spans] == [("read", 0, 100)]
-    assert main_process([process]) == 0
+    assert subject_of([process], turns_of([process], 300)) == 0
     assert process.end_ns == 300
 
 
@@ -218,5 +219,6 @@ def test_torchrun_ranks_side_by_side(tmp_path):
     assert recording.returncode == 0
     processes = merge(recording)
     assert sorted(p.rank for p in processes if p.rank is not None) == [0, 1]
-    assert processes[main_process(processes)].rank is not None
+    turns = turns_of(processes, max(p.end_ns for p in processes))
+    assert processes[subject_of(processes, turns)].rank is not None
     assert all(any(s.label == "torch" for s in p.spans) for p in processes if p.rank is not None)

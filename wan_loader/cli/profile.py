@@ -165,8 +165,9 @@ def _profile_load(
 def _profile_program(
     words: list[str], until: str | None, seconds: float | None, *, stop: bool, json: bool, measure: bool
 ) -> tuple[Session, int]:
-    from wan_loader.profiler.analysis.assemble import program_session, weight_files
-    from wan_loader.profiler.analysis.merge import main_process, merge
+    from wan_loader.profiler.analysis.assemble import program_session
+    from wan_loader.profiler.analysis.merge import merge
+    from wan_loader.profiler.analysis.weight_files import device_of, files_of
     from wan_loader.profiler.probe.system_facts import limits
     from wan_loader.profiler.program import run_program
 
@@ -174,8 +175,11 @@ def _profile_program(
     stdout = sys.stderr.fileno() if json else None
     recording = run_program(words, until=until, seconds=seconds, stop=stop, stdout=stdout)
     processes = merge(recording)
-    gpu = any(s.name in ("h2d", "cast") and "host to cuda" in s.label for s in processes[main_process(processes)].spans)
-    environment = _environment(weight_files(processes), "cuda:0" if gpu else "cpu", before, measure=measure)
+    device = "cuda:0" if device_of(processes) == "cuda" else "cpu"
+    found = files_of(processes)
+    # the largest first; some may be gone by now
+    files = [path for path in sorted(found, key=lambda path: -found[path].nbytes) if Path(path).is_file()]
+    environment = _environment(files, device, before, measure=measure)
     return program_session(recording, processes, environment), recording.returncode
 
 

@@ -8,6 +8,8 @@ import sys
 import time
 
 from . import import_hooks
+from .file_hooks import hook_audit, hook_open
+from .process_hooks import hook_processes
 from .recorder import AgentRecorder
 
 TYPE_CHECKING = False
@@ -16,11 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["start"]
 
+_MAX_FILES = 4000
 _KEPT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "WORLD_SIZE")
 #: What to call when a module has arrived: (module here, function, attribute of what arrived).
 _HOOKS = {
     "torch": ("torch_hooks", "hook_torch"),
     "torch.distributed.fsdp": ("torch_hooks", "hook_distributed"),
+    "numpy": ("file_hooks", "hook_numpy"),
     "safetensors": ("weight_hooks", "hook_safetensors"),
     "safetensors.torch": ("weight_hooks", "hook_safetensors_torch"),
     "transformers.modeling_utils": ("weight_hooks", "hook_pretrained", "PreTrainedModel"),
@@ -34,8 +38,10 @@ class _FileRecorder(AgentRecorder):
     def file(self, path: Any, reader: Any, mapped: Any) -> None:
         """Remember a weight file, once, with what was in the page cache when it was opened."""
         files = self.facts.setdefault("files", {})
-        if path in files:
+        path = os.path.abspath(path)
+        if path in files or len(files) >= _MAX_FILES:
             return
+        files[path] = {}  # opening it below is not to be noted again
         try:
             from .weight_hooks import cached_bytes
 
@@ -63,6 +69,9 @@ def start(directory: Any) -> None:
     recorder.whole("import", "python", first["started"], recorder._clock())
     hooks = {name: _hook(recorder, *where) for name, where in _HOOKS.items()}
     import_hooks.install(recorder, hooks)
+    hook_audit(recorder)
+    hook_open(recorder)
+    hook_processes(recorder, lambda: _finish(recorder))
     if environ.get("WAN_LOADER_TRACE_UNTIL"):
         _watch_output(recorder, environ["WAN_LOADER_TRACE_UNTIL"])
     atexit.register(lambda: _finish(recorder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 
 from .recorder import MIN_BYTES
@@ -36,8 +37,26 @@ def hook_safetensors(recorder: Any, module: Any) -> None:
 
 
 def hook_safetensors_torch(recorder: Any, module: Any) -> None:
-    """Wrap `load_file` as a whole; what happens inside it is recorded too."""
+    """Wrap `load_file` as a whole, what happens inside it is recorded too; and `load`, which copies bytes in memory."""
     patch(recorder, module, "load_file", lambda f: timed(recorder, f, "read", "safetensors.torch.load_file"))
+    patch(recorder, module, "load", lambda f: _loads(recorder, f))
+
+
+def _loads(recorder: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def load(data: Any) -> Any:
+        if not recorder.on:
+            return original(data)
+        recorder.begin("h2d", "copy in host memory, by safetensors.torch.load")
+        try:
+            return original(data)
+        except BaseException as error:
+            drop_frame(error)
+            raise
+        finally:
+            recorder.end(len(data))
+
+    return load
 
 
 def hook_pretrained(recorder: Any, owner: Any) -> None:
