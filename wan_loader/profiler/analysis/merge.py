@@ -63,7 +63,7 @@ def merge(recording: Recording) -> tuple[Process, ...]:
         if found := outside_process(seen, recording, ended=ended, needed=seen.pid in parents & {recording.pid, *known}):
             processes.append(found)
     processes = [_cut(p, over_ns) for p in processes if p.start_ns <= over_ns]
-    return tuple(_one_of_each_rank(sorted(processes, key=lambda p: (p.start_ns, p.pid))))
+    return tuple(_named(_one_of_each_rank(sorted(processes, key=lambda p: (p.start_ns, p.pid)))))
 
 
 def describe_exit(returncode: int) -> str:
@@ -199,6 +199,20 @@ def _one_of_each_rank(processes: list[Process]) -> list[Process]:
     return [
         replace(p, rank=None) if p.rank is not None and ranks.get(p.parent or -1) == p.rank else p for p in processes
     ]
+
+
+def _named(processes: list[Process]) -> list[Process]:
+    """Call what multiprocessing starts after the script that it belongs to."""
+    by_pid = {p.pid: p for p in processes}
+    named = []
+    for process in processes:
+        above: Process | None = process
+        for _ in processes:  # ids that were used again may lead in a circle
+            if above is None or above.name:
+                break
+            above = by_pid.get(above.parent or -1)
+        named.append(replace(process, name=above.name if above is not None and above.name else process.title[:100]))
+    return named
 
 
 def _rows(value: Any) -> Iterable[list[Any]]:

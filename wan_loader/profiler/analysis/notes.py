@@ -33,7 +33,8 @@ def program_notes(recording: Recording, processes: Sequence[Process], subject: i
 
 
 def _of_endings(processes: Sequence[Process]) -> Iterator[str]:
-    killed = [p for p in processes if p.ended.startswith("killed by")]
+    # SIGTERM is how pools end their workers
+    killed = [p for p in processes if p.ended.startswith("killed by") and p.ended != "killed by SIGTERM"]
     for process in killed[:3]:
         if process.parent is not None:
             yield f"{process.shown} [{process.pid}] was {process.ended}; what it did until then is shown"

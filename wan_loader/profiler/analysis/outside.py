@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.profiler.analysis.roles import name_of, role_of
 from wan_loader.profiler.analysis.session import Process, Sample
-from wan_loader.spans import Mark, overlap_ns, union
+from wan_loader.spans import Mark, union
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from wan_loader.profiler.program import Recording
-    from wan_loader.profiler.watch import SeenProcess
+    from wan_loader.profiler.watch import Counters, SeenProcess
 
 __all__ = ["COUNTED", "outside_process", "unseen_reads"]
 
@@ -73,33 +74,35 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
     """
     zero = recording.start_ns
     covered = union(spans)
-    reads = [s for s in spans if s.name == "read" and s.nbytes]
+    reads = [s for s in spans if s.name == "read"]
     children = [s for s in recording.seen if s.parent == seen.pid and s.end_ns is not None and s.counters]
-    for a, b in zip(seen.counters, seen.counters[1:], strict=False):
+    first_ns = seen.counters[0].at_ns - zero if seen.counters else 0
+    # the kernel counts a call when it is over, so bytes that are recorded may be counted later
+    owed = sum(s.nbytes for s in reads if s.start_ns < first_ns < s.end_ns)
+    for a, b in pairwise(seen.counters):
         start_ns, end_ns = max(0, a.at_ns - zero), b.at_ns - zero
-        # read calls also read pipes and sockets
-        called = b.called_bytes - a.called_bytes if a.has_weights or b.has_weights else 0
-        nbytes = max(b.read_bytes - a.read_bytes, called)
-        for child in children:
-            if a.at_ns - _SHORT_NS <= (child.end_ns or 0) <= b.at_ns:
-                last = child.counters[-1]
-                nbytes -= max(last.read_bytes, last.called_bytes)
-        if nbytes < _WORTH_BYTES or end_ns <= start_ns:
-            continue
-        nbytes -= sum(_share(s, start_ns, end_ns) for s in reads)
-        gaps = _gaps(covered, start_ns, end_ns)
-        free_ns = sum(e - s for s, e in gaps)
-        if nbytes < _WORTH_BYTES or not free_ns:
-            continue
-        for s, e in gaps:
-            yield Mark("read", s, e, nbytes * (e - s) // free_ns, "kernel", COUNTED)
+        owed += sum(s.nbytes for s in reads if start_ns <= s.start_ns < end_ns)
+        nbytes = _counted(a, b, children)
+        owed, nbytes = max(0, owed - nbytes), max(0, nbytes - owed)
+        if nbytes >= _WORTH_BYTES:
+            gaps = _gaps(covered, start_ns, end_ns)
+            free_ns = sum(e - s for s, e in gaps)
+            for s, e in gaps:
+                yield Mark("read", s, e, nbytes * (e - s) // free_ns, "kernel", COUNTED)
+        if not any(s.start_ns < end_ns < s.end_ns for s in reads):
+            owed = 0
 
 
-def _share(span: Mark, start_ns: int, end_ns: int) -> int:
-    """Return the bytes of a span that fall into a window."""
-    length = span.end_ns - span.start_ns
-    inside = overlap_ns([(span.start_ns, span.end_ns)], [(start_ns, end_ns)])
-    return span.nbytes * inside // length if length else 0
+def _counted(a: Counters, b: Counters, children: Sequence[SeenProcess]) -> int:
+    """Return the bytes that a process itself has read between two looks."""
+    # read calls also read pipes and sockets
+    called = b.called_bytes - a.called_bytes if a.has_weights or b.has_weights else 0
+    nbytes = max(b.read_bytes - a.read_bytes, called)
+    for child in children:
+        if a.at_ns - _SHORT_NS <= (child.end_ns or 0) <= b.at_ns:
+            last = child.counters[-1]
+            nbytes -= max(last.read_bytes, last.called_bytes)
+    return max(0, nbytes)
 
 
 def _gaps(covered: Sequence[tuple[int, int]], start_ns: int, end_ns: int) -> list[tuple[int, int]]:

@@ -54,13 +54,14 @@ def role_of(argv: Sequence[str], *, forked: bool = False) -> str:
 
 
 def name_of(argv: Sequence[str]) -> str:
-    """Return a short name: the script or module with its first words, without Python and without directories."""
+    """Return a short name: the script or module, without Python and directories; "" for what multiprocessing starts."""
     kind, subject = _subject(argv)
-    if kind == "-c" and subject.startswith((*_HELPERS, _SPAWNED)):
-        return subject.split()[1].rpartition(".")[2]
-    at = list(argv).index(subject) + 1 if subject in argv else len(argv)
-    words = [f"-m {subject}" if kind == "-m" else "-c ..." if kind == "-c" else _base(subject)]
-    return " ".join([*words, *argv[at : at + 2]])
+    if kind == "-c":
+        return "" if subject.startswith((*_HELPERS, _SPAWNED)) else "python -c"
+    if kind == "-m":
+        return f"-m {subject}"
+    # programs of several commands are known by both words
+    return " ".join([_base(subject), *(word for word in argv if word == "launch")])
 
 
 def _base(path: str) -> str:

@@ -180,7 +180,11 @@ def pace_sentence(processes: Sequence[Process], turns: Sequence[Turn], subject: 
     who = [f"{label(processes, subject)} set it for {format_seconds(paced[subject])}"]
     who += [f"{label(processes, i)} for {format_seconds(paced[i])}" for i in longest[:2] if paced[i] >= least]
     text = " and ".join(who)
-    waits = [w for w in waits_of(processes, turns) if w.seconds >= least and w.process != subject][:_MOST_NAMED]
+    waits = [
+        w
+        for w in waits_of(processes, turns)
+        if w.seconds >= least and w.process != subject and _matters(processes, w, subject)
+    ][:_MOST_NAMED]
     if waits:
         text += "; meanwhile " + ", ".join(
             f"{label(processes, w.process)} waited {format_seconds(w.seconds)}"
@@ -188,6 +192,17 @@ def pace_sentence(processes: Sequence[Process], turns: Sequence[Turn], subject: 
             for w in waits
         )
     return text
+
+
+def _matters(processes: Sequence[Process], wait: Wait, subject: int) -> bool:
+    """Say whether a wait tells something: of what started the subject, of a rank, in a collective."""
+    process, parents = processes[wait.process], {p.pid: p.parent for p in processes}
+    above = processes[subject].parent
+    for _ in processes:
+        if above == process.pid:
+            return True
+        above = parents.get(above or -1)
+    return process.rank is not None or wait.together
 
 
 def label(processes: Sequence[Process], number: int) -> str:
