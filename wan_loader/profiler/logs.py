@@ -34,13 +34,14 @@ def read_logs(directory: Path) -> tuple[tuple[dict[str, Any], ...], ...]:
 
 
 def _read(path: Path, most: int) -> bytes:
-    try:
+    with suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    with open(fd, "rb") as file, suppress(OSError):
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return file.read(most)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                with open(fd, "rb", closefd=False) as file:
+                    return file.read(most)
+        finally:
+            os.close(fd)
     return b""
 
 

@@ -11,6 +11,7 @@ import os
 import select
 import stat
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,10 +112,10 @@ class Watcher:
     def _watch(self) -> None:
         pause_s = _INTERVAL_S
         while not self._ended(pause_s):
-            before_ns = clock_ns()
+            before_ns = time.thread_time_ns()
             self._look()
             self._each_round()
-            pause_s = max(_INTERVAL_S, (clock_ns() - before_ns) / 1e9 / _SHARE)
+            pause_s = max(_INTERVAL_S, (time.thread_time_ns() - before_ns) / 1e9 / _SHARE)
 
     def _ended(self, pause_s: float) -> bool:
         """Wait, and note meanwhile when processes end; return True when all is over."""
@@ -151,7 +152,7 @@ class Watcher:
             if found.resident_bytes == 0 and _state(pid) == "Z":  # where there is no descriptor that tells
                 self._alive.pop(pid).end_ns = found.at_ns
                 continue
-            if not process.command or len(process.counters) == 2:  # it may have been replaced by exec
+            if len(process.counters) <= 3:  # it may have become another program since
                 process.command = _command(pid)
 
     def _look_at_files(self, pid: int, process: SeenProcess) -> bool:
@@ -188,8 +189,6 @@ class Watcher:
 
 def _boot_ns() -> int:
     """Return how far the clock of process starts is ahead of the clock of the spans."""
-    import time
-
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - clock_ns()
 
 

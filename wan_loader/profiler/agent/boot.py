@@ -132,6 +132,7 @@ def _finish(recorder: Any) -> None:
     try:
         import resource
 
+        recorder.facts["counters"] = [recorder.now(), *recorder.io()]
         recorder.facts["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():

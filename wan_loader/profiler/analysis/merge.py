@@ -15,13 +15,13 @@ from wan_loader.phases import known_phase
 from wan_loader.profiler.analysis.outside import outside_process, unseen_reads
 from wan_loader.profiler.analysis.roles import name_of, role_of
 from wan_loader.profiler.analysis.session import Process, Sample
+from wan_loader.profiler.watch import Counters, SeenProcess
 from wan_loader.spans import Mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from wan_loader.profiler.program import Recording
-    from wan_loader.profiler.watch import SeenProcess
 
 __all__ = ["describe_exit", "merge"]
 
@@ -122,7 +122,7 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str]) -> Process:
     zero, pid = recording.start_ns, log.pid
     begin, end = log.begin, log.end
     direct = pid == recording.pid
-    seen = next((s for s in recording.seen if s.pid == pid), None)
+    seen = _completed(next((s for s in recording.seen if s.pid == pid), None), log)
     rows = [row for line in log.lines for row in _rows(line.get("spans"))]
     signs = [row[2] for row in rows] + [line["at"] for line in log.lines if _is_moment(line.get("at"))]
     started = begin["started"] if _is_moment(begin.get("started")) else log.at_ns
@@ -162,12 +162,27 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str]) -> Process:
         ended=_ended(log, exits),
         spans=spans,
         samples=tuple(Sample(c.at_ns - zero, c.read_bytes, c.resident_bytes) for c in counters if c.at_ns <= last_ns),
-        busy=busy_windows(seen, zero, start_ns, last_ns),
+        busy=_busy_windows(seen, zero, start_ns, last_ns),
         facts=facts,
     )
 
 
-def busy_windows(seen: SeenProcess | None, zero: int, start_ns: int, last_ns: int) -> tuple[tuple[int, int], ...]:
+def _completed(seen: SeenProcess | None, log: _Log) -> SeenProcess | None:
+    """Add the counters that a process has left at its end: it may have been too short to be looked at."""
+    facts = log.end.get("facts") if log.end is not None else None
+    last = facts.get("counters") if isinstance(facts, dict) else None
+    if not (isinstance(last, list) and len(last) == 3 and all(map(_is_moment, last))):
+        return seen
+    at_ns, read_bytes, called_bytes = last
+    if seen is None:
+        seen = SeenProcess(log.pid, 0, log.at_ns, ())
+    before = [c for c in seen.counters if c.at_ns < at_ns]
+    resident, cpu_ns = (before[-1].resident_bytes, before[-1].cpu_ns) if before else (0, 0)
+    end = Counters(at_ns, read_bytes, resident, called_bytes, cpu_ns, has_weights=True)
+    return replace(seen, counters=[*before, end])
+
+
+def _busy_windows(seen: SeenProcess | None, zero: int, start_ns: int, last_ns: int) -> tuple[tuple[int, int], ...]:
     """Return the times in which a process used a processor for at least a third of the time."""
     counters = seen.counters if seen else []
     return tuple(
@@ -274,7 +289,7 @@ def _facts(begin: dict[str, Any], end: dict[str, Any] | None, log: Sequence[dict
     facts = {k: begin[k] for k in ("python", "env", "forked") if k in begin}
     files = [line["file"] for line in log if isinstance(line.get("file"), list) and len(line["file"]) == 2]
     ended = (end or {}).get("facts")
-    kept = ended if isinstance(ended, dict) else {}
+    kept = {k: v for k, v in ended.items() if k != "counters"} if isinstance(ended, dict) else {}
     return {**facts, **kept, "files": {str(path): _file(entry) for path, entry in files if isinstance(entry, dict)}}
 
 

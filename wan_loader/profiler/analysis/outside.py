@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.profiler.analysis.roles import name_of, role_of
 from wan_loader.profiler.analysis.session import Process, Sample
+from wan_loader.profiler.watch import Counters
 from wan_loader.spans import Mark, union
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from wan_loader.profiler.program import Recording
-    from wan_loader.profiler.watch import Counters, SeenProcess
+    from wan_loader.profiler.watch import SeenProcess
 
 __all__ = ["COUNTED", "outside_process", "unseen_reads"]
 
@@ -76,10 +77,9 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
     covered = union(spans)
     reads = [s for s in spans if s.name == "read"]
     children = [s for s in recording.seen if s.parent == seen.pid and s.end_ns is not None and s.counters]
-    first_ns = seen.counters[0].at_ns - zero if seen.counters else 0
     # the kernel counts a call when it is over, so bytes that are recorded may be counted later
-    owed = sum(s.nbytes for s in reads if s.start_ns < first_ns < s.end_ns)
-    for a, b in pairwise(seen.counters):
+    owed = 0
+    for a, b in pairwise(_from_birth(seen)):
         start_ns, end_ns = max(0, a.at_ns - zero), b.at_ns - zero
         owed += sum(s.nbytes for s in reads if start_ns <= s.start_ns < end_ns)
         nbytes = _counted(a, b, children)
@@ -91,6 +91,16 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
                 yield Mark("read", s, e, nbytes * (e - s) // free_ns, "kernel", COUNTED)
         if not any(s.start_ns < end_ns < s.end_ns for s in reads):
             owed = 0
+
+
+def _from_birth(seen: SeenProcess) -> Sequence[Counters]:
+    """Return the counters of a process, which begin at nothing; what it fetched before it had weights is its start."""
+    first = seen.counters[:1]
+    birth = [
+        Counters(min(seen.start_ns, c.at_ns), 0 if c.has_weights else c.read_bytes, 0, has_weights=c.has_weights)
+        for c in first
+    ]
+    return [*birth, *seen.counters]
 
 
 def _counted(a: Counters, b: Counters, children: Sequence[SeenProcess]) -> int:
