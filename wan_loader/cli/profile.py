@@ -15,7 +15,6 @@ from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:
     from wan_loader.console import PlainConsole
-    from wan_loader.profiler.analysis.assemble import Environment
     from wan_loader.profiler.analysis.session import Session
 
 __all__ = ["PageFile", "TraceFile", "profile", "render_session"]
@@ -136,6 +135,7 @@ def _profile_load(
     import wan_loader
     from wan_loader.cli.progress import reading_progress
     from wan_loader.profiler.analysis.assemble import load_session
+    from wan_loader.profiler.probe.surroundings import surroundings
     from wan_loader.profiler.probe.system_facts import limits
 
     opening = wan_loader.Recorder()
@@ -158,7 +158,8 @@ def _profile_load(
     report, spans = loaded.report, loaded.spans
     # its weights take the memory in which the machine is to be measured
     del loaded
-    environment = _environment(files, report.device, before, measure=measure)
+    with _told(measure):
+        environment = surroundings(files, report.device, before, measure=measure)
     return load_session(report, spans, environment, fp32_bytes=fp32)
 
 
@@ -168,6 +169,7 @@ def _profile_program(
     from wan_loader.profiler.analysis.assemble import program_session
     from wan_loader.profiler.analysis.merge import merge
     from wan_loader.profiler.analysis.weight_files import device_of, files_of
+    from wan_loader.profiler.probe.surroundings import surroundings
     from wan_loader.profiler.probe.system_facts import limits
     from wan_loader.profiler.program import run_program
 
@@ -177,40 +179,20 @@ def _profile_program(
     processes = merge(recording)
     device = "cuda:0" if device_of(processes) == "cuda" else "cpu"
     found = files_of(processes)
-    # the largest first; some may be gone by now
-    files = [path for path in sorted(found, key=lambda path: -found[path].nbytes) if Path(path).is_file()]
-    environment = _environment(files, device, before, measure=measure)
+    files = sorted(found, key=lambda path: -found[path].nbytes)
+    with _told(measure):
+        environment = surroundings(files, device, before, measure=measure)
     return program_session(recording, processes, environment), recording.returncode
 
 
-def _environment(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Environment:
-    """Collect what to compare with. Measured after the load, so that nothing is warmed for it."""
-    from wan_loader.profiler.analysis.assemble import Environment
-    from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings
-    from wan_loader.profiler.probe.system_facts import limits, storage_facts
-
-    after = limits()
-    stalled = after.get("memory_stall_s", 0.0) - before.get("memory_stall_s", 0.0)
-    found = Ceilings({}, ("the machine was not measured: --no-ceilings",))
-    if measure:
-        with _told("measuring what this machine can do ..."):
-            found = find_ceilings(files, device=device)
-    return Environment(
-        ceilings=found.values,
-        storage=storage_facts(files[0]) if files else {},
-        limits={**before, "memory_stalled_s": stalled},
-        notes=found.notes,
-    )
-
-
 @contextlib.contextmanager
-def _told(text: str) -> Any:
-    """Say on a terminal what goes on in the body."""
+def _told(measure: bool) -> Any:
+    """Say on a terminal that the machine is measured in the body, if it is."""
     from wan_loader.cli.render import error_console
 
     console = error_console()
-    if console.is_terminal:
-        with console.status(text):
+    if measure and console.is_terminal:
+        with console.status("measuring what this machine can do ..."):
             yield
     else:
         yield

@@ -45,6 +45,8 @@ class Recording:
     """The lines of each process."""
     seen: tuple[SeenProcess, ...] = ()
     """The processes as they looked from outside."""
+    inside: bool = False
+    """A part of a process that goes on."""
     stopped: str = ""
     """The reason why the program was stopped from outside, if it was."""
 

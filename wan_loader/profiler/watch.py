@@ -34,6 +34,8 @@ _MAX_FDS = 256
 _MAX_FILES = 1000
 #: A file of any name counts as weights from this size on.
 _LARGE_BYTES = 32 << 20
+#: Python's own .pth files are no weights.
+_LEAST_BYTES = 65536
 _MAPS_EVERY = 5
 _MAX_MAPS_BYTES = 1 << 20
 
@@ -260,7 +262,8 @@ def _note_open_files(pid: int, process: SeenProcess) -> bool:
 def _note_file(path: str, process: SeenProcess) -> bool:
     """Note a file that a process has open, if it holds weights or is as large."""
     facts = os.stat(path)
-    if stat.S_ISREG(facts.st_mode) and (facts.st_size >= _LARGE_BYTES or is_weight_name(os.path.basename(path))):
+    least = _LEAST_BYTES if is_weight_name(os.path.basename(path)) else _LARGE_BYTES
+    if stat.S_ISREG(facts.st_mode) and facts.st_size >= least:
         process.files[path] = facts.st_size
         return True
     process.others.add(path)

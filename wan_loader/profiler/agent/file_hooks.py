@@ -61,7 +61,7 @@ def hook_open(recorder: Any) -> None:
                 and (name := _weights(file))
             ):
                 recorder.file(name, "open", False)
-                raw = _timed_file(recorder, file)
+                raw = _timed_file(recorder, os.fspath(file))
                 return io.BufferedReader(raw, max(io.DEFAULT_BUFFER_SIZE, getattr(raw, "_blksize", 0)))
             return original(file, mode, buffering, *args, **kwargs)
         except BaseException as error:
@@ -95,7 +95,8 @@ def _weights(path: Any) -> Any:
         size = os.stat(path).st_size
     except (OSError, ValueError):
         return None
-    return path if size >= (1 if end.endswith(_WEIGHTS) else _LARGE_BYTES) else None
+    least = 1 if end.endswith(_WEIGHTS[:2]) else MIN_BYTES if end.endswith(_WEIGHTS) else _LARGE_BYTES
+    return path if size >= least else None
 
 
 def _timed_file(recorder: Any, file: Any) -> Any:

@@ -146,6 +146,17 @@ class AgentRecorder:
         """Record a span that is over already, outside of all others."""
         self._row(name, label, start, end, 0)
 
+    def foreign(self, name: Any, label: Any, start: Any, end: Any, nbytes: Any, track: Any) -> None:
+        """Record a span that somebody else has measured, on a track of its own."""
+        if self.on:
+            self._pending.append([name, start, end, nbytes, track, label])
+            self._check(end)
+
+    @property
+    def started(self) -> Any:
+        """When the process began."""
+        return self._start_facts["started"]
+
     def _row(self, name: Any, label: Any, start: Any, end: Any, nbytes: Any) -> None:
         stack = self._stack
         start = max(start, stack.last_end)
@@ -256,11 +267,19 @@ class AgentRecorder:
         self.on = False
         self.flush(now)
         self._write({"end": {"at": now, "why": why, "facts": self.facts}})
-        for undo in self.undo:
+        for undo in reversed(self.undo):
             try:
                 undo()
             except Exception:
                 continue
+
+    def close(self) -> None:
+        """Close the files, after the end."""
+        self.on = False
+        for fd in (self._file, self._io):
+            if fd is not None:
+                os.close(fd)
+        self._io = None
 
 
 def _after_fork_of(recorder: Any) -> None:

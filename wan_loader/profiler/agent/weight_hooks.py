@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 
 from .recorder import MIN_BYTES
 from .wrap import drop_frame, patch, timed
@@ -33,7 +34,13 @@ def cached_bytes(path: Any) -> Any:
 
 def hook_safetensors(recorder: Any, module: Any) -> None:
     """Put a class of the same behaviour in the place of `safe_open`."""
-    patch(recorder, module, "safe_open", lambda original: _opener(recorder, original))
+    original = module.safe_open
+    opener = _opener(recorder, original)
+    patch(recorder, module, "safe_open", lambda _: opener)
+    for other in list(sys.modules.values()):
+        # what was imported before has the name for itself
+        if getattr(other, "__dict__", {}).get("safe_open") is original:
+            patch(recorder, other, "safe_open", lambda _: opener)
 
 
 def hook_safetensors_torch(recorder: Any, module: Any) -> None:

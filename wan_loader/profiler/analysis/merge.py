@@ -105,6 +105,8 @@ def _exits(recording: Recording) -> dict[int, str]:
             child = line.get("child")
             if isinstance(child, list) and len(child) == 3 and all(isinstance(v, int) for v in child):
                 exits[child[0]] = describe_exit(child[1])
+    if recording.inside:
+        return exits
     return exits | {recording.pid: describe_exit(recording.returncode)}
 
 

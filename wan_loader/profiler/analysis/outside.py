@@ -79,7 +79,7 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
     children = [s for s in recording.seen if s.parent == seen.pid and s.end_ns is not None and s.counters]
     # the kernel counts a call when it is over, so bytes that are recorded may be counted later
     owed = 0
-    for a, b in pairwise(_from_birth(seen)):
+    for a, b in pairwise(_from_birth(seen, zero)):
         start_ns, end_ns = max(0, a.at_ns - zero), b.at_ns - zero
         owed += sum(s.nbytes for s in reads if start_ns <= s.start_ns < end_ns)
         nbytes = _counted(a, b, children)
@@ -93,9 +93,12 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
             owed = 0
 
 
-def _from_birth(seen: SeenProcess) -> Sequence[Counters]:
-    """Return the counters of a process, which begin at nothing; what it fetched before it had weights is its start."""
-    first = seen.counters[:1]
+def _from_birth(seen: SeenProcess, zero: int) -> Sequence[Counters]:
+    """Return the counters of a process, which begin at nothing; what it fetched before it had weights is its start.
+
+    Of a process that is older than the recording, only what was seen counts.
+    """
+    first = seen.counters[:1] if seen.start_ns > zero - _SHORT_NS else ()
     birth = [
         Counters(min(seen.start_ns, c.at_ns), 0 if c.has_weights else c.read_bytes, 0, has_weights=c.has_weights)
         for c in first

@@ -56,7 +56,8 @@ def print_session(console: Console, session: Session) -> None:
     console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
     if imports := by_label(session.spans, "import")[:10]:
         shown = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds, _ in imports if seconds > 0.005)
-        console.print(marked("imports: {}", shown))
+        if shown:
+            console.print(marked("imports: {}", shown))
     if len(session.processes) > 1:
         console.print()
         console.print(_process_table(session, console.width))
@@ -143,7 +144,7 @@ def _process_table(session: Session, width: int) -> Columns:
             f"{session.paced_s(number):.2f}",
             max(paced, key=lambda name: paced[name], default=""),
             format_bytes(nbytes) if nbytes else "",
-            process.ended.removeprefix("killed by ")[:8],
+            process.ended.removeprefix("killed by ").removeprefix("still ")[:8],
             timeline_bar(working, session.start_ns, session.end_ns, bar_width),
             style="bold" if number == session.subject else None,
         )
