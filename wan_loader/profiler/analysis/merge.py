@@ -50,8 +50,8 @@ def merge(recording: Recording) -> tuple[Process, ...]:
     Times count from the start of the program, and end with the recording.
     """
     logs = _logs(recording.logs)
-    exits = _exits(recording)
-    processes = [_process(log, recording, exits) for log in logs]
+    exits, gone_ns = _exits(recording)
+    processes = [_process(log, recording, exits, gone_ns.get(log.pid)) for log in logs]
     known = {log.pid for log in logs}
     over_ns = _over_ns(recording, logs) - recording.start_ns
     outside = [s for s in recording.seen if s.pid not in known]
@@ -97,17 +97,19 @@ def _is_moment(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_NS
 
 
-def _exits(recording: Recording) -> dict[int, str]:
-    """Return how processes ended, as those said that waited for them."""
+def _exits(recording: Recording) -> tuple[dict[int, str], dict[int, int]]:
+    """Return how processes ended and when they were gone at the latest, as those said that waited for them."""
     exits: dict[int, str] = {}
+    gone_ns: dict[int, int] = {}
     for log in recording.logs:
         for line in log:
             child = line.get("child")
             if isinstance(child, list) and len(child) == 3 and all(isinstance(v, int) for v in child):
                 exits[child[0]] = describe_exit(child[1])
-    if recording.inside:
-        return exits
-    return exits | {recording.pid: describe_exit(recording.returncode)}
+                gone_ns[child[0]] = child[2]
+    if not recording.inside:
+        exits[recording.pid] = describe_exit(recording.returncode)
+    return exits, gone_ns
 
 
 def _over_ns(recording: Recording, logs: Iterable[_Log]) -> int:
@@ -120,7 +122,7 @@ def _over_ns(recording: Recording, logs: Iterable[_Log]) -> int:
     return min([recording.end_ns, *early])
 
 
-def _process(log: _Log, recording: Recording, exits: dict[int, str]) -> Process:
+def _process(log: _Log, recording: Recording, exits: dict[int, str], gone_ns: int | None) -> Process:
     zero, pid = recording.start_ns, log.pid
     begin, end = log.begin, log.end
     direct = pid == recording.pid
@@ -138,7 +140,7 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str]) -> Process:
     elif direct:
         last_ns = recording.end_ns
     elif seen is not None and seen.end_ns is not None:
-        last_ns = max(last_ns, seen.end_ns)  # when it was really gone
+        last_ns = max(last_ns, min(seen.end_ns, gone_ns or seen.end_ns))  # Python's own end included
     else:
         last_ns = max([last_ns, *(c.at_ns for c in counters)])
     if end is None:
