@@ -76,7 +76,7 @@ def to_page(session: Session) -> str:
         _advice(session),
         "<h2>Timeline</h2>",
         _timeline(session),
-        *_throughput(process),
+        *_throughput(process, process_label(session.processes, session.subject) if session.processes[1:] else ""),
         "<h2>Phases</h2>",
         _phases(session),
         *_imports(session),
@@ -126,7 +126,7 @@ def _timeline(session: Session) -> str:
     return f'<section>{legend}<div class="scroll">{drawing}</div></section>'
 
 
-def _throughput(process: Process) -> list[str]:
+def _throughput(process: Process, whose: str) -> list[str]:
     drawing = throughput_svg(process)
     if not drawing:
         return []
@@ -135,7 +135,8 @@ def _throughput(process: Process) -> list[str]:
         names.append(("copied to the device", _dot("h2d")))
     if process.samples:
         names.append(("fetched from storage (kernel)", '<i class="dot" style="background:#d9822b"></i>'))
-    return [f'<h2>Throughput</h2><section>{_legend(names)}<div class="scroll">{drawing}</div></section>']
+    title = f"Throughput of {markup_text(whose)}" if whose else "Throughput"
+    return [f'<h2>{title}</h2><section>{_legend(names)}<div class="scroll">{drawing}</div></section>']
 
 
 def _phases(session: Session) -> str:

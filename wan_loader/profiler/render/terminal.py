@@ -123,32 +123,35 @@ def _process_table(session: Session, width: int) -> Columns:
         width: Columns of the terminal.
     """
     shown = shown_processes(session)
-    most = max(24, min(44, width - 72))
-    names = {i: shorten(process_label(session.processes, i), most) for i in shown}
-    bar_width = max(8, min(60, width - max(map(len, names.values()), default=0) - 48))
+    headers = ("process", "from", "to", "paced", "mostly", "read", "ended")
+    rows = [_process_cells(session, number, max(20, min(44, width - 60))) for number in shown]
+    # with two columns of space behind each
+    taken = sum(max(map(len, column)) + 2 for column in zip(headers, *rows, strict=True))
+    bar_width = max(5, min(60, width - taken))
     table = Columns()
-    table.add_column("process", no_wrap=True)
-    for title in ("from", "to", "paced", "mostly", "read"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("ended", no_wrap=True)
+    for title in headers:
+        table.add_column(title, justify="left" if title in ("process", "ended") else "right", no_wrap=True)
     table.add_column("timeline", no_wrap=True)
-    for number in shown:
-        process = session.processes[number]
-        paced = attribute(process.spans, process.start_ns, process.end_ns)
-        nbytes = sum(s.nbytes for s in process.spans if s.name == "read")
-        working = [s for s in process.spans if s.name not in ("wait", "shard")]
-        table.add_row(
-            names[number],
-            f"{process.start_ns / 1e9:.2f}",
-            f"{process.end_ns / 1e9:.2f}",
-            f"{session.paced_s(number):.2f}",
-            max(paced, key=lambda name: paced[name], default=""),
-            format_bytes(nbytes) if nbytes else "",
-            process.ended.removeprefix("killed by ").removeprefix("still ")[:8],
-            timeline_bar(working, session.start_ns, session.end_ns, bar_width),
-            style="bold" if number == session.subject else None,
-        )
+    for number, row in zip(shown, rows, strict=True):
+        working = [s for s in session.processes[number].spans if s.name not in ("wait", "shard")]
+        bar = timeline_bar(working, session.start_ns, session.end_ns, bar_width)
+        table.add_row(*row, bar, style="bold" if number == session.subject else None)
     return table
+
+
+def _process_cells(session: Session, number: int, name_width: int) -> list[str]:
+    process = session.processes[number]
+    paced = attribute(process.spans, process.start_ns, process.end_ns)
+    nbytes = sum(s.nbytes for s in process.spans if s.name == "read")
+    return [
+        shorten(process_label(session.processes, number), name_width),
+        f"{process.start_ns / 1e9:.2f}",
+        f"{process.end_ns / 1e9:.2f}",
+        f"{session.paced_s(number):.2f}",
+        max(paced, key=lambda name: paced[name], default=""),
+        format_bytes(nbytes) if nbytes else "",
+        process.ended.removeprefix("killed by ").removeprefix("still ")[:8],
+    ]
 
 
 def shown_processes(session: Session, most: int = 16) -> list[int]:
