@@ -94,7 +94,7 @@ def make(directory: Path, size: str, blocks: int) -> Path:
 def compare(path: Path, frames: int, args: argparse.Namespace) -> dict[str, Any]:
     """Measure both ways for one length of a video."""
     options = {"buffers": args.buffers, "device_memory": args.device_memory, "pinned_memory": args.pinned_memory}
-    options |= {"io": args.io}
+    options |= {"host_memory": args.host_memory, "io": args.io}
     found = {
         way: run_fresh(_SAMPLE, [str(path), args.device, str(frames), way, str(args.steps), json.dumps(options)], way)
         for way in ("resident", "streamed")
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--buffers", type=int, default=3)
     parser.add_argument("--device-memory", help="such as 12GB; default: no block stays on the device")
     parser.add_argument("--pinned-memory", help="such as 20GB; default: half of the memory")
+    parser.add_argument("--host-memory", help="such as 24GB; what is beyond is read from the disk each time")
     parser.add_argument("--io", default="auto", help="direct reads from the disk each time")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")

@@ -130,7 +130,7 @@ class FakeGpu:
         assert not self._queues[stream]
         self.n_streams -= 1
 
-    def make_event(self, *, timed=False):
+    def make_event(self, *, timed=False, sleeps=False):
         self._events[event := next(self._numbers)] = Happening(is_over=True)
         return event
 

@@ -7,6 +7,7 @@ during the start, or how the interpreter takes modules apart at its end is the p
 import atexit
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import select
@@ -14,6 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import types
 import weakref
 from pathlib import Path
@@ -25,12 +28,39 @@ TORCH = ("torch", "safetensors.torch", "numpy", *COMMAND)
 DISTRIBUTED = (*TORCH, "torch.distributed.fsdp", "torch._dynamo")  # which torch imports for collectives on DTensors
 PIPELINE = (*TORCH, "diffusers.pipelines.wan.pipeline_wan", "transformers.models.umt5.modeling_umt5", "imageio_ffmpeg")
 
+_STARTING = threading.Lock()
+
+
+def _zygote(modules):
+    with _STARTING:  # a way that another thread had opened meanwhile would be open while the end is waited for
+        return _way_to_zygote(modules)
+
 
 @functools.cache
-def _zygote(modules):
-    """Start one; it ends with this process, which holds the other end of its socket."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, ROOT / "tests" / "zygote.py", str(theirs.fileno()), *modules]
+def _way_to_zygote(modules):
+    """Return a way to a zygote, which all workers of a run of tests share: the first that needs it starts it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+    name = "\0wan-loader-tests-" + hashlib.sha256(f"{run} {modules}".encode()).hexdigest()[:32]
+    while True:
+        ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.suppress(ConnectionRefusedError):  # nobody listens: not yet, or no more
+            ours.connect(name)
+            atexit.register(ours.close)
+            return ours
+        ours.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            try:
+                listener.bind(name)
+            except OSError:  # another worker was faster
+                time.sleep(0.01)
+                continue
+            listener.listen()
+            _start_zygote(listener, modules)
+
+
+def _start_zygote(listener, modules):
+    """Start one; it ends with the last worker, for which the one that started it waits for a while."""
+    command = [sys.executable, ROOT / "tests" / "zygote.py", str(listener.fileno()), *modules]
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
@@ -39,10 +69,13 @@ def _zygote(modules):
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # CUDA that has begun here would not work in forks
     }
     nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, **nothing)
-    theirs.close()
-    atexit.register(lambda: (ours.close(), process.wait()))
-    return ours
+    process = subprocess.Popen(command, pass_fds=[listener.fileno()], env=environment, **nothing)
+
+    def wait():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+
+    atexit.register(wait)
 
 
 class Program:

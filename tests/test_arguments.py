@@ -27,7 +27,12 @@ def fill(path, **options):
     return wan_loader.load_into(torch.nn.Linear(1, 1), path, device="cpu", strict=False, **options)
 
 
+def keep(path, **options):
+    return wan_loader.keep(path, "cpu", **options)
+
+
 TAKE_PATHS = [
+    keep,
     wan_loader.load,
     wan_loader.load_file,
     wan_loader.iter_file,

@@ -12,7 +12,7 @@ MODULES = ("wan_loader", *(f"wan_loader.{name}" for name in SUBMODULES))
 #: Values, and names for types, which have no docstring of their own.
 PLAIN = {"MOST", "FLOATING", "ITEMSIZE", "IoMode", "JsonOut", "MAX_THREADS", "StrPath", "Verbose", "__version__"}
 #: What it makes are torch's own things.
-OF_TORCH = {"empty_weights"}
+OF_TORCH = {"StreamedBlocks", "empty_weights"}
 
 
 def run(code):

@@ -2,8 +2,9 @@
 
     python zygote.py SOCKET MODULE...
 
-A request is a JSON document with three streams and a pipe, on which the pid and the status of the program come back.
-A program sees what it would see in a process of its own, but that the modules are there.
+It listens at the socket, and ends when all who had connected have gone. A request is a JSON document with three streams
+and a pipe, on which the pid and the status of the program come back. A program sees what it would see in a process of
+its own, but that the modules are there.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -21,18 +23,27 @@ import threading
 import types
 
 
-def serve(requests):
+def serve(listener):
     """Return the request of a program, in its process; end when nobody can ask any more."""
+    callers = []
     while True:
-        message, fds, _, _ = socket.recv_fds(requests, 1 << 20, 4)
-        if not message:
+        for ready in select.select([listener, *callers], [], [])[0]:
+            if ready is listener:
+                callers.append(listener.accept()[0])
+                continue
+            message, fds, _, _ = socket.recv_fds(ready, 1 << 20, 4)
+            if not message:
+                callers.remove(ready)
+                ready.close()
+            elif not os.fork():
+                for each in (listener, *callers):
+                    each.close()
+                keep(fds)
+                return json.loads(message)
+            for fd in fds:
+                os.close(fd)
+        if not callers and not select.select([listener], [], [], 0)[0]:
             sys.exit()
-        if not os.fork():
-            requests.close()
-            keep(fds)
-            return json.loads(message)
-        for fd in fds:
-            os.close(fd)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         DistributedError,
         HostMemoryError,
         HubError,
+        KeepError,
         KeyMismatchError,
         LoadCancelledError,
         MissingFileError,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from wan_loader.fastpath.process import accelerate, install, uninstall
     from wan_loader.formats import Checkpoint, open_checkpoint
     from wan_loader.formats.model_directory import MissingFile, ModelDirectory, ModelPart
+    from wan_loader.keeper.attach import kept_nbytes, verify_kept
+    from wan_loader.keeper.keeping import Kept, keep
     from wan_loader.loading.empty_weights import empty_weights
     from wan_loader.loading.match import match, module_slots
     from wan_loader.loading.report import LoadReport
@@ -79,6 +82,8 @@ _LAZY = {
     "HostMemoryError": "wan_loader.errors",
     "HubError": "wan_loader.errors",
     "IoMode": "wan_loader.types",
+    "KeepError": "wan_loader.errors",
+    "Kept": "wan_loader.keeper.keeping",
     "KeyMismatchError": "wan_loader.errors",
     "LoadReport": "wan_loader.loading.report",
     "LoadCancelledError": "wan_loader.errors",
@@ -105,6 +110,8 @@ _LAZY = {
     "empty_weights": "wan_loader.loading.empty_weights",
     "install": "wan_loader.fastpath.process",
     "iter_file": "wan_loader.api",
+    "keep": "wan_loader.keeper.keeping",
+    "kept_nbytes": "wan_loader.keeper.attach",
     "load": "wan_loader.api",
     "load_file": "wan_loader.api",
     "load_into": "wan_loader.api",
@@ -123,6 +130,7 @@ _LAZY = {
     "stream_blocks": "wan_loader.streaming.stream_blocks",
     "summarize": "wan_loader.spans",
     "uninstall": "wan_loader.fastpath.process",
+    "verify_kept": "wan_loader.keeper.attach",
 }
 
 __all__ = [
@@ -137,6 +145,8 @@ __all__ = [
     "HostMemoryError",
     "HubError",
     "IoMode",
+    "KeepError",
+    "Kept",
     "KeyMismatchError",
     "LoadCancelledError",
     "LoadPlan",
@@ -164,6 +174,8 @@ __all__ = [
     "empty_weights",
     "install",
     "iter_file",
+    "keep",
+    "kept_nbytes",
     "load",
     "load_file",
     "load_into",
@@ -182,6 +194,7 @@ __all__ = [
     "stream_blocks",
     "summarize",
     "uninstall",
+    "verify_kept",
 ]
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from wan_loader.arguments import (
     check_cache,
     check_cancel,
     check_group,
+    check_keep,
     check_module,
     check_observer,
     checked_slices,
@@ -27,6 +28,7 @@ from wan_loader.loading.fill_module import is_distributed
 from wan_loader.loading.handle import CheckpointHandle
 from wan_loader.loading.iterate import iterate
 from wan_loader.loading.load_session import LoadSession
+from wan_loader.loading.report import KeptReport
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 
@@ -61,6 +63,7 @@ def load_file(
     cache: bool = False,
     cache_dir: StrPath | None = None,
     verify: bool = False,
+    keep: bool | Literal["copy"] = False,
     group: ProcessGroup | None = None,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
@@ -91,6 +94,12 @@ def load_file(
         cache_dir: The directory of the cache; None takes the user's cache directory.
         verify: Check a cache entry against its checksums while it is read; a damaged one is set aside and built again.
             Like cache_dir, it is an `OptionError` without cache=True.
+        keep: Take the tensors from what `wan_loader.keep` has left in the device's memory, if it was asked for the same
+            checkpoint, dtype and device; nothing is read then, and no memory is taken. They are what other programs use
+            at the same time, so they must not be written to: where the driver can shield them, who does is ended by an
+            error of CUDA; on the CPU, what is written stays with who writes. "copy" makes copies on the device instead,
+            which are ordinary tensors. Where nothing is kept, the checkpoint is loaded, and a warning in the report
+            says why. Not with a group.
         group: Processes of torch.distributed that all make this call, such as `torch.distributed.group.WORLD`: each
             reads its part of every tensor, they exchange, and each returns all tensors. The bytes are read once in all.
             A CPU load of a group copies, it maps nothing. Not with cache=True: an entry is what one process loads.
@@ -132,6 +141,7 @@ def load_file(
         cache=cache,
         cache_dir=cache_dir,
         verify=verify,
+        keep=keep,
         group=group,
         cancel=cancel,
         observer=observer,
@@ -151,6 +161,7 @@ def load(
     cache: bool = False,
     cache_dir: StrPath | None = None,
     verify: bool = False,
+    keep: bool | Literal["copy"] = False,
     group: ProcessGroup | None = None,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
@@ -164,7 +175,7 @@ def load(
     check_group(group)
     with _told_to_all(group, None):
         request = _request(path, device, dtype, keep_fp32, part, names, io, threads)
-        use = _CacheUse(cache, cache_dir, verify)
+        use = _Reuse(cache, cache_dir, verify, keep)
         _check(use, group, None, cancel, observer)
     return _load(request, None, use, group, cancel, observer)
 
@@ -183,7 +194,7 @@ def _told_to_all(group: ProcessGroup | None, module: torch.nn.Module | None) -> 
 
 
 def _check(
-    use: _CacheUse,
+    use: _Reuse,
     group: ProcessGroup | None,
     into: Into | None,
     cancel: CancelToken | None,
@@ -192,6 +203,7 @@ def _check(
     check_observer(observer)
     check_cancel(cancel)
     check_cache(cache=use.cache, cache_dir=use.directory, verify=use.verify)
+    check_keep(use.keep, is_shared=_is_shared(group, into))
     if use.cache and _is_shared(group, into):
         reason = "the converted cache is for one process, and several load together"
         raise OptionError.because(reason, "leave out cache (--cache)")
@@ -230,18 +242,19 @@ def _request(
     return request
 
 
-class _CacheUse(NamedTuple):
-    """The arguments about the converted cache."""
+class _Reuse(NamedTuple):
+    """The arguments about what may take the place of the source: the converted cache, and weights that are kept."""
 
     cache: bool
     directory: StrPath | None
     verify: bool
+    keep: bool | Literal["copy"]
 
 
 def _load(
     request: LoadRequest,
     into: Into | None,
-    use: _CacheUse,
+    use: _Reuse,
     group: ProcessGroup | None,
     cancel: CancelToken | None,
     observer: Observer | None,
@@ -251,6 +264,16 @@ def _load(
         from wan_loader.distributed.shared_load import load_together
 
         return load_together(request, into, group, cancel=cancel, observer=observer)
+    if use.keep:
+        from wan_loader.keeper.attach import NotKept, load_kept
+
+        found = load_kept(request, into, copy=use.keep == "copy", cancel=cancel, observer=observer)
+        if not isinstance(found, NotKept):
+            return found
+        request, use = replace(request, source=found.checkpoint), use._replace(keep=False)
+        loaded = _load(request, into, use, group, cancel, observer)
+        warnings = (*loaded.warnings, f"not attached to kept weights: {found.reason}")
+        return replace(loaded, kept=KeptReport("source", found.reason), warnings=warnings)
     if use.cache:
         from wan_loader.cache.cached_load import load_cached
 
@@ -281,6 +304,7 @@ def load_into(
     cache: bool = False,
     cache_dir: StrPath | None = None,
     verify: bool = False,
+    keep: bool | Literal["copy"] = False,
     group: ProcessGroup | None = None,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
@@ -313,6 +337,7 @@ def load_into(
         cache: As for `load_file`. With a group or DTensors, True is an `OptionError`.
         cache_dir: As for `load_file`.
         verify: As for `load_file`.
+        keep: As for `load_file`. Not with DTensors.
         group: The processes that make this call; None: those of the module's DTensors, else this one alone. With a
             group, tensors that are no DTensors are read in parts and exchanged, as for `load_file`.
         cancel: As for `load_file`.
@@ -332,7 +357,7 @@ def load_into(
         request = _request(path, device, dtype, keep_fp32, part, None, io, threads)
         allowed = checked_strings(allow_meta, "allow_meta")
         into = Into(module=module, key_map=key_map, strict=strict, allow_meta=allowed)
-        use = _CacheUse(cache, cache_dir, verify)
+        use = _Reuse(cache, cache_dir, verify, keep)
         _check(use, group, into, cancel, observer)
     return _load(request, into, use, group, cancel, observer).report
 

@@ -27,6 +27,7 @@ __all__ = [
     "check_flag",
     "check_group",
     "check_io",
+    "check_keep",
     "check_key_map",
     "check_module",
     "check_observer",
@@ -217,6 +218,15 @@ def check_cache(*, cache: object, cache_dir: StrPath | None, verify: object = Fa
     needing = [name for name, given in (("cache_dir", cache_dir is not None), ("verify", verify)) if given]
     if needing and not cache:
         raise OptionError.because(f"{' and '.join(needing)} without the cache", "pass cache=True, too, or leave it out")
+
+
+def check_keep(keep: object, *, is_shared: bool = False) -> None:
+    """Raise `OptionError` unless the value is True, False or "copy"; several processes that load together keep none."""
+    if keep is not True and keep is not False and keep != "copy":
+        raise OptionError.because(f"keep is {_shown(keep)}", 'pass True, False or "copy"')
+    if keep and is_shared:
+        reason = "kept weights are whole, and several processes load together"
+        raise OptionError.because(reason, "leave out keep (--keep)")
 
 
 def _is_a(value: object, module: str, name: str) -> bool:

@@ -9,6 +9,7 @@
     ├── HostMemoryError(MemoryError)           the machine or its cgroup cannot give the memory asked for
     ├── CacheError(OSError)                    the converted cache cannot be used
     │   └── NewerFormatError                   an entry was written by a newer version of wan-loader
+    ├── KeepError(OSError)                     the keeper cannot be reached, or cannot keep what it is given
     ├── HubError(OSError)                      the hub cannot be reached, refuses, or sends other than it promised
     ├── SessionError(ValueError)               a saved session or measurement is damaged or foreign
     ├── LoadCancelledError                     a load was stopped through its `CancelToken`
@@ -41,6 +42,7 @@ __all__ = [
     "DistributedError",
     "HostMemoryError",
     "HubError",
+    "KeepError",
     "KeyMismatchError",
     "LoadCancelledError",
     "MissingFileError",
@@ -161,6 +163,10 @@ class CacheError(WanLoaderError, OSError):
 
 class NewerFormatError(CacheError):
     """An entry of the cache was written by a newer version of wan-loader, which can use it."""
+
+
+class KeepError(WanLoaderError, OSError):
+    """The keeper cannot be reached, or cannot keep what it is given."""
 
 
 class HubError(WanLoaderError, OSError):

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
     from wan_pipeline.model_family import Network
 
-__all__ = ["check_dit", "dit_config", "native_shapes", "text_encoder_config", "vae_config"]
+__all__ = [
+    "check_channels",
+    "check_dit",
+    "dit_config",
+    "dit_config_of_shapes",
+    "native_shapes",
+    "text_encoder_config",
+    "vae_config",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -72,6 +80,49 @@ def dit_config(network: Network, config: Mapping[str, Any], shapes: Shapes, wher
     if rest:
         raise _in_config(where, f"says dim {config['dim']}, which is no multiple of its {config['num_heads']} heads")
     return found
+
+
+def dit_config_of_shapes(network: Network, head_dim: int, shapes: Shapes, where: str) -> dict[str, Any]:
+    """Make diffusers' configuration of an expert of which nothing but tensors is there.
+
+    Args:
+        network: The network.
+        head_dim: The numbers in a head of attention: no shape tells it, and all published models have the same.
+        shapes: The shapes under native names.
+        where: Its place, for messages.
+
+    Raises:
+        CheckpointError: Tensors are missing, or the heads cannot be known.
+    """
+    dim, channels, *patch = _shape(shapes, "patch_embedding.weight", where)
+    heads, rest = divmod(dim, head_dim)
+    if rest:
+        reason = f"is {dim} wide, which is no multiple of {head_dim}: nothing says how many heads it has"
+        raise CheckpointError.because(reason, "put the config.json of its model beside it", path=where)
+    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    if gaps := sorted(set(range(max(blocks, default=0))) - blocks):
+        raise CheckpointError.because(f"lacks block {gaps[0]}: the wrong checkpoint, or a damaged one", path=where)
+    return {
+        **network.config,
+        "attention_head_dim": head_dim,
+        "eps": 1e-6,
+        "ffn_dim": _shape(shapes, "blocks.0.ffn.0.weight", where)[0],
+        "freq_dim": _shape(shapes, "time_embedding.0.weight", where)[1],
+        "in_channels": channels,
+        "num_attention_heads": heads,
+        "num_layers": len(blocks),
+        "out_channels": _shape(shapes, "head.head.weight", where)[0] // max(math.prod(patch), 1),
+        "text_dim": _shape(shapes, "text_embedding.0.weight", where)[1],
+    }
+
+
+def check_channels(shapes: Shapes, where: str) -> None:
+    """Raise `CheckpointError` for an expert that takes more than latents: one that begins with an image or a video."""
+    patch = _shape(shapes, "patch_embedding.weight", where)
+    takes, gives = patch[1], _shape(shapes, "head.head.weight", where)[0] // max(math.prod(patch[2:]), 1)
+    if takes != gives:
+        reason = f"takes {takes} channels for {gives} of a latent: it is an image-to-video or editing model"
+        raise CheckpointError.because(reason, "name one that makes videos from text alone", path=where)
 
 
 def check_dit(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
@@ -178,7 +229,8 @@ def _shape(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
 
 
 def _in_config(where: str, reason: str, *, tensor: str | None = None) -> CheckpointError:
-    path = f"{where}/config.json"
+    # a file of weights says its configuration itself
+    path = where if where.lower().endswith((".safetensors", ".gguf")) else f"{where}/config.json"
     return CheckpointError(f"{path} {reason}", path=path, tensor=tensor, reason=reason)
 
 

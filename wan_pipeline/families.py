@@ -23,6 +23,7 @@ _TEXT_ENCODER = Network(
     native="models_t5_umt5-xxl-enc-bf16.pth",
     native_word="t5",
     config={"feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128},
+    blocks="encoder.block",
 )
 _HIGH_NOISE = Network(
     name="transformer",
@@ -33,6 +34,7 @@ _HIGH_NOISE = Network(
     module=("diffusers", "WanTransformer3DModel"),
     native="high_noise_model",
     config={"cross_attn_norm": True, "patch_size": [1, 2, 2], "qk_norm": "rms_norm_across_heads"},
+    blocks="blocks",
     # as diffusers keeps them, in its words and in the native ones
     keep_fp32=("time_embedder", "scale_shift_table", "norm2", "time_embedding", "modulation", "norm3"),
 )
@@ -87,6 +89,8 @@ _SCHEDULER: dict[str, Any] = {
 }
 
 _COMFY_TEXT = "umt5_xxl"
+_MARK_TEXT = ("umt5",)
+_MARK_VAE_21 = ("wan21", "vae")
 
 _T2V_A14B = ModelFamily(
     task="t2v-A14B",
@@ -106,6 +110,12 @@ _T2V_A14B = ModelFamily(
         "low_noise": "wan2.2_t2v_low_noise_14B",
         "vae": "wan_2.1_vae",
     },
+    marks={
+        "text_encoder": _MARK_TEXT,
+        "high_noise": ("wan22", "t2v", "high"),
+        "low_noise": ("wan22", "t2v", "low"),
+        "vae": _MARK_VAE_21,
+    },
 )
 _TI2V_5B = ModelFamily(
     task="ti2v-5B",
@@ -120,6 +130,7 @@ _TI2V_5B = ModelFamily(
     fps=24,
     sizes=Sizes(heads=24, ffn_dim=14336, layers=30, channels=48, vae_base=160, vae_decoder_base=256),
     comfy={"text_encoder": _COMFY_TEXT, "transformer": "wan2.2_ti2v_5B", "vae": "wan2.2_vae"},
+    marks={"text_encoder": _MARK_TEXT, "transformer": ("wan22", "ti2v", "5b"), "vae": ("wan22", "vae")},
 )
 # Its shapes, files and the settings of its generate.py are from the published code (Wan-Video/Wan2.1). Not checked, as
 # the weights were not at hand: the scheduler configuration of its diffusers repositories. The README recommends
@@ -137,6 +148,7 @@ _T2V_1_3B = ModelFamily(
     fps=16,
     sizes=Sizes(heads=12, ffn_dim=8960, layers=30, channels=16, vae_base=96),
     comfy={"text_encoder": _COMFY_TEXT, "transformer": "wan2.1_t2v_1.3B", "vae": "wan_2.1_vae"},
+    marks={"text_encoder": _MARK_TEXT, "transformer": ("wan21", "t2v", "13b"), "vae": _MARK_VAE_21},
 )
 _T2V_14B = replace(
     _T2V_1_3B,
@@ -146,6 +158,7 @@ _T2V_14B = replace(
     defaults=Defaults(size=(1280, 720), frame_num=81, steps=50, shift=5.0, guide_scale=(5.0, 5.0)),
     sizes=Sizes(heads=40, ffn_dim=13824, layers=40, channels=16, vae_base=96),
     comfy={"text_encoder": _COMFY_TEXT, "transformer": "wan2.1_t2v_14B", "vae": "wan_2.1_vae"},
+    marks={"text_encoder": _MARK_TEXT, "transformer": ("wan21", "t2v", "14b"), "vae": _MARK_VAE_21},
 )
 
 #: Where a directory tells too little, it counts as the first that it may be.

@@ -12,6 +12,9 @@ It knows names only: nothing of shapes, files or modules, and it imports neither
     vae2.1       Wan2.1_VAE.pth                      diffusers.AutoencoderKLWan
     vae2.2       Wan2.2_VAE.pth                      diffusers.AutoencoderKLWan(is_residual=True)
 
+Files that others have made of these have further spellings: names of either kind under a prefix, and those that
+llama.cpp's converter gives a text encoder in GGUF. `spelling` finds the one that a file has.
+
 In the tables `@` stands for both `weight` and `bias`.
 """
 
@@ -24,14 +27,27 @@ from typing import TYPE_CHECKING, Literal
 from wan_loader import KeyMismatchError, OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
-__all__ = ["KEYMAP_VERSION", "KeyMap", "MapName", "key_map", "keymap", "to_diffusers", "to_native"]
+__all__ = [
+    "KEYMAP_VERSION",
+    "KeyMap",
+    "MapName",
+    "key_map",
+    "keymap",
+    "networks_of",
+    "spelling",
+    "to_diffusers",
+    "to_native",
+]
 
 #: Part of the key of whatever is cached under mapped names; raise it with any change of a table.
 KEYMAP_VERSION = 1
 
 MapName = Literal["dit", "text_encoder", "vae2.1", "vae2.2"]
+
+#: What all names of a network begin with in files that hold, or once held, more than it; the longest first.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +78,8 @@ class KeyMap:
     diffusers: _Table = field(repr=False)
     aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Further diffusers names of tied tensors, to the name under which the tensor is stored."""
+    llama: _Table | None = field(default=None, repr=False)
+    """From the names of llama.cpp to those of diffusers, where it knows the network."""
 
     def to_diffusers(self, name: str) -> str:
         """Return the diffusers (or transformers) name of a native tensor; `KeyMismatchError` if there is none."""
@@ -111,6 +129,51 @@ def to_native(name: MapName, key: str) -> str:
     return keymap(name).to_native(key)
 
 
+def spelling(name: MapName, names: Collection[str]) -> Callable[[str], str] | None:
+    """Find out how a file spells the names of a network: names decide, whatever the file is called.
+
+    Args:
+        name: The network's key map.
+        names: All names in the file.
+
+    Returns:
+        The function from these names to those of diffusers or transformers; None where they are the same already, or
+        are no names of that network.
+    """
+    prefix = _prefix(names)
+    bare = [n.removeprefix(prefix) for n in names]
+    found = keymap(name)
+    for table in (found.native, found.llama):
+        if table is not None and all(table.rename(n) is not None for n in bare):
+            return functools.partial(_respelled, prefix, table.rename)
+    return functools.partial(_respelled, prefix, _same) if prefix else None
+
+
+def networks_of(names: Collection[str]) -> list[MapName]:
+    """Return the key maps of the networks that tensors of all these names, in one spelling, may belong to."""
+    prefix = _prefix(names)
+    bare = [n.removeprefix(prefix) for n in names]
+    fitting: list[MapName] = []
+    for name in _BUILDERS:
+        found = keymap(name)
+        tables = [table for table in (found.native, found.diffusers, found.llama) if table is not None]
+        if any(all(table.rename(n) is not None for n in bare) for table in tables):
+            fitting.append(name)
+    return fitting
+
+
+def _prefix(names: Collection[str]) -> str:
+    return next((p for p in _PREFIXES if names and all(n.startswith(p) for n in names)), "")
+
+
+def _respelled(prefix: str, rename: Callable[[str], str | None], name: str) -> str:
+    return rename(name.removeprefix(prefix)) or name
+
+
+def _same(name: str) -> str:
+    return name
+
+
 @functools.cache
 def _keymap(name: MapName) -> KeyMap:
     prefixes, outer, inner, aliases = _BUILDERS[name]()
@@ -121,6 +184,7 @@ def _keymap(name: MapName) -> KeyMap:
         _Table(native, diffusers, outer, inner),
         _Table(diffusers, native, _inverse(outer), _inverse(inner)),
         aliases,
+        _LLAMA.get(name),
     )
 
 
@@ -185,6 +249,20 @@ def _text_encoder() -> _Tables:
         "ffn.fc2.weight": f"{ffn}.wo.weight",
     } | {f"attn.{x}.weight": f"{attention}.{x}.weight" for x in "qkvo"}
     return ("blocks.", "encoder.block."), outer, inner, {"encoder.embed_tokens.weight": "shared.weight"}
+
+
+def _llama_text_encoder() -> _Table:
+    attention, ffn = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+    outer = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
+    inner = {
+        "attn_norm.weight": "layer.0.layer_norm.weight",
+        "ffn_norm.weight": "layer.1.layer_norm.weight",
+        "attn_rel_b.weight": f"{attention}.relative_attention_bias.weight",
+        "ffn_gate.weight": f"{ffn}.wi_0.weight",
+        "ffn_up.weight": f"{ffn}.wi_1.weight",
+        "ffn_down.weight": f"{ffn}.wo.weight",
+    } | {f"attn_{x}.weight": f"{attention}.{x}.weight" for x in "qkvo"}
+    return _Table("enc.blk.", "encoder.block.", outer, inner)
 
 
 _RESNET = {
@@ -253,3 +331,4 @@ _BUILDERS: dict[MapName, Callable[[], _Tables]] = {
     "vae2.1": _vae21,
     "vae2.2": _vae22,
 }
+_LLAMA: dict[MapName, _Table] = {"text_encoder": _llama_text_encoder()}

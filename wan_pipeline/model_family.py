@@ -14,10 +14,22 @@ if TYPE_CHECKING:
 
     from wan_pipeline.keymap import MapName
 
-__all__ = ["EXPERTS", "ComponentName", "Defaults", "Layout", "ModelFamily", "Network", "Sizes", "SynthName"]
+__all__ = [
+    "EXPERTS",
+    "Arrangement",
+    "ComponentName",
+    "Defaults",
+    "Layout",
+    "ModelFamily",
+    "Network",
+    "Sizes",
+    "SynthName",
+]
 
 #: native: as the official code reads it; diffusers: a directory for each component.
 Layout = Literal["native", "diffusers"]
+#: All that a checkpoint may come in. comfy: a file for each network, in ComfyUI's folders; files: named one by one.
+Arrangement = Literal["native", "diffusers", "comfy", "files"]
 #: What diffusers' pipelines call their networks.
 ComponentName = Literal["text_encoder", "transformer", "transformer_2", "vae"]
 #: What `synth` calls them.
@@ -48,6 +60,8 @@ class Network:
     """A pattern in such names that other models' do not have."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the class that the native layout says nowhere and that do not follow from shapes."""
+    blocks: str = ""
+    """The dotted name of the list of its repeated blocks, which can be streamed; "" if it has none."""
     keep_fp32: tuple[str, ...] = ()
     """Parts of names of tensors that stay fp32 when the network is converted, in the words of both layouts."""
     encodes_only: tuple[str, ...] = ()
@@ -106,6 +120,10 @@ class ModelFamily:
     sizes: Sizes
     comfy: Mapping[SynthName, str]
     """What ComfyUI's files of its networks are called, without what tells how they are stored."""
+    marks: Mapping[SynthName, tuple[str, ...]]
+    """What the names of such files have in common, whoever made them: words, to be looked for among letters and digits
+    alone.
+    """
 
     @property
     def experts(self) -> tuple[Network, ...]:

@@ -3,7 +3,8 @@
 Loading needs only torch: `fetch` loads tensors under the names of the file, so that it can begin while transformers and
 diffusers are still being imported. `build` makes the real module, its weights on the meta device, which costs
 milliseconds and no memory; `adopt` hands it the loaded tensors; `empty` gives the memory back and leaves the module
-as `build` made it. Weights never change, so nothing is ever copied back to the host.
+as `build` made it. Weights never change, so nothing is ever copied back to the host. `stream` fills a module whose
+blocks stay in the files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wan_loader import DtypePolicy, bind, load, match, module_slots
+from wan_loader import DtypePolicy, bind, load, match, module_slots, stream_blocks
 from wan_loader.dtypes import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader import CancelToken, IoMode, LoadReport, Observer
+    from wan_loader import CancelToken, IoMode, LoadReport, Observer, StreamedBlocks
+    from wan_pipeline.memory_plan import Streaming
     from wan_pipeline.wan_checkpoint import Component
 
-__all__ = ["adopt", "build", "check", "empty", "fetch"]
+__all__ = ["adopt", "build", "check", "empty", "fetch", "stream"]
 
 
 def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool = False) -> torch.nn.Module:
@@ -113,6 +115,47 @@ def adopt(module: torch.nn.Module, component: Component, tensors: Mapping[str, t
     bind(module, tensors, key_map=component.key_map)
 
 
+def stream(
+    module: torch.nn.Module,
+    component: Component,
+    streaming: Streaming,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    cancel: CancelToken | None = None,
+    observer: Observer | None = None,
+) -> StreamedBlocks:
+    """Fill a built (or emptied) module, and have those of its blocks that find no room come from the files as it runs.
+
+    Args:
+        module: The module.
+        component: The network.
+        streaming: What may stay on the device.
+        device: As for `fetch`.
+        dtype: As for `fetch`.
+        cancel: A token that stops the load, and later every forward.
+        observer: As for `fetch`.
+    """
+    unused = DtypePolicy(keep_fp32=component.keep_fp32).unused_parts([name for name, _ in module.named_parameters()])
+    # nobody trains what is streamed, and what asks for gradients would run under torch.no_grad() alone
+    module.requires_grad_(False)
+    return stream_blocks(
+        module,
+        component.facts,
+        component.network.blocks,
+        device=device,
+        dtype=dtype,
+        buffers=streaming.buffers,
+        device_memory=streaming.device_nbytes,
+        pinned_memory=streaming.cache_nbytes,
+        key_map=component.key_map,
+        # in the words of the module, which a name is looked up in here
+        keep_fp32=[part for part in component.keep_fp32 if part not in unused],
+        cancel=cancel,
+        observer=observer,
+    )
+
+
 def empty(module: torch.nn.Module) -> None:
     """Give the weights' memory back; tied parameters stay tied, tables that are in no checkpoint stay."""
     import torch
@@ -121,8 +164,9 @@ def empty(module: torch.nn.Module) -> None:
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and not parameter.is_meta:
-                # one for all that were tied, so that they are tied again
-                new = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                # by shape, as what was streamed has no values; one for all that were tied, so that they are tied again
+                meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                new = torch.nn.Parameter(meta, parameter.requires_grad)
                 owner._parameters[name] = emptied.setdefault(id(parameter), new)
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:

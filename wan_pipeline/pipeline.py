@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import clock_ns
 from wan_loader.arguments import checked_path
 from wan_pipeline.hooks import detach
+from wan_pipeline.network_files import NetworkFiles
 from wan_pipeline.parallel import Degrees
-from wan_pipeline.start_options import StartOptions
+from wan_pipeline.start_options import StartOptions, checked_bytes
 from wan_pipeline.startup import begin
 from wan_pipeline.timeline import Timeline
 from wan_pipeline.video import write_mp4
@@ -74,7 +75,7 @@ class WanT2V:
     @classmethod
     def from_checkpoint(
         cls,
-        directory: StrPath | WanCheckpoint,
+        directory: StrPath | WanCheckpoint | None = None,
         *,
         preset: str = "auto",
         device: str | torch.device = "auto",
@@ -83,47 +84,85 @@ class WanT2V:
         offload_model: bool | None = None,
         size: tuple[int, int] = (1280, 720),
         frame_num: int = 81,
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
         cache: bool = False,
         cache_dir: StrPath | None = None,
         dit_fsdp: bool = False,
         t5_fsdp: bool = False,
         ulysses_size: int = 1,
+        high_noise: StrPath | None = None,
+        low_noise: StrPath | None = None,
+        transformer: StrPath | None = None,
+        text_encoder: StrPath | None = None,
+        vae: StrPath | None = None,
+        tokenizer: StrPath | None = None,
     ) -> WanT2V:
-        """Start from a checkpoint in either layout; returns while weights are still on their way.
+        """Start from a checkpoint; returns while weights are still on their way.
+
+        The checkpoint is a directory in the native or the diffusers layout, one with ComfyUI's folders, or files that
+        are named one by one:
+
+            WanT2V.from_checkpoint("ComfyUI/models")
+            WanT2V.from_checkpoint("Wan2.2-T2V-A14B", high_noise="high-Q4_K_M.gguf", low_noise="low-Q4_K_M.gguf")
 
         In a distributed run (torchrun) every process makes the same calls. All weights have arrived when this returns.
         Only process 0 has the VAE and gets frames; the videos of the others have none. There is no cache then: it is
         for one process. Nothing given of `dit_fsdp`, `t5_fsdp` and `ulysses_size` divides everything.
 
         Args:
-            directory: The checkpoint's directory, or what `open_wan` made of it: then no header is read again.
-            preset: auto, fastest, balanced, min-memory, multi-gpu, or the path of a TOML file.
+            directory: The checkpoint's directory, or what `open_wan` made of it: then no header is read again. None if
+                all networks are named.
+            preset: auto, fastest, balanced, min-memory, streamed, multi-gpu, or the path of a TOML file.
             device: auto, cpu, cuda or cuda:N.
             dtype: The dtype of the experts, bf16, fp16 or fp32; None takes the preset's (bf16). The text encoder is
-                used as it is in the file, the VAE in fp32.
+                used as it is in the file (in bf16 if that is quantised or fp16), the VAE in fp32.
             t5_cpu: Encode on the CPU.
             offload_model: False keeps everything on the device, True one expert at a time; None is the preset's choice.
             size: The largest width and height, in pixels, that will be asked for. Like `frame_num` it decides how much
                 memory a preset must leave.
             frame_num: The largest number of frames that will be asked for.
+            device_memory: The bytes that the process may hold on the device, as the driver counts them (its context and
+                libraries included), or a text such as "12GB". With `preset="auto"` the fastest way that fits is taken:
+                everything resident, networks that take turns, or blocks that come from the files as they run; the VAE
+                works by tiles if it must, which changes its pictures slightly. A named preset gets it as its number.
+                None leaves the presets theirs, and "auto" what is free.
+            host_memory: The bytes that the process may hold on the host beside the page cache, likewise: it bounds the
+                pinned pages that streamed blocks come from; blocks beyond that are read each time they run.
             cache: Read the experts as they were converted by an earlier start, from the converted cache, or leave them
                 there once everything was loaded.
             cache_dir: The cache's directory; None is the user's.
             dit_fsdp: Divide the weights of the experts over the processes.
             t5_fsdp: Divide the weights of the text encoder over the processes.
             ulysses_size: 1, or the number of processes, which then divide attention.
+            high_noise: A file in the place of the directory's high-noise expert, as for `open_wan`, and so are the next
+                five.
+            low_noise: The low-noise expert.
+            transformer: The one expert of a model that has no two.
+            text_encoder: The text encoder.
+            vae: The VAE.
+            tokenizer: The directory of the tokenizer.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or another model.
             MissingFileError: Files of it are missing.
             DeviceError: The device does not exist or cannot be used.
-            DeviceMemoryError: The preset does not fit on the device.
+            DeviceMemoryError: The preset does not fit on the device, or nothing fits the limit; the message names the
+                smallest limit that would do.
             HostMemoryError: The preset does not fit into host memory.
             OptionError: An option makes no sense. Like the others it is raised before a weight is loaded.
         """
         from wan_loader.dtypes import dtype_name
 
         options = StartOptions(
+            files=NetworkFiles(
+                high_noise=high_noise,
+                low_noise=low_noise,
+                transformer=transformer,
+                text_encoder=text_encoder,
+                vae=vae,
+                tokenizer=tokenizer,
+            ),
             preset=preset,
             device=device,
             dtype=dtype_name(dtype),
@@ -131,6 +170,8 @@ class WanT2V:
             offload_model=offload_model,
             size=size,
             frame_num=frame_num,
+            device_memory=checked_bytes(device_memory, "device_memory"),
+            host_memory=checked_bytes(host_memory, "host_memory"),
             cache=cache,
             cache_dir=cache_dir,
             degrees=Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size),
@@ -177,7 +218,7 @@ class WanT2V:
     @property
     def preset_reason(self) -> str:
         """The reason for that preset, with the numbers."""
-        return self._started.reason
+        return self._started.plan.reason
 
     @property
     def build(self) -> EntryBuild | None:
@@ -292,37 +333,65 @@ def _no_frames(request: VideoRequest) -> np.ndarray:
 
 
 def load_diffusers(
-    directory: StrPath | WanCheckpoint,
+    directory: StrPath | WanCheckpoint | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     preset: str = "auto",
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     cache: bool = False,
     cache_dir: StrPath | None = None,
+    high_noise: StrPath | None = None,
+    low_noise: StrPath | None = None,
+    transformer: StrPath | None = None,
+    text_encoder: StrPath | None = None,
+    vae: StrPath | None = None,
+    tokenizer: StrPath | None = None,
 ) -> Any:
     """Load a ready `diffusers.WanPipeline`, the same as `WanPipeline.from_pretrained` makes.
 
     With a preset that keeps everything resident (`fastest`, or `auto` where that fits) all weights have arrived when
     this returns, and the pipeline is an ordinary one. With another, each network is loaded when it is about to run and
-    dropped when another needs the room; such a pipeline cannot be moved with `.to()`. Room is left to make 81 frames of
-    832*480: larger ones may need the VAE's tiling, or another preset.
+    dropped when another needs the room; such a pipeline cannot be moved with `.to()`, nor can weights be merged into
+    blocks that are streamed. Room is left to make 81 frames of 832*480: larger ones may need the VAE's tiling, or
+    another preset.
 
     Args:
-        directory: The checkpoint's directory in either layout, or what `open_wan` made of it.
+        directory: As for `WanT2V.from_checkpoint`.
         device: auto, cpu, cuda or cuda:N.
-        dtype: As diffusers' argument; None gives its default, fp32 with the text encoder as in the file.
+        dtype: As diffusers' argument; None gives its default, fp32 with the text encoder as in the file (a quantised
+            one in bf16).
         preset: As for `WanT2V.from_checkpoint`, and so are the other arguments and the errors.
+        device_memory: The bytes that the process may hold on the device.
+        host_memory: The bytes that it may hold on the host.
         cache: Read converted experts from the converted cache, and leave them there.
         cache_dir: The cache's directory; None is the user's.
+        high_noise: As there, and so are the next five.
+        low_noise: The low-noise expert.
+        transformer: The one expert of a model that has no two.
+        text_encoder: The text encoder.
+        vae: The VAE.
+        tokenizer: The directory of the tokenizer.
     """
     from wan_loader.dtypes import dtype_name
 
     options = StartOptions(
+        files=NetworkFiles(
+            high_noise=high_noise,
+            low_noise=low_noise,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+            tokenizer=tokenizer,
+        ),
         preset=preset,
         device=device,
         dtype=dtype_name(dtype),
         like_diffusers=True,
         size=(832, 480),
+        device_memory=checked_bytes(device_memory, "device_memory"),
+        host_memory=checked_bytes(host_memory, "host_memory"),
         cache=cache,
         cache_dir=cache_dir,
     )

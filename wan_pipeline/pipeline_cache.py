@@ -12,7 +12,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from wan_loader import CacheError, CheckpointError, DtypePolicy
-from wan_loader.cache import CacheUse, Outline, check_entry, outline_file, read_segments
+from wan_loader.cache import CacheReport, CacheUse, Outline, check_entry, outline_file, read_segments
+from wan_pipeline.prompt_tokenizer import SentencePiece
 from wan_pipeline.wan_checkpoint import EXPERTS, open_wan
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import StrPath
-    from wan_loader.cache import CachedFile, CacheReport, Entry, EntryBuild
+    from wan_loader.cache import CachedFile, Entry, EntryBuild
     from wan_pipeline.wan_checkpoint import Component, WanCheckpoint
 
 __all__ = ["PipelineCache", "outline_wan"]
@@ -71,8 +72,7 @@ def _first_use(name: str) -> tuple[int, int, str]:
 
 
 def _small_files(checkpoint: WanCheckpoint) -> dict[str, bytes]:
-    found = sorted(path for path in checkpoint.tokenizer.iterdir() if not path.is_dir())
-    files = {f"tokenizer/{path.name}": _read_small(path) for path in found}
+    files = {f"tokenizer/{name}": content for name, content in _tokenizer_files(checkpoint.tokenizer).items()}
     for component in checkpoint.components:
         files[f"{component.name}/config.json"] = _json(_config(component))
     files["scheduler/scheduler_config.json"] = _json(checkpoint.scheduler)
@@ -87,6 +87,12 @@ def _small_files(checkpoint: WanCheckpoint) -> dict[str, bytes]:
         }
     )
     return files
+
+
+def _tokenizer_files(tokenizer: Path | SentencePiece) -> dict[str, bytes]:
+    if isinstance(tokenizer, SentencePiece):
+        return tokenizer.files()
+    return {path.name: _read_small(path) for path in sorted(tokenizer.iterdir()) if not path.is_dir()}
 
 
 def _config(component: Component) -> dict[str, Any]:
@@ -128,6 +134,7 @@ class PipelineCache:
         self.source = source
         self.checkpoint = source
         outline = outline_wan(source, dtype)
+        self._left_out: CacheReport | None = None
         self._files = {file.path.partition("/")[0]: file.path for file in outline.files}
         self._use = CacheUse(outline, directory, read_segments)
         if (entry := self._use.entry) is not None:
@@ -143,12 +150,19 @@ class PipelineCache:
     @property
     def report(self) -> CacheReport:
         """The cache's part in the start: state, reason, entry."""
-        return self._use.report
+        return self._left_out or self._use.report
 
     @property
     def build(self) -> EntryBuild | None:
         """The entry that is being written from what was loaded; None if there is none (yet)."""
         return self._use.build
+
+    def leave_out(self) -> None:
+        """Make no entry of this start, whose networks are streamed: they are never in memory as a whole."""
+        if self._use.entry is None:
+            self._use.close()
+            reason = "networks are streamed, which leaves no entry: `wan-loader cache build` makes one"
+            self._left_out = CacheReport("source", reason)
 
     def note(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take note of a network that was loaded. Call it before anybody else has the tensors, who may change them.

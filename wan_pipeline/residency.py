@@ -3,7 +3,8 @@
 Entering a step drops what it does not allow, starts fetching what it does, in order of first use, in the background,
 and waits only for the network that is about to run. So the next network loads behind the running one, and a switch
 to a fetched one costs nothing. Dropped weights are not copied anywhere: they are fetched again, out of the page cache
-if it still holds them. Only the thread of the pipeline may call `use` and `close`.
+if it still holds them. A network that is streamed is resident with the part of its weights that has room, and is let go
+like any other. Only the thread of the pipeline may call `use` and `close`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader import LoadReport, Observer, Prewarm
+    from wan_loader import LoadReport, Observer, Prewarm, StreamedBlocks, StreamReport
+    from wan_pipeline.memory_plan import Streaming
     from wan_pipeline.presets import ResidencyStep
     from wan_pipeline.wan_checkpoint import Component
 
 __all__ = ["BackgroundFetch", "FetchCancelledError", "ModuleResidency", "Placement"]
+
+#: Whoever waits for a module asks so often whether to stop.
+_ASK_S = 0.05
+#: Threads that read a network's files into the page cache, when nothing else is to be done.
+_READERS = 8
 
 
 class FetchCancelledError(Exception):
@@ -41,6 +48,8 @@ class Placement:
     decoder_only: bool = False
     run: parallel.DistributedRun | None = None
     """The processes that load it together."""
+    streaming: Streaming | None = None
+    """How its blocks are streamed; None: they are not."""
 
 
 class BackgroundFetch:
@@ -110,6 +119,8 @@ class ResidencyLog:
 
     loads: list[tuple[str, int, int, LoadReport]] = field(default_factory=list)
     """Each load: network, start_ns, end_ns, report."""
+    streams: dict[str, StreamReport] = field(default_factory=dict)
+    """The course of each network that was streamed and let go, the last time."""
     waits: list[tuple[str, int, int]] = field(default_factory=list)
     """Each first use of a step: network, start_ns and end_ns of waiting for it."""
     device_peak_nbytes: int = 0
@@ -150,8 +161,10 @@ class ModuleResidency:
         self._current: str | None = None
         self._fetches: dict[str, BackgroundFetch] = {}
         self._weights: dict[str, dict[str, torch.Tensor]] = {}
+        self._streamed: dict[str, StreamedBlocks] = {}
         self._last: BackgroundFetch | None = None
         self._lock = threading.Lock()
+        self._built = threading.Condition(self._lock)
         self._closed = threading.Event()
         self.log = ResidencyLog()
 
@@ -164,6 +177,7 @@ class ModuleResidency:
         with self._lock:
             self._modules[name] = module
             self._bind(name)
+            self._built.notify_all()
 
     def use(self, name: str) -> None:
         """Make a network ready to run: returns at once if it is, else when it has been fetched."""
@@ -202,6 +216,10 @@ class ModuleResidency:
         for name in list(self._fetches):
             self._drop(name)
         self._current = None
+
+    def streams(self) -> dict[str, StreamReport]:
+        """Return the course of each network that is streamed or was, until now."""
+        return self.log.streams | {name: one.report for name, one in list(self._streamed.items())}
 
     def note_peak(self) -> None:
         """Add the device's peak so far to the log: each load lets the allocator's own begin anew."""
@@ -243,6 +261,9 @@ class ModuleResidency:
         self._fetches.pop(name).cancel()
         self.note_peak()
         self._weights.pop(name, None)
+        if (streamed := self._streamed.pop(name, None)) is not None:
+            self.log.streams[name] = streamed.report
+            streamed.close()
         if name in self._modules:
             modules.empty(self._modules[name])
         if self._placements[name].device.type == "cuda":  # what the allocator kept would count against the contract
@@ -254,6 +275,9 @@ class ModuleResidency:
         placement = self._placements[name]
 
         def load(cancel: CancelToken) -> None:
+            if placement.streaming is not None:
+                self._stream(name, placement, placement.streaming, cancel)
+                return
             if self._warming is not None:  # the load has the disk alone; what was warmed, it finds
                 self._warming.stop()
             self.note_peak()
@@ -280,6 +304,36 @@ class ModuleResidency:
             self.log.loads.append((name, start_ns, clock_ns(), report))
 
         return load
+
+    def _stream(self, name: str, placement: Placement, streaming: Streaming, cancel: CancelToken) -> None:
+        """Fill a module whose blocks come as it runs: it must have been built, the parameters are its own."""
+        with self._built:
+            while name not in self._modules:
+                cancel.check()
+                self._built.wait(_ASK_S)
+        start_ns = clock_ns()
+        if streaming.cache_nbytes is not None:
+            self._fill_cache(placement.component.files if not streaming.n_read else [], cancel)
+        self.note_peak()
+        streamed = self._streamed[name] = modules.stream(
+            self._modules[name],
+            placement.component,
+            streaming,
+            device=placement.device,
+            dtype=placement.dtype,
+            cancel=cancel,
+            observer=self._observer,
+        )
+        self.note_peak()
+        self.log.loads.append((name, start_ns, clock_ns(), streamed.report.load))
+
+    def _fill_cache(self, files: Sequence[str], cancel: CancelToken) -> None:
+        """Have a network's pages in the page cache: those that are registered would else come one by one."""
+        if self._warming is not None:
+            self._warming.stop()
+        with prewarm_files(files, threads=_READERS) as filling:
+            while not filling.wait(_ASK_S):
+                cancel.check()
 
     def _hand_over(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         """Give weights to the module, if it is built already; else they are kept until `provide`."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
+from wan_loader.sizes import parse_size
+from wan_pipeline.network_files import NetworkFiles
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.video_request import checked_size
 
@@ -14,13 +16,15 @@ if TYPE_CHECKING:
 
     from wan_loader import StrPath
 
-__all__ = ["StartOptions"]
+__all__ = ["StartOptions", "checked_bytes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartOptions:
     """The options of a start."""
 
+    files: NetworkFiles = field(default_factory=NetworkFiles)
+    """Files in the place of those of the checkpoint's directory."""
     preset: str = "auto"
     device: str | torch.device = "auto"
     dtype: str | None = None
@@ -33,6 +37,10 @@ class StartOptions:
     size: tuple[int, int] = (1280, 720)
     frame_num: int = 81
     """Size and frames decide the working memory that a preset must leave."""
+    device_memory: int | None = None
+    """Bytes that the process may hold on the device, as the driver counts them; None leaves it to the preset."""
+    host_memory: int | None = None
+    """Bytes that it may hold on the host beside the page cache, pinned pages included; None: what there is."""
     cache: bool = False
     """Read converted experts from the converted cache, and leave them there; not with several processes."""
     cache_dir: StrPath | None = None
@@ -50,4 +58,11 @@ class StartOptions:
             check_flag(self.offload_model, "offload_model")
         checked_size(self.size)
         checked_count(self.frame_num, "frame_num")
+        for name in ("device_memory", "host_memory"):
+            checked_bytes(getattr(self, name), name)
         check_cache(cache=self.cache, cache_dir=self.cache_dir)
+
+
+def checked_bytes(size: int | str | None, what: str) -> int | None:
+    """Return the bytes of an amount, or of a text such as "12GB"; None stays None."""
+    return parse_size(size) if isinstance(size, str) else None if size is None else checked_count(size, what)

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 from wan_loader import OptionError, Recorder, prewarm_files, span, start_device
 from wan_loader.distributed import local_rank, use_device, warms, world_size
 from wan_pipeline import modules, parallel, presets
-from wan_pipeline.fitting import choose_preset, network_dtype
+from wan_pipeline.device_limit import DeviceLimit
+from wan_pipeline.fitting import make_memory_plan, network_dtype
 from wan_pipeline.hooks import attach
+from wan_pipeline.memory_plan import allocator_nbytes
+from wan_pipeline.prompt_tokenizer import load_tokenizer
 from wan_pipeline.residency import BackgroundFetch, ModuleResidency, Placement
 from wan_pipeline.short_imports import short_imports
 from wan_pipeline.wan_checkpoint import open_wan
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from wan_loader import Prewarm, StrPath
+    from wan_pipeline.memory_plan import MemoryPlan
     from wan_pipeline.pipeline_cache import PipelineCache
     from wan_pipeline.presets import Preset
     from wan_pipeline.start_options import StartOptions
@@ -50,13 +54,19 @@ class Started:
     pipe: Any
     checkpoint: WanCheckpoint
     residency: ModuleResidency
-    preset: Preset
-    reason: str
+    plan: MemoryPlan
+    options: StartOptions
+    limit: DeviceLimit
     device: torch.device
     recorder: Recorder
     cache: PipelineCache | None = None
     run: parallel.DistributedRun | None = None
     """The process among others, where there are several."""
+
+    @property
+    def preset(self) -> Preset:
+        """The preset in use."""
+        return self.plan.preset
 
     @property
     def directory(self) -> Path:
@@ -66,6 +76,7 @@ class Started:
     def close(self) -> None:
         """Stop what is under way and free everything; a cache entry that is being written is completed."""
         self.residency.close()
+        self.limit.close()
         if self.cache is not None:
             self.cache.close()
 
@@ -81,11 +92,11 @@ class _StartContext:
     cache: PipelineCache | None
 
 
-def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
+def begin(directory: StrPath | WanCheckpoint | None, options: StartOptions) -> Started:
     """Start. Raises everything that can be found wrong before a weight is loaded.
 
     Args:
-        directory: The checkpoint's directory, or what `open_wan` made of it.
+        directory: The checkpoint's directory, or what `open_wan` made of it; None if the options name all files.
         options: The options of the start.
 
     Returns:
@@ -93,7 +104,7 @@ def begin(directory: StrPath | WanCheckpoint, options: StartOptions) -> Started:
     """
     recorder = Recorder()
     with span(recorder, "header"):
-        checkpoint = open_wan(directory)
+        checkpoint = open_wan(directory, **options.files.named)
         options = _checked_degrees(checkpoint, options)
     # after the headers: a wrong checkpoint is told of without the libraries, too
     if missing := [name for name in ("torch", "transformers", "diffusers") if find_spec(name) is None]:
@@ -144,10 +155,15 @@ def _begin(context: _StartContext) -> Started:
         started = found[0]
         # the current device is each thread's own: that of the fetching thread is set already
         use_device(started.device)
+        with span(
+            recorder, "init"
+        ):  # one whose blocks are streamed is fetched once it is built: behind the next import
+            built = _build(started, context.options, "transformers")
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
-            started.pipe = _pipeline(context.checkpoint, _build_all(started, context.options))
+            built |= _build(started, context.options, "diffusers")
+            started.pipe = _pipeline(context.checkpoint, built)
             attach(started.pipe, started.residency, started.device)
         # collectives of a load must not meet those of a network
         if started.run is not None:
@@ -158,6 +174,7 @@ def _begin(context: _StartContext) -> Started:
             if started.run is not None:  # before its loads are cancelled, which others wait for
                 started.run.liveness.fail(error)
             started.residency.close()
+            started.limit.close()
             if started.run is not None:
                 started.run.close(error)
         raise
@@ -187,6 +204,9 @@ def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartO
         raise OptionError.because(
             "several processes keep everything on their devices", "leave out offload_model, use WanT2V"
         )
+    if world > 1 and (quantised := [c for c in checkpoint.components if c.facts.quantised]):
+        reason = f"{quantised[0].source} is quantised, and there are {world} processes, which load parts of tensors"
+        raise OptionError.because(reason, "use one process, or a checkpoint in bf16")
     if world > 1 and options.cache:
         raise OptionError.because(f"the converted cache is for one process, and there are {world}", "leave out --cache")
     return replace(options, degrees=degrees)
@@ -210,7 +230,10 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
 
     checkpoint, options, cache = context.checkpoint, context.options, context.cache
     device = resolve_device(options.device, context.recorder) if run is None else run.device
-    preset, reason, steps = choose_preset(checkpoint, options, device)
+    plan = make_memory_plan(checkpoint, options, device)
+    preset, steps = plan.preset, plan.steps
+    if cache is not None and plan.streams:
+        cache.leave_out()
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
     if run is not None:
         if preset.residency != "everything":
@@ -228,6 +251,7 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
             network_dtype(component, preset, options),
             decoder_only=not options.like_diffusers,
             run=run if run is not None and run.loads_together(component.name, preset.text_encoder) else None,
+            streaming=plan.streams.get(component.name),
         )
         for component in checkpoint.components
         if component.name in names
@@ -240,23 +264,28 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
         warming=context.warming,
         on_loaded=None if cache is None else cache.note,
     )
+    limit = DeviceLimit(device, allocator_nbytes(preset))
     residency.start()
-    return Started(None, checkpoint, residency, preset, reason, device, context.recorder, cache, run)
+    return Started(None, checkpoint, residency, plan, options, limit, device, context.recorder, cache, run)
 
 
-def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
-    """Build the networks on meta and make them known to the residency.
+def _build(started: Started, options: StartOptions, library: str) -> dict[str, Any]:
+    """Build the networks whose classes are a library's on meta, and make them known to the residency.
 
     Raises:
         KeyMismatchError: A checkpoint does not fit its module.
     """
     built: dict[str, Any] = {}
     for component in started.checkpoint.components:
+        if component.network.module[0] != library:
+            continue
         dtype = network_dtype(component, started.preset, options)
         module = modules.build(component, dtype, decoder_only=not options.like_diffusers)
         modules.check(module, component)
         if started.run is not None:
             parallel.divide(started.run, component.name, module)
+        if component.name in started.plan.tiled:
+            module.enable_tiling()  # type: ignore[operator]
         started.residency.provide(component.name, module)
         built[component.name] = module
     return built
@@ -264,9 +293,8 @@ def _build_all(started: Started, options: StartOptions) -> dict[str, Any]:
 
 def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
     import diffusers
-    import transformers
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(checkpoint.tokenizer))
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     scheduler: Any = getattr(diffusers, checkpoint.scheduler.get("_class_name", "UniPCMultistepScheduler"))
     wan: Any = diffusers.WanPipeline
     return wan(

@@ -20,7 +20,7 @@ from wan_loader.system import machine_card, peak_resident
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from wan_loader import LoadReport
+    from wan_loader import LoadReport, StreamReport
     from wan_pipeline.startup import Started
 
 __all__ = ["Timeline", "process_start_ns"]
@@ -82,7 +82,7 @@ class Timeline:
             ],
             "memory": _memory(started, reports),
             "machine": reports[0].machine if reports else machine_card(),
-            "settings": {"preset": started.preset.name, "preset_reason": started.reason},
+            "settings": {"preset": started.preset.name, "preset_reason": started.plan.reason, **_limits(started)},
             "cache": None if started.cache is None else asdict(started.cache.report),
             "pipeline": {
                 "time_to_first_step_s": self.first_step_s(started),
@@ -99,6 +99,7 @@ class Timeline:
                     }
                     for name, start, end, r in log.loads
                 ],
+                **_streams(started),
                 "steps_s": [(ns - self.start_ns) / 1e9 for ns in self.step_ns],
             },
         }
@@ -109,6 +110,38 @@ class Timeline:
             "start_s": (start_ns - self.start_ns) / 1e9,
             "seconds": (end_ns - start_ns) / 1e9,
         }
+
+
+def _limits(started: Started) -> dict[str, Any]:
+    """Return the limits that were asked for, and what works by tiles; where there is nothing of that, nothing."""
+    options, tiled = started.options, sorted(started.plan.tiled)
+    found = {"device_memory": options.device_memory, "host_memory": options.host_memory, "tiled": tiled or None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _streams(started: Started) -> dict[str, Any]:
+    """Describe the networks that are streamed, where some are."""
+    found = started.residency.streams()
+    return {"streams": [_stream(name, report) for name, report in found.items()]} if found else {}
+
+
+def _stream(name: str, report: StreamReport) -> dict[str, Any]:
+    """Describe a network that is streamed; amounts are those of one forward."""
+    return {
+        "name": name,
+        "n_blocks": len(report.blocks),
+        "n_streamed": len(report.streamed),
+        "n_buffers": report.n_buffers,
+        "device_nbytes": report.device_nbytes,
+        "pinned_nbytes": report.pinned_nbytes,
+        "nbytes_mapped": report.nbytes_mapped,
+        "nbytes_direct": report.nbytes_direct,
+        "nbytes_buffered": report.nbytes_buffered,
+        "n_fetched": report.n_fetched,
+        "n_late": report.n_late,
+        "reason": report.reason,
+        "warnings": list(report.warnings),
+    }
 
 
 def _totals(reports: list[LoadReport]) -> dict[str, Any]:

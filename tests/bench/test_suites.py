@@ -108,3 +108,13 @@ def test_the_line_of_a_program_on_the_cpu(monkeypatch):
     line = programs_on_cpu.describe("torch.load", {"plain": plain, "run": run})
     numbers = ["2.00", "s", "2.20", "s", "1.000", "(0.90", "-", "1.10)", "4.00", "->", "5.00", "1.250"]
     assert line.split() == ["torch.load", *numbers]
+
+
+def test_kept(benchmark_main, tmp_path, capsys):
+    words = [tmp_path, "--samples", 1, "--device", "cpu", "--size", "tiny", "--blocks", 2]
+    benchmark_main("kept", *words, "--output", tmp_path / "out.json", modules=TORCH)
+    out = capsys.readouterr().out
+    assert all(f"\n{way}" in out for way in ("load", "attach", "copy"))
+    samples = json.loads((tmp_path / "out.json").read_text())["samples"]
+    assert {len(found) for found in samples.values()} == {1}
+    assert {sample["tensors"] for found in samples.values() for sample in found} == {36}

@@ -20,9 +20,10 @@ import safetensors.torch  # noqa: E402
 import wan_loader  # noqa: E402
 from wan_loader.cache import build as build_module  # noqa: E402
 from wan_loader.cache.build import wait_for_builds  # noqa: E402
-from wan_loader.cache.cached_load import outline_checkpoint, read_segments  # noqa: E402
+from wan_loader.cache.cached_load import read_segments  # noqa: E402
 from wan_loader.cache.checksums import check_entry  # noqa: E402
 from wan_loader.cache.manifest import BLOCK_BYTES, digest  # noqa: E402
+from wan_loader.cache.outline import outline_checkpoint  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.cache.use import begin_build, build_entry  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402

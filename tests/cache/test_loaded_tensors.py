@@ -169,21 +169,21 @@ def test_any_two_blocks_swapped_are_seen(data):
     """Of random content: whatever the distance and the length, up to where rows of 4 MB meet."""
     torch.manual_seed(6)
     words = torch.randint(-(2**62), 2**62, (300_000,))
-    before = loaded_tensors._fingerprint(words)
+    before = loaded_tensors.fingerprint(words)
     length = data.draw(st.integers(1, 2000))
     i = data.draw(st.integers(0, 140_000))
     j = data.draw(st.one_of(st.integers(i + length, 290_000), st.integers(4, 200).map(lambda n: i + 509 * n + 2036)))
     first = words[i : i + length].clone()
     words[i : i + length] = words[j : j + length]
     words[j : j + length] = first
-    assert not loaded_tensors._same(loaded_tensors._fingerprint(words), before)
+    assert not loaded_tensors._same(loaded_tensors.fingerprint(words), before)
 
 
 def test_no_memory_for_a_fingerprint_is_no_error(monkeypatch):
     def full(_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(loaded_tensors, "_fingerprint", full)
+    monkeypatch.setattr(loaded_tensors, "fingerprint", full)
     entry = cached("x", (MiB,))
     loaded = noted({"x": torch.zeros(MiB, dtype=torch.bfloat16)}, [entry])
     assert not loaded.knows(next(segments_of(entry)))

@@ -315,7 +315,7 @@ def test_a_build_that_fails_is_one_warning(tmp_path, model):
 
 
 def test_another_process_builds(tmp_path, model):
-    from wan_loader.cache.cached_load import outline_checkpoint
+    from wan_loader.cache.outline import outline_checkpoint
     from wan_loader.formats import open_checkpoint
     from wan_loader.plan.dtype_policy import DtypePolicy
 

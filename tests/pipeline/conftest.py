@@ -19,3 +19,20 @@ def tiny_wan(tmp_path_factory):
         return made[layout, task]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny_comfy(tmp_path_factory):
+    """form -> ComfyUI's folders with a tiny checkpoint."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from wan_pipeline.synth import synth
+
+    root, made = tmp_path_factory.mktemp("comfy"), {}
+
+    def get(form="fp8-scaled"):
+        if form not in made:
+            made[form] = synth(root / form, form=form).directory
+        return made[form]
+
+    return get

@@ -96,6 +96,23 @@ def test_the_same_video_from_both_layouts_with_all_flags(tiny_wan, tmp_path, run
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 
 
+def test_limits_of_memory(tiny_wan, tmp_path, run, capfd):
+    words = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--device", "cpu", "--save_file"]
+    assert run(*words, tmp_path / "a.mp4") == 0
+    assert run(*words, tmp_path / "b.mp4", "--vram-limit", "22.2MB", "--ram_limit", "16GB") == 0
+    assert "preset min-memory: 22.1 MB while" in capfd.readouterr().err
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    for flags, message in (
+        (["--vram_limit", "much"], "--vram_limit: 'much' is not understood: write it like 3GB or 512MiB"),
+        (["--ram_limit", "0"], "--ram_limit: '0' must be more than 0"),
+        (["--vram_limit", "1MB"], "1 MB are allowed: allow 22"),
+        (["--ram_limit", "1GB"], "1 GB of host memory are too little"),
+    ):
+        assert run(*words, tmp_path / "c.mp4", *flags) == 1
+        assert message in " ".join(capfd.readouterr().err.split())
+        assert not (tmp_path / "c.mp4").exists()
+
+
 def test_json_and_overwriting(tiny_wan, tmp_path, run, capfd):
     words = ["generate", *SMALL, "--ckpt_dir", tiny_wan(), "--device", "cpu", "--save_file", tmp_path / "v.mp4"]
     (tmp_path / "v.mp4").write_text("mine")

@@ -4,14 +4,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import PIPELINE, Program
+from programs import PIPELINE, Program, run
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -99,9 +97,8 @@ def test_two_processes_make_the_video_of_one(tiny_wan, tmp_path, frames, layout,
     ]
     words = ["-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
     if flags[0] == "--dit_fsdp":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
-        command = [str(word) for word in torchrun]
-        done = subprocess.run(command, env=environment(2), capture_output=True, text=True, timeout=100)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+        done = run(*torchrun, env=environment(2), timeout=100, modules=PIPELINE)
         assert done.returncode == 0, done.stderr
         out, err = done.stdout, done.stderr
     else:

@@ -1,6 +1,8 @@
 """What lies where when, and that fetching can be stopped: tiny networks, loads slowed down or broken on purpose."""
 
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -166,3 +168,73 @@ def test_fetches_run_one_after_the_other():
     assert order == ["a", "b"]
     with pytest.raises(FetchCancelledError):
         third.wait()
+
+
+def streaming(component):
+    from wan_pipeline.fitting import measure_blocks
+    from wan_pipeline.memory_plan import Streaming
+
+    blocks = measure_blocks(component, None)
+    budget = blocks.needed(blocks.count, 1)
+    return Streaming(blocks=blocks, n_streamed=blocks.count, buffers=1, device_nbytes=budget, cache_nbytes=None)
+
+
+@pytest.fixture
+def streamed(make):
+    """A residency that streams both experts and the text encoder."""
+    keeper = make("streamed", provide=False)
+    for name in NAMES[:3]:
+        one = keeper._placements[name]
+        keeper._placements[name] = replace(one, streaming=streaming(one.component))
+    return keeper
+
+
+def test_a_streamed_network_waits_for_its_module_and_is_let_go_like_any_other(streamed):
+    streamed.start()
+    time.sleep(0.05)
+    assert streamed.resident() == ()
+    for name, module in streamed.built.items():
+        streamed.provide(name, module)
+    for _ in range(2):
+        for name in NAMES:
+            streamed.use(name)
+            assert streamed.resident() == (name,)
+            held = [n for n, one in streamed._streamed.items() if not one.closed]
+            assert held == ([name] if name != "vae" else [])
+            assert loaded(streamed) == [name]
+    assert sorted(streamed.streams()) == sorted(NAMES[:3])
+    assert all(report.n_fetched for report in streamed.streams().values())
+
+
+@pytest.mark.parametrize("cache_nbytes", [10**9, 0, None])
+def test_the_pages_of_a_streamed_network_are_read_at_once_where_they_fit(make, monkeypatch, cache_nbytes):
+    keeper, read = make("streamed"), []
+    one = keeper._placements["text_encoder"]
+    order = replace(streaming(one.component), cache_nbytes=cache_nbytes)
+    keeper._placements["text_encoder"] = replace(one, streaming=order)
+    prewarm = residency.prewarm_files
+    monkeypatch.setattr(residency, "prewarm_files", lambda files, **o: read.extend(files) or prewarm(files, **o))
+    keeper._warm_ahead = False
+    keeper.start()
+    keeper.use("text_encoder")
+    assert read == (list(one.component.files) if cache_nbytes else [])
+    assert keeper.resident() == ("text_encoder",)
+
+
+def test_what_waits_for_its_module_ends_when_told(streamed):
+    streamed.start()
+    streamed.close()
+    with pytest.raises(FetchCancelledError):
+        streamed._last.wait()
+    streamed.close()
+
+
+def test_a_streamed_network_that_is_closed_runs_no_more(streamed):
+    for name, module in streamed.built.items():
+        streamed.provide(name, module)
+    streamed.start()
+    streamed.use("transformer")
+    handle = streamed._streamed["transformer"]
+    streamed.close()
+    assert handle.closed
+    assert loaded(streamed) == []

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from streamed_models import Model, empty_model, inputs, resident_model, save_mod
 
 import wan_loader
 from wan_loader import CheckpointError, DeviceMemoryError, KeyMismatchError, LoadCancelledError, OptionError
+from wan_loader.streaming import handle
 from wan_loader.system.posix import PAGE
 
 N = 7
@@ -88,6 +90,33 @@ def test_every_way_of_reading_gives_the_same(path, device, expected, io):
     assert report.nbytes_mapped + report.nbytes_direct + report.nbytes_buffered == sum(
         tensor.nbytes for name, tensor in load_file(path).items() if name.startswith("blocks.") and "shift" not in name
     )
+
+
+def test_what_host_memory_cannot_hold_is_read_from_the_disk_each_time(path, device, expected):
+    one = sum(t.nbytes for name, t in load_file(path).items() if name.startswith("blocks.0.") and "shift" not in name)
+    model, streamed = stream(path, device, host_memory=3 * one + 5)
+    with streamed:
+        report = streamed.report
+        assert (report.n_direct, report.nbytes_direct) == (4, 4 * one)
+        assert report.n_mapped + report.n_buffered == 3
+        assert "3 of 7 blocks fit the" in report.reason
+        assert report.read_seconds == report.nbytes_direct / report.read_rate
+        assert "a forward at" in str(report)
+        for _ in range(3):
+            assert torch.equal(model(inputs(device)), expected)
+
+
+def test_what_is_in_the_page_cache_need_not_be_read_from_the_disk(path, device):
+    with stream(path, device, host_memory="1GB")[1] as streamed:
+        assert streamed.report.n_direct == 0
+        assert streamed.report.read_seconds is None
+
+
+@pytest.mark.gpu
+def test_no_more_is_pinned_than_host_memory_allows(path):
+    with stream(path, "cuda", host_memory=40_000, pinned_memory=10**9)[1] as streamed:
+        assert streamed.report.n_mapped
+        assert streamed.report.nbytes_mapped <= 40_000
 
 
 @pytest.mark.gpu
@@ -353,7 +382,14 @@ def test_blocks_that_are_none_are_an_error_that_names_some(path, blocks):
 
 @pytest.mark.parametrize(
     "options",
-    [{"buffers": 0}, {"buffers": 65}, {"device_memory": -1}, {"device_memory": "much"}, {"pinned_memory": 1.5}],
+    [
+        {"buffers": 0},
+        {"buffers": 65},
+        {"device_memory": -1},
+        {"device_memory": "much"},
+        {"pinned_memory": 1.5},
+        {"host_memory": -1},
+    ],
 )
 def test_arguments_that_make_no_sense(path, options):
     with pytest.raises(OptionError):
@@ -407,6 +443,20 @@ def test_without_a_reference_to_it_the_module_is_enough(path, device, expected):
     del model, _
     gc.collect()
     assert n_files() == files
+
+
+def test_the_end_may_come_in_a_thread_that_it_ends(path):
+    """The garbage collector runs wherever memory is allocated."""
+    _, streamed = stream(path)
+    ended, seen = threading.Event(), []
+    with ExitStack() as resources:
+        resources.callback(lambda: (seen.append(threading.current_thread().name), ended.set()))
+        thread = threading.Thread(target=handle._give_back, args=(resources,), name=f"{handle.THREAD_NAME}_0")
+        thread.start()
+        thread.join()
+        assert ended.wait(10)
+    assert not seen[0].startswith(handle.THREAD_NAME)
+    streamed.close()
 
 
 def test_a_failure_on_the_way_gives_everything_back(path, monkeypatch):

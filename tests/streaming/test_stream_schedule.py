@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_loader.errors import OptionError
-from wan_loader.streaming.schedule import Schedule, following
+from wan_loader.streaming.schedule import Schedule, course, following
 
 
 class Log:
@@ -70,6 +70,18 @@ def test_in_any_order_each_block_is_in_its_buffer(n_blocks, n_buffers, order):
         assert log.holds[block % n_buffers] == block
         assert log.calls[-1] == ("use", block % n_buffers)
         schedule.leave(block)
+
+
+@given(st.integers(1, 12), st.integers(1, 6))
+def test_the_course_says_what_is_asked_for(n_blocks, n_buffers):
+    n_buffers = min(n_blocks, n_buffers)
+    schedule, log = started(n_blocks, n_buffers)
+    for _ in range(3):
+        for block in range(n_blocks):
+            run(schedule, block)
+    asked = [call[1] for call in log.calls if call[0] == "fetch"]
+    expected = course(n_blocks, n_buffers)
+    assert asked == [*expected.first, *expected.again * 3]
 
 
 def test_the_next_block_for_a_buffer_is_asked_for_once_it_was_used():

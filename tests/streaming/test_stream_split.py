@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_loader.errors import DeviceMemoryError
-from wan_loader.streaming.split import choose_pinned, split_blocks, spread
+from wan_loader.streaming.split import choose_kept, split_blocks, spread
 
 
 def split(blocks, rest=0, *, buffers=3, scratch=0, budget=None):
@@ -70,8 +70,13 @@ def test_the_budget_is_kept_and_everything_is_somewhere(blocks, rest, buffers, b
 
 
 @given(st.lists(st.integers(1, 50), max_size=12), st.integers(0, 400))
-def test_what_is_pinned_fits_the_limit(nbytes, limit):
-    chosen = choose_pinned(nbytes, limit)
-    assert sum(nbytes[number] for number in chosen) <= limit
-    if sum(nbytes) <= limit:
-        assert chosen == set(range(len(nbytes)))
+def test_what_is_kept_fits_the_limit(nbytes, limit):
+    kept = choose_kept(nbytes, limit)
+    assert sum(nbytes[number] for number in kept) <= limit
+    assert kept == set(range(len(nbytes))) if sum(nbytes) <= limit else 0 not in kept
+
+
+def test_what_is_kept_is_as_much_as_fits_spread_evenly():
+    assert choose_kept([10] * 6, 40) == {1, 2, 4, 5}
+    assert choose_kept([10] * 6, 39) == {1, 3, 5}
+    assert choose_kept([10] * 6, 9) == set()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.cache.checksums import BlockCheck, check_entry, check_header
 from wan_loader.cache.loaded_tensors import prepare_fingerprints
-from wan_loader.cache.outline import Outline, outline_file
+from wan_loader.cache.outline import ENTRY_FILE, outline_checkpoint
 from wan_loader.cache.use import CacheUse
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.errors import CacheError, CheckpointError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wan_loader.cache.entry import Entry
     from wan_loader.cache.loaded_tensors import TensorSegment
     from wan_loader.cache.outline import CachedFile
     from wan_loader.cancel import CancelToken
@@ -40,16 +41,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.types import StrPath
 
-__all__ = ["ENTRY_FILE", "load_cached", "outline_checkpoint", "read_segments"]
-
-#: The one file of an entry that was made from one checkpoint.
-ENTRY_FILE = "model.safetensors"
-
-
-def outline_checkpoint(checkpoint: Checkpoint, policy: DtypePolicy) -> Outline:
-    """Outline an entry of a checkpoint: all of its tensors under their names, in the dtypes of the policy."""
-    label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
-    return Outline(label, policy.dtype, (outline_file(ENTRY_FILE, checkpoint, policy.target),))
+__all__ = ["load_cached", "open_entry", "read_segments"]
 
 
 def load_cached(
@@ -122,16 +114,15 @@ def _from_entry(
     return None
 
 
-def _open_entry(
-    request: LoadRequest, use: CacheUse, outlined: CachedFile, *, verify: bool
-) -> tuple[Checkpoint, BlockCheck | None]:
-    """Open the entry as a checkpoint; with it comes the check of its blocks, if that happens while they are read.
+def open_entry(entry: Entry, outlined: CachedFile) -> tuple[Checkpoint, bool]:
+    """Open an entry as a checkpoint.
+
+    Returns:
+        The checkpoint; and whether its files are as they were left. If not, only checksums tell that they are sound.
 
     Raises:
         CacheError: The entry holds other files or tensors than are made from its source, or its checksums are wrong.
     """
-    entry = use.entry
-    assert entry is not None
     files = entry.manifest.files
     if [file.path for file in files] != [ENTRY_FILE]:
         raise CacheError.because(f"holds other files than {ENTRY_FILE}: damaged or foreign", path=entry.path)
@@ -144,13 +135,27 @@ def _open_entry(
         raise CacheError.because(
             "holds other tensors than are made from its source: damaged or foreign", path=entry.path
         )
+    return checkpoint, as_left
+
+
+def _open_entry(
+    request: LoadRequest, use: CacheUse, outlined: CachedFile, *, verify: bool
+) -> tuple[Checkpoint, BlockCheck | None]:
+    """Open the entry as a checkpoint; with it comes the check of its blocks, if that happens while they are read.
+
+    Raises:
+        CacheError: The entry holds other files or tensors than are made from its source, or its checksums are wrong.
+    """
+    entry = use.entry
+    assert entry is not None
+    checkpoint, as_left = open_entry(entry, outlined)
     use.accept(
         "the source is unchanged" + ("" if as_left else "; the entry's files have new modes: checksums compared")
     )
     if not verify and as_left:
         return checkpoint, None
     if len(request.select(checkpoint)) == len(checkpoint.tensors):
-        return checkpoint, BlockCheck(entry.file(ENTRY_FILE), files[0])
+        return checkpoint, BlockCheck(entry.file(ENTRY_FILE), entry.manifest.files[0])
     # a part of the tensors is not made of whole blocks, so everything is compared before
     if wrong := check_entry(entry.path, entry.manifest):
         raise CacheError("; ".join(wrong), path=entry.path)

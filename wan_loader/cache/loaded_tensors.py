@@ -30,6 +30,7 @@ __all__ = [
     "ReadSegments",
     "TensorSegment",
     "batches",
+    "fingerprint",
     "prepare_fingerprints",
     "segments_of",
 ]
@@ -101,7 +102,7 @@ class LoadedTensors:
                 device = tensor.device
                 words = _words(tensor.untyped_storage())
                 for segment in segments_of(cached):
-                    self._fingerprints[cached, segment.start] = _fingerprint(_range(words, segment))
+                    self._fingerprints[cached, segment.start] = fingerprint(_range(words, segment))
                 self._storages[cached] = weakref.ref(tensor.untyped_storage())
         if device is not None and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -120,7 +121,7 @@ class LoadedTensors:
             return None
         words = self._to_host(words) if words.is_cuda else words.clone()
         expected = self._fingerprints[segment.tensor, segment.start]
-        return words if _same(_fingerprint(words), expected) else None
+        return words if _same(fingerprint(words), expected) else None
 
     def _to_host(self, words: torch.Tensor) -> torch.Tensor:
         """Copy on a stream of its own: what was loaded is complete, and nobody has to wait for this copy."""
@@ -156,7 +157,7 @@ def _range(words: torch.Tensor, segment: TensorSegment) -> torch.Tensor:
     return words[segment.start * itemsize // _WORD : (segment.start + segment.count) * itemsize // _WORD]
 
 
-def _fingerprint(words: torch.Tensor) -> list[torch.Tensor]:
+def fingerprint(words: torch.Tensor) -> list[torch.Tensor]:
     """Sum the words by position modulo each prime: taken modulo their product first, so in one pass.
 
     A last row that is not full is summed by itself. Nothing but sums and copies: each kind of kernel costs a GPU tens
@@ -185,7 +186,7 @@ def prepare_fingerprints(device: str | int | torch.device) -> None:
     with suppress(RuntimeError, TypeError):  # the load itself says what is wrong with a device
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else "cuda" if device == "auto" else device)
         if found.type == "cuda" and torch.cuda.is_available():
-            for segment in _fingerprint(torch.empty(2 * math.prod(_PRIMES) - 1, dtype=torch.int64, device=found)):
+            for segment in fingerprint(torch.empty(2 * math.prod(_PRIMES) - 1, dtype=torch.int64, device=found)):
                 segment.cpu()
 
 

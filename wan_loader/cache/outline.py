@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = [
+    "ENTRY_FILE",
     "FORMAT_VERSION",
     "CachedFile",
     "CachedTensor",
     "Outline",
     "SourceIdentity",
+    "outline_checkpoint",
     "outline_file",
     "safetensors_header",
     "why_not",
@@ -45,6 +48,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+#: The one file of an entry that was made from one checkpoint.
+ENTRY_FILE = "model.safetensors"
 _ALIGNMENT = 8  # the largest element that safetensors knows
 
 
@@ -168,6 +173,12 @@ def outline_file(
     odd = [t for t in tensors if t.nbytes % _ALIGNMENT]
     odd.sort(key=lambda t: -ITEMSIZE[t.dtype])
     return CachedFile(path, checkpoint, (*whole, *odd))
+
+
+def outline_checkpoint(checkpoint: Checkpoint, policy: DtypePolicy) -> Outline:
+    """Outline an entry of a checkpoint: all of its tensors under their names, in the dtypes of the policy."""
+    label = checkpoint.path if checkpoint.part is None else f"{checkpoint.path}, part {checkpoint.part}"
+    return Outline(label, policy.dtype, (outline_file(ENTRY_FILE, checkpoint, policy.target),))
 
 
 def why_not(file: CachedFile) -> str | None:

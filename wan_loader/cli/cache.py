@@ -76,7 +76,7 @@ def build(
 
 def _outline(path: Path, part: str | None, dtype: str) -> Outline:
     """Describe what the entry will hold: all of a model whose family has joined, or one checkpoint."""
-    from wan_loader.cache.cached_load import outline_checkpoint
+    from wan_loader.cache.outline import outline_checkpoint
     from wan_loader.dtypes import parse_dtype
     from wan_loader.formats import open_checkpoint
     from wan_loader.formats.hub_cache import locate

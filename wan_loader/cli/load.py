@@ -43,6 +43,9 @@ def load(
         ),
     ] = False,
     cache_dir: CacheDir = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Take the weights that `wan-loader keep` has left on the device, if it has.")
+    ] = False,
     json: JsonOut = False,
     verbose: Verbose = False,
 ) -> None:
@@ -55,6 +58,8 @@ def load(
         wan-loader load model/transformer --device cuda --dtype bf16 --verify
 
         wan-loader load model/transformer --dtype bf16 --cache
+
+        wan-loader load model/transformer --device cuda --dtype bf16 --keep
 
         wan-loader load checkpoint.pth --part state_dict
 
@@ -72,7 +77,7 @@ def load(
     reports, verified = [], 0
     for checkpoint in checkpoints:
         before = opening.spans if checkpoint is checkpoints[0] else []
-        loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify).after(before)
+        loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify, keep).after(before)
         with stopping(loaded.build):
             verified += _tell(checkpoint, loaded, verify=verify, quiet=json)
             if loaded.build is not None:
@@ -138,6 +143,7 @@ def _load(
     cache: bool,
     cache_dir: Path | None,
     verify: bool,
+    keep: bool,
 ) -> LoadResult:
     import wan_loader
     from wan_loader.cli.progress import reading_progress
@@ -153,6 +159,7 @@ def _load(
             cache=cache,
             cache_dir=cache_dir,
             verify=verify and cache,
+            keep=keep,
             group=group,
             observer=observer or wan_loader.Recorder(),
         )

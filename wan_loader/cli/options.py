@@ -23,6 +23,7 @@ __all__ = [
     "Io",
     "IoChoice",
     "JsonOut",
+    "KeepFp32",
     "OutFile",
     "Part",
     "PathArgument",
@@ -111,6 +112,15 @@ Dtype = Annotated[
 Io = Annotated[IoChoice, typer.Option(help="Way to read; auto chooses from what lies in the page cache.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=64, help="Reads side by side.", show_default="chosen from the plan")
+]
+KeepFp32 = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-fp32",
+        metavar="PART",
+        help="With a dtype, tensors whose dotted name has this part become float32; may be given several times.",
+        show_default=False,
+    ),
 ]
 JsonOut = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 OutFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON document to a file.")]

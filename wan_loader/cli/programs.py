@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunRequest", "parse_run", "run_at_once", "run_program"]
 
-_OPTIONS = ("--report", "--quiet", "-v", "--verbose")
+_OPTIONS = ("--report", "--quiet", "--keep", "-v", "--verbose")
 #: The exit code for a program that is not there, as shells and programs that start others have it.
 _NOT_FOUND = 127
 
@@ -35,6 +35,8 @@ class RunRequest(NamedTuple):
     """SCRIPT ARGS, -m MODULE ARGS, or -- PROGRAM ARGS."""
     report: bool = False
     quiet: bool = False
+    keep: bool = False
+    """Use weights that are kept."""
 
 
 def parse_run(words: Sequence[str]) -> RunRequest | None:
@@ -44,7 +46,7 @@ def parse_run(words: Sequence[str]) -> RunRequest | None:
         options.add(rest.pop(0))
     if not rest or rest[0] in ("-h", "--help") or rest == ["--"]:
         return None
-    return RunRequest(rest, "--report" in options, "--quiet" in options)
+    return RunRequest(rest, "--report" in options, "--quiet" in options, "--keep" in options)
 
 
 def run_at_once(words: Sequence[str]) -> None:
@@ -57,6 +59,8 @@ def run_at_once(words: Sequence[str]) -> None:
 def run_program(request: RunRequest) -> NoReturn:
     """Run a program and end with its exit code."""
     first, *others = request.words
+    if request.keep:
+        os.environ["WAN_LOADER_KEEP"] = "1"  # for the processes that it starts, too
     if first == "--":
         _run_children(request, others)
     try:

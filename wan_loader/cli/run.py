@@ -25,6 +25,9 @@ def run(
         bool, typer.Option("--report", help="Show at the end what was fetched, spared and left, and why.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing at the end.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Use weights that `wan-loader keep` has left on the device where they lie.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a program that knows nothing of us with our loader inside.
@@ -42,6 +45,8 @@ def run(
         wan-loader run generate.py --ckpt_dir model
 
         wan-loader run --report -m package.serve --port 8000
+
+        wan-loader run --keep generate.py --ckpt_dir model
 
         wan-loader run -- torchrun --nproc_per_node 8 generate.py
     """

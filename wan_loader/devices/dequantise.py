@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Blocks = torch.Tensor
 
-__all__ = ["apply_scale", "dequantise"]
+__all__ = ["apply_scale", "apply_scale_into", "dequantise", "dequantise_into"]
 
 #: Elements at a time: on a GPU so many that launches are nothing. What is half done of one takes up to 16 bytes, of
 #: which the plan knows (`plan.quantised_values.SCRATCH_BYTES`).
@@ -48,13 +48,24 @@ def dequantise(raw: torch.Tensor, kind: str, shape: tuple[int, ...], dtype: str)
     """
     import torch
 
-    found, numbers = _BLOCK[kind], _NUMBERS_OF[kind]
     made = torch.empty(shape, dtype=torch_dtype(dtype), device=raw.device)
+    dequantise_into(made, raw, kind)
+    return made
+
+
+def dequantise_into(made: torch.Tensor, raw: torch.Tensor, kind: str) -> None:
+    """Make numbers of whole blocks in memory that is there.
+
+    Args:
+        made: Where they go, contiguous and of the dtype that they are rounded to.
+        raw: The blocks, uint8 and contiguous.
+        kind: The name of their type in GGUF.
+    """
+    found, numbers = _BLOCK[kind], _NUMBERS_OF[kind]
     blocks, rows = raw.view(-1, found.block_nbytes), made.view(-1, found.block_elements)
     step = _elements_at_once(raw) // found.block_elements
     for start in range(0, len(blocks), step):
         rows[start : start + step] = numbers(blocks[start : start + step])
-    return made
 
 
 def apply_scale(raw: torch.Tensor, scale: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -69,16 +80,45 @@ def apply_scale(raw: torch.Tensor, scale: torch.Tensor, dtype: str) -> torch.Ten
 
     made = torch.empty(raw.shape, dtype=torch_dtype(dtype), device=raw.device)
     factors = scale.to(torch.float32).reshape(-1)
-    rows = made.view(len(factors), -1) if made.numel() else made.view(1, -1)
-    sources, n_columns = raw.view(rows.shape), max(1, rows.shape[1])
-    at_once = _elements_at_once(raw)
-    n_rows, width = max(1, at_once // n_columns), min(n_columns, at_once)
-    for top in range(0, len(rows), n_rows):
-        factor = factors[top : top + n_rows, None]
-        for left in range(0, rows.shape[1], width):
-            part = sources[top : top + n_rows, left : left + width].to(torch.float32)
-            rows[top : top + n_rows, left : left + width] = part * factor
+    apply_scale_into(made.view(-1), raw.view(-1), factors, n_columns=max(1, raw.numel() // len(factors)))
     return made
+
+
+def apply_scale_into(
+    made: torch.Tensor, raw: torch.Tensor, factors: torch.Tensor, *, n_columns: int, first: int = 0
+) -> None:
+    """Multiply some of the elements of a tensor by their scales, into memory that is there.
+
+    Args:
+        made: Where the products go, 1-D and of the dtype that they are rounded to.
+        raw: The elements, 1-D.
+        factors: The scales in float32, 1-D: one for each row of the whole tensor; a single one stands for all rows.
+        n_columns: The elements of a row.
+        first: The number of the first of these elements in the whole tensor.
+    """
+    if len(factors) == 1:
+        n_columns, first = max(1, len(raw)), 0
+    at = 0
+    while at < len(raw):
+        row, column = divmod(first + at, n_columns)
+        n_rows = 1 if column else max(1, (len(raw) - at) // n_columns)
+        end = min(len(raw), at + n_rows * n_columns - column)
+        width = (end - at) // n_rows
+        _multiply(made[at:end].view(n_rows, width), raw[at:end].view(n_rows, width), factors[row : row + n_rows, None])
+        at = end
+
+
+def _multiply(made: torch.Tensor, raw: torch.Tensor, factors: torch.Tensor) -> None:
+    """Multiply rows by a factor each, some elements at a time."""
+    import torch
+
+    at_once = _elements_at_once(raw)
+    n_rows, width = max(1, at_once // raw.shape[1]), min(raw.shape[1], at_once)
+    for top in range(0, len(raw), n_rows):
+        factor = factors[top : top + n_rows]
+        for left in range(0, raw.shape[1], width):
+            part = raw[top : top + n_rows, left : left + width].to(torch.float32)
+            made[top : top + n_rows, left : left + width] = part * factor
 
 
 def _elements_at_once(raw: torch.Tensor) -> int:

@@ -36,6 +36,7 @@ __all__ = [
     "make_event",
     "record",
     "register",
+    "result_name",
     "start_device",
     "take_stream",
     "unregister",
@@ -48,6 +49,7 @@ __all__ = [
 # from cuda.h: flags of cuStreamCreate, cuEventCreate and of cuMemHostRegister, results
 _NON_BLOCKING = 0x01
 _WITHOUT_TIMING = 0x02
+_BLOCKING_SYNC = 0x01
 _NOT_READY = 600
 _PORTABLE = 0x01
 _READ_ONLY = 0x08
@@ -92,7 +94,8 @@ def _declared(lib: Any) -> Any:
     return lib
 
 
-def _name(result: int) -> str:
+def result_name(result: int) -> str:
+    """Return what the driver calls one of its results."""
     text = ctypes.c_char_p()
     _driver().cuGetErrorName(result, ctypes.byref(text))
     return text.value.decode() if text.value else f"CUDA error {result}"
@@ -153,7 +156,7 @@ def register(address: int, nbytes: int, context: int, *, read_only: bool) -> Non
             "host memory overlaps memory that is still registered with CUDA", "start the process again"
         )
     if result:
-        raise PinError(f"cuMemHostRegister of {nbytes} bytes: {_name(result)}")
+        raise PinError(f"cuMemHostRegister of {nbytes} bytes: {result_name(result)}")
 
 
 def allocation(address: int) -> tuple[int, int]:
@@ -190,7 +193,7 @@ def take_stream(context: int) -> int:
         return _spare_streams[context].pop()
     stream = ctypes.c_void_p()
     if result := _driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING):
-        raise DeviceError.because(f"no stream could be made on the device: {_name(result)}")
+        raise DeviceError.because(f"no stream could be made on the device: {result_name(result)}")
     return stream.value or 0
 
 
@@ -204,10 +207,16 @@ def wait_for_stream(stream: int) -> None:
     _check(_driver().cuStreamSynchronize(stream))
 
 
-def make_event(*, timed: bool = False) -> int:
-    """Make an event; the caller destroys it. Timed ones make copies beside them slower by some percent."""
+def make_event(*, timed: bool = False, sleeps: bool = False) -> int:
+    """Make an event; the caller destroys it.
+
+    Args:
+        timed: Times can be asked for, which makes copies beside it slower by some percent.
+        sleeps: Whoever waits for it leaves the processor to others, and goes on some microseconds later.
+    """
     event = ctypes.c_void_p()
-    _check(_quick().cuEventCreate(ctypes.byref(event), 0 if timed else _WITHOUT_TIMING))
+    flags = (0 if timed else _WITHOUT_TIMING) | (_BLOCKING_SYNC if sleeps else 0)
+    _check(_quick().cuEventCreate(ctypes.byref(event), flags))
     return event.value or 0
 
 
@@ -249,7 +258,7 @@ def elapsed_ns(start: int, end: int) -> int:
 
 def _check(result: int) -> None:
     if result:
-        raise DeviceError.because(f"work on the device failed: {_name(result)}")
+        raise DeviceError.because(f"work on the device failed: {result_name(result)}")
 
 
 def copy_to_device(copies: Iterable[tuple[int, int, int]], stream: int, *, quick: bool) -> None:
@@ -269,11 +278,11 @@ def copy_to_device(copies: Iterable[tuple[int, int, int]], stream: int, *, quick
             return
         if code not in _NOT_SUPPORTED:
             nbytes = sum(nbytes for _, _, nbytes in wanted)
-            raise DeviceError.because(f"copies of {nbytes} bytes to the device failed: {_name(code)}")
+            raise DeviceError.because(f"copies of {nbytes} bytes to the device failed: {result_name(code)}")
     copy = (_quick() if quick else _driver()).cuMemcpyHtoDAsync_v2
     for destination, source, nbytes in wanted:
         if result := copy(destination, source, nbytes, stream):
-            raise DeviceError.because(f"copy of {nbytes} bytes to the device failed: {_name(result)}")
+            raise DeviceError.because(f"copy of {nbytes} bytes to the device failed: {result_name(result)}")
 
 
 class _Location(ctypes.Structure):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from wan_loader.errors import WanLoaderError
 from wan_loader.fastpath.deferral.deferred import settle_all
@@ -44,10 +44,11 @@ class Accelerator:
 
     def __init__(self, kinds: Sequence[str] = ("cuda",), *, io: IoMode = "auto", min_nbytes: int | None = None) -> None:
         self.tally = Tally()
-        options = {} if min_nbytes is None else {"min_nbytes": min_nbytes}
+        options: dict[str, Any] = {} if min_nbytes is None else {"min_nbytes": min_nbytes}
         moves = Moves(self.tally, kinds=kinds, io=io, **options)
         # what is small for a move is small for an initialisation, in fp32
         initial = Initial(self.tally, **({} if min_nbytes is None else {"min_elements": min_nbytes // 4}))
+        self._moves = moves
         self._leases = Leases()
         # to the CPU, which may stand in for a GPU in tests, safetensors maps by itself
         devices = [kind for kind in kinds if kind != "cpu"]
@@ -71,6 +72,16 @@ class Accelerator:
     def is_installed(self) -> bool:
         """Whether it is in place."""
         return self._patches is not None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether weights that the keeper holds are used where they lie, rather than read."""
+        return self._moves.keep
+
+    def keep(self) -> Self:
+        """Use what the keeper holds, until nobody has this installed any more."""
+        self._moves.keep = True
+        return self
 
     def install(self) -> Self:
         """Put our loader in. Imports nothing; what is not imported yet is replaced as soon as it is."""
@@ -96,6 +107,7 @@ class Accelerator:
             if not self._n_installed:
                 self._patches.undo()
                 self._patches = None
+                self._moves.keep = False
                 with suppress(WanLoaderError):  # whoever looks at what is left will be told
                     settle_all()
                 # whoever saves over a file that is mapped has nobody now who settles it before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wan_loader.arguments import check_flag
 from wan_loader.fastpath.accelerator import Accelerator
 
 __all__ = ["accelerate", "install", "uninstall"]
@@ -10,13 +11,18 @@ __all__ = ["accelerate", "install", "uninstall"]
 _ACCELERATOR = Accelerator()
 
 
-def accelerate() -> Accelerator:
+def accelerate(*, keep: bool = False) -> Accelerator:
     """Return a context in which programs that know nothing of us load and move weights at our speed.
 
     Inside, for the whole process and all of its threads, models that `from_pretrained` or `load_state_dict` has made of
     files are fetched from there by one plan each when they move to a GPU. Everything is what it would be without: bits,
     objects, random numbers, errors; what cannot be proven to be the same is left to the libraries. On leaving, after an
     exception too, all of it is taken out again; models that were loaded stay as they are.
+
+    Args:
+        keep: What moves to a device and is kept there (`wan_loader.keep`: the same bytes of the same files, as the same
+            dtype) is not read, but used where it lies: it takes no memory. Others use it, too, so the program must not
+            write to these weights; see `load_file`. Until the last context ends.
 
     Returns:
         The accelerator of this process, always the same one, as a context manager. Contexts may be nested and overlap
@@ -33,13 +39,17 @@ def accelerate() -> Accelerator:
                 pipe = WanPipeline.from_pretrained("model", torch_dtype=torch.bfloat16).to("cuda")
             print(fast.tally.report())
     """
-    return _ACCELERATOR
+    check_flag(keep, "keep")
+    return _ACCELERATOR.keep() if keep else _ACCELERATOR
 
 
-def install() -> Accelerator:
+def install(*, keep: bool = False) -> Accelerator:
     """Do from now on, for the whole process, what `accelerate` does in its context.
 
     Imports no other library: what is replaced in those that are not imported yet is replaced when they are.
+
+    Args:
+        keep: As for `accelerate`.
 
     Returns:
         The accelerator of this process, whose `tally` says what it did.
@@ -51,7 +61,7 @@ def install() -> Accelerator:
 
             wan_loader.install()
     """
-    return _ACCELERATOR.install()
+    return accelerate(keep=keep).install()
 
 
 def uninstall() -> None:

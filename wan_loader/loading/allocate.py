@@ -25,7 +25,7 @@ from wan_loader.system.forks import is_forked
 from wan_loader.system.posix import PAGE, map_private
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
@@ -51,9 +51,17 @@ class Allocation:
     """The tensors of a layout, made in its order. About 3 microseconds each on the CPU.
 
     On CUDA, room is reserved for many at once, but first for the first ones alone, whose bytes need not wait then.
+
+    Args:
+        plan: The plan of the load.
+        device: Its device.
+        memory: Makes the memory of a copied storage: a flat tensor of so many bytes, on a storage that is just these;
+            None: it is torch's own.
     """
 
-    def __init__(self, plan: LoadPlan, device: torch.device) -> None:
+    def __init__(
+        self, plan: LoadPlan, device: torch.device, memory: Callable[[int], torch.Tensor] | None = None
+    ) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         """The tensors that were made, by name; what is copied holds nothing yet."""
         self.destinations: list[Destination] = []
@@ -62,6 +70,7 @@ class Allocation:
         self._layout = plan.layout
         self._converting_nbytes = conversion_bytes(plan.layout.nbytes_converted, plan.blocks.nbytes)
         """Device memory that conversions take meanwhile, until it is reserved."""
+        self._memory = memory
         self._n_reserved = 0
         self._refers = not plan.request.piecemeal
         """True if destinations hold their memory; else only the tensors do, so that it goes when they are let go of."""
@@ -83,7 +92,7 @@ class Allocation:
         start, sizes = len(self.destinations), self._layout.copied_nbytes
         end = len(sizes) if count is None else count
         try:
-            if self.device.type == "cuda" and end > self._n_reserved:
+            if self.device.type == "cuda" and end > self._n_reserved and self._memory is None:
                 self._reserve(end)
             for i in range(start, end):
                 self._make(self._layout.copied[i], sizes[i])
@@ -120,7 +129,10 @@ class Allocation:
             import torch
 
             empty = self._empty[plan.dtype] = torch.empty(0, dtype=torch_dtype(plan.dtype), device=self.device)
-        whole = empty.new_empty(shape)  # a quarter faster than `torch.empty`
+        if self._memory is not None:
+            whole = self._memory(nbytes).view(empty.dtype).view(shape)
+        else:
+            whole = empty.new_empty(shape)  # a quarter faster than `torch.empty`
         self._name(plan, whole, sole)
         source = torch_dtype(plan.source) if plan.converts and plan.source else None
         refers = self._refers and plan.tensors[0].name not in self._let_go

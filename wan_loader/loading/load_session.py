@@ -33,9 +33,11 @@ from wan_loader.system.posix_aio import get_ready
 from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
     from types import TracebackType
+
+    import torch
 
     from wan_loader.engine.open_files import Check
     from wan_loader.events import Observer, Span
@@ -154,10 +156,12 @@ class LoadSession:
                 trim_heap()  # gives back what was freed and is kept for the next allocation
                 return make(replace(facts, host_free=free_memory()))
 
-    def run(self, plan: LoadPlan, check: Check | None = None) -> TransferResult:
+    def run(
+        self, plan: LoadPlan, check: Check | None = None, memory: Callable[[int], torch.Tensor] | None = None
+    ) -> TransferResult:
         """Carry a plan out, to its end. The arguments are those of `run`."""
         with current(plan.facts.device), loading():
-            arrivals = run(plan, check=check, cancel=self.cancel, observer=self._watched)
+            arrivals = run(plan, check=check, memory=memory, cancel=self.cancel, observer=self._watched)
             self._transfer = collect(arrivals)
         self.cancel.check()  # while it still is all or nothing
         return self._transfer

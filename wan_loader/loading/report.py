@@ -18,6 +18,7 @@ __all__ = [
     "Bottleneck",
     "CacheReport",
     "IoReport",
+    "KeptReport",
     "LoadReport",
     "MemoryReport",
 ]
@@ -65,6 +66,16 @@ class CacheReport:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptReport:
+    """The keeper's share in a load."""
+
+    state: str
+    """"attached": the tensors are those that the keeper holds; "copied": they are copies of these, made on the device;
+    "source": the keeper has them not, and they were loaded."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bottleneck:
     """The phase that set the pace, against what it could do at best, where that was measured."""
 
@@ -98,6 +109,8 @@ class LoadReport:
     warnings: tuple[str, ...] = ()
     cache: CacheReport | None = None
     """None where no cache was asked for."""
+    kept: KeptReport | None = None
+    """None where nobody asked for weights that are kept."""
 
     def __str__(self) -> str:
         """Say in one line what, how much, how long, by which transports; in a second one if there are warnings."""
@@ -138,6 +151,7 @@ class LoadReport:
             "settings": self.settings,
             "warnings": list(self.warnings),
             "cache": None if self.cache is None else _fields(self.cache),
+            **({} if self.kept is None else {"kept": _fields(self.kept)}),
         }
 
 

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
     from wan_loader.engine import TransferStats
     from wan_loader.events import Span
-    from wan_loader.loading.report import CacheReport
+    from wan_loader.loading.report import CacheReport, KeptReport
     from wan_loader.plan.plan import LoadPlan
 
 __all__ = ["EntryBuild", "LoadResult"]
+
+#: What stands in the place of transports, where no bytes came from files.
+_KEPT_MODE = "kept"
 
 
 class EntryBuild(Protocol):
@@ -61,6 +64,8 @@ class LoadResult:
     settings: Mapping[str, object] = field(default_factory=dict)
     """Settings for the report, beside those of the plan."""
     cache: CacheReport | None = None
+    kept: KeptReport | None = None
+    """How the keeper took part, if it was asked."""
     build: EntryBuild | None = None
     """The cache entry that is being written from this load."""
 
@@ -95,6 +100,17 @@ class LoadResult:
 
 
 def _report(result: LoadResult) -> LoadReport:
+    report = _report_of_plan(result)
+    kept = result.kept
+    if kept is None or kept.state == "source":
+        return report
+    # the plan had nothing to move: all tensors were there
+    nbytes = sum(tensor.nbytes for tensor in result.tensors.values())
+    io = IoReport(_KEPT_MODE, kept.reason, None)
+    return replace(report, n_tensors=len(result.tensors), nbytes_device=nbytes, io=io)
+
+
+def _report_of_plan(result: LoadResult) -> LoadReport:
     from wan_loader.spans import summarize  # a load that nobody asks for its report does without
 
     plan, stats = result.plan, result.stats
@@ -124,6 +140,7 @@ def _report(result: LoadResult) -> LoadReport:
         settings={**_settings(plan, stats), **result.settings},
         warnings=tuple(dict.fromkeys((*plan.warnings, *result.warnings, *stats.fallbacks))),
         cache=result.cache,
+        kept=result.kept,
     )
 
 

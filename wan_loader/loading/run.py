@@ -27,7 +27,7 @@ from wan_loader.plan.engine_settings import TransferMode
 from wan_loader.plan.plan import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     import torch
 
@@ -56,7 +56,12 @@ class TransferResult:
 
 
 def run(
-    plan: LoadPlan, *, check: Check | None = None, cancel: CancelToken | None = None, observer: Observer | None = None
+    plan: LoadPlan,
+    *,
+    check: Check | None = None,
+    memory: Callable[[int], torch.Tensor] | None = None,
+    cancel: CancelToken | None = None,
+    observer: Observer | None = None,
 ) -> Generator[dict[str, torch.Tensor], None, TransferResult]:
     """Carry out a plan.
 
@@ -66,6 +71,7 @@ def run(
     Args:
         plan: The plan.
         check: Is given every block while it is read, and raises if it is not what it was.
+        memory: Makes the memory of what is copied (`Allocation`); None: torch does.
         cancel: Stops the run.
         observer: Is told of spans.
 
@@ -83,7 +89,7 @@ def run(
     keeps = not plan.request.piecemeal
     with OpenFiles(plan.checkpoint.files, check) as reader:
         writer: DeviceWriter = CpuWriter(observer) if device.type == "cpu" else CudaWriter(device.index, observer)
-        allocation, arrivals, maker = Allocation(plan, device), _Arrivals(plan), ValueMaker(plan, observer)
+        allocation, arrivals, maker = Allocation(plan, device, memory), _Arrivals(plan), ValueMaker(plan, observer)
         if not keeps:  # by nobody else, while it may still be written to: this is the last step of the clean-up
             state.cleanups.append(allocation.let_go)
         move_blocks = convert_blocks if plan.settings.mode is TransferMode.CONVERTED else transfer_blocks

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.formats.checkpoint_facts import contiguous_strides
+from wan_loader.formats.gguf_types import GGUF_TYPES
 from wan_loader.plan.blocks import ByteRange
+from wan_loader.plan.quantised_values import values_among
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from wan_loader.formats.checkpoint_facts import Checkpoint, TensorFacts
+    from wan_loader.formats.checkpoint_facts import Checkpoint, Quantised, TensorFacts
     from wan_loader.plan.blocks import Segment
     from wan_loader.plan.dtype_policy import DtypePolicy
 
@@ -38,22 +40,20 @@ class Place(NamedTuple):
     """Its dtype in the file where its bytes are converted on the way; None: they are copied."""
     start: int
     nbytes: int
+    quantised: Quantised | None = None
+    """What its numbers are made of, if they are."""
+    unit_read: int = 1
+    """The bytes of the file that are converted together ..."""
+    unit: int = 1
+    """... to so many of the buffer."""
 
     def start_of(self, segment: Segment) -> int:
         """Return where the bytes of a segment of this tensor begin in the buffer."""
-        return self.start + segment.storage_start // self._itemsize_read * self._itemsize
+        return self.start + segment.storage_start // self.unit_read * self.unit
 
     def nbytes_of(self, segment: Segment) -> int:
         """Return how many bytes of the buffer a segment of this tensor fills."""
-        return segment.nbytes // self._itemsize_read * self._itemsize
-
-    @property
-    def _itemsize_read(self) -> int:
-        return 1 if self.source is None else ITEMSIZE[self.source]
-
-    @property
-    def _itemsize(self) -> int:
-        return 1 if self.source is None else ITEMSIZE[self.dtype]
+        return segment.nbytes // self.unit_read * self.unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,11 @@ class BlockLayout:
     def converts(self) -> bool:
         """True if some bytes are converted on the way."""
         return any(place.source is not None for place in self.places)
+
+    @property
+    def quantised(self) -> tuple[Quantised, ...]:
+        """What numbers are made of on the way."""
+        return tuple(place.quantised for place in self.places if place.quantised is not None)
 
 
 def streamable(
@@ -110,17 +115,32 @@ def lay_out_block(
         checkpoint: The checkpoint that holds them.
         policy: The dtype that each of them gets.
     """
+    tensors = list(tensors)
+    values = values_among(tensors, checkpoint)
     places: list[Place] = []
     ranges: list[ByteRange] = []
     start = 0
     for tensor in tensors:
         dtype = policy.target(tensor.name, tensor.dtype)
-        source = None if dtype == tensor.dtype else tensor.dtype
-        storage, itemsize = checkpoint.storages[tensor.storage], ITEMSIZE[tensor.dtype]
-        first = storage.start + tensor.offset * itemsize
-        end = first + tensor.nbytes
-        ranges.append(ByteRange(len(places), storage.file, first, end, 1 if source is None else itemsize))
+        quantised = values.get(tensor.name)
+        raw = tensor if quantised is None else quantised.raw
+        source, unit_read, unit = _units(raw, dtype, quantised)
+        storage = checkpoint.storages[raw.storage]
+        first = storage.start + raw.offset * ITEMSIZE[raw.dtype]
+        ranges.append(ByteRange(len(places), storage.file, first, first + raw.nbytes, unit_read))
         nbytes = prod(tensor.shape) * ITEMSIZE[dtype]
-        places.append(Place(tensor.name, tensor.shape, dtype, source, start, nbytes))
+        places.append(Place(tensor.name, tensor.shape, dtype, source, start, nbytes, quantised, unit_read, unit))
         start += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     return BlockLayout(block, tuple(places), tuple(ranges), start)
+
+
+def _units(raw: TensorFacts, dtype: str, quantised: Quantised | None) -> tuple[str | None, int, int]:
+    """Return what is converted from, if anything, and how many bytes of it become how many."""
+    if quantised is None:
+        if raw.dtype == dtype:
+            return None, 1, 1
+        return raw.dtype, ITEMSIZE[raw.dtype], ITEMSIZE[dtype]
+    if quantised.scale is not None:
+        return raw.dtype, ITEMSIZE[raw.dtype], ITEMSIZE[dtype]
+    kind = next(one for one in GGUF_TYPES.values() if one.name == quantised.kind)
+    return raw.dtype, kind.block_nbytes, kind.block_elements * ITEMSIZE[dtype]

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.devices import driver
 from wan_loader.devices.cuda import join_copies
-from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import DeviceMemoryError
-from wan_loader.streaming.device import segments_of
+from wan_loader.streaming.device import convert, segments_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from wan_loader.devices.writer import HostBlock
     from wan_loader.plan.blocks import Segment
     from wan_loader.streaming.blocks import BlockLayout, Place
+    from wan_loader.streaming.device import Scales
 
 __all__ = ["CudaStreamDevice"]
 
@@ -33,17 +33,15 @@ def _torch() -> Any:
     return torch
 
 
-def _cast(target: Any, source: Any) -> None:
-    """Convert a tensor on the current stream."""
-    target.copy_(source)
-
-
 class _EventFence:
     """An event of the stream of copies, destroyed once it was waited for."""
 
     def __init__(self, stream: int) -> None:
-        self._event = driver.make_event()
+        self._event = driver.make_event(sleeps=True)  # for as long as a computation takes
         driver.record(self._event, stream)
+
+    def is_over(self) -> bool:
+        return driver.is_over(self._event)
 
     def wait(self) -> None:
         driver.wait_for(self._event)
@@ -57,7 +55,6 @@ class CudaStreamDevice:
         index: The number of the device.
         n_buffers: The number of buffers.
         buffer_nbytes: The bytes of each.
-        scratch_nbytes: The bytes of the longest segment that is converted; 0: none is.
 
     Raises:
         DeviceMemoryError: The device has no room for them.
@@ -65,13 +62,12 @@ class CudaStreamDevice:
 
     copies_late = True
 
-    def __init__(self, index: int, n_buffers: int, buffer_nbytes: int, scratch_nbytes: int) -> None:
+    def __init__(self, index: int, n_buffers: int, buffer_nbytes: int) -> None:
         self._torch = torch = _torch()
         self._device = f"cuda:{index}"
         self._context = driver.current_context()
         try:
             self.buffers = [self._empty(buffer_nbytes) for _ in range(n_buffers)]
-            self._scratch = self._empty(scratch_nbytes) if scratch_nbytes else None
         except torch.OutOfMemoryError as error:
             reason = f"{self._device} has no room for {n_buffers} buffers of {buffer_nbytes} bytes"
             raise DeviceMemoryError.because(reason, "use fewer buffers, or end what else runs there") from error
@@ -80,7 +76,27 @@ class CudaStreamDevice:
         self._full = [driver.make_event() for _ in self.buffers]
         self._used = [driver.make_event() for _ in self.buffers]
         self._allocated = driver.make_event()
-        # the memory may have been somebody's, whose work is still queued
+        self._scratch: Any = None
+        self._wait_for_memory()
+
+    def reserve(self, scratch_nbytes: int) -> None:
+        """Have room for the conversion of segments of so many bytes.
+
+        Raises:
+            DeviceMemoryError: The device has none.
+        """
+        if scratch_nbytes <= (0 if self._scratch is None else self._scratch.numel()):
+            return
+        self.synchronize()  # what is there may be in use
+        try:
+            self._scratch = self._empty(scratch_nbytes)
+        except self._torch.OutOfMemoryError as error:
+            reason = f"{self._device} has no room for {scratch_nbytes} bytes that are converted"
+            raise DeviceMemoryError.because(reason, "use fewer buffers, or end what else runs there") from error
+        self._wait_for_memory()
+
+    def _wait_for_memory(self) -> None:
+        """Have copies wait: new memory may have been somebody's, whose work is still queued."""
         driver.record(self._allocated, self._computing)
         driver.wait_in_stream(self._stream, self._allocated)
 
@@ -104,7 +120,7 @@ class CudaStreamDevice:
         """Have copies wait for the computation that used the buffer last."""
         driver.wait_in_stream(self._stream, self._used[buffer])
 
-    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock]) -> None:
+    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock], scales: Scales) -> None:
         """Queue copies into the buffer; what is to be converted goes through the scratch, one segment at a time."""
         memory = self.buffers[buffer]
         base, plain = int(memory.data_ptr()), []
@@ -113,7 +129,7 @@ class CudaStreamDevice:
             if place.source is None:
                 plain.append((base + place.start_of(segment), address, segment.nbytes))
             else:
-                self._convert(memory, place, segment, address, quick=quick)
+                self._convert(memory, place, segment, address, scales, quick=quick)
         joined = join_copies(plain, lambda _: (base, base + memory.numel()))
         driver.copy_to_device(joined, self._stream, quick=quick)
 
@@ -121,16 +137,17 @@ class CudaStreamDevice:
         """Return the end of the copies until here."""
         return _EventFence(self._stream)
 
-    def _convert(self, memory: Any, place: Place, segment: Segment, address: int, *, quick: bool) -> None:
-        """Copy a segment to the scratch and cast it from there: the stream keeps the order."""
+    def _convert(
+        self, memory: Any, place: Place, segment: Segment, address: int, scales: Scales, *, quick: bool
+    ) -> None:
+        """Copy a segment to the scratch and convert it from there: the stream keeps the order."""
         assert self._scratch is not None
-        assert place.source is not None
         driver.copy_to_device([(int(self._scratch.data_ptr()), address, segment.nbytes)], self._stream, quick=quick)
         start = place.start_of(segment)
-        target = memory[start : start + place.nbytes_of(segment)].view(torch_dtype(place.dtype))
+        target, raw = memory[start : start + place.nbytes_of(segment)], self._scratch[: segment.nbytes]
         # a buffer that was made in inference mode may be written in no other
         with self._torch.inference_mode(), self._torch.cuda.stream(self._cast_stream):
-            _cast(target, self._scratch[: segment.nbytes].view(torch_dtype(place.source)))
+            convert(target, raw, place, segment, scales)
 
     def end(self, buffer: int) -> None:
         """Record that the buffer is full."""

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
+from wan_loader.devices.dequantise import apply_scale_into, dequantise_into
 from wan_loader.devices.writer import PinError
 from wan_loader.dtypes import torch_dtype
 from wan_loader.errors import DeviceMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
 
     from wan_loader.devices.writer import HostBlock
     from wan_loader.plan.blocks import Segment
     from wan_loader.streaming.blocks import BlockLayout, Place
 
-__all__ = ["Fence", "HostStreamDevice", "StreamDevice", "segments_of"]
+    Scales = Mapping[str, torch.Tensor]
+    """What scaled tensors are multiplied by, by their names: in float32, 1-D, on the device."""
+
+__all__ = ["Fence", "HostStreamDevice", "StreamDevice", "convert", "segments_of"]
+
+_LONGEST_ELEMENT = 8
 
 
 class Fence(Protocol):
     """A moment in the copies of a device, to be waited for once."""
+
+    def is_over(self) -> bool:
+        """Return whether everything that was copied until then has left host memory. `wait` is called all the same."""
 
     def wait(self) -> None:
         """Return once everything that was copied until then has left host memory."""
@@ -39,13 +51,16 @@ class StreamDevice(Protocol):
     buffers: list[Any]
     """The memory of each buffer: a tensor of bytes."""
 
+    def reserve(self, scratch_nbytes: int) -> None:
+        """Have room for the conversion of segments of so many bytes."""
+
     def current(self) -> AbstractContextManager[None]:
         """Make the device the current one of this thread, for copies."""
 
     def begin(self, buffer: int) -> None:
         """Have the copies from here on wait until what was computed with a buffer is over, as `used` last said."""
 
-    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock]) -> None:
+    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock], scales: Scales) -> None:
         """Queue copies, and conversions, of parts of a block."""
 
     def fence(self) -> Fence | None:
@@ -95,6 +110,9 @@ class HostStreamDevice:
             reason = f"there is no memory for {n_buffers} buffers of {buffer_nbytes} bytes"
             raise DeviceMemoryError.because(reason, "use fewer buffers") from error
 
+    def reserve(self, scratch_nbytes: int) -> None:
+        """Do nothing: bytes are converted where they lie."""
+
     def current(self) -> AbstractContextManager[None]:
         """Return a context that does nothing."""
         return nullcontext()
@@ -102,15 +120,20 @@ class HostStreamDevice:
     def begin(self, buffer: int) -> None:
         """Do nothing: what was computed is over."""
 
-    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock]) -> None:
+    def copy(self, buffer: int, layout: BlockLayout, sources: Sequence[HostBlock], scales: Scales) -> None:
         """Copy and convert now."""
+        import torch
+
         memory = self.buffers[buffer]
         for place, segment, address in segments_of(layout, sources):
             start, nbytes = place.start_of(segment), place.nbytes_of(segment)
             if place.source is None:
                 ctypes.memmove(memory.data_ptr() + start, address, nbytes)
             else:
-                _convert(memory[start : start + nbytes].view(torch_dtype(place.dtype)), place.source, segment, address)
+                raw = _at(address, segment.nbytes)
+                # a buffer that was made in inference mode may be written in no other
+                with torch.inference_mode():
+                    convert(memory[start : start + nbytes], raw, place, segment, scales)
 
     def fence(self) -> None:
         """Return None: nothing is under way."""
@@ -140,11 +163,34 @@ class HostStreamDevice:
         self.buffers = []
 
 
-def _convert(target: Any, source: str, segment: Segment, address: int) -> None:
+def _at(address: int, nbytes: int) -> torch.Tensor:
+    """Return host memory as a tensor of bytes."""
     import torch
 
-    raw = torch.frombuffer((ctypes.c_char * segment.nbytes).from_address(address), dtype=torch.uint8)
-    if address % segment.itemsize:  # torch's kernels may assume aligned elements
-        raw = raw.clone()
-    with torch.inference_mode():  # a buffer that was made in this mode may be written in no other
-        target.copy_(raw.view(torch_dtype(source)))
+    raw = torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
+    # torch's kernels may assume aligned elements
+    return raw.clone() if address % _LONGEST_ELEMENT else raw
+
+
+def convert(target: torch.Tensor, raw: torch.Tensor, place: Place, segment: Segment, scales: Scales) -> None:
+    """Make a part of a tensor out of its bytes in the file, on the current stream.
+
+    Args:
+        target: The bytes of the buffer that it fills.
+        raw: The bytes of the file.
+        place: The tensor's place in the buffer.
+        segment: Says which part it is.
+        scales: What quantised tensors are multiplied by.
+    """
+    target = target.view(torch_dtype(place.dtype))
+    quantised = place.quantised
+    if quantised is not None and quantised.scale is None:
+        dequantise_into(target, raw, quantised.kind)
+        return
+    assert place.source is not None
+    raw = raw.view(torch_dtype(place.source))
+    if quantised is None:
+        target.copy_(raw)
+    else:
+        first = segment.storage_start // place.unit_read
+        apply_scale_into(target, raw, scales[place.name], n_columns=prod(place.shape[1:]), first=first)

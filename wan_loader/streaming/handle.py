@@ -7,22 +7,25 @@ the same objects. At all other times stand-ins are in their place (`away`).
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
-
 from wan_loader.errors import CheckpointError, OptionError
-from wan_loader.streaming.away import stand_in
+from wan_loader.streaming.source import THREAD_NAME
+from wan_loader.system.threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import ExitStack
     from types import TracebackType
 
+    import torch
+
     from wan_loader.cancel import CancelToken
     from wan_loader.streaming.report import StreamReport
     from wan_loader.streaming.schedule import Schedule
+    from wan_loader.streaming.workspace import Workspace
 
 _Hook = TypeVar("_Hook", bound="Callable[..., None]")
 
@@ -45,6 +48,8 @@ class TakenParameter(NamedTuple):
 
 def take_parameters(module: torch.nn.Module, names: Sequence[str]) -> list[TakenParameter]:
     """Return parameters of a module with stand-ins, by their dotted names. Those of one object have one stand-in."""
+    from wan_loader.streaming.away import stand_in  # imports torch, which the name of a class must not
+
     stand_ins: dict[int, torch.Tensor] = {}
     taken: list[TakenParameter] = []
     for full_name in names:
@@ -82,6 +87,8 @@ class _Block:
 
     def check_gradients(self, module: torch.nn.Module, inputs: object) -> None:
         """Raise `OptionError` if autograd would keep this block's weights: they are gone by the time they are used."""
+        import torch
+
         if not torch.is_grad_enabled():
             return
         tensors = [*module.parameters(), *torch.utils._pytree.tree_leaves(inputs)]
@@ -103,7 +110,17 @@ def _uncompiled(hook: _Hook) -> _Hook:
     """
     if "torch._dynamo" not in sys.modules:
         return hook
+    import torch
+
     return torch.compiler.disable(hook)  # type: ignore[no-any-return]
+
+
+def _give_back(resources: ExitStack) -> None:
+    """Close everything. The garbage collector may come to this in a thread that is to be ended by it."""
+    if threading.current_thread().name.startswith(THREAD_NAME):
+        in_background(resources.close, "close streamed blocks")
+    else:
+        resources.close()
 
 
 class StreamedBlocks:
@@ -120,6 +137,7 @@ class StreamedBlocks:
         schedule: Schedule,
         *,
         check_files: Callable[[], None],
+        workspace: Workspace,
         resources: ExitStack,
         report: Callable[[], StreamReport],
         cancel: CancelToken,
@@ -129,7 +147,9 @@ class StreamedBlocks:
         self._check_files = check_files
         self._report = report
         self._cancel = cancel
-        self._close = weakref.finalize(self, resources.close)
+        self.workspace = workspace
+        """What another module may share."""
+        self._close = weakref.finalize(self, _give_back, resources)
         self._hooks: list[Any] = []
         for block in self._blocks:
             block.put(away=True)

@@ -1,39 +1,39 @@
 """The bytes of streamed blocks, out of their files.
 
 Of some blocks the pages lie in the page cache and are registered with the driver for as long as the stream lasts:
-nothing is left for the host to do but to queue their copies. The others are read each time, through a few pinned slots:
-out of the page cache, or with O_DIRECT past it. On a device that copies late, a thread of its own does that.
+nothing is left for the host to do but to queue their copies. The others are read each time, through a few pinned slots,
+ahead of the computation (`reads`). On a device that copies late, a thread of its own does that.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
 
 from wan_loader.devices.writer import HostBlock, PinError
-from wan_loader.engine.open_files import BlockRead, OpenFiles
-from wan_loader.engine.pinned_ring import PinnedRing
+from wan_loader.engine.open_files import OpenFiles
 from wan_loader.errors import CheckpointError
 from wan_loader.plan.blocks import Block, Transport, plan_blocks
-from wan_loader.system.posix import map_file, populate, read_at, unmap
+from wan_loader.streaming.reads import ReadAhead
+from wan_loader.system.posix import map_file, populate, unmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from wan_loader.engine.pinned_ring import Slot
     from wan_loader.formats.checkpoint_facts import FileFacts
     from wan_loader.streaming.blocks import BlockLayout
-    from wan_loader.streaming.device import Fence, StreamDevice
+    from wan_loader.streaming.device import Scales, StreamDevice
+    from wan_loader.streaming.reads import Course
+    from wan_loader.streaming.slots import Slots
 
-__all__ = ["CHUNK_BYTES", "FileSource"]
+__all__ = ["CHUNK_BYTES", "THREAD_NAME", "FileSource"]
 
 #: What is read, or converted, at a time; copies of this size reach what the link gives.
 CHUNK_BYTES = 16 << 20
-_READS = 6
-#: One slot of each read is filled while the other is emptied.
-_SLOTS = 2 * _READS
+THREAD_NAME = "stream blocks"
+#: How long a report waits for the first reads, whose rate it is to name.
+_FIRST_READS_S = 2.0
 
 
 class FileSource:
@@ -43,8 +43,11 @@ class FileSource:
         files: The files of the checkpoint.
         layouts: The streamed blocks.
         device: Where they go.
+        slots: What bytes pass through that are read. Others may use them, when this has nothing under way.
         pinned: The numbers of the blocks whose pages are registered with the driver, if it will.
-        transport: Says how the bytes of a file travel that are read.
+        transport: Says how the bytes of a block travel that is read, by its number.
+        course: The order in which the blocks will be asked for.
+        scales: What scaled tensors are multiplied by, on the device, by their names.
 
     Raises:
         MissingFileError: A file is gone.
@@ -57,19 +60,25 @@ class FileSource:
         files: Sequence[FileFacts],
         layouts: Sequence[BlockLayout],
         device: StreamDevice,
+        slots: Slots,
         *,
         pinned: Collection[int],
-        transport: Callable[[int, int, int], Transport],
+        transport: Callable[[int], Transport],
+        course: Course,
+        scales: Scales | None = None,
     ) -> None:
         self._layouts = layouts
         self._device = device
+        self._scales = scales or {}
         self._files = [files[n] for n in sorted({r.file for layout in layouts for r in layout.byte_ranges})]
         self._under_way: dict[int, Future[None]] = {}
         """What the thread was asked for last, by buffer."""
-        self._slots: deque[tuple[Slot, Fence | None]] = deque()
-        """Those that are free, with the end of the last copy out of each; the oldest first."""
+        self._n_asked = self._n_begun = 0
+        """Blocks that were asked for, and those that the thread has begun to bring."""
+        self._is_stopping = False
         self._thread: ThreadPoolExecutor | None = None
-        self._readers: ThreadPoolExecutor | None = None
+        self._reads: ReadAhead | None = None
+        self._slots = slots
         self.pinned_nbytes = 0
         """The bytes of the page cache that are registered."""
         self._stack = ExitStack()
@@ -80,29 +89,40 @@ class FileSource:
                 if not (mapped := self._map(layouts[number])):
                     break  # a driver that refuses once would do so again
                 self._mapped[number] = mapped
-            self._blocks = [
-                list(plan_blocks(layout.byte_ranges, block_bytes=CHUNK_BYTES, transport=transport))
-                for layout in layouts
-            ]
+            self._blocks = [self._parts(number, transport) for number in range(len(layouts))]
             if len(self._mapped) < len(layouts):
-                self._make_slots()
+                read = {number: parts for number, parts in enumerate(self._blocks) if number not in self._mapped}
+                self._reads = ReadAhead(self._open, read, course, self._slots)
+                self._slots.ring()  # now, where an error is the caller's
+                if device.copies_late:
+                    self._thread = ThreadPoolExecutor(1, THREAD_NAME)
         except BaseException:
             self._stack.close()
             raise
 
+    def _parts(self, number: int, transport: Callable[[int], Transport]) -> list[Block]:
+        way = Transport.MAPPED if number in self._mapped else transport(number)
+        return list(plan_blocks(self._layouts[number].byte_ranges, block_bytes=CHUNK_BYTES, transport=lambda *_: way))
+
     @property
     def fallbacks(self) -> Sequence[str]:
         """Reasons why bytes travel in another way than was decided."""
-        return self._open.fallbacks
+        return [*self._open.fallbacks, *self._slots.fallbacks]
 
-    def nbytes(self) -> dict[Transport, int]:
-        """Return the bytes that travel each way when all blocks come once."""
-        found = dict.fromkeys(Transport, 0)
-        for number, blocks in enumerate(self._blocks):
-            for block in blocks:
-                way = Transport.MAPPED if number in self._mapped else block.transport
-                found[way] += sum(segment.nbytes for segment in block.segments)
+    def travel(self) -> dict[Transport, tuple[int, int]]:
+        """Return how many blocks travel each way, and how many bytes of them when all come once."""
+        found = dict.fromkeys(Transport, (0, 0))
+        for parts in self._blocks:
+            n_blocks, nbytes = found[way := parts[0].transport]
+            found[way] = n_blocks + 1, nbytes + sum(segment.nbytes for part in parts for segment in part.segments)
         return found
+
+    def read_rate(self) -> float | None:
+        """Return the bytes a second that the first reads past the page cache came with; None where there are none.
+
+        Waits for these reads, for two seconds at most.
+        """
+        return None if self._reads is None else self._reads.rate(_FIRST_READS_S)
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a file is not what it was when its header was read. Costs a stat for each."""
@@ -111,25 +131,65 @@ class FileSource:
 
     def fetch(self, block: int, buffer: int) -> None:
         """Bring a block into a buffer: where bytes are read behind the caller's back, in the thread that does so."""
-        if self._thread is not None:
-            self._under_way[buffer] = self._thread.submit(self._fetch, block, buffer)
-        else:
+        self._n_asked += 1
+        if self._thread is None:
             self._fetch(block, buffer)
+        else:
+            self._under_way[buffer] = self._thread.submit(self._fetch, block, buffer)
+            self._thread.submit(self._read_ahead)
 
     def ready(self, buffer: int) -> None:
         """Return once everything that was asked for a buffer is queued; raises what went wrong there."""
         if (future := self._under_way.pop(buffer, None)) is not None:
             future.result()
 
+    def drop(self) -> None:
+        """Return once nothing is queued any more, nor will be, and nothing is read: somebody else has the buffers."""
+        self._stop()
+        for future in [future for future in self._under_way.values() if not future.cancel()]:
+            future.exception()
+        self._under_way.clear()
+        if self._thread is None:
+            self._drop_reads()
+        else:
+            self._thread.submit(self._drop_reads).result()
+        self._n_begun = self._n_asked
+        self._is_stopping = False
+
+    def _stop(self) -> None:
+        """Have the thread end what it is at after the next part, and read nothing ahead."""
+        self._is_stopping = True
+        self._n_asked += 1
+
+    def _drop_reads(self) -> None:
+        if self._reads is not None:
+            with self._device.current():
+                self._reads.drop()
+
     def _fetch(self, number: int, buffer: int) -> None:
+        self._n_begun += 1
         device, layout = self._device, self._layouts[number]
         with device.current():
             device.begin(buffer)
             if number in self._mapped:
-                device.copy(buffer, layout, [self._mapped_block(number, block) for block in self._blocks[number]])
+                mapped = [self._mapped_block(number, block) for block in self._blocks[number]]
+                device.copy(buffer, layout, mapped, self._scales)
             else:
-                self._read_all(number, buffer)
+                assert self._reads is not None
+                with closing(self._reads.parts(number)) as parts:  # after a failure, nothing may be under way
+                    for part in parts:
+                        device.copy(buffer, layout, [part], self._scales)
+                        self._reads.copied(device.fence())
+                        if self._is_stopping:  # the block will not be used
+                            return
             device.end(buffer)
+
+    def _read_ahead(self) -> None:
+        """Read what will be asked for, until something is."""
+        assert self._reads is not None
+        with self._device.current(), suppress(CheckpointError):  # whoever asks for it will be told
+            while self._n_asked == self._n_begun and self._reads.go_on():
+                pass
 
     # pages of the cache
 
@@ -171,84 +231,13 @@ class FileSource:
                 return HostBlock(host.address + block.start - host.block.start, block, quick=True)
         raise AssertionError("a part of a mapped block is not mapped")
 
-    # reads
-
-    def _make_slots(self) -> None:
-        ring = PinnedRing(CHUNK_BYTES, _SLOTS if self._device.copies_late else 1, pinned=self._device.copies_late)
-        self._stack.callback(ring.close)
-        address, pinned = ring.slots[0].address, False
-        if self._device.copies_late:
-            self._stack.callback(self._device.unpin, address)
-            with suppress(OSError):  # then registering has more to do
-                populate(address, ring.nbytes, write=True)
-            try:
-                self._device.pin(address, ring.nbytes, read_only=False)
-                pinned = True
-            except PinError as refusal:
-                self._open.fallbacks.append(f"the slots are not pinned, copies are slower: {refusal}")
-            self._thread = ThreadPoolExecutor(1, "stream blocks")
-            self._readers = ThreadPoolExecutor(_READS, "read blocks")
-        for slot in ring.slots:
-            slot.pinned = pinned
-            self._slots.append((slot, None))
-
-    def _read_all(self, number: int, buffer: int) -> None:
-        """Read the parts of a block, several at a time, and queue their copies in their order."""
-        reads: deque[tuple[Slot, Future[HostBlock] | HostBlock]] = deque()
-        try:
-            for block in self._blocks[number]:
-                if not self._slots:
-                    self._copy_read(number, buffer, *reads.popleft())
-                slot, fence = self._slots.popleft()
-                reads.append((slot, self._begin_read(block, slot, fence)))
-            while reads:
-                self._copy_read(number, buffer, *reads.popleft())
-        finally:
-            # after a failure: a slot is free once nobody writes to it any more
-            for slot, read in reads:
-                if isinstance(read, Future):
-                    read.exception()
-                self._slots.append((slot, None))
-
-    def _begin_read(self, block: Block, slot: Slot, fence: Fence | None) -> Future[HostBlock] | HostBlock:
-        if fence is not None:
-            fence.wait()
-        if self._readers is not None:
-            return self._readers.submit(_read, self._open, block, slot)
-        return _read(self._open, block, slot)
-
-    def _copy_read(self, number: int, buffer: int, slot: Slot, read: Future[HostBlock] | HostBlock) -> None:
-        fence = None
-        try:
-            host = read.result() if isinstance(read, Future) else read
-            self._device.copy(buffer, self._layouts[number], [host])
-            fence = self._device.fence()
-        finally:
-            self._slots.append((slot, fence))
-
     def close(self) -> None:
         """End the threads, and give everything back: once no copy is under way any more, and no computation."""
-        for pool in (self._thread, self._readers):
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        self._stop()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(cancel_futures=True)
         self._under_way.clear()
         with self._stack:
-            while self._slots:
-                _, fence = self._slots.popleft()
-                if fence is not None:
-                    fence.wait()
+            self._drop_reads()
             self._device.synchronize()  # copies out of mapped pages have no fences
-
-
-def _read(files: OpenFiles, block: Block, slot: Slot) -> HostBlock:
-    """Read a block into a slot; raises `CheckpointError` for one that cannot be read whole."""
-    read = BlockRead(files, block)
-    while True:
-        start, nbytes, position = read.wanted
-        try:
-            n_read = read_at(read.fd, slot.address + start, nbytes, position)
-        except OSError as error:
-            read.failed(error)
-            continue
-        if read.arrived(n_read):
-            return HostBlock(slot.address + read.data_start, block, quick=slot.pinned)

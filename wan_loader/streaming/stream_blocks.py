@@ -1,35 +1,24 @@
 """The public call: a module whose blocks stay in the checkpoint's files, and come to the device as it runs.
 
-    request -> open -> pair -> lay out, split -> load the rest -> buffers, source, schedule -> bind, hooks
-
-A wrapper around a load: the steps are those of `load_into`, with some between them.
+Every value is checked here; `steps` does the rest.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wan_loader.arguments import check_cancel, check_module, check_observer, checked_count, checked_strings
+from wan_loader.arguments import check_cache, check_cancel, check_module, check_observer, checked_count, checked_strings
 from wan_loader.cancel import CancelToken
-from wan_loader.devices.resolve import current, import_torch
-from wan_loader.dtypes import dtype_name, torch_dtype
-from wan_loader.errors import CheckpointError, OptionError
-from wan_loader.formats.known_formats import is_planned
-from wan_loader.loading.bind import Into, make_binding
+from wan_loader.devices.resolve import import_torch
+from wan_loader.dtypes import dtype_name
+from wan_loader.errors import OptionError
+from wan_loader.loading.bind import Into
 from wan_loader.loading.fill_module import is_distributed
-from wan_loader.loading.load_session import LoadSession
-from wan_loader.loading.probe import probe
-from wan_loader.plan.blocks import Transport
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.request import LoadRequest
 from wan_loader.sizes import parse_size
-from wan_loader.streaming.decision import Limits, decide, lay_out_all
-from wan_loader.streaming.device import HostStreamDevice
-from wan_loader.streaming.report import StreamReport
-from wan_loader.streaming.schedule import Schedule
-from wan_loader.streaming.source import CHUNK_BYTES, FileSource
+from wan_loader.streaming.decision import Limits
+from wan_loader.streaming.steps import Use, stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,21 +27,14 @@ if TYPE_CHECKING:
 
     from wan_loader.events import Observer
     from wan_loader.formats import Checkpoint
-    from wan_loader.loading.bind import Binding
     from wan_loader.loading.match import KeyMap
-    from wan_loader.loading.report import LoadReport
-    from wan_loader.plan.facts import Facts
-    from wan_loader.streaming.blocks import BlockLayout
-    from wan_loader.streaming.decision import Decision
-    from wan_loader.streaming.device import StreamDevice
     from wan_loader.streaming.handle import StreamedBlocks
+    from wan_loader.streaming.workspace import Workspace
     from wan_loader.types import IoMode, StrPath
 
 __all__ = ["stream_blocks"]
 
 _MAX_BUFFERS = 64
-#: A converted segment is a chunk long at most, or less than one element more.
-_SCRATCH_BYTES = CHUNK_BYTES + 512
 
 
 def stream_blocks(
@@ -65,6 +47,8 @@ def stream_blocks(
     buffers: int = 3,
     device_memory: int | str | None = None,
     pinned_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    share: StreamedBlocks | None = None,
     part: str | None = None,
     key_map: KeyMap | None = None,
     strict: bool = True,
@@ -72,6 +56,8 @@ def stream_blocks(
     keep_fp32: Sequence[str] = (),
     io: IoMode = "auto",
     threads: int | None = None,
+    cache: bool = False,
+    cache_dir: StrPath | None = None,
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
 ) -> StreamedBlocks:
@@ -98,7 +84,8 @@ def stream_blocks(
         blocks: The dotted name of the module that holds the blocks, such as a `torch.nn.ModuleList`. They may run in
             any order; in theirs, again and again, they come in time.
         device: As for `load_file`. On the CPU, everything happens at once: for tests.
-        dtype: As for `load_file`; conversions happen on the device, each time.
+        dtype: As for `load_file`; conversions happen on the device, each time. So what is quantised stays small in its
+            file and on the link.
         buffers: How many streamed blocks have room on the device, 1 to 64: one computes while the others come. Block i
             always has buffer i modulo this. Where the number of streamed blocks is a multiple of it, forwards that
             follow each other do so without a gap.
@@ -107,15 +94,25 @@ def stream_blocks(
             top.
         pinned_memory: The bytes of the page cache that may be pinned for the device, so that the host has nothing to do
             but to queue copies; None: half of the memory that is allowed here. Of blocks beyond that, the bytes are
-            read each time, by threads.
+            read each time, by a thread.
+        host_memory: The bytes of the page cache that may be relied upon, pinned ones included; None: three quarters of
+            the memory that is available now. Blocks beyond that are read from the disk in each forward, past the page
+            cache, ahead of the computation: a forward that takes longer than these reads hides them. The report says
+            what they cost, before the first forward. The slots that bytes pass through come on top: 400 MB.
+        share: Another module's streamed blocks, whose buffers on the device these use, too: for modules of which one
+            runs at a time, such as two experts. The limits then count what all of them hold, buffers once. The first
+            block of a module that runs after another one is waited for. Each may be closed at any time.
         part: As for `load_file`.
         key_map: As for `load_into`.
         strict: As for `load_into`.
         allow_meta: As for `load_into`.
         keep_fp32: As for `load_into`.
         io: As for `load_file`. For the streamed blocks, "mapped" is what "auto" prefers; "direct" and "buffered" read
-            each time.
+            all of them each time.
         threads: As for `load_file`, for what stays on the device.
+        cache: Stream from the entry of the converted cache, if there is one: of a checkpoint in float32 that is wanted
+            in bfloat16, half the bytes. If there is none, conversions happen each time, and the report says so.
+        cache_dir: The directory of the cache; None takes the user's cache directory.
         cancel: As for `load_file`. Also asked by each streamed block: a forward that was cancelled raises.
         observer: As for `load_file`, for what stays on the device.
 
@@ -126,7 +123,8 @@ def stream_blocks(
         streamed weights.
 
     Raises:
-        OptionError: An argument makes no sense, or `blocks` names nothing with blocks.
+        OptionError: An argument makes no sense, `blocks` names nothing with blocks, or `share` is closed, lies on
+            another device, or has smaller buffers.
         CheckpointError: As for `load_file`, or the checkpoint is a pickle that cannot be planned.
         KeyMismatchError: As for `load_into`.
         DeviceMemoryError: `device_memory` is too little even with every block streamed, or the device has no room.
@@ -137,6 +135,7 @@ def stream_blocks(
     check_module(module)
     check_cancel(cancel)
     check_observer(observer)
+    check_cache(cache=cache, cache_dir=cache_dir)
     request = LoadRequest(
         source=path,
         device=device,
@@ -144,16 +143,32 @@ def stream_blocks(
         part=part,
         io=io,
         threads=threads,
+        makes_values=True,
     )
     limits = Limits(
         buffers=checked_count(buffers, "buffers", most=_MAX_BUFFERS),
         device=_checked_size(device_memory, "device_memory"),
         pinned=_checked_size(pinned_memory, "pinned_memory"),
+        host=_checked_size(host_memory, "host_memory"),
     )
     import_torch()
     into = Into(module=module, key_map=key_map, strict=strict, allow_meta=tuple(allow_meta))
     names = _block_names(module, blocks)
-    return _stream(request, into, names, limits, cancel or CancelToken(), observer)
+    use = Use(_checked_share(share), cache, cache_dir)
+    return stream(request, into, names, limits, use, cancel or CancelToken(), observer)
+
+
+def _checked_share(share: object) -> Workspace | None:
+    """Return what is to be shared."""
+    if share is None:
+        return None
+    from wan_loader.streaming.handle import StreamedBlocks
+
+    if not isinstance(share, StreamedBlocks):
+        raise OptionError.because(f"share is {type(share).__name__}", "pass what stream_blocks has returned")
+    if share.closed:
+        raise OptionError.because("the blocks that are to be shared with are closed", "share with some that are not")
+    return share.workspace
 
 
 def _checked_size(size: int | str | None, what: str) -> int | None:
@@ -174,123 +189,3 @@ def _block_names(module: torch.nn.Module, blocks: object) -> list[str]:
         remedy = f"pass one of {', '.join(lists[:5])}" if lists else "pass the dotted name of a list of modules"
         raise OptionError.because(f"blocks={blocks!r:.60} names no list of modules in the module", remedy)
     return names
-
-
-def _stream(
-    request: LoadRequest,
-    into: Into,
-    names: Sequence[str],
-    limits: Limits,
-    cancel: CancelToken,
-    observer: Observer | None,
-) -> StreamedBlocks:
-    """Load the rest of the module, and have its blocks come."""
-    with LoadSession(cancel=cancel, observer=observer) as session, ExitStack() as resources:
-        checkpoint = session.open(request)
-        if not is_planned(checkpoint):
-            reason, remedy = "is a pickle that only torch can read", "save it as safetensors, or use load_into"
-            raise CheckpointError.because(reason, remedy, path=checkpoint.path)
-        binding = make_binding(request, checkpoint, into)
-        decision, facts = _decide(binding, checkpoint, names, limits)
-        plan = session.plan(replace(binding.request, names=decision.resident), checkpoint)
-        with current(facts.device):
-            device = _make_device(decision, facts)
-            resources.callback(device.close)
-            transfer = session.run(plan)
-            source = FileSource(
-                checkpoint.files, decision.layouts, device, pinned=decision.pinned, transport=decision.transport
-            )
-            resources.callback(source.close)
-            schedule = Schedule(len(decision.layouts), decision.split.n_buffers, device, source)
-            schedule.start()
-            with session.span("assign"):
-                notes = binding.bind(transfer.tensors | _views(decision.layouts, device), facts.device)
-        load = session.result(plan, transfer, warnings=notes).report
-        return _handle(binding, decision, schedule, source, resources.pop_all(), names, load, cancel)
-
-
-def _decide(binding: Binding, checkpoint: Checkpoint, names: Sequence[str], limits: Limits) -> tuple[Decision, Facts]:
-    """Ask the system what must be known of it, and decide."""
-    request, found, into = binding.request, binding.found, binding.into
-    assert found is not None
-    assert into is not None
-    wanted = request.select(checkpoint)
-    request.policy.check(checkpoint, wanted)
-    parameters = frozenset(name for name, _ in into.module.named_parameters(remove_duplicate=False))
-    layouts = lay_out_all(names, found, parameters, checkpoint, request.policy)
-    in_blocks = tuple(place.name for layout in layouts for place in layout.places)
-    facts = probe(checkpoint, replace(request, names=in_blocks))
-    policy, io = request.policy, request.io
-    return decide(layouts, wanted, checkpoint, policy, facts, limits, io=io, chunk_nbytes=_SCRATCH_BYTES), facts
-
-
-def _make_device(decision: Decision, facts: Facts) -> StreamDevice:
-    n_buffers, nbytes = decision.split.n_buffers, decision.split.buffer_nbytes
-    if not facts.cuda:
-        return HostStreamDevice(n_buffers, nbytes)
-    from wan_loader.streaming.cuda_device import CudaStreamDevice
-
-    return CudaStreamDevice(int(facts.device.partition(":")[2]), n_buffers, nbytes, decision.scratch_nbytes)
-
-
-def _views(layouts: Sequence[BlockLayout], device: StreamDevice) -> dict[str, torch.Tensor]:
-    """Return each streamed tensor, by its name in the checkpoint: a view of the buffer that it always comes to."""
-    views: dict[str, torch.Tensor] = {}
-    for number, layout in enumerate(layouts):
-        buffer = device.buffers[number % len(device.buffers)]
-        for place in layout.places:
-            flat = buffer[place.start : place.start + place.nbytes].view(torch_dtype(place.dtype))
-            views[place.name] = flat.view(place.shape)
-    return views
-
-
-def _handle(
-    binding: Binding,
-    decision: Decision,
-    schedule: Schedule,
-    source: FileSource,
-    resources: ExitStack,
-    names: Sequence[str],
-    load: LoadReport,
-    cancel: CancelToken,
-) -> StreamedBlocks:
-    """Put the hooks in place."""
-    from wan_loader.streaming.handle import StreamedBlocks, take_parameters
-
-    assert binding.into is not None
-    assert binding.found is not None
-    module, slots = binding.into.module, binding.found.slots
-    return StreamedBlocks(
-        module,
-        {
-            layout.name: take_parameters(module, [name for place in layout.places for name in slots[place.name]])
-            for layout in decision.layouts
-        },
-        schedule,
-        check_files=source.check_unchanged,
-        resources=resources,
-        report=lambda: _report(decision, names, load, source, schedule),
-        cancel=cancel,
-    )
-
-
-def _report(
-    decision: Decision, names: Sequence[str], load: LoadReport, source: FileSource, schedule: Schedule
-) -> StreamReport:
-    nbytes = source.nbytes()
-    return StreamReport(
-        load=load,
-        blocks=tuple(names),
-        streamed=tuple(layout.name for layout in decision.layouts),
-        n_buffers=decision.split.n_buffers,
-        buffer_nbytes=decision.split.buffer_nbytes,
-        device_nbytes=decision.split.nbytes,
-        nbytes_mapped=nbytes[Transport.MAPPED],
-        nbytes_direct=nbytes[Transport.DIRECT],
-        nbytes_buffered=nbytes[Transport.BUFFERED],
-        pinned_nbytes=source.pinned_nbytes,
-        reason=decision.reason,
-        n_fetched=schedule.n_fetched,
-        n_late=schedule.n_late,
-        warnings=tuple(dict.fromkeys(source.fallbacks)),
-    )

@@ -20,11 +20,13 @@ __all__ = [
     "forbid",
     "map_anonymous",
     "map_file",
+    "map_over",
     "map_private",
     "move_over",
     "populate",
     "prefer_huge_pages",
     "read_at",
+    "reserve_addresses",
     "start_writeback",
     "trim_heap",
     "unmap",
@@ -62,6 +64,7 @@ _libc_alone.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t
 
 _MREMAP_MAYMOVE_FIXED = 1 | 2  # linux/mman.h
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h, and the same on x86
+_MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -138,6 +141,31 @@ def map_anonymous(nbytes: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"mmap: {os.strerror(code)}")
     return int(address)
+
+
+def reserve_addresses(nbytes: int) -> int:
+    """Return the start of addresses that nothing else will be mapped to, and that hold nothing yet."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    address = _libc.mmap(None, nbytes, _PROT_NONE, flags, -1, 0)
+    if address is None or address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap: {os.strerror(code)}")
+    return int(address)
+
+
+def map_over(fd: int, nbytes: int, place: int, *, shared: bool) -> None:
+    """Map a whole file to addresses that are ours, to read and to write.
+
+    Args:
+        fd: The open file, of whole pages.
+        nbytes: Its length.
+        place: The first of the addresses.
+        shared: Writes go to the file, for everybody who has mapped it; else written pages become copies.
+    """
+    flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _MAP_NORESERVE)
+    if _libc.mmap(place, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != place:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap: {os.strerror(code)}")
 
 
 def move_over(address: int, nbytes: int, place: int) -> None:

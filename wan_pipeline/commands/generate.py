@@ -17,8 +17,10 @@ from wan_loader import OptionError
 from wan_loader.cli import check_outputs, own_file, print_json, say, show, write_json
 from wan_loader.distributed import is_first, world_size
 from wan_pipeline.families import FAMILIES
+from wan_pipeline.network_files import NetworkFiles
 from wan_pipeline.parallel import Degrees
 from wan_pipeline.phase_progress import phase_progress
+from wan_pipeline.start_options import checked_bytes
 from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
 from wan_pipeline.wan_checkpoint import open_wan
 
@@ -41,9 +43,46 @@ def _option(name: str, help: str, **settings: Any) -> Any:
 
 
 _TASK_HELP = f"{', '.join(_TASKS[:-1])} or {_TASKS[-1]}."
-CkptDir = Annotated[Path, _option("ckpt_dir", "The checkpoint, in the native or the diffusers layout.")]
+CkptDir = Annotated[
+    Path | None,
+    _option("ckpt_dir", "The checkpoint, in the native or the diffusers layout, or with ComfyUI's folders."),
+]
+
+
+def _file(name: str, what: str) -> Any:
+    return _option(name, f"{what}, in the place of the checkpoint's.", metavar="FILE", show_default=False)
+
+
+HighNoise = Annotated[Path | None, _file("high_noise", "The high-noise expert, safetensors or GGUF")]
+LowNoise = Annotated[Path | None, _file("low_noise", "The low-noise expert")]
+Transformer = Annotated[Path | None, _file("transformer", "The expert of a model that has one")]
+TextEncoder = Annotated[Path | None, _file("text_encoder", "The text encoder")]
+Vae = Annotated[Path | None, _file("vae", "The VAE")]
+Tokenizer = Annotated[
+    Path | None,
+    _option("tokenizer", "The directory of umT5's tokenizer.", metavar="DIR", show_default="in or beside the files"),
+]
 PresetName = Annotated[
-    str, _option("preset", "auto, fastest, balanced, min-memory, multi-gpu, or a .toml file of your own.")
+    str, _option("preset", "auto, fastest, balanced, min-memory, streamed, multi-gpu, or a .toml file of your own.")
+]
+VramLimit = Annotated[
+    str | None,
+    _option(
+        "vram_limit",
+        "What the process may hold on the GPU, as the driver counts it, such as 12GB: the fastest way that fits is "
+        "taken, down to blocks that come from the files as they run.",
+        metavar="SIZE",
+        show_default="the preset's, or what is free",
+    ),
+]
+RamLimit = Annotated[
+    str | None,
+    _option(
+        "ram_limit",
+        "What the process may hold in host memory beside the page cache, such as 24GB.",
+        metavar="SIZE",
+        show_default="half of the memory for pinned pages",
+    ),
 ]
 Device = Annotated[str, _option("device", "auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
@@ -76,8 +115,14 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks 
 
 
 def generate(
-    ckpt_dir: CkptDir,
     prompt: Annotated[str, _option("prompt", "What the video shows.")],
+    ckpt_dir: CkptDir = None,
+    high_noise: HighNoise = None,
+    low_noise: LowNoise = None,
+    transformer: Transformer = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
     task: Annotated[str | None, _option("task", _TASK_HELP, show_default="the checkpoint's")] = None,
     size: Annotated[str | None, _option("size", "WIDTH*HEIGHT in pixels.", show_default="1280*720")] = None,
     frame_num: Annotated[int | None, _option("frame_num", "Frames, 4n+1.", show_default="81")] = None,
@@ -96,6 +141,8 @@ def generate(
         Path | None, _option("save_file", "The mp4 to write.", show_default="TASK_SIZE_SEED.mp4")
     ] = None,
     preset: PresetName = "auto",
+    vram_limit: VramLimit = None,
+    ram_limit: RamLimit = None,
     device: Device = "auto",
     dtype: Dtype = None,
     offload_model: OffloadModel = None,
@@ -115,18 +162,20 @@ def generate(
 
     \b
     wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
-    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --preset min-memory --size 832*480 --save_file cats.mp4
+    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --vram_limit 12GB --size 832*480 --save_file cats.mp4
+    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --high_noise high-Q4_K_M.gguf --low_noise low-Q4_K_M.gguf
     torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT \\
         --dit_fsdp --t5_fsdp --ulysses_size 8
     """
-    start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
-    start |= _cache_settings(cache, cache_dir)
+    files = _named_files(ckpt_dir, high_noise, low_noise, transformer, text_encoder, vae, tokenizer)
+    start = _start_settings(preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
+    start |= _cache_settings(cache, cache_dir) | _memory_settings(vram_limit, ram_limit)
     degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
     degrees.check(world_size(), t5_cpu=t5_cpu)
     start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
-    start["directory"] = checkpoint = open_wan(ckpt_dir)
+    start["directory"] = checkpoint = open_wan(ckpt_dir, **files.named)
     if task not in (None, checkpoint.task):
-        raise OptionError.because(f"--task {task}: {ckpt_dir} is {checkpoint.task}")
+        raise OptionError.because(f"--task {task}: {checkpoint.directory} is {checkpoint.task}")
     settings = {
         "size": parse_size(size) if size is not None else None,
         "frame_num": frame_num,
@@ -155,8 +204,16 @@ def generate(
 
 
 def load(
-    ckpt_dir: CkptDir,
+    ckpt_dir: CkptDir = None,
+    high_noise: HighNoise = None,
+    low_noise: LowNoise = None,
+    transformer: Transformer = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    tokenizer: Tokenizer = None,
     preset: PresetName = "auto",
+    vram_limit: VramLimit = None,
+    ram_limit: RamLimit = None,
     device: Device = "auto",
     dtype: Dtype = None,
     offload_model: OffloadModel = None,
@@ -174,8 +231,10 @@ def load(
     \b
     wan-pipeline load --ckpt_dir Wan2.2-T2V-A14B --preset fastest --profile-out start.json
     """
-    start = _start_settings(ckpt_dir, preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
-    start |= _cache_settings(cache, cache_dir)
+    files = _named_files(ckpt_dir, high_noise, low_noise, transformer, text_encoder, vae, tokenizer)
+    start = _start_settings(preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
+    start |= {"directory": ckpt_dir, **files.named}
+    start |= _cache_settings(cache, cache_dir) | _memory_settings(vram_limit, ram_limit)
     profile_out = own_file(profile_out)
     check_outputs(profile_out, force=force)
     with _started(start, None) as pipe:
@@ -186,8 +245,30 @@ def load(
     _finish(report, profile_out, json=json, result="\n".join(loads))
 
 
+def _named_files(
+    ckpt_dir: Path | None,
+    high_noise: Path | None,
+    low_noise: Path | None,
+    transformer: Path | None,
+    text_encoder: Path | None,
+    vae: Path | None,
+    tokenizer: Path | None,
+) -> NetworkFiles:
+    """Return the files that were named; without any, there has to be a directory."""
+    files = NetworkFiles(
+        high_noise=high_noise,
+        low_noise=low_noise,
+        transformer=transformer,
+        text_encoder=text_encoder,
+        vae=vae,
+        tokenizer=tokenizer,
+    )
+    if ckpt_dir is None and not files.networks:
+        raise typer.BadParameter("Missing option '--ckpt_dir' (or a file for each network, such as '--high_noise').")
+    return files
+
+
 def _start_settings(
-    ckpt_dir: Path,
     preset: str,
     device: str,
     dtype: str | None,
@@ -199,13 +280,24 @@ def _start_settings(
         reason = f"--convert_model_dtype converts to bf16, --dtype says {dtype}"
         raise OptionError.because(reason, "leave one of them out")
     return {
-        "directory": ckpt_dir,
         "preset": preset,
         "device": device,
         "dtype": "bf16" if convert else dtype,
         "t5_cpu": t5_cpu,
         "offload_model": None if offload is None else _parse_bool("offload_model", offload),
     }
+
+
+def _memory_settings(vram_limit: str | None, ram_limit: str | None) -> dict[str, Any]:
+    """Read the limits, whose errors name the flags."""
+    limits = {"device_memory": ("vram_limit", vram_limit), "host_memory": ("ram_limit", ram_limit)}
+    found: dict[str, Any] = {}
+    for name, (flag, text) in limits.items():
+        try:
+            found[name] = checked_bytes(text, flag)
+        except OptionError as error:
+            raise OptionError(f"--{flag}: {error}") from error
+    return found
 
 
 def _cache_settings(cache: bool, cache_dir: Path | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader import OptionError
+from wan_pipeline.hub.comfy_layout import comfy_parts
 from wan_pipeline.hub.layouts import layout_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def outline_model(directory: str, dtype: str) -> Outline | None:
         OptionError: The pipeline extra is not installed.
         CheckpointError: The model is not complete.
     """
-    if layout_of(Path(directory)) is None:
+    root = Path(directory)
+    if layout_of(root) is None and comfy_parts(root) is None:
         return None
     if find_spec("diffusers") is None:
         reason = "the entry of a whole pipeline needs the pipeline extra"

@@ -18,11 +18,11 @@ from wan_pipeline.families import FAMILIES
 from wan_pipeline.model_family import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from wan_loader.formats import Candidate
-    from wan_pipeline.model_family import ModelFamily, Network
+    from wan_pipeline.model_family import ComponentName, ModelFamily, Network
 
 __all__ = [
     "REPOSITORIES",
@@ -107,18 +107,23 @@ def is_native(root: Path) -> bool:
     return any((root / name).exists() for name in (*_EXPERT_DIRS, *_TEXT_FILES, *_VAE_FILES))
 
 
-def family_of(root: Path, layout: Layout) -> ModelFamily:
+def family_of(root: Path, layout: Layout, among: Sequence[ModelFamily] = FAMILIES) -> ModelFamily:
     """Find the model that a directory holds, complete or not: the one for which most of what is there speaks.
+
+    Args:
+        root: The directory.
+        layout: Its layout.
+        among: The models that it may be.
 
     Raises:
         CheckpointError: Its model_index.json is damaged.
     """
     if layout == "diffusers":
         index, config = _read_json(root / "model_index.json"), _some_config(root / "transformer")
-        return max(FAMILIES, key=lambda family: _likeness(family, index, config))  # the first of equal ones
+        return max(among, key=lambda family: _likeness(family, index, config))  # the first of equal ones
     loose = [c.name for c in _loose(root)]
-    speaks = {family: _named_here(root, family, loose) for family in FAMILIES}
-    likely = [family for family in FAMILIES if speaks[family] == max(speaks.values())]
+    speaks = {family: _named_here(root, family, loose) for family in among}
+    likely = [family for family in among if speaks[family] == max(speaks.values())]
     if len(likely) > 1:  # only then: what is read lies in the page cache, which `warm` measures
         configs = {n.native: _some_config(root / n.native) for n in _EXPERTS}
         likely.sort(key=lambda family: _likeness_native(family, configs), reverse=True)
@@ -166,12 +171,9 @@ def _some_config(path: Path) -> dict[str, Any]:
         return {}
 
 
-def parts_of(root: Path, layout: Layout) -> dict[str, str]:
+def parts_of(root: Path, layout: Layout, family: ModelFamily | None = None) -> dict[ComponentName, str]:
     """Map each part that holds weights to its file or directory below the root, in the order of first use."""
-    return _parts(root, layout, family_of(root, layout))
-
-
-def _parts(root: Path, layout: Layout, family: ModelFamily) -> dict[str, str]:
+    family = family or family_of(root, layout)
     if layout == "diffusers":
         return {network.name: network.name for network in family.networks}
     return {network.name: _native_part(root, network) for network in family.networks}
@@ -183,8 +185,16 @@ def _native_part(root: Path, network: Network) -> str:
     return network.native or _transformer_file(root)
 
 
-def missing_files(root: Path, layout: Layout) -> list[str]:
+def missing_files(
+    root: Path, layout: Layout, family: ModelFamily | None = None, given: Collection[str] = ()
+) -> list[str]:
     """List the files that a complete checkpoint has and that are not there.
+
+    Args:
+        root: The directory.
+        layout: Its layout.
+        family: The model; None is the one that it looks like.
+        given: Parts that lie elsewhere: networks as diffusers calls them, and "tokenizer".
 
     Returns:
         Paths relative to `root`; those of directories end in a slash.
@@ -192,17 +202,22 @@ def missing_files(root: Path, layout: Layout) -> list[str]:
     Raises:
         CheckpointError: An index or a configuration is damaged.
     """
-    family = family_of(root, layout)
-    parts = _parts(root, layout, family)
+    family = family or family_of(root, layout)
+    parts = parts_of(root, layout, family)
+    wanted = [network for network in family.networks if network.name not in given]
+    tokenizer = [] if "tokenizer" in given else _missing_tokenizer(root, root / family.tokenizer[layout])
     missing: list[str] = []
     if layout == "native":
-        missing += [parts[n.name] for n in family.networks if n.kind != "dit" and not (root / parts[n.name]).exists()]
-        for network in family.experts:
-            missing += _missing_parts(root, root / network.native, _INDEX if network.native else parts[network.name])
-        return missing + _missing_tokenizer(root, root / family.tokenizer[layout])
-    for name in parts:
-        missing += _missing_parts(root, root / name, "model.safetensors.index.json" if "text" in name else _INDEX)
-    missing += _missing_tokenizer(root, root / family.tokenizer[layout])
+        missing += [parts[n.name] for n in wanted if n.kind != "dit" and not (root / parts[n.name]).exists()]
+        for network in wanted:
+            if network.kind == "dit":
+                index = _INDEX if network.native else parts[network.name]
+                missing += _missing_parts(root, root / network.native, index)
+        return missing + tokenizer
+    for network in wanted:
+        index = "model.safetensors.index.json" if network.kind == "text_encoder" else _INDEX
+        missing += _missing_parts(root, root / network.name, index)
+    missing += tokenizer
     scheduler = "scheduler/scheduler_config.json"
     return missing if (root / scheduler).exists() else [*missing, scheduler]
 

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 from wan_loader import CheckpointError, MissingFile, ModelDirectory, ModelPart
 from wan_pipeline.families import FAMILIES
+from wan_pipeline.hub.comfy_layout import comfy_parts
 from wan_pipeline.hub.download_state import read_state
 from wan_pipeline.hub.layouts import family_of, layout_of, missing_files, parts_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from wan_pipeline.hub.download_state import DownloadState
-    from wan_pipeline.model_family import Layout, ModelFamily
+    from wan_pipeline.model_family import ComponentName, Layout, ModelFamily
 
 __all__ = ["recognise"]
 
@@ -27,14 +30,13 @@ def recognise(directory: str) -> ModelDirectory | None:
     state = read_state(root)
     layout = state.layout if state else layout_of(root)
     if layout is None:
-        return None
+        return _comfy(root)
     missing, problems = (_missing(state), ()) if state else _missing_by_layout(root, layout)
     family, paths = _family_and_paths(root, layout)
-    titles: dict[str, str] = {network.name: network.title for network in family.networks}
     return ModelDirectory(
         family=family.title,
         layout=layout,
-        parts=tuple(ModelPart(name, path, titles[name]) for name, path in paths.items()),
+        parts=_parts(family, paths),
         missing=missing,
         problems=problems,
         repository=state.repository if state else None,
@@ -43,7 +45,19 @@ def recognise(directory: str) -> ModelDirectory | None:
     )
 
 
-def _family_and_paths(root: Path, layout: Layout) -> tuple[ModelFamily, dict[str, str]]:
+def _comfy(root: Path) -> ModelDirectory | None:
+    """Say what ComfyUI's folders hold, where that is one model."""
+    if (found := comfy_parts(root)) is None:
+        return None
+    family, paths = found
+    return ModelDirectory(family=family.title, layout="comfy", parts=_parts(family, paths))
+
+
+def _parts(family: ModelFamily, paths: Mapping[ComponentName, str]) -> tuple[ModelPart, ...]:
+    return tuple(ModelPart(name, path, family[name].title) for name, path in paths.items())
+
+
+def _family_and_paths(root: Path, layout: Layout) -> tuple[ModelFamily, dict[ComponentName, str]]:
     """Return the model, and where its parts are; no parts, where what is damaged keeps them from being known."""
     try:
         return family_of(root, layout), parts_of(root, layout)

@@ -83,8 +83,8 @@ def synth(
         components: Write some parts only.
         dtype: The dtype of the experts' files, published as fp32; the text encoder is always bf16, the VAE fp32. In
             other forms, that of the text encoder as well: fp16 if it is not said; the VAE is bf16.
-        form: "published"; or one file a network under ComfyUI's names, in native names, without tokenizer and
-            configuration: "comfy" (plain), "fp8-scaled", or "gguf" (the experts as Q8_0).
+        form: "published"; or ComfyUI's folders with one file a network, the tokenizer in that of the text encoder:
+            "comfy" (plain), "fp8-scaled", or "gguf" (the experts as Q8_0).
         seed: The same seed gives the same weights.
         force: Allow a directory that is not empty: files of the same names are replaced, others stay.
         progress: Called with (done, total) bytes in this thread.

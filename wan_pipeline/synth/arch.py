@@ -20,8 +20,8 @@ Size = Literal["tiny", "full"]
 DType = Literal["fp32", "bf16", "fp16"]
 #: How files are stored: as they are published, or as ComfyUI has them (plain, or quantised in one of two ways).
 Form = Literal["published", "comfy", "fp8-scaled", "gguf"]
-#: What a tensor of a file may be: "fp8" is to be multiplied by a scale, "q8_0" is GGUF's.
-Stored = Literal["fp32", "bf16", "fp16", "fp8", "q8_0"]
+#: What a tensor of a file may be: "fp8" is to be multiplied by a scale, "q8_0" is GGUF's, "uint8" is a file in a file.
+Stored = Literal["fp32", "bf16", "fp16", "fp8", "q8_0", "uint8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +154,11 @@ class Arch:
     def task(self) -> str:
         """The model's name in `--task`."""
         return self.family.task
+
+    @property
+    def model_type(self) -> str:
+        """What the native configuration of its experts says it is."""
+        return self.task.partition("-")[0]
 
     @property
     def components(self) -> tuple[SynthName, ...]:

@@ -39,14 +39,16 @@ class WeightFile:
     path: str
     """The path relative to the checkpoint's directory."""
     tensors: tuple[SynthTensor, ...]
+    metadata: tuple[tuple[str, str], ...] = ()
+    """What a safetensors or GGUF file says beside its tensors."""
 
     def stream(self, data: Data) -> Iterator[Buffer]:
         """Yield the file's bytes in order."""
         if self.path.endswith(".pth"):
             return pth_stream(self.tensors, PurePosixPath(self.path).stem, data)
         if self.path.endswith(".gguf"):
-            return gguf_stream(self.tensors, data)
-        return safetensors_stream(self.tensors, data)
+            return gguf_stream(self.tensors, data, dict(self.metadata))
+        return safetensors_stream(self.tensors, data, dict(self.metadata))
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +93,7 @@ def plan_files(
     """Plan the files of the given components, and the small files that every checkpoint has."""
     found: tuple[WeightFile | TextFile, ...]
     if form != "published":
-        found = tuple(WeightFile(path, tensors) for path, tensors in comfy_files(arch, form, components, dtypes))
+        found = tuple(WeightFile(*file) for file in comfy_files(arch, form, components, dtypes))
     elif layout == "native":
         found = tuple(_native(arch, components, dtypes))
     else:
@@ -112,8 +114,7 @@ def _native(
             yield WeightFile(network.native, tensors)
         else:
             prefix = f"{network.native}/" if network.native else ""
-            model_type = arch.task.partition("-")[0]
-            yield TextFile(f"{prefix}config.json", _json(arch.dit.native_config(model_type)))
+            yield TextFile(f"{prefix}config.json", _json(arch.dit.native_config(arch.model_type)))
             yield from _sharded(f"{prefix}diffusion_pytorch_model", tensors, _shard_limit(arch, "native", tensors))
     for name, content in tokenizer_files().items():
         yield TextFile(f"{arch.family.tokenizer['native']}/{name}", content)

@@ -1,21 +1,24 @@
 """The files that ComfyUI's repackaged models consist of: one a network, in the folders of its models.
 
     diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors     native names; plain ones under a prefix
-    text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors                  the names of transformers
+    text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors                  the names of transformers, and the tokenizer
     vae/wan_2.1_vae.safetensors                                           native names
 
 In quantised files, the matrices of blocks are quantised, and everything else is as in plain ones: that is what the
-published ones do, whose exact choice differs from maker to maker.
+published ones do, whose exact choice differs from maker to maker. Of published shapes, the shapes alone tell the
+configuration of an expert; those of tiny ones do not, so their files say it in their metadata.
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wan_pipeline.synth.fill import fp8_scale
 from wan_pipeline.synth.synth_tensors import Q8_0, SynthTensor, component_tensors, native_tensors
+from wan_pipeline.synth.tokenizer import sentencepiece_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +34,8 @@ _FOLDERS = {"dit": "diffusion_models", "text_encoder": "text_encoders", "vae": "
 
 def comfy_files(
     arch: Arch, form: Form, components: Sequence[SynthName], dtypes: Mapping[SynthName, DType]
-) -> Iterator[tuple[str, tuple[SynthTensor, ...]]]:
-    """Yield the path and the tensors of each file."""
+) -> Iterator[tuple[str, tuple[SynthTensor, ...], tuple[tuple[str, str], ...]]]:
+    """Yield the path, the tensors and the metadata of each file."""
     for component in components:
         kind, dtype = arch.network(component).kind, dtypes[component]
         tensors = component_tensors(arch, component, dtype)
@@ -48,7 +51,12 @@ def comfy_files(
             end = f"_{dtype}{end}"
             if kind == "dit":
                 tensors = tuple(replace(tensor, name=PREFIX + tensor.name) for tensor in tensors)
-        yield f"{_FOLDERS[kind]}/{stem}{end}", tensors
+        if kind == "text_encoder":
+            model = sentencepiece_model()
+            tensors += (SynthTensor("spiece_model", (len(model),), "uint8", f"{component}.spiece_model", model),)
+        says = kind == "dit" and arch.dit.head_dim != arch.family.sizes.head_dim
+        config = json.dumps(arch.dit.native_config(arch.model_type)) if says else None
+        yield f"{_FOLDERS[kind]}/{stem}{end}", tensors, () if config is None else (("config", config),)
 
 
 def _is_quantised(tensor: SynthTensor) -> bool:

@@ -51,7 +51,7 @@ class Pool:
         generator = torch.Generator().manual_seed(seed)
         self._values = torch.randn(self._numel, generator=generator).mul_(arch.std)
         scaled = {"fp8": self._values / fp8_scale(arch)} if "fp8" in (wanted := set(dtypes)) else {}
-        self._views = {d: _bytes_in(scaled.get(d, self._values), d) for d in wanted - {"q8_0"}}
+        self._views = {d: _bytes_in(scaled.get(d, self._values), d) for d in wanted - {"q8_0", "uint8"}}
 
     def data(self, tensor: SynthTensor) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in buffers of a few MB; views of the pool, nothing is copied."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from wan_pipeline.synth.synth_tensors import ITEMSIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from wan_pipeline.synth.synth_tensors import SynthTensor
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["no_data", "pth_stream", "safetensors_stream", "stream_nbytes"]
 
-_SAFETENSORS_DTYPE = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3"}
+_SAFETENSORS_DTYPE = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8": "F8_E4M3", "uint8": "U8"}
 _STORAGE_CLASS = {"fp32": "FloatStorage", "bf16": "BFloat16Storage", "fp16": "HalfStorage"}
 _HEADER_ALIGN = 8
 _DATA_ALIGN = 64
@@ -50,10 +50,12 @@ def stream_nbytes(stream: Iterable[Buffer]) -> int:
     return sum(memoryview(buffer).nbytes for buffer in stream)
 
 
-def safetensors_stream(tensors: Sequence[SynthTensor], data: Data) -> Iterator[Buffer]:
+def safetensors_stream(
+    tensors: Sequence[SynthTensor], data: Data, metadata: Mapping[str, str] | None = None
+) -> Iterator[Buffer]:
     """Yield a safetensors file as the safetensors library writes it: tensors of one dtype sorted by name."""
     tensors = sorted(tensors, key=lambda t: (-ITEMSIZE[t.dtype], t.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes

@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from wan_pipeline.synth.formats import Buffer, Data
     from wan_pipeline.synth.synth_tensors import SynthTensor
@@ -24,19 +24,22 @@ _TYPES = {"fp32": 0, "fp16": 1, "q8_0": 8, "bf16": 30}
 _INT32, _STRING, _ARRAY = 5, 8, 9
 
 
-def gguf_stream(tensors: Sequence[SynthTensor], data: Data) -> Iterator[Buffer]:
+def gguf_stream(
+    tensors: Sequence[SynthTensor], data: Data, metadata: Mapping[str, str] | None = None
+) -> Iterator[Buffer]:
     """Yield a file of these tensors, in their order."""
-    metadata = [_text("general.architecture") + struct.pack("<I", _STRING) + _text("wan")]
+    texts = {"general.architecture": "wan", **(metadata or {})}
+    entries = [_text(key) + struct.pack("<I", _STRING) + _text(value) for key, value in texts.items()]
     infos: list[bytes] = []
     end = 0
     for tensor in tensors:
         if len(tensor.shape) > _MAX_DIMENSIONS:
-            metadata.append(_original_shape(tensor))
+            entries.append(_original_shape(tensor))
         shape = _stored_shape(tensor.shape)
         sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         infos.append(_text(tensor.name) + sizes + struct.pack("<IQ", _TYPES[tensor.dtype], end))
         end += tensor.nbytes + _padding(tensor.nbytes)
-    header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(metadata)) + b"".join([*metadata, *infos])
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(entries)) + b"".join([*entries, *infos])
     yield header + bytes(_padding(len(header)))
     for tensor in tensors:
         yield from data(tensor)

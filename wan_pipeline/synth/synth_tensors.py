@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ITEMSIZE", "Q8_0", "SynthTensor", "component_tensors", "map_name", "meta_module", "native_tensors"]
 
-ITEMSIZE: dict[Stored, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+ITEMSIZE: dict[Stored, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "uint8": 1}
 #: Elements and bytes of a block of Q8_0.
 Q8_0 = (32, 34)
 

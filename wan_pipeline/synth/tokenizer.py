@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import string
 import struct
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from wan_pipeline.prompt_tokenizer import tokenizer_config, unigram
 
-__all__ = ["VOCAB_SIZE", "tokenizer_files"]
+__all__ = ["VOCAB_SIZE", "sentencepiece_model", "tokenizer_files"]
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 _UNKNOWN = 2
+_SPECIAL_ROLES = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _WORDS = """
     a and animal at ball beach bear bird blue boat box boxing bright camera car cat cats child city close cloud color
@@ -44,55 +43,29 @@ VOCAB_SIZE = len(_pieces())
 
 def tokenizer_files() -> dict[str, bytes]:
     """Make the files of a tokenizer directory: name -> content."""
-    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    config = {
-        **special,
-        "additional_special_tokens": [],
-        "clean_up_tokenization_spaces": True,
-        "extra_ids": 0,
-        "model_max_length": 512,
-        "tokenizer_class": "T5Tokenizer",
-    }
+    made = unigram(_pieces(), _SPECIAL_ROLES, _UNKNOWN)
     return {
-        "special_tokens_map.json": _json(special),
-        "spiece.model": _sentencepiece_model(),
-        "tokenizer.json": _fast_tokenizer().encode(),
-        "tokenizer_config.json": _json(config),
+        "special_tokens_map.json": (json.dumps(_SPECIAL_ROLES, indent=2, sort_keys=True) + "\n").encode(),
+        "spiece.model": sentencepiece_model(),
+        "tokenizer.json": str(made.to_str(pretty=True)).encode(),
+        "tokenizer_config.json": tokenizer_config(_SPECIAL_ROLES),
     }
-
-
-def _json(value: Mapping[str, object]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _fast_tokenizer() -> str:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    tokenizer = Tokenizer(models.Unigram(_pieces(), unk_id=_UNKNOWN, byte_fallback=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")]
-    )
-    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
-    )
-    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in _SPECIAL])
-    return str(tokenizer.to_str(pretty=True))
 
 
 # spiece.model is a protocol buffer, `sentencepiece_model.proto`: ModelProto(pieces=1, trainer_spec=2,
 # normalizer_spec=3). Written by hand, since training one would need the sentencepiece library.
 
 
-def _sentencepiece_model() -> bytes:
+def sentencepiece_model() -> bytes:
+    """Make the same tokenizer as sentencepiece keeps it."""
     normal, unknown, control = 1, 2, 3
     types = {"<unk>": unknown, "<pad>": control, "</s>": control}
     model = b""
     for text, score in _pieces():
         fields = _bytes(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _int(3, types.get(text, normal))
         model += _bytes(1, fields)
-    unigram, no_id = 1, -1
-    trainer = _int(3, unigram) + _int(4, VOCAB_SIZE) + _int(40, _UNKNOWN) + _int(41, no_id) + _int(42, 1) + _int(43, 0)
+    unigrams, no_id = 1, -1
+    trainer = _int(3, unigrams) + _int(4, VOCAB_SIZE) + _int(40, _UNKNOWN) + _int(41, no_id) + _int(42, 1) + _int(43, 0)
     add_dummy_prefix, remove_extra_spaces, escape_spaces = _int(3, 1), _int(4, 1), _int(5, 1)
     normalizer = _bytes(1, b"identity") + add_dummy_prefix + remove_extra_spaces + escape_spaces
     return model + _bytes(2, trainer) + _bytes(3, normalizer)

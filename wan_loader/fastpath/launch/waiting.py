@@ -2,7 +2,7 @@
 
 This file is copied to where processes find it when they start, so it stands alone, works on any Python from 3.9,
 imports nothing of wan_loader before torch has been, and never raises into the program. WAN_LOADER_ACCELERATE=0 turns it
-off for a process and those that it starts.
+off for a process and those that it starts; WAN_LOADER_KEEP=1 has it use weights that are kept.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _install(tallies: Any) -> None:
 
         # collections, which the import would cause, look at all that torch has made: two thirds of the time
         with wan_loader.paused_gc():
-            wan_loader.install()
+            wan_loader.install(**({"keep": True} if os.environ.get("WAN_LOADER_KEEP") == "1" else {}))
         if tallies is not None:
             from wan_loader.fastpath.launch.tallies import leave_tally_at_exit
 

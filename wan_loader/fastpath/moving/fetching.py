@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from wan_loader.fastpath.deferral.waiting_cast import WaitingCast
     from wan_loader.fastpath.tally import Tally
+    from wan_loader.formats.checkpoint_facts import Checkpoint
     from wan_loader.provenance.proof import Proof
     from wan_loader.types import IoMode
 
@@ -42,6 +43,8 @@ class Fetching(NamedTuple):
     min_memory_nbytes: int
     """Less than this of what is in no file is left."""
     tally: Tally
+    keep: bool = False
+    """True if what the keeper holds is taken from there."""
 
     def fetch(self, slots: Mapping[str, Slot], casts: Mapping[str, WaitingCast]) -> list[tuple[Slot, Origin]]:
         """Bring what is in some places to the device, as far as that is certain, and bind it once it has arrived.
@@ -95,19 +98,33 @@ class Fetching(NamedTuple):
         self, proof: Proof, tensors: Mapping[str, torch.Tensor], policy: DtypePolicy
     ) -> dict[str, torch.Tensor]:
         """Load what is proven; return it once everything has arrived, without those of `tensors` that changed."""
-        start_ns = clock_ns()
+        start_ns, source = clock_ns(), as_checkpoint(proof)
+        kept = self._attach(source, policy)
+        left = tuple(name for name in source.names if name not in kept) if kept else None
         try:
-            loaded = load(as_checkpoint(proof), self.device, policy=policy, io=self.io)
+            loaded = load(source, self.device, policy=policy, io=self.io, names=left)
         except (WanLoaderError, OSError) as error:
             nbytes = sum(found.nbytes for found in proof.ranges.values())
             self.tally.leave_after(error, nbytes)
             return {}
-        again, fetched = prove({name: tensors[name] for name in proof.ranges if name in tensors}), loaded.tensors
+        again = prove({name: tensors[name] for name in proof.ranges if name in tensors})
+        fetched = {**loaded.tensors, **kept}
         for name in tensors.keys() & proof.ranges.keys():
             if not again.has_same(name, proof):
                 self.tally.leave("was written to meanwhile", fetched.pop(name).nbytes)
         self.tally.served(self.component, loaded.report.nbytes_file, (clock_ns() - start_ns) / 1e9)
         return fetched
+
+    def _attach(self, source: Checkpoint, policy: DtypePolicy) -> dict[str, torch.Tensor]:
+        """Take what is kept, if that was asked for; the memory is others', too."""
+        if not self.keep:
+            return {}
+        from wan_loader.keeper.attached import attach_ranges
+
+        kept = attach_ranges(source, policy, self.device)
+        if kept:
+            self.tally.saved("loads of kept tensors", len(kept), sum(tensor.nbytes for tensor in kept.values()))
+        return kept
 
 
 def _ties(slots: Mapping[str, Slot]) -> dict[str, str]:

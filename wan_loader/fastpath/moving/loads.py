@@ -35,12 +35,13 @@ def load(
     policy: DtypePolicy,
     io: IoMode = "auto",
     owned: bool = False,
+    names: tuple[str, ...] | None = None,
 ) -> LoadResult:
     """Load a checkpoint, one that was made up or that of paths, by one plan, with a dtype for each tensor.
 
     Arguments and errors are those of `LoadRequest` and `wan_loader.load`.
     """
-    request = LoadRequest(source=source, device=device, policy=policy, io=io, owned=owned)
+    request = LoadRequest(source=source, device=device, policy=policy, io=io, owned=owned, names=names)
     with LoadSession(keeps_peaks=True) as session:
         plan = session.plan(request, session.open(request))
         return session.result(plan, session.run(plan))

@@ -60,6 +60,8 @@ class Moves:
     min_nbytes: int = _MIN_BYTES
     min_memory_nbytes: int = _MIN_MEMORY_BYTES
     """The same for tensors that are in no file."""
+    keep: bool = False
+    """True if what the keeper holds of the files is used, rather than read."""
     origins: Origins = field(default_factory=Origins, init=False)
     """What the tensors that moved were fetched from."""
 
@@ -129,7 +131,7 @@ class Moves:
         from wan_loader.fastpath.moving.fetching import Fetching
 
         component = type(module).__name__
-        fetching = Fetching(component, device, dtype, self.io, self.min_memory_nbytes, self.tally)
+        fetching = Fetching(component, device, dtype, self.io, self.min_memory_nbytes, self.tally, self.keep)
         return fetching.fetch(slots, casts)
 
     def fetch_tensors(
