@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.profiler.analysis.advice import advise
 from wan_loader.profiler.analysis.notes import program_notes
+from wan_loader.profiler.analysis.raised_ceilings import raise_ceilings
 from wan_loader.profiler.analysis.session import Process, Session, path_spans
 from wan_loader.profiler.analysis.story import launchers_of, pace_sentence, subject_of, turns_of
 from wan_loader.profiler.analysis.weight_files import device_of, files_of
@@ -117,7 +118,7 @@ def program_session(recording: Recording, processes: Sequence[Process], around: 
     own = path_spans(processes, [turn for turn in turns if turn.process not in launchers])
     why = "; ".join(filter(None, (session.verdict.why, pace_sentence(processes, turns, subject))))
     verdict = replace(session.verdict, why=why)
-    advice = advise(replace(evidence, spans=own)) if launchers else session.advice
+    advice = advise(replace(evidence, spans=own, ceilings=session.ceilings)) if launchers else session.advice
     report = replace(session.report, bottleneck=Bottleneck(verdict.phase, why))
     return replace(session, report=report, turns=turns, verdict=verdict, advice=advice)
 
@@ -130,6 +131,9 @@ def _session(
     evidence: Evidence,
     around: Environment,
 ) -> Session:
+    ceilings, raised = raise_ceilings(evidence)
+    evidence = replace(evidence, ceilings=ceilings)
+    around = replace(around, ceilings=ceilings, notes=(*around.notes, *raised))
     verdict = judge(evidence)
     return Session(
         kind=kind,
