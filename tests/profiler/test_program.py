@@ -68,6 +68,37 @@ torch.zeros(1 << 20).copy_(torch.zeros(3, 5))
     assert profiled[1].startswith(bare[1])
 
 
+def test_open_behaves_as_ever(tmp_path):
+    """With weight files, with others, and with what is no file."""
+    source = """
+import io, pathlib, traceback
+weights = pathlib.Path("w.safetensors")
+weights.write_bytes(bytes(range(256)) * 400)
+for subject, mode in ((3.5, "rb"), ([], "rb"), ("no.safetensors", "rb"), ("a\\0b", "rb"), (weights, "nonsense")):
+    try:
+        open(subject, mode)
+    except Exception:
+        traceback.print_exc()
+assert io.open is open
+for name in (weights, str(weights), bytes(weights)):
+    with open(name, "rb") as file:
+        print(type(file), file.name, file.mode, file.raw.name, type(file.raw).__name__)
+        print(file.read(3), file.seek(100), file.tell(), len(file.read(70000)), len(file.peek()), len(file.read()))
+        buffer = bytearray(102400)
+        print(file.seek(0), file.readinto(buffer), bytes(buffer) == weights.read_bytes(), file.fileno() > 2)
+    print(file.closed)
+with open(weights, "rb", buffering=0) as file:
+    print(type(file), len(file.read()))
+with open(weights, encoding="latin1") as file:
+    print(len(file.read()))
+"""
+    bare, profiled = bare_and_profiled(tmp_path, f"import os\nos.chdir({str(tmp_path)!r})\n{source}")
+    assert bare[2] == 0, bare[1]
+    assert profiled[0] == bare[0]
+    assert bare[1].count("Traceback") == 5
+    assert profiled[1].startswith(bare[1])
+
+
 def test_failing_import_shows_no_frame_of_ours(tmp_path):
     (tmp_path / "broken.py").write_text("import not_there_at_all\n")
     bare, profiled = bare_and_profiled(tmp_path, "import broken\n")

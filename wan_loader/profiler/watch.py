@@ -30,6 +30,8 @@ _INTERVAL_S = 0.1
 _SHARE = 0.03
 _MAX_PROCESSES = 2000
 _MAX_POLLED = 400
+#: Of a program that runs for hours, every second look is forgotten again and again.
+_MAX_COUNTERS = 20_000
 _MAX_FDS = 256
 _MAX_FILES = 1000
 #: A file of any name counts as weights from this size on.
@@ -151,6 +153,8 @@ class Watcher:
                 continue
             has_weights = self._look_at_files(pid, process)
             process.counters.append(replace(found, has_weights=has_weights))
+            if len(process.counters) > _MAX_COUNTERS:
+                process.counters[:] = process.counters[::2]
             if found.resident_bytes == 0 and _state(pid) == "Z":  # where there is no descriptor that tells
                 self._alive.pop(pid).end_ns = found.at_ns
                 continue

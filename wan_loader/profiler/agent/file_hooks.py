@@ -84,19 +84,19 @@ def hook_numpy(recorder: Any, numpy: Any) -> None:
 
 def _weights(path: Any) -> Any:
     """Return the path of a file that may hold weights, as text; None for any other."""
-    if not isinstance(path, str):
-        if isinstance(path, int):
-            return None
-        path = os.fsdecode(path)
-    end = path[-12:].lower()
-    if end.endswith(_PROGRAMS) or (path.startswith(("/proc/", "/sys/", "/dev/")) and not path.startswith("/dev/shm/")):
-        return None
     try:
-        size = os.stat(path).st_size
-    except (OSError, ValueError):
+        name = path if isinstance(path, str) else None if isinstance(path, int) else os.fsdecode(path)
+        if name is None:
+            return None
+        end = name[-12:].lower()
+        of_system = name.startswith(("/proc/", "/sys/", "/dev/")) and not name.startswith("/dev/shm/")
+        if of_system or end.endswith(_PROGRAMS):
+            return None
+        size = os.stat(name).st_size
+    except (OSError, ValueError, TypeError):  # what is wrong with it, `open` itself says
         return None
     least = 1 if end.endswith(_WEIGHTS[:2]) else MIN_BYTES if end.endswith(_WEIGHTS) else _LARGE_BYTES
-    return path if size >= least else None
+    return name if size >= least else None
 
 
 def _timed_file(recorder: Any, file: Any) -> Any:
