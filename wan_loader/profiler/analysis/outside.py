@@ -79,10 +79,11 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
     children = [s for s in recording.seen if s.parent == seen.pid and s.end_ns is not None and s.counters]
     # the kernel counts a call when it is over, so bytes that are recorded may be counted later
     owed = 0
+    left = {id(child): max(child.counters[-1].read_bytes, child.counters[-1].called_bytes) for child in children}
     for a, b in pairwise(_from_birth(seen, zero)):
         start_ns, end_ns = max(0, a.at_ns - zero), b.at_ns - zero
         owed += sum(s.nbytes for s in reads if start_ns <= s.start_ns < end_ns)
-        nbytes = _counted(a, b, children)
+        nbytes = _counted(a, b, children, left)
         owed, nbytes = max(0, owed - nbytes), max(0, nbytes - owed)
         if nbytes >= _WORTH_BYTES:
             gaps = _gaps(covered, start_ns, end_ns)
@@ -106,16 +107,25 @@ def _from_birth(seen: SeenProcess, zero: int) -> Sequence[Counters]:
     return [*birth, *seen.counters]
 
 
-def _counted(a: Counters, b: Counters, children: Sequence[SeenProcess]) -> int:
-    """Return the bytes that a process itself has read between two looks."""
+def _counted(a: Counters, b: Counters, children: Sequence[SeenProcess], left: dict[int, int]) -> int:
+    """Return the bytes that a process itself has read between two looks.
+
+    Args:
+        a: The first look.
+        b: The second one.
+        children: Those that it has waited for.
+        left: Bytes of each that have not been taken out yet; is changed.
+    """
     # read calls also read pipes and sockets
     called = b.called_bytes - a.called_bytes if a.has_weights or b.has_weights else 0
-    nbytes = max(b.read_bytes - a.read_bytes, called)
+    nbytes = max(0, b.read_bytes - a.read_bytes, called)
     for child in children:
-        if a.at_ns - _SHORT_NS <= (child.end_ns or 0) <= b.at_ns:
-            last = child.counters[-1]
-            nbytes -= max(last.read_bytes, last.called_bytes)
-    return max(0, nbytes)
+        # its end is noticed a little later than it happens
+        if a.at_ns - _SHORT_NS <= (child.end_ns or 0) <= b.at_ns + _SHORT_NS:
+            taken = min(nbytes, left[id(child)])
+            left[id(child)] -= taken
+            nbytes -= taken
+    return nbytes
 
 
 def _gaps(covered: Sequence[tuple[int, int]], start_ns: int, end_ns: int) -> list[tuple[int, int]]:
