@@ -38,29 +38,35 @@ def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:
     Raises:
         OutputError: The file is not whole; then what was at `path` is still there.
     """
-    target = Path(path)
+    # before there is a file: Ctrl-C in the import of a library ends the process, which would leave it
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    ffmpeg, target = get_ffmpeg_exe(), Path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".mp4", dir=target.parent)
-        try:
-            _encode(name, frames_THWC, fps)
-            if (held := _count_frames(name)) != len(frames_THWC):
+        # a directory: an encoder that Ctrl-C has orphaned can make no file once it is gone
+        made = tempfile.TemporaryDirectory(
+            prefix=f".{target.stem[:40]}.", dir=target.parent, ignore_cleanup_errors=True
+        )
+        with made as beside:
+            name = os.path.join(beside, "video.mp4")
+            _encode(ffmpeg, name, frames_THWC, fps)
+            if (held := _count_frames(ffmpeg, name)) != len(frames_THWC):
                 raise OSError(f"the encoder wrote {held} of {len(frames_THWC)} frames")
-            os.fsync(handle)  # some file systems only now say that they are full
-            os.chmod(name, 0o666 & ~_umask())
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())  # some file systems only now say that they are full
             os.replace(name, target)
-        finally:
-            os.close(handle)
-            Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError.because(f"cannot be written: {error.strerror or error}", path=target) from error
 
 
-def _encode(name: str, frames_THWC: np.ndarray, fps: int) -> None:
+def _encode(ffmpeg: str, name: str, frames_THWC: np.ndarray, fps: int) -> None:
     _, height, width, _ = frames_THWC.shape
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     coded = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", _CRF]
     with tempfile.TemporaryFile() as said:
-        encoder = _ffmpeg([*raw, *coded, "-y", name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+        encoder = _started(
+            ffmpeg, [*raw, *coded, "-y", name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said
+        )
         with encoder:
             _send(encoder, frames_THWC)
         if encoder.returncode:
@@ -82,23 +88,21 @@ def _send(encoder: subprocess.Popen[bytes], frames_THWC: np.ndarray) -> None:
             encoder.stdin.close()
 
 
-def _count_frames(name: str) -> int:
+def _count_frames(ffmpeg: str, name: str) -> int:
     """Count the frames that can be read from a video; read the file once and decode nothing."""
     # a line for each; what `-progress` says of copies is not the same in all versions
     words = ["-i", name, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]
     with tempfile.TemporaryFile() as said:
-        with _ffmpeg(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as reader:
+        with _started(ffmpeg, words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as reader:
             told, _ = reader.communicate()
         if reader.returncode:
             raise OSError(_reason(said, reader.returncode))
     return sum(not line.startswith(b"#") for line in told.splitlines())
 
 
-def _ffmpeg(words: list[str], *, stdin: int, stdout: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+def _started(ffmpeg: str, words: list[str], *, stdin: int, stdout: int, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start ffmpeg in a session of its own: Ctrl-C is for us, and we end it."""
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    command = [get_ffmpeg_exe(), "-v", "error", *words]
+    command = [ffmpeg, "-v", "error", *words]
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
 
 
@@ -109,9 +113,3 @@ def _reason(said: IO[bytes], code: int) -> str:
     lines = [re.sub(r"^(\[[^\]]*\] ?)+", "", line).strip() for line in lines]
     lines = [line for line in lines if line and line != "Conversion failed!"]
     return f"{lines[-1] if lines else 'it said nothing'} (ffmpeg, exit code {code})"
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

@@ -1,6 +1,7 @@
 """`write_mp4`: the whole video or an error, with real and failing encoders and a disk that is really full."""
 
 import subprocess
+import sys
 
 import pytest
 
@@ -81,6 +82,26 @@ def test_an_encoder_that_fails_replaces_nothing(frames, tmp_path, encoder, scrip
         write_mp4(tmp_path / "v.mp4", frames, 16)
     assert (tmp_path / "v.mp4").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ffmpeg", "v.mp4"]
+
+
+def test_nothing_is_imported_once_there_is_a_file(frames, tmp_path, monkeypatch):
+    """Ctrl-C in the import of a library ends a command at once, and would leave the file."""
+    held = {}
+
+    class Watching:
+        def find_spec(self, name, path=None, target=None):
+            held[name] = list(tmp_path.iterdir())
+
+    monkeypatch.delitem(sys.modules, "imageio_ffmpeg")
+    monkeypatch.setattr(sys, "meta_path", [Watching(), *sys.meta_path])
+    write_mp4(tmp_path / "v.mp4", frames, 16)
+    assert "imageio_ffmpeg" in held
+    assert not any(held.values())
+
+
+def test_a_name_may_be_as_long_as_names_may_be(frames, tmp_path):
+    write_mp4(tmp_path / f"{'n' * 251}.mp4", frames, 16)
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 def test_an_interrupt_ends_the_encoder(frames, tmp_path, encoder):
