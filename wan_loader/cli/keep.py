@@ -1,6 +1,6 @@
-"""`wan-loader keep`: weights that stay on a device between programs. `keep PATH` keeps, the other commands look after.
+"""`wan-loader standby keep`: weights that stay on a device between programs.
 
-The group stands for itself: it may be a command of another group as well.
+`keep PATH` keeps, the other commands look after.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _WithDefault(TyperGroup):
 app = typer.Typer(
     name="keep",
     cls=_WithDefault,
-    help="Weights that stay on a device: `wan-loader keep PATH` loads them once, and loads with --keep attach to them.",
+    help="Weights that stay on a device: `keep PATH` loads them once, and loads with --keep attach to them.",
     no_args_is_help=True,
 )
 
@@ -84,9 +84,9 @@ def add(
 
     Examples:
 
-        wan-loader keep model/transformer --device cuda --dtype bf16
+        wan-loader standby keep model/transformer --device cuda --dtype bf16
 
-        wan-loader keep model.safetensors --max-gpu 60GB
+        wan-loader standby keep model.safetensors --max-gpu 60GB
     """
     import wan_loader
     from wan_loader.cli.progress import reading_progress
@@ -117,7 +117,8 @@ def _tell(kept: Kept, *, json: bool) -> None:
     if json:
         document = {"key": identity.key, "device": identity.device, "dropped": list(kept.dropped)}
         loaded = None if report is None else report.to_json()
-        print_json({"schema_version": 1, "command": "keep", "target": identity.label, **document, "load": loaded})
+        shown = {"target": identity.label, **document, "load": loaded}
+        print_json({"schema_version": 1, "command": "standby keep", **shown})
     elif report is None:
         output_console().print(printable(f"{identity.label} is kept on {kept.device} already"))
     else:
@@ -134,7 +135,7 @@ def status(json: JsonOut = False, verbose: Verbose = False) -> None:
 
     Example:
 
-        wan-loader keep status
+        wan-loader standby keep status
     """
     from wan_loader.cli.output import print_json
     from wan_loader.keeper import client
@@ -142,7 +143,7 @@ def status(json: JsonOut = False, verbose: Verbose = False) -> None:
     found = client.status() or {"pid": None, "items": [], "limits": {}}
     if json:
         shown = {name: found[name] for name in ("pid", "items", "limits")}
-        print_json({"schema_version": 1, "command": "keep status", **shown})
+        print_json({"schema_version": 1, "command": "standby keep status", **shown})
     else:
         _print_status(found)
 
@@ -186,9 +187,9 @@ def drop(
 
     Examples:
 
-        wan-loader keep drop model/transformer
+        wan-loader standby keep drop model/transformer
 
-        wan-loader keep drop --all
+        wan-loader standby keep drop --all
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console
@@ -200,12 +201,12 @@ def drop(
         raise typer.BadParameter("name what is to go, or say --all", param_hint="PATH")
     dropped = client.drop() if path is None else _drop(path)
     if json:
-        print_json({"schema_version": 1, "command": "keep drop", "dropped": dropped})
+        print_json({"schema_version": 1, "command": "standby keep drop", "dropped": dropped})
     for one in () if json else dropped:
         use = f", once {one['n_users']} more let go of it" if one["n_users"] else ""
         output_console().print(printable(f"{format_bytes(one['nbytes'])} given back{use}: {one['label']}"))
     if not dropped and not everything:
-        raise OptionError.because("nothing of it is kept", "see `wan-loader keep status`", path=path)
+        raise OptionError.because("nothing of it is kept", "see `wan-loader standby keep status`", path=path)
 
 
 def _drop(path: Path) -> list[dict[str, Any]]:
@@ -243,7 +244,7 @@ def verify(
 
     Example:
 
-        wan-loader keep verify model/transformer --device cuda --dtype bf16
+        wan-loader standby keep verify model/transformer --device cuda --dtype bf16
     """
     import wan_loader
     from wan_loader.cli.output import print_json
@@ -252,7 +253,7 @@ def verify(
 
     wrong = wan_loader.verify_kept(path, device, dtype=dtype, part=part, keep_fp32=keep_fp32 or ())
     if json:
-        print_json({"schema_version": 1, "command": "keep verify", "target": str(path), "damaged": wrong})
+        print_json({"schema_version": 1, "command": "standby keep verify", "target": str(path), "damaged": wrong})
     elif wrong:
         output_console().print(printable(f"somebody has written to it: {some(wrong)}; drop it, and keep it anew"))
     else:
@@ -267,7 +268,7 @@ def stop(verbose: Verbose = False) -> None:
 
     Example:
 
-        wan-loader keep stop
+        wan-loader standby keep stop
     """
     from wan_loader.cli.render import output_console
     from wan_loader.keeper import client
