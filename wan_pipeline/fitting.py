@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from wan_loader import DtypePolicy, HostMemoryError
+from wan_loader import DtypePolicy, HostMemoryError, kept_nbytes
 from wan_loader.distributed import world_size
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.sizes import format_bytes
@@ -58,12 +58,12 @@ def make_memory_plan(checkpoint: WanCheckpoint, options: StartOptions, device: t
         HostMemoryError: It does not fit into host memory.
         OptionError: There is no such preset.
     """
-    limits = _limits(checkpoint, options, device)
     wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
     # for the dtypes, which are the same in all presets: `auto` is decided below, from the sizes that they give
     some = presets.load_preset("fastest" if wanted == "auto" else wanted)
     some = some.adapted(t5_cpu=options.t5_cpu, offload_model=options.offload_model, dtype=options.dtype)
     needs = _needs(checkpoint, options, some, device)
+    limits = _limits(checkpoint, options, device, needs)
     device_memory = options.device_memory
     if device.type == "cpu" and options.host_memory is not None:  # weights lie on the host
         device_memory = min(options.host_memory - HOST_PROCESS_BYTES, device_memory or options.host_memory)
@@ -95,7 +95,30 @@ def _needs(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, dev
         if component.network.blocks and world_size() == 1:
             blocks[component.name] = measure_blocks(component, name, cuda=device.type == "cuda")
     host_nbytes = _PINNED_RING_BYTES if device.type == "cuda" else 0
-    return Needs(sizes=sizes, workspace=workspace, blocks=blocks, tiled_workspace=tiled, host_nbytes=host_nbytes)
+    return Needs(
+        sizes=sizes,
+        workspace=workspace,
+        blocks=blocks,
+        tiled_workspace=tiled,
+        kept=_kept(checkpoint, options, preset, device),
+        host_nbytes=host_nbytes,
+    )
+
+
+def _kept(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, device: torch.device) -> dict[str, int]:
+    """Ask for the memory of the device that networks take there already, to which a start attaches."""
+    found = {
+        component.name: kept_nbytes(
+            component.facts,
+            device,
+            dtype=network_dtype(component, preset, options),
+            keep_fp32=component.keep_fp32,
+        )
+        for component in checkpoint.components
+        # the CPU has no memory of its own
+        if options.keep and device.type == "cuda" and not (options.t5_cpu and component.network.kind == "text_encoder")
+    }
+    return {name: nbytes for name, nbytes in found.items() if nbytes}
 
 
 def measure_blocks(component: Component, dtype: str | None, *, cuda: bool = False) -> Blocks:
@@ -134,7 +157,7 @@ def measure_blocks(component: Component, dtype: str | None, *, cuda: bool = Fals
     )
 
 
-def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.device) -> Limits:
+def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.device, needs: Needs) -> Limits:
     import torch
 
     free, held, cache = None, 0, None
@@ -145,6 +168,8 @@ def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.devi
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        # what is attached to is taken, and not taken again
+        free += sum(needs.kept.values())
         cache = int(host * _CACHE_SHARE) if options.host_memory is None else host - _PINNED_RING_BYTES
     return Limits(
         device=str(device),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,11 +26,14 @@ from wan_loader.cli.options import (
     Verbose,
     checked,
 )
-from wan_loader.errors import OptionError
+from wan_loader.entry_points import first_answer
+from wan_loader.errors import KeepError, OptionError
 from wan_loader.sizes import parse_size
 
 if TYPE_CHECKING:
+    from wan_loader.formats import Checkpoint
     from wan_loader.keeper.keeping import Kept
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = ["app"]
 
@@ -78,6 +82,8 @@ def add(
 ) -> None:
     """Load a checkpoint and leave it in the device's memory. The word `add` may be left out.
 
+    Of a whole model's directory, each network is kept as the pipeline loads it; --dtype is that of the experts then.
+
     Loads of the same files, dtype and device that say --keep, or keep=True, attach to it: nothing is read, and no
     memory is taken. A small process in the background holds the memory, which outlives even that while it is in use.
     What nobody uses goes first where room is needed.
@@ -89,37 +95,78 @@ def add(
         wan-loader standby keep model.safetensors --max-gpu 60GB
     """
     import wan_loader
-    from wan_loader.cli.progress import reading_progress
-    from wan_loader.formats import open_checkpoint
-
-    checkpoint = open_checkpoint(path, part=part)
-    keep = wan_loader.keep  # is imported before there is a progress bar
-    with reading_progress(checkpoint.nbytes) as observer:
-        kept = keep(
-            checkpoint,
-            device,
-            dtype=dtype,
-            keep_fp32=keep_fp32 or (),
-            limit=max_gpu,
-            io=io.value,
-            threads=threads,
-            observer=observer or wan_loader.Recorder(),
-        )
-    _tell(kept, json=json)
-
-
-def _tell(kept: Kept, *, json: bool) -> None:
     from wan_loader.cli.output import print_json
+    from wan_loader.cli.progress import reading_progress
+
+    networks = _networks(path, part, dtype, keep_fp32)
+    keep = wan_loader.keep  # is imported before there is a progress bar
+    done: list[Kept] = []
+    for checkpoint, policy in networks or [_checkpoint(path, part, dtype, keep_fp32)]:
+        with reading_progress(checkpoint.nbytes) as observer:
+            kept = keep(
+                checkpoint,
+                device,
+                dtype=policy.dtype,
+                keep_fp32=policy.keep_fp32,
+                limit=max_gpu,
+                io=io.value,
+                threads=threads,
+                observer=observer or wan_loader.Recorder(),
+            )
+        _check_together(kept, done)
+        done.append(kept)
+        if not json:
+            _tell(kept)
+    if json:
+        each = [_as_json(one) for one in done]
+        shown = {"target": os.path.abspath(path), "networks": each} if networks else each[0]
+        print_json({"schema_version": 1, "command": "standby keep", **shown})
+
+
+def _networks(
+    path: Path, part: str | None, dtype: str | None, keep_fp32: list[str] | None
+) -> list[tuple[Checkpoint, DtypePolicy]] | None:
+    """Return the networks of a whole model's directory, as its pipeline loads them; None for one checkpoint."""
+    from wan_loader.formats.hub_cache import locate
+
+    if part is not None or not os.path.isdir(directory := locate(os.fspath(path))):
+        return None
+    found: list[tuple[Checkpoint, DtypePolicy]] | None = first_answer("wan_loader.networks", directory, dtype)
+    if found and keep_fp32:
+        reason = "the pipeline says which tensors of a whole model stay float32"
+        raise OptionError.because(reason, "leave out --keep-fp32, or name one network", path=path)
+    return found
+
+
+def _checkpoint(
+    path: Path, part: str | None, dtype: str | None, keep_fp32: list[str] | None
+) -> tuple[Checkpoint, DtypePolicy]:
+    from wan_loader.formats import open_checkpoint
+    from wan_loader.plan.dtype_policy import DtypePolicy
+
+    return open_checkpoint(path, part=part), DtypePolicy(dtype, tuple(keep_fp32 or ()))
+
+
+def _check_together(kept: Kept, others: list[Kept]) -> None:
+    """Raise `KeepError` if a network of a model had to go for another one of it."""
+    gone = [one.identity.label for one in others if one.identity.label in kept.dropped]
+    if gone:
+        reason = f"the networks do not fit together: {gone[0]} had to go for {kept.identity.label}"
+        raise KeepError.because(reason, "allow more with --max-gpu, or drop something else")
+
+
+def _as_json(kept: Kept) -> dict[str, Any]:
+    report, identity = kept.report, kept.identity
+    document = {"key": identity.key, "device": identity.device, "dropped": list(kept.dropped)}
+    return {"target": identity.label, **document, "load": None if report is None else report.to_json()}
+
+
+def _tell(kept: Kept) -> None:
     from wan_loader.cli.render import output_console, print_load, print_warnings
     from wan_loader.printable import printable
 
     report, identity = kept.report, kept.identity
-    if json:
-        document = {"key": identity.key, "device": identity.device, "dropped": list(kept.dropped)}
-        loaded = None if report is None else report.to_json()
-        shown = {"target": identity.label, **document, "load": loaded}
-        print_json({"schema_version": 1, "command": "standby keep", **shown})
-    elif report is None:
+    if report is None:
         output_console().print(printable(f"{identity.label} is kept on {kept.device} already"))
     else:
         print_load(report)
@@ -210,11 +257,10 @@ def drop(
 
 
 def _drop(path: Path) -> list[dict[str, Any]]:
-    """Drop by the path of a checkpoint, as it is opened or as it stands, or by the beginning of a key."""
-    import os
-
+    """Drop by the path of a checkpoint, as it is opened or as it stands, of a whole model, or by a key's beginning."""
     from wan_loader.errors import CheckpointError
     from wan_loader.formats import open_checkpoint
+    from wan_loader.formats.hub_cache import locate
     from wan_loader.keeper import client
 
     labels = [os.path.abspath(path)]
@@ -223,6 +269,12 @@ def _drop(path: Path) -> list[dict[str, Any]]:
     for label in dict.fromkeys(labels):
         if dropped := client.drop(label=label):
             return dropped
+    # a whole model's networks are files and directories in its own
+    inside = os.path.join(os.path.abspath(locate(os.fspath(path))), "")
+    items = (client.status() or {}).get("items", ())
+    names = dict.fromkeys(item["label"] for item in items if item["label"].startswith(inside))
+    if dropped := [one for name in names for one in client.drop(label=name)]:
+        return dropped
     return client.drop(key=str(path)) if len(str(path)) >= _LEAST_KEY else []
 
 
@@ -251,7 +303,12 @@ def verify(
     from wan_loader.cli.render import output_console
     from wan_loader.printable import printable, some
 
-    wrong = wan_loader.verify_kept(path, device, dtype=dtype, part=part, keep_fp32=keep_fp32 or ())
+    networks = _networks(path, part, dtype, keep_fp32) or [_checkpoint(path, part, dtype, keep_fp32)]
+    wrong = [
+        name
+        for checkpoint, policy in networks
+        for name in wan_loader.verify_kept(checkpoint, device, dtype=policy.dtype, keep_fp32=policy.keep_fp32)
+    ]
     if json:
         print_json({"schema_version": 1, "command": "standby keep verify", "target": str(path), "damaged": wrong})
     elif wrong:
