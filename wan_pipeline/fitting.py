@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from wan_loader import DtypePolicy, HostMemoryError, kept_nbytes
+from wan_loader import DtypePolicy, HostMemoryError
 from wan_loader.distributed import world_size
 from wan_loader.dtypes import ITEMSIZE
 from wan_loader.sizes import format_bytes
@@ -107,16 +107,16 @@ def _needs(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, dev
 
 def _kept(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, device: torch.device) -> dict[str, int]:
     """Ask for the memory of the device that networks take there already, to which a start attaches."""
+    if not options.keep or device.type != "cuda":  # the CPU has no memory of its own
+        return {}
+    from wan_loader import kept_nbytes
+
     found = {
         component.name: kept_nbytes(
-            component.facts,
-            device,
-            dtype=network_dtype(component, preset, options),
-            keep_fp32=component.keep_fp32,
+            component.facts, device, dtype=network_dtype(component, preset, options), keep_fp32=component.keep_fp32
         )
         for component in checkpoint.components
-        # the CPU has no memory of its own
-        if options.keep and device.type == "cuda" and not (options.t5_cpu and component.network.kind == "text_encoder")
+        if not (component.network.kind == "text_encoder" and preset.text_encoder == "cpu")
     }
     return {name: nbytes for name, nbytes in found.items() if nbytes}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from programs import ROOT
 
+import wan_loader
 from wan_loader.errors import DeviceMemoryError, HostMemoryError
 from wan_loader.formats.checkpoint_facts import Quantised
 from wan_pipeline import fitting
@@ -120,7 +121,7 @@ def test_kept_networks_take_room_that_they_have_already(plan, a14b, monkeypatch)
         asked.append((name, dtype, tuple(keep_fp32)))
         return sizes[name] if name in there else 0
 
-    monkeypatch.setattr(fitting, "kept_nbytes", kept_nbytes)
+    monkeypatch.setattr(wan_loader, "kept_nbytes", kept_nbytes)
     there = set(sizes)
     free = 81 * GB - sum(sizes.values())
     with pytest.raises(DeviceMemoryError):

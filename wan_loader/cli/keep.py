@@ -224,7 +224,11 @@ def _print_status(found: dict[str, Any]) -> None:
 def drop(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="[PATH | KEY]", help="What was kept, or the beginning of its key.", show_default=False),
+        typer.Argument(
+            metavar="[PATH | KEY]",
+            help="What was kept, a directory that it is in, or the beginning of its key.",
+            show_default=False,
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Everything that is kept.")] = False,
     json: JsonOut = False,
