@@ -293,7 +293,8 @@ def _needed(plan: MemoryPlan, step: ResidencyStep, needs: Needs, limits: Limits)
     }
     work = (needs.tiled_workspace if step.uses in plan.tiled else needs.workspace).get(step.uses, 0)
     total = sum(held.values()) + work
-    parts = [*(f"{limits.titles[name]} {_gb(n)}" for name, n in held.items()), f"{_gb(work)} to work in"]
+    said = (f"{'kept ' if name in needs.kept else ''}{limits.titles[name]} {_gb(n)}" for name, n in held.items())
+    parts = [*said, f"{_gb(work)} to work in"]
     return total, f"{_gb(total)} while the {limits.titles[step.uses]} runs ({' + '.join(parts)})"
 
 
@@ -322,6 +323,8 @@ def _too_little(plan: MemoryPlan, needs: Needs, limits: Limits, allowed: int) ->
         remedy = "use a smaller preset (--preset streamed), a smaller size, or fewer frames"
     if preset.whole_process and _limit_binds(preset, limits, allowed):
         remedy = f"allow {_enough(least)} or more, or {remedy}"
+    if needs.kept:
+        remedy = f"drop what is kept (`wan-loader standby keep drop`), or {remedy}"
     return DeviceMemoryError.because(f"preset {preset.name} needs {_peak(plan, needs, limits)[1]}; {what}", remedy)
 
 

@@ -133,7 +133,7 @@ def test_kept_networks_take_room_that_they_have_already(plan, a14b, monkeypatch)
         "text_encoder": None, "transformer": torch.bfloat16, "transformer_2": torch.bfloat16, "vae": torch.float32
     }  # fmt: skip
     # dropping what is kept frees nothing
-    with pytest.raises(DeviceMemoryError, match=r"text encoder .* \+ low-noise expert .* are free"):
+    with pytest.raises(DeviceMemoryError, match=r"kept text encoder .* \+ kept low-noise .*: drop what is kept"):
         plan(**SMALL, preset="min-memory", keep=True)
     asked.clear()
     plan(**SMALL, keep=True, t5_cpu=True)
