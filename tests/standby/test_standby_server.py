@@ -236,7 +236,7 @@ def test_a_client_that_is_other_than_the_server(own, script):
     os.dup2(2, 300)
     done = server.run(path, said=True, pass_fds=[300])
     os.close(300)
-    assert why(done) == "descriptor 300, which is above 255"
+    assert why(done) == "descriptor 300, which is above 251"
 
 
 def test_what_is_compared():

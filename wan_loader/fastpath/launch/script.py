@@ -87,7 +87,8 @@ def prepare_module(words: Sequence[str]) -> Start:
         raise OptionError.because("-m lacks the name of a module", "name one: -m package.module")
     name, *args = words
     sys.argv = ["-m", *args]
-    _put_first(os.getcwd())
+    with suppress(FileNotFoundError):  # the directory has been deleted
+        _put_first(os.getcwd())
     try:
         spec = find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:  # a package
