@@ -410,6 +410,8 @@ def test_without_a_runtime_directory(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert place.keeper_directory() == tmp_path / f"wan-loader-{os.geteuid()}"
     assert client.status() is None
+    monkeypatch.setenv("XDG_RUNTIME_DIR", ".")  # of which every process makes another
+    assert place.keeper_directory().parent == tmp_path
 
 
 def test_whoever_says_nothing_or_nonsense_is_in_nobodys_way(runtime, model):
