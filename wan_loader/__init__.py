@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from wan_loader.plan.dtype_policy import DtypePolicy
     from wan_loader.plan.plan import LoadPlan
     from wan_loader.plan.request import LoadRequest
+    from wan_loader.profiler.in_process import profile
     from wan_loader.spans import summarize
     from wan_loader.streaming.handle import StreamedBlocks
     from wan_loader.streaming.report import StreamReport
@@ -120,6 +121,7 @@ _LAZY = {
     "paused_gc": "wan_loader.system.interpreter",
     "prewarm": "wan_loader.warming.prewarm",
     "prewarm_files": "wan_loader.warming.prewarm",
+    "profile": "wan_loader.profiler.in_process",
     "resident_bytes": "wan_loader.warming.evict",
     "resolve_device": "wan_loader.devices.resolve",
     "span": "wan_loader.events",
@@ -183,6 +185,7 @@ __all__ = [
     "paused_gc",
     "prewarm",
     "prewarm_files",
+    "profile",
     "resident_bytes",
     "resolve_device",
     "span",

@@ -154,6 +154,13 @@ class Doc:
         inner = self.doc(key)
         return {name: inner.number(name) for name in inner._value}
 
+    def numbers_of(self, key: str) -> tuple[float, ...]:
+        """Return a list of numbers."""
+        values = self._get(key, list, "a list")
+        if not all(is_measured(v) and v >= 0 for v in values):
+            raise DocumentError(f"{self._where}{key} is not a list of numbers that were measured")
+        return tuple(map(float, values))
+
     def optional_doc(self, key: str) -> Doc | None:
         """Return an object, or None for null."""
         return None if self._value.get(key) is None else self.doc(key)

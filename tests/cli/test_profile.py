@@ -6,6 +6,7 @@ import sys
 import pytest
 from programs import run
 
+from wan_loader.formats.inventory import checkpoint_paths
 from wan_loader.sizes import format_bytes
 
 
@@ -70,6 +71,110 @@ def test_a_killed_program(cli, tmp_path):
     done = cli("profile", "--no-ceilings", "--", "p.py")
     assert done.returncode == 137
     assert "SIGKILL" in done.stderr
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A directory with two checkpoints."""
+    import torch
+    from safetensors.torch import save_file
+
+    for name in ("decoder", "encoder"):
+        (tmp_path / "whole" / name).mkdir(parents=True)
+        save_file({"w": torch.ones(1 << 18)}, tmp_path / "whole" / name / "model.safetensors")
+    return tmp_path / "whole"
+
+
+def test_a_whole_model(cli, model):
+    done = cli("load", model, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("decoder") < done.stdout.index("encoder")
+    assert "2 checkpoints: 2.1 MB" in done.stdout
+    document = json.loads(cli("load", model, "--device", "cpu", "--json", "--verify").stdout)
+    assert (document["target"], document["n_tensors"], document["verified_tensors"]) == (str(model), 2, 2)
+    assert [part["nbytes_file"] for part in document["parts"]] == [1 << 20] * 2
+    assert document["nbytes_file"] == sum(part["nbytes_file"] for part in document["parts"])
+    profiled = json.loads(cli("profile", model, "--device", "cpu", "--no-ceilings", "--json").stdout)
+    assert (profiled["target"], profiled["nbytes_file"]) == (str(model), 2 << 20)
+    assert sum(row["busy_s"] for row in profiled["phases"]) <= profiled["seconds"] * 1.01
+    assert [path.split("/")[-1] for path in checkpoint_paths(model)] == ["decoder", "encoder"], "as bench measures"
+    part = cli("load", model, "--part", "decoder")
+    assert part.returncode == 1
+
+
+def test_prewarm_of_a_whole_model(model):
+    import wan_loader
+
+    with wan_loader.prewarm(model) as warming:
+        assert warming.wait(20)
+        assert warming.nbytes_read + warming.nbytes_resident >= 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dtype", "bf16", "--", "true"], "--dtype: it is for a checkpoint"),
+        (["--device", "cpu", "--", "true"], "--device: it is for a checkpoint"),
+        (["--threads", "2", "--", "true"], "--threads: it is for a checkpoint"),
+        (["--until", "x", "model.safetensors"], "--until: it is for a program"),
+        (["--for", "2", "model.safetensors"], "--for: it is for a program"),
+        (["--stop", "--", "true"], "--stop: it needs --until or --for"),
+        (["model.safetensors", "--", "true"], "a checkpoint or a program, not both"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_errors(cli, weights, words, message):
+    done = cli("profile", "--no-ceilings", *words)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_an_output_may_be_called_like_the_program(cli, tmp_path):
+    (tmp_path / "p.py").write_text("print(1)")
+    assert cli("profile", "--no-ceilings", "-o", "true", "--", "true").returncode == 0
+    assert json.loads((tmp_path / "true").read_text())["kind"] == "program"
+
+
+RUN = {
+    "schema_version": 1,
+    "command": "generate",
+    "target": "model",
+    "device": "cuda:0",
+    "dtype": "bfloat16",
+    "seconds": 20.0,
+    "nbytes_file": 5 * 10**9,
+    "phases": [{"name": "read", "busy_s": 2.0, "nbytes": 5 * 10**9, "gbps": 2.5}],
+    "bottleneck": {"phase": "read", "why": "reading the files set the pace"},
+    "warnings": [],
+    "pipeline": {
+        "time_to_first_step_s": 6.5,
+        "stages": [{"name": "encode", "start_s": 1.0, "seconds": 2.0}],
+        "waits": [{"name": "transformer", "start_s": 3.0, "seconds": 3.5}],
+        "loads": [{"name": "transformer", "start_s": 0.5, "seconds": 6.0, "nbytes": 5 * 10**9}],
+        "steps_s": [8.0, 9.5],
+    },
+}
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_report_of_a_whole_run(cli, tmp_path, width):
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    done = cli("report", "run.json", env={"COLUMNS": str(width)})
+    assert done.returncode == 0, done.stderr
+    for text in ("generate: 20 s, 5 GB of weights to cuda:0 as bfloat16", "first denoising step: 6.5 s", "2 steps"):
+        assert text in done.stdout
+    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("stage", "wait", "load"))]
+    assert rows == [["load", "transformer"], ["stage", "encode"], ["wait", "transformer"]]
+    assert all(len(line) <= width for line in done.stdout.splitlines())
+    assert json.loads(cli("report", "run.json", "--json").stdout) == RUN
+
+
+def test_a_damaged_report_of_a_run(cli, tmp_path):
+    for key in ("stages", "steps_s"):
+        (tmp_path / "run.json").write_text(json.dumps({**RUN, "pipeline": {**RUN["pipeline"], key: [None]}}))
+        done = cli("report", "run.json")
+        assert (done.returncode, "is not a report that --profile-out wrote" in done.stderr) == (1, True)
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    assert cli("report", "run.json", "--html", "x.html").returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,12 @@ def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure_disk", refuse)
     for name in ("measure_page_cache", "measure_copy", "measure_cast"):
         monkeypatch.setattr(measure, name, lambda *_: 1.0)
+    monkeypatch.setattr("wan_loader.profiler.probe.ceilings.busy_note", lambda: "it was busy")
     found = find_ceilings(["/nonexistent"], quick=True, file=tmp_path / "c.json")
     assert found.get("disk_gbps") is None
-    assert found.notes == ("no disk today",)
+    assert found.notes == ("no disk today", "it was busy")
+    again = find_ceilings(["/nonexistent"], quick=True, file=tmp_path / "c.json")
+    assert again.notes == ("no disk today",), "what was measured before is not doubted now"
 
 
 def test_the_disk_is_measured_where_it_is_cold_and_nothing_is_evicted(checkpoint, evict):

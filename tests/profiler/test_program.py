@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from wan_loader.profiler.analysis.merge import main_process, merge
+from wan_loader.profiler.analysis.merge import merge
+from wan_loader.profiler.analysis.story import subject_of, turns_of
 from wan_loader.profiler.program import Recording, run_program
 
 
@@ -64,6 +65,37 @@ torch.zeros(1 << 20).copy_(torch.zeros(3, 5))
 """
     bare, profiled = bare_and_profiled(tmp_path, source)
     assert bare[1].count("Traceback") == 3
+    assert profiled[1].startswith(bare[1])
+
+
+def test_open_behaves_as_ever(tmp_path):
+    """With weight files, with others, and with what is no file."""
+    source = """
+import io, pathlib, traceback
+weights = pathlib.Path("w.safetensors")
+weights.write_bytes(bytes(range(256)) * 400)
+for subject, mode in ((3.5, "rb"), ([], "rb"), ("no.safetensors", "rb"), ("a\\0b", "rb"), (weights, "nonsense")):
+    try:
+        open(subject, mode)
+    except Exception:
+        traceback.print_exc()
+assert io.open is open
+for name in (weights, str(weights), bytes(weights)):
+    with open(name, "rb") as file:
+        print(type(file), file.name, file.mode, file.raw.name, type(file.raw).__name__)
+        print(file.read(3), file.seek(100), file.tell(), len(file.read(70000)), len(file.peek()), len(file.read()))
+        buffer = bytearray(102400)
+        print(file.seek(0), file.readinto(buffer), bytes(buffer) == weights.read_bytes(), file.fileno() > 2)
+    print(file.closed)
+with open(weights, "rb", buffering=0) as file:
+    print(type(file), len(file.read()))
+with open(weights, encoding="latin1") as file:
+    print(len(file.read()))
+"""
+    bare, profiled = bare_and_profiled(tmp_path, f"import os\nos.chdir({str(tmp_path)!r})\n{source}")
+    assert bare[2] == 0, bare[1]
+    assert profiled[0] == bare[0]
+    assert bare[1].count("Traceback") == 5
     assert profiled[1].startswith(bare[1])
 
 
@@ -192,11 +224,11 @@ def test_lines_of_a_foreign_form_are_left_out():
     begin = {"begin": {"pid": 5, "argv": ["x"], "started": 100}}
     rows = {"spans": [["read", 100, 200, 5, "t", "l"], ["read", "x"], 7, ["nonsense", 1, 2, 3, "t", "l"]], "at": 250}
     recording = Recording(
-        argv=("x",), pid=5, start_ns=100, end_ns=400, returncode=0, logs=((begin, rows, {"spans": 3}),), samples={}
+        argv=("x",), pid=5, start_ns=100, end_ns=400, returncode=0, logs=((begin, rows, {"spans": 3}),)
     )
     (process,) = merge(recording)
     assert [(s.name, s.start_ns, s.end_ns) for s in process.spans] == [("read", 0, 100)]
-    assert main_process([process]) == 0
+    assert subject_of([process], turns_of([process], 300)) == 0
     assert process.end_ns == 300
 
 
@@ -218,5 +250,6 @@ def test_torchrun_ranks_side_by_side(tmp_path):
     assert recording.returncode == 0
     processes = merge(recording)
     assert sorted(p.rank for p in processes if p.rank is not None) == [0, 1]
-    assert processes[main_process(processes)].rank is not None
+    turns = turns_of(processes, max(p.end_ns for p in processes))
+    assert processes[subject_of(processes, turns)].rank is not None
     assert all(any(s.label == "torch" for s in p.spans) for p in processes if p.rank is not None)

@@ -4,16 +4,18 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from rich.console import Console
-from test_session import make_program, make_session
+from test_session import S, make_program, make_session
 
 from wan_loader.events import Span
+from wan_loader.profiler.analysis.session import Turn
 from wan_loader.profiler.render.charts import axis_step
 from wan_loader.profiler.render.page import to_page
-from wan_loader.profiler.render.terminal import print_session
+from wan_loader.profiler.render.terminal import print_session, shorten, shown_processes
 from wan_loader.profiler.render.trace import to_trace, without_overlap
 from wan_loader.spans import Mark
 
@@ -49,6 +51,56 @@ class TestTerminal:
         text = text_of(make_program())
         assert "rank 0" in text
         assert "rank 1" in text
+
+
+class TestFamilies:
+    """Several processes, of which one set the pace."""
+
+    @pytest.fixture
+    def family(self):
+        session = make_program()
+        processes = tuple(
+            replace(p, name="a_script_with_a_long_name.py", parent=1, ended="killed by SIGKILL")
+            for p in session.processes
+        )
+        processes = (replace(processes[0], name="torchrun", role="launcher", ended="exit 0"), *processes[1:])
+        turns = (Turn(0, 0, S // 2), Turn(2, S // 2, 3 * S), Turn(1, 3 * S, 4 * S))
+        return replace(session, processes=processes, turns=turns, subject=2)
+
+    @pytest.mark.parametrize("width", [80, 100, 120])
+    def test_a_row_each_that_fits(self, family, width):
+        lines = text_of(family, width).splitlines()
+        rows = lines[next(i for i, line in enumerate(lines) if line.startswith("process ")) :][:4]
+        assert rows[1].startswith("torchrun (launcher)")
+        assert [row[:6] for row in rows[2:]] == ["rank 0", "rank 1"]
+        assert all("name.py " in row for row in rows[2:])
+        assert all("SIGKILL" in row for row in rows[2:])
+        assert all(len(row.rstrip()) <= width for row in rows)
+        assert all(word in rows[0] for word in ("from", "to", "paced", "mostly", "read", "ended", "timeline"))
+
+    def test_a_group_of_rows_each_on_the_page(self, family):
+        page = to_page(family)
+        drawing = page[page.index("<svg") : page.index("</svg>")]
+        assert drawing.count('class="process"') == 3
+        assert drawing.count('class="life"') == 3
+        assert "torchrun (launcher)" in drawing
+
+    def test_the_phases_are_those_of_the_whole_program(self, family):
+        assert (family.start_ns, family.end_ns) == (0, 4 * S)
+        assert [family.paced_s(i) for i in range(3)] == [0.5, 1.0, 2.5]
+        assert max(s.end_ns for s in family.spans) <= 4 * S
+
+    def test_many_processes_are_cut_to_those_that_matter(self, family):
+        more = [replace(family.processes[1], pid=100 + i, start_ns=i) for i in range(200)]
+        session = replace(family, processes=(*family.processes, *more))
+        shown = shown_processes(session)
+        assert len(shown) == 16
+        assert {1, 2} <= set(shown)
+        assert "187 processes that did next to nothing: not shown" in text_of(session)
+
+    def test_the_middle_is_cut_out(self):
+        assert shorten("a" * 10, 10) == "a" * 10
+        assert shorten("abcdefghijkl", 7) == "ab…ijkl"
 
 
 class TestTrace:

@@ -39,7 +39,10 @@ class CacheChoice(enum.StrEnum):
 
 
 Paths = Annotated[
-    list[Path], typer.Argument(metavar="PATH...", help="Checkpoints: files or directories.", show_default=False)
+    list[Path],
+    typer.Argument(
+        metavar="PATH...", help="Checkpoints: files or directories; of a whole model, each part.", show_default=False
+    ),
 ]
 Loaders = Annotated[
     list[str] | None,
@@ -133,9 +136,10 @@ def bench(
     caches = [c.value for c in dict.fromkeys(cache or [CacheChoice.WARM])]
     device, machine = _machine(device)
     from wan_loader.bench.runner import Settings
+    from wan_loader.formats.inventory import checkpoint_paths
 
     settings = Settings(
-        paths=[str(p) for p in paths],
+        paths=[path for p in paths for path in checkpoint_paths(p)],
         entries=entries,
         places=places,
         caches=caches,

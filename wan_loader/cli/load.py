@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wan_loader.formats import Checkpoint
+    from wan_loader.loading.report import LoadReport
     from wan_loader.loading.result import EntryBuild, LoadResult
 
 __all__ = ["load"]
@@ -48,7 +49,7 @@ def load(
     json: JsonOut = False,
     verbose: Verbose = False,
 ) -> None:
-    """Load a checkpoint and say how fast it went.
+    """Load a checkpoint and say how fast it went; of a whole model's directory, each part, one after the other.
 
     Examples:
 
@@ -67,36 +68,59 @@ def load(
     if cache_dir is not None and not cache:
         raise typer.BadParameter("it needs --cache", param_hint="--cache-dir")
     from wan_loader.events import Recorder, span
-    from wan_loader.formats import open_checkpoint
+    from wan_loader.formats.inventory import checkpoints_in
 
     opening = Recorder()
     with span(opening, "header"):
-        checkpoint = open_checkpoint(path, part=part)
-    loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify, keep).after(opening.spans)
-    with stopping(loaded.build):
-        _tell(checkpoint, loaded, verify=verify, json=json)
-        if loaded.build is not None:
-            _finish(loaded.build)
+        checkpoints = checkpoints_in(path, part)
+    # of a whole model one after the other, and none is kept: all of them may be more than there is memory for
+    reports, verified = [], 0
+    for checkpoint in checkpoints:
+        before = opening.spans if checkpoint is checkpoints[0] else []
+        loaded = _load(checkpoint, device, dtype, io, threads, cache, cache_dir, verify, keep).after(before)
+        with stopping(loaded.build):
+            verified += _tell(checkpoint, loaded, verify=verify, quiet=json)
+            if loaded.build is not None:
+                _finish(loaded.build)
+        reports.append(loaded.report)
+        del loaded
+    _tell_all(reports, str(path), json=json, verified=verified if verify else None)
 
 
-def _tell(checkpoint: Checkpoint, loaded: LoadResult, *, verify: bool, json: bool) -> None:
-    from wan_loader.cli.output import print_json
-    from wan_loader.cli.render import error_console, print_load, print_warnings
+def _tell(checkpoint: Checkpoint, loaded: LoadResult, *, verify: bool, quiet: bool) -> int:
+    """Say how one load went, and return how many of its tensors were verified."""
+    from wan_loader.cli.render import error_console, print_load
     from wan_loader.sizes import format_count
 
     hit = loaded.report.cache is not None and loaded.report.cache.state == "hit"
     checked = _verify(checkpoint, loaded) if verify and not hit else None
-    if not is_first():  # of a distributed run
-        return
-    if json:
-        print_json({**loaded.report.to_json(), **({} if checked is None else {"verified_tensors": checked})})
-    else:
+    if is_first() and not quiet:  # of a distributed run
         print_load(loaded.report)
         if checked is not None:
             error_console().print(f"verified: {format_count(checked, 'tensor')}, every bit equal")
         elif verify:
             error_console().print("verified: every checksum of the cache entry is right")
-    print_warnings(loaded.report.warnings)
+    return checked or 0
+
+
+def _tell_all(reports: list[LoadReport], target: str, *, json: bool, verified: int | None) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.loading.joined_report import joined
+    from wan_loader.sizes import format_bytes, format_count, format_seconds
+
+    if not is_first():
+        return
+    report = joined(reports, target)
+    if json:
+        parts = {"parts": [r.to_json() for r in reports]} if len(reports) > 1 else {}
+        # of a cache entry, checksums were compared and no tensors
+        checked = {"verified_tensors": verified} if verified else {}
+        print_json({**report.to_json(), **parts, **checked})
+    elif len(reports) > 1:
+        text = f"{format_count(len(reports), 'checkpoint')}: {format_bytes(report.nbytes_file)}"
+        output_console().print(f"{text} in {format_seconds(report.seconds)} = {report.gbps:.2f} GB/s")
+    print_warnings(report.warnings)
 
 
 def _finish(build: EntryBuild) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,10 @@ from wan_loader.cli.torchrun import own_file, together
 from wan_loader.distributed.processes import is_first
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from wan_loader.console import PlainConsole
-    from wan_loader.profiler.analysis.assemble import Environment
+    from wan_loader.events import Span
     from wan_loader.profiler.analysis.session import Session
 
 __all__ = ["PageFile", "TraceFile", "profile", "render_session"]
@@ -67,6 +70,7 @@ def profile(
     from wan_loader.cli.output import check_outputs
 
     words = _program(context)
+    _check_options(context, path, of_program=words is not None)
     if words is None:
         output, trace, html = (own_file(target) for target in (output, trace, html))
     check_outputs(output, trace, html, force=force)
@@ -96,6 +100,32 @@ def _program(context: typer.Context) -> list[str] | None:
     if not program:
         raise typer.BadParameter("name a program after --")
     return program
+
+
+#: Options of one kind of target alone.
+_OF_LOADS = ("device", "dtype", "io", "threads", "part")
+_OF_PROGRAMS = ("until", "seconds", "stop")
+
+
+def _check_options(context: typer.Context, path: Path | None, *, of_program: bool) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        BadParameter: An option that was given does not apply to this kind of target.
+    """
+    wrong, what = (_OF_LOADS, "a checkpoint") if of_program else (_OF_PROGRAMS, "a program after --")
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "")
+        if parameter.name in wrong and given is not None and given.name == "COMMANDLINE":
+            raise typer.BadParameter(f"it is for {what}", param_hint=parameter.opts[0])
+    if not of_program:
+        return
+    words = sys.argv[: sys.argv.index("--")]
+    values = ("-o", *(o for p in context.command.params if not getattr(p, "is_flag", True) for o in p.opts))
+    if path is not None and any(w == str(path) and before not in values for before, w in pairwise(words)):
+        raise typer.BadParameter(f"name a checkpoint or a program, not both: {path} stands before --")
+    if context.params.get("stop") and not (context.params.get("until") or context.params.get("seconds")):
+        raise typer.BadParameter("it needs --until or --for", param_hint="--stop")
 
 
 def render_session(
@@ -135,38 +165,57 @@ def _profile_load(
 ) -> Session:
     import wan_loader
     from wan_loader.cli.progress import reading_progress
+    from wan_loader.formats.inventory import checkpoints_in
+    from wan_loader.loading.joined_report import joined
     from wan_loader.profiler.analysis.assemble import load_session
+    from wan_loader.profiler.probe.surroundings import surroundings
     from wan_loader.profiler.probe.system_facts import limits
 
     opening = wan_loader.Recorder()
     with wan_loader.span(opening, "header"):
-        checkpoint = wan_loader.open_checkpoint(path, part=part)
-    files = [f.path for f in checkpoint.files]
-    fp32 = sum(t.nbytes for t in checkpoint.tensors if t.dtype == "float32")
+        checkpoints = checkpoints_in(path, part)
+    files = [f.path for c in checkpoints for f in c.files]
+    fp32 = sum(t.nbytes for c in checkpoints for t in c.tensors if t.dtype == "float32")
     before = limits()
-    with together(device) as (device, group), reading_progress(checkpoint.nbytes) as observer:
-        loaded = wan_loader.load(
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            io=io.value,
-            threads=threads,
-            group=group,
-            observer=observer or wan_loader.Recorder(),
-        ).after(opening.spans)
+    reports, spans = list[wan_loader.LoadReport](), list[wan_loader.Span]()
+    # of a whole model one after the other; the weights of each go before the next, and before the machine is measured
+    for checkpoint in checkpoints:
+        with together(device) as (on, group), reading_progress(checkpoint.nbytes) as observer:
+            loaded = wan_loader.load(
+                checkpoint,
+                device=on,
+                dtype=dtype,
+                io=io.value,
+                threads=threads,
+                group=group,
+                observer=observer or wan_loader.Recorder(),
+            ).after(opening.spans if not reports else [])
+        reports.append(loaded.report)
+        spans += _behind(spans, loaded.spans)
+        del loaded
     measure = measure and is_first()
-    report, spans = loaded.report, loaded.spans
-    # its weights take the memory in which the machine is to be measured
-    del loaded
-    environment = _environment(files, report.device, before, measure=measure)
+    report = joined(reports, str(path))
+    with _told(measure):
+        environment = surroundings(files, report.device, before, measure=measure)
     return load_session(report, spans, environment, fp32_bytes=fp32)
+
+
+def _behind(spans: list[Span], more: Sequence[Span]) -> list[Span]:
+    """Move the spans of a load to where those of the one before have ended: what lies between is no part of either."""
+    from dataclasses import replace
+
+    begin_ns = min((s.start_ns for s in more), default=0)
+    shift_ns = max((s.end_ns for s in spans), default=begin_ns) - begin_ns
+    return [replace(s, start_ns=s.start_ns + shift_ns, end_ns=s.end_ns + shift_ns) for s in more]
 
 
 def _profile_program(
     words: list[str], until: str | None, seconds: float | None, *, stop: bool, json: bool, measure: bool
 ) -> tuple[Session, int]:
-    from wan_loader.profiler.analysis.assemble import program_session, weight_files
-    from wan_loader.profiler.analysis.merge import main_process, merge
+    from wan_loader.profiler.analysis.assemble import program_session
+    from wan_loader.profiler.analysis.merge import merge
+    from wan_loader.profiler.analysis.weight_files import device_of, files_of
+    from wan_loader.profiler.probe.surroundings import surroundings
     from wan_loader.profiler.probe.system_facts import limits
     from wan_loader.profiler.program import run_program
 
@@ -174,39 +223,22 @@ def _profile_program(
     stdout = sys.stderr.fileno() if json else None
     recording = run_program(words, until=until, seconds=seconds, stop=stop, stdout=stdout)
     processes = merge(recording)
-    gpu = any(s.name in ("h2d", "cast") and "host to cuda" in s.label for s in processes[main_process(processes)].spans)
-    environment = _environment(weight_files(processes), "cuda:0" if gpu else "cpu", before, measure=measure)
+    device = "cuda:0" if device_of(processes) == "cuda" else "cpu"
+    found = files_of(processes)
+    files = sorted(found, key=lambda path: -found[path].nbytes)
+    with _told(measure):
+        environment = surroundings(files, device, before, measure=measure)
     return program_session(recording, processes, environment), recording.returncode
 
 
-def _environment(files: list[str], device: str, before: dict[str, Any], *, measure: bool) -> Environment:
-    """Collect what to compare with. Measured after the load, so that nothing is warmed for it."""
-    from wan_loader.profiler.analysis.assemble import Environment
-    from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings
-    from wan_loader.profiler.probe.system_facts import limits, storage_facts
-
-    after = limits()
-    stalled = after.get("memory_stall_s", 0.0) - before.get("memory_stall_s", 0.0)
-    found = Ceilings({}, ("the machine was not measured: --no-ceilings",))
-    if measure:
-        with _told("measuring what this machine can do ..."):
-            found = find_ceilings(files, device=device)
-    return Environment(
-        ceilings=found.values,
-        storage=storage_facts(files[0]) if files else {},
-        limits={**before, "memory_stalled_s": stalled},
-        notes=found.notes,
-    )
-
-
 @contextlib.contextmanager
-def _told(text: str) -> Any:
-    """Say on a terminal what goes on in the body."""
+def _told(measure: bool) -> Any:
+    """Say on a terminal that the machine is measured in the body, if it is."""
     from wan_loader.cli.render import error_console
 
     console = error_console()
-    if console.is_terminal:
-        with console.status(text):
+    if measure and console.is_terminal:
+        with console.status("measuring what this machine can do ..."):
             yield
     else:
         yield

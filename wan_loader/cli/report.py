@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wan_loader.cli.options import Force, JsonOut, Verbose
 from wan_loader.cli.profile import PageFile, TraceFile, render_session
+
+if TYPE_CHECKING:
+    from wan_loader.profiler.analysis.run_report import RunReport
 
 __all__ = ["report"]
 
@@ -26,7 +29,7 @@ def report(
     force: Force = False,
     verbose: Verbose = False,
 ) -> None:
-    """Render a saved session again: as text, a page, a trace or JSON.
+    """Render a saved session again: as text, a page, a trace or JSON; or what --profile-out of a pipeline wrote.
 
     Of a distributed load, give the sessions of all processes: the report shows how they differ.
 
@@ -38,6 +41,7 @@ def report(
     """
     from wan_loader.cli.output import check_outputs
     from wan_loader.cli.render import output_console
+    from wan_loader.profiler.analysis.run_report import read_run_report
     from wan_loader.profiler.analysis.session import read_session
 
     if len(sessions) > 1:
@@ -46,7 +50,24 @@ def report(
         _compare(sessions, json=json)
         return
     check_outputs(trace, html, force=force)
+    if (run := read_run_report(sessions[0])) is not None:
+        if trace or html:
+            raise typer.BadParameter("--trace and --html show what `wan-loader profile` saved: this is of a run")
+        _show_run(*run, json=json)
+        return
     render_session(read_session(sessions[0]), output_console(), json=json, trace=trace, html=html)
+
+
+def _show_run(report: RunReport, document: dict[str, Any], *, json: bool) -> None:
+    from wan_loader.cli.output import print_json
+    from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.profiler.render.run_report import print_run_report
+
+    if json:
+        print_json(document)
+    else:
+        print_run_report(output_console(), report)
+    print_warnings(report.warnings)
 
 
 def _compare(paths: list[Path], *, json: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.hub_cache import locate
-from wan_loader.formats.model_directory import parts_in, recognise_model
+from wan_loader.formats.model_directory import known_model, parts_in, recognise_model
 from wan_loader.formats.opening import open_checkpoint
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wan_loader.formats.model_directory import MissingFile, ModelDirectory
     from wan_loader.types import StrPath
 
-__all__ = ["Inventory", "checkpoints_in", "take_inventory"]
+__all__ = ["Inventory", "checkpoint_paths", "checkpoints_in", "take_inventory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,9 @@ class Inventory:
 
 
 def checkpoints_in(path: StrPath, part: str | None = None) -> list[Checkpoint]:
-    """Open the checkpoint at a path, or those of a directory with several, in the order of their names.
+    """Open the checkpoint at a path, or those of a directory with several.
+
+    They come in the order of their names, or, of a known model, of their first use.
 
     Args:
         path: The checkpoint or directory, as for `open_checkpoint`.
@@ -52,9 +54,29 @@ def checkpoints_in(path: StrPath, part: str | None = None) -> list[Checkpoint]:
     except CheckpointError:
         if part is not None or not os.path.isdir(directory := locate(os.fspath(path))):
             raise
-        if not (found := parts_in(directory)):
+        if not (found := _in_order(directory)):
             raise
     return [open_checkpoint(one) for one in found]
+
+
+def checkpoint_paths(path: StrPath) -> list[str]:
+    """Return the path itself if it names one checkpoint, else those of a directory with several.
+
+    Args:
+        path: As for `checkpoints_in`. What is none is for whoever opens it to refuse.
+    """
+    try:
+        open_checkpoint(path)
+    except CheckpointError:
+        if os.path.isdir(directory := locate(os.fspath(path))):
+            return _in_order(directory) or [os.fspath(path)]
+    return [os.fspath(path)]
+
+
+def _in_order(directory: str) -> list[str]:
+    """Return the checkpoints of a directory, of a known model in the order of first use."""
+    found, model = parts_in(directory), known_model(directory)
+    return sorted(found, key=lambda one: model.rank(os.path.relpath(one, directory))) if model else found
 
 
 def take_inventory(path: StrPath) -> Inventory | None:

@@ -1,6 +1,9 @@
 """The profiler: observes loads and whole programs from outside, judges them, and renders what was recorded.
 
     program    runs any program with the agent inside it, and brings back what its processes wrote
+    in_process the same for a block of this process
+    watch      processes as they look from outside
+    logs       what the agent wrote, read back as anybody's
     agent      the recording inside a foreign program
     analysis   from a recording to a `Session` with its advice; the verdict's rules are in `wan_loader.verdict`
     probe      what this machine can do, measured, and what its files lie on

@@ -1,16 +1,14 @@
 """The run of any program with the recording inside it; what its processes wrote is brought back.
 
 The recording is started in every Python process that the program starts (see `system.programs`); what cannot be reached
-this way stays unrecorded.
+this way is seen from outside (`watch`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OptionError
 from wan_loader.events import clock_ns
-from wan_loader.profiler.analysis.session import Sample
+from wan_loader.profiler.logs import read_logs
+from wan_loader.profiler.watch import SeenProcess, Watcher
 from wan_loader.system.programs import command_line, environment, forwarded_signals, furnish
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Recording", "run_program"]
 
-_SAMPLE_S = 0.1
 _KILL_S = 10.0
 _AGENT = Path(__file__).parent / "agent"
 _PACKAGE = "_wan_loader_agent"
@@ -45,7 +43,10 @@ class Recording:
     """The exit code as subprocess has it: negative for a signal."""
     logs: tuple[tuple[dict[str, Any], ...], ...]
     """The lines of each process."""
-    samples: Mapping[int, Sequence[Sample]]
+    seen: tuple[SeenProcess, ...] = ()
+    """The processes as they looked from outside."""
+    inside: bool = False
+    """A part of a process that goes on."""
     stopped: str = ""
     """The reason why the program was stopped from outside, if it was."""
 
@@ -71,7 +72,7 @@ def run_program(
         OptionError: The program cannot be started.
     """
     argv = command_line(words, "wan-loader profile")
-    with tempfile.TemporaryDirectory(prefix="wan-loader-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="wan-loader-", ignore_cleanup_errors=True) as temporary:
         home = Path(temporary)
         (home / "spans").mkdir()
         furnish(home, _AGENT, _PACKAGE, _START)
@@ -82,21 +83,24 @@ def run_program(
             child = subprocess.Popen(argv, env=environ, stdout=stdout)
         except OSError as error:
             raise OptionError.because(f"cannot be started: {error.strerror}", path=argv[0]) from error
-        watcher = _Watcher(home / "spans", child, deadline_ns if stop else None, stop=stop and bool(until))
+        stopper = _Stopper(home / "spans", child, deadline_ns if stop else None, until=stop and bool(until))
+        watcher = Watcher(child.pid, stopper.stop_if_due)
         with forwarded_signals(child):
             watcher.start()
+            with suppress(ChildProcessError):  # a signal that was passed on found it ended, and has waited for it
+                os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            end_ns = clock_ns()
+            watcher.finish()
             child.wait()
-        end_ns = clock_ns()
-        watcher.finish()
         return Recording(
             argv=tuple(argv),
             pid=child.pid,
             start_ns=start_ns,
             end_ns=end_ns,
             returncode=child.returncode,
-            logs=tuple(_read_log(p) for p in sorted((home / "spans").glob("*.jsonl"))),
-            samples=watcher.samples,
-            stopped=watcher.stopped,
+            logs=read_logs(home / "spans"),
+            seen=tuple(watcher.seen),
+            stopped=stopper.stopped,
         )
 
 
@@ -111,37 +115,21 @@ def _environment(home: Path, until: str | None, deadline_ns: int | None) -> dict
     return environ
 
 
-class _Watcher:
-    """A thread that samples the kernel's counters of the program's processes, and stops it when it was asked to."""
+class _Stopper:
+    """The end of a program that was asked for: SIGTERM, and SIGKILL ten seconds later."""
 
-    def __init__(self, directory: Path, child: subprocess.Popen[bytes], deadline_ns: int | None, *, stop: bool) -> None:
-        self.samples: dict[int, list[Sample]] = {}
+    def __init__(
+        self, directory: Path, child: subprocess.Popen[bytes], deadline_ns: int | None, *, until: bool
+    ) -> None:
         self.stopped = ""
         self._directory = directory
         self._child = child
         self._deadline_ns = deadline_ns
-        self._stop_when_ended = stop
+        self._until = until
         self._kill_ns: int | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="sampler", daemon=True)
 
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def finish(self) -> None:
-        """End the sampling: the program has ended."""
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(_SAMPLE_S):
-            for pid in {int(p.name.partition("-")[0]) for p in self._directory.glob("*.jsonl")}:
-                if sample := _sample(pid):
-                    self.samples.setdefault(pid, []).append(sample)
-            self._stop_if_due()
-
-    def _stop_if_due(self) -> None:
+    def stop_if_due(self) -> None:
+        """Look if it is time."""
         now = clock_ns()
         if self._kill_ns is not None:
             if now > self._kill_ns:
@@ -149,29 +137,10 @@ class _Watcher:
         # only with --stop: otherwise the recording ends by itself, inside the program
         elif self._deadline_ns is not None and now > self._deadline_ns:
             self._stop("the time given with --for was over")
-        elif self._stop_when_ended and any(b'"why": "until"' in p.read_bytes() for p in self._directory.glob("*")):
+        elif self._until and any(b'"why": "until"' in p.read_bytes() for p in self._directory.glob("*")):
             self._stop("the text given with --until was printed")
 
     def _stop(self, why: str) -> None:
         self.stopped = why
         self._kill_ns = clock_ns() + int(_KILL_S * 1e9)
         self._child.terminate()
-
-
-def _sample(pid: int) -> Sample | None:
-    try:
-        io = Path(f"/proc/{pid}/io").read_text()
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        read = int(io.partition("\nread_bytes: ")[2].split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-    return Sample(clock_ns(), read, pages * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _read_log(path: Path) -> tuple[dict[str, Any], ...]:
-    """Read the lines of one process; one that was being written when it was killed is left out."""
-    lines = []
-    for line in path.read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):
-            lines.append(json.loads(line))
-    return tuple(line for line in lines if isinstance(line, dict))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.arguments import MAX_THREADS, checked_count, checked_path
 from wan_loader.formats import open_checkpoint
+from wan_loader.formats.inventory import checkpoints_in
 from wan_loader.system.machine import affordable_buffers, available_memory
 from wan_loader.system.posix import cached_bytes
 
@@ -135,12 +136,15 @@ def prewarm(
     Call it first thing in a program, before torch is imported. A later load finds its pages there.
 
     Args:
-        path: As for `open_checkpoint`, whose errors are raised.
+        path: As for `open_checkpoint`, whose errors are raised; or a whole model's directory, with all its parts.
         part: As for `open_checkpoint`; of a file that nests dicts, all is read, whatever part is named.
         threads: As for `prewarm_files`.
         limit_nbytes: As for `prewarm_files`.
     """
-    files = [file.path for file in open_checkpoint(path, part=part).files]
+    checkpoints = (
+        checkpoints_in(path, part) if isinstance(path, (str, os.PathLike)) else [open_checkpoint(path, part=part)]
+    )
+    files = [file.path for checkpoint in checkpoints for file in checkpoint.files]
     return prewarm_files(files, threads=threads, limit_nbytes=limit_nbytes)
 
 

@@ -7,6 +7,9 @@ and never raises into the program.
     recorder       keeps spans and writes them down
     import_hooks   times modules, and calls the other hooks when a module has arrived
     torch_hooks    copies, conversions, construction, random initialisation, loading, sharding, CUDA's start
+    file_hooks     files of weights that Python opens, and what it reads of them
+    process_hooks  ends of processes
+    own_hooks      loads of wan_loader
     weight_hooks   safetensors, transformers and diffusers
     wrap           wrappers that leave no trace
 """

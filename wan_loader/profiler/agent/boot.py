@@ -8,25 +8,30 @@ import sys
 import time
 
 from . import import_hooks
+from .file_hooks import hook_audit, hook_open
+from .process_hooks import hook_processes
 from .recorder import AgentRecorder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["start"]
+__all__ = ["finish_inside", "start", "start_inside"]
 
+_MAX_FILES = 4000
 _KEPT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "WORLD_SIZE")
 #: What to call when a module has arrived: (module here, function, attribute of what arrived).
 _HOOKS = {
     "torch": ("torch_hooks", "hook_torch"),
     "torch.distributed.fsdp": ("torch_hooks", "hook_distributed"),
+    "numpy": ("file_hooks", "hook_numpy"),
     "safetensors": ("weight_hooks", "hook_safetensors"),
     "safetensors.torch": ("weight_hooks", "hook_safetensors_torch"),
     "transformers.modeling_utils": ("weight_hooks", "hook_pretrained", "PreTrainedModel"),
     "transformers.tokenization_utils_base": ("weight_hooks", "hook_pretrained", "PreTrainedTokenizerBase"),
     "diffusers.models.modeling_utils": ("weight_hooks", "hook_pretrained", "ModelMixin"),
     "diffusers.pipelines.pipeline_utils": ("weight_hooks", "hook_pretrained", "DiffusionPipeline"),
+    "wan_loader.loading.load_session": ("own_hooks", "hook_own_loads", "LoadSession"),
 }
 
 
@@ -34,8 +39,10 @@ class _FileRecorder(AgentRecorder):
     def file(self, path: Any, reader: Any, mapped: Any) -> None:
         """Remember a weight file, once, with what was in the page cache when it was opened."""
         files = self.facts.setdefault("files", {})
-        if path in files:
+        path = os.path.abspath(path)
+        if path in files or len(files) >= _MAX_FILES:
             return
+        files[path] = {}  # opening it below is not to be noted again
         try:
             from .weight_hooks import cached_bytes
 
@@ -47,25 +54,59 @@ class _FileRecorder(AgentRecorder):
 
 
 def start(directory: Any) -> None:
-    """Record this process into `directory`."""
+    """Record this process into `directory`, from its beginning to its end."""
     environ = os.environ
-    rank = environ.get("RANK", "")
-    first = {
-        "argv": list(getattr(sys, "orig_argv", sys.argv))[:64],
-        "rank": int(rank) if rank.isdigit() else None,
-        "python": sys.version.split()[0],
-        "started": _process_start(),
-        "env": {k: environ[k] for k in _KEPT if k in environ},
-    }
     deadline = environ.get("WAN_LOADER_TRACE_DEADLINE")
-    recorder = _FileRecorder(directory, first, int(deadline) if deadline else None)
+    recorder = _FileRecorder(directory, _first_facts(_process_start()), int(deadline) if deadline else None)
     # what Python itself took until sitecustomize
-    recorder.whole("import", "python", first["started"], recorder._clock())
-    hooks = {name: _hook(recorder, *where) for name, where in _HOOKS.items()}
-    import_hooks.install(recorder, hooks)
+    recorder.whole("import", "python", recorder.started, recorder.now())
+    import_hooks.install(recorder, _hooks(recorder))
+    hook_audit(recorder)
+    hook_open(recorder)
+    hook_processes(recorder, lambda: _finish(recorder))
     if environ.get("WAN_LOADER_TRACE_UNTIL"):
         _watch_output(recorder, environ["WAN_LOADER_TRACE_UNTIL"])
     atexit.register(lambda: _finish(recorder))
+
+
+def start_inside(directory: Any) -> Any:
+    """Record this process, which has begun long ago, into `directory`; return the recorder.
+
+    No audit hook is set, as it could not be taken back.
+    """
+    recorder = _FileRecorder(directory, _first_facts(time.perf_counter_ns()))
+    hooks = _hooks(recorder)
+    for name in [name for name in hooks if name in sys.modules]:
+        try:
+            hooks.pop(name)(sys.modules[name])
+        except Exception:  # a hook that does not fit this version, or a module that is only half imported
+            continue
+    import_hooks.install(recorder, hooks)
+    hook_open(recorder)
+    hook_processes(recorder, lambda: _finish(recorder))
+    return recorder
+
+
+def finish_inside(recorder: Any) -> None:
+    """End what `start_inside` began, and take all hooks back."""
+    _finish(recorder, "block")
+    recorder.close()
+
+
+def _first_facts(started: Any) -> Any:
+    environ = os.environ
+    rank = environ.get("RANK", "")
+    return {
+        "argv": list(getattr(sys, "orig_argv", sys.argv))[:64],
+        "rank": int(rank) if rank.isdigit() else None,
+        "python": sys.version.split()[0],
+        "started": started,
+        "env": {k: environ[k] for k in _KEPT if k in environ},
+    }
+
+
+def _hooks(recorder: Any) -> Any:
+    return {name: _hook(recorder, *where) for name, where in _HOOKS.items()}
 
 
 def _hook(recorder: Any, module: str, function: str, attribute: Any = None) -> Any:
@@ -119,10 +160,11 @@ def _watch_output(recorder: Any, text: Any) -> Any:
             continue
 
 
-def _finish(recorder: Any) -> None:
+def _finish(recorder: Any, why: Any = "exit") -> None:
     try:
         import resource
 
+        recorder.facts["counters"] = [recorder.now(), *recorder.io()]
         recorder.facts["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
@@ -130,4 +172,4 @@ def _finish(recorder: Any) -> None:
             recorder.facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     except Exception:
         recorder.facts["incomplete"] = True
-    recorder.stop("exit")
+    recorder.stop(why)

@@ -1,8 +1,9 @@
 """The keeper of spans inside a foreign program: it writes them to one file per process, as lines of JSON.
 
 Per thread there is a stack of open spans. The innermost one gets the time, so spans of a thread never overlap, and
-what an outer span shows is its own time only. Lines are written at most every 100 ms of recorded work and at the end,
-so that a killed program leaves what it had done. Nothing here may raise into the program, or print.
+what an outer span shows is its own time only. Lines are written every 100 ms of recorded work, at the end, and at once
+after a span of more than 5 ms, so that a killed program leaves what it had done. Nothing here may raise into the
+program, or print.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import time
 from _thread import _local, allocate_lock, get_native_id
+from _weakref import ref
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ _JOIN_NS = 20_000
 _NS_PER_BYTE = 5
 #: Fewer bytes than this at once are not weights.
 _AHEAD_BYTES = 4 << 20
+#: A span this long is written at once, since the process may be killed at any time.
+_LONG_NS = 5_000_000
+#: What one process may write; later spans are left out, and that is said.
+_MAX_BYTES = 64 << 20
 
 
 class _Stack(_local):
@@ -50,13 +56,16 @@ class AgentRecorder:
         self._directory, self._start_facts, self._clock = directory, start_facts or {}, clock
         self._deadline_ns = deadline_ns
         self._open_files()
-        os.register_at_fork(after_in_child=self._after_fork)
+        # by a weak reference: what is registered can never be taken back
+        me = ref(self)
+        os.register_at_fork(after_in_child=lambda: _after_fork_of(me()))
 
     def _open_files(self) -> None:
         self._stack = _Stack()
         self._lock = allocate_lock()
         self._pending: list[Any] = []
         self._generation, self._flushed_ns = 0, self._clock()
+        self._nbytes, self._full = 0, False
         self._pid = os.getpid()
         name = f"{self._pid}-{self._clock()}.jsonl"
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -70,14 +79,15 @@ class AgentRecorder:
         self._write({"begin": {**self._start_facts, "pid": self._pid, "ppid": os.getppid(), "at": self._clock()}})
 
     def _after_fork(self) -> None:
-        was_on = self.on
+        if not self.on:
+            return
         for fd in (self._file, self._io):
             if fd is not None:
                 os.close(fd)
         # a child writes a file of its own, from its fork on
         self._start_facts = {**self._start_facts, "forked": True, "started": self._clock()}
+        self.facts = {**self.facts, "files": {}}
         self._open_files()
-        self.on = self.on and was_on
 
     # spans
 
@@ -89,6 +99,10 @@ class AgentRecorder:
             self._row(outer[0], outer[1], outer[2], now, 0)
         stack.open.append([name, label, now])
         self._check(now)
+
+    def now(self) -> Any:
+        """Return the time on the clock of the spans."""
+        return self._clock()
 
     def around(self) -> Any:
         """Return (name, label, ...) of the innermost span of this thread, or None."""
@@ -104,6 +118,8 @@ class AgentRecorder:
             before: Counters from the beginning, to find page faults.
         """
         now, stack = self._clock(), self._stack
+        if not stack.open:  # it was opened before the fork
+            return
         name, label, start = stack.open.pop()
         name, label = kind or (name, label)
         if before is not None:
@@ -114,10 +130,14 @@ class AgentRecorder:
         self._row(name, label, start, now, nbytes)
         if stack.open:
             stack.open[-1][2] = now
+        elif now - start > _LONG_NS:
+            self.flush(now)
         self._check(now)
 
     def drop(self) -> None:
         """Forget the innermost span of this thread: its time stays with the one around it."""
+        if not self._stack.open:  # it was opened before the fork
+            return
         _, _, start = self._stack.open.pop()
         if self._stack.open:
             self._stack.open[-1][2] = start
@@ -125,6 +145,17 @@ class AgentRecorder:
     def whole(self, name: Any, label: Any, start: Any, end: Any) -> None:
         """Record a span that is over already, outside of all others."""
         self._row(name, label, start, end, 0)
+
+    def foreign(self, name: Any, label: Any, start: Any, end: Any, nbytes: Any, track: Any) -> None:
+        """Record a span that somebody else has measured, on a track of its own."""
+        if self.on:
+            self._pending.append([name, start, end, nbytes, track, label])
+            self._check(end)
+
+    @property
+    def started(self) -> Any:
+        """When the process began."""
+        return self._start_facts["started"]
 
     def _row(self, name: Any, label: Any, start: Any, end: Any, nbytes: Any) -> None:
         stack = self._stack
@@ -188,7 +219,7 @@ class AgentRecorder:
 
     def note(self, **entry: Any) -> None:
         """Write a line that is not a span."""
-        if self.on:
+        if self.on and not self._full:
             self._write(entry)
 
     def _check(self, now: Any) -> None:
@@ -209,14 +240,19 @@ class AgentRecorder:
             # rows that were written must not grow any more
             self._generation += 1
             still_open = [[name, start, label] for name, label, start in self._stack.open]
-            if rows or still_open:
+            if self._full:
+                self.facts["left_out"] = self.facts.get("left_out", 0) + len(rows)
+            elif rows or still_open:
                 self._write({"spans": rows, "open": still_open, "at": self._flushed_ns, "track": self._stack.track})
         finally:
             self._lock.release()
 
     def _write(self, document: Any) -> None:
         try:
-            os.write(self._file, (_dumps(document) + "\n").encode())
+            line = (_dumps(document) + "\n").encode()
+            self._nbytes += len(line)
+            self._full = self._nbytes > _MAX_BYTES
+            os.write(self._file, line)
         except (OSError, ValueError):
             self.on = False
 
@@ -231,11 +267,24 @@ class AgentRecorder:
         self.on = False
         self.flush(now)
         self._write({"end": {"at": now, "why": why, "facts": self.facts}})
-        for undo in self.undo:
+        for undo in reversed(self.undo):
             try:
                 undo()
             except Exception:
                 continue
+
+    def close(self) -> None:
+        """Close the files, after the end."""
+        self.on = False
+        for fd in (self._file, self._io):
+            if fd is not None:
+                os.close(fd)
+        self._io = None
+
+
+def _after_fork_of(recorder: Any) -> None:
+    if recorder is not None:
+        recorder._after_fork()
 
 
 def _open_or_none(path: Any) -> Any:

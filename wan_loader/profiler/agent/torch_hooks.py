@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import types
+from _weakref import ref
 
 from .recorder import MIN_BYTES
 from .wrap import drop_frame, patch, timed
@@ -20,7 +21,23 @@ __all__ = ["hook_distributed", "hook_torch"]
 
 _MOVES = ("to", "cuda", "half", "bfloat16", "float", "double", "type", "clone", "contiguous", "pin_memory")
 _RANDOM = ("uniform_", "normal_", "exponential_", "random_", "bernoulli_", "log_normal_", "cauchy_")
-
+#: What processes do together, and wait for each other in.
+_TOGETHER = (
+    "init_process_group",
+    "fully_shard",
+    "barrier",
+    "monitored_barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "all_reduce",
+    "all_gather",
+    "all_gather_object",
+    "all_gather_into_tensor",
+    "scatter",
+    "gather",
+    "reduce_scatter_tensor",
+    "recv",
+)
 
 #: Label of a move whose kind is not known yet.
 _MOVE = "move"
@@ -237,6 +254,7 @@ def _hook_modules(recorder: Any, module_class: Any) -> None:
     if "__init_subclass__" not in vars(module_class):
         hook: Any = __init_subclass__
         module_class.__init_subclass__ = classmethod(hook)
+        recorder.undo.append(lambda: delattr(module_class, "__init_subclass__"))
 
 
 def _wrap_init(recorder: Any, cls: Any, building: Any) -> Any:
@@ -269,9 +287,17 @@ def _wrap_init(recorder: Any, cls: Any, building: Any) -> Any:
         cls.__init__ = __init__
     except (TypeError, AttributeError):
         return
+    alive = ref(cls)
+
+    def undo() -> None:
+        owner = alive()
+        if owner is not None and vars(owner).get("__init__") is __init__:
+            owner.__init__ = init
+
+    recorder.undo.append(undo)
 
 
 def hook_distributed(recorder: Any, distributed: Any) -> None:
     """Wrap sharding and the process group, by whatever of it this module offers."""
-    for name in ("init_process_group", "fully_shard"):
+    for name in _TOGETHER:
         patch(recorder, distributed, name, lambda f, n=name: timed(recorder, f, "shard", n))

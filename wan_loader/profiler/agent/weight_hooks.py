@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import sys
 
 from .recorder import MIN_BYTES
 from .wrap import drop_frame, patch, timed
@@ -32,12 +34,36 @@ def cached_bytes(path: Any) -> Any:
 
 def hook_safetensors(recorder: Any, module: Any) -> None:
     """Put a class of the same behaviour in the place of `safe_open`."""
-    patch(recorder, module, "safe_open", lambda original: _opener(recorder, original))
+    original = module.safe_open
+    opener = _opener(recorder, original)
+    patch(recorder, module, "safe_open", lambda _: opener)
+    for other in list(sys.modules.values()):
+        # what was imported before has the name for itself
+        if getattr(other, "__dict__", {}).get("safe_open") is original:
+            patch(recorder, other, "safe_open", lambda _: opener)
 
 
 def hook_safetensors_torch(recorder: Any, module: Any) -> None:
-    """Wrap `load_file` as a whole; what happens inside it is recorded too."""
+    """Wrap `load_file` as a whole, what happens inside it is recorded too; and `load`, which copies bytes in memory."""
     patch(recorder, module, "load_file", lambda f: timed(recorder, f, "read", "safetensors.torch.load_file"))
+    patch(recorder, module, "load", lambda f: _loads(recorder, f))
+
+
+def _loads(recorder: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def load(data: Any) -> Any:
+        if not recorder.on:
+            return original(data)
+        recorder.begin("h2d", "copy in host memory, by safetensors.torch.load")
+        try:
+            return original(data)
+        except BaseException as error:
+            drop_frame(error)
+            raise
+        finally:
+            recorder.end(len(data))
+
+    return load
 
 
 def hook_pretrained(recorder: Any, owner: Any) -> None:

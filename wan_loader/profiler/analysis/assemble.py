@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.profiler.analysis.advice import advise
-from wan_loader.profiler.analysis.merge import describe_exit, main_process
-from wan_loader.profiler.analysis.session import Process, Session
+from wan_loader.profiler.analysis.notes import program_notes
+from wan_loader.profiler.analysis.raised_ceilings import raise_ceilings
+from wan_loader.profiler.analysis.session import Process, Session, path_spans
+from wan_loader.profiler.analysis.story import launchers_of, pace_sentence, subject_of, turns_of
+from wan_loader.profiler.analysis.weight_files import device_of, files_of
 from wan_loader.sizes import format_count, format_share
-from wan_loader.spans import Mark, by_label, summarize
+from wan_loader.spans import Mark, summarize
 from wan_loader.system.machine import machine_card
 from wan_loader.verdict import Evidence, judge
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from wan_loader.events import Span
     from wan_loader.profiler.program import Recording
 
-__all__ = ["Environment", "load_session", "program_session", "weight_files"]
+__all__ = ["Environment", "load_session", "program_session"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,38 +82,45 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Environment,
     return _session("load", report, (process,), 0, evidence, around)
 
 
-def weight_files(processes: Sequence[Process]) -> list[str]:
-    """List the paths of the weight files that a program opened."""
-    return sorted({path for p in processes for path in p.facts.get("files", {}) if path.startswith("/")})
-
-
 def program_session(recording: Recording, processes: Sequence[Process], around: Environment) -> Session:
-    """Make the session of a program, from the processes that `merge` made of its recording."""
-    subject = main_process(processes)
-    process = processes[subject]
-    files = [f for f in process.facts.get("files", {}).values() if isinstance(f, dict)]
-    nbytes = sum(int(f.get("nbytes") or 0) for f in files)
-    counts = [f.get("resident_before") for f in files]
+    """Make the session of a program, from the processes that `merge` made of its recording.
+
+    The verdict is about the whole program, from its start to its end. Advice is about what the user can change: not
+    about what launchers do.
+    """
+    end_ns = max(p.end_ns for p in processes)
+    turns = turns_of(processes, end_ns)
+    subject = subject_of(processes, turns)
+    files = files_of(processes)
+    nbytes = sum(f.nbytes for f in files.values())
+    counts = [f.resident_before for f in files.values()]
     # one file that the kernel tells nothing of makes the sum unknown
-    resident = None if None in counts else sum(map(int, filter(None, counts)))
-    device = "cuda" if any("host to cuda" in s.label for s in process.spans if s.name in ("h2d", "cast")) else "cpu"
-    report = _program_report(recording, process, device, nbytes, resident)
+    resident = None if None in counts else sum(filter(None, counts))
+    device = device_of(processes)
     evidence = Evidence(
         kind="program",
-        seconds=process.seconds,
-        spans=process.spans,
-        start_ns=process.start_ns,
-        end_ns=process.end_ns,
+        seconds=end_ns / 1e9,
+        spans=path_spans(processes, turns),
+        start_ns=0,
+        end_ns=end_ns,
         device=device,
         ceilings=around.ceilings,
         cold_bytes=max(0, nbytes - (resident or 0)),
         nbytes_file=nbytes,
         storage=around.storage,
-        facts=process.facts,
+        facts=processes[subject].facts,
         limits=around.limits,
     )
-    around = replace(around, notes=(*around.notes, *_program_notes(recording, processes, process)))
-    return _session("program", report, tuple(processes), subject, evidence, around)
+    report = _program_report(recording, processes, subject, evidence, resident)
+    around = replace(around, notes=(*around.notes, *program_notes(recording, processes, subject)))
+    session = _session("program", report, tuple(processes), subject, evidence, around)
+    launchers = launchers_of(processes)
+    own = path_spans(processes, [turn for turn in turns if turn.process not in launchers])
+    why = "; ".join(filter(None, (session.verdict.why, pace_sentence(processes, turns, subject))))
+    verdict = replace(session.verdict, why=why)
+    advice = advise(replace(evidence, spans=own, ceilings=session.ceilings)) if launchers else session.advice
+    report = replace(session.report, bottleneck=Bottleneck(verdict.phase, why))
+    return replace(session, report=report, turns=turns, verdict=verdict, advice=advice)
 
 
 def _session(
@@ -121,6 +131,9 @@ def _session(
     evidence: Evidence,
     around: Environment,
 ) -> Session:
+    ceilings, raised = raise_ceilings(evidence)
+    evidence = replace(evidence, ceilings=ceilings)
+    around = replace(around, ceilings=ceilings, notes=(*around.notes, *raised))
     verdict = judge(evidence)
     return Session(
         kind=kind,
@@ -136,57 +149,39 @@ def _session(
 
 
 def _program_report(
-    recording: Recording, process: Process, device: str, nbytes: int, resident: int | None
+    recording: Recording, processes: Sequence[Process], subject: int, e: Evidence, resident: int | None
 ) -> LoadReport:
-    peak = max([int(process.facts.get("peak_resident_bytes") or 0), *(s.resident_bytes for s in process.samples)])
+    process, n_files = processes[subject], len(files_of(processes))
+    facts = [p.facts for p in processes]
+    peak = max(
+        [s.resident_bytes for p in processes for s in p.samples] + [_whole(f.get("peak_resident_bytes")) for f in facts]
+    )
     card: dict[str, object] = {k: process.facts[k] for k in ("torch", "gpu", "python") if k in process.facts}
-    files = process.facts.get("files", {})
     reason = (
-        f"{format_count(len(files), 'weight file')}, "
-        f"{'unknown how much' if resident is None else format_share(resident, nbytes)} in the page cache when opened"
-        if nbytes
+        f"{format_count(n_files, 'weight file')}, "
+        f"{'unknown how much' if resident is None else format_share(resident, e.nbytes_file)} "
+        "in the page cache when opened"
+        if e.nbytes_file
         else ""
     )
     return LoadReport(
         command="profile",
         target=" ".join(recording.argv),
-        device=device,
+        device=e.device,
         dtype=None,
-        seconds=process.seconds,
-        nbytes_file=nbytes,
-        nbytes_device=sum(s.nbytes for s in process.spans if s.name == "h2d" and "host to" in s.label),
+        seconds=e.seconds,
+        nbytes_file=e.nbytes_file,
+        nbytes_device=sum(s.nbytes for p in processes for s in p.spans if s.name == "h2d" and "host to" in s.label),
         n_tensors=0,
         io=IoReport("as the program does", reason or "no weight file was seen", resident),
-        phases=summarize(process.spans),
+        phases=summarize(e.spans),
         bottleneck=Bottleneck("other", ""),
-        memory=MemoryReport(peak, 0, int(process.facts.get("device_peak_bytes") or 0)),
+        memory=MemoryReport(peak, 0, max(_whole(f.get("device_peak_bytes")) for f in facts)),
         machine={**machine_card(), **card},
         settings={"env": process.facts.get("env", {})},
         warnings=(),
     )
 
 
-def _program_notes(recording: Recording, processes: Sequence[Process], process: Process) -> list[str]:
-    notes = []
-    if recording.returncode:
-        notes.append(f"the program did not end well: {describe_exit(recording.returncode)}")
-    if recording.stopped:
-        notes.append(f"the program was stopped: {recording.stopped}")
-    if process.facts.get("unseen"):
-        notes.append(
-            "nothing was recorded inside the program: it runs no Python, or ignores PYTHONPATH (python -I, -E)"
-        )
-    elif not process.facts.get("files"):
-        notes.append("no weight file was opened through safetensors or torch.load")
-    if any("page faults" in label for label, _, _ in by_label(process.spans, "read")):
-        notes.append(
-            "files that are mapped are read later, inside copies and conversions: that time is given to reading by the "
-            "kernel's counters, and drawn before the operation it was part of"
-        )
-    seen = sum(s.nbytes for s in process.spans if s.name == "read")
-    fetched = process.samples[-1].read_bytes if process.samples else 0
-    if fetched > 1.5 * seen + 500_000_000:
-        notes.append(f"{(fetched - seen) / 1e9:.1f} GB came from storage outside of what was recorded as reading")
-    if not process.samples and not process.facts.get("unseen"):
-        notes.append("the kernel's counters of the process could not be read (no /proc, or it was too short)")
-    return notes
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0

@@ -6,6 +6,7 @@ field is checked, and anything damaged or foreign is one `SessionError`. Nothing
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from wan_loader.types import StrPath
 
-__all__ = ["Advice", "Process", "Sample", "Session", "read_session"]
+__all__ = ["Advice", "Process", "Sample", "Session", "Turn", "path_spans", "read_session"]
 
 _MAX_SPANS = 5_000_000
 _COMPARE = "`wan-loader compare` shows two of them side by side"
@@ -51,16 +52,45 @@ class Process:
     pid: int
     start_ns: int
     end_ns: int
+    name: str = ""
+    """A short title: the script's name, without Python and directories."""
+    role: str = ""
+    """The reason why it is there, as `roles` has it; "" for a program of the user's."""
+    parent: int | None = None
+    """The process id of what started it."""
     rank: int | None = None
     ended: str = ""
     """"exit 0", "killed by SIGTERM", "still running", or empty where it is not known."""
     spans: tuple[Mark, ...] = field(default=(), repr=False)
     samples: tuple[Sample, ...] = field(default=(), repr=False)
+    busy: tuple[tuple[int, int], ...] = field(default=(), repr=False, compare=False)
+    """Times in which it used a processor, seen from outside; not saved."""
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def seconds(self) -> float:
         """Seconds from its start to its end."""
+        return (self.end_ns - self.start_ns) / 1e9
+
+    @property
+    def shown(self) -> str:
+        """Its name for people, with its rank where it has one."""
+        name = self.name or self.title
+        return name if self.rank is None else f"rank {self.rank}: {name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A time in which one process set the pace of the program."""
+
+    process: int
+    """Its place in the list of processes."""
+    start_ns: int
+    end_ns: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it was."""
         return (self.end_ns - self.start_ns) / 1e9
 
 
@@ -81,9 +111,12 @@ class Session:
     kind: str
     """"load" or "program"."""
     report: LoadReport
-    """The report of the load, or of the process that did most of the work (`processes[subject]`)."""
+    """The report of the load, or of the whole program, from its start to its end."""
     processes: tuple[Process, ...]
     subject: int = 0
+    """The process that the report is about: of a program, the one that set the pace for most of the time."""
+    turns: tuple[Turn, ...] = ()
+    """Which process set the pace when, from the program's start to its end; empty for a load."""
     verdict: Verdict
     advice: tuple[Advice, ...] = ()
     ceilings: dict[str, Any] = field(default_factory=dict)
@@ -97,8 +130,22 @@ class Session:
 
     @property
     def spans(self) -> tuple[Mark, ...]:
-        """The spans of the process that the report is about."""
-        return self.processes[self.subject].spans
+        """The spans that the report is about: at each moment those of the process that set the pace."""
+        return path_spans(self.processes, self.turns) if self.turns else self.processes[self.subject].spans
+
+    @property
+    def start_ns(self) -> int:
+        """The beginning of what the report is about."""
+        return self.turns[0].start_ns if self.turns else self.processes[self.subject].start_ns
+
+    @property
+    def end_ns(self) -> int:
+        """The end of what the report is about."""
+        return self.turns[-1].end_ns if self.turns else self.processes[self.subject].end_ns
+
+    def paced_s(self, process: int) -> float:
+        """Return how long a process set the pace."""
+        return sum(turn.seconds for turn in self.turns if turn.process == process)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of `-o` and `--json`."""
@@ -118,8 +165,29 @@ class Session:
             "storage": self.storage,
             "notes": list(self.notes),
             "subject": self.subject,
+            "turns": [[t.process, t.start_ns, t.end_ns] for t in self.turns],
             "processes": [_process_json(p) for p in self.processes],
         }
+
+
+def path_spans(processes: Sequence[Process], turns: Sequence[Turn]) -> tuple[Mark, ...]:
+    """Return the spans of each process as far as they lie in its turns, with their share of the bytes."""
+    out: list[Mark] = []
+    several = len({turn.process for turn in turns}) > 1
+    for number in dict.fromkeys(turn.process for turn in turns):
+        process = processes[number]
+        mine = [(t.start_ns, t.end_ns) for t in turns if t.process == number]
+        for span in process.spans:
+            # turns are in order: the first that ends behind the span's start
+            for i in range(bisect_right(mine, span.start_ns, key=lambda turn: turn[1]), len(mine)):
+                start_ns, end_ns = max(span.start_ns, mine[i][0]), min(span.end_ns, mine[i][1])
+                if mine[i][0] > span.end_ns:
+                    break
+                length = span.end_ns - span.start_ns
+                nbytes = span.nbytes * (end_ns - start_ns) // length if length else span.nbytes
+                track = f"{process.pid} {span.track}" if several else span.track
+                out.append(Mark(span.name, start_ns, end_ns, nbytes, track, span.label))
+    return tuple(sorted(out, key=lambda s: (s.start_ns, s.end_ns)))
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
@@ -141,7 +209,7 @@ def _process_json(process: Process) -> dict[str, Any]:
         for s in process.spans
     ]
     samples = [[s.at_ns, s.read_bytes, s.resident_bytes] for s in process.samples]
-    document = {k: v for k, v in _fields(process).items() if k not in ("spans", "samples")}
+    document = {k: v for k, v in _fields(process).items() if k not in ("spans", "samples", "busy")}
     return {**document, "names": ALL_PHASES, "tracks": tracks, "labels": labels, "spans": spans, "samples": samples}
 
 
@@ -185,6 +253,7 @@ def _session(doc: Doc) -> Session:
         report=_report(doc),
         processes=processes,
         subject=subject,
+        turns=_turns(doc, len(processes)),
         verdict=Verdict(
             v.choice("kind", ("slow", "limit", "unknown")),
             known_phase(v.text("phase")),
@@ -201,6 +270,19 @@ def _session(doc: Doc) -> Session:
         storage=doc.plain("storage"),
         notes=doc.texts("notes"),
     )
+
+
+def _turns(doc: Doc, n_processes: int) -> tuple[Turn, ...]:
+    """Take the turns: they follow on each other. Documents of earlier versions have none."""
+    if doc.optional_list("turns") is None:
+        return ()
+    turns = tuple(Turn(*row) for row in doc.rows("turns", 3, _MAX_SPANS))
+    at_ns = 0
+    for turn in turns:
+        if not (0 <= turn.process < n_processes and at_ns <= turn.start_ns <= turn.end_ns):
+            raise DocumentError("turns do not follow on each other, or name no process")
+        at_ns = turn.end_ns
+    return turns
 
 
 def _report(doc: Doc) -> LoadReport:
@@ -256,6 +338,9 @@ def _process(doc: Doc) -> Process:
         pid=doc.whole("pid"),
         start_ns=start_ns,
         end_ns=end_ns,
+        name=doc.optional_text("name") or "",
+        role=doc.optional_text("role") or "",
+        parent=doc.optional_whole("parent"),
         rank=doc.optional_whole("rank"),
         ended=doc.text("ended"),
         spans=tuple(_mark(row, names, tracks, labels) for row in doc.rows("spans", 6, _MAX_SPANS)),

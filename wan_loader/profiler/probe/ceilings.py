@@ -20,6 +20,7 @@ from wan_loader.documents import is_measured
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.strict_json import parse_object
 from wan_loader.profiler.probe import measure
+from wan_loader.profiler.probe.busy import busy_note
 from wan_loader.system.files import write_text
 from wan_loader.system.machine import machine_card
 
@@ -85,7 +86,8 @@ def find_ceilings(
     machine, disk = _machine_key(device), _disk_key(paths)
     entries = [] if refresh else [store[key] for key in (machine, disk) if key in store]
     known = _values(*entries)
-    found, notes = dict(known), []
+    found, notes = dict(known), list[str]()
+    busy = busy_note()  # before: measuring is work, too
     for names, measurement in _measurements(paths, device, quick=quick):
         if all(name in known for name in names):
             continue
@@ -97,6 +99,7 @@ def find_ceilings(
             notes.append(f"{', '.join(names)} not measured: {error}")
     new = tuple(k for k in found if found[k] != known.get(k))
     if new:
+        notes += filter(None, [busy])
         now = {_SINCE: time.time()}
         # kept under the disk, not under the machine: both may change without the other
         on_disk = {k: v for k, v in found.items() if k == "disk_gbps"}

@@ -164,21 +164,29 @@ def _check_free(nbytes: int, what: str) -> None:
         raise UnmeasuredError(f"too little memory is free to measure {what}")
 
 
-def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
-    """Measure GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
+def measure_copy(*, clock: Callable[[], int] = clock_ns, samples: int = 3) -> float:
+    """Measure GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is.
+
+    The best of several samples: a shared machine has to find the memory first, and others disturb.
+    """
     import ctypes
 
     nbytes = 256 << 20
     _check_free(4 * nbytes, "copies")
-    with mmap.mmap(-1, nbytes) as source, mmap.mmap(-1, nbytes) as target:
-        a, b = (ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (source, target))
+    best = 0.0
+    with mmap.mmap(-1, nbytes) as source:
+        a = ctypes.addressof(ctypes.c_char.from_buffer(source))
         ctypes.memset(a, 1, nbytes)
-        memory = FreshMemory()
-        memory.add(b, nbytes)
-        start_ns = clock()
-        memory.touch_huge(b, nbytes)  # as loads do
-        ctypes.memmove(b, a, nbytes)
-        return nbytes / max(1, clock() - start_ns)
+        for _ in range(samples):
+            with mmap.mmap(-1, nbytes) as target:
+                b = ctypes.addressof(ctypes.c_char.from_buffer(target))
+                memory = FreshMemory()
+                memory.add(b, nbytes)
+                start_ns = clock()
+                memory.touch_huge(b, nbytes)  # as loads do
+                ctypes.memmove(b, a, nbytes)
+                best = max(best, nbytes / max(1, clock() - start_ns))
+    return best
 
 
 def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) -> float:

@@ -36,24 +36,50 @@ def axis_step(length: float, most: int = 8) -> float:
         step *= 10
 
 
-def timeline_svg(process: Process) -> str:
-    """Draw one row for each thread or stream, spans coloured by phase, with a hover text each."""
-    tracks = sorted({s.track for s in process.spans}, key=lambda t: (t != "MainThread", t))[:_MAX_TRACKS]
-    height = _ROW * len(tracks) + 28
-    scale = (_WIDTH - _LEFT - 10) / max(1, process.end_ns - process.start_ns)
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline" class="timeline">']
-    parts += _time_axis(process.seconds, height - 28)
-    for row, track in enumerate(tracks):
-        y = row * _ROW
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 15}" class="label">{markup_text(_short(track or "main"))}</text>')
-        for span in _visible([s for s in process.spans if s.track == track], scale):
-            x = _LEFT + (span.start_ns - process.start_ns) * scale
-            width = max(0.6, (span.end_ns - span.start_ns) * scale)
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y + 3}" width="{width:.1f}" height="{_ROW - 6}" class="p-{span.name}">'
-                f"<title>{markup_text(_hover(span))}</title></rect>"
+def timeline_svg(processes: Sequence[tuple[str, Process]], start_ns: int, end_ns: int) -> str:
+    """Draw a group of rows for each process, and in it one row for each thread or stream, with a hover text each.
+
+    Args:
+        processes: Each with its title; a single one gets no line for it.
+        start_ns: Where the picture begins.
+        end_ns: Where it ends.
+    """
+    scale = (_WIDTH - _LEFT - 10) / max(1, end_ns - start_ns)
+    most = max(3, _MAX_TRACKS // max(1, len(processes)))
+    rows: list[str] = []
+    y = 0
+    for title, process in processes:
+        if len(processes) > 1:
+            rows += _process_row(title, process, y, start_ns, scale)
+            y += _ROW
+        tracks = sorted({s.track for s in process.spans}, key=lambda t: (t != "MainThread", t))[:most]
+        for track in tracks:
+            rows.append(
+                f'<text x="{_LEFT - 8}" y="{y + 15}" class="label">{markup_text(_short(track or "main"))}</text>'
             )
-    return "".join([*parts, "</svg>"])
+            for span in _visible([s for s in process.spans if s.track == track], scale):
+                x = _LEFT + (span.start_ns - start_ns) * scale
+                width = max(0.6, (span.end_ns - span.start_ns) * scale)
+                rows.append(
+                    f'<rect x="{x:.1f}" y="{y + 3}" width="{width:.1f}" height="{_ROW - 6}" class="p-{span.name}">'
+                    f"<title>{markup_text(_hover(span))}</title></rect>"
+                )
+            y += _ROW
+    head = f'<svg viewBox="0 0 {_WIDTH} {y + 28}" role="img" aria-label="timeline" class="timeline">'
+    return "".join([head, *_time_axis((end_ns - start_ns) / 1e9, y), *rows, "</svg>"])
+
+
+def _process_row(title: str, process: Process, y: int, start_ns: int, scale: float) -> list[str]:
+    """Draw the life of a process as a line, with its title above."""
+    x = _LEFT + (process.start_ns - start_ns) * scale
+    width = max(0.6, (process.end_ns - process.start_ns) * scale)
+    # near the right edge the title ends where the line does
+    anchor, at = ("end", x + width) if x > _WIDTH * 0.7 else ("start", x)
+    text = markup_text(_short(title, 90))
+    return [
+        f'<rect x="{x:.1f}" y="{y + 17}" width="{width:.1f}" height="2" class="life"/>',
+        f'<text x="{at:.1f}" y="{y + 13}" class="process" text-anchor="{anchor}">{text}</text>',
+    ]
 
 
 def _short(text: str, most: int = 18) -> str:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from wan_loader.phases import ALL_PHASES, PHASE_TABLE
 from wan_loader.printable import markup_text
+from wan_loader.profiler.analysis.story import label as process_label
 from wan_loader.profiler.render.charts import throughput_svg, timeline_svg
-from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line
+from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line, shown_processes
 from wan_loader.sizes import format_bytes, format_seconds
 from wan_loader.spans import attribute, by_label
 
@@ -51,7 +52,9 @@ tr.pace td { font-weight: 650; }
 .legend span { margin-right: 16px; font-size: 13px; color: var(--soft); white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; min-width: 640px; }
 svg text { font-size: 11px; fill: var(--soft); }
-.label { text-anchor: end; } .tick { text-anchor: middle; }
+.label { text-anchor: end; } .life { fill: var(--soft); }
+svg .process { fill: var(--ink); font-weight: 600; }
+.tick { text-anchor: middle; }
 .grid { stroke: var(--line); stroke-width: 1; } path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .l-storage { stroke: #d9822b; stroke-dasharray: 4 3; }
 ol { margin: 0; padding-left: 20px; } li { margin-bottom: 10px; } li small { display: block; color: var(--soft); }
@@ -72,11 +75,11 @@ def to_page(session: Session) -> str:
         _verdict(session),
         _advice(session),
         "<h2>Timeline</h2>",
-        _timeline(process),
-        *_throughput(process),
+        _timeline(session),
+        *_throughput(process, process_label(session.processes, session.subject) if session.processes[1:] else ""),
         "<h2>Phases</h2>",
-        _phases(session, process),
-        *_imports(process),
+        _phases(session),
+        *_imports(session),
         *_processes(session),
         _footnotes(session),
     ]
@@ -114,13 +117,16 @@ def _dot(name: str) -> str:
     return f'<i class="dot p-{name}"></i>'
 
 
-def _timeline(process: Process) -> str:
-    present = {s.name for s in process.spans}
+def _timeline(session: Session) -> str:
+    shown = shown_processes(session) if session.turns else [session.subject]
+    processes = [(process_label(session.processes, i), session.processes[i]) for i in shown]
+    present = {s.name for _, process in processes for s in process.spans}
     legend = _legend([(name, _dot(name)) for name in ALL_PHASES if name in present])
-    return f'<section>{legend}<div class="scroll">{timeline_svg(process)}</div></section>'
+    drawing = timeline_svg(processes, session.start_ns, session.end_ns)
+    return f'<section>{legend}<div class="scroll">{drawing}</div></section>'
 
 
-def _throughput(process: Process) -> list[str]:
+def _throughput(process: Process, whose: str) -> list[str]:
     drawing = throughput_svg(process)
     if not drawing:
         return []
@@ -129,17 +135,19 @@ def _throughput(process: Process) -> list[str]:
         names.append(("copied to the device", _dot("h2d")))
     if process.samples:
         names.append(("fetched from storage (kernel)", '<i class="dot" style="background:#d9822b"></i>'))
-    return [f'<h2>Throughput</h2><section>{_legend(names)}<div class="scroll">{drawing}</div></section>']
+    title = f"Throughput of {markup_text(whose)}" if whose else "Throughput"
+    return [f'<h2>{title}</h2><section>{_legend(names)}<div class="scroll">{drawing}</div></section>']
 
 
-def _phases(session: Session, process: Process) -> str:
-    paced = attribute(process.spans, process.start_ns, process.end_ns)
+def _phases(session: Session) -> str:
+    paced = attribute(session.spans, session.start_ns, session.end_ns)
+    whole_s = (session.end_ns - session.start_ns) / 1e9
     rows = [(p.name, p.busy_s, p.nbytes, p.gbps) for p in session.report.phases]
     if "other" not in {row[0] for row in rows}:
         rows.append(("other", paced.get("other", 0.0), 0, 0.0))
     cells = []
     for name, busy_s, nbytes, gbps in rows:
-        share = paced.get(name, 0.0) / process.seconds if process.seconds else 0.0
+        share = paced.get(name, 0.0) / whole_s if whole_s else 0.0
         mark = ' class="pace"' if name == session.verdict.phase else ""
         cells.append(
             f"<tr{mark}><td>{_dot(name)}{name}</td><td>{format_seconds(busy_s)}</td>"
@@ -155,8 +163,8 @@ def _phases(session: Session, process: Process) -> str:
     )
 
 
-def _imports(process: Process) -> list[str]:
-    rows = [row for row in by_label(process.spans, "import")[:10] if row[1] > 0.005]
+def _imports(session: Session) -> list[str]:
+    rows = [row for row in by_label(session.spans, "import")[:10] if row[1] > 0.005]
     if len(rows) < 2:
         return []
     cells = "".join(f"<tr><td>{markup_text(k)}</td><td>{format_seconds(s)}</td></tr>" for k, s, _ in rows)
@@ -168,16 +176,21 @@ def _processes(session: Session) -> list[str]:
         return []
     names = [p.name for p in session.report.phases if p.busy_s > 0.01]
     rows = []
-    for process in session.processes:
+    for number, process in enumerate(session.processes):
         paced = attribute(process.spans, process.start_ns, process.end_ns)
-        title = process.title if process.rank is None else f"rank {process.rank}: {process.title}"
         cells = "".join(f"<td>{paced.get(name, 0.0):.2f}</td>" for name in names)
+        mark = ' class="pace"' if number == session.subject else ""
+        title = f"{markup_text(process_label(session.processes, number))}"
+        title += f'<br><small class="soft">{markup_text(process.title)}</small>'
         rows.append(
-            f'<tr><td class="wide">{markup_text(title)}</td><td>{process.seconds:.2f}</td>{cells}'
-            f"<td>{markup_text(process.ended)}</td></tr>"
+            f'<tr{mark}><td class="wide">{title}</td>'
+            f"<td>{process.start_ns / 1e9:.2f}</td><td>{process.end_ns / 1e9:.2f}</td>"
+            f"<td>{session.paced_s(number):.2f}</td>{cells}<td>{markup_text(process.ended)}</td></tr>"
         )
-    head = "<th>process</th><th>seconds</th>" + "".join(f"<th>{n}</th>" for n in names) + "<th>ended</th>"
-    return [f'<h2>Processes</h2><section class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></section>']
+    head = "<th>process</th><th>from</th><th>to</th><th>paced</th>" + "".join(f"<th>{n}</th>" for n in names)
+    table = f"<table><tr>{head}<th>ended</th></tr>{''.join(rows)}</table>"
+    hint = "All on one clock. Paced adds up to the whole: each moment counts for the process that set the pace."
+    return [f'<h2>Processes</h2><section class="scroll">{table}<p class="soft">{hint}</p></section>']
 
 
 def _footnotes(session: Session) -> str:

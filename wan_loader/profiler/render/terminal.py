@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.console import Columns, marked
+from wan_loader.profiler.analysis.story import label as process_label
 from wan_loader.profiler.render.bars import timeline_bar
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 from wan_loader.spans import attribute, by_label
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from wan_loader.profiler.analysis.session import Session
 
-__all__ = ["headline", "machine_line", "print_session"]
+__all__ = ["headline", "machine_line", "print_session", "shorten", "shown_processes"]
 
 _STYLE = {"slow": "bold red", "limit": "bold green", "unknown": "bold yellow"}
 
@@ -55,10 +56,15 @@ def print_session(console: Console, session: Session) -> None:
     console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
     if imports := by_label(session.spans, "import")[:10]:
         shown = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds, _ in imports if seconds > 0.005)
-        console.print(marked("imports: {}", shown))
+        if shown:
+            console.print(marked("imports: {}", shown))
     if len(session.processes) > 1:
         console.print()
-        console.print(_process_table(session))
+        console.print(_process_table(session, console.width))
+        if (left := len(session.processes) - len(shown_processes(session))) > 0:
+            console.print(
+                f"{format_count(left, 'process', 'processes')} that did next to nothing: not shown", style="dim"
+            )
     if session.ceilings:
         console.print(marked("this machine: {}", ceilings_line(session.ceilings)), style="dim")
     verdict = session.verdict
@@ -83,8 +89,9 @@ def ceilings_line(ceilings: dict[str, float]) -> str:
 
 def _phase_table(session: Session, width: int) -> Columns:
     """Make the table of phases, each with its timeline."""
-    process = session.processes[session.subject]
-    paced = attribute(process.spans, process.start_ns, process.end_ns)
+    spans, start_ns, end_ns = session.spans, session.start_ns, session.end_ns
+    whole_s = (end_ns - start_ns) / 1e9
+    paced = attribute(spans, start_ns, end_ns)
     table = Columns()
     for title in ("phase", "busy", "bytes", "GB/s", "paced", "share"):
         table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
@@ -94,33 +101,75 @@ def _phase_table(session: Session, width: int) -> Columns:
         rows.append(("other", paced.get("other", 0.0), 0, 0.0))
     for name, busy_s, nbytes, gbps in rows:
         seconds = paced.get(name, 0.0)
-        bar = timeline_bar([s for s in process.spans if s.name == name], process.start_ns, process.end_ns, width)
+        bar = timeline_bar([s for s in spans if s.name == name], start_ns, end_ns, width)
         table.add_row(
             name,
             format_seconds(busy_s),
             format_bytes(nbytes) if nbytes else "",
             f"{gbps:.2f}" if nbytes else "",
             format_seconds(seconds) if seconds else "",
-            f"{seconds / process.seconds:.0%}" if process.seconds else "",
+            f"{seconds / whole_s:.0%}" if whole_s else "",
             bar,
             style="bold" if name == session.verdict.phase else None,
         )
     return table
 
 
-def _process_table(session: Session) -> Columns:
-    """Put processes side by side; those that did nothing worth showing are left out."""
+def _process_table(session: Session, width: int) -> Columns:
+    """Put processes below each other on one clock, each with when it was at work; some are left out if there are many.
+
+    Args:
+        session: The session.
+        width: Columns of the terminal.
+    """
+    shown = shown_processes(session)
+    headers = ("process", "from", "to", "paced", "mostly", "read", "ended")
+    rows = [_process_cells(session, number, max(20, min(44, width - 60))) for number in shown]
+    # with two columns of space behind each
+    taken = sum(max(map(len, column)) + 2 for column in zip(headers, *rows, strict=True))
+    bar_width = max(5, min(60, width - taken))
     table = Columns()
-    names = [p.name for p in session.report.phases if p.busy_s > 0.01]
-    table.add_column("process", overflow="ellipsis", max_width=44, no_wrap=True)
-    for title in ("from", "seconds", *names, "ended"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for i, process in enumerate(session.processes):
-        if process.seconds < 0.02 * session.report.seconds and i != session.subject:
-            continue
-        paced = attribute(process.spans, process.start_ns, process.end_ns)
-        title = process.title if process.rank is None else f"rank {process.rank}: {process.title}"
-        cells = [f"{paced.get(name, 0.0):.2f}" for name in names]
-        row = [title, f"{process.start_ns / 1e9:.2f}", f"{process.seconds:.2f}", *cells, process.ended]
-        table.add_row(*row, style="bold" if i == session.subject else None)
+    for title in headers:
+        table.add_column(title, justify="left" if title in ("process", "ended") else "right", no_wrap=True)
+    table.add_column("timeline", no_wrap=True)
+    for number, row in zip(shown, rows, strict=True):
+        working = [s for s in session.processes[number].spans if s.name not in ("wait", "shard")]
+        bar = timeline_bar(working, session.start_ns, session.end_ns, bar_width)
+        table.add_row(*row, bar, style="bold" if number == session.subject else None)
     return table
+
+
+def _process_cells(session: Session, number: int, name_width: int) -> list[str]:
+    process = session.processes[number]
+    paced = attribute(process.spans, process.start_ns, process.end_ns)
+    nbytes = sum(s.nbytes for s in process.spans if s.name == "read")
+    return [
+        shorten(process_label(session.processes, number), name_width),
+        f"{process.start_ns / 1e9:.2f}",
+        f"{process.end_ns / 1e9:.2f}",
+        f"{session.paced_s(number):.2f}",
+        max(paced, key=lambda name: paced[name], default=""),
+        format_bytes(nbytes) if nbytes else "",
+        process.ended.removeprefix("killed by ").removeprefix("still ")[:8],
+    ]
+
+
+def shown_processes(session: Session, most: int = 16) -> list[int]:
+    """Return the places of the processes worth showing, in the order of their starts."""
+    least = 0.02 * session.report.seconds
+    found = [
+        i
+        for i, p in enumerate(session.processes)
+        if i == session.subject or session.paced_s(i) >= least or (p.seconds >= least and p.role != "helper")
+    ]
+    if len(found) > most:
+        found = sorted(found, key=lambda i: (i != session.subject, -session.paced_s(i)))[:most]
+    return sorted(found)
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut the middle out of what is longer: scripts are told by their ends."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 3
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
