@@ -101,6 +101,7 @@ _ENDS = {
     "finally:\n    print('cleaned')",
     "a kind of Ctrl-C": "class Stop(KeyboardInterrupt): pass\nraise Stop",
     "a hook": "import sys; sys.excepthook = lambda kind, error, tb: print('mine', kind, tb.tb_lineno)\n1 / 0",
+    "a hook that fails": "import sys\ndef hook(*_): raise KeyboardInterrupt\nsys.excepthook = hook\n1 / 0",
     "a fork": "import os, sys; pid = os.fork(); pid and os.wait(); print('end'); sys.exit(2)",
     "a thread": "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()",
     "a file left open": "import sys; f = open(sys.argv[0] + '.out', 'w'); f.write('kept')\nclass A:\n"
