@@ -7,6 +7,7 @@ this package was not installed (it runs from a source tree), nothing joins, and 
     wan_loader.commands     further commands of `wan-loader`, under their names (see `cli.app`)
     wan_loader.models       what is known of a model's directory (see `formats.model_directory`)
     wan_loader.outlines     the cache entry of a whole model (see `cli.cache`)
+    wan_loader.networks     the networks of a whole model, as its pipeline loads them (see `cli.keep`)
     wan_loader.standby      the modules that a program imports when it starts (see `standby.imports`)
     wan_loader.key_maps     which key map fits a module (see `loading.mismatch`)
 """

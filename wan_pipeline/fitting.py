@@ -59,12 +59,12 @@ def make_memory_plan(checkpoint: WanCheckpoint, options: StartOptions, device: t
         HostMemoryError: It does not fit into host memory.
         OptionError: There is no such preset.
     """
-    limits = _limits(checkpoint, options, device)
     wanted = "multi-gpu" if options.preset == "auto" and world_size() > 1 else options.preset
     # for the dtypes, which are the same in all presets: `auto` is decided below, from the sizes that they give
     some = presets.load_preset("fastest" if wanted == "auto" else wanted)
     some = some.adapted(t5_cpu=options.t5_cpu, offload_model=options.offload_model, dtype=options.dtype)
     needs = _needs(checkpoint, options, some, device)
+    limits = _limits(checkpoint, options, device, needs)
     device_memory = options.device_memory
     host_memory = options.host_memory if device.type == "cpu" else None
     # weights lie on the host: the smaller limit counts
@@ -98,7 +98,30 @@ def _needs(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, dev
         if component.network.blocks and world_size() == 1:
             blocks[component.name] = measure_blocks(component, name, cuda=device.type == "cuda")
     host_nbytes = _PINNED_RING_BYTES if device.type == "cuda" else 0
-    return Needs(sizes=sizes, workspace=workspace, blocks=blocks, tiled_workspace=tiled, host_nbytes=host_nbytes)
+    return Needs(
+        sizes=sizes,
+        workspace=workspace,
+        blocks=blocks,
+        tiled_workspace=tiled,
+        kept=_kept(checkpoint, options, preset, device),
+        host_nbytes=host_nbytes,
+    )
+
+
+def _kept(checkpoint: WanCheckpoint, options: StartOptions, preset: Preset, device: torch.device) -> dict[str, int]:
+    """Ask for the memory of the device that networks take there already, to which a start attaches."""
+    if not options.keep or device.type != "cuda":  # the CPU has no memory of its own
+        return {}
+    from wan_loader import kept_nbytes
+
+    found = {
+        component.name: kept_nbytes(
+            component.facts, device, dtype=network_dtype(component, preset, options), keep_fp32=component.keep_fp32
+        )
+        for component in checkpoint.components
+        if not (component.network.kind == "text_encoder" and preset.text_encoder == "cpu")
+    }
+    return {name: nbytes for name, nbytes in found.items() if nbytes}
 
 
 def measure_blocks(component: Component, dtype: str | None, *, cuda: bool = False) -> Blocks:
@@ -137,7 +160,7 @@ def measure_blocks(component: Component, dtype: str | None, *, cuda: bool = Fals
     )
 
 
-def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.device) -> Limits:
+def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.device, needs: Needs) -> Limits:
     import torch
 
     free, held, cache = None, 0, None
@@ -148,6 +171,8 @@ def _limits(checkpoint: WanCheckpoint, options: StartOptions, device: torch.devi
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        # what is attached to is taken, and not taken again
+        free += sum(needs.kept.values())
         cache = int(host * _CACHE_SHARE) if options.host_memory is None else host - _PINNED_RING_BYTES
     return Limits(
         device=str(device),

@@ -96,6 +96,8 @@ class Needs:
     """The networks that can be streamed."""
     tiled_workspace: Mapping[str, int] = field(default_factory=dict)
     """For running those that can work by tiles, if they do."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """What those take on the device that are kept there: they do so all the time, whatever runs."""
     host_nbytes: int = 0
     """What a load takes on the host beyond the page cache."""
 
@@ -109,7 +111,8 @@ class Limits:
     titles: Mapping[str, str] = field(default_factory=lambda: TITLES)
     """The networks' names in messages."""
     device_nbytes: int | None
-    """Free bytes on the device; None if it is the CPU, which has no memory of its own."""
+    """Free bytes on the device, with those that kept networks take; None if it is the CPU, which has no memory of its
+    own."""
     held_nbytes: int = 0
     """Bytes that other tensors of this process hold on the device."""
     process_nbytes: int = 0
@@ -287,17 +290,20 @@ def _needed(plan: MemoryPlan, step: ResidencyStep, needs: Needs, limits: Limits)
     held = {
         # only the weights of experts and text encoder are divided
         name: _weights(plan, name, needs) // (1 if name == "vae" else share)
-        for name in step.resident
-        if _on_device(plan.preset, name)
+        for name in needs.sizes
+        if name in needs.kept or (name in step.resident and _on_device(plan.preset, name))
     }
     work = (needs.tiled_workspace if step.uses in plan.tiled else needs.workspace).get(step.uses, 0)
     total = sum(held.values()) + work
-    parts = [*(f"{limits.titles[name]} {_gb(n)}" for name, n in held.items()), f"{_gb(work)} to work in"]
+    said = (f"{'kept ' if name in needs.kept else ''}{limits.titles[name]} {_gb(n)}" for name, n in held.items())
+    parts = [*said, f"{_gb(work)} to work in"]
     return total, f"{_gb(total)} while the {limits.titles[step.uses]} runs ({' + '.join(parts)})"
 
 
 def _weights(plan: MemoryPlan, name: str, needs: Needs) -> int:
-    return plan.streams[name].needed_nbytes if name in plan.streams else needs.sizes[name]
+    if name in plan.streams:
+        return plan.streams[name].needed_nbytes
+    return needs.kept.get(name, needs.sizes[name])
 
 
 def _peak(plan: MemoryPlan, needs: Needs, limits: Limits) -> tuple[int, str]:
@@ -319,6 +325,8 @@ def _too_little(plan: MemoryPlan, needs: Needs, limits: Limits, allowed: int) ->
         remedy = "use a smaller preset (--preset streamed), a smaller size, or fewer frames"
     if preset.whole_process and _limit_binds(preset, limits, allowed):
         remedy = f"allow {_enough(least)} or more, or {remedy}"
+    if needs.kept:
+        remedy = f"drop what is kept (`wan-loader standby keep drop`), or {remedy}"
     return DeviceMemoryError.because(f"preset {preset.name} needs {_peak(plan, needs, limits)[1]}; {what}", remedy)
 
 

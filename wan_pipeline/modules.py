@@ -79,6 +79,7 @@ def fetch(
     device: torch.device | str,
     dtype: torch.dtype | None,
     decoder_only: bool = False,
+    keep: bool = False,
     io: IoMode = "auto",
     cancel: CancelToken | None = None,
     observer: Observer | None = None,
@@ -90,6 +91,7 @@ def fetch(
         device: The device that they go to.
         dtype: The dtype that they get; None leaves it as in the file.
         decoder_only: Leave out a VAE's encoder.
+        keep: Attach to weights that are kept, where they are; they must not be written to.
         io: The transport of bytes.
         cancel: A token that stops the load.
         observer: An observer of the load's spans.
@@ -103,6 +105,7 @@ def fetch(
         dtype=dtype,
         names=[t.name for t in component.facts.tensors if not (decoder_only and component.is_encoder_only(t.name))],
         keep_fp32=component.keep_fp32,
+        keep=keep,
         io=io,
         cancel=cancel,
         observer=observer,

@@ -89,6 +89,7 @@ class WanT2V:
         host_memory: int | str | None = None,
         cache: bool = False,
         cache_dir: StrPath | None = None,
+        keep: bool = False,
         dit_fsdp: bool = False,
         t5_fsdp: bool = False,
         ulysses_size: int = 1,
@@ -135,6 +136,10 @@ class WanT2V:
             cache: Read the experts as they were converted by an earlier start, from the converted cache, or leave them
                 there once everything was loaded.
             cache_dir: The cache's directory; None is the user's.
+            keep: Attach to the networks that `wan-loader standby keep DIR` has left in the device's memory: they are
+                neither read nor held twice. Others may use them at the same time, so nothing may be written to them (no
+                LoRA is to be fused). What is not kept is loaded, and the report says why. For one process, without
+                streamed networks and without the converted cache.
             dit_fsdp: Divide the weights of the experts over the processes.
             t5_fsdp: Divide the weights of the text encoder over the processes.
             ulysses_size: 1, or the number of processes, which then divide attention.
@@ -180,6 +185,7 @@ class WanT2V:
             host_memory=checked_bytes(host_memory, "host_memory"),
             cache=cache,
             cache_dir=cache_dir,
+            keep=keep,
             degrees=Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size),
             full_imports=full_imports,
         )

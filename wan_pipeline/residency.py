@@ -50,6 +50,8 @@ class Placement:
     """The processes that load it together."""
     streaming: Streaming | None = None
     """How its blocks are streamed; None: they are not."""
+    keep: bool = False
+    """Attach to its weights, if they are kept: until it is dropped, it counts as a user of theirs."""
 
 
 class BackgroundFetch:
@@ -308,6 +310,7 @@ class ModuleResidency:
                     device=placement.device,
                     dtype=placement.dtype,
                     decoder_only=placement.decoder_only,
+                    keep=placement.keep,
                     # views of mapped pages, where nothing is to be converted: they take no memory of this process
                     io="mapped" if placement.device.type == "cpu" else "auto",
                     cancel=cancel,

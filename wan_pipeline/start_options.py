@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from wan_loader import OptionError
 from wan_loader.arguments import check_cache, check_device, check_flag, checked_count, checked_path
 from wan_loader.sizes import parse_size
 from wan_pipeline.network_files import NetworkFiles
@@ -45,6 +46,8 @@ class StartOptions:
     """Read converted experts from the converted cache, and leave them there; not with several processes."""
     cache_dir: StrPath | None = None
     """None: the user's cache directory."""
+    keep: bool = False
+    """Attach to the networks that `wan-loader standby keep` has left in memory; one process, no streamed networks."""
     full_imports: bool = False
     """Import at once what waits for its first use otherwise; nothing waits where `like_diffusers` is asked for."""
     degrees: Degrees = field(default_factory=Degrees)
@@ -54,7 +57,7 @@ class StartOptions:
         preset = checked_path(self.preset, "preset", "pass a name, or the path of a TOML file")
         object.__setattr__(self, "preset", preset)
         check_device(self.device)
-        for name in ("t5_cpu", "like_diffusers", "full_imports"):
+        for name in ("t5_cpu", "like_diffusers", "full_imports", "keep"):
             check_flag(getattr(self, name), name)
         if self.offload_model is not None:
             check_flag(self.offload_model, "offload_model")
@@ -63,6 +66,9 @@ class StartOptions:
         for name in ("device_memory", "host_memory"):
             checked_bytes(getattr(self, name), name)
         check_cache(cache=self.cache, cache_dir=self.cache_dir)
+        if self.keep and self.cache:
+            reason = "weights are kept as they come from the checkpoint's files, not from the converted cache"
+            raise OptionError.because(reason, "leave out keep (--keep) or cache (--cache)")
 
 
 def checked_bytes(size: int | str | None, what: str) -> int | None:

@@ -215,6 +215,10 @@ def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartO
         raise OptionError.because(reason, "use one process, or a checkpoint in bf16")
     if world > 1 and options.cache:
         raise OptionError.because(f"the converted cache is for one process, and there are {world}", "leave out --cache")
+    if world > 1 and options.keep:
+        raise OptionError.because(
+            f"kept weights are whole, and {world} processes divide them", "leave out keep (--keep)"
+        )
     return replace(options, degrees=degrees)
 
 
@@ -238,6 +242,9 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
     device = resolve_device(options.device, context.recorder) if run is None else run.device
     plan = make_memory_plan(checkpoint, options, device)
     preset, steps = plan.preset, plan.steps
+    if options.keep and plan.streams:
+        reason = f"kept weights are whole, and networks are streamed here: {plan.reason}"
+        raise OptionError.because(reason, "leave out keep (--keep), or allow more memory")
     if cache is not None and plan.streams:
         cache.leave_out()
     names = [name for name in checkpoint.names if run is None or run.keeps(name)]
@@ -258,6 +265,7 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
             decoder_only=not options.like_diffusers,
             run=run if run is not None and run.loads_together(component.name, preset.text_encoder) else None,
             streaming=plan.streams.get(component.name),
+            keep=options.keep,
         )
         for component in checkpoint.components
         if component.name in names

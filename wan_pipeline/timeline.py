@@ -99,6 +99,7 @@ class Timeline:
                         "nbytes_device": r.nbytes_device,
                         "io": r.io.mode,
                         "gbps": r.gbps,
+                        **({} if r.kept is None else {"kept": asdict(r.kept)}),
                     }
                     for name, start, end, r in log.loads
                 ],

@@ -1,4 +1,4 @@
-"""`wan-loader keep` and `load --keep`, as commands: output, exit codes, mistakes."""
+"""`wan-loader standby keep` and `load --keep`, as commands: output, exit codes, mistakes."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch, call_main, capfd):
         return subprocess.CompletedProcess(words, code, out, err)
 
     yield run
-    run("keep", "stop")
+    run("standby", "keep", "stop")
 
 
 @pytest.fixture
@@ -36,51 +36,55 @@ def model(tmp_path):
 
 def test_from_keeping_to_dropping(run, model):
     options = ("--device", "cpu", "--dtype", "bf16")
-    done = run("keep", model, *options, "--max-gpu", "1MB")
+    done = run("standby", "keep", model, *options, "--max-gpu", "1MB")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == f"kept on cpu: {model}"
-    assert "already" in run("keep", "add", model, *options).stdout
+    assert "already" in run("standby", "keep", "add", model, *options).stdout
     done = run("load", model, *options, "--keep", "--verify")
     assert done.returncode == 0
     assert "transport: kept" in done.stdout
     assert "2 tensors, every bit equal" in done.stderr
     done = run("load", model, "--device", "cpu", "--keep")
     assert "not attached to kept weights: it is kept as bfloat16" in done.stderr
-    shown = run("keep", "status").stdout
+    shown = run("standby", "keep", "status").stdout
     assert str(model) in shown
     assert "at most 1 MB on cpu" in shown
-    assert "every checksum is right" in run("keep", "verify", model, *options).stdout
-    done = run("keep", "drop", model)
+    assert "every checksum is right" in run("standby", "keep", "verify", model, *options).stdout
+    done = run("standby", "keep", "drop", model)
     assert done.stdout.startswith("24.6 kB given back: ")
-    check_error(run("keep", "drop", model), "nothing of it is kept")
-    assert run("keep", "status").stdout == "nothing is kept\n"
-    assert run("keep", "stop").stdout == "the keeper has ended\n"
-    assert run("keep", "stop").stdout == "there is no keeper\n"
+    check_error(run("standby", "keep", "drop", model), "nothing of it is kept")
+    assert run("standby", "keep", "status").stdout == "nothing is kept\n"
+    assert run("standby", "keep", "stop").stdout == "the keeper has ended\n"
+    assert run("standby", "keep", "stop").stdout == "there is no keeper\n"
 
 
 def test_their_json(run, model):
-    kept = json.loads(run("keep", model, "--device", "cpu", "--dtype", "bf16", "--keep-fp32", "norm", "--json").stdout)
-    assert (kept["command"], kept["target"], kept["device"], kept["dropped"]) == ("keep", str(model), "cpu", [])
+    words = ("--device", "cpu", "--dtype", "bf16", "--keep-fp32", "norm", "--json")
+    kept = json.loads(run("standby", "keep", model, *words).stdout)
+    assert (kept["command"], kept["target"], kept["device"], kept["dropped"]) == ("standby keep", str(model), "cpu", [])
     assert kept["load"]["n_tensors"] == 2
-    (item,) = json.loads(run("keep", "status", "--json").stdout)["items"]
+    (item,) = json.loads(run("standby", "keep", "status", "--json").stdout)["items"]
     assert item["key"] == kept["key"]
     assert item["dtype"] == "bfloat16, float32 for norm"
-    words = ("--device", "cpu", "--dtype", "bf16", "--keep-fp32", "norm", "--json")
-    assert json.loads(run("keep", "verify", model, *words).stdout)["damaged"] == []
-    document = json.loads(run("keep", "drop", kept["key"][:8], "--json").stdout)
+    assert json.loads(run("standby", "keep", "verify", model, *words).stdout)["damaged"] == []
+    document = json.loads(run("standby", "keep", "drop", kept["key"][:8], "--json").stdout)
     assert [one["key"] for one in document["dropped"]] == [kept["key"]]
-    assert json.loads(run("keep", "drop", "--all", "--json").stdout)["dropped"] == []
+    assert json.loads(run("standby", "keep", "drop", "--all", "--json").stdout)["dropped"] == []
     loaded = json.loads(run("load", model, "--device", "cpu", "--keep", "--json").stdout)
     assert loaded["kept"] == {"state": "source", "reason": "it is not kept"}
 
 
 def test_mistakes(run, model, tmp_path):
-    check_usage(run("keep", model, "--max-gpu", "lots"), "--max-gpu")
-    check_usage(run("keep", "drop"), "--all")
-    check_usage(run("keep", "drop", model, "--all"), "--all")
-    check_error(run("keep", tmp_path / "none"), "does not exist")
-    check_error(run("keep", "verify", model, "--device", "cpu"), "there is no keeper")
-    check_error(run("keep", model, "--device", "cpu", "--max-gpu", "1kB"), "do not fit into the 1 kB", "--max-gpu")
-    assert run("keep", "status", "--json").returncode == 0
-    assert run("keep").returncode == 2
-    assert "keep PATH" in run("keep", "--help").stdout
+    check_usage(run("standby", "keep", model, "--max-gpu", "lots"), "--max-gpu")
+    check_usage(run("standby", "keep", "drop"), "--all")
+    check_usage(run("standby", "keep", "drop", model, "--all"), "--all")
+    check_error(run("standby", "keep", tmp_path / "none"), "does not exist")
+    check_error(run("standby", "keep", "verify", model, "--device", "cpu"), "there is no keeper")
+    check_error(
+        run("standby", "keep", model, "--device", "cpu", "--max-gpu", "1kB"), "do not fit into the 1 kB", "--max-gpu"
+    )
+    assert run("standby", "keep", "status", "--json").returncode == 0
+    assert run("standby", "keep").returncode == 2
+    check_usage(run("keep", model), "No such command")
+    assert "keep" in run("standby", "--help").stdout
+    assert "keep PATH" in run("standby", "keep", "--help").stdout

@@ -410,6 +410,8 @@ def test_without_a_runtime_directory(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert place.keeper_directory() == tmp_path / f"wan-loader-{os.geteuid()}"
     assert client.status() is None
+    monkeypatch.setenv("XDG_RUNTIME_DIR", ".")  # of which every process makes another
+    assert place.keeper_directory().parent == tmp_path
 
 
 def test_whoever_says_nothing_or_nonsense_is_in_nobodys_way(runtime, model):
@@ -420,11 +422,22 @@ def test_whoever_says_nothing_or_nonsense_is_in_nobodys_way(runtime, model):
             bad.connect(place._address(fd))
             bad.send(b"[]")
             assert bad.recv(100) == b""
-        wrongs = ({"do": "dance"}, {"do": "attach"}, {"do": "put", "sizes": [1]}, {"do": 3}, {"do": [], "protocol": 0})
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as deep:
+            deep.connect(place._address(fd))
+            deep.send(b"[" * 50_000)
+            assert deep.recv(100) == b""
+        wrongs = ({"do": "dance"}, {"do": "attach"}, {"do": "put", "sizes": [1]}, {"do": 3}, {"do": [], "protocol": 0},
+                  {"do": "put", "sizes": [float("inf")]})  # fmt: skip
         for wrong in wrongs:
             with client.find_keeper() as link:
                 messages.send(link._link, wrong)
                 assert "error" in messages.receive(link._link)[0]
+        with client.find_keeper() as link:  # descriptors that nobody has asked for do not stay
+            held = f"/proc/{link.ask('status')[0]['pid']}/fd"
+            before = len(os.listdir(held))
+            for do in ("status", "drop", "find"):
+                link.ask(do, [fd], label="none", key="none", device="cpu", files=[])
+            assert len(os.listdir(held)) == before
         assert wan_loader.load(model, keep=True).kept.state == "attached"
 
 

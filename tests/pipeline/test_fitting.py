@@ -7,6 +7,7 @@ import pytest
 import torch
 from programs import ROOT
 
+import wan_loader
 from wan_loader.errors import DeviceMemoryError, HostMemoryError
 from wan_loader.formats.checkpoint_facts import Quantised
 from wan_pipeline import fitting
@@ -108,3 +109,32 @@ def test_host_memory(plan):
     assert f"{one.n_read} of 40 blocks of the high-noise expert and of the low-noise expert are read" in limited.reason
     with pytest.raises(HostMemoryError, match=r"3 GB of host memory are too little: .* take 3\.54 GB"):
         plan(**SMALL, host_memory=3 * GB)
+
+
+def test_kept_networks_take_room_that_they_have_already(plan, a14b, monkeypatch):
+    """What is kept counts as held all the time, and is not taken from what is free a second time."""
+    sizes = {c.name: c.nbytes("float32" if c.name == "vae" else "bfloat16") for c in a14b.components}
+    asked = []
+
+    def kept_nbytes(facts, device, *, dtype, keep_fp32):
+        name = next(c.name for c in a14b.components if c.facts is facts)
+        asked.append((name, dtype, tuple(keep_fp32)))
+        return sizes[name] if name in there else 0
+
+    monkeypatch.setattr(wan_loader, "kept_nbytes", kept_nbytes)
+    there = set(sizes)
+    free = 81 * GB - sum(sizes.values())
+    with pytest.raises(DeviceMemoryError):
+        plan(**SMALL, preset="fastest", held={"free": free})
+    assert asked == []
+    assert plan(**SMALL, preset="fastest", keep=True).preset.name == "fastest"
+    assert plan(**SMALL, keep=True).preset.name == "fastest"
+    assert {name: dtype for name, dtype, _ in asked} == {
+        "text_encoder": None, "transformer": torch.bfloat16, "transformer_2": torch.bfloat16, "vae": torch.float32
+    }  # fmt: skip
+    # dropping what is kept frees nothing
+    with pytest.raises(DeviceMemoryError, match=r"kept text encoder .* \+ kept low-noise .*: drop what is kept"):
+        plan(**SMALL, preset="min-memory", keep=True)
+    asked.clear()
+    plan(**SMALL, keep=True, t5_cpu=True)
+    assert "text_encoder" not in [name for name, *_ in asked]

@@ -268,6 +268,12 @@ def test_on_the_cpu_weights_are_in_host_memory(tiny_wan):
         make_memory_plan(open_wan(tiny_wan()), options, torch.device("cpu"))
 
 
+def test_kept_weights_are_not_for_what_is_streamed(six_blocks):
+    root = six_blocks["native"]
+    with pytest.raises(OptionError, match=r"networks are streamed here: .* blocks of the .*leave out keep"):
+        wan_pipeline.WanT2V.from_checkpoint(root, device="cpu", device_memory=least(root), keep=True, **ROOM)
+
+
 def test_a_converted_cache_gets_no_entry_of_what_is_streamed(six_blocks, resident, tmp_path):
     root = six_blocks["native"]
     settings = {"cache": True, "cache_dir": tmp_path}

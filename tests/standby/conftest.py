@@ -10,7 +10,7 @@ from standbys import Standby
 def standby():
     """One that all tests of a module share; they leave it as it is."""
     server = Standby()
-    server.start("json", "random", "logging")
+    server.start("json", "random", "logging", "multiprocessing.process")
     yield server
     server.close()
 

@@ -10,11 +10,13 @@ import time
 import pytest
 from standbys import wait_until_gone, waiting
 
+from wan_loader.standby.world import FIRST_OWN
+
 #: Says whether it is a fork, by what is there without having been imported.
 _WHERE = "import sys; where = 'forked' if 'wan_loader.standby.server' in sys.modules else 'imported'\n"
 
 _WORLD = """
-import gc, os, resource, signal, sys, threading
+import gc, multiprocessing.process, os, resource, signal, sys, threading
 places = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
 fds = sorted((place, os.readlink(place).partition("[")[0]) for place in places if os.path.exists(place))
 def stream(s):
@@ -29,7 +31,8 @@ for fact in (
     os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0), sys.path, sys.flags, sys.warnoptions, fds,
     [(n, signal.getsignal(n)) for n in sorted(signal.valid_signals())], signal.pthread_sigmask(signal.SIG_BLOCK, ()),
     gc.isenabled(), gc.get_threshold(), __name__, __file__, __builtins__, sorted(globals()),
-    threading.enumerate()[0].name,
+    threading.enumerate()[0].name, threading.enumerate()[0].native_id == os.getpid(),
+    multiprocessing.process.ORIGINAL_DIR,
     sys.getswitchinterval(), len(os.listdir("/proc/self/task")), os.getpgrp() == os.getpid() or "no matter",
 ):
     print(fact)
@@ -52,7 +55,7 @@ def test_its_world(standby, script, tmp_path, unbuffered):
         os.nice(3)
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (500, 600))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 600))
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 
@@ -93,9 +96,12 @@ _ENDS = {
     "at once": "import os; print('lost'); os._exit(4)",
     "a signal": "import os; os.kill(os.getpid(), 15)",
     "killed": "import os; os.kill(os.getpid(), 9)",
+    "nobody reads": "import os, signal; signal.signal(13, signal.SIG_DFL); os.kill(os.getpid(), 13)",
     "Ctrl-C": "import atexit, os; atexit.register(print, 'at exit')\ntry:\n    os.kill(os.getpid(), 2)\n"
     "finally:\n    print('cleaned')",
+    "a kind of Ctrl-C": "class Stop(KeyboardInterrupt): pass\nraise Stop",
     "a hook": "import sys; sys.excepthook = lambda kind, error, tb: print('mine', kind, tb.tb_lineno)\n1 / 0",
+    "a hook that fails": "import sys\ndef hook(*_): raise KeyboardInterrupt\nsys.excepthook = hook\n1 / 0",
     "a fork": "import os, sys; pid = os.fork(); pid and os.wait(); print('end'); sys.exit(2)",
     "a thread": "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()",
     "a file left open": "import sys; f = open(sys.argv[0] + '.out', 'w'); f.write('kept')\nclass A:\n"
@@ -124,6 +130,27 @@ def test_a_module_and_a_script_that_is_not_there(standby, script, tmp_path):
     ours, plain = standby.both(tmp_path / "none.py")
     assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
     assert (ours.returncode, "is no script" in ours.stderr) == (1, True)
+
+
+def test_a_directory_that_is_gone(standby, tmp_path):
+    def go():
+        (tmp_path / "gone").mkdir()
+        os.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+
+    done = standby.run("-m", "this", preexec_fn=go)
+    assert (done.stdout[:18], done.stderr) == ("The Zen of Python,", "")
+    assert "none.py is no script" in standby.run("none.py", preexec_fn=go).stderr
+
+
+def test_all_descriptors_that_can_be_passed(standby, script):
+    def fill():
+        for fd in range(3, FIRST_OWN):
+            os.dup2(2, fd)
+
+    path = script(f"{_WHERE}import os; print(where, len(os.listdir('/proc/self/fd')) > {FIRST_OWN})")
+    done = standby.run(path, said=True, preexec_fn=fill, close_fds=False)
+    assert done.stdout == "forked True\n", done.stderr
 
 
 def test_its_time_zone(standby, script):

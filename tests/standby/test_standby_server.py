@@ -14,6 +14,7 @@ from programs import check_usage
 from standbys import wait_for, wait_until_gone, waiting
 
 from wan_loader.standby import place, wire, world
+from wan_loader.standby.learned import Learned
 
 _WHERE = "import sys; where = 'forked' if 'wan_loader.standby.server' in sys.modules else 'imported'\nprint(where)\n"
 
@@ -220,6 +221,18 @@ def test_what_programs_have_imported_is_imported_the_next_time(own, script, modu
     assert "beside" not in kept  # that is not for others
 
 
+def test_the_last_programs_are_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    learned, name = Learned(), "wan_loader.standby.learned"
+    for number in range(9):
+        learned.learn(f"{number}.py", set(sys.modules) - ({name} if number == 0 else {"wan_loader.errors"}))
+        for path in learned.directory.iterdir():
+            os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))
+    assert learned.modules() == ["wan_loader.errors"]
+    learned.learn("0.py", set(sys.modules) - {name})  # it is not there any more, and comes back
+    assert learned.modules() == ["wan_loader.errors", name]
+
+
 def test_a_client_that_is_other_than_the_server(own, script):
     server, path = own(), script(_WHERE)
     server.start()
@@ -236,7 +249,7 @@ def test_a_client_that_is_other_than_the_server(own, script):
     os.dup2(2, 300)
     done = server.run(path, said=True, pass_fds=[300])
     os.close(300)
-    assert why(done) == "descriptor 300, which is above 255"
+    assert why(done) == "descriptor 300, which is above 251"
 
 
 def test_what_is_compared():
@@ -268,6 +281,11 @@ def test_sockets_of_other_users_are_refused(own, script, open_dir, unprivileged)
     assert why(done) == f"the server's directory {server.directory}/wan-loader others may enter it"
     done = server.command("standby", "start", check=False)
     assert (done.returncode, "others may enter it" in done.stderr) == (1, True)
+    assert server.pid() is None  # what others could have written names no process to be ended
+    (server.directory / "wan-loader").chmod(0o700)
+    pid = server.pid()
+    server.socket().unlink()
+    wait_until_gone(pid)  # nobody could ask it
 
 
 def test_where_it_listens(monkeypatch, tmp_path):

@@ -19,6 +19,8 @@ print("ready", os.getpid(), sys.stdin.isatty(), sys.stdout.line_buffering, flush
 while True:
     try:
         line = input()
+    except (EOFError, OSError):  # it may be seen before SIGHUP comes by way of the client
+        time.sleep(30)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
         raise

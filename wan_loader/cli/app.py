@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from wan_loader import __version__
-from wan_loader.cli import cache, keep, standby
+from wan_loader.cli import cache, standby
 from wan_loader.cli.bench import bench
 from wan_loader.cli.compare import compare
 from wan_loader.cli.doctor import doctor
@@ -75,7 +75,6 @@ app = typer.Typer(
 for command in (inspect, load, bench, compare, doctor, estimate, report, warm, evict, stage):
     app.command()(command)
 app.add_typer(cache.app)
-app.add_typer(keep.app)
 app.add_typer(standby.app)
 app.command(context_settings={"allow_extra_args": True})(profile)
 app.command(

@@ -1,10 +1,11 @@
-"""`wan-loader keep`: weights that stay on a device between programs. `keep PATH` keeps, the other commands look after.
+"""`wan-loader standby keep`: weights that stay on a device between programs.
 
-The group stands for itself: it may be a command of another group as well.
+`keep PATH` keeps, the other commands look after.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,11 +26,14 @@ from wan_loader.cli.options import (
     Verbose,
     checked,
 )
-from wan_loader.errors import OptionError
+from wan_loader.entry_points import first_answer
+from wan_loader.errors import KeepError, OptionError
 from wan_loader.sizes import parse_size
 
 if TYPE_CHECKING:
+    from wan_loader.formats import Checkpoint
     from wan_loader.keeper.keeping import Kept
+    from wan_loader.plan.dtype_policy import DtypePolicy
 
 __all__ = ["app"]
 
@@ -50,7 +54,7 @@ class _WithDefault(TyperGroup):
 app = typer.Typer(
     name="keep",
     cls=_WithDefault,
-    help="Weights that stay on a device: `wan-loader keep PATH` loads them once, and loads with --keep attach to them.",
+    help="Weights that stay on a device: `keep PATH` loads them once, and loads with --keep attach to them.",
     no_args_is_help=True,
 )
 
@@ -78,47 +82,91 @@ def add(
 ) -> None:
     """Load a checkpoint and leave it in the device's memory. The word `add` may be left out.
 
+    Of a whole model's directory, each network is kept as the pipeline loads it; --dtype is that of the experts then.
+
     Loads of the same files, dtype and device that say --keep, or keep=True, attach to it: nothing is read, and no
     memory is taken. A small process in the background holds the memory, which outlives even that while it is in use.
     What nobody uses goes first where room is needed.
 
     Examples:
 
-        wan-loader keep model/transformer --device cuda --dtype bf16
+        wan-loader standby keep model/transformer --device cuda --dtype bf16
 
-        wan-loader keep model.safetensors --max-gpu 60GB
+        wan-loader standby keep model.safetensors --max-gpu 60GB
     """
     import wan_loader
-    from wan_loader.cli.progress import reading_progress
-    from wan_loader.formats import open_checkpoint
-
-    checkpoint = open_checkpoint(path, part=part)
-    keep = wan_loader.keep  # is imported before there is a progress bar
-    with reading_progress(checkpoint.nbytes) as observer:
-        kept = keep(
-            checkpoint,
-            device,
-            dtype=dtype,
-            keep_fp32=keep_fp32 or (),
-            limit=max_gpu,
-            io=io.value,
-            threads=threads,
-            observer=observer or wan_loader.Recorder(),
-        )
-    _tell(kept, json=json)
-
-
-def _tell(kept: Kept, *, json: bool) -> None:
     from wan_loader.cli.output import print_json
+    from wan_loader.cli.progress import reading_progress
+
+    networks = _networks(path, part, dtype, keep_fp32)
+    keep = wan_loader.keep  # is imported before there is a progress bar
+    done: list[Kept] = []
+    for checkpoint, policy in networks or [_checkpoint(path, part, dtype, keep_fp32)]:
+        with reading_progress(checkpoint.nbytes) as observer:
+            kept = keep(
+                checkpoint,
+                device,
+                dtype=policy.dtype,
+                keep_fp32=policy.keep_fp32,
+                limit=max_gpu,
+                io=io.value,
+                threads=threads,
+                observer=observer or wan_loader.Recorder(),
+            )
+        _check_together(kept, done)
+        done.append(kept)
+        if not json:
+            _tell(kept)
+    if json:
+        each = [_as_json(one) for one in done]
+        shown = {"target": os.path.abspath(path), "networks": each} if networks else each[0]
+        print_json({"schema_version": 1, "command": "standby keep", **shown})
+
+
+def _networks(
+    path: Path, part: str | None, dtype: str | None, keep_fp32: list[str] | None
+) -> list[tuple[Checkpoint, DtypePolicy]] | None:
+    """Return the networks of a whole model's directory, as its pipeline loads them; None for one checkpoint."""
+    from wan_loader.formats.hub_cache import locate
+
+    if part is not None or not os.path.isdir(directory := locate(os.fspath(path))):
+        return None
+    found: list[tuple[Checkpoint, DtypePolicy]] | None = first_answer("wan_loader.networks", directory, dtype)
+    if found and keep_fp32:
+        reason = "the pipeline says which tensors of a whole model stay float32"
+        raise OptionError.because(reason, "leave out --keep-fp32, or name one network", path=path)
+    return found
+
+
+def _checkpoint(
+    path: Path, part: str | None, dtype: str | None, keep_fp32: list[str] | None
+) -> tuple[Checkpoint, DtypePolicy]:
+    from wan_loader.formats import open_checkpoint
+    from wan_loader.plan.dtype_policy import DtypePolicy
+
+    return open_checkpoint(path, part=part), DtypePolicy(dtype, tuple(keep_fp32 or ()))
+
+
+def _check_together(kept: Kept, others: list[Kept]) -> None:
+    """Raise `KeepError` if a network of a model had to go for another one of it."""
+    gone = [one.identity.label for one in others if one.identity.label in kept.dropped]
+    if gone:
+        reason = f"the networks do not fit together: {gone[0]} had to go for {kept.identity.label}"
+        raise KeepError.because(reason, "allow more with --max-gpu, or drop something else")
+
+
+def _as_json(kept: Kept) -> dict[str, Any]:
+    report, identity = kept.report, kept.identity
+    document = {"key": identity.key, "device": identity.device, "dropped": list(kept.dropped)}
+    return {"target": identity.label, **document, "load": None if report is None else report.to_json()}
+
+
+def _tell(kept: Kept) -> None:
     from wan_loader.cli.render import output_console, print_load, print_warnings
     from wan_loader.printable import printable
 
     report, identity = kept.report, kept.identity
-    if json:
-        document = {"key": identity.key, "device": identity.device, "dropped": list(kept.dropped)}
-        loaded = None if report is None else report.to_json()
-        print_json({"schema_version": 1, "command": "keep", "target": identity.label, **document, "load": loaded})
-    elif report is None:
+    if report is None:
         output_console().print(printable(f"{identity.label} is kept on {kept.device} already"))
     else:
         print_load(report)
@@ -134,7 +182,7 @@ def status(json: JsonOut = False, verbose: Verbose = False) -> None:
 
     Example:
 
-        wan-loader keep status
+        wan-loader standby keep status
     """
     from wan_loader.cli.output import print_json
     from wan_loader.keeper import client
@@ -142,7 +190,7 @@ def status(json: JsonOut = False, verbose: Verbose = False) -> None:
     found = client.status() or {"pid": None, "items": [], "limits": {}}
     if json:
         shown = {name: found[name] for name in ("pid", "items", "limits")}
-        print_json({"schema_version": 1, "command": "keep status", **shown})
+        print_json({"schema_version": 1, "command": "standby keep status", **shown})
     else:
         _print_status(found)
 
@@ -176,7 +224,11 @@ def _print_status(found: dict[str, Any]) -> None:
 def drop(
     path: Annotated[
         Path | None,
-        typer.Argument(metavar="[PATH | KEY]", help="What was kept, or the beginning of its key.", show_default=False),
+        typer.Argument(
+            metavar="[PATH | KEY]",
+            help="What was kept, a directory that it is in, or the beginning of its key.",
+            show_default=False,
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Everything that is kept.")] = False,
     json: JsonOut = False,
@@ -186,9 +238,9 @@ def drop(
 
     Examples:
 
-        wan-loader keep drop model/transformer
+        wan-loader standby keep drop model/transformer
 
-        wan-loader keep drop --all
+        wan-loader standby keep drop --all
     """
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console
@@ -200,20 +252,19 @@ def drop(
         raise typer.BadParameter("name what is to go, or say --all", param_hint="PATH")
     dropped = client.drop() if path is None else _drop(path)
     if json:
-        print_json({"schema_version": 1, "command": "keep drop", "dropped": dropped})
+        print_json({"schema_version": 1, "command": "standby keep drop", "dropped": dropped})
     for one in () if json else dropped:
         use = f", once {one['n_users']} more let go of it" if one["n_users"] else ""
         output_console().print(printable(f"{format_bytes(one['nbytes'])} given back{use}: {one['label']}"))
     if not dropped and not everything:
-        raise OptionError.because("nothing of it is kept", "see `wan-loader keep status`", path=path)
+        raise OptionError.because("nothing of it is kept", "see `wan-loader standby keep status`", path=path)
 
 
 def _drop(path: Path) -> list[dict[str, Any]]:
-    """Drop by the path of a checkpoint, as it is opened or as it stands, or by the beginning of a key."""
-    import os
-
+    """Drop by the path of a checkpoint, as it is opened or as it stands, of a whole model, or by a key's beginning."""
     from wan_loader.errors import CheckpointError
     from wan_loader.formats import open_checkpoint
+    from wan_loader.formats.hub_cache import locate
     from wan_loader.keeper import client
 
     labels = [os.path.abspath(path)]
@@ -222,6 +273,12 @@ def _drop(path: Path) -> list[dict[str, Any]]:
     for label in dict.fromkeys(labels):
         if dropped := client.drop(label=label):
             return dropped
+    # a whole model's networks are files and directories in its own
+    inside = os.path.join(os.path.abspath(locate(os.fspath(path))), "")
+    items = (client.status() or {}).get("items", ())
+    names = dict.fromkeys(item["label"] for item in items if item["label"].startswith(inside))
+    if dropped := [one for name in names for one in client.drop(label=name)]:
+        return dropped
     return client.drop(key=str(path)) if len(str(path)) >= _LEAST_KEY else []
 
 
@@ -243,16 +300,21 @@ def verify(
 
     Example:
 
-        wan-loader keep verify model/transformer --device cuda --dtype bf16
+        wan-loader standby keep verify model/transformer --device cuda --dtype bf16
     """
     import wan_loader
     from wan_loader.cli.output import print_json
     from wan_loader.cli.render import output_console
     from wan_loader.printable import printable, some
 
-    wrong = wan_loader.verify_kept(path, device, dtype=dtype, part=part, keep_fp32=keep_fp32 or ())
+    networks = _networks(path, part, dtype, keep_fp32) or [_checkpoint(path, part, dtype, keep_fp32)]
+    wrong = [
+        name
+        for checkpoint, policy in networks
+        for name in wan_loader.verify_kept(checkpoint, device, dtype=policy.dtype, keep_fp32=policy.keep_fp32)
+    ]
     if json:
-        print_json({"schema_version": 1, "command": "keep verify", "target": str(path), "damaged": wrong})
+        print_json({"schema_version": 1, "command": "standby keep verify", "target": str(path), "damaged": wrong})
     elif wrong:
         output_console().print(printable(f"somebody has written to it: {some(wrong)}; drop it, and keep it anew"))
     else:
@@ -267,7 +329,7 @@ def stop(verbose: Verbose = False) -> None:
 
     Example:
 
-        wan-loader keep stop
+        wan-loader standby keep stop
     """
     from wan_loader.cli.render import output_console
     from wan_loader.keeper import client

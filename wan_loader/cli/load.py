@@ -44,7 +44,7 @@ def load(
     ] = False,
     cache_dir: CacheDir = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Take the weights that `wan-loader keep` has left on the device, if it has.")
+        bool, typer.Option("--keep", help="Take the weights that `standby keep` has left on the device, if it has.")
     ] = False,
     json: JsonOut = False,
     verbose: Verbose = False,

@@ -113,8 +113,11 @@ def run_forked() -> NoReturn:
 
 def _hand_over(request: RunRequest, first: str, others: Sequence[str]) -> None:
     """Have the program run in a fork of the stand-by server, and end as it does; return if that cannot be."""
-    program = f"-m {others[0]}" if first == "-m" and others else os.path.abspath(first)
-    directory = os.getcwd() if first == "-m" else os.path.dirname(os.path.realpath(first))
+    try:
+        program = f"-m {others[0]}" if first == "-m" and others else os.path.abspath(first)
+        directory = os.getcwd() if first == "-m" else os.path.dirname(os.path.realpath(first))
+    except FileNotFoundError:  # there is no working directory
+        return
     why = from_standby(
         f"{__name__}:run_forked", first=directory, program=program, fast_path=not is_off(), wanted=request.standby
     )

@@ -26,7 +26,7 @@ def run(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing at the end.")] = False,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Use weights that `wan-loader keep` has left on the device where they lie.")
+        bool, typer.Option("--keep", help="Use weights that `standby keep` has left on the device where they lie.")
     ] = False,
     standby: Annotated[
         bool | None,

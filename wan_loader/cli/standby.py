@@ -1,4 +1,7 @@
-"""`wan-loader standby`: a server that has imported everything, from which programs are forked."""
+"""`wan-loader standby`: what stands ready between programs.
+
+A server that has imported everything, from which programs are forked; and, as `keep`, weights that stay on a device.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from wan_loader.cli import keep
 from wan_loader.cli.options import JsonOut, Verbose, checked
 from wan_loader.sizes import parse_age
 
@@ -13,7 +17,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="standby",
-    help="Ready processes: everything imported once, and a fork for each program that is run.",
+    help="Ready between programs: a process that has imported everything, and weights that stay on a device.",
     no_args_is_help=True,
 )
 
@@ -69,6 +73,10 @@ def stop(verbose: Verbose = False) -> None:
 
     pid = control.stop()
     show("there is no stand-by server" if pid is None else f"stopped: process {pid}")
+
+
+# behind the server's own in the help
+app.add_typer(keep.app)
 
 
 def _tell(found: dict[str, Any] | None, *, json: bool) -> None:

@@ -25,7 +25,7 @@ __all__ = ["KeeperLink", "drop", "find_keeper", "need_keeper", "status", "stop"]
 _TIMEOUT_S = 5.0
 _START_TIMEOUT_S = 60.0
 _TRIES, _PAUSE_S = 5, 0.1
-_OTHER_VERSION = "end it with `wan-loader keep stop`; memory that is in use stays until it is not"
+_OTHER_VERSION = "end it with `wan-loader standby keep stop`; memory that is in use stays until it is not"
 
 
 class KeeperLink:

@@ -48,7 +48,7 @@ def receive(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
             raise KeepError.because("not all descriptors arrived", "allow more open files (ulimit -n)")
         try:
             message = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise KeepError("what came is no message of a keeper") from error
         if flags & socket.MSG_TRUNC or not isinstance(message, dict):
             raise KeepError("what came is no message of a keeper")

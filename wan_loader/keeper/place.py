@@ -32,7 +32,7 @@ KEEPER_LOG = "keeper.log"
 def keeper_directory() -> Path:
     """Return the directory of the socket: the user's runtime directory where there is one, else one for temporaries."""
     given = os.environ.get("XDG_RUNTIME_DIR")
-    if given and os.path.isdir(given):
+    if given and os.path.isabs(given) and os.path.isdir(given):  # a keeper has another working directory
         return Path(given) / "wan-loader"
     return Path(tempfile.gettempdir()) / f"wan-loader-{os.geteuid()}"
 

@@ -104,7 +104,10 @@ class Keeper:
         """Answer one message; whoever is gone, or cannot be understood, is left alone from here on."""
         try:
             message, fds = receive(link)
-            reply, given = self._answer(link, message, fds)
+            try:
+                reply, given = self._answer(link, message, fds)
+            finally:
+                close_all(fds)  # those that were not taken
             send(link, reply, given)
         except (EOFError, OSError):  # `KeepError` among them
             selector.unregister(link)
@@ -115,7 +118,6 @@ class Keeper:
     def _answer(self, link: socket.socket, message: dict[str, Any], fds: list[int]) -> _Answer:
         if message.get("do") == "stop":  # of any version
             self._stops = True
-            close_all(fds)
             return {"pid": os.getpid()}, []
         try:
             if message.get("protocol") != PROTOCOL:
@@ -123,8 +125,7 @@ class Keeper:
             if (answer := self._answers.get(message.get("do", ""))) is None:
                 raise KeepError("the keeper does not know what it is asked")
             return answer(link, message, fds)
-        except (KeepError, KeyError, TypeError, ValueError) as error:
-            close_all(fds)
+        except (KeepError, KeyError, TypeError, ValueError, OverflowError) as error:
             return {"error": str(error)}, []
 
     def _attach(self, link: socket.socket, message: dict[str, Any], fds: list[int]) -> _Answer:
@@ -151,7 +152,8 @@ class Keeper:
         files = frozenset(map(str, message["files"]))
         if item is None or item.fds is not None or len(fds) != len(sizes) + 1 or len(fds) > MAX_FDS:
             raise KeepError("what is put was not reserved, or lacks descriptors")
-        self._shelf.put(item, fds, sizes, int(message["n_tensors"]), self._clock())
+        self._shelf.put(item, list(fds), sizes, int(message["n_tensors"]), self._clock())
+        fds.clear()
         item.files = files
         self._held[link] = None
         return {"state": "kept"}, []

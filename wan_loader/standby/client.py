@@ -136,6 +136,8 @@ def _stand_for_it(connection: socket.socket, signals: set[int], fds: list[int]) 
     connection.settimeout(None)
     for number in signals:
         signal.signal(number, signal.SIG_DFL)  # by which it may have to end; they are blocked
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPIPE])  # of the connection nobody wants it
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     _thread.start_new_thread(_end_as_it_ends, (connection,))
     while True:
         found = signal.sigwaitinfo(signals)

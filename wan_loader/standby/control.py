@@ -32,6 +32,8 @@ _LOCK = struct.Struct("hhqqixxxx")
 
 def running() -> int | None:
     """Return the process id of the server, also of one that still imports; None if there is none."""
+    if place.not_private(place.directory()):  # somebody else's file could name any process
+        return None
     try:
         with open(place.lock_path(), "rb") as file:
             found = fcntl.fcntl(file, fcntl.F_GETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))

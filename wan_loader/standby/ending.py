@@ -56,7 +56,7 @@ def _code_of(function: Callable[[], object]) -> int:
         return 1
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        return -signal.SIGINT if type(error) is KeyboardInterrupt else 1  # as Python, which knows no other
     return 0
 
 

@@ -34,7 +34,7 @@ class Learned:
     def modules(self) -> list[str]:
         """Name what the last programs have imported, each after what was imported before it."""
         names: dict[str, None] = {}
-        for path in self._newest():
+        for path in self._by_age()[-_MOST_PROGRAMS:]:
             with suppress(OSError, ValueError):
                 names.update(dict.fromkeys(path.read_text().split()))
         return list(names)
@@ -48,9 +48,11 @@ class Learned:
 
     def learn(self, program: str, known: Container[str]) -> None:
         """Remember what this process has imported beyond what is known."""
-        self._add(
-            f"{_key(program)}.modules", [name for name in list(sys.modules) if name not in known and _counts(name)]
-        )
+        names = [name for name in list(sys.modules) if name not in known and _counts(name)]
+        self._add(f"{_key(program)}.modules", names)
+        with suppress(OSError):
+            for path in self._by_age()[:-_MOST_PROGRAMS]:
+                path.unlink(missing_ok=True)
 
     def learn_variable(self, program: str, name: str) -> None:
         """Remember that a program sets a variable which must have its value before the imports."""
@@ -64,11 +66,10 @@ class Learned:
                 return set(path.read_text().split())
         return set()
 
-    def _newest(self) -> list[Path]:
-        found = []
+    def _by_age(self) -> list[Path]:
         with suppress(OSError):
-            found = sorted(self.directory.glob("*.modules"), key=lambda path: path.stat().st_mtime_ns)
-        return found[-_MOST_PROGRAMS:]
+            return sorted(self.directory.glob("*.modules"), key=lambda path: path.stat().st_mtime_ns)
+        return []
 
     def _add(self, name: str, words: list[str]) -> None:
         """Add words to a file; nothing where that cannot be."""

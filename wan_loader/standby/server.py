@@ -69,6 +69,7 @@ class Server:
         self._environ = dict(os.environ)
         self._learned = Learned()
         self._seen_ns = self._learned.changed_ns()
+        self._socket = 0
 
     def run(self) -> NoReturn:
         """Import everything, and serve. In a fork, run the program that it is for."""
@@ -84,6 +85,7 @@ class Server:
             listener.bind(beside)
             listener.listen(_BACKLOG)
             os.rename(beside, place.socket_path())
+            self._socket = _number(place.socket_path())
             connection, changed = self._next(listener, prepared, set(names))
         os.close(self._lock)
         self._answer(connection, prepared, changed)
@@ -126,6 +128,8 @@ class Server:
                             return connection.dup(), changed
                         if changed:
                             self._begin_anew()
+            elif _number(place.socket_path()) != self._socket:  # nobody can ask: the end of a session removes it, say
+                os._exit(0)
             elif time.monotonic() - asked >= self._idle_s:
                 os.unlink(place.socket_path())
                 os._exit(0)
@@ -166,3 +170,10 @@ class Server:
             return {"direct": f"{changed} has changed, and the server imports it again"}
         why = refusal(prepared, self._learned, given)
         return {"direct": why} if why else {"ready": True}
+
+
+def _number(path: str) -> int:
+    """Return what tells a file from another that has its name; 0 if there is none."""
+    with suppress(OSError):
+        return os.lstat(path).st_ino
+    return 0

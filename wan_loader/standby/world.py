@@ -13,18 +13,21 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from wan_loader._version import __version__
+from wan_loader.standby.wire import MOST_DESCRIPTORS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["FIRST_OWN", "assume", "assume_limits", "capture", "different_identity", "identity", "inherited", "refusal"]
 
-#: Descriptors below are the program's: the server keeps its own above.
-FIRST_OWN = 256
+#: Descriptors below are the program's, as many as can come with its directory: the server keeps its own above.
+FIRST_OWN = MOST_DESCRIPTORS - 1
+_OPEN_FILES = "RLIMIT_NOFILE"
 _LIMITS = [name for name in dir(resource) if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"]
 _NAMESPACES = ("mnt", "pid", "net", "user", "ipc", "uts")
 _PRIVILEGES = ("Uid", "Gid", "Groups", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp")
@@ -100,10 +103,12 @@ def capture() -> dict[str, Any]:
 
 
 def assume_limits(given: dict[str, Any]) -> str:
-    """Take on limits, processors and priority; say which cannot be had."""
+    """Take on limits, processors and priority; say which cannot be had. That of open files `assume` sets."""
     os.umask(given["umask"])
     for name, limits in given["limits"].items():
         try:
+            if name == _OPEN_FILES:  # descriptors of a program come above those that it may have
+                limits = [max(limits[1], resource.getrlimit(resource.RLIMIT_NOFILE)[1])] * 2
             resource.setrlimit(getattr(resource, name), tuple(limits))
         except (OSError, ValueError):
             return f"a higher limit ({name}) than the server has"
@@ -138,6 +143,7 @@ def assume(
     os.fchdir(cwd)
     os.close(cwd)
     _place(given["fds"], fds)
+    resource.setrlimit(resource.RLIMIT_NOFILE, tuple(given["limits"][_OPEN_FILES]))
     os.environ.clear()
     os.environ.update(given["environ"])
     for name, value in set_by_imports.items():
@@ -149,6 +155,7 @@ def assume(
     _set_signals(given)
     _renew_streams(given)
     _renew_random_state()
+    _renew_facts()
     _set_threads(given, before)
 
 
@@ -204,6 +211,14 @@ def _renew_random_state() -> None:
         sys.modules["torch"].default_generator.seed()
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+
+
+def _renew_facts() -> None:
+    """Have libraries know what they have asked for when they were imported: the directory, the number of the thread."""
+    threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
+    if "multiprocessing.process" in sys.modules:
+        with contextlib.suppress(OSError):  # it has been deleted
+            sys.modules["multiprocessing.process"].ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
 
 
 def _set_threads(given: dict[str, Any], before: Mapping[str, str]) -> None:

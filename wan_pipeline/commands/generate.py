@@ -110,6 +110,10 @@ Cache = Annotated[
 CacheDir = Annotated[
     Path | None, _option("cache_dir", "Where the converted cache is.", show_default="the user's cache directory")
 ]
+Keep = Annotated[
+    bool,
+    _option("keep", "Use the networks that `wan-loader standby keep DIR` has left in memory. For one process."),
+]
 FullImports = Annotated[
     bool, _option("full_imports", "Import at once what else waits for its first use, such as scipy.")
 ]
@@ -173,6 +177,7 @@ def generate(
     ulysses_size: Ulysses = 1,
     cache: Cache = False,
     cache_dir: CacheDir = None,
+    keep: Keep = False,
     full_imports: FullImports = False,
     profile_out: ProfileOut = None,
     standby: Standby = None,
@@ -194,7 +199,7 @@ def generate(
     files = _named_files(ckpt_dir, high_noise, low_noise, transformer, text_encoder, vae, tokenizer)
     start = _start_settings(preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
     start |= _cache_settings(cache, cache_dir) | _memory_settings(vram_limit, ram_limit)
-    start |= {"full_imports": full_imports}
+    start |= {"full_imports": full_imports, "keep": keep}
     degrees = Degrees(dit_fsdp=dit_fsdp, t5_fsdp=t5_fsdp, ulysses_size=ulysses_size)
     degrees.check(world_size(), t5_cpu=t5_cpu)
     start |= {"dit_fsdp": dit_fsdp, "t5_fsdp": t5_fsdp, "ulysses_size": ulysses_size}
@@ -255,6 +260,7 @@ def load(
     t5_cpu: T5Cpu = False,
     cache: Cache = False,
     cache_dir: CacheDir = None,
+    keep: Keep = False,
     full_imports: FullImports = False,
     profile_out: ProfileOut = None,
     standby: Standby = None,
@@ -271,15 +277,20 @@ def load(
     start = _start_settings(preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
     start |= {"directory": ckpt_dir, **files.named}
     start |= _cache_settings(cache, cache_dir) | _memory_settings(vram_limit, ram_limit)
-    start |= {"full_imports": full_imports}
+    start |= {"full_imports": full_imports, "keep": keep}
     profile_out = own_file(profile_out)
     check_outputs(profile_out, force=force)
     with _started(start, None) as pipe:
         pipe.wait()
         report = {**pipe.report(), "command": "load"}
     _finish_cache(report, pipe)
-    loads = [f"{x['name']} {x['nbytes'] / 1e9:.2f} GB in {x['seconds']:.2f} s" for x in report["pipeline"]["loads"]]
-    _finish(report, profile_out, json=json, result="\n".join(loads))
+    _finish(report, profile_out, json=json, result="\n".join(map(_load_line, report["pipeline"]["loads"])))
+
+
+def _load_line(load: dict[str, Any]) -> str:
+    kept = load.get("kept", {}).get("state") == "attached"
+    size = f"{load['nbytes_device' if kept else 'nbytes'] / 1e9:.2f} GB"
+    return f"{load['name']} {size}{' kept, attached' if kept else ''} in {load['seconds']:.2f} s"
 
 
 def _check_prompts(prompt: str | None, prompt_file: Path | None, save_file: Path | None, save_dir: Path | None) -> None:
@@ -426,6 +437,7 @@ def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, res
         write_json(profile_out, report)
     if not is_first():
         return
+    _tell_kept(report)
     first = report["pipeline"]["time_to_first_step_s"] if "pipeline" in report else None
     if first is not None:
         say(f"time to first denoising step: {first:.2f} s")
@@ -433,3 +445,11 @@ def _finish(report: dict[str, Any], profile_out: Path | None, *, json: bool, res
         print_json(report)
     elif result is not None:
         show(result)
+
+
+def _tell_kept(report: dict[str, Any]) -> None:
+    """Say which networks were attached to, and why others were not, where that was asked for."""
+    loads = report["pipeline"]["loads"] if "pipeline" in report else []
+    # the last load of each network
+    for name, kept in {load["name"]: load["kept"] for load in loads if "kept" in load}.items():
+        say(f"{name}: {'kept' if kept['state'] == 'attached' else 'loaded, as ' + kept['reason']}")

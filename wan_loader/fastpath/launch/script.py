@@ -44,7 +44,7 @@ class Start(NamedTuple):
         except BaseException as error:
             with suppress(OSError, ValueError, AttributeError):
                 sys.stdout.flush()  # as Python does
-            sys.excepthook(type(error), error, _of_program(error, self.file))
+            _show(error, _of_program(error, self.file))
             if isinstance(error, KeyboardInterrupt):
                 # Python ends by the signal, and would show it again
                 sys.excepthook = _show_nothing
@@ -87,7 +87,8 @@ def prepare_module(words: Sequence[str]) -> Start:
         raise OptionError.because("-m lacks the name of a module", "name one: -m package.module")
     name, *args = words
     sys.argv = ["-m", *args]
-    _put_first(os.getcwd())
+    with suppress(FileNotFoundError):  # the directory has been deleted
+        _put_first(os.getcwd())
     try:
         spec = find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:  # a package
@@ -152,6 +153,21 @@ def _of_program(error: BaseException, file: str) -> TracebackType | None:
         found = found.tb_next
     error.__traceback__ = found
     return found
+
+
+def _show(error: BaseException, trace: TracebackType | None) -> None:
+    """Have an error shown by the program's hook; where that fails, show both as Python does."""
+    try:
+        sys.excepthook(type(error), error, trace)
+    except SystemExit:
+        raise
+    except BaseException as wrong:
+        wrong.__context__, wrong.__traceback__ = None, wrong.__traceback__ and wrong.__traceback__.tb_next
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write("Error in sys.excepthook:\n")
+            sys.__excepthook__(type(wrong), wrong, wrong.__traceback__)
+            sys.stderr.write("\nOriginal exception was:\n")
+            sys.__excepthook__(type(error), error, trace)
 
 
 def _show_nothing(*_: object) -> None:
