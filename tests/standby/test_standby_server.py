@@ -13,8 +13,9 @@ import pytest
 from programs import check_usage
 from standbys import wait_for, wait_until_gone, waiting
 
-from wan_loader.standby import place, wire, world
+from wan_loader.standby import place, world
 from wan_loader.standby.learned import Learned
+from wan_loader.system.peers import is_own_peer
 
 _WHERE = "import sys; where = 'forked' if 'wan_loader.standby.server' in sys.modules else 'imported'\nprint(where)\n"
 
@@ -271,10 +272,10 @@ def test_sockets_of_other_users_are_refused(own, script, open_dir, unprivileged)
         client.connect(str(open_dir / "theirs"))
         accepted = stack.enter_context(listener.accept()[0])
         if os.geteuid() == 0:  # who listens is another user now
-            assert wire.is_own(accepted)
-            assert not wire.is_own(client)
+            assert is_own_peer(accepted)
+            assert not is_own_peer(client)
             with unprivileged():
-                assert not wire.is_own(accepted)
+                assert not is_own_peer(accepted)
     server.start()
     (server.directory / "wan-loader").chmod(0o755)
     done = server.run(script(_WHERE), said=True)

@@ -117,11 +117,12 @@ def need_keeper() -> KeeperLink:
 def _start() -> None:
     import subprocess  # who only attaches does without
 
+    from wan_loader.system.programs import environment
+
     command = [sys.executable, "-m", "wan_loader.keeper.serve"]
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # so that it finds this very package, wherever the program has it from
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    nothing, environment = subprocess.DEVNULL, {**os.environ, "PYTHONPATH": path}
+    nothing = subprocess.DEVNULL
     try:
         done = subprocess.run(
             command,
@@ -130,7 +131,7 @@ def _start() -> None:
             stderr=subprocess.PIPE,
             text=True,
             check=False,
-            env=environment,
+            env=environment(package),
             timeout=_START_TIMEOUT_S,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -12,13 +12,12 @@ import socket
 from typing import Any
 
 from wan_loader.errors import KeepError
+from wan_loader.system.peers import MAX_FDS
 
-__all__ = ["MAX_FDS", "PROTOCOL", "close_all", "receive", "send"]
+__all__ = ["PROTOCOL", "close_all", "receive", "send"]
 
 #: Keeper and client must agree on it.
 PROTOCOL = 1
-#: What Linux passes with one message (SCM_MAX_FD).
-MAX_FDS = 253
 _MAX_BYTES = 1 << 16
 
 

@@ -10,18 +10,18 @@ import fcntl
 import os
 import socket
 import stat
-import struct
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import KeepError
+from wan_loader.system.peers import is_own_peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["KEEPER_LOG", "connect", "forget", "is_own_peer", "keeper_directory", "listen", "opened", "watch"]
+__all__ = ["KEEPER_LOG", "connect", "forget", "keeper_directory", "listen", "opened", "watch"]
 
 _NAME = "keeper.socket"
 _LOCK = "keeper.lock"
@@ -145,10 +145,3 @@ def forget(directory: Path) -> None:
     """Remove the socket of a keeper that is about to end."""
     with opened(directory) as fd:
         os.unlink(_NAME, dir_fd=fd)
-
-
-def is_own_peer(link: socket.socket) -> bool:
-    """Say whether the other side of a connection is a process of this user."""
-    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return bool(uid == os.geteuid())

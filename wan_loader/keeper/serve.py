@@ -19,9 +19,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import KeepError
-from wan_loader.keeper.messages import MAX_FDS, PROTOCOL, close_all, receive, send
-from wan_loader.keeper.place import KEEPER_LOG, forget, is_own_peer, keeper_directory, listen, watch
+from wan_loader.keeper.messages import PROTOCOL, close_all, receive, send
+from wan_loader.keeper.place import KEEPER_LOG, forget, keeper_directory, listen, watch
 from wan_loader.keeper.shelf import Identity, Item, Shelf
+from wan_loader.system.peers import MAX_FDS, is_own_peer
 
 if TYPE_CHECKING:
     import socket

@@ -74,7 +74,7 @@ def connect() -> socket.socket | str:
     """Connect to the server, or say why not."""
     import socket
 
-    from wan_loader.standby import wire
+    from wan_loader.system.peers import is_own_peer
 
     if why := place.not_private(place.directory()):
         return f"the server's directory {place.directory()} {why}"
@@ -85,7 +85,7 @@ def connect() -> socket.socket | str:
     except OSError as error:
         connection.close()
         return f"the server does not answer ({error.strerror or 'it is too busy'})"
-    if not wire.is_own(connection):
+    if not is_own_peer(connection):
         connection.close()
         return "the server is somebody else's"
     return connection

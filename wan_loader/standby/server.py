@@ -27,6 +27,7 @@ from wan_loader.standby.prepared import Prepared, prepare
 from wan_loader.standby.refusals import refusal
 from wan_loader.standby.watcher import watch
 from wan_loader.standby.world import FIRST_OWN
+from wan_loader.system.peers import is_own_peer
 
 __all__ = ["Server", "main"]
 
@@ -122,7 +123,7 @@ class Server:
             if is_asked:
                 asked = time.monotonic()
                 with suppress(OSError), listener.accept()[0] as connection:  # no memory, say: it goes on without
-                    if wire.is_own(connection):
+                    if is_own_peer(connection):
                         changed = prepared.changed()
                         if not os.fork():
                             return connection.dup(), changed

@@ -6,26 +6,19 @@ Both ends are processes of one user, which either checks; so a document is taken
 from __future__ import annotations
 
 import json
-import os
 import socket
 import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.system.peers import MAX_FDS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MOST_DESCRIPTORS", "is_own", "receive", "receive_all", "send"]
+__all__ = ["receive", "receive_all", "send"]
 
-#: What the kernel passes at once (SCM_MAX_FD).
-MOST_DESCRIPTORS = 253
 _LENGTH = struct.Struct("!I")
-
-
-def is_own(connection: socket.socket) -> bool:
-    """Say whether a process of this user is at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int(struct.unpack("iii", credentials)[1]) == os.geteuid()
 
 
 def send(connection: socket.socket, document: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -47,7 +40,7 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
     return receive_all(connection, 0)[0]
 
 
-def receive_all(connection: socket.socket, n_fds: int = MOST_DESCRIPTORS) -> tuple[dict[str, Any] | None, list[int]]:
+def receive_all(connection: socket.socket, n_fds: int = MAX_FDS) -> tuple[dict[str, Any] | None, list[int]]:
     """Wait for a document and the descriptors that came with it."""
     fds: list[int] = []
     with suppress(OSError, ValueError):

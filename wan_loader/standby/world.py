@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from wan_loader._version import __version__
-from wan_loader.standby.wire import MOST_DESCRIPTORS
+from wan_loader.system.peers import MAX_FDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FIRST_OWN", "assume", "assume_limits", "capture", "different_identity", "identity", "inherited", "refusal"]
 
 #: Descriptors below are the program's, as many as can come with its directory: the server keeps its own above.
-FIRST_OWN = MOST_DESCRIPTORS - 1
+FIRST_OWN = MAX_FDS - 1
 _OPEN_FILES = "RLIMIT_NOFILE"
 _LIMITS = [name for name in dir(resource) if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE"]
 _NAMESPACES = ("mnt", "pid", "net", "user", "ipc", "uts")

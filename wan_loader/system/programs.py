@@ -85,7 +85,7 @@ def furnish(home: Path, source: Path, name: str, start: str) -> None:
             py_compile.compile(str(path))
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: str | Path) -> dict[str, str]:
     """Return this process's environment with a directory at the head of PYTHONPATH."""
     before = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), *filter(None, [before])])}
