@@ -4,6 +4,7 @@ import pytest
 from test_directory import weights
 
 from wan_loader import CheckpointError, MissingFileError, load_file, open_checkpoint
+from wan_loader.formats.hub_cache import locate
 from wan_loader.warming.tree import list_tree
 
 
@@ -115,3 +116,11 @@ def test_where_the_cache_is(cache, tmp_path, monkeypatch, variables, place):
         monkeypatch.setenv(name, value.format(tmp_path))
     add(tmp_path / place, "aaa", main="aaa")
     assert open_checkpoint("Wan-AI/X").names == ("of aaa",)
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert locate("model.safetensors") == "model.safetensors"

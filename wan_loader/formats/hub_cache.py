@@ -28,7 +28,7 @@ def locate(path: str) -> str:
         MissingFileError: The cache does not hold the repository.
         CheckpointError: It holds several snapshots and does not say which one is the current.
     """
-    if os.path.basename(os.path.abspath(path)).startswith(_FOLDER) and os.path.isdir(path):
+    if os.path.isdir(path) and os.path.basename(os.path.abspath(path)).startswith(_FOLDER):
         return _snapshot(path) if _is_cached_repository(path) else path
     # OWNER/NAME looks like a relative path: what exists, or is called like a file, is one
     if not _REPOSITORY.fullmatch(path) or is_weight_name(path) or path.endswith(".json") or os.path.lexists(path):
