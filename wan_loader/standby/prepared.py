@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import stat
 import sys
 import time
+from binascii import crc32
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,12 @@ from wan_loader.standby.variables import NOT_COMPARED, recorded_reads
 from wan_loader.standby.world import identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["Prepared", "prepare"]
 
 Fingerprint = tuple[int, int, int]
-"""Of a file: time, size and number."""
+"""Of a file: time, size and number. Of a directory: the names in it, but for what imports write there."""
 _OUTDATED = (0, 0, 0)
 #: By so much the clock of files is behind at most.
 _COARSE_NS = 50_000_000
@@ -61,6 +63,7 @@ def prepare(names: list[str], environ: Mapping[str, str]) -> Prepared:
         Unforkable: No process may be forked after one of them.
     """
     begin, begun_ns = time.monotonic(), time.time_ns()
+    installed = _fingerprints(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
     gc.disable()
     with recorded_reads() as reads:
         failed = import_all(names)
@@ -77,7 +80,7 @@ def prepare(names: list[str], environ: Mapping[str, str]) -> Prepared:
         },
         modules=frozenset(sys.modules),
         failed=failed,
-        files=_files(begun_ns),
+        files=installed | _files(begun_ns),
         identity=identity(),
         seconds=time.monotonic() - begin,
     )
@@ -85,21 +88,25 @@ def prepare(names: list[str], environ: Mapping[str, str]) -> Prepared:
 
 def _files(begun_ns: int) -> dict[str, Fingerprint]:
     paths = {os.path.realpath(sys.executable), os.path.join(sys.prefix, "pyvenv.cfg")}
-    paths.update(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
     for module in list(sys.modules.values()):
         origin = getattr(getattr(module, "__spec__", None), "origin", None)
         if isinstance(origin, str) and os.path.isabs(origin):
             paths.add(origin)
-    found = {path: _fingerprint(path) for path in paths}
-    now_ns = time.time_ns()
+    found, now_ns = _fingerprints(paths), time.time_ns()
     # what was written meanwhile may be another than was imported
-    return {
-        path: _OUTDATED if begun_ns - _COARSE_NS < mark[0] < now_ns else mark for path, mark in found.items() if mark
-    }
+    return {path: _OUTDATED if begun_ns - _COARSE_NS < mark[0] < now_ns else mark for path, mark in found.items()}
+
+
+def _fingerprints(paths: Iterable[str]) -> dict[str, Fingerprint]:
+    """Look at files and directories; those that are not there are left out."""
+    return {path: mark for path in paths if (mark := _fingerprint(path))}
 
 
 def _fingerprint(path: str) -> Fingerprint | tuple[()]:
     with suppress(OSError):
         facts = os.stat(path)
+        if stat.S_ISDIR(facts.st_mode):
+            names = sorted({*os.listdir(path)} - {"__pycache__"})
+            return (crc32(chr(0).join(names).encode("utf-8", "surrogateescape")), len(names), facts.st_ino)
         return (facts.st_mtime_ns, facts.st_size, facts.st_ino)
     return ()
