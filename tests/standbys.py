@@ -21,7 +21,8 @@ class Standby:
         place = {"XDG_RUNTIME_DIR": str(self.directory), "XDG_CACHE_HOME": str(self.directory / "cache")}
         path = os.pathsep.join([*map(str, paths), *filter(None, sys.path)])
         self.env = {**os.environ, **place, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-        del self.env["WAN_LOADER_STANDBY"]
+        for name in ("WAN_LOADER_STANDBY", "PYTHONDONTWRITEBYTECODE"):
+            self.env.pop(name, None)
 
     def words(self, *words):
         return [sys.executable, "-m", "wan_loader", *map(str, words)]

@@ -107,7 +107,7 @@ def test_a_server_that_hangs_is_not_waited_for_and_takes_nothing_later(own, scri
 def test_a_changed_file_of_a_module(own, script, modules):
     (modules / "installed.py").write_text("value = 1")
     server, path = own(modules), script(f"{_WHERE}import installed; print(installed.value)")
-    server.start("installed", PYTHONDONTWRITEBYTECODE="")  # what imports leave there is no change
+    server.start("installed")  # what that leaves there is no change
     pid = server.status()["pid"]
     assert server.run(path).stdout == "forked\n1\n"
     (modules / "installed.py").write_text("value = 22")
