@@ -13,7 +13,7 @@ import pytest
 from programs import check_usage
 from standbys import wait_for, wait_until_gone, waiting
 
-from wan_loader.standby import place, world
+from wan_loader.standby import world
 from wan_loader.standby.learned import Learned
 from wan_loader.system.peers import is_own_peer
 
@@ -287,18 +287,6 @@ def test_sockets_of_other_users_are_refused(own, script, open_dir, unprivileged)
     pid = server.pid()
     server.socket().unlink()
     wait_until_gone(pid)  # nobody could ask it
-
-
-def test_where_it_listens(monkeypatch, tmp_path):
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert place.directory() == str(tmp_path / "wan-loader")
-    for mode, value in ((0o755, str(tmp_path)), (0o700, "relative"), (0o700, str(tmp_path / "none"))):
-        tmp_path.chmod(mode)
-        monkeypatch.setenv("XDG_RUNTIME_DIR", value)
-        assert place.directory() in (f"/run/user/{os.geteuid()}/wan-loader", f"/tmp/wan-loader-{os.geteuid()}")
-    (tmp_path / "link").symlink_to(tmp_path)
-    assert place.not_private(str(tmp_path / "link")) == "is no directory"
 
 
 def test_a_server_that_does_not_begin(own, modules):

@@ -74,10 +74,10 @@ def connect() -> socket.socket | str:
     """Connect to the server, or say why not."""
     import socket
 
-    from wan_loader.system.peers import is_own_peer
+    from wan_loader.system.peers import is_own_peer, not_private, own_directory
 
-    if why := place.not_private(place.directory()):
-        return f"the server's directory {place.directory()} {why}"
+    if why := not_private(own_directory()):
+        return f"the server's directory {own_directory()} {why}"
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(_PATIENCE_S)
     try:

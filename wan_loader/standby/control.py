@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OutputError, WanLoaderError
 from wan_loader.standby import client, place
+from wan_loader.system.peers import not_private, own_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,7 @@ _LOCK = struct.Struct("hhqqixxxx")
 
 def running() -> int | None:
     """Return the process id of the server, also of one that still imports; None if there is none."""
-    if place.not_private(place.directory()):  # somebody else's file could name any process
+    if not_private(own_directory()):  # somebody else's file could name any process
         return None
     try:
         with open(place.lock_path(), "rb") as file:
@@ -58,10 +59,10 @@ def start(modules: Sequence[str], *, idle_s: float = IDLE_S, only: bool = False)
         OutputError: Its directory cannot be had for this user alone.
         WanLoaderError: It has not become ready.
     """
-    directory = place.directory()
+    directory = own_directory()
     with contextlib.suppress(FileExistsError):
         os.mkdir(directory, 0o700)
-    if why := place.not_private(directory):
+    if why := not_private(directory):
         raise OutputError.because(why, "remove it, or set XDG_RUNTIME_DIR to a directory of yours", path=directory)
     if running() is None:
         _launch({"modules": list(modules), "idle_s": idle_s, "only": only})
