@@ -96,9 +96,12 @@ def test_a_server_that_hangs_is_not_waited_for_and_takes_nothing_later(own, scri
     os.kill(pid, signal.SIGSTOP)
     path = script(f"{_WHERE}open(sys.argv[1], 'a').write('x')")
     patience = tmp_path / "sitecustomize.py"
-    patience.write_text("import wan_loader.standby.client as client; client._PATIENCE_S = 0.2")
-    done = server.run(path, tmp_path / "out", said=True, env={"PYTHONPATH": f"{tmp_path}:{server.env['PYTHONPATH']}"})
+    patience.write_text("import wan_loader.standby.client as client; client.PATIENCE_S = 0.2")
+    impatient = {"PYTHONPATH": f"{tmp_path}:{server.env['PYTHONPATH']}"}
+    done = server.run(path, tmp_path / "out", said=True, env=impatient)
+    said = server.command("standby", "start", check=False, **impatient).stderr
     os.kill(pid, signal.SIGCONT)
+    assert f"the stand-by server hangs: process {pid}: end it: wan-loader standby stop" in said
     assert why(done) == "the server does not answer (it has ended)"
     server.command("standby", "status")
     assert (tmp_path / "out").read_text() == "x"

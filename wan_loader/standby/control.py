@@ -66,9 +66,12 @@ def start(modules: Sequence[str], *, idle_s: float = IDLE_S, only: bool = False)
         raise OutputError.because(why, "remove it, or set XDG_RUNTIME_DIR to a directory of yours", path=directory)
     if running() is None:
         _launch({"modules": list(modules), "idle_s": idle_s, "only": only})
-    while running() is not None:
+    while (pid := running()) is not None:
+        asked = time.monotonic()
         if (found := status()) is not None and "n_modules" in found:
             return found
+        if time.monotonic() - asked >= client.PATIENCE_S:  # one that still imports is not listening
+            raise WanLoaderError.because(f"the stand-by server hangs: process {pid}", "end it: wan-loader standby stop")
         time.sleep(_LOOK_S)
     with open(place.log_path(), encoding="utf-8", errors="replace") as log:
         said = log.read().strip().splitlines()[-1:] or ["it has said nothing"]
