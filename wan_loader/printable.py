@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["markup_text", "printable", "printable_lines", "shown_name", "some"]
+__all__ = ["markup_text", "printable", "printable_lines", "shorten", "shown_name", "some"]
 
 _MAX_NAME = 120
 
@@ -32,6 +32,14 @@ def markup_text(text: str) -> str:
     import html  # its table of entities takes a millisecond, which no load needs
 
     return html.escape(printable(text))
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut the middle out of what is longer: paths and commands are told by their ends."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 3
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
 
 
 def shown_name(name: str) -> str:
