@@ -39,7 +39,7 @@ def test_nothing_is_taken_of_what_has_room():
 def test_columns_that_go_are_named():
     table = Columns(*TABLE)
     table.add_row("a/path/of/some/length/model.safetensors", "12.5 s", "28 GB", lambda width: "#" * width)
-    wide, narrow = printed(table, 120), printed(table, 33)
+    wide, narrow = printed(table, 120), printed(table, 32)
     assert wide[1].split() == ["a/path/of/some/length/model.safetensors", "12.5", "s", "28", "GB", "#" * 40]
     assert narrow[-1] == "no room for: seconds"
     assert narrow[0].split() == ["name", "bytes", "bar"]
@@ -47,7 +47,7 @@ def test_columns_that_go_are_named():
     assert "…" in narrow[1]
     assert "ensors" in narrow[1]
     assert max(map(len, wide + narrow)) <= 120
-    assert max(map(len, narrow)) <= 33
+    assert max(map(len, narrow)) <= 32
 
 
 def test_sentences_fold_inside_of_their_column():

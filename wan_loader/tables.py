@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from rich.cells import cell_len
 from rich.text import Text
 
-from wan_loader.printable import printable, shorten
+from wan_loader.printable import ends, printable, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -140,8 +140,8 @@ def cut(text: Text, width: int) -> Text:
     most = min(width, len(text.plain))
     while most > 1 and cell_len(shorten(text.plain, most)) > width:
         most -= 1
-    head, _, tail = shorten(text.plain, most).partition("…")
-    return Text.assemble(text[: len(head)], "…", text[len(text.plain) - len(tail) :] if tail else "")
+    head, tail = ends(most)
+    return Text.assemble(text[:head], "…", text[len(text.plain) - tail :] if tail else "")
 
 
 def folded(text: Text, width: int) -> Text:

@@ -14,8 +14,8 @@ from wan_loader.console import PlainConsole
 from wan_loader.events import Span
 from wan_loader.printable import shorten
 from wan_loader.profiler.analysis.session import Turn
-from wan_loader.profiler.render.charts import axis_step
 from wan_loader.profiler.render.page import to_page
+from wan_loader.profiler.render.shapes import axis_step
 from wan_loader.profiler.render.terminal import print_session, shown_processes
 from wan_loader.profiler.render.trace import to_trace, without_overlap
 from wan_loader.spans import Mark
@@ -86,8 +86,8 @@ class TestFamilies:
     def test_a_group_of_rows_each_on_the_page(self, family):
         page = to_page(family)
         drawing = page[page.index("<svg") : page.index("</svg>")]
-        assert drawing.count('class="process"') == 3
-        assert drawing.count('class="life"') == 3
+        assert drawing.count('font-weight="600"') == 3
+        assert drawing.count('class="p-life"') == 3
         assert "torchrun (launcher)" in drawing
 
     def test_the_phases_are_those_of_the_whole_program(self, family):
