@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from wan_loader.console import Columns, PlainConsole, marked
+from wan_loader.console import PlainConsole, marked
+from wan_loader.tables import Columns
 
 NAMES = ["[red]name[/]", ":smile:", "\x1b[31mname", "\u202ename", "[/]", "\\", "name{}", "\udcff", "a\tb"]
 SHOWN = ["[red]name[/]", ":smile:", "\\x1b[31mname", "\\u202ename", "[/]", "\\", "name{}", "\\udcff", "a\\tb"]

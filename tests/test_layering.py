@@ -18,7 +18,7 @@ ROOMS = [
     {"spans"},
     {"verdict"},
     {"system"},
-    {"arguments", "console", "entry_points"},
+    {"arguments", "console", "entry_points", "tables"},
     {"formats"},
     {"documents"},
     {"plan"},

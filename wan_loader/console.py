@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from wan_loader.printable import printable, printable_lines
+from wan_loader.tables import folded
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+__all__ = ["PlainConsole", "marked"]
 
-__all__ = ["Columns", "PlainConsole", "marked"]
+#: Where nobody looks at once: lines of files and pipes stay whole, as `grep` likes them.
+_UNLIMITED = 10_000
 
 
 class PlainConsole(Console):
-    """A console for strings as they are: no markup, controls as escapes, line breaks kept (see `marked`)."""
+    """A console for strings as they are: no markup, controls as escapes, line breaks kept (see `marked`).
+
+    On a terminal, and wherever COLUMNS says how wide it is to be, lines are folded between words. Elsewhere they have
+    the length that they have.
+    """
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        if not self.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+            self.width = _UNLIMITED
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make a `Text` of a string, as rich does of each that it is given."""
         return super().render_str(printable_lines(text), **options)
 
-
-class Columns(Table):
-    """A table without lines, whose cells are shown as they are, each in one line."""
-
-    def __init__(self, *headers: str, show_header: bool = True) -> None:
-        super().__init__(*headers, box=None, pad_edge=False, header_style="bold", show_header=show_header)
-
-    def add_row(self, *cells: RenderableType | None, style: Any = None, end_section: bool = False) -> None:
-        """Add a row of strings, or of what `marked` makes."""
-        shown = (Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells)
-        super().add_row(*shown, style=style, end_section=end_section)
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, with lines of text folded between words."""
+        texts = (self.render_str(thing) if isinstance(thing, str) else thing for thing in objects)
+        super().print(*(folded(thing, self.width) if isinstance(thing, Text) else thing for thing in texts), **options)
 
 
 def marked(template: str, *values: object) -> Text:

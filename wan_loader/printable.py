@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["markup_text", "printable", "printable_lines", "shown_name", "some"]
+__all__ = ["ends", "markup_text", "printable", "printable_lines", "shorten", "shown_name", "some"]
 
 _MAX_NAME = 120
 
@@ -32,6 +32,20 @@ def markup_text(text: str) -> str:
     import html  # its table of entities takes a millisecond, which no load needs
 
     return html.escape(printable(text))
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut the middle out of what is longer: paths and commands are told by their ends."""
+    if len(text) <= width:
+        return text
+    head, tail = ends(width)
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def ends(width: int) -> tuple[int, int]:
+    """Return how many characters stay before and behind the middle of a text that is shortened to `width`."""
+    head = (width - 1) // 3
+    return head, width - 1 - head
 
 
 def shown_name(name: str) -> str:

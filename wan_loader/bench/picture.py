@@ -1,13 +1,12 @@
-"""A bench as one SVG that a person can paste: a bar for each loader, its samples, the ceiling, our time line. Pure."""
+"""A bench as one picture to paste: a bar for each loader, its samples, the ceiling, our time line. Pure."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.table import case_title, machine_line, ordered, why_no_time
-from wan_loader.phases import PHASE_TABLE
-from wan_loader.printable import markup_text
-from wan_loader.profiler.render.charts import axis_step
+from wan_loader.profiler.render.shapes import COLOURS, Dot, Drawing, Line, Rect, Shape, Words, fitting, time_axis
+from wan_loader.profiler.render.svg import to_svg as write_svg
 from wan_loader.sizes import format_seconds
 
 if TYPE_CHECKING:
@@ -20,115 +19,103 @@ _LEFT = 170
 _RIGHT = 180
 _BAR = 24
 _TRACK = 13
-_INK, _SOFT, _LINE = "#1c2430", "#5c6675", "#dfe4ea"
-_OURS, _OTHER, _LIMIT = "#2fa36b", "#8fa9c8", "#b3261e"
 #: On the CPU: the first use of pages that were only mapped.
 _TOUCH = "touch"
-_COLOURS = {kind.name: kind.colour for kind in PHASE_TABLE} | {_TOUCH: "#e0b050"}
+_COLOURS = COLOURS | {"ours": "#2fa36b", "rival": "#8fa9c8", "ceiling": "#b3261e", _TOUCH: "#e0b050"}
 #: What is drawn of a load, from top to bottom.
 _DRAWN = ("read", "register", "h2d", "cast", _TOUCH, "wait", "init", "header")
 
 
 def to_svg(document: Mapping[str, Any]) -> str:
-    """Draw the picture, with its own fonts and a white background."""
+    """Write the picture as SVG."""
+    return write_svg(draw(document), _COLOURS)
+
+
+def draw(document: Mapping[str, Any]) -> Drawing:
+    """Draw the picture."""
+    title = "Loading weights, measured: shorter is better"
+    shapes: list[Shape] = [
+        Words(20, 28, title, size=18, bold=True),
+        Words(20, 48, fitting(machine_line(document["machine"]), _WIDTH - 40, 11), "soft", 11),
+    ]
     y = 62
-    parts: list[str] = []
     for case in document["cases"]:
         drawn, height = _case(case, document, y)
-        parts += drawn
+        shapes += drawn
         y += height
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 12}" width="{_WIDTH}" height="{y + 12}" '
-        'font-family="system-ui, -apple-system, Segoe UI, Roboto, DejaVu Sans, sans-serif" font-size="13">'
-        f'<rect width="{_WIDTH}" height="{y + 12}" fill="#ffffff"/>'
-    )
-    title = _text(20, 28, "Loading weights, measured: shorter is better", size=18, weight=600)
-    return "".join(
-        [head, title, _text(20, 48, machine_line(document["machine"]), colour=_SOFT, size=11), *parts, "</svg>\n"]
-    )
+    return Drawing(_WIDTH, y + 12, shapes, title)
 
 
-def _case(case: Mapping[str, Any], document: Mapping[str, Any], top: int) -> tuple[list[str], int]:
-    parts = [_text(20, top + 22, case_title(case, document), weight=600, size=14)]
+def _case(case: Mapping[str, Any], document: Mapping[str, Any], top: int) -> tuple[list[Shape], int]:
+    title = fitting(case_title(case, document), _WIDTH - 40, 14, bold=True)
+    shapes: list[Shape] = [Words(20, top + 22, title, size=14, bold=True)]
     if case["failure"]:
-        return [*parts, _text(20, top + 44, f"nothing was measured: {case['failure']}", colour=_LIMIT)], 64
+        told = fitting(f"nothing was measured: {case['failure']}", _WIDTH - 40, 13)
+        return [*shapes, Words(20, top + 44, told, "ceiling")], 64
     results = ordered(case)
     longest = 1.05 * max([r["summary"]["median_s"] for r in results if r["summary"]], default=1.0) or 1.0
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
     y = top + 36
-    rows: list[str] = []
+    rows: list[Shape] = []
     bottom = y + len(results) * (_BAR + 6)
     for result in results:
         rows += _bar(result, y, scale)
         y += _BAR + 6
     limit = _limit(case, top + 32, bottom, scale)
-    parts += [*_axis(longest, top + 32, bottom, scale), *rows, *limit]
+    shapes += [*time_axis(longest, _LEFT, _WIDTH - _RIGHT, [(top + 32, bottom)], 6), *rows, *limit]
     tracks, height = _time_lines(case, bottom + 26, scale)
-    return [*parts, *tracks], bottom + 26 + height - top
+    return [*shapes, *tracks], bottom + 26 + height - top
 
 
-def _bar(result: Mapping[str, Any], y: int, scale: float) -> list[str]:
+def _bar(result: Mapping[str, Any], y: int, scale: float) -> list[Shape]:
     ours = result["loader"].startswith("ours")
-    parts = _label(result["loader"], y, weight=600 if ours else 400)
+    shapes = _label(result["loader"], y, bold=ours)
     summary = result["summary"]
     if summary is None:
-        why = why_no_time(result)
-        return [*parts, _text(_LEFT + 4, y + 16, _short(why, 120), colour=_SOFT, size=11)]
+        why = fitting(why_no_time(result), _WIDTH - _LEFT - 24, 11)
+        return [*shapes, Words(_LEFT + 4, y + 16, why, "soft", 11)]
     width = summary["median_s"] * scale
-    fill = _OURS if ours else _OTHER
-    parts.append(f'<rect x="{_LEFT}" y="{y}" width="{max(1.0, width):.1f}" height="{_BAR}" rx="2" fill="{fill}"/>')
+    shapes.append(Rect(_LEFT, y, max(1.0, width), _BAR, "ours" if ours else "rival", radius=2))
     good = (s for s in result["samples"] if s["status"] == "ok")
-    parts += [_dot(_LEFT + sample["seconds"] * scale, y + _BAR / 2) for sample in good]
+    shapes += [_sample(_LEFT + sample["seconds"] * scale, y + _BAR / 2) for sample in good]
     rate = f", {result['gbps']:.3g} GB/s" if result["gbps"] else ""
     failed = "" if result["status"] == "ok" else f" ({result['status']})"
     told = f"{format_seconds(summary['median_s'])}{rate}{failed}"
-    return [*parts, _text(_WIDTH - 20, y + 16, told, anchor="end", weight=600 if ours else 400)]
+    return [*shapes, Words(_WIDTH - 20, y + 16, told, anchor="end", bold=ours)]
 
 
-def _label(label: str, y: int, *, weight: int) -> list[str]:
+def _label(label: str, y: int, *, bold: bool) -> list[Shape]:
     """Write the loader's name; its settings in small letters below."""
     name, _, settings = label.partition(" ")
     if not settings:
-        return [_text(_LEFT - 10, y + 16, name, anchor="end", weight=weight)]
+        return [Words(_LEFT - 10, y + 16, name, anchor="end", bold=bold)]
     return [
-        _text(_LEFT - 10, y + 10, name, anchor="end", weight=weight),
-        _text(_LEFT - 10, y + 22, settings, anchor="end", colour=_SOFT, size=10),
+        Words(_LEFT - 10, y + 10, name, anchor="end", bold=bold),
+        Words(_LEFT - 10, y + 22, settings, "soft", 10, "end"),
     ]
 
 
-def _dot(x: float, y: float) -> str:
+def _sample(x: float, y: float) -> Shape:
     """Draw a sample; an arrow at the edge where it lies beyond the picture."""
     edge = _WIDTH - _RIGHT + 4
-    if x > edge:
-        return f'<path d="M{edge},{y - 4:.1f}l6,4l-6,4z" fill="{_INK}" fill-opacity="0.55"/>'
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{_INK}" fill-opacity="0.55"/>'
+    return Words(edge, y + 4, "\u25b8", "soft", 12) if x > edge else Dot(x, y, 2.6)
 
 
-def _limit(case: Mapping[str, Any], top: int, bottom: int, scale: float) -> list[str]:
+def _limit(case: Mapping[str, Any], top: int, bottom: int, scale: float) -> list[Shape]:
     if not case["ceiling_gbps"]:
         return []
     seconds = case["nbytes"] / case["ceiling_gbps"] / 1e9
     x = _LEFT + seconds * scale
     if x > _WIDTH - _RIGHT:
         return []
-    label = f"{case['ceiling']}: {format_seconds(seconds)}"
+    label = f"dashed: {case['ceiling']}: {format_seconds(seconds)}"
     return [
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="{_LIMIT}" stroke-dasharray="4 3"/>',
-        _text(_WIDTH - 20, bottom + 30, f"dashed: {label}", colour=_LIMIT, size=11, anchor="end"),
+        Line(x, top, x, bottom, "ceiling", dashed=True),
+        Words(_WIDTH - 20, bottom + 30, label, "ceiling", 11, "end"),
     ]
 
 
-def _axis(longest: float, top: int, bottom: int, scale: float) -> list[str]:
-    step = axis_step(longest, 6)
-    parts = []
-    for i in range(int(longest / step) + 1):
-        x = _LEFT + i * step * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="{_LINE}"/>')
-        parts.append(_text(x, bottom + 15, f"{i * step:.6g} s", colour=_SOFT, size=11, anchor="middle"))
-    return parts
-
-
-def _time_lines(case: Mapping[str, Any], top: int, scale: float) -> tuple[list[str], int]:
+def _time_lines(case: Mapping[str, Any], top: int, scale: float) -> tuple[list[Shape], int]:
     """Draw the phases of our median sample on the scale of the bars, if anything of them is wide enough to be seen."""
     for result in ordered(case):
         sample = _median_sample(result)
@@ -138,34 +125,19 @@ def _time_lines(case: Mapping[str, Any], top: int, scale: float) -> tuple[list[s
             continue
         stretch = max(1.0, (_WIDTH - _LEFT - _RIGHT) / width)
         note = "" if stretch < 1.05 else f", drawn {stretch:.2g} times wider"
-        parts = [_text(20, top + 10, f"inside {result['loader']}{note}", colour=_SOFT, size=11)]
+        shapes: list[Shape] = [Words(20, top + 10, f"inside {result['loader']}{note}", "soft", 11)]
         y = top + 18
         for name in (n for n in _DRAWN if n in phases):
             label = "first use" if name == _TOUCH else name
-            parts.append(_text(_LEFT - 10, y + 10, label, colour=_SOFT, size=11, anchor="end"))
+            shapes.append(Words(_LEFT - 10, y + 10, label, "soft", 11, "end"))
             for start, end in phases[name]:
                 x, length = _LEFT + start * scale * stretch, max(0.6, (end - start) * scale * stretch)
-                parts.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{_TRACK - 3}" fill="{_COLOURS[name]}"/>'
-                )
+                shapes.append(Rect(x, y, length, _TRACK - 3, name))
             y += _TRACK
-        return parts, y + 16 - top
+        return shapes, y + 16 - top
     return [], 10
 
 
 def _median_sample(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     good = sorted((s for s in result["samples"] if s["status"] == "ok"), key=lambda s: float(s["seconds"]))
     return good[len(good) // 2] if good else None
-
-
-def _text(
-    x: float, y: float, text: str, *, anchor: str = "start", colour: str = _INK, size: int = 13, weight: int = 400
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}" '
-        f'font-weight="{weight}">{markup_text(text)}</text>'
-    )
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

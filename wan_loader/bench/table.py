@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.sizes import format_bytes, format_count, format_seconds
+from wan_loader.tables import Column
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ __all__ = [
     "HEADERS",
     "case_rows",
     "case_title",
+    "columns",
     "footnotes",
     "machine_line",
     "ordered",
-    "visible_columns",
     "why_no_time",
 ]
 
@@ -121,15 +122,15 @@ def why_no_time(result: Mapping[str, Any]) -> str:
     return f"{state}: {result['reason']}" if result["reason"] else str(state)
 
 
-def visible_columns(rows: Sequence[tuple[str, ...]], width: int) -> list[int]:
-    """Choose the most important columns that say anything and fit into `width` characters; return them in order."""
+def columns(rows: Sequence[tuple[str, ...]]) -> dict[int, Column]:
+    """Return the columns under `HEADERS` that say anything, by their places; those that matter least go first."""
     told = [i for i in range(len(HEADERS)) if any(row[i] not in ("", "?") for row in rows if row[2])]
-    chosen: list[int] = []
-    for i in sorted(told, key=lambda i: _IMPORTANCE.index(HEADERS[i])):
-        needed = sum(max(len(HEADERS[j]), *(len(row[j]) for row in rows if row[2])) + 2 for j in (*chosen, i))
-        if needed <= width:
-            chosen.append(i)
-    return sorted(chosen)
+    return {i: Column(HEADERS[i], right=i > 0, drop=_drop(HEADERS[i])) for i in told}
+
+
+def _drop(header: str) -> int:
+    place = _IMPORTANCE.index(header)
+    return len(_IMPORTANCE) - place if place > 1 else 0
 
 
 def _bytes(nbytes: int | None) -> str:

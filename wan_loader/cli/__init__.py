@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from wan_loader.cli.progress import byte_progress, progress_bars
     from wan_loader.cli.render import output_console, print_warnings
     from wan_loader.cli.torchrun import own_file
-    from wan_loader.console import Columns, PlainConsole, marked
+    from wan_loader.console import PlainConsole, marked
     from wan_loader.printable import printable
+    from wan_loader.tables import Column, Columns
 
 __all__ = [
+    "Column",
     "Columns",
     "JsonOut",
     "PlainConsole",
@@ -52,7 +54,8 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "Columns": "wan_loader.console",
+        "Column": "wan_loader.tables",
+        "Columns": "wan_loader.tables",
         "JsonOut": "wan_loader.cli.options",
         "PlainConsole": "wan_loader.console",
         "Verbose": "wan_loader.cli.options",

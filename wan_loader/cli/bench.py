@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 _QUESTION_S = 120.0
-#: Where nobody looks at lines: all columns, in full.
-_WIDE = 1000
 
 
 class CacheChoice(enum.StrEnum):
@@ -270,14 +268,13 @@ def _show(document: dict[str, Any], *, json: bool) -> None:
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    from wan_loader.bench.table import HEADERS, case_rows, case_title, footnotes, machine_line, visible_columns
+    from wan_loader.bench.table import case_rows, case_title, columns, footnotes, machine_line
     from wan_loader.cli.render import output_console
-    from wan_loader.console import Columns, marked
+    from wan_loader.console import marked
     from wan_loader.printable import printable
+    from wan_loader.tables import Columns
 
     console = output_console()
-    if not console.is_terminal:
-        console.width = _WIDE
     console.print(printable(machine_line(document["machine"])), style="dim")
     for case in document["cases"]:
         console.print(marked("\n[bold]{}[/]", case_title(case, document)))
@@ -285,10 +282,8 @@ def _print_tables(document: dict[str, Any]) -> None:
             console.print(f"nothing was measured: {printable(case['failure'])}")
             continue
         rows = case_rows(case)
-        shown = visible_columns(rows, console.width)
-        table = Columns()
-        for i in shown:
-            table.add_column(HEADERS[i], justify="right" if i else "left", no_wrap=True)
+        shown = columns(rows)
+        table = Columns(*shown.values())
         for row in rows:
             if row[2]:
                 table.add_row(*(row[i] for i in shown))

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -135,24 +135,20 @@ def _as_json(listed: ListedEntry) -> dict[str, Any]:
 
 def _print_entries(store: Store | None, listed: list[ListedEntry]) -> None:
     from wan_loader.cli.render import output_console
-    from wan_loader.console import Columns
     from wan_loader.printable import printable
     from wan_loader.sizes import format_age, format_bytes
+    from wan_loader.tables import Column, Columns
 
     console = output_console()
     if store is None or not listed:
         console.print("the cache is empty")
         return
-    table = Columns()
-    for title in ("entry", "size", "dtype", "used", "state", "source"):
-        justify: Literal["left", "right"] = "right" if title == "size" else "left"
-        table.add_column(title, justify=justify, no_wrap=title != "source", overflow="fold")
+    numbers = (Column("size", right=True), Column("dtype", drop=2), Column("used", drop=1))
+    table = Columns("entry", *numbers, "state", Column("source", least=30))
     for x in listed:
         dtype, source = (x.manifest.dtype or "", x.manifest.label) if x.manifest else ("", "")
         used = f"{format_age(time.time() - x.used)} ago"
         table.add_row(x.key[:12], format_bytes(x.nbytes), dtype, used, x.state, source)
-    if not console.is_terminal:
-        console.width = 10_000  # one line an entry
     console.print(table)
     console.print(f"{format_bytes(sum(x.nbytes for x in listed))} in {printable(str(store.root))}")
 

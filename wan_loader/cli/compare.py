@@ -115,18 +115,22 @@ def _doubts(runs: tuple[MeasuredRun, MeasuredRun]) -> list[str]:
 
 def _print(found: Sequence[Comparison], worse: Sequence[Comparison]) -> None:
     from wan_loader.cli.render import output_console
-    from wan_loader.console import Columns, marked
+    from wan_loader.console import marked
     from wan_loader.sizes import format_bytes, format_seconds
+    from wan_loader.tables import Column, Columns
 
-    table = Columns("what", "metric", "before", "after", "change", "")
+    table = Columns(
+        Column("what", least=30),
+        Column("metric", drop=1),
+        *(Column(title, right=True) for title in ("before", "after", "change")),
+        "",
+    )
     for c in found:
         shown = format_bytes if c.metric in ("host", "pinned", "device", "disk") else format_seconds
         verdicts = ["[red]worse[/]"] * (c in worse) + ["within noise"] * bool(c.change and c.within_noise)
         change = f"{c.change:+.1%}" if abs(c.change) < _MANY else f"{c.change * 100:+.3g}%"
         table.add_row(c.name, c.metric, shown(c.before), shown(c.after), change, marked(", ".join(verdicts)))
     console = output_console()
-    if not console.is_terminal:
-        console.width = 1000
     console.print(table)
     if worse:
         console.print(f"{len(worse)} of {len(found)} became worse than allowed", style="red")

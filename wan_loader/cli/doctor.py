@@ -96,14 +96,16 @@ def _document(
 
 
 def _print(console: Any, document: dict[str, Any], *, device: str, since: float | None) -> None:
-    from wan_loader.console import Columns, marked
+    from wan_loader.console import marked
     from wan_loader.printable import printable
+    from wan_loader.tables import Column, Columns
 
-    facts = Columns(show_header=False)
+    facts = Columns("", Column("", least=40, folds=True), show_header=False)
     for title, text in (*_machine(document, device), *_files(document)):
         facts.add_row(title, text)
     console.print(facts)
-    rates = Columns("\nwhat", "\nat best")
+    console.print()
+    rates = Columns("what", Column("at best", right=True))
     for key, value in document["ceilings"].items():
         rates.add_row(_RATES.get(key, key), f"{value:.2f} {'GB/s' if key.endswith('_gbps') else 's'}")
     console.print(rates)

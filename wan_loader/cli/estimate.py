@@ -170,8 +170,9 @@ def _row(prediction: Any) -> dict[str, Any]:
 
 def _print(document: dict[str, Any]) -> None:
     from wan_loader.cli.render import output_console
-    from wan_loader.console import Columns, marked
+    from wan_loader.console import marked
     from wan_loader.sizes import format_bytes, format_rate, format_seconds
+    from wan_loader.tables import Column, Columns
 
     console = output_console()
     cast = document["nbytes_converted"]
@@ -181,13 +182,12 @@ def _print(document: dict[str, Any]) -> None:
         + (f", {format_bytes(cast)} of it converted" if cast else "")
         + "; cold, everything at its rate, imports before the first byte\n"
     )
-    table = Columns()
-    for title in ("storage", "reads", "start", "disk", "copy", "cast", "fixed", "limit"):
-        table.add_column(title, justify="left" if title in ("storage", "limit") else "right", no_wrap=True)
+    times = (Column(title, right=True) for title in ("reads", "start", "disk", "copy", "cast", "fixed"))
+    table = Columns(Column("storage", least=12), *times, "limit")
     for row in document["estimates"]:
-        times = [format_seconds(row[k]) if row[k] else "" for k in ("read_s", "copy_s", "cast_s", "fixed_s")]
+        parts = [format_seconds(row[k]) if row[k] else "" for k in ("read_s", "copy_s", "cast_s", "fixed_s")]
         start = format_seconds(row["seconds"])
-        table.add_row(row["storage"], format_rate(row["disk_bytes_per_s"]), start, *times, row["bottleneck"])
+        table.add_row(row["storage"], format_rate(row["disk_bytes_per_s"]), start, *parts, row["bottleneck"])
     console.print(table)
     copies, casts, fixed = (document["rates"][name] for name in ("copy", "cast", "fixed"))
     link = "copies to the GPU (PCIe)" if document["device"] == "cuda" else "copies in memory"

@@ -92,26 +92,30 @@ def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, Any]:
 
 def _print(checkpoint: Checkpoint, document: dict[str, Any]) -> None:
     from wan_loader.cli.render import output_console, print_warnings
-    from wan_loader.console import Columns, marked
+    from wan_loader.console import marked
     from wan_loader.sizes import format_bytes, format_count, format_share
+    from wan_loader.tables import Column, Columns
 
     console = output_console()
     console.print(marked("[bold]{}[/]", checkpoint.path))
     n_tensors = format_count(document["n_tensors"], "tensor")
     console.print(f"{document['format']}, {n_tensors}, {format_bytes(document['nbytes'])}\n")
-    dtypes = Columns("dtype", "tensors", "bytes")
+    nbytes = Column("bytes", right=True)
+    dtypes = Columns("dtype", Column("tensors", right=True), nbytes)
     for row in document["dtypes"]:
         dtypes.add_row(row["dtype"], str(row["n_tensors"]), format_bytes(row["nbytes"]))
     console.print(dtypes)
-    files = Columns("\nfile", "\nbytes", "in the\npage cache")
+    console.print()
+    files = Columns(Column("file", least=30), nbytes, Column("in the page cache", right=True))
     for row in document["files"]:
         share = format_share(row["resident"], row["nbytes"])
         files.add_row(os.path.basename(row["path"]), format_bytes(row["nbytes"]), share)
     console.print(files)
     if "tensors" in document:
-        listing = Columns("\ntensor", "\ndtype", "\nshape", "\nbytes")
+        listing = Columns(Column("tensor", least=30), "dtype", "shape", nbytes)
         for row in document["tensors"]:
             shape = "x".join(map(str, row["shape"])) or "scalar"
             listing.add_row(row["name"], row["dtype"], shape, format_bytes(row["nbytes"]))
+        console.print()
         console.print(listing)
     print_warnings(document["warnings"])

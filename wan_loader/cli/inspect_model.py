@@ -95,15 +95,17 @@ def _part(name: str, part: Checkpoint) -> dict[str, Any]:
 
 def _print(path: Path, inventory: Inventory, document: dict[str, Any]) -> None:
     from wan_loader.cli.render import output_console
-    from wan_loader.console import Columns, marked
+    from wan_loader.console import marked
     from wan_loader.sizes import format_bytes, format_share
+    from wan_loader.tables import Column, Columns
 
     console, model = output_console(), inventory.model
     titles = {part.name: part.title for part in model.parts}
     console.print(marked("[bold]{}[/]", path))
     origin = f", from {model.repository} at {str(model.revision)[:12]}" if model.repository else ""
     console.print(printable(f"{model.family}, {model.layout} layout{origin}") + "\n")
-    parts = Columns("part", "files", "tensors", "bytes", "dtypes", "page cache")
+    numbers = (Column("files", right=True, drop=1), Column("tensors", right=True, drop=2), Column("bytes", right=True))
+    parts = Columns("part", *numbers, Column("dtypes", least=12), Column("page cache", right=True))
     for row in document["parts"]:
         share = format_share(row["resident"], row["nbytes_file"])
         title, dtypes = titles[row["name"]], ", ".join(row["dtypes"])

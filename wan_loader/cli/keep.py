@@ -197,24 +197,27 @@ def status(json: JsonOut = False, verbose: Verbose = False) -> None:
 
 def _print_status(found: dict[str, Any]) -> None:
     from wan_loader.cli.render import output_console
-    from wan_loader.console import Columns
     from wan_loader.printable import printable
     from wan_loader.sizes import format_age, format_bytes
+    from wan_loader.tables import Column, Columns
 
     console = output_console()
     if not found["items"]:
         console.print("nothing is kept")
         return
-    table = Columns()
-    for title in ("key", "size", "dtype", "users", "used", "device", "path"):
-        right = title in ("size", "users")
-        table.add_column(title, justify="right" if right else "left", no_wrap=title != "path", overflow="fold")
+    table = Columns(
+        "key",
+        Column("size", right=True),
+        Column("dtype", drop=3),
+        Column("users", right=True, drop=2),
+        Column("used", drop=1),
+        "device",
+        Column("path", least=30),
+    )
     for one in sorted(found["items"], key=lambda one: float(one["idle_s"])):
         used = f"{format_age(one['idle_s'])} ago" if one["state"] == "kept" else one["state"]
         size, users = format_bytes(one["nbytes"]), str(one["n_users"])
         table.add_row(one["key"][:12], size, one["dtype"], users, used, one["device"], one["label"])
-    if not console.is_terminal:
-        console.width = 10_000  # one line each
     console.print(table)
     for device, limit in found["limits"].items():
         console.print(printable(f"at most {format_bytes(limit)} on {device}"))

@@ -47,12 +47,12 @@ def check_outputs(*paths: Path | None, force: bool) -> None:
 
 
 @contextmanager
-def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
+def writing(*files: tuple[Path | None, Callable[[], str | bytes]]) -> Iterator[None]:
     """Write files, each whole or not at all, and name them on stderr after the body, which shows the results.
 
     What cannot be written is one `OutputError` then: the results are not lost with a file.
     """
-    from wan_loader.system.files import write_text
+    from wan_loader.system.files import write_bytes
 
     # before the body, whose printing may fail: the files are there then
     written, failures = [], []
@@ -60,7 +60,7 @@ def writing(*files: tuple[Path | None, Callable[[], str]]) -> Iterator[None]:
         if path is None:
             continue
         try:
-            write_text(path, render())
+            write_bytes(path, content if isinstance(content := render(), bytes) else content.encode())
             written.append(str(path))
         except OutputError as error:
             failures.append(str(error))

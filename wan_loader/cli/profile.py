@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from wan_loader.events import Span
     from wan_loader.profiler.analysis.session import Session
 
-__all__ = ["PageFile", "TraceFile", "profile", "render_session"]
+__all__ = ["PageFile", "PngFile", "SvgFile", "TraceFile", "profile", "render_session"]
 
 TraceFile = Annotated[Path | None, typer.Option("--trace", help="Write a trace that opens in Perfetto.")]
+SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write a picture of the timeline as SVG.")]
+PngFile = Annotated[Path | None, typer.Option("--png", help="Write the same picture as PNG.")]
 PageFile = Annotated[Path | None, typer.Option("--html", help="Write a page with timeline, table and advice.")]
 
 
@@ -41,6 +43,8 @@ def profile(
     output: OutFile = None,
     trace: TraceFile = None,
     html: PageFile = None,
+    svg: SvgFile = None,
+    png: PngFile = None,
     until: Annotated[str | None, typer.Option(help="PROGRAM: the recording ends when it prints this.")] = None,
     seconds: Annotated[
         float | None, typer.Option("--for", min=0.1, help="PROGRAM: the recording ends after this many seconds.")
@@ -68,12 +72,14 @@ def profile(
         torchrun --nproc_per_node 2 -m wan_loader profile CKPT -o run.json && wan-loader report run.rank*.json
     """
     from wan_loader.cli.output import check_outputs
+    from wan_loader.profiler.render.png import check_png
 
     words = _program(context)
     _check_options(context, path, of_program=words is not None)
     if words is None:
-        output, trace, html = (own_file(target) for target in (output, trace, html))
-    check_outputs(output, trace, html, force=force)
+        output, trace, html, svg, png = (own_file(target) for target in (output, trace, html, svg, png))
+    check_outputs(output, trace, html, svg, png, force=force)
+    check_png(png)
     if words is not None:
         session, returncode = _profile_program(words, until, seconds, stop=stop, json=json, measure=ceilings)
     else:
@@ -84,7 +90,7 @@ def profile(
 
     console = error_console() if words is not None else output_console()
     quiet = words is None and not is_first()
-    render_session(session, console, json=json, output=output, trace=trace, html=html, quiet=quiet)
+    render_session(session, console, json=json, output=output, trace=trace, html=html, svg=svg, png=png, quiet=quiet)
     if returncode:
         raise typer.Exit(returncode if returncode > 0 else 128 - returncode)
 
@@ -136,12 +142,17 @@ def render_session(
     output: Path | None = None,
     trace: Path | None = None,
     html: Path | None = None,
+    svg: Path | None = None,
+    png: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """Write the files that were asked for, and the report to the terminal, or JSON to stdout."""
     from wan_loader.cli.output import print_json, to_text, writing
     from wan_loader.cli.render import print_warnings
     from wan_loader.profiler.render.page import to_page
+    from wan_loader.profiler.render.picture import draw
+    from wan_loader.profiler.render.png import to_png
+    from wan_loader.profiler.render.svg import to_svg
     from wan_loader.profiler.render.terminal import print_session
     from wan_loader.profiler.render.trace import to_trace
 
@@ -149,6 +160,8 @@ def render_session(
         (output, lambda: to_text(session.to_json())),
         (trace, lambda: to_text(to_trace(session))),
         (html, lambda: to_page(session)),
+        (svg, lambda: to_svg(draw(session))),
+        (png, lambda: to_png(draw(session))),
     )
     with writing(*files):
         if quiet:

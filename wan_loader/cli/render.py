@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from wan_loader.console import Columns, PlainConsole, marked
+from wan_loader.console import PlainConsole, marked
 from wan_loader.printable import printable
 from wan_loader.sizes import format_bytes, format_count, format_seconds
+from wan_loader.tables import Column, Columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,9 +74,7 @@ def _cache_line(cache: CacheReport) -> str:
 
 
 def _phase_table(report: LoadReport) -> Columns:
-    table = Columns()
-    for title in ("phase", "busy", "bytes", "GB/s", "share of wall"):
-        table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
+    table = Columns("phase", *(Column(title, right=True) for title in ("busy", "bytes", "GB/s", "share of wall")))
     for phase in report.phases:
         share = phase.busy_s / report.seconds if report.seconds else 0.0
         table.add_row(
@@ -90,9 +89,11 @@ def _phase_table(report: LoadReport) -> Columns:
 
 def print_ranks(console: PlainConsole, found: RankComparison) -> None:
     """Print the processes of a distributed load, one a line."""
-    table = Columns()
-    for title in ("process", "seconds", "read", "received", "reading s", "collectives s", "host peak", "device peak"):
-        table.add_column(title, justify="right")
+    table = Columns(
+        *(Column(title, right=True) for title in ("process", "seconds", "read", "received")),
+        *(Column(title, right=True, drop=4 - i) for i, title in enumerate(("read s", "collect s"))),
+        *(Column(title, right=True, drop=2 - i) for i, title in enumerate(("host peak", "device peak"))),
+    )
     for m in found.ranks:
         sizes = (m.nbytes_read, m.nbytes_received, m.host_peak_bytes, m.device_peak_bytes)
         read, received, host, device = map(format_bytes, sizes)

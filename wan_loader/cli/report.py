@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader.cli.options import Force, JsonOut, Verbose
-from wan_loader.cli.profile import PageFile, TraceFile, render_session
+from wan_loader.cli.profile import PageFile, PngFile, SvgFile, TraceFile, render_session
 
 if TYPE_CHECKING:
     from wan_loader.profiler.analysis.run_report import RunReport
@@ -26,10 +26,12 @@ def report(
     json: JsonOut = False,
     trace: TraceFile = None,
     html: PageFile = None,
+    svg: SvgFile = None,
+    png: PngFile = None,
     force: Force = False,
     verbose: Verbose = False,
 ) -> None:
-    """Render a saved session again: as text, a page, a trace or JSON; or what --profile-out of a pipeline wrote.
+    """Render a saved session again: as text, page, picture, trace or JSON; or what --profile-out of a pipeline wrote.
 
     Of a distributed load, give the sessions of all processes: the report shows how they differ.
 
@@ -43,19 +45,23 @@ def report(
     from wan_loader.cli.render import output_console
     from wan_loader.profiler.analysis.run_report import read_run_report
     from wan_loader.profiler.analysis.session import read_session
+    from wan_loader.profiler.render.png import check_png
 
+    named = {"--trace": trace, "--html": html, "--svg": svg, "--png": png}
+    drawn = [name for name, path in named.items() if path]
     if len(sessions) > 1:
-        if trace or html:
-            raise typer.BadParameter("--trace and --html show one session: name one")
+        if drawn:
+            raise typer.BadParameter(f"{drawn[0]} shows one session: name one")
         _compare(sessions, json=json)
         return
-    check_outputs(trace, html, force=force)
+    check_outputs(*named.values(), force=force)
+    check_png(png)
     if (run := read_run_report(sessions[0])) is not None:
-        if trace or html:
-            raise typer.BadParameter("--trace and --html show what `wan-loader profile` saved: this is of a run")
+        if drawn:
+            raise typer.BadParameter(f"{drawn[0]} shows what `wan-loader profile` saved: this is of a run")
         _show_run(*run, json=json)
         return
-    render_session(read_session(sessions[0]), output_console(), json=json, trace=trace, html=html)
+    render_session(read_session(sessions[0]), output_console(), json=json, trace=trace, html=html, svg=svg, png=png)
 
 
 def _show_run(report: RunReport, document: dict[str, Any], *, json: bool) -> None:

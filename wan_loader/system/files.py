@@ -33,11 +33,17 @@ __all__ = [
     "read_capped",
     "remove_tree",
     "sync_directory",
+    "write_bytes",
     "write_text",
 ]
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write beside the place, then rename: nobody sees half a file.
 
     Raises:
@@ -46,8 +52,8 @@ def write_text(path: Path, text: str) -> None:
     # in the same directory, for a rename does not leave its file system
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -1,89 +1,140 @@
-"""Drawings of a session as SVG text: the timeline, and throughput over time. Pure; no scripts, no outside resources.
-
-Colours are named after phases by CSS classes, so that the page can suit light and dark.
-"""
+"""Drawings of a session as shapes: the timeline, and throughput over time. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wan_loader.printable import markup_text
-from wan_loader.sizes import format_bytes, format_rate, format_seconds
+from wan_loader.profiler.render.shapes import Curve, Line, Rect, Shape, Words, axis_step, fitting, text_width, time_axis
+from wan_loader.sizes import format_bytes, format_count, format_rate, format_seconds
 from wan_loader.spans import Mark, throughput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wan_loader.profiler.analysis.session import Process
+    from wan_loader.profiler.analysis.session import Process, Turn
 
-__all__ = ["axis_step", "throughput_svg", "timeline_svg"]
+__all__ = ["CHART_WIDTH", "Lane", "throughput_chart", "timeline"]
 
-_WIDTH = 1000
+#: Of the charts of a page.
+CHART_WIDTH = 860
 _LEFT = 130
-_ROW = 22
+_ROW = 18
+_HEAD = 22
 _MAX_TRACKS = 40
 #: Narrower gaps than this are not visible: spans across them are drawn as one.
 _GAP = 0.5
 
 
-def axis_step(length: float, most: int = 8) -> float:
-    """Return a round distance (1, 2 or 5 times a power of ten) that divides `length` into at most `most` steps."""
-    step = 1e-6
-    while True:
-        for factor in (1, 2, 5):
-            if length / (step * factor) <= most:
-                return step * factor
-        step *= 10
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A process of the timeline."""
+
+    title: str
+    """What it is called."""
+    process: Process
+    turns: Sequence[Turn] = ()
+    """When it set the pace; drawn where there are several processes."""
 
 
-def timeline_svg(processes: Sequence[tuple[str, Process]], start_ns: int, end_ns: int) -> str:
-    """Draw a group of rows for each process, and in it one row for each thread or stream, with a hover text each.
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Times of a session as places in a picture."""
+
+    left: float
+    right: float
+    start_ns: int
+    end_ns: int
+
+    @property
+    def scale(self) -> float:
+        return (self.right - self.left) / max(1, self.end_ns - self.start_ns)
+
+    def x(self, at_ns: int) -> float:
+        return min(self.right, max(self.left, self.left + (at_ns - self.start_ns) * self.scale))
+
+    def width(self, start_ns: int, end_ns: int) -> float:
+        return max(0.6, self.x(end_ns) - self.x(start_ns))
+
+
+def timeline(
+    lanes: Sequence[Lane], start_ns: int, end_ns: int, *, left: float = 0, right: float = CHART_WIDTH, top: float = 0
+) -> tuple[list[Shape], float]:
+    """Draw a lane for each process, and in it one row for each thread or stream, all on one clock.
 
     Args:
-        processes: Each with its title; a single one gets no line for it.
+        lanes: The processes; a single one gets no line for its name.
         start_ns: Where the picture begins.
         end_ns: Where it ends.
+        left: The left edge of the place for it.
+        right: The right edge.
+        top: The upper edge.
+
+    Returns:
+        The shapes, and where they end.
     """
-    scale = (_WIDTH - _LEFT - 10) / max(1, end_ns - start_ns)
-    most = max(3, _MAX_TRACKS // max(1, len(processes)))
-    rows: list[str] = []
-    y = 0
-    for title, process in processes:
-        if len(processes) > 1:
-            rows += _process_row(title, process, y, start_ns, scale)
-            y += _ROW
-        tracks = sorted({s.track for s in process.spans}, key=lambda t: (t != "MainThread", t))[:most]
-        for track in tracks:
-            rows.append(
-                f'<text x="{_LEFT - 8}" y="{y + 15}" class="label">{markup_text(_short(track or "main"))}</text>'
-            )
-            for span in _visible([s for s in process.spans if s.track == track], scale):
-                x = _LEFT + (span.start_ns - start_ns) * scale
-                width = max(0.6, (span.end_ns - span.start_ns) * scale)
-                rows.append(
-                    f'<rect x="{x:.1f}" y="{y + 3}" width="{width:.1f}" height="{_ROW - 6}" class="p-{span.name}">'
-                    f"<title>{markup_text(_hover(span))}</title></rect>"
-                )
-            y += _ROW
-    head = f'<svg viewBox="0 0 {_WIDTH} {y + 28}" role="img" aria-label="timeline" class="timeline">'
-    return "".join([head, *_time_axis((end_ns - start_ns) / 1e9, y), *rows, "</svg>"])
+    # half of the last time of the axis stands beyond the end
+    clock = _Clock(left + _LEFT, right - 14, start_ns, end_ns)
+    most = max(3, _MAX_TRACKS // max(1, len(lanes)))
+    rows: list[Shape] = []
+    bands: list[tuple[float, float]] = []
+    y = top
+    for lane in lanes:
+        if len(lanes) > 1:
+            rows += _lane_head(lane, y, left, right)
+            y += _HEAD
+        begin = y
+        drawn, y = _tracks(lane, y, clock, most, alone=len(lanes) == 1)
+        rows += drawn
+        bands.append((begin, y))
+        y += 4
+    axis = time_axis((end_ns - start_ns) / 1e9, clock.left, clock.right, bands)
+    # lives, then lines, then what happened
+    lives = [s for s in rows if isinstance(s, Rect) and s.colour == "life"]
+    others = [s for s in rows if not (isinstance(s, Rect) and s.colour == "life")]
+    return [*lives, *axis, *others], y + 24
 
 
-def _process_row(title: str, process: Process, y: int, start_ns: int, scale: float) -> list[str]:
-    """Draw the life of a process as a line, with its title above."""
-    x = _LEFT + (process.start_ns - start_ns) * scale
-    width = max(0.6, (process.end_ns - process.start_ns) * scale)
-    # near the right edge the title ends where the line does
-    anchor, at = ("end", x + width) if x > _WIDTH * 0.7 else ("start", x)
-    text = markup_text(_short(title, 90))
-    return [
-        f'<rect x="{x:.1f}" y="{y + 17}" width="{width:.1f}" height="2" class="life"/>',
-        f'<text x="{at:.1f}" y="{y + 13}" class="process" text-anchor="{anchor}">{text}</text>',
+def _lane_head(lane: Lane, y: float, left: float, right: float) -> list[Shape]:
+    """Write what a process is, its command, and when it was there, without one reaching into the other."""
+    process = lane.process
+    paced = sum(turn.seconds for turn in lane.turns)
+    times = [f"{process.start_ns / 1e9:.2f} to {process.end_ns / 1e9:.2f} s"]
+    times += [f"set the pace for {format_seconds(paced)}"] if paced else []
+    times += [process.ended] if process.ended else []
+    told = ", ".join(times)
+    room = right - left - text_width(told, 11) - 24
+    title = fitting(lane.title, room, 12, bold=True)
+    begin = text_width(title, 12, bold=True) + 12
+    shapes: list[Shape] = [
+        Words(left, y + 15, title, "ink", 12, bold=True),
+        Words(right, y + 15, told, "soft", 11, "end"),
     ]
+    command = fitting(process.title, room - begin, 11) if process.title != lane.title else ""
+    return [*shapes, Words(left + begin, y + 15, command, "soft", 11)] if len(command) > 8 else shapes
 
 
-def _short(text: str, most: int = 18) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _tracks(lane: Lane, y: float, clock: _Clock, most: int, *, alone: bool) -> tuple[list[Shape], float]:
+    """Draw the rows of a process, and below them a line where it set the pace."""
+    process = lane.process
+    tracks = sorted({s.track for s in process.spans}, key=lambda t: (t != "MainThread", t))
+    begin = y
+    shapes: list[Shape] = []
+    for track in tracks[:most] or [""]:
+        label = fitting(track or ("main" if tracks else ""), _LEFT - 14, 11)
+        shapes.append(Words(clock.left - 8, y + 13, label, "soft", 11, "end"))
+        for span in _visible([s for s in process.spans if s.track == track], clock.scale):
+            width = clock.width(span.start_ns, span.end_ns)
+            shapes.append(Rect(clock.x(span.start_ns), y + 2, width, _ROW - 4, span.name, _hover(span)))
+        y += _ROW
+    if (more := len(tracks) - most) > 0:
+        shapes.append(Words(clock.left, y + 12, f"{format_count(more, 'thread')} more: not drawn", "soft", 11))
+        y += _ROW
+    for turn in () if alone else lane.turns:
+        paced = f"set the pace: {format_seconds(turn.seconds)} from {turn.start_ns / 1e9:.3f} s"
+        shapes.append(Rect(clock.x(turn.start_ns), y, clock.width(turn.start_ns, turn.end_ns), 3, "ink", paced))
+    life = Rect(clock.x(process.start_ns), begin, clock.width(process.start_ns, process.end_ns), y - begin, "life")
+    return [life, *shapes], y + 4
 
 
 def _hover(span: Mark) -> str:
@@ -109,20 +160,12 @@ def _visible(spans: Sequence[Mark], scale: float) -> list[Mark]:
     return out
 
 
-def _time_axis(seconds: float, bottom: float) -> list[str]:
-    """Draw vertical lines at round times."""
-    step = axis_step(max(seconds, 1e-6))
-    scale = (_WIDTH - _LEFT - 10) / max(seconds, 1e-9)
-    parts = []
-    for i in range(int(seconds / step) + 1):
-        x = _LEFT + i * step * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom + 4}" class="grid"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" class="tick">{i * step:.6g} s</text>')
-    return parts
+def throughput_chart(process: Process) -> tuple[list[Shape], float]:
+    """Draw bytes per second over time: read by the process, copied to the device, fetched from storage by kernel.
 
-
-def throughput_svg(process: Process) -> str:
-    """Draw bytes per second over time: read by the process, copied to the device, fetched from storage by kernel."""
+    Returns:
+        The shapes, none if no byte is known of, and where they end.
+    """
     length = process.end_ns - process.start_ns
     shifted = [
         Mark(s.name, s.start_ns - process.start_ns, s.end_ns - process.start_ns, s.nbytes) for s in process.spans
@@ -133,29 +176,26 @@ def throughput_svg(process: Process) -> str:
         ("storage", throughput(_fetched(process), length)),
     ]
     series = [(name, values) for name, values in series if any(values)]
-    top = max((max(values) for _, values in series), default=0.0)
-    if not top:
-        return ""
-    height = 180
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height + 28}" role="img" aria-label="throughput" class="throughput">']
-    parts += _time_axis(process.seconds, height)
-    parts += _rate_axis(top, height)
+    most = max((max(values) for _, values in series), default=0.0)
+    if not most:
+        return [], 0
+    right, height = CHART_WIDTH - 14, 180
+    shapes = [*time_axis(process.seconds, _LEFT, right, [(0, height)]), *_rate_axis(most, right, height)]
     for name, values in series:
-        step = (_WIDTH - _LEFT - 10) / len(values)
-        y = [height - v / top * (height - 12) for v in values]
-        path = "".join(f"{'L' if i else 'M'}{_LEFT + (i + 0.5) * step:.1f},{v:.1f}" for i, v in enumerate(y))
-        parts.append(f'<path d="{path}" class="l-{name}"/>')
-    return "".join([*parts, "</svg>"])
+        step = (right - _LEFT) / len(values)
+        points = [(_LEFT + (i + 0.5) * step, height - v / most * (height - 12)) for i, v in enumerate(values)]
+        shapes.append(Curve(points, name, dashed=name == "storage"))
+    return shapes, height + 24
 
 
-def _rate_axis(top: float, height: int) -> list[str]:
-    step = axis_step(top / 1e9, 4) * 1e9
-    parts = []
-    for i in range(int(top / step) + 1):
-        y = height - i * step / top * (height - 12)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" class="label">{i * step / 1e9:.6g} GB/s</text>')
-    return parts
+def _rate_axis(most: float, right: float, height: int) -> list[Shape]:
+    step = axis_step(most / 1e9, 4) * 1e9
+    shapes: list[Shape] = []
+    for i in range(int(most / step) + 1):
+        y = height - i * step / most * (height - 12)
+        shapes.append(Line(_LEFT, y, right, y))
+        shapes.append(Words(_LEFT - 8, y + 4, f"{i * step / 1e9:.6g} GB/s", "soft", 11, "end"))
+    return shapes
 
 
 def _fetched(process: Process) -> list[Mark]:

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 from wan_loader.phases import ALL_PHASES, PHASE_TABLE
 from wan_loader.printable import markup_text
 from wan_loader.profiler.analysis.story import label as process_label
-from wan_loader.profiler.render.charts import throughput_svg, timeline_svg
-from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line, shown_processes
+from wan_loader.profiler.render.charts import CHART_WIDTH, throughput_chart, timeline
+from wan_loader.profiler.render.lanes import lanes_of
+from wan_loader.profiler.render.shapes import Drawing
+from wan_loader.profiler.render.svg import to_inline_svg
+from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line
 from wan_loader.sizes import format_bytes, format_seconds
 from wan_loader.spans import attribute, by_label
 
@@ -21,9 +24,9 @@ __all__ = ["to_page"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6675; --line: #dfe4ea; --back: #f7f8fa; --card: #ffffff;
-  --good: #1a7f4b; --bad: #b3261e; --unsure: #8a6100; }
+  --life: #eef1f5; --good: #1a7f4b; --bad: #b3261e; --unsure: #8a6100; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --line: #2e3745; --back: #12161d;
-  --card: #1a202a; --good: #5fd39a; --bad: #ff8a80; --unsure: #e8b84a; } }
+  --card: #1a202a; --life: #232b37; --good: #5fd39a; --bad: #ff8a80; --unsure: #e8b84a; } }
 * { box-sizing: border-box; }
 body { margin: 0; padding: 28px 20px 60px; background: var(--back); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -43,20 +46,17 @@ th { text-align: right; font-size: 12px; color: var(--soft); font-weight: 600; p
 td { text-align: right; padding: 5px 10px; border-top: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.wide { white-space: normal; overflow-wrap: anywhere; }
-tr.pace td { font-weight: 650; }
+tr.pace td { font-weight: 650; } tr.pace small { font-weight: 400; }
 .bar { background: var(--line); border-radius: 3px; height: 8px; width: 120px; display: inline-block;
   overflow: hidden; }
 .bar i { display: block; height: 8px; }
 
+.dot.line { height: 3px; width: 16px; background: var(--ink); vertical-align: middle; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px; }
 .legend span { margin-right: 16px; font-size: 13px; color: var(--soft); white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; min-width: 640px; }
-svg text { font-size: 11px; fill: var(--soft); }
-.label { text-anchor: end; } .life { fill: var(--soft); }
-svg .process { fill: var(--ink); font-weight: 600; }
-.tick { text-anchor: middle; }
-.grid { stroke: var(--line); stroke-width: 1; } path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.l-storage { stroke: #d9822b; stroke-dasharray: 4 3; }
+.p-ink { fill: var(--ink); } .p-soft { fill: var(--soft); } .p-life { fill: var(--life); }
+.l-line { stroke: var(--line); } path { stroke-linejoin: round; } .l-storage { stroke: #d9822b; }
 ol { margin: 0; padding-left: 20px; } li { margin-bottom: 10px; } li small { display: block; color: var(--soft); }
 """
 
@@ -118,18 +118,20 @@ def _dot(name: str) -> str:
 
 
 def _timeline(session: Session) -> str:
-    shown = shown_processes(session) if session.turns else [session.subject]
-    processes = [(process_label(session.processes, i), session.processes[i]) for i in shown]
-    present = {s.name for _, process in processes for s in process.spans}
-    legend = _legend([(name, _dot(name)) for name in ALL_PHASES if name in present])
-    drawing = timeline_svg(processes, session.start_ns, session.end_ns)
+    lanes = lanes_of(session)
+    present = {s.name for lane in lanes for s in lane.process.spans}
+    names = [(name, _dot(name)) for name in ALL_PHASES if name in present]
+    legend = _legend([*names, *([("set the pace", '<i class="dot line"></i>')] if lanes[1:] else [])])
+    shapes, height = timeline(lanes, session.start_ns, session.end_ns)
+    drawing = to_inline_svg(Drawing(CHART_WIDTH, round(height), shapes), "timeline")
     return f'<section>{legend}<div class="scroll">{drawing}</div></section>'
 
 
 def _throughput(process: Process, whose: str) -> list[str]:
-    drawing = throughput_svg(process)
-    if not drawing:
+    shapes, height = throughput_chart(process)
+    if not shapes:
         return []
+    drawing = to_inline_svg(Drawing(CHART_WIDTH, round(height), shapes), "throughput")
     names = [("read", _dot("read"))]
     if any(s.name == "h2d" for s in process.spans):
         names.append(("copied to the device", _dot("h2d")))
@@ -189,7 +191,10 @@ def _processes(session: Session) -> list[str]:
         )
     head = "<th>process</th><th>from</th><th>to</th><th>paced</th>" + "".join(f"<th>{n}</th>" for n in names)
     table = f"<table><tr>{head}<th>ended</th></tr>{''.join(rows)}</table>"
-    hint = "All on one clock. Paced adds up to the whole: each moment counts for the process that set the pace."
+    hint = (
+        "Seconds, all on one clock. Paced adds up to the whole: each moment counts for the process that set the pace."
+    )
+    hint += f" {', '.join(names)}: what each process did in its own time, whoever set the pace." if names else ""
     return [f'<h2>Processes</h2><section class="scroll">{table}<p class="soft">{hint}</p></section>']
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from wan_loader.console import Columns, marked
+from wan_loader.console import marked
 from wan_loader.events import Span
 from wan_loader.profiler.render.bars import timeline_bar
-from wan_loader.profiler.render.terminal import shorten
 from wan_loader.sizes import format_bytes, format_count, format_seconds
+from wan_loader.tables import Column, Columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,7 @@ def print_run_report(console: Console, report: RunReport) -> None:
     if report.steps_s:
         console.print(f"{format_count(len(report.steps_s), 'step')}, the last at {format_seconds(report.steps_s[-1])}")
     console.print()
-    console.print(_stage_table(report, console.width))
+    console.print(_stage_table(report))
     console.print()
     console.print(_phase_table(report))
     console.print("phases of all loads; they overlap, so they do not add up", style="dim")
@@ -39,34 +40,30 @@ def print_run_report(console: Console, report: RunReport) -> None:
         console.print(marked("verdict on the longest load: {}", report.why))
 
 
-def _stage_table(report: RunReport, width: int) -> Columns:
-    table = Columns()
-    for title in ("what", "name"):
-        table.add_column(title, no_wrap=True)
-    for title in ("from", "seconds", "bytes"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("timeline", no_wrap=True)
-    names = [shorten(stage.name, 28) for stage in report.stages]
-    bar_width = max(10, min(60, width - max(map(len, names), default=0) - 40))
+def _stage_table(report: RunReport) -> Columns:
+    table = Columns(
+        "what",
+        Column("name", least=14, most=60),
+        *(Column(title, right=True) for title in ("from", "seconds", "bytes")),
+        Column("timeline", least=16, most=60),
+    )
     end_ns = max([int(report.seconds * 1e9), *(int((s.start_s + s.seconds) * 1e9) for s in report.stages), 1])
-    for stage, name in zip(report.stages, names, strict=True):
+    for stage in report.stages:
         start_ns = int(stage.start_s * 1e9)
         span = Span(stage.kind, start_ns, start_ns + int(stage.seconds * 1e9))
         table.add_row(
             stage.kind,
-            name,
+            stage.name,
             f"{stage.start_s:.2f}",
             f"{stage.seconds:.2f}",
             format_bytes(stage.nbytes) if stage.nbytes else "",
-            timeline_bar([span], 0, end_ns, bar_width),
+            partial(timeline_bar, [span], 0, end_ns),
         )
     return table
 
 
 def _phase_table(report: RunReport) -> Columns:
-    table = Columns()
-    for title in ("phase", "busy", "bytes", "GB/s"):
-        table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
+    table = Columns("phase", *(Column(title, right=True) for title in ("busy", "bytes", "GB/s")))
     for phase in report.phases:
         nbytes, rate = (format_bytes(phase.nbytes), f"{phase.gbps:.2f}") if phase.nbytes else ("", "")
         table.add_row(phase.name, format_seconds(phase.busy_s), nbytes, rate)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from wan_loader.console import Columns, marked
+from wan_loader.console import marked
+from wan_loader.printable import shorten
 from wan_loader.profiler.analysis.story import label as process_label
 from wan_loader.profiler.render.bars import timeline_bar
 from wan_loader.sizes import format_bytes, format_count, format_seconds
 from wan_loader.spans import attribute, by_label
+from wan_loader.tables import Column, Columns
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from wan_loader.profiler.analysis.session import Session
 
-__all__ = ["headline", "machine_line", "print_session", "shorten", "shown_processes"]
+__all__ = ["headline", "machine_line", "print_session", "shown_processes"]
 
+#: A timeline that is narrower says little.
+_LEAST_BAR = 16
 _STYLE = {"slow": "bold red", "limit": "bold green", "unknown": "bold yellow"}
 
 
@@ -47,12 +52,13 @@ def machine_line(session: Session) -> str:
 
 def print_session(console: Console, session: Session) -> None:
     """Print the whole report."""
-    console.print(marked("[bold]{}[/]\n{}", session.report.target, headline(session)))
+    target = shorten(session.report.target, 2 * console.width)
+    console.print(marked("[bold]{}[/]\n{}", target, headline(session)))
     console.print(marked("{}", machine_line(session)), style="dim")
     if session.report.io.reason:
         console.print(marked("transport: {} ({})", session.report.io.mode, session.report.io.reason))
     console.print()
-    console.print(_phase_table(session, max(10, min(60, console.width - 60))))
+    console.print(_phase_table(session))
     console.print("busy times overlap; paced adds up to the whole: each moment counts once", style="dim")
     if imports := by_label(session.spans, "import")[:10]:
         shown = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds, _ in imports if seconds > 0.005)
@@ -60,7 +66,7 @@ def print_session(console: Console, session: Session) -> None:
             console.print(marked("imports: {}", shown))
     if len(session.processes) > 1:
         console.print()
-        console.print(_process_table(session, console.width))
+        console.print(_process_table(session))
         if (left := len(session.processes) - len(shown_processes(session))) > 0:
             console.print(
                 f"{format_count(left, 'process', 'processes')} that did next to nothing: not shown", style="dim"
@@ -87,21 +93,22 @@ def ceilings_line(ceilings: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def _phase_table(session: Session, width: int) -> Columns:
+def _phase_table(session: Session) -> Columns:
     """Make the table of phases, each with its timeline."""
     spans, start_ns, end_ns = session.spans, session.start_ns, session.end_ns
     whole_s = (end_ns - start_ns) / 1e9
     paced = attribute(spans, start_ns, end_ns)
-    table = Columns()
-    for title in ("phase", "busy", "bytes", "GB/s", "paced", "share"):
-        table.add_column(title, justify="left" if title == "phase" else "right", no_wrap=True)
-    table.add_column("timeline", no_wrap=True)
+    table = Columns(
+        "phase",
+        *(Column(title, right=True) for title in ("busy", "bytes", "GB/s", "paced", "share")),
+        Column("timeline", least=_LEAST_BAR, most=60),
+    )
     rows = [(p.name, p.busy_s, p.nbytes, p.gbps) for p in session.report.phases]
     if "other" not in {row[0] for row in rows}:
         rows.append(("other", paced.get("other", 0.0), 0, 0.0))
     for name, busy_s, nbytes, gbps in rows:
         seconds = paced.get(name, 0.0)
-        bar = timeline_bar([s for s in spans if s.name == name], start_ns, end_ns, width)
+        bar = partial(timeline_bar, [s for s in spans if s.name == name], start_ns, end_ns)
         table.add_row(
             name,
             format_seconds(busy_s),
@@ -115,42 +122,37 @@ def _phase_table(session: Session, width: int) -> Columns:
     return table
 
 
-def _process_table(session: Session, width: int) -> Columns:
-    """Put processes below each other on one clock, each with when it was at work; some are left out if there are many.
-
-    Args:
-        session: The session.
-        width: Columns of the terminal.
-    """
-    shown = shown_processes(session)
-    headers = ("process", "from", "to", "paced", "mostly", "read", "ended")
-    rows = [_process_cells(session, number, max(20, min(44, width - 60))) for number in shown]
-    # with two columns of space behind each
-    taken = sum(max(map(len, column)) + 2 for column in zip(headers, *rows, strict=True))
-    bar_width = max(5, min(60, width - taken))
-    table = Columns()
-    for title in headers:
-        table.add_column(title, justify="left" if title in ("process", "ended") else "right", no_wrap=True)
-    table.add_column("timeline", no_wrap=True)
-    for number, row in zip(shown, rows, strict=True):
+def _process_table(session: Session) -> Columns:
+    """Put processes below each other on one clock, each with when it was at work; of many, some are left out."""
+    table = Columns(
+        Column("process", least=24, most=60),
+        Column("from", right=True, drop=1),
+        Column("to", right=True, drop=2),
+        Column("paced", right=True),
+        Column("mostly"),
+        Column("read", right=True, drop=3),
+        Column("ended", drop=4),
+        Column("timeline", least=_LEAST_BAR, most=60),
+    )
+    for number in shown_processes(session):
         working = [s for s in session.processes[number].spans if s.name not in ("wait", "shard")]
-        bar = timeline_bar(working, session.start_ns, session.end_ns, bar_width)
-        table.add_row(*row, bar, style="bold" if number == session.subject else None)
+        bar = partial(timeline_bar, working, session.start_ns, session.end_ns)
+        table.add_row(*_process_cells(session, number), bar, style="bold" if number == session.subject else None)
     return table
 
 
-def _process_cells(session: Session, number: int, name_width: int) -> list[str]:
+def _process_cells(session: Session, number: int) -> list[str]:
     process = session.processes[number]
     paced = attribute(process.spans, process.start_ns, process.end_ns)
     nbytes = sum(s.nbytes for s in process.spans if s.name == "read")
     return [
-        shorten(process_label(session.processes, number), name_width),
+        process_label(session.processes, number),
         f"{process.start_ns / 1e9:.2f}",
         f"{process.end_ns / 1e9:.2f}",
         f"{session.paced_s(number):.2f}",
         max(paced, key=lambda name: paced[name], default=""),
         format_bytes(nbytes) if nbytes else "",
-        process.ended.removeprefix("killed by ").removeprefix("still ")[:8],
+        process.ended.removeprefix("killed by ").removeprefix("still "),
     ]
 
 
@@ -165,11 +167,3 @@ def shown_processes(session: Session, most: int = 16) -> list[int]:
     if len(found) > most:
         found = sorted(found, key=lambda i: (i != session.subject, -session.paced_s(i)))[:most]
     return sorted(found)
-
-
-def shorten(text: str, width: int) -> str:
-    """Cut the middle out of what is longer: scripts are told by their ends."""
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 3
-    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
