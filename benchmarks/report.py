@@ -1,6 +1,6 @@
 """Writes README's performance tables from committed result files, or checks that they are what the files give.
 
-    python benchmarks/report.py            # rewrite README.md between the two markers
+    python benchmarks/report.py            # rewrite README.md and README.zh.md between the two markers
     python benchmarks/report.py --check    # exit with 1 where they differ
 
 `benchmarks/results/readme.toml` names the files and cases: results of `wan-loader bench --export-json`, and of
@@ -24,6 +24,38 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: Samples that a figure in README needs at least.
 OURS_AT_LEAST, RIVALS_AT_LEAST = 5, 3
 BEGIN, END = "<!-- performance: begin (python benchmarks/report.py) -->", "<!-- performance: end -->"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a table says, in one language; the titles are in readme.toml."""
+
+    title: str
+    columns: tuple[str, ...]
+    medians: str
+    single: str
+    where: str
+    faster: str
+
+
+ENGLISH = Words(
+    title="title",
+    columns=("seconds", "min .. max", "GB/s", "of the limit", "CPU-seconds", "samples"),
+    medians="Medians",
+    single="One sample each",
+    where="{what}, measured on: {gpu}, {cores} cores, torch {torch}{versions} ([everything]({path})).",
+    faster=" Faster than wan-loader here: {names}.",
+)
+CHINESE = Words(
+    title="title_zh",
+    columns=("秒", "最小 .. 最大", "GB/s", "占上限", "CPU 秒", "样本数"),
+    medians="中位数",
+    single="各一个样本",
+    where="{what}，测量环境：{gpu}，{cores} 核，torch {torch}{versions}（[全部数据]({path})）。",
+    faster="此处比 wan-loader 快的有：{names}。",
+)
+#: Which file is written in which language.
+READMES = {"README.md": ENGLISH, "README.zh.md": CHINESE}
 
 
 @dataclass(frozen=True)
@@ -105,7 +137,7 @@ def _rows_of_expert(document: dict, chosen: dict) -> list[Row]:
     return rows
 
 
-def table(document: dict, chosen: dict) -> str:
+def table(document: dict, chosen: dict, words: Words = ENGLISH) -> str:
     """Write one titled table, the machine, and where we lose; ValueError for too few samples."""
     rows = rows_of(document, chosen)
     if (few := _too_few(rows)) and not chosen.get("few"):
@@ -113,19 +145,23 @@ def table(document: dict, chosen: dict) -> str:
         raise ValueError(f"{chosen['file']}: {wanted}, and there are fewer of {', '.join(few)}: measure again")
     ranges = any(row.n > 1 for row in rows)
     best = next((r for r in rows if r.seconds is not None and not r.note), None)
-    columns = ["seconds", *(["min .. max"] if ranges else []), "GB/s", "of the limit", "CPU-seconds", "samples"]
-    lines = [f"{chosen['title']}:", "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    columns = [name for place, name in enumerate(words.columns) if ranges or place != 1]
+    colon = ":" if words is ENGLISH else "："
+    lines = [f"{chosen[words.title]}{colon}", "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
     lines += [_line(row, len(columns), ranges=ranges, best=row is best) for row in rows]
     machine = document["machine"]
-    where = f"{machine.get('gpu') or 'no GPU'}, {machine['cores']} cores, torch {machine['torch']}"
-    what = "Medians" if ranges else "One sample each"
-    told = (
-        f"{what}, measured on: {where}{_versions(document)} ([everything](benchmarks/results/{Path(chosen['file'])}))."
+    told = words.where.format(
+        what=words.medians if ranges else words.single,
+        gpu=machine.get("gpu") or "no GPU",
+        cores=machine["cores"],
+        torch=machine["torch"],
+        versions=_versions(document),
+        path=f"benchmarks/results/{Path(chosen['file'])}",
     )
     ours = next((r for r in rows if r.ours and r.seconds is not None), None)
     faster = [r for r in rows if not r.ours and r.seconds is not None and ours and r.seconds < ours.seconds]
     if faster:
-        told += f" Faster than wan-loader here: {', '.join(r.loader for r in faster)}."
+        told += words.faster.format(names=", ".join(r.loader for r in faster))
     return "\n".join([*lines, "", told])
 
 
@@ -165,10 +201,10 @@ def _digits(value: float | None) -> str:
     return f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"
 
 
-def section() -> str:
+def section(words: Words = ENGLISH) -> str:
     """Write everything between the markers."""
     chosen = tomllib.loads((RESULTS / "readme.toml").read_text())["table"]
-    return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c) for c in chosen)
+    return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c, words) for c in chosen)
 
 
 def replaced(text: str, new: str) -> str:
@@ -184,12 +220,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 where README differs")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = replaced(text, section())
-    if options.check:
-        sys.exit(0 if new == text else "README.md is not what the result files give: run python benchmarks/report.py")
-    path.write_text(new)
+    for name, words in READMES.items():
+        text = (ROOT / name).read_text()
+        new = replaced(text, section(words))
+        if not options.check:
+            (ROOT / name).write_text(new)
+        elif new != text:
+            sys.exit(f"{name} is not what the result files give: run python benchmarks/report.py")
 
 
 if __name__ == "__main__":
