@@ -28,34 +28,22 @@ BEGIN, END = "<!-- performance: begin (python benchmarks/report.py) -->", "<!-- 
 
 @dataclass(frozen=True)
 class Words:
-    """What a table says, in one language; the titles are in readme.toml."""
+    """What a table says, in one language: `readme.toml` has it for each file."""
 
     title: str
-    columns: tuple[str, ...]
+    """The key of a table's title."""
+    heading: str
+    columns: list[str]
     medians: str
     single: str
     where: str
     faster: str
 
 
-ENGLISH = Words(
-    title="title",
-    columns=("seconds", "min .. max", "GB/s", "of the limit", "CPU-seconds", "samples"),
-    medians="Medians",
-    single="One sample each",
-    where="{what}, measured on: {gpu}, {cores} cores, torch {torch}{versions} ([everything]({path})).",
-    faster=" Faster than wan-loader here: {names}.",
-)
-CHINESE = Words(
-    title="title_zh",
-    columns=("秒", "最小 .. 最大", "GB/s", "占上限", "CPU 秒", "样本数"),
-    medians="中位数",
-    single="各一个样本",
-    where="{what}，测量环境：{gpu}，{cores} 核，torch {torch}{versions}（[全部数据]({path})）。",
-    faster="此处比 wan-loader 快的有：{names}。",
-)
-#: Which file is written in which language.
-READMES = {"README.md": ENGLISH, "README.zh.md": CHINESE}
+CHOSEN = tomllib.loads((RESULTS / "readme.toml").read_text())
+#: Which file is written in which words.
+READMES = {name: Words(**words) for name, words in CHOSEN["words"].items()}
+ENGLISH = READMES["README.md"]
 
 
 @dataclass(frozen=True)
@@ -146,8 +134,8 @@ def table(document: dict, chosen: dict, words: Words = ENGLISH) -> str:
     ranges = any(row.n > 1 for row in rows)
     best = next((r for r in rows if r.seconds is not None and not r.note), None)
     columns = [name for place, name in enumerate(words.columns) if ranges or place != 1]
-    colon = ":" if words is ENGLISH else "："
-    lines = [f"{chosen[words.title]}{colon}", "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    heading = words.heading.format(title=chosen[words.title])
+    lines = [heading, "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
     lines += [_line(row, len(columns), ranges=ranges, best=row is best) for row in rows]
     machine = document["machine"]
     told = words.where.format(
@@ -203,8 +191,7 @@ def _digits(value: float | None) -> str:
 
 def section(words: Words = ENGLISH) -> str:
     """Write everything between the markers."""
-    chosen = tomllib.loads((RESULTS / "readme.toml").read_text())["table"]
-    return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c, words) for c in chosen)
+    return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c, words) for c in CHOSEN["table"])
 
 
 def replaced(text: str, new: str) -> str:
