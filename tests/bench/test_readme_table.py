@@ -19,9 +19,10 @@ def report():
     return module
 
 
-def test_readme_equals_the_result_files(report):
-    text = (ROOT / "README.md").read_text()
-    assert report.replaced(text, report.section()) == text, "run python benchmarks/report.py"
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_readme_equals_the_result_files(report, name):
+    text = (ROOT / name).read_text()
+    assert report.replaced(text, report.section(report.READMES[name])) == text, "run python benchmarks/report.py"
 
 
 CHOSEN = {"file": "x.json", "title": "T", "cache": "warm"}

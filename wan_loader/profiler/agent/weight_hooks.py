@@ -41,6 +41,15 @@ def hook_safetensors(recorder: Any, module: Any) -> None:
         # what was imported before has the name for itself
         if getattr(other, "__dict__", {}).get("safe_open") is original:
             patch(recorder, other, "safe_open", lambda _: opener)
+    recorder.undo.append(lambda: _put_back(opener, original))
+
+
+def _put_back(opener: Any, original: Any) -> None:
+    """Give modules that were imported meanwhile the name that they would have: the next recording looks for that."""
+    for other in list(sys.modules.values()):
+        names = getattr(other, "__dict__", {})
+        if names.get("safe_open") is opener:
+            names["safe_open"] = original
 
 
 def hook_safetensors_torch(recorder: Any, module: Any) -> None:
