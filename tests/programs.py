@@ -102,6 +102,12 @@ class Program:
         _close(write)
         self.pid = int(os.read(self._answers, 20))
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+
     def poll(self, timeout=0.0):
         """Return the exit code as `subprocess` gives it, or None if the program still runs after `timeout` seconds."""
         if self.returncode is None and select.select([self._answers], [], [], timeout)[0]:
