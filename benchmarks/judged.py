@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from judged_programs import PROGRAMS, Program, prepare
+from judged_programs import COLD, PROGRAMS, WEIGHTS, Program, evict, prepare
 from turns import describe_run
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def slow_server() -> Iterator[str]:
 
 def timed(words: list[str], home: Path, *, prefix: tuple[str, ...] = ()) -> Timed:
     """Run words to their end with `time` around them, and `prefix` around that."""
+    evict(home / COLD)
     command = [*prefix, "bash", "-c", _TIMED, "time", *words]
     subprocess.run(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     seconds, user_s, system_s = map(float, (home / "time.txt").read_text().split()[-3:])
@@ -106,7 +107,7 @@ def measure(name: str, home: Path, url: str) -> dict[str, Any]:
     for path, text in {"program.py": program.source, **program.more}.items():
         (home / path).parent.mkdir(exist_ok=True)
         (home / path).write_text(text)
-    words = [*program.words, str(home / "model.safetensors"), url]
+    words = [*program.words, str(home / WEIGHTS), url]
     profile = (sys.executable, "-m", "wan_loader", "profile", "--no-ceilings", "--force", "-o", "run.json", "--")
     plain = timed(words, home)
     profiled = timed(words, home, prefix=profile)

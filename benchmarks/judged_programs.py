@@ -7,11 +7,13 @@ server, which is no part of them, as their second. They take a few seconds on tw
     Program    a program, its reason, and what a profile must say of it
     PROGRAMS   all of them, by name
     prepare    makes the files that they need
+    evict      takes a file out of the page cache
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import sys
@@ -23,11 +25,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["PROGRAMS", "WEIGHTS", "Program", "prepare"]
+__all__ = ["COLD", "PROGRAMS", "WEIGHTS", "Program", "evict", "prepare"]
 
 WEIGHTS = "model.safetensors"
+#: A larger file, whose pages are not in the page cache when a program starts.
+COLD = "cold.safetensors"
 _BIN = Path(sys.executable).parent
 _TENSORS = 25
+_COLD_TENSORS = 200
 _SHAPE = (2048, 1024)
 
 
@@ -60,14 +65,8 @@ class Program:
 
 
 _HEAD = "import os, sys, time\nW, URL = sys.argv[1:]\n"
-_EVICT = """
-def evict():
-    fd = os.open(W, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-"""
 _READ = "open(W, 'rb').read()"
+_READ_COLD = f"open('{COLD}', 'rb').read()"
 _READS = f"for _ in range(20): {_READ}"
 _BURN = "t = time.time() + {0}\nwhile time.time() < t: pass\n"
 _WORKER = "def work(path):\n    for _ in range(20): open(path, 'rb').read()\n"
@@ -104,19 +103,18 @@ _ONE_PROCESS = {
     "cold_reads": Program(
         because="the pages of the file were evicted before it reads them",
         phase="read",
-        file=WEIGHTS,
-        source=_HEAD + _EVICT + "for _ in range(5):\n    evict()\n    " + _READ,
+        file=COLD,
+        source=_HEAD + _READ_COLD,
     ),
     "cold_mapping": Program(
         because="the file is mapped, its pages were evicted, and a sum is the first to touch them",
         phase="read",
-        file=WEIGHTS,
+        file=COLD,
         source=_HEAD
         + _TORCH
         + _LOAD
-        + _EVICT
-        + "for _ in range(8):\n    evict()\n    tensors = load_file(W)\n"
-        + "    float(sum(t.sum() for t in tensors.values()))\n    del tensors",
+        + f"tensors = load_file('{COLD}')\n"
+        + "float(sum(t.view(-1)[::1024].sum() for t in tensors.values()))",
     ),
     "small_reads": Program(
         because="it reads by 512 bytes at a time",
@@ -143,7 +141,7 @@ _ONE_PROCESS = {
         + _TORCH
         + _LOAD
         + "torch.set_num_threads(1)\ntensors = load_file(W)\n"
-        + "for _ in range(30):\n    for t in tensors.values(): t.to(torch.bfloat16)",
+        + "for _ in range(120):\n    for t in tensors.values(): t.to(torch.bfloat16)",
     ),
     "state_dict_copies": Program(
         because="a state dict is copied again and again",
@@ -169,8 +167,8 @@ _ONE_PROCESS = {
     "disable_mmap": Program(
         because="the whole of an evicted file is read into bytes before any tensor is made",
         phase="read",
-        file=WEIGHTS,
-        source=_HEAD + _TORCH + _LOAD + _EVICT + "for _ in range(6):\n    evict()\n    load(" + _READ + ")",
+        file=COLD,
+        source=_HEAD + _TORCH + _LOAD + f"load({_READ_COLD})",
     ),
     "unpickle": Program(
         because="millions of small Python objects are unpickled",
@@ -180,14 +178,14 @@ _ONE_PROCESS = {
     "unzip": Program(
         because="zlib unpacks a compressed archive of arrays",
         phase="other",
-        source=_HEAD + "import zlib\ndata = open('packed.bin', 'rb').read()\nfor _ in range(3): zlib.decompress(data)",
+        source=_HEAD + "import zlib\ndata = open('packed.bin', 'rb').read()\nfor _ in range(6): zlib.decompress(data)",
     ),
     "hash": Program(
         because="the file's SHA-512 is computed",
         phase="other",
         file=WEIGHTS,
         source=_HEAD
-        + "import hashlib\nfor _ in range(3):\n    digest = hashlib.sha512()\n"
+        + "import hashlib\nfor _ in range(8):\n    digest = hashlib.sha512()\n"
         + "    with open(W, 'rb') as file:\n        while piece := file.read(1 << 20): digest.update(piece)",
     ),
     "own_work": Program(
@@ -243,7 +241,7 @@ _ONE_PROCESS = {
         file="model.gguf",
         source=_HEAD
         + "import gguf\nreader = gguf.GGUFReader('model.gguf')\n"
-        + "for _ in range(3):\n    for t in reader.tensors: gguf.dequantize(t.data, t.tensor_type)",
+        + "for _ in range(6):\n    for t in reader.tensors: gguf.dequantize(t.data, t.tensor_type)",
     ),
     "tokenizer": Program(
         because="a tokenizer of many words is built",
@@ -393,11 +391,11 @@ _FAMILIES = {
         source=_HEAD + _READ,
     ),
     "many_dd": Program(
-        because="a hundred processes that are no Python read the weights one after the other",
+        because="150 processes that are no Python read the weights one after the other",
         phase="read",
         process="dd",
         note="counted from outside",
-        words=("sh", "-c", 'for i in $(seq 30); do dd if="$0" of=/dev/null bs=1M 2>/dev/null; done'),
+        words=("sh", "-c", 'for i in $(seq 150); do dd if="$0" of=/dev/null bs=1M 2>/dev/null; done'),
     ),
     "cat": Program(
         because="one process that is no Python reads the weights",
@@ -405,7 +403,7 @@ _FAMILIES = {
         process="cat",
         file=WEIGHTS,
         note="counted from outside",
-        source=_HEAD + "import subprocess\nsubprocess.run(['cat', *[W] * 40], stdout=subprocess.DEVNULL)",
+        source=_HEAD + "import subprocess\nsubprocess.run(['cat', *[W] * 150], stdout=subprocess.DEVNULL)",
     ),
     "curl": Program(
         because="a process that is no Python waits for a slow server",
@@ -436,19 +434,33 @@ PROGRAMS: dict[str, Program] = _ONE_PROCESS | _FAMILIES
 
 def prepare(home: Path) -> None:
     """Make the files that programs read."""
-    nbytes = 4 * _SHAPE[0] * _SHAPE[1]
-    header = json.dumps(
-        {
-            f"t{i}": {"dtype": "F32", "shape": _SHAPE, "data_offsets": [i * nbytes, (i + 1) * nbytes]}
-            for i in range(_TENSORS)
-        }
-    ).encode()
-    (home / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(_TENSORS * nbytes))
+    _prepare_weights(home / WEIGHTS, _TENSORS)
+    _prepare_weights(home / COLD, _COLD_TENSORS)
     (home / "objects.pkl").write_bytes(pickle.dumps([{"name": f"layer {i}", "at": [i, i + 1]} for i in range(400_000)]))
     (home / "packed.bin").write_bytes(zlib.compress(bytes(range(256)) * (1 << 20), 1))
     _prepare_array(home / "array.npy")
     _prepare_gguf(home / "model.gguf")
     _prepare_tokenizer(home / "tokenizer.json")
+
+
+def _prepare_weights(path: Path, n_tensors: int) -> None:
+    nbytes = 4 * _SHAPE[0] * _SHAPE[1]
+    offsets = [(i * nbytes, (i + 1) * nbytes) for i in range(n_tensors)]
+    tensors = {f"t{i}": {"dtype": "F32", "shape": _SHAPE, "data_offsets": at} for i, at in enumerate(offsets)}
+    header = json.dumps(tensors).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for _ in range(n_tensors):
+            file.write(bytes(nbytes))
+        file.flush()
+        os.fsync(file.fileno())  # pages that were not written cannot be evicted
+
+
+def evict(path: Path) -> None:
+    """Take a file out of the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
 
 
 def _prepare_array(path: Path) -> None:
