@@ -25,6 +25,7 @@ _HOOKS = {
     "torch": ("torch_hooks", "hook_torch"),
     "torch.distributed.fsdp": ("torch_hooks", "hook_distributed"),
     "numpy": ("file_hooks", "hook_numpy"),
+    "gguf.quants": ("weight_hooks", "hook_gguf"),
     "safetensors": ("weight_hooks", "hook_safetensors"),
     "safetensors.torch": ("weight_hooks", "hook_safetensors_torch"),
     "transformers.modeling_utils": ("weight_hooks", "hook_pretrained", "PreTrainedModel"),
@@ -162,8 +163,11 @@ def _watch_output(recorder: Any, text: Any) -> Any:
 
 def _finish(recorder: Any, why: Any = "exit") -> None:
     try:
+        # what is imported for the recording is no part of the program
+        recorder.on = False
         import resource
 
+        recorder.on = True
         recorder.facts["counters"] = [recorder.now(), *recorder.io()]
         recorder.facts["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         torch = sys.modules.get("torch")

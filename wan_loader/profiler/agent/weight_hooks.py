@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["cached_bytes", "hook_pretrained", "hook_safetensors", "hook_safetensors_torch"]
+__all__ = ["cached_bytes", "hook_gguf", "hook_pretrained", "hook_safetensors", "hook_safetensors_torch"]
 
 _SYS_CACHESTAT = 451
 
@@ -73,6 +73,11 @@ def _loads(recorder: Any, original: Any) -> Any:
             recorder.end(len(data))
 
     return load
+
+
+def hook_gguf(recorder: Any, module: Any) -> None:
+    """Wrap the conversion of quantised blocks to numbers."""
+    patch(recorder, module, "dequantize", lambda f: timed(recorder, f, "cast", "gguf.dequantize"))
 
 
 def hook_pretrained(recorder: Any, owner: Any) -> None:

@@ -15,6 +15,7 @@ from wan_loader.phases import known_phase
 from wan_loader.profiler.analysis.outside import outside_process, unseen_reads
 from wan_loader.profiler.analysis.roles import name_of, role_of
 from wan_loader.profiler.analysis.session import Process, Sample
+from wan_loader.profiler.analysis.waiting import busy_windows, unseen_waits
 from wan_loader.profiler.watch import Counters, SeenProcess
 from wan_loader.spans import Mark
 
@@ -152,6 +153,8 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str], gone_ns: in
         facts["files"] = {**{p: _from_outside(n) for p, n in seen.files.items()}, **facts["files"]}
         if facts["files"]:
             spans += tuple(unseen_reads(spans, seen, recording))
+        waits = unseen_waits(spans, seen, recording, reads=bool(facts["files"]))
+        spans += tuple(_within(waits, start_ns - zero, last_ns - zero))
     argv = [str(word)[:300] for word in begin.get("argv", [])] if isinstance(begin.get("argv"), list) else []
     forked = begin.get("forked") is True
     return Process(
@@ -166,7 +169,7 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str], gone_ns: in
         ended=_ended(log, exits),
         spans=spans,
         samples=tuple(Sample(c.at_ns - zero, c.read_bytes, c.resident_bytes) for c in counters if c.at_ns <= last_ns),
-        busy=_busy_windows(seen, zero, start_ns, last_ns),
+        busy=busy_windows(seen, zero, start_ns, last_ns) if seen is not None else (),
         facts=facts,
     )
 
@@ -186,14 +189,11 @@ def _completed(seen: SeenProcess | None, log: _Log) -> SeenProcess | None:
     return replace(seen, counters=[*before, end])
 
 
-def _busy_windows(seen: SeenProcess | None, zero: int, start_ns: int, last_ns: int) -> tuple[tuple[int, int], ...]:
-    """Return the times in which a process used a processor for at least a third of the time."""
-    counters = seen.counters if seen else []
-    return tuple(
-        (a.at_ns - zero, min(b.at_ns, last_ns) - zero)
-        for a, b in pairwise(counters)
-        if a.at_ns >= start_ns and a.at_ns < last_ns and (b.cpu_ns - a.cpu_ns) * 3 >= b.at_ns - a.at_ns
-    )
+def _within(spans: Iterable[Mark], start_ns: int, end_ns: int) -> Iterable[Mark]:
+    """Cut spans to what lies between two moments."""
+    for span in spans:
+        if span.start_ns < end_ns and span.end_ns > start_ns:
+            yield replace(span, start_ns=max(span.start_ns, start_ns), end_ns=min(span.end_ns, end_ns))
 
 
 def _from_outside(nbytes: int) -> dict[str, Any]:
