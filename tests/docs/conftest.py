@@ -80,7 +80,7 @@ def _well(done):
     return done
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """The place, with checkpoints in all forms."""
     pytest.importorskip("diffusers")

@@ -12,6 +12,7 @@ from diffusers import WanPipeline
 from torch.distributed.fsdp import fully_shard
 from my_model import Model, config
 send = lambda name, tensor: None
+inputs = torch.ones(1, 16)
 """
 ALONE_IN_A_GROUP = "dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
 #: On a page, and in a test.
