@@ -17,6 +17,7 @@ import typer
 from wan_loader import OptionError
 from wan_loader.cli import OUTPUT, Force, Verbose, check_outputs, own_file, print_json, say, show, write_json
 from wan_loader.distributed import is_first, world_size
+from wan_pipeline.commands.load_report import print_load_report
 from wan_pipeline.commands.many import agreed_seed, make_videos, tell_made
 from wan_pipeline.families import FAMILIES
 from wan_pipeline.network_files import NetworkFiles
@@ -24,6 +25,7 @@ from wan_pipeline.parallel import Degrees
 from wan_pipeline.phase_progress import phase_progress
 from wan_pipeline.prompt_file import PromptLine, read_prompt_file
 from wan_pipeline.start_options import checked_bytes
+from wan_pipeline.video import check_video_name
 from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
 from wan_pipeline.wan_checkpoint import open_wan
 
@@ -301,7 +303,7 @@ def load(
     force: Force = False,
     verbose: Verbose = False,
 ) -> None:
-    """Start the pipeline and load what its first phase needs; generate nothing.
+    """Start the pipeline, load what its first phase needs, and say what took the time; generate nothing.
 
     Examples:
 
@@ -320,13 +322,9 @@ def load(
         pipe.wait()
         report = {**pipe.report(), "command": "load"}
     _finish_cache(report, pipe)
-    _finish(report, profile_out, json=json, result="\n".join(map(_load_line, report["pipeline"]["loads"])))
-
-
-def _load_line(load: dict[str, Any]) -> str:
-    kept = load.get("kept", {}).get("state") == "attached"
-    size = f"{load['nbytes_device' if kept else 'nbytes'] / 1e9:.2f} GB"
-    return f"{load['name']} {size}{' kept, attached' if kept else ''} in {load['seconds']:.2f} s"
+    _finish(report, profile_out, json=json, result=None)
+    if is_first() and not json:
+        print_load_report(report)
 
 
 def _check_prompts(prompt: str | None, prompt_file: Path | None, save_file: Path | None, save_dir: Path | None) -> None:
@@ -334,6 +332,8 @@ def _check_prompts(prompt: str | None, prompt_file: Path | None, save_file: Path
         raise typer.BadParameter("say what the video shows with --prompt or --prompt_file, and not with both")
     if prompt_file is not None and save_file is not None:
         raise OptionError.because("--save_file is for one video", "use --save_dir, or save_file in a line of the file")
+    if save_file is not None:
+        check_video_name(save_file)
     if prompt_file is None and save_dir is not None:
         raise OptionError.because("--save_dir needs --prompt_file", "use --save_file")
 
