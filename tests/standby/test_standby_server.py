@@ -237,6 +237,17 @@ def test_the_last_programs_are_remembered(monkeypatch, tmp_path):
     assert learned.modules() == ["wan_loader.errors", name]
 
 
+def test_no_locale_is_no_difference(own, script):
+    """As in containers: Python then sets one by itself, and what it starts has another mode than it has."""
+    server, path = own(), script(f"{_WHERE}import os; print(sys.flags.utf8_mode, os.environ.get('LC_CTYPE'))")
+    for name in [name for name in server.env if name in ("LANG", "PYTHONUTF8") or name.startswith("LC_")]:
+        del server.env[name]
+    server.start()
+    forked, direct = server.both(path)
+    assert forked.stdout == "forked\n" + direct.stdout.partition("\n")[2]
+    assert direct.stdout.splitlines()[1].startswith("1 ")
+
+
 def test_a_client_that_is_other_than_the_server(own, script):
     server, path = own(), script(_WHERE)
     server.start()

@@ -100,8 +100,12 @@ def _launch(settings: dict[str, Any]) -> None:
 
 
 def _options() -> list[str]:
-    """Return the options that this interpreter was started with."""
-    return [word for word in subprocess._args_from_interpreter_flags() if word != "-u"]  # type: ignore[attr-defined]
+    """Return the options that this interpreter was started with, and the mode that it has found without a locale.
+
+    Where none is set, Python turns UTF-8 mode on and sets one in the environment, so that a child would turn it off.
+    """
+    options = [word for word in subprocess._args_from_interpreter_flags() if word != "-u"]  # type: ignore[attr-defined]
+    return [*options, "-X", f"utf8={sys.flags.utf8_mode}"]
 
 
 def status() -> dict[str, Any] | None:
