@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -141,6 +142,14 @@ def open_dir():
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def python_that_forks(tmp_path_factory):
+    """(modules) -> what may stand in the place of `python`, and need not import them."""
+    from programs import python_that_forks
+
+    return functools.cache(lambda modules: python_that_forks(tmp_path_factory.mktemp("bin"), modules))
 
 
 @pytest.fixture
