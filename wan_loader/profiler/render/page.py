@@ -8,7 +8,14 @@ from wan_loader.phases import ALL_PHASES, PHASE_TABLE
 from wan_loader.printable import markup_text
 from wan_loader.profiler.analysis.story import label as process_label
 from wan_loader.profiler.render.charts import throughput_svg, timeline_svg
-from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line, shown_processes
+from wan_loader.profiler.render.terminal import (
+    ceilings_line,
+    gain_of,
+    headline,
+    lines_of,
+    machine_line,
+    shown_processes,
+)
 from wan_loader.sizes import format_bytes, format_seconds
 from wan_loader.spans import attribute, by_label
 
@@ -102,11 +109,13 @@ def _advice(session: Session) -> str:
     if not session.advice:
         return ""
     items = "".join(
-        f"<li>{markup_text(a.text)} <b>(saves about {format_seconds(a.gain_s)})</b>"
-        f"<small>{markup_text(a.evidence)}</small></li>"
+        f"<li>{markup_text(a.text)} <b>({gain_of(a)})</b><small>{markup_text(a.evidence)}</small>"
+        + (f"<pre>{markup_text(text)}</pre></li>" if (text := "\n".join(lines_of(a))) else "</li>")
         for a in session.advice
     )
-    return f"<h2>What to change</h2><section><ol>{items}</ol></section>"
+    saved = format_seconds(session.together_s)
+    hint = f'<p class="soft">Together they save about {saved}: what several of them save counts once.</p>'
+    return f"<h2>What to change</h2><section><ol>{items}</ol>{hint if session.advice[1:] else ''}</section>"
 
 
 def _legend(names: Sequence[tuple[str, str]]) -> str:
