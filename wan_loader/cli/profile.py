@@ -233,7 +233,7 @@ def _profile_program(
 ) -> tuple[Session, int]:
     from wan_loader.profiler.analysis.assemble import program_session
     from wan_loader.profiler.analysis.merge import merge
-    from wan_loader.profiler.analysis.weight_files import device_of, files_of
+    from wan_loader.profiler.analysis.weight_files import device_of, files_of, programs_of
     from wan_loader.profiler.probe.surroundings import surroundings
     from wan_loader.profiler.probe.system_facts import limits
     from wan_loader.profiler.program import run_program
@@ -246,7 +246,7 @@ def _profile_program(
     found = files_of(processes)
     files = sorted(found, key=lambda path: -found[path].nbytes)
     with _told(measure):
-        environment = surroundings(files, device, before, measure=measure)
+        environment = surroundings(files, device, before, measure=measure, programs=programs_of(found))
     return program_session(recording, processes, environment), recording.returncode
 
 
