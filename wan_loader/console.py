@@ -34,9 +34,11 @@ class PlainConsole(Console):
         return super().render_str(printable_lines(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does, with lines of text folded between words."""
-        texts = (self.render_str(thing) if isinstance(thing, str) else thing for thing in objects)
-        super().print(*(folded(thing, self.width) if isinstance(thing, Text) else thing for thing in texts), **options)
+        """Print as rich does, with lines of text folded between words; with `no_wrap` they stay whole."""
+        things = [self.render_str(thing) if isinstance(thing, str) else thing for thing in objects]
+        if not options.get("no_wrap"):
+            things = [folded(thing, self.width) if isinstance(thing, Text) else thing for thing in things]
+        super().print(*things, **options)
 
 
 def marked(template: str, *values: object) -> Text:

@@ -57,7 +57,7 @@ class Video:
 
         Raises:
             OutputError: It cannot be written.
-            OptionError: It is no path.
+            OptionError: It is no path, or the name of another kind of file.
         """
         write_mp4(checked_path(path), self.frames_THWC, self.fps)
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wan_loader import OptionError
+from wan_pipeline.video import check_video_name
 from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _read_line(number: int, text: str, task: str, defaults: Mapping[str, Any], d
     if save_file is None:
         name = f"{task}_{request.size[0]}x{request.size[1]}_{_name(request, draws_seed)}.mp4"
     elif isinstance(save_file, str) and save_file.strip() and _can_be_called(save_file):
+        check_video_name(save_file)
         name = save_file
     else:
         raise OptionError.because(f"save_file {save_file!r:.60}", "give the name of a file")

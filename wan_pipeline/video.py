@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_loader import OutputError
+from wan_loader import OptionError, OutputError
 
 if TYPE_CHECKING:
     from typing import IO
@@ -19,9 +19,18 @@ if TYPE_CHECKING:
 
     from wan_loader import StrPath
 
-__all__ = ["write_mp4"]
+__all__ = ["check_video_name", "write_mp4"]
 
 _CRF = "10"  # libx264's quality, 0 (lossless) to 51
+
+
+def check_video_name(path: StrPath) -> None:
+    """Raise `OptionError` for the name of a file that is to be no MP4: the content would not be what the name says."""
+    name = Path(path)
+    if name.suffix.lower() not in ("", ".mp4"):
+        mp4 = name.with_suffix(".mp4").name
+        remedy = f"name it {mp4}; `ffmpeg -i {mp4} {name.name}` makes what you want of it"
+        raise OptionError.because(f"{name}: videos are written as MP4", remedy)
 
 
 def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:
@@ -37,7 +46,9 @@ def write_mp4(path: StrPath, frames_THWC: np.ndarray, fps: int) -> None:
 
     Raises:
         OutputError: The file is not whole; then what was at `path` is still there.
+        OptionError: The name is that of another kind of file.
     """
+    check_video_name(path)
     # before there is a file: Ctrl-C in the import of a library ends the process, which would leave it
     from imageio_ffmpeg import get_ffmpeg_exe
 

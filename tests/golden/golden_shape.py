@@ -32,6 +32,7 @@ VARIES = {
     "facts_filesystem",
     "facts_rotational",
     "facts_source",
+    "gpus",
     "how",
     "imports",
     "limits",

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from programs import PIPELINE
 from wan_loader.formats import opening as checkpoint_module
 from wan_pipeline.commands import generate as module
 from wan_pipeline.commands.app import main
+from wan_pipeline.commands.load_report import time_shares
 from wan_pipeline.families import FAMILIES
 from wan_pipeline.wan_checkpoint import open_wan
 
@@ -152,12 +154,16 @@ def test_the_help_names_every_model(run, capfd):
 def test_load(tiny_wan, tmp_path, run, capfd):
     words = ["load", "--ckpt-dir", tiny_wan(), "--device", "cpu", "--profile-out", tmp_path / "run.json"]
     assert run(*words) == 0
-    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == [
-        "text_encoder",
-        "transformer",
-        "transformer_2",
-        "vae",
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:5]] == [
+        "network",
+        "text encoder",
+        "high-noise expert",
+        "low-noise expert",
+        "VAE",
     ]
+    assert re.search(r" since the process began: imports .*s, loads .*s, all else .*s", lines[-2])
+    assert lines[-1].startswith("verdict: ")
     assert json.loads((tmp_path / "run.json").read_text())["command"] == "load"
 
 
@@ -168,6 +174,7 @@ def test_load(tiny_wan, tmp_path, run, capfd):
         (["--prompt", ""], "prompt is empty"),
         (["--size", "100*64"], "multiples of 16"),
         (["--size", "large"], "WIDTH*HEIGHT"),
+        (["--save_file", "cats.gif"], "videos are written as MP4: name it cats.mp4; `ffmpeg -i cats.mp4 cats.gif`"),
         (["--frame_num", "80"], "4n+1"),
         (["--sample_solver", "euler"], "unipc or dpm++"),
         (["--sample_guide_scale", "a"], "sample_guide_scale"),
@@ -214,3 +221,27 @@ def test_benchmark_runs(tmp_path, benchmark_main):
     assert samples[0]["first_step_s"] > 0
     assert samples[2]["switch_stall_s"] < samples[2]["step_s"]
     assert 0 < samples[3]["load_s"] < samples[3]["first_step_s"]
+
+
+@pytest.mark.usefixtures("refuse_to_start")
+def test_flags_with_hyphens_are_those_with_underscores(tiny_wan, tmp_path, run, capfd):
+    start = ["generate", *SMALL, "--ckpt-dir", tiny_wan(), "--save-file", tmp_path / "v.mp4", "--device", "cpu"]
+    assert run(*start, "--sample-guide-scale", "a") == 1
+    assert "sample_guide_scale" in capfd.readouterr().err
+    assert run(*start, "--no-such-flag") == 2
+    assert "No such option" in capfd.readouterr().err
+
+
+def test_completion_of_commands_and_flags(tiny_wan):
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "COMP_CWORD": "2"}
+    env |= {"_WAN_PIPELINE_COMPLETE": "complete_bash", "COMP_WORDS": "wan-pipeline load --ckpt"}
+    code = "import sys; sys.argv[0] = 'wan-pipeline'; from wan_pipeline.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["--ckpt_dir"], done.stderr
+
+
+def test_shares_of_a_start_add_up():
+    loads = [{"start_s": 2.0, "seconds": 2.0}, {"start_s": 3.0, "seconds": 2.0}, {"start_s": 6.0, "seconds": 1.0}]
+    report = {"seconds": 10.0, "phases": [{"name": "import", "busy_s": 3.5}], "pipeline": {"loads": loads}}
+    assert time_shares(report) == {"imports": 3.5, "loads": 4.0, "all else": 2.5}
+    assert time_shares(report | {"seconds": 6.0}) == {"imports": 2.0, "loads": 4.0, "all else": 0.0}

@@ -21,6 +21,7 @@ from wan_loader.profiler.analysis.simulate import (
 from wan_loader.profiler.probe import measure
 from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
 from wan_loader.profiler.probe.machine_findings import diagnose
+from wan_loader.profiler.probe.system_facts import nvidia_gpus
 from wan_loader.sizes import parse_rate, parse_size
 
 
@@ -200,8 +201,48 @@ def test_diagnosis():
         "ceilings": {"h2d_pinned_gbps": 3.0, "import_torch_s": 20.0},
         "files": {"nbytes": 100},
         "device": "cuda:0",
+        "machine": {"torch": "2.11", "gpu": "H100"},
+        "gpus": {"here": 1, "wanted": True, "torch_cuda": "12.8", "visible": None},
     }
     found = diagnose(document)
     assert len(found) == 6
     assert all(item["evidence"] for item in found)
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "text", "evidence"),
+    [
+        ({"torch_cuda": None}, "install a torch that is built with CUDA", "2 NVIDIA GPUs here, and torch 2.13.0+cpu"),
+        ({"visible": "-1"}, "unset CUDA_VISIBLE_DEVICES", "it is set to '-1'"),
+        ({}, "nvidia-smi", "built with CUDA 12.8, finds none"),
+        ({"here": 0, "torch_cuda": None}, "", ""),
+        ({"wanted": False, "torch_cuda": None}, "", ""),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use(gpus, text, evidence):
+    document = {
+        "limits": {"memory_available_bytes": 1, "memory_limit_bytes": 10},
+        "storage": {},
+        "ceilings": {},
+        "files": {"nbytes": 0},
+        "device": "cpu",
+        "machine": {"torch": "2.13.0+cpu"},
+        "gpus": {"here": 2, "wanted": True, "torch_cuda": "12.8", "visible": None} | gpus,
+    }
+    found = diagnose(document)
+    assert len(found) == bool(text)
+    assert all(text in item["text"] and evidence in item["evidence"] for item in found)
+
+
+def test_gpus_are_counted_without_torch(tmp_path):
+    assert nvidia_gpus(tmp_path) == 0
+    for name, vendor, kind in (("a", "0x10de", "0x030200"), ("b", "0x10de", "0x040300"), ("c", "0x8086", "0x030000")):
+        device = tmp_path / "sys/bus/pci/devices" / name
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(f"{vendor}\n")
+        (device / "class").write_text(f"{kind}\n")
+    assert nvidia_gpus(tmp_path) == 1, "the sound of a graphics card is none"
+    (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/gpus/0000:02:00.0").mkdir(parents=True)
+    assert nvidia_gpus(tmp_path) == 2

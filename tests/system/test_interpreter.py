@@ -91,3 +91,12 @@ def test_frozen_objects_are_counted_once(monkeypatch, n_frozen, n_counts, n_free
             assert not gc.isenabled()
         assert gc.isenabled()
     assert [calls.count(name) for name in ("count", "freeze", "unfreeze")] == [n_counts, n_freezes, n_freezes]
+
+
+def test_what_is_frozen_for_good_is_not_counted(monkeypatch):
+    monkeypatch.setattr(interpreter, "_program_froze", False)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: pytest.fail("counted"))
+    interpreter.freeze_all()
+    with paused_gc():
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.bench.table import case_title, machine_line, ordered, why_no_time
+from wan_loader.profiler.render.png import to_png as paint_png
 from wan_loader.profiler.render.shapes import COLOURS, Dot, Drawing, Line, Rect, Shape, Words, fitting, time_axis
 from wan_loader.profiler.render.svg import to_svg as write_svg
 from wan_loader.sizes import format_seconds
@@ -12,7 +13,7 @@ from wan_loader.sizes import format_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["to_svg"]
+__all__ = ["to_png", "to_svg"]
 
 _WIDTH = 1000
 _LEFT = 170
@@ -29,6 +30,11 @@ _DRAWN = ("read", "register", "h2d", "cast", _TOUCH, "wait", "init", "header")
 def to_svg(document: Mapping[str, Any]) -> str:
     """Write the picture as SVG."""
     return write_svg(draw(document), _COLOURS)
+
+
+def to_png(document: Mapping[str, Any]) -> bytes:
+    """Paint it as PNG."""
+    return paint_png(draw(document), _COLOURS)
 
 
 def draw(document: Mapping[str, Any]) -> Drawing:

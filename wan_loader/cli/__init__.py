@@ -15,7 +15,7 @@ from wan_loader.system.lazy import lazy_names
 if TYPE_CHECKING:
     from wan_loader.cli.building import follow_build, report_build
     from wan_loader.cli.exit_codes import run_program
-    from wan_loader.cli.options import JsonOut, Verbose
+    from wan_loader.cli.options import OUTPUT, Force, JsonOut, Verbose
     from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
     from wan_loader.cli.programs import from_standby
     from wan_loader.cli.progress import byte_progress, progress_bars
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from wan_loader.tables import Column, Columns
 
 __all__ = [
+    "OUTPUT",
     "Column",
     "Columns",
+    "Force",
     "JsonOut",
     "PlainConsole",
     "Verbose",
@@ -56,7 +58,9 @@ __getattr__ = lazy_names(
     {
         "Column": "wan_loader.tables",
         "Columns": "wan_loader.tables",
+        "Force": "wan_loader.cli.options",
         "JsonOut": "wan_loader.cli.options",
+        "OUTPUT": "wan_loader.cli.options",
         "PlainConsole": "wan_loader.console",
         "Verbose": "wan_loader.cli.options",
         "byte_progress": "wan_loader.cli.progress",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import Device, Dtype, Force, IoChoice, JsonOut, Verbose, checked, usage_errors
+from wan_loader.cli.options import OUTPUT, Device, Dtype, Force, IoChoice, JsonOut, Verbose, checked, usage_errors
 from wan_loader.distributed.processes import world_size
 from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_size
@@ -65,7 +65,12 @@ Caches = Annotated[
     typer.Option(help="State of the page cache before each sample; may be repeated.", show_default="warm"),
 ]
 Ios = Annotated[
-    list[IoChoice] | None, typer.Option(help="Ways for our loader to read; may be repeated.", show_default="auto")
+    list[IoChoice] | None,
+    typer.Option(
+        metavar="WAY",
+        help="How our loader reads: auto, mapped, direct or buffered; may be repeated.",
+        show_default="auto",
+    ),
 ]
 ThreadCounts = Annotated[
     list[int] | None,
@@ -99,9 +104,16 @@ def bench(
     threads: ThreadCounts = None,
     part: FirstFiles = None,
     time_limit: TimeLimit = 300.0,
-    export_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all samples as JSON.")] = None,
-    export_markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")] = None,
-    export_picture: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a picture of them.")] = None,
+    export_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all samples as JSON.", rich_help_panel=OUTPUT)
+    ] = None,
+    export_markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.", rich_help_panel=OUTPUT)
+    ] = None,
+    export_picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg", help="Write a picture of them; FILE.png too.", rich_help_panel=OUTPUT),
+    ] = None,
     json: JsonOut = False,
     force: Force = False,
     verbose: Verbose = False,
@@ -122,13 +134,15 @@ def bench(
         wan-loader bench model.safetensors --loader ours --threads 1 --threads 4 --threads 16 --io buffered
     """
     from wan_loader.cli.output import check_outputs
+    from wan_loader.profiler.render.png import check_png
 
     if world_size() > 1:
         reason = f"{world_size()} processes would disturb each other's measurements"
         raise OptionError.because(reason, "run bench without torchrun")
     check_outputs(export_json, export_markdown, export_picture, force=force)
-    if export_picture is not None and export_picture.suffix != ".svg":
-        raise typer.BadParameter(f"{export_picture}: pictures are SVG: name it FILE.svg (browsers make a PNG of it)")
+    if export_picture is not None and export_picture.suffix not in (".svg", ".png"):
+        raise typer.BadParameter(f"{export_picture}: pictures are SVG or PNG: name it FILE.svg or FILE.png")
+    check_png(export_picture if export_picture is not None and export_picture.suffix == ".png" else None)
     with usage_errors():
         entries, places = _entries(loader, io, threads), _places(storage)
     caches = [c.value for c in dict.fromkeys(cache or [CacheChoice.WARM])]
@@ -246,13 +260,13 @@ def _exported(
     document: dict[str, Any], json: Path | None, markdown: Path | None, picture: Path | None
 ) -> AbstractContextManager[None]:
     from wan_loader.bench.markdown import to_markdown
-    from wan_loader.bench.picture import to_svg
+    from wan_loader.bench.picture import to_png, to_svg
     from wan_loader.cli.output import to_text, writing
 
     return writing(
         (json, lambda: to_text(document)),
         (markdown, lambda: to_markdown(document)),
-        (picture, lambda: to_svg(document)),
+        (picture, lambda: to_png(document) if picture is not None and picture.suffix == ".png" else to_svg(document)),
     )
 
 

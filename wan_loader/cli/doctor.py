@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,11 +64,11 @@ def _document(
     Returns:
         The findings, and the time at which the oldest of the rates in them was measured.
     """
-    from wan_loader.devices.resolve import device_card, resolve_device
+    from wan_loader.devices.resolve import cuda_build, device_card, resolve_device
     from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.profiler.probe.ceilings import find_ceilings
     from wan_loader.profiler.probe.machine_findings import diagnose
-    from wan_loader.profiler.probe.system_facts import limits, storage_facts
+    from wan_loader.profiler.probe.system_facts import limits, nvidia_gpus, storage_facts
     from wan_loader.system.machine import machine_card
     from wan_loader.system.page_cache import describe
     from wan_loader.warming.evict import resident_bytes
@@ -82,6 +83,12 @@ def _document(
         "target": str(path) if path else None,
         "device": str(target),
         "machine": {**machine_card(), **device_card(str(target))},
+        "gpus": {
+            "here": nvidia_gpus(),
+            "wanted": device != "cpu",
+            "torch_cuda": cuda_build(),
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        },
         "limits": limits(),
         "storage": storage_facts(files[0]) if files else {},
         "files": {"n": len(files), "nbytes": sum(Path(f).stat().st_size for f in files)},
@@ -133,9 +140,12 @@ def _machine(document: dict[str, Any], device: str) -> Iterator[tuple[str, str]]
     )
     if "gpu" in machine:
         yield "GPU", f"{machine['gpu']}, {format_bytes(machine['gpu_memory_bytes'])}, CUDA {machine['cuda']}"
+    elif device != "auto":
+        yield "GPU", f"not looked at: --device {device}"
     else:
-        none = "none found that torch can use: loads go to host memory"
-        yield "GPU", none if device == "auto" else f"not looked at: --device {device}"
+        here = document["gpus"]["here"]
+        none = f"{here} here, and none that torch can use" if here else "none found that torch can use"
+        yield "GPU", f"{none}: loads go to host memory"
     yield "system", f"Linux {machine['kernel']}, Python {machine['python']}, torch {machine['torch']}"
     locked = limits.get("memlock_bytes")
     yield "lockable memory", "unlimited" if locked is None else format_bytes(locked)

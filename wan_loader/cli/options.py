@@ -16,6 +16,7 @@ from wan_loader.dtypes import parse_dtype
 from wan_loader.errors import OptionError
 
 __all__ = [
+    "OUTPUT",
     "CacheDir",
     "Device",
     "Dtype",
@@ -34,6 +35,10 @@ __all__ = [
     "usage_errors",
     "verbose",
 ]
+
+
+#: The group of options, in the help of both programs, that say what is printed and written.
+OUTPUT = "Output"
 
 
 class IoChoice(enum.StrEnum):
@@ -109,9 +114,16 @@ Dtype = Annotated[
         callback=check_dtype,
     ),
 ]
-Io = Annotated[IoChoice, typer.Option(help="Way to read; auto chooses from what lies in the page cache.")]
+Io = Annotated[
+    IoChoice,
+    typer.Option(
+        metavar="WAY",
+        help="How to read: mapped, direct, buffered, or auto, which chooses by what lies in the page cache.",
+    ),
+]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=64, help="Reads side by side.", show_default="chosen from the plan")
+    int | None,
+    typer.Option(min=1, max=64, metavar="N", help="Reads side by side, 1 to 64.", show_default="chosen from the plan"),
 ]
 KeepFp32 = Annotated[
     list[str] | None,
@@ -122,10 +134,14 @@ KeepFp32 = Annotated[
         show_default=False,
     ),
 ]
-JsonOut = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
-OutFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON document to a file.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
+JsonOut = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout and nothing else.", rich_help_panel=OUTPUT)
+]
+OutFile = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Write the JSON document to a file.", rich_help_panel=OUTPUT)
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.", rich_help_panel=OUTPUT)]
 CacheDir = Annotated[
     Path | None, typer.Option(help="Where the converted cache is.", show_default="the user's cache directory")
 ]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.", rich_help_panel=OUTPUT)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wan_loader.cli.options import Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Part, Threads, Verbose
+from wan_loader.cli.options import OUTPUT, Device, Dtype, Force, Io, IoChoice, JsonOut, OutFile, Part, Threads, Verbose
 from wan_loader.cli.torchrun import own_file, together
 from wan_loader.distributed.processes import is_first
 
@@ -23,10 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = ["PageFile", "PngFile", "SvgFile", "TraceFile", "profile", "render_session"]
 
-TraceFile = Annotated[Path | None, typer.Option("--trace", help="Write a trace that opens in Perfetto.")]
-SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write a picture of the timeline as SVG.")]
-PngFile = Annotated[Path | None, typer.Option("--png", help="Write the same picture as PNG.")]
-PageFile = Annotated[Path | None, typer.Option("--html", help="Write a page with timeline, table and advice.")]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", help="Write a trace that opens in Perfetto.", rich_help_panel=OUTPUT)
+]
+SvgFile = Annotated[
+    Path | None, typer.Option("--svg", help="Write a picture of the timeline as SVG.", rich_help_panel=OUTPUT)
+]
+PngFile = Annotated[Path | None, typer.Option("--png", help="Write the same picture as PNG.", rich_help_panel=OUTPUT)]
+PageFile = Annotated[
+    Path | None, typer.Option("--html", help="Write a page with timeline, table and advice.", rich_help_panel=OUTPUT)
+]
 
 
 def profile(
@@ -227,7 +233,7 @@ def _profile_program(
 ) -> tuple[Session, int]:
     from wan_loader.profiler.analysis.assemble import program_session
     from wan_loader.profiler.analysis.merge import merge
-    from wan_loader.profiler.analysis.weight_files import device_of, files_of
+    from wan_loader.profiler.analysis.weight_files import device_of, files_of, programs_of
     from wan_loader.profiler.probe.surroundings import surroundings
     from wan_loader.profiler.probe.system_facts import limits
     from wan_loader.profiler.program import run_program
@@ -240,7 +246,7 @@ def _profile_program(
     found = files_of(processes)
     files = sorted(found, key=lambda path: -found[path].nbytes)
     with _told(measure):
-        environment = surroundings(files, device, before, measure=measure)
+        environment = surroundings(files, device, before, measure=measure, programs=programs_of(found))
     return program_session(recording, processes, environment), recording.returncode
 
 

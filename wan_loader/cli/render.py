@@ -105,7 +105,7 @@ def print_ranks(console: PlainConsole, found: RankComparison) -> None:
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
-    """Print warnings on stderr, one a line."""
+    """Print warnings on stderr, one a line; on a terminal folded between words."""
     console = error_console()
     for warning in warnings:
-        console.print(f"warning: {printable(warning)}", style="yellow")
+        console.print(f"warning: {printable(warning)}", style="yellow", no_wrap=not console.is_terminal)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_room_for_torch",
     "check_tensors_are_real",
+    "cuda_build",
     "current",
     "device_card",
     "device_peak_bytes",
@@ -152,6 +153,13 @@ def device_peak_bytes(device: str) -> int:
     import torch
 
     return 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
+
+
+def cuda_build() -> str | None:
+    """Return the version of CUDA that this torch was built with; None if it knows nothing of it."""
+    import torch
+
+    return torch.version.cuda
 
 
 def device_card(device: str) -> dict[str, object]:

@@ -91,7 +91,7 @@ class Profile:
     def _judge(self, logs: Any, end_ns: int) -> Session:
         from wan_loader.profiler.analysis.assemble import program_session
         from wan_loader.profiler.analysis.merge import merge
-        from wan_loader.profiler.analysis.weight_files import device_of, files_of
+        from wan_loader.profiler.analysis.weight_files import device_of, files_of, programs_of
         from wan_loader.profiler.probe.surroundings import surroundings
         from wan_loader.profiler.program import Recording
 
@@ -104,10 +104,14 @@ class Profile:
             logs=logs,
             seen=tuple(self._watcher.seen),
             inside=True,
+            directory=os.getcwd(),
         )
         processes = merge(recording)
         device = "cuda:0" if device_of(processes) == "cuda" else "cpu"
-        around = surroundings(list(files_of(processes)), device, self._before, measure=self._measures, known=True)
+        files = files_of(processes)
+        around = surroundings(
+            list(files), device, self._before, measure=self._measures, known=True, programs=programs_of(files)
+        )
         return program_session(recording, processes, around)
 
 

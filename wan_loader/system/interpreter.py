@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["paused_gc", "short_turns"]
+__all__ = ["freeze_all", "paused_gc", "short_turns"]
 
 #: Python freezes some hundred objects of its own. Programs freeze all they have, which is never less than 4000.
 _FROZEN_BY_ITSELF = 2000
@@ -64,6 +64,13 @@ def _count_as_long_lived() -> None:
     if not _program_froze:
         gc.freeze()
         gc.unfreeze()
+
+
+def freeze_all() -> None:
+    """Freeze what there is for good: neither this process nor its forks look at it again, or count it."""
+    global _program_froze
+    gc.freeze()
+    _program_froze = True
 
 
 @contextmanager

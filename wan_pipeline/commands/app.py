@@ -19,10 +19,11 @@ from wan_pipeline.commands.synth import synth
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    add_completion=False,
+    name="wan-pipeline",
+    help="Text to video with WAN2.2, started as fast as the hardware allows.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -39,11 +40,17 @@ def _app(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Text to video with WAN2.2, started as fast as the hardware allows."""
+    """Global options."""
 
 
-for command in (generate, load, synth):
-    app.command()(command)
+def _with_underscores(word: str) -> str:
+    """Take --ckpt-dir for --ckpt_dir: generate.py's flags have underscores."""
+    return word.replace("-", "_")
+
+
+for command in (generate, load):
+    app.command(context_settings={"token_normalize_func": _with_underscores})(command)
+app.command()(synth)
 
 
 def main() -> NoReturn:

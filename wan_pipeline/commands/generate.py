@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import secrets
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wan_loader import OptionError
-from wan_loader.cli import check_outputs, own_file, print_json, say, show, write_json
+from wan_loader.cli import OUTPUT, Force, Verbose, check_outputs, own_file, print_json, say, show, write_json
 from wan_loader.distributed import is_first, world_size
+from wan_pipeline.commands.load_report import print_load_report
 from wan_pipeline.commands.many import agreed_seed, make_videos, tell_made
 from wan_pipeline.families import FAMILIES
 from wan_pipeline.network_files import NetworkFiles
@@ -23,6 +25,7 @@ from wan_pipeline.parallel import Degrees
 from wan_pipeline.phase_progress import phase_progress
 from wan_pipeline.prompt_file import PromptLine, read_prompt_file
 from wan_pipeline.start_options import checked_bytes
+from wan_pipeline.video import check_video_name
 from wan_pipeline.video_request import VideoRequest, parse_guide_scale, parse_size
 from wan_pipeline.wan_checkpoint import open_wan
 
@@ -36,23 +39,30 @@ __all__ = ["generate", "load"]
 _TASKS = [family.task for family in FAMILIES]
 
 
-def _spellings(name: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+def _option(name: str, help: str, *, panel: str, **settings: Any) -> Any:
+    """Make an option that stands in a panel of the help."""
+    return typer.Option(f"--{name}", help=help, rich_help_panel=panel, **settings)
 
 
-def _option(name: str, help: str, **settings: Any) -> Any:
-    return typer.Option(*_spellings(name), help=help, **settings)
+_checkpoint = partial(_option, panel="Checkpoint")
+_video = partial(_option, panel="Video")
+_memory = partial(_option, panel="Memory and devices")
+_start = partial(_option, panel="Start")
+_output = partial(_option, panel=OUTPUT)
 
 
 _TASK_HELP = f"{', '.join(_TASKS[:-1])} or {_TASKS[-1]}."
 CkptDir = Annotated[
     Path | None,
-    _option("ckpt_dir", "The checkpoint, in the native or the diffusers layout, or with ComfyUI's folders."),
+    _checkpoint(
+        "ckpt_dir",
+        "The checkpoint, in the native or the diffusers layout, or with ComfyUI's folders.",
+    ),
 ]
 
 
 def _file(name: str, what: str) -> Any:
-    return _option(name, f"{what}, in the place of the checkpoint's.", metavar="FILE", show_default=False)
+    return _checkpoint(name, f"{what}, instead of the checkpoint's.", metavar="FILE", show_default=False)
 
 
 HighNoise = Annotated[Path | None, _file("high_noise", "The high-noise expert, safetensors or GGUF")]
@@ -62,14 +72,23 @@ TextEncoder = Annotated[Path | None, _file("text_encoder", "The text encoder")]
 Vae = Annotated[Path | None, _file("vae", "The VAE")]
 Tokenizer = Annotated[
     Path | None,
-    _option("tokenizer", "The directory of umT5's tokenizer.", metavar="DIR", show_default="in or beside the files"),
+    _checkpoint(
+        "tokenizer",
+        "The directory of umT5's tokenizer.",
+        metavar="DIR",
+        show_default="in or beside the files",
+    ),
 ]
 PresetName = Annotated[
-    str, _option("preset", "auto, fastest, balanced, min-memory, streamed, multi-gpu, or a .toml file of your own.")
+    str,
+    _memory(
+        "preset",
+        "auto, fastest, balanced, min-memory, streamed, multi-gpu, or a .toml file of your own.",
+    ),
 ]
 VramLimit = Annotated[
     str | None,
-    _option(
+    _memory(
         "vram_limit",
         "What the process may hold on the GPU, as the driver counts it, such as 12GB: the fastest way that fits is "
         "taken, down to blocks that come from the files as they run.",
@@ -79,63 +98,72 @@ VramLimit = Annotated[
 ]
 RamLimit = Annotated[
     str | None,
-    _option(
+    _memory(
         "ram_limit",
         "What the process may hold in host memory, such as 24GB: with the pages that streamed blocks rely upon.",
         metavar="SIZE",
         show_default="three quarters of what is available for streamed blocks",
     ),
 ]
-Device = Annotated[str, _option("device", "auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, _memory("device", "auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
-    str | None, _option("dtype", "Of the experts: bf16, fp16 or fp32.", show_default="the preset's, bf16")
+    str | None,
+    _memory("dtype", "Of the experts: bf16, fp16 or fp32.", show_default="the preset's, bf16"),
 ]
-ConvertDtype = Annotated[bool, _option("convert_model_dtype", "Experts in bf16; what the presets do anyway.")]
-T5Cpu = Annotated[bool, _option("t5_cpu", "Encode the prompt on the CPU.")]
+ConvertDtype = Annotated[bool, _memory("convert_model_dtype", "Experts in bf16; what the presets do anyway.")]
+T5Cpu = Annotated[bool, _memory("t5_cpu", "Encode the prompt on the CPU.")]
 OffloadModel = Annotated[
     str | None,
-    _option(
+    _memory(
         "offload_model",
         "True: one expert on the device at a time; False: everything stays.",
         metavar="True|False",
         show_default="the preset decides",
     ),
 ]
-DitFsdp = Annotated[bool, _option("dit_fsdp", "Divide the experts over the processes.")]
-T5Fsdp = Annotated[bool, _option("t5_fsdp", "Divide the text encoder over the processes.")]
-Ulysses = Annotated[int, _option("ulysses_size", "Divide attention over so many processes.", min=1)]
+DitFsdp = Annotated[bool, _memory("dit_fsdp", "Divide the experts over the processes.")]
+T5Fsdp = Annotated[bool, _memory("t5_fsdp", "Divide the text encoder over the processes.")]
+Ulysses = Annotated[int, _memory("ulysses_size", "Divide attention over so many processes.", min=1, metavar="N")]
 Cache = Annotated[
-    bool, _option("cache", "Keep converted experts, and read them from there the next time. For one process.")
+    bool,
+    _checkpoint("cache", "Keep converted experts, and read them from there the next time. For one process."),
 ]
 CacheDir = Annotated[
-    Path | None, _option("cache_dir", "Where the converted cache is.", show_default="the user's cache directory")
+    Path | None,
+    _checkpoint("cache_dir", "Where the converted cache is.", show_default="the user's cache directory"),
 ]
 Keep = Annotated[
     bool,
-    _option("keep", "Use the networks that `wan-loader standby keep DIR` has left in memory. For one process."),
+    _checkpoint(
+        "keep",
+        "Use the networks that `wan-loader standby keep DIR` has left in memory. For one process.",
+    ),
 ]
 FullImports = Annotated[
-    bool, _option("full_imports", "Import at once what else waits for its first use, such as scipy.")
+    bool, _start("full_imports", "Import at once what else waits for its first use, such as scipy.")
 ]
-ProfileOut = Annotated[Path | None, _option("profile_out", "Write one JSON report of the whole run to a file.")]
+ProfileOut = Annotated[Path | None, _output("profile_out", "Write one JSON report of the whole run to a file.")]
 Standby = Annotated[
     bool | None,
     typer.Option(
-        "--standby/--no-standby", help="Start in a fork of the stand-by server.", show_default="if there is one"
+        "--standby/--no-standby",
+        help="Start in a fork of the stand-by server.",
+        show_default="if there is one",
+        rich_help_panel="Start",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="The report as one JSON document on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite output files.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks of errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="The report as one JSON document on stdout.", rich_help_panel=OUTPUT)
+]
 
 
 def generate(
     prompt: Annotated[
-        str | None, _option("prompt", "What the video shows.", show_default="what --prompt_file says")
+        str | None, _video("prompt", "What the video shows.", show_default="what --prompt_file says")
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        _option("prompt_file", "Many videos, one start: a prompt a line, or JSON with fields named as flags."),
+        _video("prompt_file", "Many videos, one start: a prompt a line, or JSON with fields named as flags."),
     ] = None,
     ckpt_dir: CkptDir = None,
     high_noise: HighNoise = None,
@@ -144,25 +172,26 @@ def generate(
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     tokenizer: Tokenizer = None,
-    task: Annotated[str | None, _option("task", _TASK_HELP, show_default="the checkpoint's")] = None,
-    size: Annotated[str | None, _option("size", "WIDTH*HEIGHT in pixels.", show_default="1280*720")] = None,
-    frame_num: Annotated[int | None, _option("frame_num", "Frames, 4n+1.", show_default="81")] = None,
-    sample_steps: Annotated[int | None, _option("sample_steps", "Denoising steps.", show_default="40")] = None,
-    sample_shift: Annotated[float | None, _option("sample_shift", "Noise shift.", show_default="12")] = None,
+    task: Annotated[str | None, _checkpoint("task", _TASK_HELP, show_default="the checkpoint's")] = None,
+    size: Annotated[str | None, _video("size", "WIDTH*HEIGHT in pixels.", show_default="1280*720")] = None,
+    frame_num: Annotated[int | None, _video("frame_num", "Frames, 4n+1.", show_default="81")] = None,
+    sample_steps: Annotated[int | None, _video("sample_steps", "Denoising steps.", show_default="40")] = None,
+    sample_shift: Annotated[float | None, _video("sample_shift", "Noise shift.", show_default="12")] = None,
     sample_guide_scale: Annotated[
         str | None,
-        _option("sample_guide_scale", "Guidance: one number, or LOW,HIGH noise.", show_default="3.0,4.0"),
+        _video("sample_guide_scale", "Guidance: one number, or LOW,HIGH noise.", show_default="3.0,4.0"),
     ] = None,
-    sample_solver: Annotated[str, _option("sample_solver", "unipc or dpm++.")] = "unipc",
+    sample_solver: Annotated[str, _video("sample_solver", "unipc or dpm++.")] = "unipc",
     negative_prompt: Annotated[
-        str | None, _option("negative_prompt", "What to steer away from.", show_default="the published one")
+        str | None,
+        _video("negative_prompt", "What to steer away from.", show_default="the published one"),
     ] = None,
-    base_seed: Annotated[int, _option("base_seed", "The same seed gives the same video; -1 draws one.")] = -1,
+    base_seed: Annotated[int, _video("base_seed", "The same seed gives the same video; -1 draws one.")] = -1,
     save_file: Annotated[
-        Path | None, _option("save_file", "The mp4 to write.", show_default="TASK_SIZE_SEED.mp4")
+        Path | None, _output("save_file", "The mp4 to write.", show_default="TASK_SIZE_SEED.mp4")
     ] = None,
     save_dir: Annotated[
-        Path | None, _option("save_dir", "Where the videos of --prompt_file go; those that are there are kept.")
+        Path | None, _output("save_dir", "Where the videos of --prompt_file go; those that are there are kept.")
     ] = None,
     preset: PresetName = "auto",
     vram_limit: VramLimit = None,
@@ -187,13 +216,19 @@ def generate(
 ) -> None:
     """Generate a video from a prompt, or many from a file of prompts.
 
-    \b
-    wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
-    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --vram_limit 12GB --size 832*480 --save_file cats.mp4
-    wan-pipeline generate --ckpt_dir DIR --prompt TEXT --high_noise high-Q4_K_M.gguf --low_noise low-Q4_K_M.gguf
-    wan-pipeline generate --ckpt_dir DIR --prompt_file prompts.txt --save_dir videos
-    torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT \\
-        --dit_fsdp --t5_fsdp --ulysses_size 8
+    The flags are those of generate.py; hyphens in the place of underscores are accepted, too.
+
+    Examples:
+
+        wan-pipeline generate --ckpt_dir Wan2.2-T2V-A14B --prompt "Two cats boxing on a stage"
+
+        wan-pipeline generate --ckpt_dir DIR --prompt TEXT --vram_limit 12GB --size 832*480 --save_file cats.mp4
+
+        wan-pipeline generate --ckpt_dir DIR --prompt TEXT --high_noise high-Q4.gguf --low_noise low-Q4.gguf
+
+        wan-pipeline generate --ckpt_dir DIR --prompt_file prompts.txt --save_dir videos
+
+        torchrun --nproc_per_node 8 -m wan_pipeline generate --ckpt_dir DIR --prompt TEXT --dit_fsdp --ulysses_size 8
     """
     _check_prompts(prompt, prompt_file, save_file, save_dir)
     files = _named_files(ckpt_dir, high_noise, low_noise, transformer, text_encoder, vae, tokenizer)
@@ -268,10 +303,13 @@ def load(
     force: Force = False,
     verbose: Verbose = False,
 ) -> None:
-    """Start the pipeline and load what its first phase needs; generate nothing.
+    """Start the pipeline, load what its first phase needs, and say what took the time; generate nothing.
 
-    \b
-    wan-pipeline load --ckpt_dir Wan2.2-T2V-A14B --preset fastest --profile-out start.json
+    Examples:
+
+        wan-pipeline load --ckpt_dir Wan2.2-T2V-A14B
+
+        wan-pipeline load --ckpt_dir Wan2.2-T2V-A14B --preset fastest --profile_out start.json
     """
     files = _named_files(ckpt_dir, high_noise, low_noise, transformer, text_encoder, vae, tokenizer)
     start = _start_settings(preset, device, dtype, convert_model_dtype, t5_cpu, offload_model)
@@ -284,13 +322,9 @@ def load(
         pipe.wait()
         report = {**pipe.report(), "command": "load"}
     _finish_cache(report, pipe)
-    _finish(report, profile_out, json=json, result="\n".join(map(_load_line, report["pipeline"]["loads"])))
-
-
-def _load_line(load: dict[str, Any]) -> str:
-    kept = load.get("kept", {}).get("state") == "attached"
-    size = f"{load['nbytes_device' if kept else 'nbytes'] / 1e9:.2f} GB"
-    return f"{load['name']} {size}{' kept, attached' if kept else ''} in {load['seconds']:.2f} s"
+    _finish(report, profile_out, json=json, result=None)
+    if is_first() and not json:
+        print_load_report(report)
 
 
 def _check_prompts(prompt: str | None, prompt_file: Path | None, save_file: Path | None, save_dir: Path | None) -> None:
@@ -298,6 +332,8 @@ def _check_prompts(prompt: str | None, prompt_file: Path | None, save_file: Path
         raise typer.BadParameter("say what the video shows with --prompt or --prompt_file, and not with both")
     if prompt_file is not None and save_file is not None:
         raise OptionError.because("--save_file is for one video", "use --save_dir, or save_file in a line of the file")
+    if save_file is not None:
+        check_video_name(save_file)
     if prompt_file is None and save_dir is not None:
         raise OptionError.because("--save_dir needs --prompt_file", "use --save_file")
 

@@ -51,7 +51,21 @@ class _FileRecorder(AgentRecorder):
         except Exception:  # gone, or not a plain file
             nbytes, resident = 0, None
         files[path] = {"nbytes": nbytes, "resident_before": resident, "reader": reader, "mapped": mapped}
+        if site := _site():
+            files[path]["site"] = site
         self.note(file=[path, files[path]])
+
+
+def _site() -> Any:
+    """Return file and line of the innermost frame that belongs to no library and not to Python; None without one."""
+    library, here = os.path.dirname(os.__file__), os.path.dirname(__file__)
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(("<", library, here)) and not ("site-packages" in name or "dist-packages" in name):
+            return [os.path.abspath(name), frame.f_lineno]
+        frame = frame.f_back
+    return None
 
 
 def start(directory: Any) -> None:
@@ -173,6 +187,7 @@ def _finish(recorder: Any, why: Any = "exit") -> None:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             recorder.facts["gpu"] = torch.cuda.get_device_name()
+            recorder.facts["device_memory_bytes"] = torch.cuda.get_device_properties().total_memory
             recorder.facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     except Exception:
         recorder.facts["incomplete"] = True

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.phases import known_phase
-from wan_loader.profiler.analysis.outside import outside_process, unseen_reads
+from wan_loader.profiler.analysis.outside import OWN_END, outside_process, unseen_reads
 from wan_loader.profiler.analysis.roles import name_of, role_of
 from wan_loader.profiler.analysis.session import Process, Sample
 from wan_loader.profiler.analysis.waiting import busy_windows, unseen_waits
@@ -144,6 +144,8 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str], gone_ns: in
         last_ns = max(last_ns, min(seen.end_ns, gone_ns or seen.end_ns))  # Python's own end included
     else:
         last_ns = max([last_ns, *(c.at_ns for c in counters)])
+    if end is not None and end.get("why") == "exit" and _is_moment(end.get("at")) and end["at"] < last_ns:
+        rows.append(["other", end["at"], last_ns, 0, "MainThread", OWN_END])
     if end is None:
         rows += _cut_short(log.lines, last_ns)
     rows = [[name, max(a, start_ns), b, *rest] for name, a, b, *rest in rows if b >= start_ns]
@@ -298,13 +300,19 @@ def _facts(begin: dict[str, Any], end: dict[str, Any] | None, log: Sequence[dict
 
 
 def _file(entry: dict[str, Any]) -> dict[str, Any]:
-    nbytes, resident = entry.get("nbytes"), entry.get("resident_before")
+    nbytes, resident, site = entry.get("nbytes"), entry.get("resident_before"), entry.get("site")
     return {
         "nbytes": nbytes if _is_moment(nbytes) else 0,
         "resident_before": resident if _is_moment(resident) else None,
         "reader": str(entry.get("reader"))[:100],
         "mapped": entry.get("mapped") is True,
+        **({"site": site} if _is_site(site) else {}),
     }
+
+
+def _is_site(value: Any) -> bool:
+    """Say whether this is a file and a line of it."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_moment(value[1])
 
 
 def _unseen(recording: Recording) -> Process:

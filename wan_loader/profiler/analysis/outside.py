@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from wan_loader.profiler.program import Recording
     from wan_loader.profiler.watch import SeenProcess
 
-__all__ = ["COUNTED", "outside_process", "unseen_reads"]
+__all__ = ["COUNTED", "OWN_END", "outside_process", "unseen_reads"]
 
 #: The label of reading that is known from counters alone.
 COUNTED = "counted by the kernel"
+#: The label of what Python does after the program: it takes objects and modules apart.
+OWN_END = "Python's own end"
 #: Fewer bytes in a window are not the reading of weights.
 _WORTH_BYTES = 4 << 20
 _SHORT_NS = 200_000_000

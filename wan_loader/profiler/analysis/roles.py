@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["HELPER", "LAUNCHER", "WORKER", "name_of", "role_of"]
+__all__ = ["HELPER", "LAUNCHER", "WORKER", "name_of", "role_of", "script_words"]
 
 LAUNCHER, HELPER, WORKER = "launcher", "helper", "worker"
 _PROGRAMS = frozenset({"torchrun", "accelerate", "deepspeed", "mpirun", "mpiexec", "horovodrun", "srun"})
@@ -64,6 +64,15 @@ def name_of(argv: Sequence[str]) -> str:
         return f"{name} {_base(argv[1])}"
     # programs of several commands are known by both words
     return f"{name} launch" if name in _PROGRAMS and "launch" in argv else name
+
+
+def script_words(argv: Sequence[str]) -> tuple[str, ...]:
+    """Return the script, or -m and the module, with its arguments; empty where Python itself has options."""
+    kind, subject = _subject(argv)
+    words = tuple(argv[1:])
+    is_python = bool(argv) and _base(argv[0]).startswith(("python", "pypy"))
+    first = words[:1] == (kind or subject,)
+    return words if is_python and kind != "-c" and first and words[:1] != ("",) else ()
 
 
 def _base(path: str) -> str:

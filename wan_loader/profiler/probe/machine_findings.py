@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.sizes import format_bytes
+from wan_loader.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,8 +18,31 @@ def diagnose(document: Mapping[str, Any]) -> list[dict[str, str]]:
     """Give advice with its evidence, from the facts that `doctor` collected."""
     limits, storage, ceilings = document["limits"], document["storage"], document["ceilings"]
     nbytes = document["files"]["nbytes"]
-    checks = (_memory(limits, nbytes), _locking(limits, document["device"]), _disk(storage, ceilings), _cuda(document))
+    checks = (
+        _unused_gpu(document),
+        _memory(limits, nbytes),
+        _locking(limits, document["device"]),
+        _disk(storage, ceilings),
+        _cuda(document),
+    )
     return [{"text": text, "evidence": evidence} for check in checks for text, evidence in check]
+
+
+def _unused_gpu(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say why GPUs that are there cannot be used."""
+    gpus, machine = document["gpus"], document["machine"]
+    if not gpus["here"] or not gpus["wanted"] or "gpu" in machine:
+        return
+    here, torch = format_count(gpus["here"], "NVIDIA GPU"), f"torch {machine['torch']}"
+    if gpus["torch_cuda"] is None:
+        text = "install a torch that is built with CUDA (pytorch.org says how): this one cannot use the GPU"
+        yield text, f"{here} here, and {torch} is a build without CUDA"
+    elif gpus["visible"] is not None:
+        text = "unset CUDA_VISIBLE_DEVICES, if the GPU is to be used"
+        yield text, f"{here} here, and it is set to {gpus['visible']!r}"
+    else:
+        text = "look at what `nvidia-smi` says: the driver may be missing, or older than torch needs"
+        yield text, f"{here} here, and {torch}, built with CUDA {gpus['torch_cuda']}, finds none"
 
 
 def _memory(limits: Mapping[str, Any], nbytes: int) -> Iterator[tuple[str, str]]:

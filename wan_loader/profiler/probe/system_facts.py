@@ -18,7 +18,22 @@ from wan_loader.system.mounts import mount_of
 if TYPE_CHECKING:
     from wan_loader.types import StrPath
 
-__all__ = ["limits", "storage_facts"]
+__all__ = ["limits", "nvidia_gpus", "storage_facts"]
+
+_NVIDIA, _DISPLAY = "0x10de", "0x03"
+
+
+def nvidia_gpus(root: StrPath = "/") -> int:
+    """Count the GPUs of NVIDIA that the driver tells of, or else the bus; 0 where neither says anything."""
+    driven = list(Path(root, "proc/driver/nvidia/gpus").glob("*"))
+    if driven:
+        return len(driven)
+    count = 0
+    for device in Path(root, "sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            words = [(device / name).read_text() for name in ("vendor", "class")]
+            count += words[0].startswith(_NVIDIA) and words[1].startswith(_DISPLAY)
+    return count
 
 
 def storage_facts(path: StrPath) -> dict[str, Any]:
