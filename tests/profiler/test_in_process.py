@@ -72,14 +72,15 @@ def test_what_happens_in_the_block_is_recorded_and_no_patch_stays(weights, capsy
     assert not hasattr(Later.__init__, "__wrapped__")
     assert len(os.listdir("/proc/self/fd")) <= fds
     assert len(halves) == 4
-    spans = p.session.processes[p.session.subject].spans
+    here = p.session.processes[0]  # what it started may have set the pace, where the machine is busy
+    spans = here.spans
     assert {s.name for s in spans} >= {"construct", "cast", "read"}
     assert {s.label for s in spans} >= {"open().read", "wan_loader"}
-    assert list(p.session.processes[p.session.subject].facts["files"]) == [str(weights)]
+    assert list(here.facts["files"]) == [str(weights)]
     assert len(p.session.processes) >= 2, "what the block started is there"
     p.report()
     assert "verdict" in capsys.readouterr().out
-    assert p.session.processes[0].ended == "still running"
+    assert here.ended == "still running"
 
 
 def test_only_the_block_counts(weights):
