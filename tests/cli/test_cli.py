@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 import torch
-from programs import check_error, check_usage, wan_loader_itself
+from programs import Program, check_error, check_usage, wan_loader_itself
 from programs import wan_loader as run
 from safetensors.torch import save_file
 
@@ -377,23 +377,13 @@ def large_file(tmp_path):
     path.unlink()
 
 
-def start_interruptible(*arguments):
-    """A process that Ctrl-C reaches, even if this one was started with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command = [sys.executable, "-m", "wan_loader", *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("options", [["--io", "buffered"], ["--io", "buffered", "--dtype", "bf16", "--threads", "1"]])
 def test_ctrl_c_ends_a_load(large_file, options):
-    with start_interruptible("load", large_file, "--device", "cpu", "--json", *options) as process:
+    with Program("-m", "wan_loader", "load", large_file, "--device", "cpu", "--json", *options) as process:
         observed = psutil.Process(process.pid)
         deadline = time.perf_counter() + 30
         while observed.io_counters().read_chars < 400_000_000:
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.output()
             assert time.perf_counter() < deadline
             time.sleep(0.005)
         interrupted = time.perf_counter()
