@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -83,12 +84,11 @@ def test_help_of_commands_answers_without_torch(arguments):
 
 
 def test_help_answers_quickly():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        wan_loader_itself("--help")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1
+    """As far as that depends upon us, and not upon who else uses the machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wan_loader_itself("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert 0 < after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_options_of_the_contract_are_there():
