@@ -5,8 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 from entries import flip, left_over  # noqa: E402
 from loader_cases import MiB, random_tensor, same, write  # noqa: E402
+from programs import run  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -750,8 +749,7 @@ def test_directories_that_may_not_be_written(path):
             caches[-1].mkdir()
             os.chown(caches[-1], owner, owner)
             caches[-1].chmod(mode)
-        words = [sys.executable, "-c", AS_NOBODY, model, warm, *caches]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        done = run("-c", AS_NOBODY, model, warm, *caches)
         assert done.returncode == 0, done.stderr
         *refused, served = done.stdout.splitlines()
         assert len(refused) == 4
