@@ -13,6 +13,7 @@ import time
 import psutil
 import pytest
 import torch
+from loader_cases import storable
 from programs import Program, check_error, check_usage, wan_loader_itself
 from programs import wan_loader as run
 from safetensors.torch import save_file
@@ -50,6 +51,7 @@ def files(tmp_path_factory):
         "scalar": torch.tensor(2.5),
         "empty": torch.empty(0, 4),
     }
+    odd = storable(odd)
     save_file(odd, root / "model.safetensors")
     torch.save({**odd, "tied": base, "column": base[:, 3], "transposed": base.t()}, root / "model.pth")
     torch.save({"w": base, "b": torch.ones(4)}, root / "legacy.pth", _use_new_zipfile_serialization=False)

@@ -12,6 +12,7 @@ import torch
 from programs import DISTRIBUTED, run
 from safetensors.torch import load_file, save_file
 from streamed_models import Model, empty_model, inputs, resident_model, save_model
+from versions import needs_torch
 
 import wan_loader
 from wan_loader import CheckpointError, DeviceMemoryError, KeyMismatchError, LoadCancelledError, OptionError
@@ -509,6 +510,7 @@ with torch.no_grad():
 """
 
 
+@needs_torch(2, 5, "a graph for each block")
 def test_compiled_blocks_are_one_graph(path):
     done = run("-c", COMPILED, path, modules=DISTRIBUTED, env={"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
