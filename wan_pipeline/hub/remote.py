@@ -12,6 +12,7 @@ import errno
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from wan_loader import HubError, OutputError
 from wan_loader.system import StoppedError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Digest", "Listing", "RemoteFile", "list_repository", "quiet_hub", "transfer"]
 
 _MAX_FILES = 100_000
+#: Whose models are on ModelScope, too, under the same names.
+_ON_MODELSCOPE = "Wan-AI/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,25 +238,45 @@ def _explain(error: Exception, repository: str, revision: str | None, path: str 
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     what = f"{path} of {repository}" if path else repository
+    host = _host(error)
     if "GatedRepoError" in kinds:
-        reason = "is gated: accept its terms on its page, then set HF_TOKEN or run `hf auth login`"
+        reason = f"is gated: accept its terms on its page at {host}, then set HF_TOKEN or run `hf auth login`"
     elif "RevisionNotFoundError" in kinds:
-        reason = f"has no revision {revision!r}: check --revision"
+        reason = f"has no revision {revision!r} on {host}: check --revision"
     elif "RepositoryNotFoundError" in kinds:
-        reason = "is not on the hub, or is private: check the name; for a private one set HF_TOKEN"
+        reason = f"is not on the hub ({host}), or is private: check the name; for a private one set HF_TOKEN"
     elif "HFValidationError" in kinds:
         reason = "is not a name of a repository: write OWNER/NAME"
     elif status in (401, 403):
-        reason = f"is not open to you ({status}): check HF_TOKEN"
+        reason = f"is not open to you ({host} answers {status}): check HF_TOKEN"
     elif status == 404:
-        reason = "is not there any more (404): run it again"
+        reason = f"is not there any more ({host} answers 404): run it again"
     elif status == 416:
-        reason = "is shorter on the hub than the hub says: try again later"
+        reason = f"is shorter on the hub than the hub says ({host}): try again later"
     elif status is not None:
-        reason = f"cannot be had: the hub answers {status}: try again later"
+        reason = f"cannot be had: {host} answers {status}: try again later, or {_other_source(repository)}"
     elif "OfflineModeIsEnabled" in kinds:
         reason = "cannot be asked for: HF_HUB_OFFLINE is set"
     else:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
-        reason = f"cannot be reached: {detail}: check the network, HF_ENDPOINT and proxies"
+        remedy = f"check the network and proxies, set HF_ENDPOINT to a mirror, or {_other_source(repository)}"
+        reason = f"cannot be reached at {host}: {detail}: {remedy}"
     return HubError(f"{what} {reason}", status=status, path=path, reason=reason)
+
+
+def _host(error: Exception) -> str:
+    """Return the host that was asked: of the request that failed, where it is known, or the hub's."""
+    from huggingface_hub import constants
+
+    try:
+        url = str(error.request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # httpx raises where there is no request
+        url = constants.ENDPOINT
+    return urlsplit(url).netloc.rpartition("@")[2] or "the hub"
+
+
+def _other_source(repository: str) -> str:
+    """Say where the same files are, if they are anywhere else."""
+    if repository.startswith(_ON_MODELSCOPE):
+        return f"take the same files from modelscope.cn (modelscope download --model {repository})"
+    return "choose another repository"

@@ -247,15 +247,16 @@ def test_no_network(target, monkeypatch):
     point_to(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(HubError) as error:
         download(target)
-    assert "cannot be reached" in error.value.reason
-    assert "HF_ENDPOINT" in error.value.reason
+    assert "cannot be reached at 127.0.0.1:9: " in error.value.reason
+    assert "set HF_ENDPOINT to a mirror" in error.value.reason
+    assert f"modelscope.cn (modelscope download --model {REPOSITORY})" in error.value.reason
     assert not target.exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"repository": "nobody/nothing"}, "not on the hub"),
+        ({"repository": "nobody/nothing"}, r"not on the hub \(127\.0\.0\.1:\d+\)"),
         ({"repository": "a/b/c"}, "OWNER/NAME"),
         ({"repository": "../etc"}, "OWNER/NAME"),
         ({"revision": "v9"}, "no revision 'v9'"),
@@ -280,6 +281,7 @@ def test_a_hub_that_refuses(hub, target, status):
     with pytest.raises(HubError) as error:
         download(target)
     assert error.value.status == status
+    assert f"{hub.endpoint.removeprefix('http://')} answers {status}" in error.value.reason
 
 
 def test_another_kind_of_repository(hub, target):
