@@ -36,7 +36,7 @@ class Column:
     right: bool = False
     """Cells end below each other, as numbers should."""
     drop: int = 0
-    """Among the columns that can be left out, the lowest go first, together where they are alike; 0: it always stays."""
+    """Among columns that can be left out the lowest go first, together where they are alike; 0: it always stays."""
     least: int | None = None
     """Cells may be shortened to so many characters; None: they stay whole. Drawings have at least so many."""
     most: int | None = None
