@@ -152,11 +152,11 @@ def _process_table(session: Session) -> Columns:
     table = Columns(
         Column("process", least=24, most=60),
         Column("from", right=True, drop=1),
-        Column("to", right=True, drop=2),
+        Column("to", right=True, drop=1),
         Column("paced", right=True),
         Column("mostly"),
-        Column("read", right=True, drop=3),
-        Column("ended", drop=4),
+        Column("read", right=True, drop=2),
+        Column("ended", drop=3),
         Column("timeline", least=_LEAST_BAR, most=60),
     )
     for number in shown_processes(session):
