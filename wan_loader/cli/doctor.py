@@ -89,7 +89,7 @@ def _document(
         "storage": storage_facts(files[0]) if files else {},
         "files": {"n": len(files), "nbytes": sum(Path(f).stat().st_size for f in files)},
         "ceilings": dict(found.values),
-        "samples": {name: list(many) for name, many in found.samples.items()},
+        "ceiling_samples": {name: list(many) for name, many in found.samples.items()},
         "measured_now": list(found.measured),
         "notes": list(found.notes),
     }
@@ -109,7 +109,7 @@ def _print(console: Any, document: dict[str, Any], *, device: str, since: float 
     console.print(facts)
     rates = Columns("\nwhat", "\nat best", "\nsamples")
     for key, value in document["ceilings"].items():
-        many = document["samples"].get(key) or [value]
+        many = document["ceiling_samples"].get(key) or [value]
         spread = f"{min(many):.2f} .. {max(many):.2f}" if len(many) > 1 else ""
         rates.add_row(_RATES.get(key, key), f"{value:.2f} {'GB/s' if key.endswith('_gbps') else 's'}", spread)
     console.print(rates)

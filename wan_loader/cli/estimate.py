@@ -99,8 +99,10 @@ def _document(
     plans = [plan_elsewhere(c, dtype_name(dtype), cuda=device == "cuda") for c in checkpoints]
     blocks, slots = [block for plan in plans for block in blocks_of(plan)], min(plan.settings.n_slots for plan in plans)
     known = known_samples([f.path for c in checkpoints for f in c.files], device=device)
-    rates, busy = _rates(pcie, device, known), busy_reason()
-    crowd = crowding() if busy and known else 1.0
+    rates = _rates(pcie, device, known)
+    # what nobody has measured does not depend on what this machine is doing
+    busy = busy_reason() if known else ""
+    crowd = crowding() if busy else 1.0
     rows = []
     for name, disk_rate in _storages(disk, known):
         seconds = {key: _played(blocks, slots, device, disk_rate, rates, key) for key in ("typical", "most", "least")}
@@ -118,7 +120,9 @@ def _document(
         "checkpoints": [{"path": c.path, "nbytes": c.nbytes} for c in checkpoints],
         "rates": {name: rate.to_json("seconds" if name == "fixed" else "bytes_per_s") for name, rate in rates.items()},
         "estimates": rows,
-        "notes": [f"the machine is busy now ({busy}): {crowd:.1f} times as long may be, or as short"] if busy else [],
+        "notes": [f"the machine is busy now ({busy}): a start may be {crowd:.1f} times as long, or as short"]
+        if busy
+        else [],
         "warnings": _missing(path),
     }
 
