@@ -177,8 +177,9 @@ def benchmark_main(monkeypatch):
         monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")  # a benchmark takes it out, and it comes back
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         script = importlib.import_module(name)
-        for module in (script, importlib.import_module("turns")):  # most start theirs by a function of that
-            if hasattr(module, "subprocess"):
+        for module in [*sys.modules.values()]:  # most start theirs by functions of others of these scripts
+            path = Path(getattr(module, "__file__", None) or "")
+            if path.parent == ROOT / "benchmarks" and hasattr(module, "subprocess"):
                 monkeypatch.setattr(module, "subprocess", forking(modules))
         script.main()
 

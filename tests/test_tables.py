@@ -32,6 +32,12 @@ def test_cells_shrink_then_columns_go(width, kept):
     assert all(found[i] >= (10, 7, 6, 5)[i] for i in found)
 
 
+def test_columns_of_one_kind_go_together():
+    pair = (Column("name"), Column("from", drop=1), Column("to", drop=1), Column("bytes", drop=2))
+    assert list(fit(pair, [10, 5, 5, 5], 31)) == [0, 1, 2, 3]
+    assert list(fit(pair, [10, 5, 5, 5], 30)) == [0, 3]
+
+
 def test_nothing_is_taken_of_what_has_room():
     assert fit(TABLE, [30, 7, 6, 40], 89) == {0: 30, 1: 7, 2: 6, 3: 40}
 

@@ -48,6 +48,9 @@ class Recorder:
     def __init__(self) -> None:
         self.spans: list[Span] = []
 
+    def __repr__(self) -> str:
+        return f"Recorder({len(self.spans)} spans)"
+
     def record(self, span: Span) -> None:
         """Keep a span."""
         self.spans.append(span)  # list.append is atomic

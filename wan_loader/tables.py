@@ -36,7 +36,7 @@ class Column:
     right: bool = False
     """Cells end below each other, as numbers should."""
     drop: int = 0
-    """Among the columns that can be left out, the lowest goes first; 0: it always stays."""
+    """Among columns that can be left out the lowest go first, together where they are alike; 0: it always stays."""
     least: int | None = None
     """Cells may be shortened to so many characters; None: they stay whole. Drawings have at least so many."""
     most: int | None = None
@@ -122,7 +122,8 @@ def fit(columns: Sequence[Column], natural: Sequence[int], width: int) -> dict[i
         going = [i for i in kept if columns[i].drop]
         if not going:
             break
-        kept.remove(min(going, key=lambda i: columns[i].drop))
+        first = min(columns[i].drop for i in going)
+        kept = [i for i in kept if columns[i].drop != first]
     widths = {i: least[i] for i in kept}
     for _ in range(max(0, room)):
         # what is shortened most gets the next character

@@ -197,6 +197,10 @@ class WanT2V:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._close(error)
 
+    def __repr__(self) -> str:
+        started = self._started
+        return f"WanT2V({str(started.directory)!r}, {self.task}, on {started.device}, preset {self.preset})"
+
     def close(self) -> None:
         """Stop what is still being fetched and free the weights; in a distributed run, when all have come here.
 

@@ -46,7 +46,7 @@ _BLOCK = re.compile(r"\bblocks\.(\d+)\.")
 _TOKENIZERS = ("google/umt5-xxl", "umt5-xxl", "tokenizer")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class WanCheckpoint:
     """A complete WAN checkpoint: its networks in the order of first use, and the small things around them."""
 
@@ -61,6 +61,10 @@ class WanCheckpoint:
     """The share of the noise schedule from which on the high-noise expert runs; None where there is one expert."""
     family: ModelFamily = field(default=FAMILIES[0], kw_only=True, repr=False)
     """The model that it is."""
+
+    def __repr__(self) -> str:
+        names = ", ".join(component.name for component in self.components)
+        return f"WanCheckpoint({str(self.directory)!r}, {self.task}, {self.layout} layout: {names})"
 
     @property
     def task(self) -> str:

@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -37,6 +38,11 @@ def test_the_repr_of_a_result_is_one_short_line(tmp_path):
     assert repr(loaded) == "LoadResult(2 tensors, 400 kB on cpu)"
     assert repr(checkpoint) == f"Checkpoint({str(path)!r}, 'safetensors', 1 file, 2 tensors, 400 kB)"
     assert "\n" not in repr(loaded.report)
+    assert repr(loaded.plan) == f"LoadPlan({str(path)!r}, 2 tensors, 400 kB, to cpu, io='auto')"
+    assert repr(wan_loader.Recorder()) == "Recorder(0 spans)"
+    with wan_loader.prewarm(path) as warming:
+        warming.wait()
+        assert re.fullmatch(r"Prewarm\(done: .* read, .* were there\)", repr(warming))
 
 
 @pytest.mark.parametrize("mode", IO)

@@ -38,6 +38,8 @@ def edit_json(path, **changes):
 def test_an_open_checkpoint_stays_what_it_is(tiny_wan):
     checkpoint = open_wan(tiny_wan())
     assert open_wan(checkpoint) is checkpoint
+    names = "text_encoder, transformer, transformer_2, vae"
+    assert repr(checkpoint) == f"WanCheckpoint({str(checkpoint.directory)!r}, t2v-A14B, native layout: {names})"
 
 
 @pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])

@@ -61,7 +61,7 @@ class Blocks:
         return plan_blocks(self.byte_ranges, block_bytes=self.nbytes, transport=self.rule, max_gap=self.max_gap)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class LoadPlan:
     """Everything that one load is going to do. `print(plan)` says it in words."""
 
@@ -88,6 +88,11 @@ class LoadPlan:
     shared: bool = False
     """True if other processes read the rest of some storages: what is read is not complete without an exchange."""
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        nbytes = format_bytes(sum(tensor.nbytes for tensor in self.tensors))
+        what = f"{format_count(len(self.tensors), 'tensor')}, {nbytes}"
+        return f"LoadPlan({self.checkpoint.path!r}, {what}, to {self.request.device}, io={self.io!r})"
 
     @property
     def through_torch(self) -> bool:

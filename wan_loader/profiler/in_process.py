@@ -60,13 +60,13 @@ class Profile:
 
     def __enter__(self) -> Profile:
         from wan_loader.profiler.agent import boot
-        from wan_loader.profiler.probe.system_facts import limits
+        from wan_loader.profiler.probe.surroundings import before_recording
 
         if _running:
             raise OptionError.because("a profile is running in this process", "end it first: they do not nest")
         _running.append(self)
         self._session = None
-        self._before = limits()
+        self._before = before_recording()
         self._directory = tempfile.TemporaryDirectory(prefix="wan-loader-", ignore_cleanup_errors=True)
         self._start_ns = clock_ns()
         self._recorder = boot.start_inside(self._directory.name)

@@ -195,6 +195,10 @@ class StreamedBlocks:
         """What was decided, and what has happened until now."""
         return self._report()
 
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else repr(self.report)
+        return f"StreamedBlocks({state})"
+
     @property
     def closed(self) -> bool:
         """True once `close` was called."""

@@ -55,6 +55,10 @@ class StreamReport:
     """Those among them that were asked for only when their turn had come."""
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        shares = f"{len(self.streamed)} of {len(self.blocks)} blocks through {self.n_buffers} buffers"
+        return f"StreamReport({self.load.target!r}, {shares}, {format_bytes(self.device_nbytes)} on the device)"
+
     @property
     def read_seconds(self) -> float | None:
         """The time that the reads of one forward from the disk take, by the rate of the first; None: not known."""

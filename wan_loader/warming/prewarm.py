@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from wan_loader.arguments import MAX_THREADS, checked_count, checked_path
 from wan_loader.formats import open_checkpoint
 from wan_loader.formats.inventory import checkpoints_in
+from wan_loader.sizes import format_bytes
 from wan_loader.system.machine import affordable_buffers, available_memory
 from wan_loader.system.posix import cached_bytes
 
@@ -69,6 +70,11 @@ class Prewarm:
         ]
         for thread in self._threads:
             thread.start()
+
+    def __repr__(self) -> str:
+        state = "done" if self.done else "reading"
+        there = f"{format_bytes(self.nbytes_read)} read, {format_bytes(self.nbytes_resident)} were there"
+        return f"Prewarm({state}: {there}{f', {len(self.failures)} failed' if self.failures else ''})"
 
     def __enter__(self) -> Prewarm:
         return self

@@ -1,4 +1,4 @@
-"""`wan-loader download`: WAN2.2 from the Hugging Face Hub."""
+"""`wan-loader download`: WAN2.2 from the Hugging Face Hub, or from ModelScope."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ class LayoutChoice(enum.StrEnum):
     DIFFUSERS = "diffusers"
 
 
+class SourceChoice(enum.StrEnum):
+    """Where the files come from."""
+
+    HUB = "hub"
+    MODELSCOPE = "modelscope"
+
+
 def download(
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where it goes, or what is to be completed.")],
     repository: Annotated[
@@ -33,6 +40,9 @@ def download(
         typer.Option(help="As for generate.py, or as for diffusers.", show_default="native, or what REPO holds"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="main")] = None,
+    source: Annotated[
+        SourceChoice, typer.Option(help="The Hugging Face Hub, or ModelScope, which has the same files.")
+    ] = SourceChoice.HUB,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is missing, and download nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that differ from the hub's.")] = False,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Files at a time.")] = 8,
@@ -42,11 +52,13 @@ def download(
     """Download what text-to-video needs of WAN2.2, or what is missing of it, and check every file's hash.
 
     The same command goes on where it was stopped. A token for gated or private repositories is taken from HF_TOKEN or
-    `hf auth login`, the hub's address from HF_ENDPOINT.
+    `hf auth login`, the hub's address from HF_ENDPOINT (a mirror's, for instance).
 
     Examples:
 
         wan-loader download --to Wan2.2-T2V-A14B
+
+        wan-loader download --source modelscope --to Wan2.2-T2V-A14B
 
         wan-loader download --layout diffusers --to Wan2.2-T2V-A14B-Diffusers --dry-run
     """
@@ -59,6 +71,7 @@ def download(
             repository,
             layout=None if layout is None else layout.value,
             revision=revision,
+            source=source.value,
             dry_run=dry_run,
             force=force,
             threads=threads,

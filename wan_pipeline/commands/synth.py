@@ -13,6 +13,7 @@ from wan_pipeline.synth.arch import DType, Form, Layout, Size, SynthName, Task
 
 __all__ = ["synth"]
 
+_FORMS, _TASKS = (", ".join(get_args(names)) for names in (Form, Task))
 _COMPONENTS = f"One of {', '.join(get_args(SynthName))}."
 
 
@@ -22,13 +23,13 @@ def synth(
     ],
     layout: Annotated[Layout, typer.Option(help="The files as in the native or the diffusers repository.")] = "native",
     size: Annotated[Size, typer.Option(help="tiny: a few MB, runs on a CPU; full: the published shapes.")] = "tiny",
-    task: Annotated[Task, typer.Option(help="Which model.")] = "t2v-A14B",
+    task: Annotated[Task, typer.Option(metavar="TASK", help=f"Which model: {_TASKS}.")] = "t2v-A14B",
     blocks: Annotated[int | None, typer.Option(help="Only the first N blocks of each expert.")] = None,
     component: Annotated[list[str] | None, typer.Option(help=f"Only this part; may be repeated. {_COMPONENTS}")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Dtype of the experts' files; published: fp32.")] = None,
     form: Annotated[
         Form,
-        typer.Option(help="As published; or a file a network as ComfyUI has them: plain, scaled fp8, GGUF (Q8_0)."),
+        typer.Option(metavar="FORM", help=f"{_FORMS}: as published, or a file a network as ComfyUI has them."),
     ] = "published",
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights in both layouts.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace files in a directory that is not empty.")] = False,

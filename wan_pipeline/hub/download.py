@@ -19,6 +19,7 @@ from wan_loader.sizes import format_bytes
 from wan_loader.system import StoppedError, run_all
 from wan_pipeline.hub.download_state import DownloadState, locked_state, read_state
 from wan_pipeline.hub.layouts import REPOSITORIES, layouts_in, missing_files, wanted_files
+from wan_pipeline.hub.modelscope import list_on_modelscope
 from wan_pipeline.hub.remote import Digest, RemoteFile, list_repository, quiet_hub, transfer
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
-__all__ = ["Downloaded", "Status", "download"]
+__all__ = ["Downloaded", "Source", "Status", "download"]
 
 _THREADS = 8
 _ATTEMPTS = 4
@@ -39,6 +40,9 @@ _BLOCK_BYTES = 4 << 20
 
 #: checked: there and right; unchecked: there, of the right length; partial: begun; wrong: there, of another length.
 Status = Literal["checked", "unchecked", "partial", "missing", "wrong"]
+
+
+Source = Literal["hub", "modelscope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ def download(
     *,
     layout: Layout | None = None,
     revision: str | None = None,
+    source: Source = "hub",
     dry_run: bool = False,
     force: bool = False,
     threads: int | None = None,
@@ -81,6 +86,7 @@ def download(
         repository: OWNER/NAME; T2V-A14B in `layout` if None.
         layout: The layout to take; None takes what the repository holds, and native where no repository is named.
         revision: A branch, a tag or a commit; None is the default branch.
+        source: Where the files come from; ModelScope has Wan-AI's repositories under the same names.
         dry_run: Ask the hub, write nothing.
         force: Replace files that are there and are others than the hub's.
         threads: The number of files at a time (8).
@@ -95,7 +101,8 @@ def download(
     place = Path(directory)
     try:
         with quiet_hub():
-            listing = list_repository(repository or REPOSITORIES[layout or "native"], revision)
+            list_files = list_on_modelscope if source == "modelscope" else list_repository
+            listing = list_files(repository or REPOSITORIES[layout or "native"], revision)
             chosen, files = _choose(listing, layout)
             state = DownloadState(place, listing.repository, listing.revision, chosen, files)
             if dry_run:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 from wan_loader import HubError, OutputError
 from wan_loader.system import StoppedError
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from io import FileIO
 
-__all__ = ["Digest", "Listing", "RemoteFile", "list_repository", "quiet_hub", "transfer"]
+__all__ = ["MAX_FILES", "Digest", "Listing", "RemoteFile"]
+__all__ += ["checked_file", "explain", "list_repository", "quiet_hub", "transfer"]
 
-_MAX_FILES = 100_000
+MAX_FILES = 100_000
+#: Whose models are on ModelScope, too, under the same names.
+_ON_MODELSCOPE = "Wan-AI/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Listing:
     revision: str
     """The commit, whatever name it was asked for by."""
     files: tuple[RemoteFile, ...]
+    files_at: str | None = None
+    """The address that their names are put behind, if they come from elsewhere than the hub; no token is sent there."""
 
 
 class Digest:
@@ -80,16 +86,21 @@ def list_repository(repository: str, revision: str | None) -> Listing:
     try:
         info: Any = HfApi(library_name="wan-loader").model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:
-        raise _explain(error, repository, revision) from error
+        raise explain(error, repository, revision) from error
     siblings = info.siblings or []
-    if not isinstance(info.sha, str) or not info.sha.isalnum() or len(siblings) > _MAX_FILES:
+    if not isinstance(info.sha, str) or not info.sha.isalnum() or len(siblings) > MAX_FILES:
         raise HubError.because(f"the hub's answer about {repository} is not one about a model", "check HF_ENDPOINT")
     return Listing(repository, info.sha, tuple(_remote_file(repository, sibling) for sibling in siblings))
 
 
 def _remote_file(repository: str, sibling: Any) -> RemoteFile:
-    path, nbytes, lfs = sibling.rfilename, sibling.size, sibling.lfs
+    lfs = sibling.lfs
     digest = f"sha256:{lfs['sha256']}" if lfs else f"git:{sibling.blob_id}"
+    return checked_file(repository, sibling.rfilename, sibling.size, digest)
+
+
+def checked_file(repository: str, path: Any, nbytes: Any, digest: str) -> RemoteFile:
+    """Make a file of what a server says; raises `HubError` for what cannot be trusted."""
     if not isinstance(path, str) or any(part in ("", ".", "..") for part in path.split("/")) or not path.isprintable():
         raise HubError.because(f"{repository} holds a file named {path!r}: not a name to be trusted")
     if type(nbytes) is not int or nbytes < 0 or not digest.partition(":")[2].isalnum():
@@ -187,8 +198,11 @@ def transfer(
 
     sink = _Sink(file, remote, digest, stop, told)
     # compressed bytes would have other lengths and other offsets
-    headers = build_hf_headers(library_name="wan-loader", headers={"Accept-Encoding": "identity"})
+    token = None if listing.files_at is None else False
+    headers = build_hf_headers(library_name="wan-loader", token=token, headers={"Accept-Encoding": "identity"})
     url = hf_hub_url(listing.repository, remote.path, revision=listing.revision)
+    if listing.files_at is not None:
+        url = f"{listing.files_at}/{quote(remote.path)}"
     try:
         http_get(
             url,
@@ -205,7 +219,7 @@ def transfer(
     except Exception as error:
         # http_get compares lengths, too; below it is said better
         if "Consistency check failed" not in str(error):
-            raise _explain(error, listing.repository, listing.revision, remote.path) from error
+            raise explain(error, listing.repository, listing.revision, remote.path, url=url) from error
     if file.tell() != remote.nbytes:
         raise HubError.because(
             f"the hub sent {file.tell()} of the {remote.nbytes} bytes of {remote.path}", "try again later"
@@ -230,30 +244,62 @@ def quiet_hub() -> Iterator[None]:
             hub.enable_progress_bars()
 
 
-def _explain(error: Exception, repository: str, revision: str | None, path: str | None = None) -> HubError:
-    """Say what went wrong, in one line. By the names of classes, as they moved between versions and HTTP libraries."""
+def explain(
+    error: Exception, repository: str, revision: str | None, path: str | None = None, *, url: str = ""
+) -> HubError:
+    """Say what went wrong, in one line. By the names of classes, as they moved between versions and HTTP libraries.
+
+    Args:
+        error: What was raised.
+        repository: What was asked for.
+        revision: Its revision, if one was named.
+        path: The file, if it was about one.
+        url: What was asked, where the error does not say it; "": the hub.
+    """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     what = f"{path} of {repository}" if path else repository
+    host = _host(error, url)
     if "GatedRepoError" in kinds:
-        reason = "is gated: accept its terms on its page, then set HF_TOKEN or run `hf auth login`"
+        reason = f"is gated: accept its terms on its page at {host}, then set HF_TOKEN or run `hf auth login`"
     elif "RevisionNotFoundError" in kinds:
-        reason = f"has no revision {revision!r}: check --revision"
+        reason = f"has no revision {revision!r} on {host}: check --revision"
     elif "RepositoryNotFoundError" in kinds:
-        reason = "is not on the hub, or is private: check the name; for a private one set HF_TOKEN"
+        reason = f"is not on the hub ({host}), or is private: check the name; for a private one set HF_TOKEN"
     elif "HFValidationError" in kinds:
         reason = "is not a name of a repository: write OWNER/NAME"
     elif status in (401, 403):
-        reason = f"is not open to you ({status}): check HF_TOKEN"
+        reason = f"is not open to you ({host} answers {status}): check HF_TOKEN"
     elif status == 404:
-        reason = "is not there any more (404): run it again"
+        reason = f"is not there any more ({host} answers 404): run it again"
     elif status == 416:
-        reason = "is shorter on the hub than the hub says: try again later"
+        reason = f"is shorter on the hub than the hub says ({host}): try again later"
     elif status is not None:
-        reason = f"cannot be had: the hub answers {status}: try again later"
+        reason = f"cannot be had: {host} answers {status}: try again later, or {_other_source(repository, host)}"
     elif "OfflineModeIsEnabled" in kinds:
         reason = "cannot be asked for: HF_HUB_OFFLINE is set"
     else:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
-        reason = f"cannot be reached: {detail}: check the network, HF_ENDPOINT and proxies"
+        remedy = f"check the network and proxies, or {_other_source(repository, host)}"
+        reason = f"cannot be reached at {host}: {detail}: {remedy}"
     return HubError(f"{what} {reason}", status=status, path=path, reason=reason)
+
+
+def _host(error: Exception, url: str) -> str:
+    """Return the host that was asked: of the request that failed, where it is known, or the hub's."""
+    from huggingface_hub import constants
+
+    try:
+        url = str(error.request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # httpx raises where there is no request
+        url = url or constants.ENDPOINT
+    return urlsplit(url).netloc.rpartition("@")[2] or "the hub"
+
+
+def _other_source(repository: str, host: str) -> str:
+    """Say where the same files are, if they are anywhere else."""
+    if "modelscope" in host:
+        return "take the files from the hub: leave out --source"
+    mirror = "set HF_ENDPOINT to a mirror"
+    is_there = repository.startswith(_ON_MODELSCOPE)
+    return f"{mirror}, or take the same files from ModelScope: --source modelscope" if is_there else mirror

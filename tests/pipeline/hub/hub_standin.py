@@ -95,6 +95,10 @@ def handler(hub, *, is_cdn):
                 elif is_cdn:
                     _, owner, name, *rest = path.split("/")
                     self.content(f"{owner}/{name}", "/".join(rest), body)
+                elif found := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo/files", path):
+                    self.modelscope(found[1])
+                elif found := re.fullmatch(r"/models/([^/]+/[^/]+)/resolve/master/(.+)", path):
+                    self.resolve(found[1], found[2], body)
                 elif hub.token and authorization != f"Bearer {hub.token}":
                     self.reply(401, b"", {"X-Error-Code": "RepoNotFound"})
                 elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
@@ -124,6 +128,19 @@ def handler(hub, *, is_cdn):
                 siblings = [self.sibling(path, content) for path, content in files.items()]
                 document = {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
                 self.reply(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+        def modelscope(self, repository):
+            """List the files as ModelScope does."""
+            if repository not in hub.repositories:
+                self.reply(404, b"{}")
+                return
+            rows = [{"Path": "high_noise_model", "Type": "tree", "Size": 0, "Sha256": ""}]
+            for path, content in hub.repositories[repository].items():
+                size = hub.listed.get(path, len(content))
+                digest = hashlib.sha256(content).hexdigest()
+                rows.append({"Path": path, "Type": "blob", "Size": size, "Sha256": digest})
+            document = {"Code": 200, "Success": True, "Data": {"Files": rows}}
+            self.reply(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
         def sibling(self, path, content):
             size = hub.listed.get(path, len(content))

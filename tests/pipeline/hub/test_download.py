@@ -9,7 +9,7 @@ import time
 
 import pytest
 from hub_standin import COMMIT, native_files, needed, point_to
-from programs import check_error, wan_loader
+from programs import Program, check_error, wan_loader
 
 from wan_loader.errors import CheckpointError, HubError, OptionError, OutputError
 from wan_pipeline.hub import download as module
@@ -247,15 +247,16 @@ def test_no_network(target, monkeypatch):
     point_to(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(HubError) as error:
         download(target)
-    assert "cannot be reached" in error.value.reason
-    assert "HF_ENDPOINT" in error.value.reason
+    assert "cannot be reached at 127.0.0.1:9: " in error.value.reason
+    assert "set HF_ENDPOINT to a mirror" in error.value.reason
+    assert "the same files from ModelScope: --source modelscope" in error.value.reason
     assert not target.exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"repository": "nobody/nothing"}, "not on the hub"),
+        ({"repository": "nobody/nothing"}, r"not on the hub \(127\.0\.0\.1:\d+\)"),
         ({"repository": "a/b/c"}, "OWNER/NAME"),
         ({"repository": "../etc"}, "OWNER/NAME"),
         ({"revision": "v9"}, "no revision 'v9'"),
@@ -280,6 +281,7 @@ def test_a_hub_that_refuses(hub, target, status):
     with pytest.raises(HubError) as error:
         download(target)
     assert error.value.status == status
+    assert f"{hub.endpoint.removeprefix('http://')} answers {status}" in error.value.reason
 
 
 def test_another_kind_of_repository(hub, target):
@@ -360,19 +362,14 @@ def test_two_at_once_are_refused(hub, target):
 
 
 def start(target, *arguments):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command = [sys.executable, "-m", "wan_loader", "download", "--to", str(target), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return Program("-m", "wan_loader", "download", "--to", target, *arguments)
 
 
 def wait_for_bytes(target, nbytes, process):
     """Until so many bytes have come."""
     deadline = time.perf_counter() + 40
     while nbytes_in(target) < nbytes:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.output()
         assert time.perf_counter() < deadline
         time.sleep(0.005)
 
@@ -468,3 +465,44 @@ def test_inspect_says_what_is_still_missing_and_how_much_is_here(hub, target):
     assert "wan-loader download" in done.stderr
     done = wan_loader("inspect", target)
     assert f"{SHARD}, 300 kB, 100 kB of that are here" in done.stdout
+
+
+@pytest.fixture
+def modelscope(hub, monkeypatch):
+    """The stand-in as ModelScope; the hub cannot be reached."""
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    point_to(monkeypatch, "http://127.0.0.1:9")
+    return hub
+
+
+def test_modelscope_has_the_same_files(modelscope, target):
+    modelscope.cut[SHARD] = 1
+    done = download(target, source="modelscope")
+    assert done.revision == "master"
+    files = modelscope.repositories[REPOSITORY]
+    assert {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()} >= needed(files)
+    assert all((target / name).read_bytes() == files[name] for name in needed(files))
+    assert {authorization for *_, authorization in modelscope.requests} == {None}, "the hub's token is the hub's"
+    assert len(modelscope.got(SHARD)) >= 2, "goes on where it broke"
+    again = download(target, source="modelscope")
+    assert again.nbytes_received == 0
+
+
+def test_what_modelscope_does_not_have_or_tells_wrongly(modelscope, target, monkeypatch):
+    with pytest.raises(HubError, match=r"nobody/nothing is not to be had: 127\.0\.0\.1:\d+ answers 404"):
+        download(target, "nobody/nothing", source="modelscope")
+    for name in ("a/b/c", "../etc", "a/..", "abc"):
+        with pytest.raises(HubError, match="OWNER/NAME"):
+            download(target, name, source="modelscope")
+    modelscope.listed[SHARD] = "12"
+    with pytest.raises(HubError, match="cannot be checked"):
+        download(target, source="modelscope")
+    modelscope.listed.clear()
+    modelscope.repositories[REPOSITORY]["../evil.pth"] = b"x"
+    with pytest.raises(HubError, match="not a name to be trusted"):
+        download(target, source="modelscope")
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match=r"cannot be reached at 127\.0\.0\.1:9"):
+        download(target, source="modelscope")
+    assert not target.exists()

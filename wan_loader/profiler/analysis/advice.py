@@ -115,9 +115,7 @@ def _scaled(parts: Mapping[Part, float], factor: float) -> dict[Part, float]:
 
 def _fast_path(c: Case) -> Iterator[Remedy]:
     """Advise the fast path: initialisations and copies that nobody needs are left out, a GPU is served by one plan."""
-    if c.evidence.kind != "program" or c.program.is_ours:
-        return
-    found = [f for f in (_initialisation(c), _one_plan(c) if c.evidence.cuda else _mapped(c)) if f is not None]
+    found = _spared(c)
     if not found:
         return
     command = c.program.under_run()
@@ -125,6 +123,14 @@ def _fast_path(c: Case) -> Iterator[Remedy]:
     code = "with wan_loader.accelerate():" if c.program.inside else "import wan_loader; wan_loader.install()"
     advice = Advice("fast-path", text, "; ".join(why for why, _ in found), 0.0, command=command, code=code)
     yield Remedy(advice=advice, leaves={part: s for _, leaves in found for part, s in leaves.items()})
+
+
+def _spared(c: Case) -> list[tuple[str, dict[Part, float]]]:
+    """Find what the fast path would leave out: each with what speaks for it, and what remains."""
+    if c.evidence.kind != "program" or c.program.is_ours:
+        return []
+    found = (_initialisation(c), _one_plan(c) if c.evidence.cuda else _mapped(c))
+    return [one for one in found if one is not None]
 
 
 def _initialisation(c: Case) -> tuple[str, dict[Part, float]] | None:
@@ -284,15 +290,21 @@ def _standby(c: Case) -> Iterator[Remedy]:
     evidence = f"imports took {sum(imports.values()):.2f} s ({', '.join(rows)})"
     if sum(end.values()) > _FORK_S:
         evidence += f", and Python's own end {sum(end.values()):.2f} s"
+    # what is forked runs with the fast path inside
+    spared = [] if c.program.loads_in_children else _spared(c)
+    evidence = "; ".join([evidence, *(why for why, _ in spared)])
     advice = Advice(
         "stand-by",
-        "start it as a fork of a process that has imported everything; from its second start on nothing is imported",
+        "start it as a fork of a process that has imported everything"
+        + (", with the fast path inside" if spared else "")
+        + "; from its second start on nothing is imported",
         evidence,
         0.0,
         once=("wan-loader standby start",),
         command=command,
     )
-    yield Remedy(advice=advice, leaves=_scaled({**imports, **end}, 1 - c.served), costs_s=_FORK_S)
+    leaves = {part: s for _, left in spared for part, s in left.items()}
+    yield Remedy(advice=advice, leaves=leaves | _scaled({**imports, **end}, 1 - c.served), costs_s=_FORK_S)
 
 
 def _keep(c: Case) -> Iterator[Remedy]:

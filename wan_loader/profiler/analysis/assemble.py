@@ -9,7 +9,7 @@ from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryRe
 from wan_loader.profiler.analysis.advice import advise
 from wan_loader.profiler.analysis.commands import Program
 from wan_loader.profiler.analysis.notes import program_notes
-from wan_loader.profiler.analysis.raised_ceilings import raise_ceilings
+from wan_loader.profiler.analysis.raised_ceilings import describe_ceilings, raise_ceilings
 from wan_loader.profiler.analysis.session import Process, Session, path_spans
 from wan_loader.profiler.analysis.story import launchers_of, pace_sentence, subject_of, turns_of
 from wan_loader.profiler.analysis.weight_files import device_of, files_of
@@ -33,6 +33,10 @@ class Environment:
     """The facts about the machine around a recording."""
 
     ceilings: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """All that was measured of each ceiling."""
+    measured: tuple[str, ...] = ()
+    """The ceilings that were measured for this recording, not before."""
     storage: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
     """The limits before the recording; `memory_stalled_s` is what was added during it."""
@@ -170,6 +174,7 @@ def _session(
     around: Environment,
 ) -> Session:
     ceilings, raised = raise_ceilings(evidence)
+    details = describe_ceilings(evidence.ceilings, ceilings, around.samples, around.measured)
     raised += _pressure(evidence)
     evidence = replace(evidence, ceilings=ceilings)
     around = replace(around, ceilings=ceilings, notes=(*around.notes, *raised))
@@ -181,6 +186,7 @@ def _session(
         subject=subject,
         verdict=verdict,
         ceilings=dict(around.ceilings),
+        ceiling_details=details,
         storage={**around.storage, **around.limits},
         notes=around.notes,
     )

@@ -135,6 +135,8 @@ class Session:
     """The largest gain first; each says what it wins beside those before."""
     ceilings: dict[str, Any] = field(default_factory=dict)
     """Names to GB/s or seconds; absent: not measured."""
+    ceiling_details: dict[str, Any] = field(default_factory=dict)
+    """Of each ceiling: where it is from, and the least and the most that was measured of it."""
     storage: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """Sentences that say what could not be known, and why."""
@@ -187,6 +189,7 @@ class Session:
             "advice": [_advice_json(a) for a in self.advice],
             "together": self.together(),
             "ceilings": self.ceilings,
+            "ceiling_details": self.ceiling_details,
             "storage": self.storage,
             "notes": list(self.notes),
             "subject": self.subject,
@@ -294,6 +297,7 @@ def _session(doc: Doc) -> Session:
         ),
         advice=tuple(_advice(a) for a in doc.docs("advice")),
         ceilings=doc.numbers("ceilings"),
+        ceiling_details=doc.plain("ceiling_details") if doc.has("ceiling_details") else {},
         storage=doc.plain("storage"),
         notes=doc.texts("notes"),
     )

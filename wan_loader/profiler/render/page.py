@@ -202,6 +202,6 @@ def _processes(session: Session) -> list[str]:
 
 def _footnotes(session: Session) -> str:
     lines = [f"transport: {session.report.io.mode} ({session.report.io.reason})"] if session.report.io.reason else []
-    lines += [f"this machine: {ceilings_line(session.ceilings)}"] if session.ceilings else []
+    lines += [f"this machine: {ceilings_line(session)}"] if session.ceilings else []
     lines += [f"note: {note}" for note in session.notes] + [f"warning: {w}" for w in session.report.warnings]
     return "<h2>Notes</h2>" + "".join(f'<p class="soft">{markup_text(line)}</p>' for line in lines) if lines else ""

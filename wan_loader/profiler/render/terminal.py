@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.console import marked
 from wan_loader.printable import shorten
+from wan_loader.profiler.analysis.raised_ceilings import IN_THIS_RUN
 from wan_loader.profiler.analysis.story import label as process_label
 from wan_loader.profiler.render.bars import timeline_bar
 from wan_loader.sizes import format_bytes, format_count, format_seconds
@@ -72,7 +73,7 @@ def print_session(console: Console, session: Session) -> None:
                 f"{format_count(left, 'process', 'processes')} that did next to nothing: not shown", style="dim"
             )
     if session.ceilings:
-        console.print(marked("this machine: {}", ceilings_line(session.ceilings)), style="dim")
+        console.print(marked("this machine: {}", ceilings_line(session)), style="dim")
     verdict = session.verdict
     console.print(marked(f"\n[{_STYLE[verdict.kind]}]verdict: {{}}[/]  {{}}", verdict.phase, verdict.why))
     for number, advice in enumerate(session.advice, 1):
@@ -109,12 +110,18 @@ def lines_of(advice: Advice) -> list[str]:
     return lines
 
 
-def ceilings_line(ceilings: dict[str, float]) -> str:
-    """List all that was measured in one line."""
+def ceilings_line(session: Session) -> str:
+    """List all that was measured in one line, with what its samples differ by, and what this run has shown."""
     parts = []
-    for name, value in ceilings.items():
-        words = name.replace("_", " ")
-        parts.append(f"{words[:-5]} {value:.3g} GB/s" if name.endswith("_gbps") else f"{words[:-2]} {value:.3g} s")
+    for name, value in session.ceilings.items():
+        words, details = name.replace("_", " "), session.ceiling_details.get(name, {})
+        text = f"{words[:-5]} {value:.3g} GB/s" if name.endswith("_gbps") else f"{words[:-2]} {value:.3g} s"
+        least, most = details.get("least", value), details.get("most", value)
+        if details.get("origin") == IN_THIS_RUN:
+            text += f" ({IN_THIS_RUN})"
+        elif most > 1.1 * least:
+            text += f" ({least:.3g} .. {most:.3g})"
+        parts.append(text)
     return ", ".join(parts)
 
 
@@ -152,11 +159,11 @@ def _process_table(session: Session) -> Columns:
     table = Columns(
         Column("process", least=24, most=60),
         Column("from", right=True, drop=1),
-        Column("to", right=True, drop=2),
+        Column("to", right=True, drop=1),
         Column("paced", right=True),
         Column("mostly"),
-        Column("read", right=True, drop=3),
-        Column("ended", drop=4),
+        Column("read", right=True, drop=2),
+        Column("ended", drop=3),
         Column("timeline", least=_LEAST_BAR, most=60),
     )
     for number in shown_processes(session):
