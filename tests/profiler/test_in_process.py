@@ -72,10 +72,10 @@ def test_what_happens_in_the_block_is_recorded_and_no_patch_stays(weights, capsy
     assert not hasattr(Later.__init__, "__wrapped__")
     assert len(os.listdir("/proc/self/fd")) <= fds
     assert len(halves) == 4
-    spans = p.session.processes[p.session.subject].spans
+    spans = p.session.processes[0].spans  # the child may have set the pace for longer
     assert {s.name for s in spans} >= {"construct", "cast", "read"}
     assert {s.label for s in spans} >= {"open().read", "wan_loader"}
-    assert list(p.session.processes[p.session.subject].facts["files"]) == [str(weights)]
+    assert list(p.session.processes[0].facts["files"]) == [str(weights)]
     assert len(p.session.processes) >= 2, "what the block started is there"
     p.report()
     assert "verdict" in capsys.readouterr().out
