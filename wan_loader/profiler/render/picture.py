@@ -106,7 +106,7 @@ def _headings(seconds: float, told: str, kind: str, target: str, texts: Sequence
     shapes.append(Rect(_MARGIN, 18, 5, y - 36, kind, radius=2))
     shapes.append(Words(_MARGIN, y + 8, fitting(target, _ROOM, 13), "ink", 13))
     y += 8
-    for text in texts:
+    for text in filter(None, texts):
         for line in wrapped(text, _ROOM, 12, most=2):
             y += 18
             shapes.append(Words(_MARGIN, y, line, "soft", 12))
