@@ -1,6 +1,6 @@
 """Writes README's performance tables from committed result files, or checks that they are what the files give.
 
-    python benchmarks/report.py            # rewrite README.md between the two markers
+    python benchmarks/report.py            # rewrite README.md and README.zh.md between the two markers
     python benchmarks/report.py --check    # exit with 1 where they differ
 
 `benchmarks/results/readme.toml` names the files and cases: results of `wan-loader bench --export-json`, and of
@@ -24,6 +24,26 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: Samples that a figure in README needs at least.
 OURS_AT_LEAST, RIVALS_AT_LEAST = 5, 3
 BEGIN, END = "<!-- performance: begin (python benchmarks/report.py) -->", "<!-- performance: end -->"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a table says, in one language: `readme.toml` has it for each file."""
+
+    title: str
+    """The key of a table's title."""
+    heading: str
+    columns: list[str]
+    medians: str
+    single: str
+    where: str
+    faster: str
+
+
+CHOSEN = tomllib.loads((RESULTS / "readme.toml").read_text())
+#: Which file is written in which words.
+READMES = {name: Words(**words) for name, words in CHOSEN["words"].items()}
+ENGLISH = READMES["README.md"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ def _rows_of_expert(document: dict, chosen: dict) -> list[Row]:
     return rows
 
 
-def table(document: dict, chosen: dict) -> str:
+def table(document: dict, chosen: dict, words: Words = ENGLISH) -> str:
     """Write one titled table, the machine, and where we lose; ValueError for too few samples."""
     rows = rows_of(document, chosen)
     if (few := _too_few(rows)) and not chosen.get("few"):
@@ -113,19 +133,23 @@ def table(document: dict, chosen: dict) -> str:
         raise ValueError(f"{chosen['file']}: {wanted}, and there are fewer of {', '.join(few)}: measure again")
     ranges = any(row.n > 1 for row in rows)
     best = next((r for r in rows if r.seconds is not None and not r.note), None)
-    columns = ["seconds", *(["min .. max"] if ranges else []), "GB/s", "of the limit", "CPU-seconds", "samples"]
-    lines = [f"{chosen['title']}:", "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    columns = [name for place, name in enumerate(words.columns) if ranges or place != 1]
+    heading = words.heading.format(title=chosen[words.title])
+    lines = [heading, "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
     lines += [_line(row, len(columns), ranges=ranges, best=row is best) for row in rows]
     machine = document["machine"]
-    where = f"{machine.get('gpu') or 'no GPU'}, {machine['cores']} cores, torch {machine['torch']}"
-    what = "Medians" if ranges else "One sample each"
-    told = (
-        f"{what}, measured on: {where}{_versions(document)} ([everything](benchmarks/results/{Path(chosen['file'])}))."
+    told = words.where.format(
+        what=words.medians if ranges else words.single,
+        gpu=machine.get("gpu") or "no GPU",
+        cores=machine["cores"],
+        torch=machine["torch"],
+        versions=_versions(document),
+        path=f"benchmarks/results/{Path(chosen['file'])}",
     )
     ours = next((r for r in rows if r.ours and r.seconds is not None), None)
     faster = [r for r in rows if not r.ours and r.seconds is not None and ours and r.seconds < ours.seconds]
     if faster:
-        told += f" Faster than wan-loader here: {', '.join(r.loader for r in faster)}."
+        told += words.faster.format(names=", ".join(r.loader for r in faster))
     return "\n".join([*lines, "", told])
 
 
@@ -165,10 +189,9 @@ def _digits(value: float | None) -> str:
     return f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"
 
 
-def section() -> str:
+def section(words: Words = ENGLISH) -> str:
     """Write everything between the markers."""
-    chosen = tomllib.loads((RESULTS / "readme.toml").read_text())["table"]
-    return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c) for c in chosen)
+    return "\n\n".join(table(json.loads((RESULTS / c["file"]).read_text()), c, words) for c in CHOSEN["table"])
 
 
 def replaced(text: str, new: str) -> str:
@@ -184,12 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 where README differs")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = replaced(text, section())
-    if options.check:
-        sys.exit(0 if new == text else "README.md is not what the result files give: run python benchmarks/report.py")
-    path.write_text(new)
+    for name, words in READMES.items():
+        text = (ROOT / name).read_text()
+        new = replaced(text, section(words))
+        if not options.check:
+            (ROOT / name).write_text(new)
+        elif new != text:
+            sys.exit(f"{name} is not what the result files give: run python benchmarks/report.py")
 
 
 if __name__ == "__main__":

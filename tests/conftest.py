@@ -1,8 +1,11 @@
 """Fixtures that several test modules share."""
 
 import contextlib
+import functools
+import gc
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -13,6 +16,8 @@ from installed import install_entry_points
 
 install_entry_points()
 os.environ["WAN_LOADER_STANDBY"] = "0"  # whatever server the user has
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells have it for what they start in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Asked of the driver's files: torch takes long to ask, and CUDA that has begun in here does not work in forks.
 HAS_CUDA = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
@@ -21,6 +26,18 @@ HAS_CUDA = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))) and os.envir
 def pytest_report_header():
     """Say once what is not run, and why."""
     return None if HAS_CUDA else "gpu: tests that need a CUDA device are left out, there is none"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Freeze what tests have in common: to look for garbage in all of it takes 0.25 s each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -127,6 +144,14 @@ def open_dir():
         yield Path(name)
 
 
+@pytest.fixture(scope="session")
+def python_that_forks(tmp_path_factory):
+    """(modules) -> what may stand in the place of `python`, and need not import them."""
+    from programs import python_that_forks
+
+    return functools.cache(lambda modules: python_that_forks(tmp_path_factory.mktemp("bin"), modules))
+
+
 @pytest.fixture
 def call_main(monkeypatch):
     """Call the `main` of a program in this process, with arguments; returns its exit code."""
@@ -152,8 +177,9 @@ def benchmark_main(monkeypatch):
         monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")  # a benchmark takes it out, and it comes back
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         script = importlib.import_module(name)
-        for module in (script, importlib.import_module("turns")):  # most start theirs by a function of that
-            if hasattr(module, "subprocess"):
+        for module in [*sys.modules.values()]:  # most start theirs by functions of others of these scripts
+            path = Path(getattr(module, "__file__", None) or "")
+            if path.parent == ROOT / "benchmarks" and hasattr(module, "subprocess"):
                 monkeypatch.setattr(module, "subprocess", forking(modules))
         script.main()
 

@@ -6,12 +6,11 @@ import json
 import safetensors
 import safetensors.torch
 import torch
-
-from wan_loader.dtypes import ITEMSIZE
+import versions
 
 MiB = 1 << 20
 IO = ["auto", "mapped", "direct", "buffered"]
-DTYPES = [getattr(torch, name) for name in ITEMSIZE]
+DTYPES = list(versions.DTYPES.values())
 SHAPES = [(), (0,), (1,), (3,), (5, 7), (2, 0, 3), (1, 1, 13, 1)]
 ST_NAMES = {
     "bool": "BOOL",

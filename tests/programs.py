@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import select
@@ -39,7 +40,7 @@ def _zygote(modules):
 @functools.cache
 def _way_to_zygote(modules):
     """Return a way to a zygote, which all workers of a run of tests share: the first that needs it starts it."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+    run = os.environ.setdefault("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")  # processes that this one starts, too
     name = "\0wan-loader-tests-" + hashlib.sha256(f"{run} {modules}".encode()).hexdigest()[:32]
     while True:
         ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -101,6 +102,12 @@ class Program:
             socket.send_fds(_zygote(modules), [json.dumps(request).encode()], fds)
         _close(write)
         self.pid = int(os.read(self._answers, 20))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
 
     def poll(self, timeout=0.0):
         """Return the exit code as `subprocess` gives it, or None if the program still runs after `timeout` seconds."""
@@ -165,6 +172,31 @@ def forking(modules=TORCH):
         return done
 
     return types.SimpleNamespace(**vars(subprocess) | {"Popen": popen, "run": run})
+
+
+def python_that_forks(directory, modules=TORCH):
+    """Write a program that is called as `python` is, but runs what it is to run in a fork of a zygote; return its path.
+
+    It ends as that does, but who kills it does not kill that.
+    """
+    path = directory / "python"
+    imports = f"import sys; sys.path[0] = {str(ROOT / 'tests')!r}; from programs import stand_in_for_python"
+    path.write_text(f"#!{sys.executable}\n{imports}\nstand_in_for_python({modules!r})\n")
+    path.chmod(0o755)
+    return path
+
+
+def stand_in_for_python(modules):
+    """Be what `python_that_forks` writes."""
+    words = itertools.dropwhile(lambda word: word.startswith("-") and word not in ("-m", "-c"), sys.argv[1:])
+    program = Program(*words, modules=modules, stdin=0, stdout=1, stderr=2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: program.send_signal(number))
+    code = program.wait()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def wan_loader(*words, timeout=60.0, stdin=None, stdout=None, cwd=None, **environment):

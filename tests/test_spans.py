@@ -64,7 +64,7 @@ def test_attribution_clips():
 def test_attribution_moment_by_moment(rows, start_ns, end_ns):
     spans = [Span(name, at, at + length) for name, at, length in rows]
     busy = {p.name: p.busy_s for p in summarize(spans)}
-    order = sorted(busy, key=lambda name: (name in ("wait", "other"), -busy[name]))
+    order = sorted(busy, key=lambda name: (name == "other", name == "wait", -busy[name]))
     paced = dict.fromkeys([*order, "other"], 0)
     for moment in range(start_ns, end_ns):
         at_work = {s.name for s in spans if s.start_ns <= moment < s.end_ns}

@@ -1,4 +1,4 @@
-"""Verdict and advice over made-up spans."""
+"""Verdicts over made-up spans."""
 
 import time
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from wan_loader.events import Span
 from wan_loader.phases import LOAD_PHASES
-from wan_loader.profiler.analysis.advice import advise
+from wan_loader.profiler.analysis.remedies import parts_of
 from wan_loader.spans import Mark
 from wan_loader.verdict import Evidence, ideal_seconds, judge, judge_load
 
@@ -75,7 +75,6 @@ def test_without_ceilings_nothing_is_claimed():
     verdict = judge(evidence([mark("read", 0, 10, 20 * GB)], 10, ceilings={}))
     assert (verdict.kind, verdict.phase) == ("unknown", "read")
     assert verdict.ceiling_gbps is None
-    assert advise(evidence([mark("read", 0, 10, 20 * GB)], 10, ceilings={})) == ()
 
 
 def test_stages_that_take_turns_for_want_of_slots():
@@ -121,74 +120,6 @@ def test_nothing_recorded():
     assert judge(evidence([], 0, kind="program")).kind == "limit"
 
 
-PROGRAM = [
-    mark("import", 0, 2, label="torch"),
-    mark("import", 2, 5, label="pandas"),
-    mark("construct", 5, 6, label="Net"),
-    mark("random_init", 6, 10, 20 * GB, label="uniform_"),
-    mark("read", 10, 15, 20 * GB, label="page faults in float32 to bfloat16 on the CPU"),
-    mark("cast", 15, 19, 20 * GB, label="float32 to bfloat16 on the CPU"),
-    mark("h2d", 19, 21, 10 * GB, label="pageable host to cuda"),
-    mark("assign", 21, 21.5, label="load_state_dict"),
-]
-
-
-def test_advice_has_evidence_and_gain():
-    found = {a.rule: a for a in advise(evidence(PROGRAM, 22, kind="program", device="cuda"))}
-    assert set(found) == {
-        "import",
-        "construction",
-        "random-init",
-        "fp32-file",
-        "cpu-cast",
-        "pageable",
-        "one-reader",
-        "sequential",
-    }
-    assert found["random-init"].gain_s == pytest.approx(4)
-    assert found["cpu-cast"].gain_s == pytest.approx(3.98)
-    assert found["pageable"].gain_s == pytest.approx(1.8)
-    assert found["import"].gain_s == pytest.approx(3)
-    assert found["fp32-file"].gain_s == pytest.approx(4 + 2.5)
-    assert found["sequential"].gain_s == pytest.approx(6.5)
-    assert all(re_digit in a.evidence for a in found.values() for re_digit in ("s",))
-    gains = [a.gain_s for a in advise(evidence(PROGRAM, 22, kind="program", device="cuda"))]
-    assert gains == sorted(gains, reverse=True)
-
-
-def test_advice_on_storage_and_memory():
-    spans = [mark("read", 0, 100, 20 * GB, "reader 0"), mark("h2d", 1, 101, 20 * GB, "cuda:0 copy")]
-    storage = {"network": True, "filesystem": "nfs4"}
-    limits = {"memory_available_bytes": 100 * GB, "memory_stalled_s": 12.0}
-    found = {a.rule for a in advise(evidence(spans, 101, cold_bytes=20 * GB, storage=storage, limits=limits))}
-    assert found == {"slow-storage", "cold-cache", "memory-pressure", "one-reader"}
-    limits = {"memory_available_bytes": 10 * GB}
-    found = {a.rule for a in advise(evidence(spans, 101, cold_bytes=20 * GB, storage=storage, limits=limits))}
-    assert "cold-cache" not in found
-    rotating = {"rotational": True, "filesystem": "ext4"}
-    for rate, advised in ((0.2, True), (2.0, False)):  # a virtual disk that only calls itself rotating
-        ceilings = {**CEILINGS, "disk_gbps": rate}
-        found = advise(evidence(spans, 101, cold_bytes=20 * GB, storage=rotating, ceilings=ceilings))
-        assert ("slow-storage" in {a.rule for a in found}) is advised
-
-
-def test_gains_that_nobody_notices_are_not_mentioned():
-    spans = [mark("read", 0, 0.004, GB // 1000, "reader 0"), mark("read", 0, 0.004, GB // 1000, "reader 1")]
-    assert advise(evidence(spans, 0.004, dtype="bf16", nbytes_file=GB // 500, fp32_bytes=GB // 500)) == ()
-
-
-def test_advice_on_fp32_files():
-    spans = [mark("read", 0, 10, 20 * GB, "reader 0"), mark("read", 0, 10, 20 * GB, "reader 1")]
-    (found,) = advise(evidence(spans, 10, cold_bytes=20 * GB, dtype="bf16", fp32_bytes=20 * GB))
-    assert found.rule == "fp32-file"
-    assert found.gain_s == pytest.approx(5)
-
-
-def test_a_healthy_load_gets_no_advice():
-    spans = [mark("read", 0, 0.5, 10 * GB, "reader 0"), mark("read", 0, 0.5, 10 * GB, "reader 1")]
-    assert advise(evidence(spans, 0.5, ceilings={**CEILINGS, "page_cache_gbps": 40.0})) == ()
-
-
 def test_what_a_program_does_after_its_start_hides_nothing():
     spans = [mark("import", 0, 1, label="torch"), mark("random_init", 1, 6, GB, label="uniform_")]
     verdict = judge(evidence(spans, 300, kind="program"))
@@ -211,6 +142,6 @@ def test_many_spans_are_judged_at_once():
         found = evidence(spans, 7.1, dtype="bf16", fp32_bytes=20 * GB, limits={"memory_available_bytes": 100 * GB})
         start_s = time.process_time()
         assert judge(found).phase == "read"
-        assert advise(found)
+        assert parts_of(found)
         seconds.append(time.process_time() - start_s)
     assert min(seconds) < 0.15

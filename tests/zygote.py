@@ -18,6 +18,7 @@ import runpy
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 import types
@@ -70,6 +71,13 @@ def run(request):
     os.environ.clear()
     os.environ.update(request["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # though this may have begun in the background
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):  # what this process began with can be sought in
+            stream = getattr(sys, name)
+            new = open(fd, "w", encoding=stream.encoding, errors=stream.errors, buffering=1, closefd=False)  # noqa: SIM115
+            setattr(sys, name, new)
+            setattr(sys, f"__{name}__", new)
+    sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)  # which torchrun looks at, too
     if os.environ.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
     first, *words = request["words"]

@@ -127,6 +127,10 @@ class Doc:
             raise DocumentError(f"{self._where}{key} is {_short(value)}, not one of {', '.join(allowed)}")
         return value
 
+    def has(self, key: str) -> bool:
+        """Say whether there is such a field: documents of earlier versions lack some."""
+        return key in self._value
+
     def doc(self, key: str) -> Doc:
         """Return an object."""
         return Doc(self._value.get(key), f"{self._where}{key}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from wan_loader.errors import OptionError
+from wan_loader.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,14 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 @cache
 def torch_dtype(name: str) -> Any:
-    """Return the torch dtype object of a canonical name."""
+    """Return the torch dtype object of a canonical name.
+
+    Raises:
+        CheckpointError: The installed torch is too old to have it.
+    """
     import torch
 
-    return getattr(torch, name)
+    dtype = getattr(torch, name, None)
+    if dtype is None:
+        raise CheckpointError.because(f"torch {torch.__version__} has no dtype {name}", "install a newer torch")
+    return dtype

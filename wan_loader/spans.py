@@ -1,11 +1,13 @@
 """Arithmetic over spans: unions, the phases that the wall time goes to, throughput over time, bytes in flight. Pure.
 
 Phases overlap. `attribute` shares the wall time out so that it adds up: each moment belongs to the phase that sets the
-pace then, which is the busiest overall among those at work; waiting counts only where nothing works.
+pace then, which is the busiest overall among those at work; waiting counts only where nothing works, and a frame around
+others where nothing is known of what happens in it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +23,7 @@ __all__ = [
     "attribute",
     "by_label",
     "by_phase",
+    "gaps",
     "in_flight",
     "overlap_ns",
     "summarize",
@@ -75,6 +78,20 @@ def overlap_ns(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> in
     return total
 
 
+def gaps(covered: Sequence[tuple[int, int]], start_ns: int, end_ns: int) -> list[tuple[int, int]]:
+    """Return the times between two moments that merged intervals leave free."""
+    free, at = [], start_ns
+    for s, e in covered[max(0, bisect_left(covered, (start_ns, 0)) - 1) :]:
+        if s >= end_ns:
+            break
+        if s > at:
+            free.append((at, s))
+        at = max(at, e)
+    if at < end_ns:
+        free.append((at, end_ns))
+    return free
+
+
 def by_phase(spans: Iterable[SpanT]) -> dict[str, list[SpanT]]:
     """Sort the spans by their phase, in the order of `ALL_PHASES`; those of phases that are not known are "other"."""
     groups: dict[str, list[SpanT]] = {name: [] for name in ALL_PHASES}
@@ -102,7 +119,7 @@ def attribute(spans: Iterable[Span], start_ns: int, end_ns: int) -> dict[str, fl
     """
     merged = {name: union(group) for name, group in by_phase(spans).items()}
     busy = {name: sum(e - s for s, e in intervals) for name, intervals in merged.items()}
-    rank = sorted(busy, key=lambda name: (name in ("wait", "other"), -busy[name]))
+    rank = sorted(busy, key=lambda name: (name == "other", name == "wait", -busy[name]))
     # A bit stands for each phase, the lowest for the first in rank: the lowest bit that is set sets the pace.
     owners = {1 << i: name for i, name in enumerate(rank)}
     edges = []

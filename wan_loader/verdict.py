@@ -31,6 +31,8 @@ _CULPRIT = 0.15
 #: Below this share of its ceiling a phase is slow, above it is at it: measurements scatter by that much.
 _REACHED = 0.5
 _IMPORTS_S = 0.5
+#: Phases of which a label says more than their name.
+_WITH_LABELS = ("import", "construct", "h2d", "cast", "wait", "other")
 _KINDS = {kind.name: kind for kind in PHASE_TABLE}
 _WITH_RATE = tuple(kind.name for kind in PHASE_TABLE if kind.has_rate)
 
@@ -119,6 +121,12 @@ class Evidence:
         total = sum(b - a for a, b in waits)
         return (total - overlap_ns(waits, busy)) / 1e9
 
+    @cached_property
+    def waits_after_s(self) -> float:
+        """Seconds that were waited after the last work of a start, as a service waits for what it is asked."""
+        work_ns = max((s.end_ns for s in self.spans if s.name not in ("wait", "other")), default=self.start_ns)
+        return sum(b - max(a, work_ns) for a, b in union(self.of_phase("wait")) if b > work_ns) / 1e9
+
     @property
     def cuda(self) -> bool:
         """True if the weights go to a GPU."""
@@ -168,10 +176,12 @@ def judge(e: Evidence) -> Verdict:
     worst = max(losses, key=lambda name: losses[name], default="other")
     pace = _pace_setter(blame)
     # A program goes on after its start: what it does then is no measure for its start.
-    whole = e.seconds - (blame.get("other", 0.0) if e.kind == "program" else 0.0)
+    whole = e.seconds - (blame.get("other", 0.0) + e.waits_after_s if e.kind == "program" else 0.0)
     # 20 ms: shorter losses are noise, whatever their share
     if losses.get(worst, 0.0) >= max(_CULPRIT * whole, 0.02) and losses[worst] >= _unknown(e, blame):
         return _verdict("slow", e, worst, losses[worst], blame)
+    if pace == "wait" and e.kind == "program":
+        return _verdict("unknown", e, pace, 0.0, blame)
     kind = "limit" if pace in losses or pace in ("other", "wait") else "unknown"
     return _verdict(kind, e, pace, losses.get(pace, 0.0), blame)
 
@@ -196,9 +206,13 @@ def _pace_setter(blame: Mapping[str, float]) -> str:
 
 
 def _unknown(e: Evidence, blame: Mapping[str, float]) -> float:
-    """Return the loss that a phase without a ceiling outweighs, as it took most of the time: half of what it took."""
-    rates = [s for name, s in blame.items() if name in _WITH_RATE and ideal_seconds(e, name) is None]
-    return max(rates, default=0.0) / 2
+    """Return the loss that a phase without a ceiling outweighs, as it took most of the time: half of what it took.
+
+    Of waiting in the middle of a program's start, all is loss.
+    """
+    rates = [s / 2 for name, s in blame.items() if name in _WITH_RATE and ideal_seconds(e, name) is None]
+    waited = blame.get("wait", 0.0) - e.waits_after_s if e.kind == "program" else 0.0
+    return max([*rates, waited])
 
 
 def _loss(e: Evidence, name: str, seconds: float) -> float | None:
@@ -225,7 +239,7 @@ def _verdict(kind: str, e: Evidence, name: str, lost_s: float, blame: Mapping[st
     if ceiling and phase and kind == "limit" and reached:
         reached = min(reached, max(ceiling, phase.gbps))
     share = seconds / e.seconds if e.seconds else 0.0
-    why = _why(kind, e, name, seconds if name != "wait" else lost_s, reached, ceiling)
+    why = _why(kind, e, name, lost_s if (kind, name) == ("slow", "wait") else seconds, reached, ceiling)
     return Verdict(kind, name, why, lost_s, share, reached, ceiling)
 
 
@@ -237,10 +251,10 @@ def _why(kind: str, e: Evidence, name: str, seconds: float, reached: float | Non
         text = f"readers waited for a free slot of the pinned ring for {waited}, nothing was limiting"
     if reached and ceiling:
         text += f", at {reached:.2f} GB/s where {ceiling:.2f} GB/s can be had"
-    if name in ("import", "construct", "other") and (rows := e.labels(name)):
+    if name in _WITH_LABELS and (rows := e.labels(name)):
         text += f": {rows[0][0]} took {rows[0][1]:.2f} s"
     if kind == "limit":
         return "healthy: " + text
-    if kind == "unknown":
+    if kind == "unknown" and name != "wait":
         return text + "; what could be had was not measured"
     return text

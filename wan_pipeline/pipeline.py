@@ -204,7 +204,8 @@ class WanT2V:
     def close(self) -> None:
         """Stop what is still being fetched and free the weights; in a distributed run, when all have come here.
 
-        A cache entry that was begun is still completed.
+        A closed pipeline cannot be used again; see `sleep` for one that can. A cache entry that was begun is
+        still completed.
         """
         self._close(None)
 

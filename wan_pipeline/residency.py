@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from wan_loader import CancelToken, clock_ns, prewarm_files
+from wan_loader import CancelToken, OptionError, clock_ns, prewarm_files
 from wan_pipeline import modules, parallel
 
 if TYPE_CHECKING:
@@ -251,6 +251,8 @@ class ModuleResidency:
 
     def _prepare(self, name: str) -> None:
         """Drop what the step of `name` does not allow, and start fetching what it does."""
+        if self._closed.is_set():
+            raise OptionError.because("the pipeline was closed", "make another; one that sleeps can be used again")
         allowed = self._steps[name].resident
         for other in [n for n in self._fetches if n not in allowed]:
             self._drop(other)

@@ -24,9 +24,13 @@ _Unipc: Any = diffusers.UniPCMultistepScheduler
 _Dpm: Any = diffusers.DPMSolverMultistepScheduler
 
 
-def _official_sigmas(n_steps: int) -> np.ndarray:
-    """Return the noise levels before the shift, the highest first."""
-    return np.linspace(0.999, 0.0, n_steps + 1)[:-1]
+def _set_official_grid(scheduler: Any, n_steps: int, device: Any) -> None:
+    """Put the official noise levels, shifted, in the place of those that diffusers has just set."""
+    shift = scheduler.config.flow_shift
+    sigmas = np.linspace(0.999, 0.0, n_steps + 1)[:-1]  # the highest first
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
+    scheduler.timesteps = torch.from_numpy(sigmas * scheduler.config.num_train_timesteps).to(device, torch.int64)
 
 
 class OfficialUniPC(_Unipc):  # type: ignore[misc]
@@ -34,7 +38,8 @@ class OfficialUniPC(_Unipc):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Set the steps as diffusers does, on the official grid."""
-        super().set_timesteps(device=device, sigmas=_official_sigmas(num_inference_steps))
+        super().set_timesteps(num_inference_steps, device=device)
+        _set_official_grid(self, num_inference_steps, device)
 
 
 class OfficialDpm(_Dpm):  # type: ignore[misc]
@@ -42,13 +47,8 @@ class OfficialDpm(_Dpm):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Set the steps as diffusers does, on the official grid."""
-        # for everything else that it sets up; its own noise levels are replaced, shifted as it shifts them
         super().set_timesteps(num_inference_steps, device=device)
-        shift = self.config.flow_shift
-        sigmas = _official_sigmas(num_inference_steps)
-        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-        self.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
-        self.timesteps = torch.from_numpy(sigmas * self.config.num_train_timesteps).to(device, torch.int64)
+        _set_official_grid(self, num_inference_steps, device)
 
 
 def make_scheduler(config: Mapping[str, Any], *, solver: Solver, shift: float, grid: Grid = "official") -> Any:

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from programs import wan_loader
+from programs import TORCH, wan_loader
 from safetensors.torch import save_file
 
 SUMMARY = {
@@ -115,6 +115,6 @@ def checkpoint(tmp_path):
 
 
 @pytest.fixture
-def command():
-    """Runs `wan-loader` without a GPU."""
-    return functools.partial(wan_loader, timeout=110)
+def command(python_that_forks):
+    """Runs `wan-loader` without a GPU; the processes that it starts need not import torch."""
+    return functools.partial(wan_loader, timeout=110, PYTHON_EXEC=str(python_that_forks(TORCH)))

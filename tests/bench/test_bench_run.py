@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import TORCH
 
 from wan_loader.bench import sample
 from wan_loader.bench.child import ask
@@ -70,10 +71,12 @@ def results_of(case):
 
 
 def test_a_bench_measures_and_compares(checkpoint, command, tmp_path):
+    """The processes that it starts begin as those of a user do."""
     markdown, picture, saved = (tmp_path / name for name in ("b.md", "b.svg", "b.json"))
     exports = ("--export-json", saved, "--export-markdown", markdown, "--export-picture", picture)
     options = ("--cache", "cold", "--repeat", 1, "--dtype", "bf16", "--json")
-    done = command("bench", checkpoint, "--loader", "ours,safetensors,safetensors-cuda", *options, *exports)
+    words = ("--loader", "ours,safetensors,safetensors-cuda", *options, *exports)
+    done = command("bench", checkpoint, *words, PYTHON_EXEC=sys.executable)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document == json.loads(saved.read_text())
@@ -146,7 +149,8 @@ def test_a_peer_that_hangs_is_ended_with_all_its_children(checkpoint, fakes, mon
     pytest.fail(f"its child {pid} still runs")
 
 
-def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_path):
+def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_path, python_that_forks):
+    monkeypatch.setattr(sys, "executable", str(python_that_forks(TORCH)))
     from wan_loader.bench import storage
     from wan_loader.bench.document import to_document
     from wan_loader.bench.loaders import LOADERS
@@ -177,16 +181,16 @@ def test_no_room_is_reported_and_the_rest_goes_on(checkpoint, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_bench_cleans_up_and_keeps_what_it_has(checkpoint, tmp_path, number):
+def test_an_interrupted_bench_cleans_up_and_keeps_what_it_has(checkpoint, tmp_path, python_that_forks, number):
     place, out = tmp_path / "place", tmp_path / "out.json"
     place.mkdir()
     words = ["bench", checkpoint, "--loader", "ours", "--repeat", "1000", "--storage", f"disk={place}"]
     with subprocess.Popen(
-        [sys.executable, "-m", "wan_loader", *map(str, words), "--export-json", out],
+        [python_that_forks(TORCH), "-m", "wan_loader", *map(str, words), "--export-json", out],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": str(python_that_forks(TORCH))},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     ) as child:
         for line in child.stderr:
@@ -205,7 +209,7 @@ def test_an_interrupted_bench_cleans_up_and_keeps_what_it_has(checkpoint, tmp_pa
 
 
 def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(
-    checkpoint, tmp_path, monkeypatch, call_main
+    checkpoint, tmp_path, monkeypatch, call_main, python_that_forks
 ):
     from wan_loader.bench import runner
     from wan_loader.cli.app import main
@@ -214,6 +218,7 @@ def test_a_bench_that_is_interrupted_before_its_first_sample_writes_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "ask", interrupt)
+    monkeypatch.setattr(sys, "executable", str(python_that_forks(TORCH)))
     assert call_main(main, "bench", checkpoint, "--export-json", tmp_path / "o.json") == 130
     assert not (tmp_path / "o.json").exists()
 

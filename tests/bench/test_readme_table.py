@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,21 @@ def report():
     return module
 
 
-def test_readme_equals_the_result_files(report):
-    text = (ROOT / "README.md").read_text()
-    assert report.replaced(text, report.section()) == text, "run python benchmarks/report.py"
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_readme_equals_the_result_files(report, name):
+    text = (ROOT / name).read_text()
+    assert report.replaced(text, report.section(report.READMES[name])) == text, "run python benchmarks/report.py"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_picture_is_told_in_words_that_its_results_give(report, name):
+    (words, path) = re.search(r"!\[([^\]]+)\]\(benchmarks/results/([^)]+)\.svg\)", (ROOT / name).read_text()).groups()
+    document = json.loads((report.RESULTS / f"{path}.json").read_text())
+    (ours, second, *others) = report.rows_of(document, {"file": path})
+    assert re.findall(r"\d+\.\d+", words) == [report._digits(row.seconds) for row in (ours, second)]
+    assert (ours.ours, second.loader) == (True, "safetensors-prefetch")
+    assert len(others) == 8
+    assert {ours.n, second.n} | {row.n for row in others} == {5, 3}
 
 
 CHOSEN = {"file": "x.json", "title": "T", "cache": "warm"}

@@ -8,7 +8,6 @@ Children are forked from a process that has everything imported, so that they be
 """
 
 import fcntl
-import gc
 import json
 import os
 import random
@@ -26,6 +25,7 @@ from wan_loader import api, spans  # noqa: F401 - imported before the forks
 from wan_loader.cache import cached_load  # noqa: F401
 from wan_loader.cache.checksums import check_entry
 from wan_loader.cache.store import Store
+from wan_loader.system.interpreter import freeze_all
 
 FP32 = {"big": (600, 1024), "odd": (1023,), "empty": (0, 3), "scalar": ()}
 
@@ -237,7 +237,7 @@ def main():
     torch.set_num_threads(1)
     warm = fork(lambda: load(make_sources(directory, 1)[0], directory / "warm").build.wait() * 0)
     assert end_of(warm) == 0
-    gc.freeze()  # what all children share is nothing for them to look at, or to copy
+    freeze_all()  # what all children share is nothing for them to look at, or to copy
     match what:
         case "random":
             result = kill_at_random(directory, int(sys.argv[3]))

@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import safetensors.torch  # noqa: E402
+from programs import run  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.cache import build as build_module  # noqa: E402
@@ -304,7 +305,7 @@ print(len(loaded.tensors), loaded.build.failure)
 
 
 def test_a_limit_on_the_size_of_files(path, cache):
-    done = subprocess.run([sys.executable, "-c", LIMITED, path, cache], capture_output=True, text=True, check=False)
+    done = run("-c", LIMITED, path, cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 ")
     assert "File too large" in done.stdout

@@ -5,8 +5,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,10 @@ torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 from entries import flip, left_over  # noqa: E402
 from loader_cases import MiB, random_tensor, same, write  # noqa: E402
+from programs import run  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from torch import nn  # noqa: E402
+from versions import DTYPES, IN_SAFETENSORS, needs_dtype  # noqa: E402
 
 import wan_loader  # noqa: E402
 from wan_loader.cache.cached_load import read_segments  # noqa: E402
@@ -30,12 +30,11 @@ from wan_loader.cache.outline import outline_file  # noqa: E402
 from wan_loader.cache.store import Store  # noqa: E402
 from wan_loader.dtypes import FLOATING, ITEMSIZE  # noqa: E402
 from wan_loader.engine.activity import loading  # noqa: E402
-from wan_loader.formats.safetensors import SAFETENSORS_NAMES  # noqa: E402
 
 SHAPES = [(), (0,), (1,), (3,), (1023,), (2, 0, 3), (5, 7)]
 
 
-def zoo(names=tuple(n for n in ITEMSIZE if n in SAFETENSORS_NAMES)):
+def zoo(names=tuple(IN_SAFETENSORS)):
     out = {}
     for i, (dtype, shape) in enumerate(itertools.product(names, SHAPES)):
         if dtype == "float4_e2m1fn_x2" and not shape:  # safetensors knows only pairs, as a dimension
@@ -236,8 +235,9 @@ def test_shared_memory_is_not_cached(tmp_path, cache):
     same(loaded.tensors["row"], base[3].bfloat16())
 
 
+@needs_dtype("float4_e2m1fn_x2")
 def test_a_single_packed_pair_is_not_cached(tmp_path, cache):
-    tensors = {"pair": random_tensor(torch.float4_e2m1fn_x2, ()), "w": torch.randn(9)}
+    tensors = {"pair": random_tensor(DTYPES["float4_e2m1fn_x2"], ()), "w": torch.randn(9)}
     torch.save(tensors, tmp_path / "m.pth")
     loaded = load(tmp_path / "m.pth", cache, "source")
     assert "single pair" in loaded.report.cache.reason
@@ -750,8 +750,7 @@ def test_directories_that_may_not_be_written(path):
             caches[-1].mkdir()
             os.chown(caches[-1], owner, owner)
             caches[-1].chmod(mode)
-        words = [sys.executable, "-c", AS_NOBODY, model, warm, *caches]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        done = run("-c", AS_NOBODY, model, warm, *caches)
         assert done.returncode == 0, done.stderr
         *refused, served = done.stdout.splitlines()
         assert len(refused) == 4

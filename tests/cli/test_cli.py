@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -12,7 +13,8 @@ import time
 import psutil
 import pytest
 import torch
-from programs import check_error, check_usage, wan_loader_itself
+from loader_cases import storable
+from programs import Program, check_error, check_usage, wan_loader_itself
 from programs import wan_loader as run
 from safetensors.torch import save_file
 
@@ -49,6 +51,7 @@ def files(tmp_path_factory):
         "scalar": torch.tensor(2.5),
         "empty": torch.empty(0, 4),
     }
+    odd = storable(odd)
     save_file(odd, root / "model.safetensors")
     torch.save({**odd, "tied": base, "column": base[:, 3], "transposed": base.t()}, root / "model.pth")
     torch.save({"w": base, "b": torch.ones(4)}, root / "legacy.pth", _use_new_zipfile_serialization=False)
@@ -83,12 +86,11 @@ def test_help_of_commands_answers_without_torch(arguments):
 
 
 def test_help_answers_quickly():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        wan_loader_itself("--help")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1
+    """As far as that depends upon us, and not upon who else uses the machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wan_loader_itself("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert 0 < after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_options_of_the_contract_are_there():
@@ -377,23 +379,13 @@ def large_file(tmp_path):
     path.unlink()
 
 
-def start_interruptible(*arguments):
-    """A process that Ctrl-C reaches, even if this one was started with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command = [sys.executable, "-m", "wan_loader", *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("options", [["--io", "buffered"], ["--io", "buffered", "--dtype", "bf16", "--threads", "1"]])
 def test_ctrl_c_ends_a_load(large_file, options):
-    with start_interruptible("load", large_file, "--device", "cpu", "--json", *options) as process:
+    with Program("-m", "wan_loader", "load", large_file, "--device", "cpu", "--json", *options) as process:
         observed = psutil.Process(process.pid)
         deadline = time.perf_counter() + 30
         while observed.io_counters().read_chars < 400_000_000:
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.output()
             assert time.perf_counter() < deadline
             time.sleep(0.005)
         interrupted = time.perf_counter()

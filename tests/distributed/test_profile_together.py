@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from programs import ROOT, run  # noqa: E402
+from programs import DISTRIBUTED, Program, run  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from wan_loader.errors import SessionError  # noqa: E402
@@ -20,13 +18,12 @@ from wan_loader.profiler.analysis.session import read_session  # noqa: E402
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "150"}
 
 
-def torchrun(*words, cwd):
-    """How two processes of a command end that torchrun starts."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **ENVIRONMENT}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        env.pop(name, None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *words]
-    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=100)
+def torchrun(*words, cwd, python):
+    """How two processes of a command end that torchrun starts as `python`."""
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", *words]
+    program = Program(*command, env=env | ENVIRONMENT | {"PYTHON_EXEC": python}, cwd=cwd, modules=DISTRIBUTED)
+    return program.wait(100), *program.output()
 
 
 def report(*words, cwd):
@@ -34,18 +31,18 @@ def report(*words, cwd):
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory):
+def profiled(tmp_path_factory, python_that_forks):
     """A directory with the sessions of two processes, and how the run ended."""
     here = tmp_path_factory.mktemp("profiled")
     save_file({f"w{i}": torch.full((1 << 18,), float(i)) for i in range(6)}, here / "model.safetensors")
     words = ["wan_loader", "profile", "model.safetensors", "--device", "cpu", "--no-ceilings", "-o", "run.json"]
-    return here, torchrun(*words, cwd=here)
+    return here, torchrun(*words, cwd=here, python=str(python_that_forks(DISTRIBUTED)))
 
 
 def test_a_session_of_each_process(profiled):
-    here, done = profiled
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("verdict") == 1
+    here, (code, out, err) = profiled
+    assert code == 0, err
+    assert out.count("verdict") == 1
     reports = [read_session(here / f"run.rank{rank}.json").report for rank in range(2)]
     assert sum(r.settings["nbytes_read"] for r in reports) == 6 << 20
     assert all("shard" in {phase.name for phase in r.phases} for r in reports)

@@ -12,36 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import versions
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from programs import ROOT, run
 
 from wan_loader import CheckpointError, MissingFileError, WanLoaderError, load_file, open_checkpoint
 
-DTYPES = [
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.uint16,
-    torch.int16,
-    torch.uint32,
-    torch.int32,
-    torch.uint64,
-    torch.int64,
-    torch.float4_e2m1fn_x2,
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex32,
-    torch.complex64,
-    torch.complex128,
-]
+DTYPES = [dtype for name, dtype in versions.DTYPES.items() if not name.startswith("bits")]
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 5), (3, 5), (2, 3, 5, 7)]
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import wan_loader
 from wan_loader.arguments import check_keep
 from wan_loader.errors import KeepError, OptionError
 from wan_loader.keeper import client, messages, place, serve
+from wan_loader.system.peers import own_directory
 from wan_loader.verify import same_bits
 
 #: Attaches, says the sum of a tensor, and says it again for each line that comes.
@@ -323,7 +325,7 @@ def test_the_cache_takes_over_where_nothing_is_kept(runtime, model, tmp_path):
 @pytest.fixture
 def impostor(runtime):
     """A socket where the keeper's would be: `impostor(answer)` answers one message so."""
-    listening, lock = place.listen(place.keeper_directory())
+    listening, lock = place.listen(Path(own_directory()))
     threads = []
 
     def answer(act):
@@ -342,7 +344,7 @@ def impostor(runtime):
         thread.join(10)
     listening.close()
     os.close(lock)
-    os.unlink(place.keeper_directory() / "keeper.socket")
+    os.unlink(Path(own_directory()) / "keeper.socket")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +396,7 @@ def test_another_users_keeper(runtime, model, monkeypatch):
 
 def test_another_user_is_turned_away(runtime, monkeypatch):
     monkeypatch.setattr(serve, "is_own_peer", lambda link: False)
-    listening, lock = place.listen(place.keeper_directory())
+    listening, lock = place.listen(Path(own_directory()))
     keeper = serve.Keeper(listening, idle_s=0.2)
     thread = threading.Thread(target=keeper.run)
     thread.start()
@@ -405,18 +407,9 @@ def test_another_user_is_turned_away(runtime, monkeypatch):
     os.close(lock)
 
 
-def test_without_a_runtime_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert place.keeper_directory() == tmp_path / f"wan-loader-{os.geteuid()}"
-    assert client.status() is None
-    monkeypatch.setenv("XDG_RUNTIME_DIR", ".")  # of which every process makes another
-    assert place.keeper_directory().parent == tmp_path
-
-
 def test_whoever_says_nothing_or_nonsense_is_in_nobodys_way(runtime, model):
     wan_loader.keep(model, "cpu")
-    with place.opened(place.keeper_directory()) as fd, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+    with place.opened(Path(own_directory())) as fd, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
         silent.connect(place._address(fd))
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as bad:
             bad.connect(place._address(fd))
@@ -450,7 +443,7 @@ def test_many_start_it_at_once_and_there_is_one(runtime, model):
     assert wan_loader.keep(model, "cpu").report is not None
     lock = os.open(runtime / "wan-loader/keeper.lock", os.O_RDONLY)
     os.close(lock)
-    assert place.listen(place.keeper_directory()) is None
+    assert place.listen(Path(own_directory())) is None
 
 
 def test_two_that_keep_the_same_at_once(runtime, model):
@@ -469,7 +462,7 @@ def test_two_that_keep_the_same_at_once(runtime, model):
 def test_a_keeper_whom_nobody_can_reach_ends(runtime, monkeypatch):
     """As after a logout, which removes the directory: its memory would be lost for ever."""
     monkeypatch.setattr(serve, "_LOOK_S", 0.05)
-    listening, lock = place.listen(place.keeper_directory())
+    listening, lock = place.listen(Path(own_directory()))
     keeper = serve.Keeper(listening)
     thread = threading.Thread(target=keeper.run)
     thread.start()
@@ -478,7 +471,7 @@ def test_a_keeper_whom_nobody_can_reach_ends(runtime, monkeypatch):
         link.ask("put", [os.memfd_create("table")], sizes=[], n_tensors=0, files=[])
     thread.join(0.3)
     assert thread.is_alive()
-    os.unlink(place.keeper_directory() / "keeper.socket")
+    os.unlink(Path(own_directory()) / "keeper.socket")
     thread.join(10)
     assert not thread.is_alive()
     listening.close()
@@ -486,7 +479,7 @@ def test_a_keeper_whom_nobody_can_reach_ends(runtime, monkeypatch):
 
 
 def test_a_keeper_with_nothing_ends(runtime):
-    listening, lock = place.listen(place.keeper_directory())
+    listening, lock = place.listen(Path(own_directory()))
     serve.Keeper(listening, idle_s=0.01).run()
     listening.close()
     os.close(lock)

@@ -25,6 +25,7 @@ from wan_loader.devices.writer import PinError  # noqa: E402
 from wan_loader.engine import Need  # noqa: E402
 from wan_loader.loading import run as load  # noqa: E402
 from wan_loader.plan import plan as course  # noqa: E402
+from wan_loader.system import interpreter  # noqa: E402
 from wan_loader.system.posix_aio import AioRequest  # noqa: E402
 
 # the report
@@ -255,6 +256,16 @@ def test_gc_is_as_it_was(tmp_path, enabled, fails):
         (gc.enable if was else gc.disable)()
 
 
+@pytest.fixture
+def thawed(monkeypatch):
+    """As in a program that has frozen nothing."""
+    monkeypatch.setattr(interpreter, "_program_froze", False)
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("thawed")
 def test_what_a_load_made_is_not_looked_at_by_the_next_collection(tmp_path):
     path = write("safetensors", tmp_path, {f"w{i}": torch.ones(1) for i in range(2000)})
     started = []

@@ -93,7 +93,8 @@ def test_every_dtype_wherever_it_lies(tmp_path, device, remainder):
 def test_it_answers_as_safe_open_does(path):
     with wan_loader.open_file(path) as ours, safe_open(path, "pt") as theirs:
         assert sorted(ours.keys()) == sorted(theirs.keys())
-        assert ours.offset_keys() == theirs.offset_keys()
+        if hasattr(theirs, "offset_keys"):
+            assert ours.offset_keys() == theirs.offset_keys()
         assert ours.metadata() == theirs.metadata() == {"format": "pt", "by": "hand"}
         same_dicts(ours.get_tensors(["a", "n"]), {name: theirs.get_tensor(name) for name in ("a", "n")})
         for name in theirs.keys():  # noqa: SIM118

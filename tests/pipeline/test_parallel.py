@@ -79,7 +79,9 @@ def frames():
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_two_processes_make_the_video_of_one(tiny_wan, tmp_path, frames, layout, flags, divided, device):
+def test_two_processes_make_the_video_of_one(
+    tiny_wan, tmp_path, frames, layout, flags, divided, device, python_that_forks
+):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("fewer than 2 GPUs")
     with WanT2V.from_checkpoint(tiny_wan(), device=device) as pipe:
@@ -98,7 +100,8 @@ def test_two_processes_make_the_video_of_one(tiny_wan, tmp_path, frames, layout,
     words = ["-m", "wan_pipeline", "generate", *words, *flags, "--profile_out", tmp_path / "run.json"]
     if flags[0] == "--dit_fsdp":
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
-        done = run(*torchrun, env=environment(2), timeout=100, modules=PIPELINE)
+        env = environment(2) | {"PYTHON_EXEC": str(python_that_forks(PIPELINE))}
+        done = run(*torchrun, env=env, timeout=100, modules=PIPELINE)
         assert done.returncode == 0, done.stderr
         out, err = done.stdout, done.stderr
     else:

@@ -1,5 +1,6 @@
 """Whole videos on the CPU: from both layouts, with every preset, equal to plain diffusers bit for bit."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -80,18 +81,31 @@ def test_flags_change_no_bit(tiny_wan, expected, flags):
         assert np.array_equal(pipe(PROMPT, grid="diffusers", **SMALL).frames_THWC, expected["bf16"])
 
 
+OTHER_SETTINGS = {"shift": 3.0, "guidance_scale": 5.0, "guidance_scale_2": None}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_wan):
+    """(dtype) -> the video of plain diffusers with all networks in it."""
+    from diffusers import WanPipeline
+
+    @functools.cache
+    def plain(dtype):
+        return run_diffusers(WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype), **OTHER_SETTINGS)
+
+    return plain
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("preset", ["fastest", "balanced", "min-memory"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_load_diffusers(tiny_wan, layout, preset, dtype):
+def test_load_diffusers(tiny_wan, plain, layout, preset, dtype):
     from diffusers import WanPipeline
 
     source = wan_pipeline.open_wan(tiny_wan(layout)) if preset == "balanced" else tiny_wan(layout)
     pipe = wan_pipeline.load_diffusers(source, device="cpu", dtype=dtype, preset=preset)
     assert type(pipe) is WanPipeline
-    settings = {"shift": 3.0, "guidance_scale": 5.0, "guidance_scale_2": None}
-    plain = WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype)
-    assert np.array_equal(run_diffusers(pipe, **settings), run_diffusers(plain, **settings))
+    assert np.array_equal(run_diffusers(pipe, **OTHER_SETTINGS), plain(dtype))
     if preset == "fastest":
         assert not any(p.is_meta for m in (pipe.vae, pipe.transformer, pipe.text_encoder) for p in m.parameters())
         assert not hasattr(pipe.vae, "_hf_hook")

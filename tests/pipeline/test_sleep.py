@@ -75,6 +75,9 @@ def test_using_it_wakes_it_and_a_sleep_ends_what_is_on_its_way(start):
     assert not pipe.asleep
     pipe.close()
     assert pipe.asleep
+    for use in (pipe.wake, lambda: pipe("two cats", **SMALL)):
+        with pytest.raises(OptionError, match="was closed"):
+            use()
 
 
 def test_a_wake_that_fails_can_be_tried_again(start, monkeypatch):

@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+from programs import PIPELINE, run
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -95,18 +96,18 @@ def test_memory_is_bounded(tmp_path):
     code = f"""
 import resource
 from wan_pipeline.synth import plan_synth, synth
-options = dict(size="full", components=["high_noise"], blocks=1, dtype="bf16")
+options = dict(size="full", task="ti2v-5B", components=["transformer"], blocks=1, dtype="bf16")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 plan_synth(**options)
 before = peak()
 report = synth({str(tmp_path / "big")!r}, **options)
 print(report.nbytes, peak() - before)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    shutil.rmtree(tmp_path / "big")
-    nbytes, grown = map(int, run.stdout.split())
-    assert nbytes > 1_100_000_000
-    assert grown < 256 << 20
+    done = run("-c", code, modules=PIPELINE)
+    assert done.returncode == 0, done.stderr
+    nbytes, grown = map(int, done.stdout.split())
+    assert nbytes > 500_000_000
+    assert grown < 160 << 20
 
 
 # --- the command line

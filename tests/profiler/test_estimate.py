@@ -19,7 +19,7 @@ from wan_loader.profiler.analysis.simulate import (
     simulate,
 )
 from wan_loader.profiler.probe import measure
-from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
+from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings, known_samples
 from wan_loader.profiler.probe.machine_findings import diagnose
 from wan_loader.profiler.probe.system_facts import nvidia_gpus
 from wan_loader.sizes import parse_rate, parse_size
@@ -76,6 +76,21 @@ def test_conversion_on_the_cpu_is_the_copy():
     assert found.bottleneck == "cast"
 
 
+def test_on_the_cpu_what_comes_out_of_a_conversion_counts_too(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1 << 22, dtype=torch.bfloat16)}, path)
+    (found,) = checkpoints_in(path)
+    up, down = (blocks_of(plan_elsewhere(found, dtype, cuda=False)) for dtype in ("float32", "float8_e4m3fn"))
+    assert sum(b.made for b in up) == 2 * sum(b.nbytes for b in up)
+    assert sum(b.made for b in down) == sum(b.nbytes for b in down) / 2
+    seconds = simulate(up, hardware(cuda=False, cast=3e9, disk=1e15)).seconds
+    assert seconds == pytest.approx(3 * (8 << 20) / 3e9, rel=0.01)
+    assert simulate(up, hardware(cast=1e9, copy=1e15, disk=1e15)).cast_s == pytest.approx((8 << 20) / 1e9)
+
+
 def test_fixed_costs_come_first():
     assert simulate([], hardware(fixed_s=3)).seconds == 3
 
@@ -102,21 +117,64 @@ def test_ceilings_are_cached_and_measured_again(tmp_path, checkpoint, monkeypatc
     calls = []
     for name in ("measure_page_cache", "measure_copy", "measure_cast", "measure_disk"):
         monkeypatch.setattr(measure, name, lambda *_, name=name: calls.append(name) or 2.5)
+    monkeypatch.setattr(measure, "measure_fill", lambda: calls.append("fill") or {"fill_gbps": 1, "convert_gbps": 2})
     file = tmp_path / "deep" / "ceilings.json"
     first = find_ceilings([str(checkpoint)], quick=True, file=file)
-    assert len(calls) == 4
+    assert len(calls) == 5 * 3
     assert find_ceilings([str(checkpoint)], quick=True, file=file).values == first.values
-    assert len(calls) == 4
+    assert len(calls) == 5 * 3
     assert known_ceilings([str(checkpoint)], file=file) == first.values
     find_ceilings([str(checkpoint)], quick=True, refresh=True, file=file)
-    assert len(calls) == 8
+    assert len(calls) == 5 * 6
+
+
+def test_a_ceiling_is_the_best_of_some_samples_which_are_kept(tmp_path, checkpoint, monkeypatch):
+    """The best of all times that it was measured, and not more of them than may tell something of today."""
+    values = iter(range(1, 1000))
+    for name in ("measure_page_cache", "measure_cast", "measure_disk"):
+        monkeypatch.setattr(measure, name, lambda *_: 2.5)
+    monkeypatch.setattr(measure, "measure_copy", lambda: float(next(values)))
+    monkeypatch.setattr(measure, "measure_fill", lambda: {"fill_gbps": 1.0, "convert_gbps": 2.0})
+    monkeypatch.setattr(measure, "measure_start", lambda: {"import_torch_s": float(next(values)), "start_s": 9.0})
+    file = tmp_path / "ceilings.json"
+    first = find_ceilings([str(checkpoint)], file=file)
+    assert (first.values["copy_gbps"], first.samples["copy_gbps"]) == (3.0, (1.0, 2.0, 3.0))
+    assert (first.values["import_torch_s"], first.samples["import_torch_s"]) == (4.0, (4.0, 5.0, 6.0))
+    assert known_samples([str(checkpoint)], file=file) == first.samples
+    for _ in range(3):
+        again = find_ceilings([str(checkpoint)], refresh=True, file=file)
+    assert len(again.samples["copy_gbps"]) == 9
+    assert (again.values["copy_gbps"], again.values["import_torch_s"]) == (21.0, 10.0)
+    monkeypatch.setattr(measure, "measure_copy", lambda: 1.0)
+    assert find_ceilings([str(checkpoint)], refresh=True, file=file).values["copy_gbps"] == 21.0, "it was had once"
+
+
+def test_what_takes_long_is_measured_once(tmp_path, monkeypatch):
+    ticks = iter(range(0, 10**6, 3))
+    monkeypatch.setattr("wan_loader.profiler.probe.ceilings.time.monotonic", lambda: next(ticks))
+    for name in ("measure_page_cache", "measure_copy", "measure_cast"):
+        monkeypatch.setattr(measure, name, lambda *_: 1.0)
+    monkeypatch.setattr(measure, "measure_fill", lambda: {"fill_gbps": 1.0, "convert_gbps": 2.0})
+    found = find_ceilings([], quick=True, file=tmp_path / "c.json")
+    assert {len(many) for many in found.samples.values()} == {1}
+
+
+def test_loads_into_host_memory_are_measured():
+    found = measure.measure_fill()
+    assert found["fill_gbps"] > 0
+    assert found["convert_gbps"] > 0
+
+
+def test_a_start_is_measured_from_its_beginning_to_the_end_of_a_load():
+    found = measure.measure_start()
+    assert found["start_s"] > found["import_torch_s"] > 0
 
 
 def test_measuring_takes_no_memory_that_is_not_there(checkpoint, monkeypatch):
     monkeypatch.setattr(measure, "available_memory", lambda: 8 << 20)
     checkpoint.read_bytes()
     paths = [str(checkpoint)]
-    for name, arguments in {"copy": (), "cast": (), "page_cache": (paths,), "start": ()}.items():
+    for name, arguments in {"copy": (), "cast": (), "page_cache": (paths,), "start": (), "fill": ()}.items():
         with pytest.raises(measure.UnmeasuredError, match="too little memory"):
             getattr(measure, f"measure_{name}")(*arguments)
 
@@ -142,6 +200,7 @@ def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure_disk", refuse)
     for name in ("measure_page_cache", "measure_copy", "measure_cast"):
         monkeypatch.setattr(measure, name, lambda *_: 1.0)
+    monkeypatch.setattr(measure, "measure_fill", lambda: {"fill_gbps": 1.0, "convert_gbps": 2.0})
     monkeypatch.setattr("wan_loader.profiler.probe.ceilings.busy_note", lambda: "it was busy")
     found = find_ceilings(["/nonexistent"], quick=True, file=tmp_path / "c.json")
     assert found.get("disk_gbps") is None

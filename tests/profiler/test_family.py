@@ -93,7 +93,9 @@ class TestStory:
         ("torchrun s.py", LAUNCHER, "torchrun"),
         ("python -m torch.distributed.run s.py", LAUNCHER, "-m torch.distributed.run"),
         ("/venv/bin/python3.11 /venv/bin/accelerate launch --cpu s.py", LAUNCHER, "accelerate launch"),
-        ("bash run.sh", LAUNCHER, "bash"),
+        ("bash run.sh", LAUNCHER, "bash run.sh"),
+        ("/bin/sh ./deep/run.sh launch", LAUNCHER, "sh run.sh"),
+        ("bash -c torchrun", LAUNCHER, "bash"),
         ("python -u /deep/down/s.py --flag", "", "s.py"),
         ("python -X faulthandler s.py", "", "s.py"),
         ("python -m json.tool", "", "-m json.tool"),
@@ -272,3 +274,30 @@ def test_counters_of_children_that_were_waited_for_are_taken_out():
     child = SeenProcess(8, 7, 0, ("cat",), int(0.25 * S), [Counters(int(0.25 * S), 0, 0, 200 * MB)])
     recording = Recording(argv=("x",), pid=7, start_ns=0, end_ns=S, returncode=0, logs=(), seen=(seen, child))
     assert not list(unseen_reads([], seen, recording))
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_reads_of_children_that_were_too_short_to_be_seen_are_known_by_their_siblings(with_weights):
+    """The kernel adds the bytes of a child to whoever has waited for it; of pipes and sockets nothing is known."""
+    counters = [Counters(int(at * S), 0, 0, nbytes) for at, nbytes in ((0.1, 0), (0.2, 0), (0.3, 300 * MB))]
+    shell = SeenProcess(7, 1, 0, ("sh",), None, counters)
+    child = SeenProcess(8, 7, 0, ("dd",), int(0.25 * S), [Counters(int(0.25 * S), 0, 0, 100 * MB)])
+    if with_weights:
+        child.files["/w.safetensors"] = 100 * MB
+    recording = Recording(argv=("x",), pid=7, start_ns=0, end_ns=S, returncode=0, logs=(), seen=(shell, child))
+    nbytes = sum(s.nbytes for s in unseen_reads([], shell, recording))
+    assert nbytes == (200 * MB if with_weights else 0)
+
+
+def test_a_copy_of_a_module_and_blocks_of_a_gguf_file_are_recorded(profiled):
+    gguf = pytest.importorskip("gguf")
+    session = profiled("""
+import copy, gguf, numpy, torch
+copy.deepcopy(torch.zeros(1 << 20))
+gguf.dequantize(numpy.zeros((64, 34 * 64), dtype="uint8"), gguf.GGMLQuantizationType.Q8_0)
+""")
+    spans = session.processes[0].spans
+    assert [s.nbytes for s in spans if s.name == "h2d" and s.label == "copy in host memory"] == [4 << 20]
+    assert [s.label for s in spans if s.name == "cast"] == ["gguf.dequantize"]
+    assert not any(s.label == "resource" for s in spans), "what the recording itself imports is no part of the program"
+    assert gguf.dequantize.__module__ == "gguf.quants"

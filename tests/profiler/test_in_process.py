@@ -91,6 +91,22 @@ def test_only_the_block_counts(weights):
     assert p.session.report.seconds < 5
 
 
+def test_a_module_that_is_imported_in_one_block_is_seen_in_the_next(weights, tmp_path, monkeypatch):
+    """As in a notebook, whose first cell imports diffusers: that has `safe_open` for itself."""
+    (tmp_path / "imported_late.py").write_text("from safetensors import safe_open")
+    monkeypatch.syspath_prepend(tmp_path)
+    sizes = []
+    for _ in range(2):
+        with wan_loader.profile() as p:
+            import imported_late
+
+            with imported_late.safe_open(weights, "pt") as file:
+                file.get_tensor("w0")
+        sizes.append(p.session.report.nbytes_file)
+    assert sizes == [weights.stat().st_size] * 2
+    assert imported_late.safe_open is safetensors.safe_open
+
+
 def test_a_block_that_fails_is_ended_like_any_other(weights):
     before = attributes()
     p = wan_loader.profile()

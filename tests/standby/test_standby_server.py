@@ -13,7 +13,7 @@ import pytest
 from programs import check_usage
 from standbys import wait_for, wait_until_gone, waiting
 
-from wan_loader.standby import place, world
+from wan_loader.standby import world
 from wan_loader.standby.learned import Learned
 from wan_loader.system.peers import is_own_peer
 
@@ -96,9 +96,12 @@ def test_a_server_that_hangs_is_not_waited_for_and_takes_nothing_later(own, scri
     os.kill(pid, signal.SIGSTOP)
     path = script(f"{_WHERE}open(sys.argv[1], 'a').write('x')")
     patience = tmp_path / "sitecustomize.py"
-    patience.write_text("import wan_loader.standby.client as client; client._PATIENCE_S = 0.2")
-    done = server.run(path, tmp_path / "out", said=True, env={"PYTHONPATH": f"{tmp_path}:{server.env['PYTHONPATH']}"})
+    patience.write_text("import wan_loader.standby.client as client; client.PATIENCE_S = 0.2")
+    impatient = {"PYTHONPATH": f"{tmp_path}:{server.env['PYTHONPATH']}"}
+    done = server.run(path, tmp_path / "out", said=True, env=impatient)
+    said = server.command("standby", "start", check=False, **impatient).stderr
     os.kill(pid, signal.SIGCONT)
+    assert f"the stand-by server hangs: process {pid}: end it: wan-loader standby stop" in said
     assert why(done) == "the server does not answer (it has ended)"
     server.command("standby", "status")
     assert (tmp_path / "out").read_text() == "x"
@@ -234,6 +237,17 @@ def test_the_last_programs_are_remembered(monkeypatch, tmp_path):
     assert learned.modules() == ["wan_loader.errors", name]
 
 
+def test_no_locale_is_no_difference(own, script):
+    """As in containers: Python then sets one by itself, and what it starts has another mode than it has."""
+    server, path = own(), script(f"{_WHERE}import os; print(sys.flags.utf8_mode, os.environ.get('LC_CTYPE'))")
+    for name in [name for name in server.env if name in ("LANG", "PYTHONUTF8") or name.startswith("LC_")]:
+        del server.env[name]
+    server.start()
+    forked, direct = server.both(path)
+    assert forked.stdout == "forked\n" + direct.stdout.partition("\n")[2]
+    assert direct.stdout.splitlines()[1].startswith("1 ")
+
+
 def test_a_client_that_is_other_than_the_server(own, script):
     server, path = own(), script(_WHERE)
     server.start()
@@ -287,18 +301,6 @@ def test_sockets_of_other_users_are_refused(own, script, open_dir, unprivileged)
     pid = server.pid()
     server.socket().unlink()
     wait_until_gone(pid)  # nobody could ask it
-
-
-def test_where_it_listens(monkeypatch, tmp_path):
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert place.directory() == str(tmp_path / "wan-loader")
-    for mode, value in ((0o755, str(tmp_path)), (0o700, "relative"), (0o700, str(tmp_path / "none"))):
-        tmp_path.chmod(mode)
-        monkeypatch.setenv("XDG_RUNTIME_DIR", value)
-        assert place.directory() in (f"/run/user/{os.geteuid()}/wan-loader", f"/tmp/wan-loader-{os.geteuid()}")
-    (tmp_path / "link").symlink_to(tmp_path)
-    assert place.not_private(str(tmp_path / "link")) == "is no directory"
 
 
 def test_a_server_that_does_not_begin(own, modules):

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import subprocess
 import sys
 import threading
 import weakref
@@ -10,8 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from programs import DISTRIBUTED, run
 from safetensors.torch import load_file, save_file
 from streamed_models import Model, empty_model, inputs, resident_model, save_model
+from versions import needs_torch
 
 import wan_loader
 from wan_loader import CheckpointError, DeviceMemoryError, KeyMismatchError, LoadCancelledError, OptionError
@@ -509,7 +510,7 @@ with torch.no_grad():
 """
 
 
+@needs_torch(2, 5, "a graph for each block")
 def test_compiled_blocks_are_one_graph(path):
-    here = os.path.dirname(os.path.dirname(__file__))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])}
-    subprocess.run([sys.executable, "-c", COMPILED, str(path)], check=True, env=environment)
+    done = run("-c", COMPILED, path, modules=DISTRIBUTED, env={"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr

@@ -24,6 +24,9 @@ _RATES = {
     "h2d_pinned_gbps": "copies to the GPU, pinned",
     "h2d_pageable_gbps": "copies to the GPU, not pinned",
     "register_gbps": "registering pages for the GPU",
+    "fill_gbps": "loads into host memory",
+    "convert_gbps": "loads with a cast, both sides",
+    "start_s": "start of a Python that loads",
     "import_torch_s": "import torch",
     "cuda_init_s": "start of CUDA",
 }
@@ -93,6 +96,7 @@ def _document(
         "storage": storage_facts(files[0]) if files else {},
         "files": {"n": len(files), "nbytes": sum(Path(f).stat().st_size for f in files)},
         "ceilings": dict(found.values),
+        "ceiling_samples": {name: list(many) for name, many in found.samples.items()},
         "measured_now": list(found.measured),
         "notes": list(found.notes),
     }
@@ -112,9 +116,11 @@ def _print(console: Any, document: dict[str, Any], *, device: str, since: float 
         facts.add_row(title, text)
     console.print(facts)
     console.print()
-    rates = Columns("what", Column("at best", right=True))
+    rates = Columns("what", Column("at best", right=True), Column("samples", right=True))
     for key, value in document["ceilings"].items():
-        rates.add_row(_RATES.get(key, key), f"{value:.2f} {'GB/s' if key.endswith('_gbps') else 's'}")
+        many = document["ceiling_samples"].get(key) or [value]
+        spread = f"{min(many):.2f} .. {max(many):.2f}" if len(many) > 1 else ""
+        rates.add_row(_RATES.get(key, key), f"{value:.2f} {'GB/s' if key.endswith('_gbps') else 's'}", spread)
     console.print(rates)
     if len(document["measured_now"]) < len(document["ceilings"]):
         console.print(_measured_before(document, since), style="dim")

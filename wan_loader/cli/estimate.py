@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,13 +15,15 @@ from wan_loader.errors import OptionError
 from wan_loader.sizes import parse_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from wan_loader.profiler.analysis.simulate import Prediction, SimulatedBlock
 
 __all__ = ["estimate"]
 
 #: Where nothing was measured on this machine: PCIe 5 x16 and a current GPU; memory and cores of a workstation.
-_DEFAULTS = {"h2d_pinned_gbps": 50.0, "cast_gpu_gbps": 1500.0, "copy_gbps": 5.0, "cast_cpu_gbps": 5.0}
-_FIXED_S = {"import_torch_s": 2.0, "cuda_init_s": 0.5}
+_DEFAULTS = {"h2d_pinned_gbps": 50.0, "cast_gpu_gbps": 1500.0, "fill_gbps": 5.0, "convert_gbps": 7.5}
+_FIXED_S = {"cuda": 2.5, "cpu": 2.0}
 
 
 class DeviceChoice(enum.StrEnum):
@@ -87,19 +91,24 @@ def _document(
 ) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
     from wan_loader.formats.inventory import checkpoints_in
-    from wan_loader.profiler.analysis.simulate import Hardware, blocks_of, plan_elsewhere, simulate
-    from wan_loader.profiler.probe.ceilings import known_ceilings
+    from wan_loader.profiler.analysis.simulate import blocks_of, plan_elsewhere
+    from wan_loader.profiler.probe.busy import busy_reason, crowding
+    from wan_loader.profiler.probe.ceilings import known_samples
 
     checkpoints = checkpoints_in(path, part)
     plans = [plan_elsewhere(c, dtype_name(dtype), cuda=device == "cuda") for c in checkpoints]
     blocks, slots = [block for plan in plans for block in blocks_of(plan)], min(plan.settings.n_slots for plan in plans)
-    known = known_ceilings([f.path for c in checkpoints for f in c.files], device=device)
+    known = known_samples([f.path for c in checkpoints for f in c.files], device=device)
     rates = _rates(pcie, device, known)
-    copy, cast, fixed_s = rates["copy"]["bytes_per_s"], rates["cast"]["bytes_per_s"], rates["fixed"]["seconds"]
+    # what nobody has measured does not depend on what this machine is doing
+    busy = busy_reason() if known else ""
+    crowd = crowding() if busy else 1.0
     rows = []
-    for name, rate in _storages(disk, known):
-        hardware = Hardware(disk=rate, copy=copy, cast=cast, cuda=device == "cuda", slots=slots, fixed_s=fixed_s)
-        rows.append({"storage": name, "disk_bytes_per_s": rate, **_row(simulate(blocks, hardware))})
+    for name, disk_rate in _storages(disk, known):
+        seconds = {key: _played(blocks, slots, device, disk_rate, rates, key) for key in ("typical", "most", "least")}
+        # on a crowded machine a start may have a processor for itself, or share it with all who want one
+        spread = {"fastest_s": seconds["most"].seconds / crowd, "slowest_s": seconds["least"].seconds * crowd}
+        rows.append({"storage": name, "disk_bytes_per_s": disk_rate.typical, **_row(seconds["typical"]), **spread})
     return {
         "schema_version": 1,
         "command": "estimate",
@@ -109,8 +118,11 @@ def _document(
         "nbytes": sum(p.nbytes for p in blocks),
         "nbytes_converted": sum(p.nbytes for p in blocks if p.cast),
         "checkpoints": [{"path": c.path, "nbytes": c.nbytes} for c in checkpoints],
-        "rates": rates,
+        "rates": {name: rate.to_json("seconds" if name == "fixed" else "bytes_per_s") for name, rate in rates.items()},
         "estimates": rows,
+        "notes": [f"the machine is busy now ({busy}): a start may be {crowd:.1f} times as long, or as short"]
+        if busy
+        else [],
         "warnings": _missing(path),
     }
 
@@ -130,37 +142,70 @@ def _missing(path: Path) -> list[str]:
     return [f"the model is not complete: {'; '.join(what)}: this is the start of what is here (see wan-loader inspect)"]
 
 
-def _rates(pcie: str | None, device: str, known: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Rate:
+    """A rate, or seconds, with what its samples differ by. The most is what makes a start quickest."""
+
+    typical: float
+    least: float
+    most: float
+    origin: str
+
+    def to_json(self, unit: str) -> dict[str, Any]:
+        """Return the document's fields."""
+        return {unit: self.typical, "least": self.least, "most": self.most, "origin": self.origin}
+
+
+def _played(
+    blocks: Sequence[SimulatedBlock], slots: int, device: str, disk: _Rate, rates: Mapping[str, _Rate], key: str
+) -> Prediction:
+    """Play the plan through with the typical, the least or the most of all rates."""
+    from wan_loader.profiler.analysis.simulate import Hardware, simulate
+
+    copy, cast, fixed = (getattr(rates[name], key) for name in ("copy", "cast", "fixed"))
+    rate = getattr(disk, key)
+    return simulate(
+        blocks, Hardware(disk=rate, copy=copy, cast=cast, cuda=device == "cuda", slots=slots, fixed_s=fixed)
+    )
+
+
+def _rates(pcie: str | None, device: str, known: Mapping[str, Sequence[float]]) -> dict[str, _Rate]:
     """Return bytes per second of copies and casts, seconds before the first byte, each with where it is from."""
-    cuda = device == "cuda"
-    names = ("h2d_pinned_gbps", "cast_gpu_gbps") if cuda else ("copy_gbps", "cast_cpu_gbps")
+    names = ("h2d_pinned_gbps", "cast_gpu_gbps") if device == "cuda" else ("fill_gbps", "convert_gbps")
     rates = {
-        name: {"bytes_per_s": known.get(key, _DEFAULTS[key]) * 1e9, "origin": _origin([key], known)}
+        name: _measured(known.get(key, ()), 1e9) or _given(_DEFAULTS[key] * 1e9, "assumed")
         for name, key in zip(("copy", "cast"), names, strict=True)
     }
     if pcie:
-        rates["copy"] = {"bytes_per_s": parse_rate(pcie), "origin": "as asked for"}
-    fixed = list(_FIXED_S) if cuda else ["import_torch_s"]
-    return {
-        **rates,
-        "fixed": {"seconds": sum(known.get(k, _FIXED_S[k]) for k in fixed), "origin": _origin(fixed, known)},
-    }
+        rates["copy"] = _given(parse_rate(pcie), "as asked for")
+    # what was measured without a GPU tells nothing of a start with one
+    starts = known.get("start_s", ()) if device == "cpu" or "cuda_init_s" in known else ()
+    fixed = _measured(starts, 1.0)
+    if fixed is not None:
+        fixed = replace(fixed, least=fixed.most, most=fixed.least)
+    return {**rates, "fixed": fixed or _given(_FIXED_S[device], "assumed")}
 
 
-def _origin(keys: list[str], known: Mapping[str, float]) -> str:
-    return "measured here" if all(key in known for key in keys) else "assumed"
+def _measured(samples: Sequence[float], unit: float) -> _Rate | None:
+    if not samples:
+        return None
+    return _Rate(median(samples) * unit, min(samples) * unit, max(samples) * unit, "measured here")
 
 
-def _storages(disks: list[str] | None, known: Mapping[str, float]) -> list[tuple[str, float]]:
-    """List storages with bytes per second, slowest first: those asked for, or all known ones and this machine's own."""
+def _given(value: float, origin: str) -> _Rate:
+    return _Rate(value, value, value, origin)
+
+
+def _storages(disks: list[str] | None, known: Mapping[str, Sequence[float]]) -> list[tuple[str, _Rate]]:
+    """List storages with their rates, slowest first: those asked for, or all known ones and this machine's own."""
     from wan_loader.profiler.analysis.simulate import STORAGES
 
-    rates = {name: _parse_disk(name) for name in disks} if disks else dict(STORAGES)
-    if not disks and "disk_gbps" in known:
-        rates["this disk"] = known["disk_gbps"] * 1e9
-    if not disks and "page_cache_gbps" in known:
-        rates["page cache"] = known["page_cache_gbps"] * 1e9
-    return sorted(rates.items(), key=lambda item: item[1])
+    asked = {name: _parse_disk(name) for name in disks} if disks else dict(STORAGES)
+    rates = {name: _given(rate, "as asked for") for name, rate in asked.items()}
+    for name, key in () if disks else (("this disk", "disk_gbps"), ("page cache", "page_cache_gbps")):
+        if (rate := _measured(known.get(key, ()), 1e9)) is not None:
+            rates[name] = rate
+    return sorted(rates.items(), key=lambda item: item[1].typical)
 
 
 def _row(prediction: Any) -> dict[str, Any]:
@@ -182,12 +227,13 @@ def _print(document: dict[str, Any]) -> None:
         + (f", {format_bytes(cast)} of it converted" if cast else "")
         + "; cold, everything at its rate, imports before the first byte\n"
     )
-    times = (Column(title, right=True) for title in ("reads", "start", "disk", "copy", "cast", "fixed"))
+    times = (Column(title, right=True) for title in ("reads", "start", "from .. to", "disk", "copy", "cast"))
     table = Columns(Column("storage", least=12), *times, "limit")
     for row in document["estimates"]:
-        parts = [format_seconds(row[k]) if row[k] else "" for k in ("read_s", "copy_s", "cast_s", "fixed_s")]
+        parts = [format_seconds(row[k]) if row[k] else "" for k in ("read_s", "copy_s", "cast_s")]
         start = format_seconds(row["seconds"])
-        table.add_row(row["storage"], format_rate(row["disk_bytes_per_s"]), start, *parts, row["bottleneck"])
+        spread = f"{row['fastest_s']:.3g} .. {row['slowest_s']:.3g}" if row["slowest_s"] > row["fastest_s"] else ""
+        table.add_row(row["storage"], format_rate(row["disk_bytes_per_s"]), start, spread, *parts, row["bottleneck"])
     console.print(table)
     copies, casts, fixed = (document["rates"][name] for name in ("copy", "cast", "fixed"))
     link = "copies to the GPU (PCIe)" if document["device"] == "cuda" else "copies in memory"
@@ -196,6 +242,9 @@ def _print(document: dict[str, Any]) -> None:
         f"casts at {format_rate(casts['bytes_per_s'])} ({casts['origin']})\n"
         f"fixed: imports{' and the start of CUDA' if document['device'] == 'cuda' else ''} before the first byte, "
         f"{format_seconds(fixed['seconds'])} ({fixed['origin']}); limit: what works longest\n"
-        "disk, copy and cast: how long each works; they overlap, so they do not add up to the start",
+        "disk, copy and cast: how long each works; they overlap, so they do not add up to the start\n"
+        "from .. to: with the best and the worst samples of what was measured here",
         style="dim",
     )
+    for note in document["notes"]:
+        console.print(marked("note: {}", note), style="dim")

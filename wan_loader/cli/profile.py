@@ -187,15 +187,14 @@ def _profile_load(
     from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.loading.joined_report import joined
     from wan_loader.profiler.analysis.assemble import load_session
-    from wan_loader.profiler.probe.surroundings import surroundings
-    from wan_loader.profiler.probe.system_facts import limits
+    from wan_loader.profiler.probe.surroundings import before_recording, surroundings
 
     opening = wan_loader.Recorder()
     with wan_loader.span(opening, "header"):
         checkpoints = checkpoints_in(path, part)
     files = [f.path for c in checkpoints for f in c.files]
     fp32 = sum(t.nbytes for c in checkpoints for t in c.tensors if t.dtype == "float32")
-    before = limits()
+    before = before_recording()
     reports, spans = list[wan_loader.LoadReport](), list[wan_loader.Span]()
     # of a whole model one after the other; the weights of each go before the next, and before the machine is measured
     for checkpoint in checkpoints:
@@ -233,12 +232,11 @@ def _profile_program(
 ) -> tuple[Session, int]:
     from wan_loader.profiler.analysis.assemble import program_session
     from wan_loader.profiler.analysis.merge import merge
-    from wan_loader.profiler.analysis.weight_files import device_of, files_of
-    from wan_loader.profiler.probe.surroundings import surroundings
-    from wan_loader.profiler.probe.system_facts import limits
+    from wan_loader.profiler.analysis.weight_files import device_of, files_of, programs_of
+    from wan_loader.profiler.probe.surroundings import before_recording, surroundings
     from wan_loader.profiler.program import run_program
 
-    before = limits()
+    before = before_recording()
     stdout = sys.stderr.fileno() if json else None
     recording = run_program(words, until=until, seconds=seconds, stop=stop, stdout=stdout)
     processes = merge(recording)
@@ -246,7 +244,7 @@ def _profile_program(
     found = files_of(processes)
     files = sorted(found, key=lambda path: -found[path].nbytes)
     with _told(measure):
-        environment = surroundings(files, device, before, measure=measure)
+        environment = surroundings(files, device, before, measure=measure, programs=programs_of(found))
     return program_session(recording, processes, environment), recording.returncode
 
 

@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.distributed.exit_note import read_exit_note
-from wan_loader.errors import DistributedError
+from wan_loader.errors import DistributedError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +35,7 @@ _POLL_S = 0.01
 _POLLS_A_LOOK = 25
 _MAX_TEXT = 4000
 _REACH_S = 5.0
+_TORCH = "install torch 2.6 or later"
 
 
 def own_connection(store: Any) -> Any:
@@ -42,7 +43,12 @@ def own_connection(store: Any) -> Any:
 
     Raises:
         DistributedError: The process that holds the store is gone; torch would try for half an hour.
+        OptionError: This torch opens no second connection.
     """
+    if not hasattr(store, "clone"):
+        import torch
+
+        raise OptionError.because(f"loads of several processes do not run with torch {torch.__version__}", _TORCH)
     base = store
     while hasattr(base, "underlying_store"):  # under its prefixes
         base = base.underlying_store

@@ -75,8 +75,9 @@ class Patches:
             module: The module that defines it.
             name: Its name there. One that does not exist there is left, as other versions may lack it. Several names
                 cost no more than one: other modules are searched once for all.
-            make: Returns the replacement of an original. Calls from inside our own code, and calls after `undo`, go to
-                the original without it. For a class, it returns a class, which has to see to that by itself.
+            make: Returns the replacement of an original, or that itself, which then stays. Calls from inside our own
+                code, and calls after `undo`, go to the original without it. For a class, it returns a class, which has
+                to see to that by itself.
             parameters: What the original must have; where one is missing, another version is there, which is not known
                 and therefore left alone. The tally tells.
         """
@@ -124,7 +125,10 @@ class Patches:
             if not _has_parameters(function, parameters):
                 self.tally.leave(f"{module.__name__}.{name} is not the function that is known here")
                 continue
-            replacement = self._guarded(function, make(function))
+            made = make(function)
+            if made is function:
+                continue
+            replacement = self._guarded(function, made)
             if kind is not None:
                 replacement = kind(replacement)
             self._set(owner, last, original, replacement)

@@ -6,16 +6,17 @@ import os
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import KeepError
 from wan_loader.keeper.messages import PROTOCOL, close_all, receive, send
-from wan_loader.keeper.place import connect, keeper_directory
+from wan_loader.keeper.place import connect
+from wan_loader.system.peers import own_directory
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
-    from pathlib import Path
 
     from wan_loader.keeper.shelf import Identity
 
@@ -98,7 +99,7 @@ def find_keeper(directory: Path | None = None) -> KeeperLink | None:
     Raises:
         KeepError: It cannot be trusted, or does not answer.
     """
-    link = connect(directory or keeper_directory(), _TIMEOUT_S)
+    link = connect(directory or Path(own_directory()), _TIMEOUT_S)
     return None if link is None else KeeperLink(link)
 
 
@@ -111,7 +112,7 @@ def need_keeper() -> KeeperLink:
         if (link := find_keeper()) is not None:
             return link
         time.sleep(_PAUSE_S)
-    raise KeepError.because(f"no keeper came to be in {keeper_directory()}", "look into keeper.log there")
+    raise KeepError.because(f"no keeper came to be in {own_directory()}", "look into keeper.log there")
 
 
 def _start() -> None:

@@ -10,9 +10,7 @@ import fcntl
 import os
 import socket
 import stat
-import tempfile
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_loader.errors import KeepError
@@ -20,21 +18,14 @@ from wan_loader.system.peers import is_own_peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-__all__ = ["KEEPER_LOG", "connect", "forget", "keeper_directory", "listen", "opened", "watch"]
+__all__ = ["KEEPER_LOG", "connect", "forget", "listen", "opened", "watch"]
 
 _NAME = "keeper.socket"
 _LOCK = "keeper.lock"
 #: What the keeper says, if anything.
 KEEPER_LOG = "keeper.log"
-
-
-def keeper_directory() -> Path:
-    """Return the directory of the socket: the user's runtime directory where there is one, else one for temporaries."""
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    if given and os.path.isabs(given) and os.path.isdir(given):  # a keeper has another working directory
-        return Path(given) / "wan-loader"
-    return Path(tempfile.gettempdir()) / f"wan-loader-{os.geteuid()}"
 
 
 @contextmanager

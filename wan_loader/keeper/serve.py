@@ -16,13 +16,14 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import KeepError
 from wan_loader.keeper.messages import PROTOCOL, close_all, receive, send
-from wan_loader.keeper.place import KEEPER_LOG, forget, keeper_directory, listen, watch
+from wan_loader.keeper.place import KEEPER_LOG, forget, listen, watch
 from wan_loader.keeper.shelf import Identity, Item, Shelf
-from wan_loader.system.peers import MAX_FDS, is_own_peer
+from wan_loader.system.peers import MAX_FDS, is_own_peer, own_directory
 
 if TYPE_CHECKING:
     import socket
@@ -73,7 +74,7 @@ class Keeper:
     def run(self) -> None:
         """Serve until told to stop, until there is nothing to keep, or until nobody can reach the socket any more."""
         self._server.setblocking(False)
-        is_reachable = watch(keeper_directory())
+        is_reachable = watch(Path(own_directory()))
         with selectors.DefaultSelector() as selector:
             selector.register(self._server, selectors.EVENT_READ)
             while not self._stops:
@@ -203,7 +204,7 @@ def _check_free(item: Item | None) -> None:
 
 def main() -> None:
     """Become the keeper of this user, in the background; return once it can be reached, or if there is one already."""
-    directory = keeper_directory()
+    directory = Path(own_directory())
     try:
         listening = listen(directory)
     except KeepError as error:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["fill", "is_distributed", "is_dtensor"]
 
+#: Where DTensor is: the latter before torch 2.5.
+_DTENSOR_MODULES = ("torch.distributed.tensor", "torch.distributed._tensor")
+
 
 def fill(
     module: torch.nn.Module,
@@ -142,8 +145,10 @@ def is_dtensor(tensor: Any) -> bool:
     Where nothing has imported those, nothing is, and they need not be imported. Nor is anything while another thread is
     still importing them.
     """
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return dtensor is not None and isinstance(tensor, dtensor)
+    for name in _DTENSOR_MODULES:
+        if (dtensor := getattr(sys.modules.get(name), "DTensor", None)) is not None:
+            return isinstance(tensor, dtensor)
+    return False
 
 
 def is_distributed(module: torch.nn.Module) -> bool:

@@ -60,13 +60,13 @@ class Profile:
 
     def __enter__(self) -> Profile:
         from wan_loader.profiler.agent import boot
-        from wan_loader.profiler.probe.system_facts import limits
+        from wan_loader.profiler.probe.surroundings import before_recording
 
         if _running:
             raise OptionError.because("a profile is running in this process", "end it first: they do not nest")
         _running.append(self)
         self._session = None
-        self._before = limits()
+        self._before = before_recording()
         self._directory = tempfile.TemporaryDirectory(prefix="wan-loader-", ignore_cleanup_errors=True)
         self._start_ns = clock_ns()
         self._recorder = boot.start_inside(self._directory.name)
@@ -91,7 +91,7 @@ class Profile:
     def _judge(self, logs: Any, end_ns: int) -> Session:
         from wan_loader.profiler.analysis.assemble import program_session
         from wan_loader.profiler.analysis.merge import merge
-        from wan_loader.profiler.analysis.weight_files import device_of, files_of
+        from wan_loader.profiler.analysis.weight_files import device_of, files_of, programs_of
         from wan_loader.profiler.probe.surroundings import surroundings
         from wan_loader.profiler.program import Recording
 
@@ -104,10 +104,14 @@ class Profile:
             logs=logs,
             seen=tuple(self._watcher.seen),
             inside=True,
+            directory=os.getcwd(),
         )
         processes = merge(recording)
         device = "cuda:0" if device_of(processes) == "cuda" else "cpu"
-        around = surroundings(list(files_of(processes)), device, self._before, measure=self._measures, known=True)
+        files = files_of(processes)
+        around = surroundings(
+            list(files), device, self._before, measure=self._measures, known=True, programs=programs_of(files)
+        )
         return program_session(recording, processes, around)
 
 

@@ -7,7 +7,9 @@ this way is seen from outside (`watch`).
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +49,10 @@ class Recording:
     """The processes as they looked from outside."""
     inside: bool = False
     """A part of a process that goes on."""
+    directory: str = ""
+    """The directory in which the program was started."""
+    own_python: bool = True
+    """True if it was started with the Python of this environment."""
     stopped: str = ""
     """The reason why the program was stopped from outside, if it was."""
 
@@ -100,8 +106,16 @@ def run_program(
             returncode=child.returncode,
             logs=read_logs(home / "spans"),
             seen=tuple(watcher.seen),
+            directory=os.getcwd(),
+            own_python=_is_own(argv[0]),
             stopped=stopper.stopped,
         )
+
+
+def _is_own(program: str) -> bool:
+    """Say whether a program lies beside the Python of this one: environments link to one and the same."""
+    found = shutil.which(program)
+    return found is not None and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable)
 
 
 def _environment(home: Path, until: str | None, deadline_ns: int | None) -> dict[str, str]:

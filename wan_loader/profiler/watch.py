@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from wan_loader.events import clock_ns
 from wan_loader.formats.file_names import is_weight_name
+from wan_loader.profiler.blocked import blocked_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Counters", "SeenProcess", "Watcher"]
+__all__ = ["Counters", "SeenProcess", "Watcher", "is_idle"]
 
 _INTERVAL_S = 0.1
 #: The share of one processor that looking may take: where it takes longer, it is done more rarely.
@@ -56,6 +57,8 @@ class Counters:
     """Processor time so far; 10 ms exact."""
     has_weights: bool = False
     """A weight file is open."""
+    blocked_by: str = ""
+    """What it waits for, if it has hardly used a processor since the look before."""
 
 
 @dataclass(slots=True)
@@ -152,7 +155,9 @@ class Watcher:
                 self._alive.pop(pid).end_ns = clock_ns()
                 continue
             has_weights = self._look_at_files(pid, process)
-            process.counters.append(replace(found, has_weights=has_weights))
+            idle = not process.counters or is_idle(process.counters[-1], found)
+            blocked = blocked_by(pid) if idle else ""
+            process.counters.append(replace(found, has_weights=has_weights, blocked_by=blocked))
             if len(process.counters) > _MAX_COUNTERS:
                 process.counters[:] = process.counters[::2]
             if found.resident_bytes == 0 and _state(pid) == "Z":  # where there is no descriptor that tells
@@ -191,6 +196,11 @@ class Watcher:
                 fd = os.pidfd_open(pid)
                 self._fds[fd] = pid
                 self._poll.register(fd, select.POLLIN)
+
+
+def is_idle(before: Counters, after: Counters) -> bool:
+    """Tell whether a process used a processor for less than a fifth of the time between two looks."""
+    return (after.cpu_ns - before.cpu_ns) * 5 <= after.at_ns - before.at_ns
 
 
 def _boot_ns() -> int:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     import socket
     from typing import Any
 
-__all__ = ["ask", "connect", "hand_over"]
+__all__ = ["PATIENCE_S", "ask", "connect", "hand_over"]
 
 #: How long a server may take to answer: with more, a direct start is as good.
-_PATIENCE_S = 10.0
+PATIENCE_S = 10.0
 #: As siginfo has it for signals that the terminal sends, to all processes in its foreground.
 _SI_KERNEL = 0x80
 
@@ -74,12 +74,12 @@ def connect() -> socket.socket | str:
     """Connect to the server, or say why not."""
     import socket
 
-    from wan_loader.system.peers import is_own_peer
+    from wan_loader.system.peers import is_own_peer, not_private, own_directory
 
-    if why := place.not_private(place.directory()):
-        return f"the server's directory {place.directory()} {why}"
+    if why := not_private(own_directory()):
+        return f"the server's directory {own_directory()} {why}"
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(_PATIENCE_S)
+    connection.settimeout(PATIENCE_S)
     try:
         connection.connect(place.socket_path())
     except OSError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.errors import OutputError, WanLoaderError
 from wan_loader.standby import client, place
+from wan_loader.system.peers import not_private, own_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,7 @@ _LOCK = struct.Struct("hhqqixxxx")
 
 def running() -> int | None:
     """Return the process id of the server, also of one that still imports; None if there is none."""
-    if place.not_private(place.directory()):  # somebody else's file could name any process
+    if not_private(own_directory()):  # somebody else's file could name any process
         return None
     try:
         with open(place.lock_path(), "rb") as file:
@@ -58,16 +59,19 @@ def start(modules: Sequence[str], *, idle_s: float = IDLE_S, only: bool = False)
         OutputError: Its directory cannot be had for this user alone.
         WanLoaderError: It has not become ready.
     """
-    directory = place.directory()
+    directory = own_directory()
     with contextlib.suppress(FileExistsError):
         os.mkdir(directory, 0o700)
-    if why := place.not_private(directory):
+    if why := not_private(directory):
         raise OutputError.because(why, "remove it, or set XDG_RUNTIME_DIR to a directory of yours", path=directory)
     if running() is None:
         _launch({"modules": list(modules), "idle_s": idle_s, "only": only})
-    while running() is not None:
+    while (pid := running()) is not None:
+        asked = time.monotonic()
         if (found := status()) is not None and "n_modules" in found:
             return found
+        if time.monotonic() - asked >= client.PATIENCE_S:  # one that still imports is not listening
+            raise WanLoaderError.because(f"the stand-by server hangs: process {pid}", "end it: wan-loader standby stop")
         time.sleep(_LOOK_S)
     with open(place.log_path(), encoding="utf-8", errors="replace") as log:
         said = log.read().strip().splitlines()[-1:] or ["it has said nothing"]
@@ -96,8 +100,12 @@ def _launch(settings: dict[str, Any]) -> None:
 
 
 def _options() -> list[str]:
-    """Return the options that this interpreter was started with."""
-    return [word for word in subprocess._args_from_interpreter_flags() if word != "-u"]  # type: ignore[attr-defined]
+    """Return the options that this interpreter was started with, and the mode that it has found without a locale.
+
+    Where none is set, Python turns UTF-8 mode on and sets one in the environment, so that a child would turn it off.
+    """
+    options = [word for word in subprocess._args_from_interpreter_flags() if word != "-u"]  # type: ignore[attr-defined]
+    return [*options, "-X", f"utf8={sys.flags.utf8_mode}"]
 
 
 def status() -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import wan_loader
 from wan_loader.standby.imports import import_all
 from wan_loader.standby.variables import NOT_COMPARED, recorded_reads
 from wan_loader.standby.world import identity
+from wan_loader.system.interpreter import freeze_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -70,7 +71,7 @@ def prepare(names: list[str], environ: Mapping[str, str]) -> Prepared:
     if "torch" in sys.modules:  # in a fork this would take longer than all the rest
         wan_loader.install()
     gc.collect()
-    gc.freeze()  # nothing of it is looked at again, and so copied into a fork
+    freeze_all()  # nothing of it is looked at again, and so copied into a fork
     now = dict(os.environ)
     return Prepared(
         environ=environ,

@@ -62,7 +62,9 @@ def _status() -> str:
 
 
 def _options() -> list[Any]:
-    return [list(sys.flags), list(sys.warnoptions), sorted(map(list, sys._xoptions.items()))]
+    # one of the flags says whether UTF-8 mode is on; by what (an option, a variable, no locale) is no difference
+    others = sorted([name, value] for name, value in sys._xoptions.items() if name != "utf8")
+    return [list(sys.flags), list(sys.warnoptions), others]
 
 
 def different_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from hub_standin import COMMIT, native_files, needed, point_to
-from programs import check_error, wan_loader
+from programs import Program, check_error, wan_loader
 
 from wan_loader.errors import CheckpointError, HubError, OptionError, OutputError
 from wan_pipeline.hub import download as module
@@ -362,19 +362,14 @@ def test_two_at_once_are_refused(hub, target):
 
 
 def start(target, *arguments):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command = [sys.executable, "-m", "wan_loader", "download", "--to", str(target), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return Program("-m", "wan_loader", "download", "--to", target, *arguments)
 
 
 def wait_for_bytes(target, nbytes, process):
     """Until so many bytes have come."""
     deadline = time.perf_counter() + 40
     while nbytes_in(target) < nbytes:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.output()
         assert time.perf_counter() < deadline
         time.sleep(0.005)
 

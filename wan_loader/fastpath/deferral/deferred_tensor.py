@@ -317,7 +317,7 @@ os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _settled(value: Any, *, by: Any = None) -> Any:
-    if isinstance(value, list | tuple):  # of a class of its own, which `tree_map` does not look into
+    if isinstance(value, (list, tuple)):  # of a class of its own, which `tree_map` does not look into
         for each in value:
             _settled(each)
     return settle(value) if type(value) is Deferred and type(by) is not Deferred else value

@@ -15,6 +15,7 @@ import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
+from wan_loader.fastpath.deferral import parameter_checks
 from wan_loader.fastpath.deferral.deferred import is_deferred, settle
 from wan_loader.fastpath.deferral.mt19937 import MIN_DRAWS, advance
 from wan_loader.fastpath.deferral.waiting_init import InitCall, WaitingInit
@@ -59,6 +60,7 @@ class Initial:
 
     def install(self, patches: Patches) -> None:
         """Replace the functions that draw their values, each in one go."""
+        parameter_checks.install(patches)
         patches.replace("torch.nn.init", _FUNCTIONS, self._instead_of, parameters=("tensor", "generator"))
 
     def _instead_of(self, original: Callable[..., torch.Tensor]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ _HOOKS = {
     "torch": ("torch_hooks", "hook_torch"),
     "torch.distributed.fsdp": ("torch_hooks", "hook_distributed"),
     "numpy": ("file_hooks", "hook_numpy"),
+    "gguf.quants": ("weight_hooks", "hook_gguf"),
     "safetensors": ("weight_hooks", "hook_safetensors"),
     "safetensors.torch": ("weight_hooks", "hook_safetensors_torch"),
     "transformers.modeling_utils": ("weight_hooks", "hook_pretrained", "PreTrainedModel"),
@@ -50,7 +51,21 @@ class _FileRecorder(AgentRecorder):
         except Exception:  # gone, or not a plain file
             nbytes, resident = 0, None
         files[path] = {"nbytes": nbytes, "resident_before": resident, "reader": reader, "mapped": mapped}
+        if site := _site():
+            files[path]["site"] = site
         self.note(file=[path, files[path]])
+
+
+def _site() -> Any:
+    """Return file and line of the innermost frame that belongs to no library and not to Python; None without one."""
+    library, here = os.path.dirname(os.__file__), os.path.dirname(__file__)
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(("<", library, here)) and not ("site-packages" in name or "dist-packages" in name):
+            return [os.path.abspath(name), frame.f_lineno]
+        frame = frame.f_back
+    return None
 
 
 def start(directory: Any) -> None:
@@ -162,13 +177,17 @@ def _watch_output(recorder: Any, text: Any) -> Any:
 
 def _finish(recorder: Any, why: Any = "exit") -> None:
     try:
+        # what is imported for the recording is no part of the program
+        recorder.on = False
         import resource
 
+        recorder.on = True
         recorder.facts["counters"] = [recorder.now(), *recorder.io()]
         recorder.facts["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             recorder.facts["gpu"] = torch.cuda.get_device_name()
+            recorder.facts["device_memory_bytes"] = torch.cuda.get_device_properties().total_memory
             recorder.facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     except Exception:
         recorder.facts["incomplete"] = True

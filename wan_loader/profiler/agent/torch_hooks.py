@@ -68,7 +68,8 @@ def hook_torch(recorder: Any, torch: Any) -> None:
     patch(recorder, torch.nn.Module, "load_state_dict", lambda f: timed(recorder, f, "assign", "load_state_dict"))
     patch(recorder, torch.cuda, "_lazy_init", lambda f: timed(recorder, f, "cuda_init", "CUDA"))
     patch(recorder, torch.cuda, "synchronize", lambda f: timed(recorder, f, "wait", "torch.cuda.synchronize"))
-    patch(recorder, torch.storage._StorageBase, "to", lambda f: _move(recorder, torch, f))
+    for name in ("to", "clone"):  # copy.deepcopy clones storages
+        patch(recorder, torch.storage._StorageBase, name, lambda f: _move(recorder, torch, f))
     _hook_load(recorder, torch)
     _hook_modules(recorder, torch.nn.Module)
     hook_distributed(recorder, torch.distributed)

@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["cached_bytes", "hook_pretrained", "hook_safetensors", "hook_safetensors_torch"]
+__all__ = ["cached_bytes", "hook_gguf", "hook_pretrained", "hook_safetensors", "hook_safetensors_torch"]
 
 _SYS_CACHESTAT = 451
 
@@ -41,6 +41,15 @@ def hook_safetensors(recorder: Any, module: Any) -> None:
         # what was imported before has the name for itself
         if getattr(other, "__dict__", {}).get("safe_open") is original:
             patch(recorder, other, "safe_open", lambda _: opener)
+    recorder.undo.append(lambda: _put_back(opener, original))
+
+
+def _put_back(opener: Any, original: Any) -> None:
+    """Give modules that were imported meanwhile the name that they would have: the next recording looks for that."""
+    for other in list(sys.modules.values()):
+        names = getattr(other, "__dict__", {})
+        if names.get("safe_open") is opener:
+            names["safe_open"] = original
 
 
 def hook_safetensors_torch(recorder: Any, module: Any) -> None:
@@ -64,6 +73,11 @@ def _loads(recorder: Any, original: Any) -> Any:
             recorder.end(len(data))
 
     return load
+
+
+def hook_gguf(recorder: Any, module: Any) -> None:
+    """Wrap the conversion of quantised blocks to numbers."""
+    patch(recorder, module, "dequantize", lambda f: timed(recorder, f, "cast", "gguf.dequantize"))
 
 
 def hook_pretrained(recorder: Any, owner: Any) -> None:

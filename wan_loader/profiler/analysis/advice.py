@@ -1,178 +1,465 @@
-"""Rules over the evidence of one session that say what to change. Pure.
+"""Rules over the evidence of one session that say what to change, and how for the very command that was profiled. Pure.
 
-Each rule says what speaks for it in this session and what it would win, computed from this session's own numbers. A
-rule without evidence says nothing, and wins below 2 % of the wall time, or below 5 ms, are not mentioned.
+Each rule says what speaks for it in this session and what it leaves of the time, computed from this session's own
+numbers. A rule without evidence says nothing, and wins below 2 % of the wall time, or below 5 ms, are not mentioned.
+What several of them win together is `remedies`' matter.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from wan_loader.profiler.analysis.commands import Program
+from wan_loader.profiler.analysis.edits import Edit, converted_load, first_lines
+from wan_loader.profiler.analysis.outside import OWN_END
+from wan_loader.profiler.analysis.remedies import Part, Parts, Remedy, parts_of, worth_following
 from wan_loader.profiler.analysis.session import Advice
+from wan_loader.sizes import format_seconds
 from wan_loader.verdict import ideal_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
+    from wan_loader.profiler.analysis.weight_files import OpenedFile
     from wan_loader.verdict import Evidence
 
-__all__ = ["advise"]
+__all__ = ["Case", "advise"]
 
 _WORTH = 0.02
 _WORTH_S = 0.005
 #: A local NVMe drive, for the gain of leaving a slower one.
 _NVME_GBPS = 3.0
-_EMPTY = "build the model under `with wan_loader.empty_weights():`"
+#: What a start from the stand-by server takes itself.
+_FORK_S = 0.3
+#: Weights that are kept are mapped: measured, 22 ms for 5.6 GB.
+_ATTACH_GBPS = 250.0
+#: Initialisations of fewer bytes do not wait under the fast path.
+_INIT_BYTES = 64 << 20
+_DRAWN_AT_ONCE = ("trunc", "orthogonal", "sparse")
+_SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+_MOST_NAMED = 3
 
 
-def advise(e: Evidence) -> tuple[Advice, ...]:
-    """Return all that applies, the largest gain first."""
-    found = [advice for rule in _RULES for advice in rule(e) if advice.gain_s >= max(_WORTH * e.seconds, _WORTH_S)]
-    return tuple(sorted(found, key=lambda a: -a.gain_s))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A session's evidence, with what makes its advice that of this program."""
+
+    evidence: Evidence
+    parts: Parts
+    program: Program = field(default_factory=Program)
+    files: Mapping[str, OpenedFile] = field(default_factory=dict)
+    """The weight files that were opened."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """The text of the program's own files."""
+    target: str = ""
+    """The checkpoint, of a load."""
+    served: float = 1.0
+    """The share of imports that happen where a stand-by server would have done them before."""
+
+    def seconds(self, *phases: str) -> dict[Part, float]:
+        """Return the parts of some phases."""
+        return {part: s for part, s in self.parts.items() if part.phase in phases}
+
+    def shown(self, path: str) -> str:
+        """Return a path as short as it may be typed where the program was started."""
+        return path.removeprefix(self.program.directory + os.sep) if self.program.directory else path
+
+    def weights(self) -> list[str]:
+        """Return the checkpoints that were opened, as they are typed, the largest first."""
+        if self.target:
+            return [self.target]
+        return [self.shown(path) for path in sorted(self.files, key=lambda path: -self.files[path].nbytes)]
+
+
+def advise(
+    e: Evidence,
+    program: Program | None = None,
+    *,
+    files: Mapping[str, OpenedFile] | None = None,
+    sources: Mapping[str, str] | None = None,
+    target: str = "",
+    served: float = 1.0,
+) -> tuple[Advice, ...]:
+    """Return what is worth following, the largest gain first, then what wins most beside that, and so on.
+
+    Args:
+        e: What was recorded.
+        program: How it was started; without it, lines to type name no program.
+        files: The weight files that were opened.
+        sources: The text of the program's own files.
+        target: The checkpoint, of a load.
+        served: The share of imports that happen where a stand-by server would have done them before.
+    """
+    case = Case(
+        evidence=e,
+        parts=parts_of(e),
+        program=program or Program(),
+        files=files or {},
+        sources=sources or {},
+        target=target,
+        served=served,
+    )
+    remedies = [remedy for rule in _RULES for remedy in rule(case)]
+    return worth_following(case.parts, remedies, max(_WORTH * e.seconds, _WORTH_S))
 
 
 def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB"
 
 
-def _fp32_file(e: Evidence) -> Iterator[Advice]:
-    """Advise a converted copy, which halves what is read: fp32 in the file, less wanted."""
-    if e.kind == "load" and e.dtype in ("bf16", "fp16", "bfloat16", "float16") and e.fp32_bytes > e.nbytes_file / 2:
-        moved = sum(e.blame.get(name, 0.0) for name in ("read", "h2d", "cast", "register"))
-        evidence = f"{_gb(e.fp32_bytes)} of {_gb(e.nbytes_file)} in the files are fp32, {e.dtype} was asked for"
-        gain = moved * e.fp32_bytes / e.nbytes_file / 2
-        yield Advice(
-            "fp32-file",
-            f"keep a copy converted to {e.dtype}: cache=True, or --cache",
-            evidence,
-            gain,
-        )
-    rows = [r for r in e.labels("cast") if "float32 to" in r[0] and r[0].split()[2] in ("bfloat16", "float16")]
+def _scaled(parts: Mapping[Part, float], factor: float) -> dict[Part, float]:
+    return {part: s * max(0.0, factor) for part, s in parts.items()}
+
+
+def _fast_path(c: Case) -> Iterator[Remedy]:
+    """Advise the fast path: initialisations and copies that nobody needs are left out, a GPU is served by one plan."""
+    found = _spared(c)
+    if not found:
+        return
+    command = c.program.under_run()
+    text = "start it with wan-loader's fast path inside" if command else "put wan-loader's fast path in"
+    code = "with wan_loader.accelerate():" if c.program.inside else "import wan_loader; wan_loader.install()"
+    advice = Advice("fast-path", text, "; ".join(why for why, _ in found), 0.0, command=command, code=code)
+    yield Remedy(advice=advice, leaves={part: s for _, leaves in found for part, s in leaves.items()})
+
+
+def _spared(c: Case) -> list[tuple[str, dict[Part, float]]]:
+    """Find what the fast path would leave out: each with what speaks for it, and what remains."""
+    if c.evidence.kind != "program" or c.program.is_ours:
+        return []
+    found = (_initialisation(c), _one_plan(c) if c.evidence.cuda else _mapped(c))
+    return [one for one in found if one is not None]
+
+
+def _initialisation(c: Case) -> tuple[str, dict[Part, float]] | None:
+    """Find random numbers that are overwritten, and would wait until then."""
+    e, seconds = c.evidence, c.evidence.blame.get("random_init", 0.0)
+    if not seconds or not (e.nbytes_file or "assign" in e.phases):
+        return None
+    spans = [s for s in e.of_phase("random_init") if s.nbytes]
+    nbytes = sum(s.nbytes for s in spans)
+    label = dict.fromkeys(spans, "")
+    waiting = sum(
+        s.nbytes
+        for s in label
+        if s.nbytes >= _INIT_BYTES and not any(word in getattr(s, "label", "") for word in _DRAWN_AT_ONCE)
+    )
+    if not waiting:
+        return None
+    why = f"{_gb(nbytes)} were filled with random numbers in {seconds:.2f} s, and weights are loaded over them"
+    return why, _scaled(c.seconds("random_init"), 1 - waiting / nbytes)
+
+
+def _mapped(c: Case) -> tuple[str, dict[Part, float]] | None:
+    """Find copies in host memory that a mapping of the file makes needless."""
+    e = c.evidence
+    copies = {p: s for p, s in c.seconds("h2d").items() if p.label == "copy in host memory" and "assign" in e.phases}
+    reads = {p: s for p, s in c.seconds("read").items() if p.label == "torch.load"}
+    if e.storage.get("network") or str(e.storage.get("filesystem", "")).startswith(("overlay", "fuse")):
+        reads = {}
+    rate, share = e.ceilings.get("page_cache_gbps"), _cold_share(e)
+    nbytes = sum(row[2] for row in e.labels("read") if row[0] == "torch.load")
+    leaves = dict.fromkeys(copies, 0.0)
+    if rate and reads:
+        # what is in the page cache is only mapped, and its pages are touched later
+        touched_s = nbytes * (1 - share) / rate / 1e9 / 2
+        leaves |= _scaled(reads, share + touched_s / sum(reads.values()))
+    if not leaves:
+        return None
+    seconds = sum(s for part, s in c.parts.items() if part in leaves)
+    return f"copies of files into memory took {seconds:.2f} s: they are mapped instead", leaves
+
+
+def _one_plan(c: Case) -> tuple[str, dict[Part, float]] | None:
+    """Find reading, converting and copying to a GPU one after the other, where all may go on at the same time."""
+    e, moved = c.evidence, c.seconds("read", "cast", "h2d")
+    seconds = sum(moved.values())
+    to_device = sum(s.nbytes for s in e.of_phase("h2d") if "host to" in getattr(s, "label", ""))
+    to_device += sum(s.nbytes for s in e.of_phase("cast") if "host to" in getattr(s, "label", ""))
+    if not to_device:
+        return None
+    known = [ideal_seconds(e, name) for name in ("read", "h2d", "cast")]
+    ideal = max(
+        (e.blame.get(name, 0.0) if best is None else best)
+        for name, best in zip(("read", "h2d", "cast"), known, strict=True)
+    )
+    if not seconds or ideal >= seconds:
+        return None
+    parts = ", ".join(
+        f"{name} {format_seconds(e.blame[name])}" for name in ("read", "cast", "h2d") if e.blame.get(name)
+    )
+    why = f"reading, converting and copying took turns ({parts}): at the same time they take {ideal:.2f} s"
+    return why, _scaled(moved, ideal / seconds)
+
+
+def _cold_share(e: Evidence) -> float:
+    """Return the share of the reading time that the disk had, by the rates of disk and page cache where known."""
+    nbytes = max(e.nbytes_file, 1)
+    cold = min(e.cold_bytes, nbytes)
+    disk, cache = e.ceilings.get("disk_gbps"), e.ceilings.get("page_cache_gbps")
+    if not (disk and cache):
+        return cold / nbytes
+    cold_s, warm_s = cold / disk, (nbytes - cold) / cache
+    return cold_s / (cold_s + warm_s) if cold_s else 0.0
+
+
+def _fp32_file(c: Case) -> Iterator[Remedy]:
+    """Advise a converted copy, which halves what is read, and is not converted again."""
+    e = c.evidence
+    if e.kind == "load":
+        yield from _fp32_load(c)
+        return
+    rows = [r for r in e.labels("cast") if "float32 to" in r[0] and r[0].split()[2] in _SHORT]
     nbytes, seconds = sum(r[2] for r in rows), sum(r[1] for r in rows)
-    if e.kind == "program" and nbytes:
-        evidence = f"{_gb(nbytes)} of fp32 were converted in {seconds:.2f} s, after being read in full"
-        gain = seconds + e.blame.get("read", 0.0) / 2
-        yield Advice("fp32-file", "store the weights in the dtype you use", evidence, gain)
+    if not nbytes or c.program.is_ours:
+        return
+    dtype = _SHORT[rows[0][0].split()[2]]
+    edits, paths = _edits(c, dtype)
+    once = tuple(f"wan-loader cache build {_quoted(path)} --dtype {dtype}" for path in paths)
+    share = min(1.0, nbytes / max(e.nbytes_file, nbytes))
+    casts = {Part("cast", row[0]): c.parts.get(Part("cast", row[0]), 0.0) for row in rows}
+    touched_s = nbytes / 2 / e.ceilings.get("page_cache_gbps", _NVME_GBPS) / 1e9
+    leaves = _scaled(casts, touched_s / max(sum(casts.values()), touched_s, 1e-9))
+    leaves |= _scaled(c.seconds("read"), 1 - share / 2)
+    evidence = f"{_gb(nbytes)} of fp32 were converted to {dtype} in {seconds:.2f} s, after being read in full"
+    later = "" if once else "; the first start writes it"
+    advice = Advice(
+        "fp32-file",
+        f"keep a copy converted to {dtype}{later}",
+        evidence,
+        0.0,
+        once=once,
+        edits=edits,
+        code="" if edits else f'wan_loader.load_file(PATH, dtype="{dtype}", cache=True)',
+    )
+    yield Remedy(advice=advice, leaves=leaves)
 
 
-def _random_init(e: Evidence) -> Iterator[Advice]:
-    """Advise against weights that are drawn and then overwritten."""
-    seconds = e.blame.get("random_init", 0.0)
-    if seconds and (e.nbytes_file or "assign" in e.phases):
-        nbytes = e.phases["random_init"].nbytes
-        loaded = ", and weights are loaded over them" if e.nbytes_file else ""
-        evidence = f"{_gb(nbytes)} were filled with random numbers in {seconds:.2f} s{loaded}"
-        text = f"{_EMPTY}, then fill it: wan_loader.load_into(module, path, device=...)"
-        yield Advice("random-init", text, evidence, seconds)
+def _fp32_load(c: Case) -> Iterator[Remedy]:
+    e = c.evidence
+    if _SHORT.get(e.dtype or "", e.dtype) not in _SHORT.values() or e.fp32_bytes <= e.nbytes_file / 2:
+        return
+    dtype, path = _SHORT.get(e.dtype or "", e.dtype), _quoted(c.target or "PATH")
+    evidence = f"{_gb(e.fp32_bytes)} of {_gb(e.nbytes_file)} in the files are fp32, {dtype} was asked for"
+    leaves = _scaled(c.seconds("read", "h2d", "cast", "register"), 1 - e.fp32_bytes / e.nbytes_file / 2)
+    advice = Advice(
+        "fp32-file",
+        f"keep a copy converted to {dtype}: cache=True, or --cache",
+        evidence,
+        0.0,
+        once=(f"wan-loader cache build {path} --dtype {dtype}",),
+        command=f"wan-loader load {path} --dtype {dtype} --cache",
+        code=f'wan_loader.load_file({path!r}, dtype="{dtype}", cache=True)',
+    )
+    yield Remedy(advice=advice, leaves=leaves)
 
 
-def _construction(e: Evidence) -> Iterator[Advice]:
-    seconds = e.blame.get("construct", 0.0)
-    if rows := e.labels("construct"):
+def _edits(c: Case, dtype: str) -> tuple[tuple[Edit, ...], list[str]]:
+    """Rewrite the program's own lines that load; return them, and the files whose copies can be made before."""
+    edits: dict[tuple[str, int], Edit] = {}
+    paths: list[str] = []
+    for path, file in c.files.items():
+        source = c.sources.get(file.site[0]) if file.site else None
+        if file.site is None or source is None:
+            continue
+        edit = converted_load(source, c.shown(file.site[0]), file.site[1], dtype)
+        if edit is None:
+            continue
+        edits[edit.path, edit.line] = edit
+        if "load_into" not in edit.replacement:  # what stays in fp32 is for the class to say, when it is loaded
+            paths.append(c.shown(path))
+    return tuple(edits.values()), paths[:_MOST_NAMED]
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def _standby(c: Case) -> Iterator[Remedy]:
+    """Advise the stand-by server, which has imported everything before."""
+    command = c.program.forked()
+    imports = c.seconds("import")
+    if c.evidence.kind != "program" or not command or not imports:
+        return
+    end = {part: s for part, s in c.seconds("other").items() if part.label == OWN_END}
+    rows = [f"{name} {format_seconds(s)}" for name, s, _ in c.evidence.labels("import")[:_MOST_NAMED]]
+    evidence = f"imports took {sum(imports.values()):.2f} s ({', '.join(rows)})"
+    if sum(end.values()) > _FORK_S:
+        evidence += f", and Python's own end {sum(end.values()):.2f} s"
+    # what is forked runs with the fast path inside
+    spared = [] if c.program.loads_in_children else _spared(c)
+    evidence = "; ".join([evidence, *(why for why, _ in spared)])
+    advice = Advice(
+        "stand-by",
+        "start it as a fork of a process that has imported everything"
+        + (", with the fast path inside" if spared else "")
+        + "; from its second start on nothing is imported",
+        evidence,
+        0.0,
+        once=("wan-loader standby start",),
+        command=command,
+    )
+    leaves = {part: s for _, left in spared for part, s in left.items()}
+    yield Remedy(advice=advice, leaves=leaves | _scaled({**imports, **end}, 1 - c.served), costs_s=_FORK_S)
+
+
+def _keep(c: Case) -> Iterator[Remedy]:
+    """Advise that weights stay on the GPU between programs."""
+    e, moved = c.evidence, c.seconds("read", "cast", "h2d", "register")
+    to_device = sum(s.nbytes for s in e.of_phase("h2d"))
+    if e.kind != "program" or not (e.cuda and to_device and e.nbytes_file):
+        return
+    if "--keep" in c.program.argv or any("float32 to" in row[0] for row in e.labels("cast")):
+        return
+    if c.program.generates:
+        command, paths = c.program.with_option("--keep"), [c.program.value_of("--ckpt_dir")]
+    else:
+        command, paths = c.program.under_run("--keep"), c.weights()[:_MOST_NAMED]
+    if not command or not all(paths):
+        return
+    seconds = sum(moved.values())
+    advice = Advice(
+        "keep",
+        "leave the weights on the GPU between starts, where nothing writes to them",
+        f"{_gb(e.nbytes_file)} were brought to the GPU in {seconds:.2f} s",
+        0.0,
+        once=tuple(f"wan-loader standby keep {_quoted(path)} --device {e.device}" for path in paths),
+        command=command,
+    )
+    attached_s = e.nbytes_file / _ATTACH_GBPS / 1e9
+    yield Remedy(advice=advice, leaves=_scaled(moved, attached_s / seconds if seconds else 0.0))
+
+
+def _vram_limit(c: Case) -> Iterator[Remedy]:
+    """Advise a limit of device memory where networks are sent to the GPU again and again."""
+    e, copies = c.evidence, c.seconds("h2d")
+    nbytes, device = sum(s.nbytes for s in e.of_phase("h2d")), e.facts.get("device_memory_bytes")
+    given = {"--vram_limit", "--vram-limit", "--preset"} & set(c.program.argv)
+    if not (c.program.generates and e.cuda and isinstance(device, int) and e.nbytes_file) or given:
+        return
+    if nbytes > 1.2 * e.nbytes_file:
+        evidence = f"{_gb(nbytes)} went to the GPU, of {_gb(e.nbytes_file)} in the files: networks take turns there"
+        limit = f"{device * 0.95 / 1e9:.0f}GB"
+        text = f"let what fits into {limit} stay on the GPU"
+        advice = Advice("vram-limit", text, evidence, 0.0, command=c.program.with_option("--vram_limit", limit))
+        yield Remedy(advice=advice, leaves=_scaled(copies, e.nbytes_file / nbytes))
+
+
+def _construction(c: Case) -> Iterator[Remedy]:
+    built = c.seconds("construct")
+    seconds = sum(built.values())
+    if rows := c.evidence.labels("construct"):
         evidence = f"building {rows[0][0]} took {rows[0][1]:.2f} s without the random numbers"
-        text = f"{_EMPTY}: memory is not allocated twice"
-        yield Advice("construction", text, evidence, max(0.0, seconds - 0.2))
-
-
-def _cpu_cast(e: Evidence) -> Iterator[Advice]:
-    """Advise against converting on the CPU before a copy to a GPU."""
-    rows = [r for r in e.labels("cast") if "on the CPU" in r[0] or "converting copy" in r[0]]
-    seconds, nbytes = sum(r[1] for r in rows), sum(r[2] for r in rows)
-    if rows and e.cuda:
-        ideal = nbytes / e.ceilings.get("cast_gpu_gbps", 500.0) / 1e9
-        evidence = f"{_gb(nbytes)} were converted on the CPU in {seconds:.2f} s"
-        text = "copy first, convert on the GPU: tensor.to(device).to(dtype), or wan_loader.load_file(..., dtype=...)"
-        yield Advice("cpu-cast", text, evidence, min(e.blame.get("cast", 0.0), seconds) - ideal)
-
-
-def _pageable(e: Evidence) -> Iterator[Advice]:
-    rows = [r for r in e.labels("h2d") if "pageable" in r[0]]
-    seconds, nbytes = sum(r[1] for r in rows), sum(r[2] for r in rows)
-    rate = e.ceilings.get("h2d_pinned_gbps")
-    if rows and rate:
-        evidence = (
-            f"{_gb(nbytes)} went to the GPU from pageable memory in {seconds:.2f} s; pinned reaches {rate:.0f} GB/s"
+        advice = Advice(
+            "construction",
+            "build the model without memory, and fill it by wan_loader.load_into",
+            evidence,
+            0.0,
+            code=f"with wan_loader.empty_weights():\n    model = {rows[0][0]}(...)\n"
+            f"wan_loader.load_into(model, {(c.weights() or ['PATH'])[0]!r}, device={c.evidence.device!r})",
         )
-        yield Advice("pageable", "copy from pinned memory: wan_loader does it", evidence, seconds - nbytes / rate / 1e9)
+        yield Remedy(advice=advice, leaves=_scaled(built, 0.2 / seconds) if seconds > 0.2 else {})
 
 
-def _one_reader(e: Evidence) -> Iterator[Advice]:
+def _one_reader(c: Case) -> Iterator[Remedy]:
+    e = c.evidence
     tracks = {s.track for s in e.of_phase("read") if s.nbytes}
     ideal, seconds = ideal_seconds(e, "read"), e.blame.get("read", 0.0)
-    if len(tracks) == 1 and ideal is not None and ideal < 0.7 * seconds:
+    if e.kind == "load" and len(tracks) == 1 and ideal is not None and ideal < 0.7 * seconds:
         evidence = f"one thread read everything: {seconds:.2f} s where several would need {ideal:.2f} s"
-        text = "read with several threads" + ("" if e.kind == "program" else ": leave out --threads")
-        yield Advice("one-reader", text, evidence, seconds - ideal)
+        command = f"wan-loader load {_quoted(c.target or 'PATH')}" + (f" --dtype {e.dtype}" if e.dtype else "")
+        advice = Advice("one-reader", "read with several threads: leave out --threads", evidence, 0.0, command=command)
+        yield Remedy(advice=advice, leaves=_scaled(c.seconds("read"), ideal / seconds))
 
 
-def _cold(e: Evidence) -> Iterator[Advice]:
+def _cold(c: Case) -> Iterator[Remedy]:
     """Advise to warm the page cache, which was cold though there is room for the files."""
-    seconds, cache = e.blame.get("read", 0.0), e.ceilings.get("page_cache_gbps")
+    e, reads = c.evidence, c.seconds("read")
+    cache = e.ceilings.get("page_cache_gbps")
     free = int(e.limits.get("memory_available_bytes") or 0)
-    if e.cold_bytes and cache and free > 2 * e.nbytes_file:
-        evidence = f"{_gb(e.cold_bytes)} came from the disk; {_gb(free)} of memory are free"
-        text = "read the files into the page cache before: wan-loader warm PATH; or beside it: wan_loader.prewarm(PATH)"
-        yield Advice("cold-cache", text, evidence, seconds - e.nbytes_file / cache / 1e9)
+    seconds = sum(reads.values()) * _cold_share(e)
+    if not (e.cold_bytes and cache and seconds and free > 2 * e.nbytes_file):
+        return
+    paths = c.weights()[:_MOST_NAMED] or ["PATH"]
+    evidence = f"{_gb(e.cold_bytes)} came from the disk, in about {seconds:.2f} s; {_gb(free)} of memory are free"
+    warm_s = min(seconds, e.cold_bytes / cache / 1e9)
+    edits: tuple[Edit, ...] = ()
+    imports_s = 0.0
+    if e.kind == "program":
+        new = ["import wan_loader", *(f"wan_loader.prewarm({path!r})" for path in paths)]
+        edits, imports_s = _at_the_head(c, new), e.blame.get("import", 0.0)
+    advice = Advice(
+        "cold-cache",
+        "read the files into the page cache before the start"
+        + (", or beside its imports, by these lines" if edits else ""),
+        evidence,
+        0.0,
+        once=tuple(f"wan-loader warm {_quoted(path)}" for path in paths),
+        code="\n".join(edit.replacement for edit in edits) if imports_s else f"wan_loader.prewarm({paths[0]!r})",
+    )
+    yield Remedy(advice=advice, leaves=_scaled(reads, 1 - (seconds - warm_s) / sum(reads.values())))
 
 
-def _slow_storage(e: Evidence) -> Iterator[Advice]:
+def _at_the_head(c: Case, new: list[str]) -> tuple[Edit, ...]:
+    """Put lines before the first import of the program that loads."""
+    for file in c.files.values():
+        source = c.sources.get(file.site[0]) if file.site else None
+        if file.site is not None and source is not None:
+            edit = first_lines(source, c.shown(file.site[0]), new)
+            return () if edit is None else (edit,)
+    return ()
+
+
+def _slow_storage(c: Case) -> Iterator[Remedy]:
+    e = c.evidence
     network = bool(e.storage.get("network"))
     what = "a network file system" if network else "a disk that calls itself rotating"
-    seconds = e.blame.get("read", 0.0)
+    reads = c.seconds("read")
+    seconds = sum(reads.values()) * _cold_share(e)
     reached = e.cold_bytes / seconds / 1e9 if seconds > 0 else _NVME_GBPS
     if not network:  # virtual disks often call themselves rotating: what was measured of them counts
         reached = max(reached, e.ceilings.get("disk_gbps", 0.0))
     slow = reached < _NVME_GBPS / 10
-    if e.cold_bytes and slow and (network or e.storage.get("rotational")):
-        evidence = f"{_gb(e.cold_bytes)} were read from {what} ({e.storage.get('filesystem')}) in {seconds:.2f} s"
-        gain = seconds - e.cold_bytes / _NVME_GBPS / 1e9
-        yield Advice("slow-storage", "keep a copy of the files on a local NVMe drive", evidence, gain)
+    if not (e.cold_bytes and seconds and slow and (network or e.storage.get("rotational"))):
+        return
+    evidence = f"{_gb(e.cold_bytes)} were read from {what} ({e.storage.get('filesystem')}) in about {seconds:.2f} s"
+    fast_s = min(seconds, e.cold_bytes / _NVME_GBPS / 1e9)
+    path = (c.weights() or ["PATH"])[0]
+    advice = Advice(
+        "slow-storage",
+        "keep a copy of the files on a local NVMe drive, at DIR",
+        evidence,
+        0.0,
+        once=(f"wan-loader stage {_quoted(path)} --to DIR",),
+        command=c.program.with_path(path, f"DIR/{os.path.basename(path)}"),
+    )
+    yield Remedy(advice=advice, leaves=_scaled(reads, 1 - (seconds - fast_s) / sum(reads.values())))
 
 
-def _taking_turns(e: Evidence) -> Iterator[Advice]:
-    """Advise against reading, converting and copying one after the other."""
-    parts = [e.blame.get(name, 0.0) for name in ("read", "cast", "h2d", "assign")]
-    gain = sum(parts) - max(parts)
-    busy = sum(e.phases[n].busy_s for n in ("read", "cast", "h2d", "assign") if n in e.phases)
-    if e.kind == "program" and gain and busy < 1.1 * sum(parts):
-        evidence = f"reading, converting, copying took turns: {sum(parts):.2f} s, the longest alone {max(parts):.2f} s"
-        yield Advice("sequential", "load through wan-loader, which does them at the same time", evidence, gain)
+def _slots(c: Case) -> Iterator[Remedy]:
+    _e, waited = c.evidence, c.evidence.slot_wait_s
+    if not waited:
+        return
+    evidence = f"readers waited {waited:.2f} s for a slot of the pinned ring while nothing else was at its limit"
+    advice = Advice("slots", "allow more memory for the pinned ring, or fewer threads", evidence, 0.0)
+    paced = c.seconds("wait", "read", "h2d")
+    total = sum(paced.values())
+    yield Remedy(advice=advice, leaves=_scaled(paced, 1 - min(waited, total) / total) if total else {})
 
 
-def _imports(e: Evidence) -> Iterator[Advice]:
-    for package, seconds, _ in e.labels("import"):
-        if package not in ("torch", "python") and seconds > 0.3:
-            text = f"import {package} only where it is used, or while the weights are being read"
-            yield Advice("import", text, f"importing {package} itself took {seconds:.2f} s", seconds)
-
-
-def _pressure(e: Evidence) -> Iterator[Advice]:
-    stalled = float(e.limits.get("memory_stalled_s") or 0.0)
-    if stalled > 0.1:
-        evidence = f"processes of this machine stalled on memory for {stalled:.2f} s meanwhile"
-        yield Advice(
-            "memory-pressure", "give the program more memory, or hold fewer copies of the weights", evidence, stalled
-        )
-
-
-def _slots(e: Evidence) -> Iterator[Advice]:
-    seconds = e.slot_wait_s
-    if seconds:
-        evidence = f"readers waited {seconds:.2f} s for a slot of the pinned ring while nothing else was at its limit"
-        yield Advice("slots", "allow more memory for the pinned ring, or fewer threads", evidence, seconds)
-
-
-_RULES: tuple[Callable[[Evidence], Iterator[Advice]], ...] = (
+_RULES: tuple[Callable[[Case], Iterator[Remedy]], ...] = (
+    _fast_path,
     _fp32_file,
-    _random_init,
+    _standby,
+    _keep,
+    _vram_limit,
     _construction,
-    _cpu_cast,
-    _pageable,
     _one_reader,
     _cold,
     _slow_storage,
-    _taking_turns,
-    _imports,
-    _pressure,
     _slots,
 )

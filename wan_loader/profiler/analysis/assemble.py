@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from wan_loader.loading.report import Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.profiler.analysis.advice import advise
+from wan_loader.profiler.analysis.commands import Program
 from wan_loader.profiler.analysis.notes import program_notes
-from wan_loader.profiler.analysis.raised_ceilings import raise_ceilings
+from wan_loader.profiler.analysis.raised_ceilings import describe_ceilings, raise_ceilings
 from wan_loader.profiler.analysis.session import Process, Session, path_spans
 from wan_loader.profiler.analysis.story import launchers_of, pace_sentence, subject_of, turns_of
 from wan_loader.profiler.analysis.weight_files import device_of, files_of
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from wan_loader.events import Span
+    from wan_loader.profiler.analysis.session import Turn
     from wan_loader.profiler.program import Recording
 
 __all__ = ["Environment", "load_session", "program_session"]
@@ -31,10 +33,16 @@ class Environment:
     """The facts about the machine around a recording."""
 
     ceilings: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """All that was measured of each ceiling."""
+    measured: tuple[str, ...] = ()
+    """The ceilings that were measured for this recording, not before."""
     storage: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
     """The limits before the recording; `memory_stalled_s` is what was added during it."""
     notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """The text of files of the program."""
 
 
 def _fresh_bytes(settings: Mapping[str, Any]) -> int:
@@ -79,7 +87,9 @@ def load_session(report: LoadReport, spans: Sequence[Span], around: Environment,
         note = f"{viewed / 1e9:.2f} GB are views of the file: they are read when they are first used"
         around = replace(around, notes=(*around.notes, note))
     report = replace(report, command="profile", phases=summarize(marks))
-    return _session("load", report, (process,), 0, evidence, around)
+    session = _session("load", report, (process,), 0, evidence, around)
+    advice = advise(replace(evidence, ceilings=session.ceilings), target=report.target)
+    return replace(session, advice=advice)
 
 
 def program_session(recording: Recording, processes: Sequence[Process], around: Environment) -> Session:
@@ -118,9 +128,41 @@ def program_session(recording: Recording, processes: Sequence[Process], around: 
     own = path_spans(processes, [turn for turn in turns if turn.process not in launchers])
     why = "; ".join(filter(None, (session.verdict.why, pace_sentence(processes, turns, subject))))
     verdict = replace(session.verdict, why=why)
-    advice = advise(replace(evidence, spans=own, ceilings=session.ceilings)) if launchers else session.advice
+    advice = advise(
+        replace(evidence, spans=own, ceilings=session.ceilings),
+        _program(recording, processes),
+        files=files,
+        sources=around.sources,
+        served=_served(recording, processes, turns),
+    )
     report = replace(session.report, bottleneck=Bottleneck(verdict.phase, why))
     return replace(session, report=report, turns=turns, verdict=verdict, advice=advice)
+
+
+def _program(recording: Recording, processes: Sequence[Process]) -> Program:
+    """Describe how a program was started, and where it loads."""
+    loading = {p.pid for p in processes if p.facts.get("files") and not p.facts.get("forked")}
+    return Program(
+        argv=tuple(recording.argv),
+        directory=recording.directory,
+        own_python=recording.own_python,
+        inside=recording.inside,
+        loads_in_children=bool(loading - {recording.pid}),
+    )
+
+
+def _served(recording: Recording, processes: Sequence[Process], turns: Sequence[Turn]) -> float:
+    """Return the share of imports that are the first process's or a rank's: a stand-by server does those before."""
+    rows = [(p, path_spans(processes, [t for t in turns if t.process == i])) for i, p in enumerate(processes)]
+    seconds = [(p, sum(s.end_ns - s.start_ns for s in spans if s.name == "import")) for p, spans in rows]
+    served = sum(s for p, s in seconds if p.pid == recording.pid or p.rank is not None)
+    return served / max(1, sum(s for _, s in seconds))
+
+
+def _pressure(e: Evidence) -> tuple[str, ...]:
+    """Say how long this machine's processes waited for memory, if that was noticeable."""
+    stalled = float(e.limits.get("memory_stalled_s") or 0.0)
+    return (f"processes of this machine stalled on memory for {stalled:.2f} s meanwhile",) if stalled > 0.1 else ()
 
 
 def _session(
@@ -132,6 +174,8 @@ def _session(
     around: Environment,
 ) -> Session:
     ceilings, raised = raise_ceilings(evidence)
+    details = describe_ceilings(evidence.ceilings, ceilings, around.samples, around.measured)
+    raised += _pressure(evidence)
     evidence = replace(evidence, ceilings=ceilings)
     around = replace(around, ceilings=ceilings, notes=(*around.notes, *raised))
     verdict = judge(evidence)
@@ -141,8 +185,8 @@ def _session(
         processes=processes,
         subject=subject,
         verdict=verdict,
-        advice=advise(evidence),
         ceilings=dict(around.ceilings),
+        ceiling_details=details,
         storage={**around.storage, **around.limits},
         notes=around.notes,
     )

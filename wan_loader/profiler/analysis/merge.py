@@ -12,9 +12,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.phases import known_phase
-from wan_loader.profiler.analysis.outside import outside_process, unseen_reads
+from wan_loader.profiler.analysis.outside import OWN_END, outside_process, unseen_reads
 from wan_loader.profiler.analysis.roles import name_of, role_of
 from wan_loader.profiler.analysis.session import Process, Sample
+from wan_loader.profiler.analysis.waiting import busy_windows, unseen_waits
 from wan_loader.profiler.watch import Counters, SeenProcess
 from wan_loader.spans import Mark
 
@@ -143,6 +144,8 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str], gone_ns: in
         last_ns = max(last_ns, min(seen.end_ns, gone_ns or seen.end_ns))  # Python's own end included
     else:
         last_ns = max([last_ns, *(c.at_ns for c in counters)])
+    if end is not None and end.get("why") == "exit" and _is_moment(end.get("at")) and end["at"] < last_ns:
+        rows.append(["other", end["at"], last_ns, 0, "MainThread", OWN_END])
     if end is None:
         rows += _cut_short(log.lines, last_ns)
     rows = [[name, max(a, start_ns), b, *rest] for name, a, b, *rest in rows if b >= start_ns]
@@ -152,6 +155,8 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str], gone_ns: in
         facts["files"] = {**{p: _from_outside(n) for p, n in seen.files.items()}, **facts["files"]}
         if facts["files"]:
             spans += tuple(unseen_reads(spans, seen, recording))
+        waits = unseen_waits(spans, seen, recording, reads=bool(facts["files"]))
+        spans += tuple(_within(waits, start_ns - zero, last_ns - zero))
     argv = [str(word)[:300] for word in begin.get("argv", [])] if isinstance(begin.get("argv"), list) else []
     forked = begin.get("forked") is True
     return Process(
@@ -166,7 +171,7 @@ def _process(log: _Log, recording: Recording, exits: dict[int, str], gone_ns: in
         ended=_ended(log, exits),
         spans=spans,
         samples=tuple(Sample(c.at_ns - zero, c.read_bytes, c.resident_bytes) for c in counters if c.at_ns <= last_ns),
-        busy=_busy_windows(seen, zero, start_ns, last_ns),
+        busy=busy_windows(seen, zero, start_ns, last_ns) if seen is not None else (),
         facts=facts,
     )
 
@@ -186,14 +191,11 @@ def _completed(seen: SeenProcess | None, log: _Log) -> SeenProcess | None:
     return replace(seen, counters=[*before, end])
 
 
-def _busy_windows(seen: SeenProcess | None, zero: int, start_ns: int, last_ns: int) -> tuple[tuple[int, int], ...]:
-    """Return the times in which a process used a processor for at least a third of the time."""
-    counters = seen.counters if seen else []
-    return tuple(
-        (a.at_ns - zero, min(b.at_ns, last_ns) - zero)
-        for a, b in pairwise(counters)
-        if a.at_ns >= start_ns and a.at_ns < last_ns and (b.cpu_ns - a.cpu_ns) * 3 >= b.at_ns - a.at_ns
-    )
+def _within(spans: Iterable[Mark], start_ns: int, end_ns: int) -> Iterable[Mark]:
+    """Cut spans to what lies between two moments."""
+    for span in spans:
+        if span.start_ns < end_ns and span.end_ns > start_ns:
+            yield replace(span, start_ns=max(span.start_ns, start_ns), end_ns=min(span.end_ns, end_ns))
 
 
 def _from_outside(nbytes: int) -> dict[str, Any]:
@@ -298,13 +300,19 @@ def _facts(begin: dict[str, Any], end: dict[str, Any] | None, log: Sequence[dict
 
 
 def _file(entry: dict[str, Any]) -> dict[str, Any]:
-    nbytes, resident = entry.get("nbytes"), entry.get("resident_before")
+    nbytes, resident, site = entry.get("nbytes"), entry.get("resident_before"), entry.get("site")
     return {
         "nbytes": nbytes if _is_moment(nbytes) else 0,
         "resident_before": resident if _is_moment(resident) else None,
         "reader": str(entry.get("reader"))[:100],
         "mapped": entry.get("mapped") is True,
+        **({"site": site} if _is_site(site) else {}),
     }
+
+
+def _is_site(value: Any) -> bool:
+    """Say whether this is a file and a line of it."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_moment(value[1])
 
 
 def _unseen(recording: Recording) -> Process:

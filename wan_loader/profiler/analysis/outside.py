@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.profiler.analysis.roles import name_of, role_of
 from wan_loader.profiler.analysis.session import Process, Sample
+from wan_loader.profiler.analysis.waiting import busy_windows, unseen_waits
 from wan_loader.profiler.watch import Counters
-from wan_loader.spans import Mark, union
+from wan_loader.spans import Mark, gaps, union
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from wan_loader.profiler.program import Recording
     from wan_loader.profiler.watch import SeenProcess
 
-__all__ = ["COUNTED", "outside_process", "unseen_reads"]
+__all__ = ["COUNTED", "OWN_END", "outside_process", "unseen_reads"]
 
 #: The label of reading that is known from counters alone.
 COUNTED = "counted by the kernel"
+#: The label of what Python does after the program: it takes objects and modules apart.
+OWN_END = "Python's own end"
 #: Fewer bytes in a window are not the reading of weights.
 _WORTH_BYTES = 4 << 20
 _SHORT_NS = 200_000_000
@@ -39,7 +41,8 @@ def outside_process(seen: SeenProcess, recording: Recording, *, ended: str, need
     direct = seen.pid == recording.pid
     last_ns = recording.end_ns if direct else seen.end_ns or recording.end_ns
     start_ns = zero if direct else seen.start_ns
-    spans = tuple(unseen_reads((), seen, recording))
+    reads = tuple(unseen_reads((), seen, recording))
+    spans = (*reads, *unseen_waits(reads, seen, recording, reads=bool(seen.files)))
     nbytes = sum(s.nbytes for s in spans)
     if not (needed or nbytes or seen.files or last_ns - start_ns > _SHORT_NS):
         return None
@@ -64,6 +67,7 @@ def outside_process(seen: SeenProcess, recording: Recording, *, ended: str, need
         ended=ended,
         spans=spans,
         samples=tuple(Sample(c.at_ns - zero, c.read_bytes, c.resident_bytes) for c in counters),
+        busy=busy_windows(seen, zero, start_ns, last_ns),
         facts=facts,
     )
 
@@ -79,16 +83,18 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
     children = [s for s in recording.seen if s.parent == seen.pid and s.end_ns is not None and s.counters]
     # the kernel counts a call when it is over, so bytes that are recorded may be counted later
     owed = 0
+    # read calls also read pipes and sockets; those of children that were too short to be seen are like their siblings'
+    of_weights = any(child.files for child in children)
     left = {id(child): max(child.counters[-1].read_bytes, child.counters[-1].called_bytes) for child in children}
     for a, b in pairwise(_from_birth(seen, zero)):
         start_ns, end_ns = max(0, a.at_ns - zero), b.at_ns - zero
         owed += sum(s.nbytes for s in reads if start_ns <= s.start_ns < end_ns)
-        nbytes = _counted(a, b, children, left)
+        nbytes = _counted(a, b, children, left, of_weights=of_weights)
         owed, nbytes = max(0, owed - nbytes), max(0, nbytes - owed)
         if nbytes >= _WORTH_BYTES:
-            gaps = _gaps(covered, start_ns, end_ns)
-            free_ns = sum(e - s for s, e in gaps)
-            for s, e in gaps:
+            free = gaps(covered, start_ns, end_ns)
+            free_ns = sum(e - s for s, e in free)
+            for s, e in free:
                 yield Mark("read", s, e, nbytes * (e - s) // free_ns, "kernel", COUNTED)
         if not any(s.start_ns < end_ns < s.end_ns for s in reads):
             owed = 0
@@ -107,7 +113,9 @@ def _from_birth(seen: SeenProcess, zero: int) -> Sequence[Counters]:
     return [*birth, *seen.counters]
 
 
-def _counted(a: Counters, b: Counters, children: Sequence[SeenProcess], left: dict[int, int]) -> int:
+def _counted(
+    a: Counters, b: Counters, children: Sequence[SeenProcess], left: dict[int, int], *, of_weights: bool
+) -> int:
     """Return the bytes that a process itself has read between two looks.
 
     Args:
@@ -115,9 +123,9 @@ def _counted(a: Counters, b: Counters, children: Sequence[SeenProcess], left: di
         b: The second one.
         children: Those that it has waited for.
         left: Bytes of each that have not been taken out yet; is changed.
+        of_weights: Read calls are known to read weights, though no file of them is open.
     """
-    # read calls also read pipes and sockets
-    called = b.called_bytes - a.called_bytes if a.has_weights or b.has_weights else 0
+    called = b.called_bytes - a.called_bytes if of_weights or a.has_weights or b.has_weights else 0
     nbytes = max(0, b.read_bytes - a.read_bytes, called)
     for child in children:
         # its end is noticed a little later than it happens
@@ -126,17 +134,3 @@ def _counted(a: Counters, b: Counters, children: Sequence[SeenProcess], left: di
             left[id(child)] -= taken
             nbytes -= taken
     return nbytes
-
-
-def _gaps(covered: Sequence[tuple[int, int]], start_ns: int, end_ns: int) -> list[tuple[int, int]]:
-    gaps, at = [], start_ns
-    # they are in order, and do not overlap
-    for s, e in covered[max(0, bisect_left(covered, (start_ns, 0)) - 1) :]:
-        if s >= end_ns:
-            break
-        if s > at:
-            gaps.append((at, s))
-        at = max(at, e)
-    if at < end_ns:
-        gaps.append((at, end_ns))
-    return gaps

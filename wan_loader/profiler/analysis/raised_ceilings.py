@@ -5,14 +5,19 @@ A ceiling is one measurement of a machine that may have been busy then. What a r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan_loader.verdict import ideal_seconds
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from wan_loader.verdict import Evidence
 
-__all__ = ["raise_ceilings"]
+__all__ = ["IN_THIS_RUN", "describe_ceilings", "raise_ceilings"]
+
+#: Where a ceiling is from that a recording has exceeded.
+IN_THIS_RUN = "measured in this run"
 
 #: Less is too little to have a rate.
 _LEAST_BYTES = 64 << 20
@@ -40,6 +45,30 @@ def raise_ceilings(e: Evidence) -> tuple[dict[str, float], tuple[str, ...]]:
             measured = phase.nbytes / ideal / 1e9
             notes.append(
                 f"{name} reached {phase.gbps:.2f} GB/s, more than the {measured:.2f} GB/s that were measured before: "
-                "taken as what can be had"
+                f"the ceiling is what was {IN_THIS_RUN}"
             )
     return ceilings, tuple(notes)
+
+
+def describe_ceilings(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    samples: Mapping[str, Sequence[float]],
+    measured: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Say of each ceiling where it is from, and between what its samples lie.
+
+    Args:
+        before: The ceilings as they were measured.
+        after: With those that the recording exceeded.
+        samples: All that was measured of each.
+        measured: The names of those that were measured for this recording.
+    """
+    details = {}
+    for name, value in after.items():
+        many = samples.get(name) or (before.get(name, value),)
+        origin = "measured after the run" if name in measured else "measured before"
+        if value != before.get(name):
+            origin, many = IN_THIS_RUN, (*many, value)
+        details[name] = {"origin": origin, "least": min(many), "most": max(many), "n_samples": len(many)}
+    return details

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["HELPER", "LAUNCHER", "WORKER", "name_of", "role_of"]
+__all__ = ["HELPER", "LAUNCHER", "WORKER", "name_of", "role_of", "script_words"]
 
 LAUNCHER, HELPER, WORKER = "launcher", "helper", "worker"
 _PROGRAMS = frozenset({"torchrun", "accelerate", "deepspeed", "mpirun", "mpiexec", "horovodrun", "srun"})
@@ -26,9 +26,8 @@ _MODULES = frozenset(
         "deepspeed.launcher.runner",
     }
 )
-_SHELLS = frozenset(
-    {"sh", "bash", "dash", "zsh", "env", "time", "timeout", "nice", "uv", "poetry", "conda", "xvfb-run"}
-)
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh"})
+_WRAPPERS = frozenset({"env", "time", "timeout", "nice", "uv", "poetry", "conda", "xvfb-run"})
 #: What stands behind `python -c` in processes that Python's multiprocessing starts.
 _HELPERS = ("from multiprocessing.resource_tracker", "from multiprocessing.forkserver")
 _SPAWNED = "from multiprocessing.spawn"
@@ -49,7 +48,7 @@ def role_of(argv: Sequence[str], *, forked: bool = False) -> str:
         return WORKER if forked else HELPER
     if forked or (kind == "-c" and subject.startswith(_SPAWNED)):
         return WORKER
-    launches = subject in _MODULES if kind == "-m" else _base(subject) in _PROGRAMS | _SHELLS
+    launches = subject in _MODULES if kind == "-m" else _base(subject) in _PROGRAMS | _SHELLS | _WRAPPERS
     return LAUNCHER if launches else ""
 
 
@@ -60,8 +59,20 @@ def name_of(argv: Sequence[str]) -> str:
         return "" if subject.startswith((*_HELPERS, _SPAWNED)) else "python -c"
     if kind == "-m":
         return f"-m {subject}"
+    name = _base(subject)
+    if name in _SHELLS and len(argv) > 1 and not argv[1].startswith("-"):
+        return f"{name} {_base(argv[1])}"
     # programs of several commands are known by both words
-    return " ".join([_base(subject), *(word for word in argv if word == "launch")])
+    return f"{name} launch" if name in _PROGRAMS and "launch" in argv else name
+
+
+def script_words(argv: Sequence[str]) -> tuple[str, ...]:
+    """Return the script, or -m and the module, with its arguments; empty where Python itself has options."""
+    kind, subject = _subject(argv)
+    words = tuple(argv[1:])
+    is_python = bool(argv) and _base(argv[0]).startswith(("python", "pypy"))
+    first = words[:1] == (kind or subject,)
+    return words if is_python and kind != "-c" and first and words[:1] != ("",) else ()
 
 
 def _base(path: str) -> str:

@@ -14,6 +14,8 @@ from wan_loader.documents import MOST, Doc, DocumentError, read_json
 from wan_loader.errors import SessionError
 from wan_loader.loading.report import SCHEMA_VERSION, Bottleneck, IoReport, LoadReport, MemoryReport
 from wan_loader.phases import ALL_PHASES, known_phase
+from wan_loader.profiler.analysis.commands import joined
+from wan_loader.profiler.analysis.edits import Edit
 from wan_loader.spans import Mark, PhaseSummary
 from wan_loader.verdict import Verdict
 
@@ -102,6 +104,17 @@ class Advice:
     text: str
     evidence: str
     gain_s: float
+    """What it wins alone."""
+    beside_s: float | None = None
+    """What it wins beside those that stand before it; None in documents of earlier versions."""
+    once: tuple[str, ...] = ()
+    """Lines to type, once."""
+    command: str = ""
+    """The line to type in the place of the one that was profiled; "" if that stays."""
+    edits: tuple[Edit, ...] = ()
+    """Lines of the program to replace."""
+    code: str = ""
+    """What to write where no line of the program is known, or instead of the command."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -119,8 +132,11 @@ class Session:
     """Which process set the pace when, from the program's start to its end; empty for a load."""
     verdict: Verdict
     advice: tuple[Advice, ...] = ()
+    """The largest gain first; each says what it wins beside those before."""
     ceilings: dict[str, Any] = field(default_factory=dict)
     """Names to GB/s or seconds; absent: not measured."""
+    ceiling_details: dict[str, Any] = field(default_factory=dict)
+    """Of each ceiling: where it is from, and the least and the most that was measured of it."""
     storage: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """Sentences that say what could not be known, and why."""
@@ -132,6 +148,16 @@ class Session:
     def spans(self) -> tuple[Mark, ...]:
         """The spans that the report is about: at each moment those of the process that set the pace."""
         return path_spans(self.processes, self.turns) if self.turns else self.processes[self.subject].spans
+
+    @property
+    def together_s(self) -> float:
+        """What all advice wins together: less than the sum of what each wins, where they win the same seconds."""
+        return sum(a.gain_s if a.beside_s is None else a.beside_s for a in self.advice)
+
+    def together(self) -> dict[str, Any]:
+        """Say what to type to follow all advice, edits of the program apart, and what that wins."""
+        once = dict.fromkeys(line for a in self.advice for line in a.once)
+        return {"gain_s": self.together_s, "once": list(once), "command": joined(a.command for a in self.advice)}
 
     @property
     def start_ns(self) -> int:
@@ -160,8 +186,10 @@ class Session:
             **replace(self.report, bottleneck=bottleneck).to_json(),
             "kind": self.kind,
             "verdict": _fields(self.verdict),
-            "advice": [_fields(a) for a in self.advice],
+            "advice": [_advice_json(a) for a in self.advice],
+            "together": self.together(),
             "ceilings": self.ceilings,
+            "ceiling_details": self.ceiling_details,
             "storage": self.storage,
             "notes": list(self.notes),
             "subject": self.subject,
@@ -196,6 +224,10 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 def _fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+def _advice_json(advice: Advice) -> dict[str, Any]:
+    return {**_fields(advice), "once": list(advice.once), "edits": [_fields(edit) for edit in advice.edits]}
 
 
 def _process_json(process: Process) -> dict[str, Any]:
@@ -263,12 +295,27 @@ def _session(doc: Doc) -> Session:
             v.optional_number("reached_gbps"),
             v.optional_number("ceiling_gbps"),
         ),
-        advice=tuple(
-            Advice(a.text("rule"), a.text("text"), a.text("evidence"), a.number("gain_s")) for a in doc.docs("advice")
-        ),
+        advice=tuple(_advice(a) for a in doc.docs("advice")),
         ceilings=doc.numbers("ceilings"),
+        ceiling_details=doc.plain("ceiling_details") if doc.has("ceiling_details") else {},
         storage=doc.plain("storage"),
         notes=doc.texts("notes"),
+    )
+
+
+def _advice(doc: Doc) -> Advice:
+    """Take one piece of advice. Documents of earlier versions say only what, why, and what it wins."""
+    edits = doc.docs("edits") if doc.optional_list("edits") is not None else ()
+    return Advice(
+        doc.text("rule"),
+        doc.text("text"),
+        doc.text("evidence"),
+        doc.number("gain_s"),
+        beside_s=doc.optional_number("beside_s"),
+        once=doc.texts("once") if doc.optional_list("once") is not None else (),
+        command=doc.optional_text("command") or "",
+        edits=tuple(Edit(x.text("path"), x.whole("line"), x.text("text"), x.text("replacement")) for x in edits),
+        code=doc.optional_text("code") or "",
     )
 
 

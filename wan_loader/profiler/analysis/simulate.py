@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
+from wan_loader.dtypes import ITEMSIZE
 from wan_loader.plan.blocks import split
 from wan_loader.plan.dtype_policy import DtypePolicy
 from wan_loader.plan.facts import Facts
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from wan_loader.formats.checkpoint_facts import Checkpoint
+    from wan_loader.plan.layout import StoragePlan
     from wan_loader.plan.plan import LoadPlan
 
 __all__ = ["STORAGES", "Hardware", "Prediction", "SimulatedBlock", "blocks_of", "plan_elsewhere", "simulate"]
@@ -47,6 +49,7 @@ class Hardware:
     copy: float
     """Host to device, or memory to memory for a load to the CPU."""
     cast: float
+    """Of what goes in; on the CPU of that and of what comes out."""
     cuda: bool
     slots: int = 24
     fixed_s: float = 0.0
@@ -59,6 +62,8 @@ class SimulatedBlock:
 
     nbytes: int
     cast: bool
+    made: int = 0
+    """Bytes that come out of a conversion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +100,19 @@ def plan_elsewhere(checkpoint: Checkpoint, dtype: str | None, *, cuda: bool) -> 
 
 def blocks_of(plan: LoadPlan) -> list[SimulatedBlock]:
     """Return what is read, in the order of the plan, in blocks of a slot."""
-    converts = [storage.converts for storage in plan.layout.copied]
+    copied = plan.layout.copied
     blocks: list[SimulatedBlock] = []
     for block in chain.from_iterable(split(block, plan.settings.slot_bytes) for block in plan.blocks):
-        for cast, segments in groupby(block.segments, key=lambda segment: converts[segment.storage]):
-            blocks.append(SimulatedBlock(sum(segment.nbytes for segment in segments), cast))
+        for cast, segments in groupby(block.segments, key=lambda segment: copied[segment.storage].converts):
+            pairs = [(segment.nbytes, _growth(copied[segment.storage])) for segment in segments]
+            made = int(sum(nbytes * growth for nbytes, growth in pairs)) if cast else 0
+            blocks.append(SimulatedBlock(sum(nbytes for nbytes, _ in pairs), cast, made))
     return blocks
+
+
+def _growth(storage: StoragePlan) -> float:
+    """Return the bytes that come out of a conversion for each that goes in."""
+    return ITEMSIZE[storage.target] / ITEMSIZE[storage.source] if storage.target and storage.source else 1.0
 
 
 def simulate(blocks: Sequence[SimulatedBlock], hardware: Hardware) -> Prediction:
@@ -112,7 +124,7 @@ def simulate(blocks: Sequence[SimulatedBlock], hardware: Hardware) -> Prediction
         # the slot that this block gets was that of the block one ring earlier
         slot_free = freed[i - hardware.slots] if i >= hardware.slots else 0.0
         reading, copying = block.nbytes / hardware.disk, block.nbytes / hardware.copy
-        converting = block.nbytes / hardware.cast if block.cast else 0.0
+        converting = (block.nbytes + (0 if hardware.cuda else block.made)) / hardware.cast if block.cast else 0.0
         if not hardware.cuda and block.cast:
             copying = 0.0  # on the CPU the conversion is the copy
         read = max(read, slot_free) + reading

@@ -2,7 +2,8 @@
 
 Each moment of the program belongs to one process, so that the times add up to the whole. It is the one at work; among
 several, the one that works most overall, since the others wait for it in the end. Where nothing is at work, it is one
-in a collective, and then one that is not known to wait for another process.
+in a collective, then one that sleeps or waits for the network, and then one that is not known to wait for another
+process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from wan_loader.phases import PHASE_TABLE
 from wan_loader.profiler.analysis.roles import HELPER, LAUNCHER
 from wan_loader.profiler.analysis.session import Process, Turn
+from wan_loader.profiler.blocked import ALONE, FOR_PROCESS
 from wan_loader.sizes import format_seconds
 from wan_loader.spans import overlap_ns, union
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Wait", "launchers_of", "pace_sentence", "subject_of", "turns_of", "waits_of"]
 
 _WORK = frozenset(kind.name for kind in PHASE_TABLE if kind.is_work and kind.name != "shard")
-_WAITING = ("wait", "shard")
 _WORTH = 0.05
 _WORTH_S = 0.1
 _MOST_NAMED = 3
@@ -44,7 +45,10 @@ class _Times:
 
     working: list[tuple[int, int]]
     waiting: list[tuple[int, int]]
+    """For another process."""
     together: list[tuple[int, int]]
+    alone: list[tuple[int, int]]
+    """For what is no process of the program: the network, or the end of its sleep."""
 
 
 def turns_of(processes: Sequence[Process], end_ns: int) -> tuple[Turn, ...]:
@@ -64,9 +68,10 @@ def turns_of(processes: Sequence[Process], end_ns: int) -> tuple[Turn, ...]:
     edges: list[tuple[int, int]] = []
     for place, number in enumerate(order):
         process, times = processes[number], _times(processes[number])
-        # a bit each: the lowest that is set has the turn. At work, in a collective, not known to wait, alive
+        # a bit each: the lowest that is set has the turn. At work, in a collective, waiting alone, not known to wait
+        # for others, alive
         free = [] if process.role == HELPER else _without(process, times)
-        levels = (times.working, times.together, free, [(process.start_ns, process.end_ns)])
+        levels = (times.working, times.together, times.alone, free, [(process.start_ns, process.end_ns)])
         for level, intervals in enumerate(levels):
             bit = 1 << (place + level * size)
             for start_ns, until_ns in intervals:
@@ -103,10 +108,13 @@ def _weight(process: Process) -> tuple[bool, float, bool, float, int]:
 
 def _times(process: Process) -> _Times:
     together = union(s for s in process.spans if s.name == "shard")
-    waiting = union(s for s in process.spans if s.name in _WAITING)
-    spans = [(s.start_ns, s.end_ns) for s in process.spans if s.name not in (*_WAITING, "other")]
+    waiting = union(s for s in process.spans if s.name == "shard" or (s.name == "wait" and s.label == FOR_PROCESS))
+    # who watches others sleeps between two looks at them
+    watches = process.role in (LAUNCHER, HELPER)
+    alone = [] if watches else union(s for s in process.spans if s.name == "wait" and s.label in ALONE)
+    spans = [(s.start_ns, s.end_ns) for s in process.spans if s.name not in ("wait", "shard", "other")]
     busy = [window for window in process.busy if not overlap_ns([window], waiting)]
-    return _Times(_merged([*spans, *busy]), waiting, together)
+    return _Times(_merged([*spans, *busy]), waiting, together, alone)
 
 
 def _merged(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -129,17 +137,34 @@ def _without(process: Process, times: _Times) -> list[tuple[int, int]]:
 
 
 def subject_of(processes: Sequence[Process], turns: Sequence[Turn]) -> int:
-    """Choose the process to report on: the one that set the pace longest, but no launcher where it started others."""
-    paced = dict.fromkeys(range(len(processes)), 0)
-    for turn in turns:
-        paced[turn.process] += turn.end_ns - turn.start_ns
+    """Choose the process to report on: the one that set the pace longest, but no launcher where it started others.
 
-    def key(number: int) -> tuple[bool, bool, int, int]:
+    Many short ones of the same name count as one, of which the longest is reported on.
+    """
+    paced = _paced_s(processes, turns)
+    alike: dict[str, float] = {}
+    for process, seconds in zip(processes, paced, strict=True):
+        alike[_kind(process)] = alike.get(_kind(process), 0.0) + seconds
+
+    def key(number: int) -> tuple[bool, float, float, int]:
         process = processes[number]
         leads = process.role not in (LAUNCHER, HELPER)
-        return leads, "unseen" not in process.facts, paced[number], -process.start_ns
+        return leads, alike[_kind(process)], paced[number], -process.start_ns
 
-    return max(paced, key=key)
+    return max(range(len(processes)), key=key)
+
+
+def _paced_s(processes: Sequence[Process], turns: Sequence[Turn]) -> list[float]:
+    """Return for each process how long it set the pace."""
+    paced = [0.0] * len(processes)
+    for turn in turns:
+        paced[turn.process] += turn.seconds
+    return paced
+
+
+def _kind(process: Process) -> str:
+    """Name a process as all of its kind are named."""
+    return process.shown + (f" ({process.role})" if process.role else "")
 
 
 def launchers_of(processes: Sequence[Process]) -> frozenset[int]:
@@ -172,13 +197,10 @@ def pace_sentence(processes: Sequence[Process], turns: Sequence[Turn], subject: 
     if len(processes) < 2 or not turns:
         return ""
     seconds = (turns[-1].end_ns - turns[0].start_ns) / 1e9
-    paced = [0.0] * len(processes)
-    for turn in turns:
-        paced[turn.process] += turn.seconds
-    longest = sorted((i for i in range(len(processes)) if i != subject), key=lambda i: -paced[i])
     least = max(_WORTH * seconds, _WORTH_S)
-    who = [f"{label(processes, subject)} set it for {format_seconds(paced[subject])}"]
-    who += [f"{label(processes, i)} for {format_seconds(paced[i])}" for i in longest[:2] if paced[i] >= least]
+    (first, first_s), *others = _who(processes, turns, subject)
+    who = [f"{first} set it for {format_seconds(first_s)}"]
+    who += [f"{other} for {format_seconds(other_s)}" for other, other_s in others[:2] if other_s >= least]
     text = " and ".join(who)
     waits = [
         w
@@ -192,6 +214,22 @@ def pace_sentence(processes: Sequence[Process], turns: Sequence[Turn], subject: 
             for w in waits
         )
     return text
+
+
+def _who(processes: Sequence[Process], turns: Sequence[Turn], subject: int) -> list[tuple[str, float]]:
+    """Tell (name, seconds) of those that set the pace, the subject first, then the longest; many of a kind as one."""
+    paced = _paced_s(processes, turns)
+    kinds: dict[str, list[int]] = {}
+    for number, process in enumerate(processes):
+        if paced[number] or number == subject:
+            kinds.setdefault(_kind(process), []).append(number)
+    rows = []
+    for kind, alike in kinds.items():
+        if len(alike) > _MOST_NAMED:
+            rows.append((subject not in alike, f"{len(alike)} times {kind}", sum(paced[i] for i in alike)))
+        else:
+            rows += [(i != subject, label(processes, i), paced[i]) for i in alike]
+    return [(name, seconds) for _, name, seconds in sorted(rows, key=lambda row: (row[0], -row[2]))]
 
 
 def _matters(processes: Sequence[Process], wait: Wait, subject: int) -> bool:
@@ -209,5 +247,4 @@ def label(processes: Sequence[Process], number: int) -> str:
     """Name a process so that it can be told from the others."""
     process = processes[number]
     alike = sum(p.shown == process.shown for p in processes) > 1
-    kind = f" ({process.role})" if process.role else ""
-    return f"{process.shown}{kind}" + (f" [{process.pid}]" if alike else "")
+    return _kind(process) + (f" [{process.pid}]" if alike else "")

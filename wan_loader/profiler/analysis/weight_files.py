@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from wan_loader.profiler.analysis.session import Process
 
-__all__ = ["OpenedFile", "device_of", "files_of"]
+__all__ = ["OpenedFile", "device_of", "files_of", "programs_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,10 @@ class OpenedFile:
     nbytes: int
     resident_before: int | None
     """Bytes of it in the page cache then; None where that is not known."""
+    reader: str = ""
+    """What opened it: a function of a library."""
+    site: tuple[str, int] | None = None
+    """The program's own file and line that led there; None where that is not known."""
 
 
 def files_of(processes: Sequence[Process]) -> dict[str, OpenedFile]:
@@ -35,8 +39,19 @@ def files_of(processes: Sequence[Process]) -> dict[str, OpenedFile]:
                 resident = min(resident, known.resident_before)
             elif known is not None and resident is None:
                 resident = known.resident_before
-            found[path] = OpenedFile(facts["nbytes"], resident)
+            first = known or OpenedFile(0, None, str(facts.get("reader", "")), _site(facts))
+            found[path] = replace(first, nbytes=facts["nbytes"], resident_before=resident)
     return found
+
+
+def _site(facts: dict[str, Any]) -> tuple[str, int] | None:
+    site = facts.get("site")
+    return (site[0], site[1]) if site else None
+
+
+def programs_of(files: Mapping[str, OpenedFile]) -> list[str]:
+    """Return the program's own files in which weight files were opened."""
+    return list(dict.fromkeys(file.site[0] for file in files.values() if file.site is not None))
 
 
 def device_of(processes: Sequence[Process]) -> str:

@@ -1,5 +1,8 @@
 """The ceilings of this machine: measured once, kept in `~/.cache/wan-loader`, measured again on request.
 
+Each is the best of some samples, which are kept too: what they differ by is how far anything that is computed from
+them may be off.
+
 Rates of the machine are kept per machine (processor, kernel, GPU, torch), those of disks per device number. The cache
 is written whole or not at all; a damaged one is measured anew.
 """
@@ -20,14 +23,14 @@ from wan_loader.documents import is_measured
 from wan_loader.errors import CheckpointError
 from wan_loader.formats.strict_json import parse_object
 from wan_loader.profiler.probe import measure
-from wan_loader.profiler.probe.busy import busy_note
+from wan_loader.profiler.probe.busy import busy_note, others_note, processor_times
 from wan_loader.system.files import write_text
 from wan_loader.system.machine import machine_card
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Ceilings", "cache_file", "find_ceilings", "known_ceilings"]
+__all__ = ["Ceilings", "cache_file", "find_ceilings", "known_ceilings", "known_samples"]
 
 _KEYS = (
     "disk_gbps",
@@ -38,6 +41,9 @@ _KEYS = (
     "h2d_pinned_gbps",
     "h2d_pageable_gbps",
     "register_gbps",
+    "fill_gbps",
+    "convert_gbps",
+    "start_s",
     "import_torch_s",
     "cuda_init_s",
 )
@@ -45,6 +51,13 @@ _KEYS = (
 _SINCE = "since"
 #: GB/s or seconds: nothing that was measured is less.
 _LEAST = 1e-9
+#: Of a cached entry: all samples by name.
+_SAMPLES_KEY = "samples"
+_SAMPLES = 3
+#: As many are kept when they are measured again.
+_KEPT = 9
+#: No further sample is taken of what has taken longer.
+_LONG_S = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +68,8 @@ class Ceilings:
     notes: tuple[str, ...] = ()
     measured: tuple[str, ...] = field(default=())
     """The names of those that were measured now rather than taken from the cache."""
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """All samples of each; `values` has the best."""
     since: float | None = None
     """The moment when the oldest of them was measured, in seconds since the epoch; None if the cache does not say."""
 
@@ -87,23 +102,29 @@ def find_ceilings(
     entries = [] if refresh else [store[key] for key in (machine, disk) if key in store]
     known = _values(*entries)
     found, notes = dict(known), list[str]()
-    busy = busy_note()  # before: measuring is work, too
+    samples = {key: tuple(many) for part in (machine, disk) for key, many in _samples(store.get(part, {})).items()}
+    busy, before = busy_note(), processor_times()  # before: measuring is work, too
     for names, measurement in _measurements(paths, device, quick=quick):
         if all(name in known for name in names):
             continue
         try:
-            found |= measurement()
+            for name, taken in _sampled(measurement).items():
+                samples[name] = (*samples.get(name, ()), *taken)[-_KEPT:]
+                found[name] = _best(name, samples[name])
         except measure.UnmeasuredError as reason:
             notes.append(str(reason))
         except (OSError, RuntimeError, MemoryError) as error:
             notes.append(f"{', '.join(names)} not measured: {error}")
     new = tuple(k for k in found if found[k] != known.get(k))
     if new:
-        notes += filter(None, [busy])
+        during = others_note(before, processor_times(), "while it was measured", os.cpu_count() or 1)
+        notes += filter(None, [busy or during])
         now = {_SINCE: time.time()}
         # kept under the disk, not under the machine: both may change without the other
-        on_disk = {k: v for k, v in found.items() if k == "disk_gbps"}
-        rest = {k: v for k, v in found.items() if k != "disk_gbps"}
+        on_disk: dict[str, Any] = {k: v for k, v in found.items() if k == "disk_gbps"}
+        rest: dict[str, Any] = {k: v for k, v in found.items() if k != "disk_gbps"}
+        rest[_SAMPLES_KEY] = {k: list(v) for k, v in samples.items() if k != "disk_gbps"}
+        on_disk |= {_SAMPLES_KEY: {k: list(v) for k, v in samples.items() if k == "disk_gbps"}} if on_disk else {}
         # the date of the oldest value stays, unless all are new
         kept = {k: v for k, v in store.get(machine, {}).items() if k != _SINCE or not refresh}
         store = {**store, machine: {**now, **kept, **rest}}
@@ -111,7 +132,8 @@ def find_ceilings(
             store[disk] = {**now, **on_disk} if "disk_gbps" in new else store[disk]
         _write(file, store)
     dates = [entry[_SINCE] for entry in entries if _SINCE in entry]
-    return Ceilings(found, tuple(notes), new, min(dates) if dates and len(dates) == len(entries) else None)
+    since = min(dates) if dates and len(dates) == len(entries) else None
+    return Ceilings(found, tuple(notes), new, samples, since)
 
 
 def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | None = None) -> dict[str, float]:
@@ -127,9 +149,41 @@ def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | No
     return _values(*here, store.get(_disk_key(paths), {}))
 
 
-def _values(*entries: Mapping[str, float]) -> dict[str, float]:
-    """Join cached entries, the last one wins; their dates are left out."""
-    return {k: v for entry in entries for k, v in entry.items() if k != _SINCE}
+def known_samples(
+    paths: Sequence[str], *, device: str = "cpu", file: Path | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Return all samples of what `known_ceilings` returns the best of; one of what earlier versions measured."""
+    store = _read(file or cache_file())
+    here = [entry for key, entry in store.items() if key.startswith(f"machine {device}")]
+    entries = (*here, store.get(_disk_key(paths), {}))
+    single = {name: (value,) for name, value in _values(*entries).items()}
+    return single | {name: tuple(many) for entry in entries for name, many in _samples(entry).items() if many}
+
+
+def _sampled(measurement: Callable[[], dict[str, float]]) -> dict[str, list[float]]:
+    """Measure several times, unless that takes long."""
+    taken: dict[str, list[float]] = {}
+    start_s = time.monotonic()
+    for _ in range(_SAMPLES):
+        for name, value in measurement().items():
+            taken.setdefault(name, []).append(value)
+        if time.monotonic() - start_s > _LONG_S:
+            break
+    return taken
+
+
+def _best(name: str, samples: Sequence[float]) -> float:
+    return max(samples) if name.endswith("_gbps") else min(samples)
+
+
+def _values(*entries: Mapping[str, Any]) -> dict[str, float]:
+    """Join cached entries, the last one wins; their dates and samples are left out."""
+    return {k: v for entry in entries for k, v in entry.items() if k not in (_SINCE, _SAMPLES_KEY)}
+
+
+def _samples(entry: Mapping[str, Any]) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = entry.get(_SAMPLES_KEY, {})
+    return samples
 
 
 def _measurements(
@@ -142,12 +196,13 @@ def _measurements(
         (("page_cache_gbps",), lambda: {"page_cache_gbps": measure.measure_page_cache(paths)}),
         (("copy_gbps",), lambda: {"copy_gbps": measure.measure_copy()}),
         (("cast_cpu_gbps",), lambda: {"cast_cpu_gbps": measure.measure_cast()}),
+        (("fill_gbps", "convert_gbps"), measure.measure_fill),
     ]
     if device.startswith("cuda"):
         index = int(device.partition(":")[2] or 0)
         steps.append((("h2d_pinned_gbps", "cast_gpu_gbps"), lambda: measure.measure_device(index)))
     if not quick:
-        names = ("import_torch_s", "cuda_init_s") if device.startswith("cuda") else ("import_torch_s",)
+        names = ("import_torch_s", "start_s", *(("cuda_init_s",) if device.startswith("cuda") else ()))
         steps.append((names, measure.measure_start))
     return steps
 
@@ -171,20 +226,32 @@ def _disk_key(paths: Sequence[str]) -> str:
     return ""
 
 
-def _read(file: Path) -> dict[str, dict[str, float]]:
+def _read(file: Path) -> dict[str, dict[str, Any]]:
     """Read what is cached and has the right form."""
     try:
         document = parse_object(file.read_bytes(), path=str(file), what="the document")
     except (OSError, CheckpointError):
         return {}
-    return {
-        str(key): {k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and is_measured(v) and v >= _LEAST}
-        for key, entry in document.items()
-        if isinstance(entry, dict)
-    }
+    return {str(key): _read_entry(entry) for key, entry in document.items() if isinstance(entry, dict)}
 
 
-def _write(file: Path, store: dict[str, dict[str, float]]) -> None:
+def _read_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    known: dict[str, Any] = {k: float(v) for k, v in entry.items() if k in (*_KEYS, _SINCE) and _is_value(v)}
+    samples = entry.get(_SAMPLES_KEY)
+    if isinstance(samples, dict):
+        known[_SAMPLES_KEY] = {
+            k: [float(v) for v in many if _is_value(v)]
+            for k, many in samples.items()
+            if k in _KEYS and isinstance(many, list)
+        }
+    return known
+
+
+def _is_value(value: Any) -> bool:
+    return is_measured(value) and value >= _LEAST
+
+
+def _write(file: Path, store: dict[str, dict[str, Any]]) -> None:
     with suppress(OSError):  # a home that cannot be written: measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(store, indent=1))

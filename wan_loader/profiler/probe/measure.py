@@ -6,10 +6,14 @@ is. Each function returns GB/s or seconds; what cannot be measured raises `Unmea
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import struct
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -31,6 +35,7 @@ __all__ = [
     "measure_copy",
     "measure_device",
     "measure_disk",
+    "measure_fill",
     "measure_page_cache",
     "measure_start",
     "warm_ranges",
@@ -41,7 +46,7 @@ _THREADS = 8
 #: Some disks give more, the more is asked for at once: larger blocks where the files have enough of them.
 _DISK_BLOCK_BYTES = 16 << 20
 _DISK_THREADS = 16
-_SECONDS = 1.5
+_SECONDS = 0.5
 _CAST_BYTES = 128 << 20
 _GPU_BYTES = 256 << 20
 #: What a Python takes that imports torch and starts CUDA, and as much again.
@@ -101,7 +106,7 @@ def measure_disk(paths: Sequence[str], *, seconds: float = _SECONDS, clock: Call
     return _read_rate(ranges, os.O_DIRECT, seconds, clock, block_bytes=block_bytes, threads=_DISK_THREADS)
 
 
-def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.5, clock: Callable[[], int] = clock_ns) -> float:
+def measure_page_cache(paths: Sequence[str], *, seconds: float = 0.2, clock: Callable[[], int] = clock_ns) -> float:
     """Measure GB/s of reading resident ranges of these files, or of an unnamed file in memory where there are none."""
     ranges = warm_ranges(paths)
     if ranges:
@@ -164,29 +169,23 @@ def _check_free(nbytes: int, what: str) -> None:
         raise UnmeasuredError(f"too little memory is free to measure {what}")
 
 
-def measure_copy(*, clock: Callable[[], int] = clock_ns, samples: int = 3) -> float:
-    """Measure GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is.
-
-    The best of several samples: a shared machine has to find the memory first, and others disturb.
-    """
+def measure_copy(*, clock: Callable[[], int] = clock_ns) -> float:
+    """Measure GB/s of one thread copying memory to memory that is touched for the first time, as a fresh tensor is."""
     import ctypes
 
     nbytes = 256 << 20
     _check_free(4 * nbytes, "copies")
-    best = 0.0
     with mmap.mmap(-1, nbytes) as source:
         a = ctypes.addressof(ctypes.c_char.from_buffer(source))
         ctypes.memset(a, 1, nbytes)
-        for _ in range(samples):
-            with mmap.mmap(-1, nbytes) as target:
-                b = ctypes.addressof(ctypes.c_char.from_buffer(target))
-                memory = FreshMemory()
-                memory.add(b, nbytes)
-                start_ns = clock()
-                memory.touch_huge(b, nbytes)  # as loads do
-                ctypes.memmove(b, a, nbytes)
-                best = max(best, nbytes / max(1, clock() - start_ns))
-    return best
+        with mmap.mmap(-1, nbytes) as target:
+            b = ctypes.addressof(ctypes.c_char.from_buffer(target))
+            memory = FreshMemory()
+            memory.add(b, nbytes)
+            start_ns = clock()
+            memory.touch_huge(b, nbytes)  # as loads do
+            ctypes.memmove(b, a, nbytes)
+            return nbytes / max(1, clock() - start_ns)
 
 
 def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) -> float:
@@ -198,20 +197,51 @@ def measure_cast(device: str = "cpu", *, clock: Callable[[], int] = clock_ns) ->
     source = torch.ones(_CAST_BYTES // 4, dtype=torch.float32, device=device)
     # warms up: the first conversion starts threads, or loads a kernel
     source.to(torch.bfloat16)
-    rates = []
-    for _ in range(3):
-        target = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
-        memory = FreshMemory()
-        if device == "cpu":
-            memory.add(target.data_ptr(), target.nbytes)
-        _wait(device)
-        start_ns = clock()
-        if device == "cpu":
-            memory.touch_huge(target.data_ptr(), target.nbytes)
-        target.copy_(source)
-        _wait(device)
-        rates.append(source.nbytes / max(1, clock() - start_ns))
-    return max(rates)
+    target = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
+    memory = FreshMemory()
+    if device == "cpu":
+        memory.add(target.data_ptr(), target.nbytes)
+    _wait(device)
+    start_ns = clock()
+    if device == "cpu":
+        memory.touch_huge(target.data_ptr(), target.nbytes)
+    target.copy_(source)
+    _wait(device)
+    return source.nbytes / max(1, clock() - start_ns)
+
+
+def measure_fill() -> dict[str, float]:
+    """Measure GB/s of loads of our own from the page cache into host memory, as they are and with a conversion.
+
+    What a conversion makes counts with what it reads.
+    """
+    import wan_loader
+
+    _check_free(_CAST_BYTES * 4, "loads")
+    rates = {}
+    with open(os.memfd_create("wan-loader"), "wb", closefd=True) as file:
+        text = _header(_CAST_BYTES)
+        file.write(text)
+        for _ in range(_CAST_BYTES // _BLOCK_BYTES):
+            file.write(bytes(_BLOCK_BYTES))
+        file.flush()
+        path = f"/proc/self/fd/{file.fileno()}"
+        for name, dtype, moved in (("fill_gbps", None, 1.0), ("convert_gbps", "bf16", 1.5)):
+            for _ in range(2):  # the first one imports what it needs
+                report = wan_loader.load(path, device="cpu", dtype=dtype, io="buffered").report
+            rates[name] = _CAST_BYTES * moved / max(1e-9, report.seconds) / 1e9
+    return rates
+
+
+def _header(nbytes: int, n: int = 8) -> bytes:
+    """Return the header of a safetensors file of `n` tensors in fp32, which hold `nbytes` together."""
+    each = nbytes // n
+    tensors = {
+        str(i): {"dtype": "F32", "shape": [each // 4], "data_offsets": [i * each, (i + 1) * each]} for i in range(n)
+    }
+    text = json.dumps(tensors).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _wait(device: str) -> None:
@@ -276,16 +306,27 @@ import torch
 b = time.perf_counter()
 if torch.cuda.is_available():
     torch.zeros(1, device="cuda"); torch.cuda.synchronize()
-print(b - a, time.perf_counter() - b, torch.cuda.is_available())
+c = time.perf_counter()
+import sys, wan_loader
+wan_loader.load_file(sys.argv[1], device="cuda" if torch.cuda.is_available() else "cpu", dtype="bf16")
+print(b - a, c - b, torch.cuda.is_available(), time.monotonic_ns())
 """
 
 
 def measure_start(python: str = sys.executable) -> dict[str, float]:
-    """Measure the seconds that `import torch` and a CUDA context take in a fresh process."""
+    """Measure the seconds that `import torch` and a CUDA context take in a fresh process, and its start in all.
+
+    The whole is from the start of the process to the end of a load of next to nothing: what any load takes at least.
+    """
     _check_free(_START_BYTES, "the start of another Python")
-    done = subprocess.run([python, "-c", _START], capture_output=True, text=True, timeout=60, check=False)
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as tiny:
+        tiny.write(_header(4096) + bytes(4096))
+        tiny.flush()
+        start_ns = time.monotonic_ns()
+        command = [python, "-c", _START, tiny.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     words: list[Any] = done.stdout.split()
-    if done.returncode or len(words) != 3:
+    if done.returncode or len(words) != 4:
         raise UnmeasuredError(f"torch cannot be imported by {python}")
-    times = {"import_torch_s": float(words[0])}
+    times = {"import_torch_s": float(words[0]), "start_s": (int(words[3]) - start_ns) / 1e9}
     return times | ({"cuda_init_s": float(words[1])} if words[2] == "True" else {})

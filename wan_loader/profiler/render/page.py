@@ -11,7 +11,7 @@ from wan_loader.profiler.render.charts import CHART_WIDTH, throughput_chart, tim
 from wan_loader.profiler.render.lanes import lanes_of
 from wan_loader.profiler.render.shapes import Drawing
 from wan_loader.profiler.render.svg import to_inline_svg
-from wan_loader.profiler.render.terminal import ceilings_line, headline, machine_line
+from wan_loader.profiler.render.terminal import ceilings_line, gain_of, headline, lines_of, machine_line
 from wan_loader.sizes import format_bytes, format_seconds
 from wan_loader.spans import attribute, by_label
 
@@ -105,11 +105,13 @@ def _advice(session: Session) -> str:
     if not session.advice:
         return ""
     items = "".join(
-        f"<li>{markup_text(a.text)} <b>(saves about {format_seconds(a.gain_s)})</b>"
-        f"<small>{markup_text(a.evidence)}</small></li>"
+        f"<li>{markup_text(a.text)} <b>({gain_of(a)})</b><small>{markup_text(a.evidence)}</small>"
+        + (f"<pre>{markup_text(text)}</pre></li>" if (text := "\n".join(lines_of(a))) else "</li>")
         for a in session.advice
     )
-    return f"<h2>What to change</h2><section><ol>{items}</ol></section>"
+    saved = format_seconds(session.together_s)
+    hint = f'<p class="soft">Together they save about {saved}: what several of them save counts once.</p>'
+    return f"<h2>What to change</h2><section><ol>{items}</ol>{hint if session.advice[1:] else ''}</section>"
 
 
 def _legend(names: Sequence[tuple[str, str]]) -> str:
@@ -204,6 +206,6 @@ def _processes(session: Session) -> list[str]:
 
 def _footnotes(session: Session) -> str:
     lines = [f"transport: {session.report.io.mode} ({session.report.io.reason})"] if session.report.io.reason else []
-    lines += [f"this machine: {ceilings_line(session.ceilings)}"] if session.ceilings else []
+    lines += [f"this machine: {ceilings_line(session)}"] if session.ceilings else []
     lines += [f"note: {note}" for note in session.notes] + [f"warning: {w}" for w in session.report.warnings]
     return "<h2>Notes</h2>" + "".join(f'<p class="soft">{markup_text(line)}</p>' for line in lines) if lines else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from wan_loader.console import marked
 from wan_loader.printable import shorten
+from wan_loader.profiler.analysis.raised_ceilings import IN_THIS_RUN
 from wan_loader.profiler.analysis.story import label as process_label
 from wan_loader.profiler.render.bars import timeline_bar
 from wan_loader.sizes import format_bytes, format_count, format_seconds
@@ -16,9 +17,9 @@ from wan_loader.tables import Column, Columns
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from wan_loader.profiler.analysis.session import Session
+    from wan_loader.profiler.analysis.session import Advice, Session
 
-__all__ = ["headline", "machine_line", "print_session", "shown_processes"]
+__all__ = ["gain_of", "headline", "lines_of", "machine_line", "print_session", "shown_processes"]
 
 #: A timeline that is narrower says little.
 _LEAST_BAR = 16
@@ -72,24 +73,55 @@ def print_session(console: Console, session: Session) -> None:
                 f"{format_count(left, 'process', 'processes')} that did next to nothing: not shown", style="dim"
             )
     if session.ceilings:
-        console.print(marked("this machine: {}", ceilings_line(session.ceilings)), style="dim")
+        console.print(marked("this machine: {}", ceilings_line(session)), style="dim")
     verdict = session.verdict
     console.print(marked(f"\n[{_STYLE[verdict.kind]}]verdict: {{}}[/]  {{}}", verdict.phase, verdict.why))
     for number, advice in enumerate(session.advice, 1):
-        gain = f"saves about {format_seconds(advice.gain_s)}"
-        console.print(marked("[bold]{}. {}[/] ({})\n   {}", number, advice.text, gain, advice.evidence))
+        console.print(marked("[bold]{}. {}[/] ({})\n   {}", number, advice.text, gain_of(advice), advice.evidence))
+        for line in lines_of(advice):
+            console.print(marked("   [cyan]{}[/]", line))
     if len(session.advice) > 1:
-        console.print("these gains overlap, they do not add up", style="dim")
+        whole, saved = format_seconds(session.report.seconds), format_seconds(session.together_s)
+        console.print(
+            f"together they save about {saved} of {whole}: what several of them save counts once", style="dim"
+        )
     for note in session.notes:
         console.print(marked("note: {}", note), style="dim")
 
 
-def ceilings_line(ceilings: dict[str, float]) -> str:
-    """List all that was measured in one line."""
+def gain_of(advice: Advice) -> str:
+    """Say what advice saves, and how much of that beside the advice before it."""
+    text = f"saves about {format_seconds(advice.gain_s)}"
+    if advice.beside_s is not None and advice.beside_s < 0.95 * advice.gain_s:
+        text += f", {format_seconds(advice.beside_s)} beside those above"
+    return text
+
+
+def lines_of(advice: Advice) -> list[str]:
+    """Return what to type and to write, line by line."""
+    lines = [f"$ {line}" for line in advice.once]
+    lines += [f"$ {advice.command}"] if advice.command else []
+    for edit in advice.edits:
+        lines += [f"{edit.path}:{edit.line}"]
+        lines += [f"- {line}" for line in edit.text.splitlines()] + [f"+ {x}" for x in edit.replacement.splitlines()]
+    if advice.code:
+        lines += ["or in the program:"] if lines else ["in the program:"]
+        lines += [f"  {line}" for line in advice.code.splitlines()]
+    return lines
+
+
+def ceilings_line(session: Session) -> str:
+    """List all that was measured in one line, with what its samples differ by, and what this run has shown."""
     parts = []
-    for name, value in ceilings.items():
-        words = name.replace("_", " ")
-        parts.append(f"{words[:-5]} {value:.3g} GB/s" if name.endswith("_gbps") else f"{words[:-2]} {value:.3g} s")
+    for name, value in session.ceilings.items():
+        words, details = name.replace("_", " "), session.ceiling_details.get(name, {})
+        text = f"{words[:-5]} {value:.3g} GB/s" if name.endswith("_gbps") else f"{words[:-2]} {value:.3g} s"
+        least, most = details.get("least", value), details.get("most", value)
+        if details.get("origin") == IN_THIS_RUN:
+            text += f" ({IN_THIS_RUN})"
+        elif most > 1.1 * least:
+            text += f" ({least:.3g} .. {most:.3g})"
+        parts.append(text)
     return ", ".join(parts)
 
 
