@@ -1,6 +1,7 @@
 """Tables and lines are fitted to any width, and no word is broken off in its middle."""
 
 import io
+import shlex
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,17 @@ def test_what_follows_is_indented():
     assert printed("verdict: reading set the pace", 20) == ["verdict: reading set", "  the pace"]
     assert printed("1. keep a copy that is converted", 20) == ["1. keep a copy that", "   is converted"]
     assert printed("   importing numpy took long", 20) == ["   importing numpy", "     took long"]
+
+
+@pytest.mark.parametrize("width", [14, 20, 40])
+def test_a_command_is_the_same_when_it_is_copied(width):
+    command = "wan-loader run one.py 'a path/with spaces in it' --a-very-long-option-indeed=1 \"x y\" a\\ b"
+    lines = printed(f"   $ {command}", width)
+    assert len(lines) > 1
+    assert lines[0].startswith("   $ wan")
+    copied = "\n".join(line.removeprefix("   $ ") for line in lines)
+    assert shlex.split(copied.replace("\\\n", "")) == shlex.split(command)
+    assert all(cell_len(line) <= max(width, 40) for line in lines)
 
 
 def test_the_style_of_a_word_that_is_cut_stays():

@@ -26,6 +26,9 @@ __all__ = ["Cell", "Column", "Columns", "cut", "fit", "folded"]
 Cell: TypeAlias = "str | Text | Callable[[int], str]"
 
 _GAP = 2
+_WORDS = re.compile(r"\S+")
+#: What is quoted is one word.
+_SHELL_WORDS = re.compile(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|['"])+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,8 @@ def cut(text: Text, width: int) -> Text:
 def folded(text: Text, width: int) -> Text:
     """Fold lines between words to `width` columns; a word that is longer loses its middle.
 
-    What follows is indented further than the line is, or as the text behind the number of a list.
+    What follows is indented further than the line is, or as the text behind the number of a list. A command, behind
+    "$ ", still is the same command when it is copied: its lines end with a backslash, and its words stay whole.
     """
     lines = [part for line in text.split("\n", allow_blank=True) for part in _fold(line, width)]
     return Text("\n", style=text.style).join(lines)
@@ -157,15 +161,17 @@ def folded(text: Text, width: int) -> Text:
 def _fold(line: Text, width: int) -> list[Text]:
     if cell_len(line.plain) <= width:
         return [line]
-    start = re.match(r" *(\d+\. )?", line.plain)
+    start = re.match(r" *(\d+\. |\$ )?", line.plain)
     assert start is not None
+    is_command = start[1] == "$ "
     begin, hanging = start.end(), start.end() + (0 if start[1] else 2)
+    words, ending = (_SHELL_WORDS, " \\") if is_command else (_WORDS, "")
     lines, current, end = list[Text](), line[:begin], begin
-    for word in re.finditer(r"\S+", line.plain[begin:]):
-        a, b = word.start() + begin, word.end() + begin
-        shown, gap = cut(line[a:b], width - hanging), line[end:a]
-        if end > begin and cell_len(current.plain + gap.plain + shown.plain) > width:
-            lines.append(current)
+    for word in words.finditer(line.plain, begin):
+        a, b = word.span()
+        shown, gap = line[a:b] if is_command else cut(line[a:b], width - hanging), line[end:a]
+        if end > begin and cell_len(current.plain + gap.plain + shown.plain + ending) > width:
+            lines.append(current + Text(ending))
             current, gap = Text(" " * hanging), Text()
         current, end = current + gap + shown, b
     return [*lines, current]
