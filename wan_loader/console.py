@@ -26,7 +26,8 @@ class PlainConsole(Console):
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
-        if not self.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        # rich knows how wide a notebook is
+        if not (self.is_terminal or self.is_jupyter or os.environ.get("COLUMNS", "").isdigit()):
             self.width = _UNLIMITED
 
     def render_str(self, text: str, **options: Any) -> Text:

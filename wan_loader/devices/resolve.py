@@ -66,6 +66,8 @@ def resolve_device(device: str | int | torch.device, observer: Observer | None =
     count = _count_devices(observer)
     if count == 0:
         reason, remedy = f"this torch ({torch.__version__}) sees no CUDA device", "use device='cpu'"
+        if cuda_build() is None:
+            remedy += ", or a torch that is built with CUDA: this one is not"
         raise DeviceError(f"device {str(found)!r}: {reason}; {remedy}", reason=reason, remedy=remedy)
     with span(observer, "cuda_init"):
         index = torch.cuda.current_device() if found.index is None else found.index
