@@ -52,12 +52,12 @@ class Place:
             "PET_MASTER_PORT": str(_free_port()),  # torchrun's own is the same for all
         }
 
-    def run(self, *words, modules=programs.PIPELINE, timeout=100, **options):
+    def run(self, *words, modules=programs.PIPELINE, timeout=200, **options):
         """Run `python` with words in a fork of the zygote, and so what that starts; return how it ended: well."""
         env = {**self.env, "PYTHON_EXEC": str(self.python), **options.pop("env", {})}
         return _well(programs.run(*words, env=env, cwd=self.directory, modules=modules, timeout=timeout, **options))
 
-    def run_itself(self, *words, timeout=100, **env):
+    def run_itself(self, *words, timeout=200, **env):
         """Run `python` with words as a process of its own."""
         env = {name: value for name, value in (os.environ | self.env | env).items() if value}
         command = [sys.executable, *map(str, words)]
