@@ -1,6 +1,7 @@
 """The pure parts: places, statistics, documents, pictures, the throttle, the comparison of tensors."""
 
 import ctypes
+import io
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -16,7 +17,7 @@ from wan_loader.bench.contract import LoadTask, Outcome
 from wan_loader.bench.document import to_document
 from wan_loader.bench.loaders import LOADERS, find_loaders
 from wan_loader.bench.markdown import to_markdown
-from wan_loader.bench.picture import to_svg
+from wan_loader.bench.picture import to_png, to_svg
 from wan_loader.bench.runner import Case, LoaderSetup, Result, Settings, distinct_names
 from wan_loader.bench.statistics import case_warnings, summarize_samples
 from wan_loader.bench.storage import Place, copied_files, parse_place, part_of, scratch
@@ -244,6 +245,14 @@ def test_long_names_stay_inside_the_picture(document, make_result):
         assert float(text.get("x")) >= 0.65 * int(text.get("font-size")) * len(text.text), text.text
     (dashed,) = (t for t in texts if t.text.startswith("dashed"))
     assert all(t.get("y") != dashed.get("y") for t in texts if t is not dashed), "it lies on nothing else"
+
+
+def test_the_picture_as_png(document):
+    image = pytest.importorskip("PIL.Image").open(io.BytesIO(to_png(document)))
+    assert image.width == 2000
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert (0x2F, 0xA3, 0x6B) in colours, "our bar"
+    assert (0x8F, 0xA9, 0xC8) in colours, "a rival's"
 
 
 def test_markdown_shows_the_winner_its_spread_and_its_samples(document, make_result):

@@ -175,6 +175,8 @@ def test_a_damaged_report_of_a_run(cli, tmp_path):
         assert (done.returncode, "is not a report that --profile-out wrote" in done.stderr) == (1, True)
     (tmp_path / "run.json").write_text(json.dumps(RUN))
     assert cli("report", "run.json", "--html", "x.html").returncode == 2
+    assert cli("report", "run.json", "--svg", "x.svg").returncode == 0
+    assert "load transformer" in (tmp_path / "x.svg").read_text()
 
 
 @pytest.mark.parametrize(

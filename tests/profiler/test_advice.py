@@ -54,8 +54,8 @@ def test_a_program_on_the_cpu():
 
 def test_what_is_saved_together_is_counted_once():
     found = advised(ON_CPU, 24)
-    assert found["fp32-file"].gain_s == pytest.approx(4 - 0.5 + 2.5)
-    assert found["fp32-file"].beside_s == pytest.approx(4 - 0.5), "the reading is saved already"
+    assert found["fp32-file"].gain_s == pytest.approx(4 - 0.5 + 2.5 - 0.15 * 2), "less the imports of our loader"
+    assert found["fp32-file"].beside_s == pytest.approx(4 - 0.5), "the reading is saved already, the imports as well"
     assert sum(a.beside_s for a in found.values()) < 24 - 1.5
 
 

@@ -253,3 +253,31 @@ def test_torchrun_ranks_side_by_side(tmp_path):
     turns = turns_of(processes, max(p.end_ns for p in processes))
     assert processes[subject_of(processes, turns)].rank is not None
     assert all(any(s.label == "torch" for s in p.spans) for p in processes if p.rank is not None)
+
+
+def test_os_open_behaves_as_ever(tmp_path):
+    """With weight files, relative to a directory, and with what is no file; who asks what it can do gets its answer."""
+    source = """
+import os, shutil, traceback
+with open("w.safetensors", "wb") as file:
+    file.write(bytes(100_000))
+for path, flags in (("no.gguf", os.O_RDONLY), (3.5, os.O_RDONLY), ("w.safetensors", "r")):
+    try:
+        os.open(path, flags)
+    except Exception:
+        traceback.print_exc()
+directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+print(os.pread(os.open("w.safetensors", os.O_RDONLY, dir_fd=directory), 3, 0))
+print(os.open in os.supports_dir_fd, shutil.rmtree.avoids_symlink_attacks)
+for mode in (7, "nonsense"):
+    try:
+        open("w.safetensors", mode)
+    except Exception:
+        traceback.print_exc()
+"""
+    bare, profiled = bare_and_profiled(tmp_path, f"import os\nos.chdir({str(tmp_path)!r})\n{source}")
+    assert bare[2] == 0, bare[1]
+    assert profiled[0] == bare[0]
+    assert "True True" in bare[0]
+    assert bare[1].count("Traceback") == 5
+    assert profiled[1].startswith(bare[1])

@@ -12,8 +12,9 @@ READ, CAST, IMPORT = Part("read", "torch.load"), Part("cast", "float32 to bfloat
 PARTS = {READ: 4.0, CAST: 2.0, IMPORT: 3.0, Part("other"): 1.0}
 
 
-def remedy(rule, leaves, costs_s=0.0, command=""):
-    return Remedy(advice=Advice(rule, rule, "", 0.0, command=command), leaves=leaves, costs_s=costs_s)
+def remedy(rule, leaves, adds_s=0.0, command=""):
+    adds = {Part("other", rule): adds_s}
+    return Remedy(advice=Advice(rule, rule, "", 0.0, command=command), leaves=leaves, adds=adds)
 
 
 def test_each_moment_belongs_to_one_part():
@@ -45,7 +46,7 @@ def test_the_largest_comes_first_and_each_says_what_it_saves_beside_those_before
         PARTS,
         [
             remedy("copy", {READ: 2.0, CAST: 0.0}),
-            remedy("stand-by", {IMPORT: 0.0}, costs_s=0.5),
+            remedy("stand-by", {IMPORT: 0.0}, adds_s=0.5),
             remedy("run", {READ: 0.0, CAST: 0.8}),
         ],
         0.1,
@@ -53,6 +54,16 @@ def test_the_largest_comes_first_and_each_says_what_it_saves_beside_those_before
     assert [a.rule for a in found] == ["run", "stand-by", "copy"]
     assert [a.gain_s for a in found] == pytest.approx([5.2, 2.5, 4.0])
     assert [a.beside_s for a in found] == pytest.approx([5.2, 2.5, 0.8])
+
+
+def test_what_one_adds_another_may_leave_out():
+    ours = Part("import", "wan_loader")
+    load = Remedy(advice=Advice("load", "", "", 0.0), leaves={READ: 1.0}, adds={ours: 0.5})
+    again = Remedy(advice=Advice("again", "", "", 0.0), leaves={CAST: 0.0}, adds={ours: 0.5})
+    ready = Remedy(advice=Advice("ready", "", "", 0.0), leaves={IMPORT: 0.0, ours: 0.0})
+    assert saved_s(PARTS, [load]) == pytest.approx(2.5)
+    assert saved_s(PARTS, [load, again]) == pytest.approx(4.5), "it is brought once"
+    assert saved_s(PARTS, [load, again, ready]) == pytest.approx(8)
 
 
 def test_what_saves_nothing_beside_others_is_not_mentioned():
@@ -79,7 +90,7 @@ _SOME = st.dictionaries(st.sampled_from(list(PARTS)), st.floats(0, 5))
 
 @given(st.lists(st.tuples(_SOME, st.floats(0, 1)), max_size=6))
 def test_together_is_never_more_than_the_sum_nor_than_there_was(rows):
-    remedies = [remedy(str(i), leaves, costs_s) for i, (leaves, costs_s) in enumerate(rows)]
+    remedies = [remedy(str(i), leaves, adds_s) for i, (leaves, adds_s) in enumerate(rows)]
     alone = [saved_s(PARTS, [r]) for r in remedies]
     assert saved_s(PARTS, remedies) <= sum(alone) + 1e-9
     assert remaining_s(PARTS, remedies) >= 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wan_loader.cli.output import check_outputs, print_json, say, show, write_json
     from wan_loader.cli.programs import from_standby
     from wan_loader.cli.progress import byte_progress, progress_bars
-    from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.cli.render import output_console, print_note, print_warnings
     from wan_loader.cli.torchrun import own_file
     from wan_loader.console import PlainConsole, marked
     from wan_loader.printable import printable
@@ -43,6 +43,7 @@ __all__ = [
     "output_console",
     "own_file",
     "print_json",
+    "print_note",
     "print_warnings",
     "printable",
     "progress_bars",
@@ -71,6 +72,7 @@ __getattr__ = lazy_names(
         "output_console": "wan_loader.cli.render",
         "own_file": "wan_loader.cli.torchrun",
         "print_json": "wan_loader.cli.output",
+        "print_note": "wan_loader.cli.render",
         "print_warnings": "wan_loader.cli.render",
         "printable": "wan_loader.printable",
         "progress_bars": "wan_loader.cli.progress",

@@ -21,6 +21,7 @@ __all__ = [
     "error_console",
     "output_console",
     "print_load",
+    "print_note",
     "print_ranks",
     "print_warnings",
 ]
@@ -106,6 +107,11 @@ def print_ranks(console: PlainConsole, found: RankComparison) -> None:
 
 def print_warnings(warnings: Sequence[str]) -> None:
     """Print warnings on stderr, one a line; on a terminal folded between words."""
-    console = error_console()
     for warning in warnings:
-        console.print(f"warning: {printable(warning)}", style="yellow", no_wrap=not console.is_terminal)
+        print_note(f"warning: {warning}", style="yellow")
+
+
+def print_note(text: str, style: str = "") -> None:
+    """Print a line on stderr; on a terminal folded between words."""
+    console = error_console()
+    console.print(printable(text), style=style, no_wrap=not console.is_terminal)

@@ -57,23 +57,27 @@ def report(
     check_outputs(*named.values(), force=force)
     check_png(png)
     if (run := read_run_report(sessions[0])) is not None:
-        if drawn:
+        if trace or html:
             raise typer.BadParameter(f"{drawn[0]} shows what `wan-loader profile` saved: this is of a run")
-        _show_run(*run, json=json)
+        _show_run(*run, json=json, svg=svg, png=png)
         return
     render_session(read_session(sessions[0]), output_console(), json=json, trace=trace, html=html, svg=svg, png=png)
 
 
-def _show_run(report: RunReport, document: dict[str, Any], *, json: bool) -> None:
-    from wan_loader.cli.output import print_json
+def _show_run(report: RunReport, document: dict[str, Any], *, json: bool, svg: Path | None, png: Path | None) -> None:
+    from wan_loader.cli.output import print_json, writing
     from wan_loader.cli.render import output_console, print_warnings
+    from wan_loader.profiler.render.picture import draw_run
+    from wan_loader.profiler.render.png import to_png
     from wan_loader.profiler.render.run_report import print_run_report
+    from wan_loader.profiler.render.svg import to_svg
 
-    if json:
-        print_json(document)
-    else:
-        print_run_report(output_console(), report)
-    print_warnings(report.warnings)
+    with writing((svg, lambda: to_svg(draw_run(report))), (png, lambda: to_png(draw_run(report)))):
+        if json:
+            print_json(document)
+        else:
+            print_run_report(output_console(), report)
+        print_warnings(report.warnings)
 
 
 def _compare(paths: list[Path], *, json: bool) -> None:

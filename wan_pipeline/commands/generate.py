@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan_loader import OptionError
-from wan_loader.cli import OUTPUT, Force, Verbose, check_outputs, own_file, print_json, say, show, write_json
+from wan_loader.cli import (
+    OUTPUT,
+    Force,
+    Verbose,
+    check_outputs,
+    own_file,
+    print_json,
+    print_note,
+    say,
+    show,
+    write_json,
+)
 from wan_loader.distributed import is_first, world_size
 from wan_pipeline.commands.load_report import print_load_report
 from wan_pipeline.commands.many import agreed_seed, make_videos, tell_made
@@ -456,7 +467,7 @@ def _started(settings: dict[str, Any], request: VideoRequest | None) -> WanT2V:
         if not is_first():
             warnings.simplefilter("ignore")
     if is_first():
-        say(f"preset {pipe.preset_reason}")
+        print_note(f"preset {pipe.preset_reason}")
     return pipe
 
 

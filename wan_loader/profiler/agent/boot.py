@@ -8,7 +8,7 @@ import sys
 import time
 
 from . import import_hooks
-from .file_hooks import hook_audit, hook_open
+from .file_hooks import hook_open
 from .process_hooks import hook_processes
 from .recorder import AgentRecorder
 
@@ -76,7 +76,6 @@ def start(directory: Any) -> None:
     # what Python itself took until sitecustomize
     recorder.whole("import", "python", recorder.started, recorder.now())
     import_hooks.install(recorder, _hooks(recorder))
-    hook_audit(recorder)
     hook_open(recorder)
     hook_processes(recorder, lambda: _finish(recorder))
     if environ.get("WAN_LOADER_TRACE_UNTIL"):
@@ -85,10 +84,7 @@ def start(directory: Any) -> None:
 
 
 def start_inside(directory: Any) -> Any:
-    """Record this process, which has begun long ago, into `directory`; return the recorder.
-
-    No audit hook is set, as it could not be taken back.
-    """
+    """Record this process, which has begun long ago, into `directory`; return the recorder."""
     recorder = _FileRecorder(directory, _first_facts(time.perf_counter_ns()))
     hooks = _hooks(recorder)
     for name in [name for name in hooks if name in sys.modules]:

@@ -1,7 +1,6 @@
 """Hooks on what opens files: every file of weights is noted, and what Python reads of it is timed.
 
-The interpreter tells an audit hook of each file that is opened through it, whoever asks. `open` gives weight files a
-raw file of our own below the usual buffer, which times its reads.
+`open` gives weight files a raw file of our own below the usual buffer, which times its reads.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import functools
 import io
 import os
-import sys
 
 from .recorder import MIN_BYTES
 from .wrap import drop_frame, patch, timed
@@ -18,33 +16,23 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["hook_audit", "hook_numpy", "hook_open"]
+__all__ = ["hook_numpy", "hook_open"]
 
 _WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".npy", ".npz", ".h5", ".onnx")
 #: Files of these names are parts of programs, however large.
 _PROGRAMS = (".py", ".pyc", ".so", ".pyd", ".zip", ".whl", ".jsonl")
 #: A file of another name counts as weights from this size on.
 _LARGE_BYTES = 32 << 20
+_WRITES = frozenset("wax")
 _TO_WRITE = os.O_WRONLY | os.O_TRUNC | os.O_DIRECTORY
 
 
-def hook_audit(recorder: Any) -> None:
-    """Note the weight files that the interpreter opens. An audit hook cannot be taken back: it does nothing later."""
-
-    def hook(event: Any, args: Any) -> None:
-        if event == "open" and recorder.on:
-            try:
-                path, _, flags = args
-                if not flags & _TO_WRITE and (name := _weights(path)):
-                    recorder.file(name, "open", False)
-            except Exception:
-                return
-
-    sys.addaudithook(hook)
-
-
 def hook_open(recorder: Any) -> None:
-    """Replace `open` by one that times the reads of weight files."""
+    """Replace `open` and `os.open` by ones that note weight files, of which the first times the reads.
+
+    An audit hook would be told of each opening, but of all else that the interpreter does as well: that slows every
+    program down.
+    """
     import builtins
 
     original = io.open
@@ -52,17 +40,12 @@ def hook_open(recorder: Any) -> None:
     @functools.wraps(original)
     def open(file: Any, mode: Any = "r", buffering: Any = -1, *args: Any, **kwargs: Any) -> Any:
         try:
-            if (
-                mode == "rb"
-                and buffering == -1
-                and not args
-                and not kwargs
-                and recorder.on
-                and (name := _weights(file))
-            ):
+            reads = mode == "rb" or (isinstance(mode, str) and not _WRITES.intersection(mode))
+            if recorder.on and reads and (name := _weights(file)):
                 recorder.file(name, "open", False)
-                raw = _timed_file(recorder, os.fspath(file))
-                return io.BufferedReader(raw, max(io.DEFAULT_BUFFER_SIZE, getattr(raw, "_blksize", 0)))
+                if mode == "rb" and buffering == -1 and not args and not kwargs:
+                    raw = _timed_file(recorder, os.fspath(file))
+                    return io.BufferedReader(raw, max(io.DEFAULT_BUFFER_SIZE, getattr(raw, "_blksize", 0)))
             return original(file, mode, buffering, *args, **kwargs)
         except BaseException as error:
             drop_frame(error)
@@ -70,6 +53,27 @@ def hook_open(recorder: Any) -> None:
 
     patch(recorder, io, "open", lambda _: open)
     patch(recorder, builtins, "open", lambda _: open)
+    patch(recorder, os, "open", lambda f: _noted(recorder, f))
+
+
+def _noted(recorder: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def open(path: Any, flags: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            # beside another directory, it is another file
+            reads = isinstance(flags, int) and not flags & _TO_WRITE and not kwargs
+            if recorder.on and reads and (name := _weights(path)):
+                recorder.file(name, "os.open", False)
+            return original(path, flags, *args, **kwargs)
+        except BaseException as error:
+            drop_frame(error)
+            raise
+
+    # where it is asked whether `os.open` takes a directory, this one does
+    if original in os.supports_dir_fd:
+        os.supports_dir_fd.add(open)
+        recorder.undo.append(lambda: os.supports_dir_fd.discard(open))
+    return open
 
 
 def hook_numpy(recorder: Any, numpy: Any) -> None:

@@ -86,8 +86,8 @@ def _hook_load(recorder: Any, torch: Any) -> Any:
 
         @functools.wraps(load)
         def wrapper(f: Any, *args: Any, **kwargs: Any) -> Any:
-            if recorder.on and isinstance(f, (str, os.PathLike)):
-                recorder.file(os.fspath(f), "torch.load", bool(kwargs.get("mmap")))
+            if recorder.on and (path := _path_of(f)) is not None:
+                recorder.file(path, "torch.load", bool(kwargs.get("mmap")))
             try:
                 return inner(f, *args, **kwargs)
             except BaseException as error:
@@ -97,6 +97,15 @@ def _hook_load(recorder: Any, torch: Any) -> Any:
         return wrapper
 
     patch(recorder, torch, "load", make)
+
+
+def _path_of(file: Any) -> Any:
+    """Return the path of a file that may be given by its path or open; None where it has none."""
+    try:
+        name = file if isinstance(file, (str, os.PathLike)) else file.name
+        return None if isinstance(name, int) else os.fspath(name)
+    except Exception:
+        return None
 
 
 def _size(tensor: Any) -> Any:

@@ -3,7 +3,7 @@
 The wall time is shared out among *parts*, of which each moment belongs to one. A remedy says how many seconds it leaves
 of the parts that it touches. Several that touch the same part leave what the best of them leaves: two that save the
 same seconds save them once. So what they save together is never more than there was, nor than the sum of what each
-saves.
+saves, but for what one adds (the imports of our loader) and another leaves out again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Remedy:
     advice: Advice
     leaves: Mapping[Part, float] = field(default_factory=dict)
     """Seconds that remain of the parts that it touches."""
-    costs_s: float = 0.0
-    """Seconds that it adds."""
+    adds: Mapping[Part, float] = field(default_factory=dict)
+    """Seconds that it adds, where another remedy may leave them out again."""
 
 
 def parts_of(e: Evidence) -> Parts:
@@ -67,8 +67,12 @@ def parts_of(e: Evidence) -> Parts:
 def remaining_s(parts: Parts, remedies: Iterable[Remedy]) -> float:
     """Return the seconds that remain when all these remedies are followed."""
     remedies = tuple(remedies)
-    left = (min([seconds, *(r.leaves[part] for r in remedies if part in r.leaves)]) for part, seconds in parts.items())
-    return sum(left) + sum(r.costs_s for r in remedies)
+    total = 0.0
+    for part in parts.keys() | {part for r in remedies for part in r.adds}:
+        # what several bring is brought once
+        seconds = max([parts.get(part, 0.0), *(r.adds.get(part, 0.0) for r in remedies)])
+        total += min([seconds, *(r.leaves[part] for r in remedies if part in r.leaves)])
+    return total
 
 
 def saved_s(parts: Parts, remedies: Iterable[Remedy]) -> float:

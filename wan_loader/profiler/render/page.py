@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wan_loader.phases import ALL_PHASES, PHASE_TABLE
-from wan_loader.printable import markup_text
+from wan_loader.printable import markup_text, shorten
 from wan_loader.profiler.analysis.story import label as process_label
 from wan_loader.profiler.render.charts import CHART_WIDTH, throughput_chart, timeline
 from wan_loader.profiler.render.lanes import lanes_of
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from wan_loader.profiler.analysis.session import Process, Session
 
 __all__ = ["to_page"]
+
+#: Characters; all of it is shown where a pointer rests on it.
+_MOST_OF_A_COMMAND = 160
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6675; --line: #dfe4ea; --back: #f7f8fa; --card: #ffffff;
@@ -45,7 +48,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: right; font-size: 12px; color: var(--soft); font-weight: 600; padding: 4px 10px; }
 td { text-align: right; padding: 5px 10px; border-top: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.wide { white-space: normal; overflow-wrap: anywhere; }
+td.wide { white-space: normal; min-width: 250px; } td.wide small { overflow-wrap: anywhere; }
 tr.pace td { font-weight: 650; } tr.pace small { font-weight: 400; }
 .bar { background: var(--line); border-radius: 3px; height: 8px; width: 120px; display: inline-block;
   overflow: hidden; }
@@ -185,7 +188,8 @@ def _processes(session: Session) -> list[str]:
         cells = "".join(f"<td>{paced.get(name, 0.0):.2f}</td>" for name in names)
         mark = ' class="pace"' if number == session.subject else ""
         title = f"{markup_text(process_label(session.processes, number))}"
-        title += f'<br><small class="soft">{markup_text(process.title)}</small>'
+        command = markup_text(shorten(process.title, _MOST_OF_A_COMMAND))
+        title += f'<br><small class="soft" title="{markup_text(process.title)}">{command}</small>'
         rows.append(
             f'<tr{mark}><td class="wide">{title}</td>'
             f"<td>{process.start_ns / 1e9:.2f}</td><td>{process.end_ns / 1e9:.2f}</td>"
