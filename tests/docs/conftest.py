@@ -39,8 +39,8 @@ config = 16
 class Place:
     """The directory, and how its programs run: without a GPU, with caches and servers of their own."""
 
-    def __init__(self, directory):
-        self.directory = directory
+    def __init__(self, directory, python):
+        self.directory, self.python = directory, python
         self.runtime = Path(tempfile.mkdtemp(prefix="docs-"))  # short: it is part of a socket's name
         self.runtime.chmod(0o700)
         self.env = {
@@ -52,12 +52,12 @@ class Place:
             "PET_MASTER_PORT": str(_free_port()),  # torchrun's own is the same for all
         }
 
-    def run(self, *words, modules=programs.PIPELINE, timeout=100, **options):
-        """Run `python` with words in a process of the zygote; return how it ended, which must be well."""
-        env = {**self.env, **options.pop("env", {})}
+    def run(self, *words, modules=programs.PIPELINE, timeout=200, **options):
+        """Run `python` with words in a fork of the zygote, and so what that starts; return how it ended: well."""
+        env = {**self.env, "PYTHON_EXEC": str(self.python), **options.pop("env", {})}
         return _well(programs.run(*words, env=env, cwd=self.directory, modules=modules, timeout=timeout, **options))
 
-    def run_itself(self, *words, timeout=100, **env):
+    def run_itself(self, *words, timeout=200, **env):
         """Run `python` with words as a process of its own."""
         env = {name: value for name, value in (os.environ | self.env | env).items() if value}
         command = [sys.executable, *map(str, words)]
@@ -81,7 +81,7 @@ def _well(done):
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
+def place(tmp_path_factory, python_that_forks):
     """The place, with checkpoints in all forms."""
     pytest.importorskip("diffusers")
     import torch
@@ -107,7 +107,7 @@ def place(tmp_path_factory):
     for path in (here / "model.safetensors", here / "checkpoint" / "model.safetensors"):
         save_file(state, path)
     torch.save(state, here / "weights.pth")
-    place = Place(here)
+    place = Place(here, python_that_forks(programs.PIPELINE))
     yield place
     for what in (("standby", "keep", "stop"), ("standby", "stop")):
         subprocess.run(

@@ -40,7 +40,7 @@ def test_own_module_fsdp2_divides_and_computes_the_same(place):
     """Two processes, whose rows are half of each weight."""
     example = EXAMPLES / "own_module_fsdp2.py"
     words = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    done = place.run_itself(*words, example, "net.safetensors")
+    done = place.run(*words, example, "net.safetensors")
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
     assert len(lines) == 2
     assert lines[0].split("result")[1] == lines[1].split("result")[1]
@@ -51,7 +51,7 @@ def test_own_module_fsdp2_divides_and_computes_the_same(place):
 
 def test_service_sleeps_and_wakes(place):
     command = "import subprocess, sys\n" + _TALK.format(service=str(EXAMPLES / "service.py"), small=SMALL)
-    done = place.run_itself("-c", command)
+    done = place.run("-c", command)
     assert done.stdout.splitlines() == ["videos/0000.mp4", "asleep", "videos/0001.mp4", "0"]
     for name in ("0000.mp4", "0001.mp4"):
         assert (place.directory / "videos" / name).stat().st_size > 0

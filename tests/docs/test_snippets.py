@@ -63,8 +63,6 @@ def test_console(place, block):
         module = {"wan-loader": "wan_loader", "wan-pipeline": "wan_pipeline", "torchrun": "torch.distributed.run"}
         if served:  # a fork of the server is a process of the server's, whoever asks for it
             place.run_itself("-m", module[program], *words, WAN_LOADER_STANDBY="")
-        elif program == "torchrun":
-            place.run_itself("-m", module[program], *words)
         else:
             place.run("-m", module[program], *words)
 
