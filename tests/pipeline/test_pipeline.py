@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch
+from versions import as_dtype
 
 import wan_pipeline
 from wan_loader.errors import CheckpointError, DeviceError, OptionError
@@ -56,7 +57,7 @@ def expected(tiny_wan):
     root = tiny_wan("diffusers")
     vae = AutoencoderKLWan.from_pretrained(root / "vae")
     return {
-        "bf16": run_diffusers(WanPipeline.from_pretrained(root, vae=vae, dtype=torch.bfloat16)),
+        "bf16": run_diffusers(WanPipeline.from_pretrained(root, vae=vae, **as_dtype(torch.bfloat16))),
         "fp32": run_diffusers(WanPipeline.from_pretrained(root)),
     }
 
@@ -90,7 +91,7 @@ def test_load_diffusers(tiny_wan, layout, preset, dtype):
     pipe = wan_pipeline.load_diffusers(source, device="cpu", dtype=dtype, preset=preset)
     assert type(pipe) is WanPipeline
     settings = {"shift": 3.0, "guidance_scale": 5.0, "guidance_scale_2": None}
-    plain = WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype)
+    plain = WanPipeline.from_pretrained(tiny_wan("diffusers"), **as_dtype(dtype))
     assert np.array_equal(run_diffusers(pipe, **settings), run_diffusers(plain, **settings))
     if preset == "fastest":
         assert not any(p.is_meta for m in (pipe.vae, pipe.transformer, pipe.text_encoder) for p in m.parameters())
@@ -225,7 +226,7 @@ def test_on_cuda_every_preset_gives_what_diffusers_gives(tiny_wan, layout):
 
     root = tiny_wan("diffusers")
     vae = AutoencoderKLWan.from_pretrained(root / "vae")
-    plain = run_diffusers(WanPipeline.from_pretrained(root, vae=vae, dtype=torch.bfloat16).to("cuda"))
+    plain = run_diffusers(WanPipeline.from_pretrained(root, vae=vae, **as_dtype(torch.bfloat16)).to("cuda"))
     for preset in PRESETS:
         with wan_pipeline.WanT2V.from_checkpoint(
             tiny_wan(layout), preset=preset, device="cuda", **SMALL_LIMITS
