@@ -2,9 +2,11 @@
 
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from wan_loader.distributed.liveness import own_connection
 from wan_loader.dtypes import torch_dtype
@@ -21,8 +23,34 @@ def test_a_dtype_that_torch_lacks_is_named(monkeypatch):
         torch_dtype("float8_e5m2fnuz")
 
 
-def test_a_store_that_opens_no_second_connection_is_refused():
-    with pytest.raises(OptionError, match=r"do not run with torch .*: install torch"):
+class Old:
+    """A store as it is before torch 2.11: what is called is a copy's, and none is made."""
+
+    def __init__(self, store):
+        self.underlying_store = store
+
+
+def test_a_store_that_cannot_be_cloned_is_connected_to_once_more(monkeypatch):
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    first, second = (own_connection(Old(dist.PrefixStore("theirs", host))) for _ in range(2))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(first.get, "key")  # does not keep the others waiting
+        second.set("key", "value")
+        assert waiting.result(timeout=20) == b"value"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not own_connection(Old(host)).check(["key"])
+
+
+def test_files_and_memory_are_stores_too(tmp_path):
+    files = [own_connection(Old(dist.FileStore(str(tmp_path / "store"), -1))) for _ in range(2)]
+    memory = dist.HashStore()
+    for first, second in (files, [own_connection(Old(memory)) for _ in range(2)]):
+        first.set("key", "value")
+        assert second.get("key") == b"value"
+
+
+def test_another_store_that_cannot_be_cloned_is_refused():
+    with pytest.raises(OptionError, match=r"opens no second connection to a object: use torch 2\.11"):
         own_connection(object())
 
 

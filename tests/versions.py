@@ -1,6 +1,8 @@
 """What the installed torch and safetensors have, and tests that need it."""
 
+import contextlib
 import io
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import safetensors
@@ -10,6 +12,15 @@ import torch
 from wan_loader.dtypes import ITEMSIZE
 
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+
+def _version(package):
+    with contextlib.suppress(PackageNotFoundError):
+        return tuple(int(number) for number in version(package).split(".")[:2])
+    return (0, 0)
+
+
+TRANSFORMERS, DIFFUSERS = _version("transformers"), _version("diffusers")
 
 
 def _can_save(dtype, save):
@@ -47,3 +58,8 @@ def needs_torch(major, minor, what):
 def needs_dtype(name):
     """Skip a test where there are no files of a dtype."""
     return pytest.mark.skipif(name not in DTYPES, reason=f"this torch has no {name}")
+
+
+def as_dtype(dtype):
+    """The keyword of diffusers' `from_pretrained` for a dtype; an old one ignores the new name."""
+    return {"torch_dtype" if DIFFUSERS < (0, 40) else "dtype": dtype}

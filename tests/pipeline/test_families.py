@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 import numpy as np
 import torch
+from versions import as_dtype
 
 import wan_pipeline
 from wan_loader import KeyMismatchError, OptionError
@@ -123,7 +124,7 @@ def test_a_third_model_starts_and_makes_the_frames_that_diffusers_makes(tiny_wan
 
     root = tiny_wan("diffusers", WAN_21)
     vae = AutoencoderKLWan.from_pretrained(root / "vae")
-    plain = WanPipeline.from_pretrained(root, vae=vae, dtype=torch.bfloat16)
+    plain = WanPipeline.from_pretrained(root, vae=vae, **as_dtype(torch.bfloat16))
     plain.set_progress_bar_config(disable=True)
     plain.scheduler = UniPCMultistepScheduler.from_config(plain.scheduler.config, flow_shift=5.0)
     with wan_pipeline.WanT2V.from_checkpoint(tiny_wan(layout, WAN_21), device="cpu", preset="balanced") as pipe:

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch
+from versions import as_dtype
 
 import wan_pipeline
 from wan_loader.errors import CheckpointError, DeviceError, OptionError
@@ -57,7 +58,7 @@ def expected(tiny_wan):
     root = tiny_wan("diffusers")
     vae = AutoencoderKLWan.from_pretrained(root / "vae")
     return {
-        "bf16": run_diffusers(WanPipeline.from_pretrained(root, vae=vae, dtype=torch.bfloat16)),
+        "bf16": run_diffusers(WanPipeline.from_pretrained(root, vae=vae, **as_dtype(torch.bfloat16))),
         "fp32": run_diffusers(WanPipeline.from_pretrained(root)),
     }
 
@@ -91,7 +92,7 @@ def plain(tiny_wan):
 
     @functools.cache
     def plain(dtype):
-        return run_diffusers(WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype), **OTHER_SETTINGS)
+        return run_diffusers(WanPipeline.from_pretrained(tiny_wan("diffusers"), **as_dtype(dtype)), **OTHER_SETTINGS)
 
     return plain
 
@@ -239,7 +240,7 @@ def test_on_cuda_every_preset_gives_what_diffusers_gives(tiny_wan, layout):
 
     root = tiny_wan("diffusers")
     vae = AutoencoderKLWan.from_pretrained(root / "vae")
-    plain = run_diffusers(WanPipeline.from_pretrained(root, vae=vae, dtype=torch.bfloat16).to("cuda"))
+    plain = run_diffusers(WanPipeline.from_pretrained(root, vae=vae, **as_dtype(torch.bfloat16)).to("cuda"))
     for preset in PRESETS:
         with wan_pipeline.WanT2V.from_checkpoint(
             tiny_wan(layout), preset=preset, device="cuda", **SMALL_LIMITS

@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch
+from versions import as_dtype
 
 import wan_pipeline
 from wan_loader.cache.store import Store
@@ -50,8 +51,8 @@ def test_entry_is_a_diffusers_checkpoint_with_equal_weights(tiny_wan, tmp_path, 
 
     generate(tiny_wan(layout), tmp_path / "cache")
     (entry,) = Store(tmp_path / "cache").listed()
-    ours = WanPipeline.from_pretrained(entry.path, dtype=torch.bfloat16)
-    theirs = WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=torch.bfloat16)
+    ours = WanPipeline.from_pretrained(entry.path, **as_dtype(torch.bfloat16))
+    theirs = WanPipeline.from_pretrained(tiny_wan("diffusers"), **as_dtype(torch.bfloat16))
     for name in ("text_encoder", "transformer", "transformer_2", "vae"):
         a, b = getattr(ours, name).state_dict(), getattr(theirs, name).state_dict()
         assert a.keys() == b.keys()
@@ -150,6 +151,6 @@ def test_entry_written_from_the_gpu(tiny_wan, tmp_path):
     test = Store(tmp_path).listed()[0].path
     from diffusers import WanTransformer3DModel
 
-    ours = WanTransformer3DModel.from_pretrained(test / "transformer", dtype=torch.bfloat16).state_dict()
-    theirs = WanTransformer3DModel.from_pretrained(tiny_wan("diffusers") / "transformer", dtype=torch.bfloat16)
+    ours = WanTransformer3DModel.from_pretrained(test / "transformer", **as_dtype(torch.bfloat16)).state_dict()
+    theirs = WanTransformer3DModel.from_pretrained(tiny_wan("diffusers") / "transformer", **as_dtype(torch.bfloat16))
     assert all(same_bits(ours[name], tensor) for name, tensor in theirs.state_dict().items())

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import torch
 from safetensors.torch import load_file, save_file
+from versions import TRANSFORMERS
 
 from wan_pipeline.keymap import to_diffusers
 from wan_pipeline.synth import plan_synth, synth
@@ -222,7 +223,7 @@ def test_plain_diffusers_runs_it(tmp_path, task):
     pipe.set_progress_bar_config(disable=True)
     assert pipe.config.boundary_ratio == (0.875 if task == "t2v-A14B" else None)
     assert pipe.scheduler.config.flow_shift == 3.0
-    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.text_encoder.dtype == (torch.bfloat16 if TRANSFORMERS >= (5, 0) else torch.float32)
     ran = count_calls(pipe)
     frames = pipe(
         "a cat boxing in the snow",
@@ -267,7 +268,7 @@ def test_tokenizer(tiny):
     for folder in (tiny["native"] / "google/umt5-xxl", tiny["diffusers"] / "tokenizer"):
         names = ["special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json"]
         assert sorted(file.name for file in folder.iterdir()) == names
-        for cls in (AutoTokenizer, T5Tokenizer):
+        for cls in (AutoTokenizer, *([T5Tokenizer] if TRANSFORMERS >= (5, 0) else [])):  # it had rules of its own
             tokenizer = cls.from_pretrained(folder)
             assert len(tokenizer) < 512
             assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)

@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 
 import torch
 from safetensors.torch import load_file, save_file
+from versions import as_dtype
 
 from wan_pipeline import modules
 from wan_pipeline.synth import synth
@@ -65,7 +66,7 @@ def test_order_is_that_of_first_use(tiny_wan):
 def test_modules_are_what_from_pretrained_makes(tiny_wan, layout, dtype):
     from diffusers import WanPipeline
 
-    expected = WanPipeline.from_pretrained(tiny_wan("diffusers"), dtype=dtype)
+    expected = WanPipeline.from_pretrained(tiny_wan("diffusers"), **as_dtype(dtype))
     for component in open_wan(tiny_wan(layout)).components:
         module = modules.build(component, dtype)
         modules.check(module, component)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import socket
 import threading
 import time
@@ -35,7 +36,6 @@ _POLL_S = 0.01
 _POLLS_A_LOOK = 25
 _MAX_TEXT = 4000
 _REACH_S = 5.0
-_TORCH = "install torch 2.6 or later"
 
 
 def own_connection(store: Any) -> Any:
@@ -43,12 +43,8 @@ def own_connection(store: Any) -> Any:
 
     Raises:
         DistributedError: The process that holds the store is gone; torch would try for half an hour.
-        OptionError: This torch opens no second connection.
+        OptionError: An old torch opens no other connection to a store of this kind.
     """
-    if not hasattr(store, "clone"):
-        import torch
-
-        raise OptionError.because(f"loads of several processes do not run with torch {torch.__version__}", _TORCH)
     base = store
     while hasattr(base, "underlying_store"):  # under its prefixes
         base = base.underlying_store
@@ -57,7 +53,30 @@ def own_connection(store: Any) -> Any:
             socket.create_connection((base.host, base.port), timeout=_REACH_S).close()
     except OSError as error:
         raise DistributedError(_store_is_gone(error)) from error
-    return store.clone()
+    return store.clone() if hasattr(store, "clone") else _connect_again(base)
+
+
+def _connect_again(base: Any) -> Any:
+    """Do what `clone` does, which torch has from 2.11 on.
+
+    The prefixes of a store cannot be asked for. In their place comes what they are for, in a run of torchrun: keys of
+    an attempt that has failed are not found in the next one.
+    """
+    import torch.distributed
+
+    stores: Any = torch.distributed
+    match type(base).__name__:
+        case "TCPStore":
+            store = stores.TCPStore(base.host, base.port, None, False, base.timeout, wait_for_workers=False)
+        case "FileStore":
+            store = stores.FileStore(base.path, -1)
+        case "HashStore":  # of this process alone
+            store = base
+        case name:
+            raise OptionError.because(
+                f"torch {torch.__version__} opens no second connection to a {name}", "use torch 2.11 or later"
+            )
+    return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Liveness:
