@@ -6,8 +6,9 @@ import sys
 import pytest
 from test_verdict import CEILINGS, GB, evidence, mark
 
-from wan_loader.profiler.analysis.advice import OWN_END, advise
+from wan_loader.profiler.analysis.advice import advise
 from wan_loader.profiler.analysis.commands import Program
+from wan_loader.profiler.analysis.outside import OWN_END
 from wan_loader.profiler.analysis.weight_files import OpenedFile
 
 SCRIPT = Program(argv=("/venv/bin/python", "start.py", "--ckpt_dir", "model"), directory="/home/me")
@@ -215,7 +216,7 @@ def test_a_real_program_is_told_its_own_words_and_lines(tmp_path, monkeypatch, c
     (tmp_path / "start.py").write_text(
         "import sys, torch\nfrom safetensors.torch import load_file\n\n"
         "def main():\n    return load_file(sys.argv[1])\n\n"
-        "for _ in range(9):\n    weights = {k: v.to(torch.bfloat16) for k, v in main().items()}\n"
+        "for _ in range(30):\n    weights = {k: v.to(torch.bfloat16) for k, v in main().items()}\n"
     )
     command = [sys.executable, "-m", "wan_loader", "profile", "--no-ceilings", "-o", "run.json", "--"]
     import subprocess
