@@ -67,6 +67,11 @@ def test_without_imports_the_fast_path_is_advised_alone():
     assert "stand-by" not in found
 
 
+def test_what_is_converted_again_and_again_is_read_once():
+    spans = [mark("cast", i, i + 1, 20 * GB, label="float32 to bfloat16 on the CPU") for i in range(8)]
+    assert advised(spans, 10)["fp32-file"].gain_s == pytest.approx(8 - 0.5 - 0.15)
+
+
 def test_a_line_of_the_program_is_rewritten():
     advice = advised(ON_CPU, 24)["fp32-file"]
     assert advice.once == ("wan-loader cache build model/a.safetensors --dtype bf16",)
@@ -216,7 +221,7 @@ def test_a_real_program_is_told_its_own_words_and_lines(tmp_path, monkeypatch, c
     (tmp_path / "start.py").write_text(
         "import sys, torch\nfrom safetensors.torch import load_file\n\n"
         "def main():\n    return load_file(sys.argv[1])\n\n"
-        "for _ in range(30):\n    weights = {k: v.to(torch.bfloat16) for k, v in main().items()}\n"
+        "for _ in range(12):\n    weights = {k: v.to(torch.bfloat16) for k, v in main().items()}\n"
     )
     command = [sys.executable, "-m", "wan_loader", "profile", "--no-ceilings", "-o", "run.json", "--"]
     import subprocess

@@ -103,7 +103,8 @@ def _fp32_file(c: Case) -> Iterator[Remedy]:
     once = tuple(f"wan-loader cache build {quoted(path)} --dtype {dtype}" for path in paths)
     share = min(1.0, nbytes / max(e.nbytes_file, nbytes))
     casts = {Part("cast", row[0]): c.parts.get(Part("cast", row[0]), 0.0) for row in rows}
-    touched_s = nbytes / 2 / e.ceilings.get("page_cache_gbps", _NVME_GBPS) / 1e9
+    # however often they were converted, the copy's pages come once
+    touched_s = min(nbytes, e.nbytes_file or nbytes) / 2 / e.ceilings.get("page_cache_gbps", _NVME_GBPS) / 1e9
     leaves = scaled(casts, touched_s / max(sum(casts.values()), touched_s, 1e-9))
     leaves |= scaled(c.seconds("read"), 1 - share / 2)
     evidence = f"{in_gb(nbytes)} of fp32 were converted to {dtype} in {seconds:.2f} s, after being read in full"

@@ -215,7 +215,7 @@ def measure_fill() -> dict[str, float]:
 
     What a conversion makes counts with what it reads.
     """
-    import wan_loader
+    from wan_loader.api import load
 
     _check_free(_CAST_BYTES * 4, "loads")
     rates = {}
@@ -228,7 +228,7 @@ def measure_fill() -> dict[str, float]:
         path = f"/proc/self/fd/{file.fileno()}"
         for name, dtype, moved in (("fill_gbps", None, 1.0), ("convert_gbps", "bf16", 1.5)):
             for _ in range(2):  # the first one imports what it needs
-                report = wan_loader.load(path, device="cpu", dtype=dtype, io="buffered").report
+                report = load(path, device="cpu", dtype=dtype, io="buffered").report
             rates[name] = _CAST_BYTES * moved / max(1e-9, report.seconds) / 1e9
     return rates
 
