@@ -6,8 +6,9 @@ import sys
 import pytest
 from test_verdict import CEILINGS, GB, evidence, mark
 
-from wan_loader.profiler.analysis.advice import OWN_END, advise
+from wan_loader.profiler.analysis.advice import advise
 from wan_loader.profiler.analysis.commands import Program
+from wan_loader.profiler.analysis.outside import OWN_END
 from wan_loader.profiler.analysis.weight_files import OpenedFile
 
 SCRIPT = Program(argv=("/venv/bin/python", "start.py", "--ckpt_dir", "model"), directory="/home/me")
@@ -64,6 +65,11 @@ def test_without_imports_the_fast_path_is_advised_alone():
     assert found["fast-path"].gain_s == pytest.approx(4 + 2 + 5 - 0.5)
     assert found["fast-path"].command == "wan-loader run start.py --ckpt_dir model"
     assert "stand-by" not in found
+
+
+def test_what_is_converted_again_and_again_is_read_once():
+    spans = [mark("cast", i, i + 1, 20 * GB, label="float32 to bfloat16 on the CPU") for i in range(8)]
+    assert advised(spans, 10)["fp32-file"].gain_s == pytest.approx(8 - 0.5 - 0.15)
 
 
 def test_a_line_of_the_program_is_rewritten():
@@ -215,7 +221,7 @@ def test_a_real_program_is_told_its_own_words_and_lines(tmp_path, monkeypatch, c
     (tmp_path / "start.py").write_text(
         "import sys, torch\nfrom safetensors.torch import load_file\n\n"
         "def main():\n    return load_file(sys.argv[1])\n\n"
-        "for _ in range(9):\n    weights = {k: v.to(torch.bfloat16) for k, v in main().items()}\n"
+        "for _ in range(12):\n    weights = {k: v.to(torch.bfloat16) for k, v in main().items()}\n"
     )
     command = [sys.executable, "-m", "wan_loader", "profile", "--no-ceilings", "-o", "run.json", "--"]
     import subprocess

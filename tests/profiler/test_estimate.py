@@ -17,6 +17,7 @@ from wan_loader.profiler.analysis.simulate import (
     blocks_of,
     plan_elsewhere,
     simulate,
+    start_range,
 )
 from wan_loader.profiler.probe import measure
 from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings, known_samples
@@ -89,6 +90,12 @@ def test_on_the_cpu_what_comes_out_of_a_conversion_counts_too(tmp_path):
     seconds = simulate(up, hardware(cuda=False, cast=3e9, disk=1e15)).seconds
     assert seconds == pytest.approx(3 * (8 << 20) / 3e9, rel=0.01)
     assert simulate(up, hardware(cast=1e9, copy=1e15, disk=1e15)).cast_s == pytest.approx((8 << 20) / 1e9)
+
+
+def test_a_start_lies_between_the_samples_and_further_apart_in_a_crowd():
+    assert start_range(2.0, 3.0, 5.0, 1.0) == (2.0, 5.0)
+    assert start_range(2.0, 3.0, 5.0, 1.5) == (pytest.approx(4 / 3), 5.0)
+    assert start_range(2.0, 3.0, 5.0, 8.0) == (1.0, 24.0)
 
 
 def test_fixed_costs_come_first():

@@ -91,7 +91,7 @@ def _document(
 ) -> dict[str, Any]:
     from wan_loader.dtypes import dtype_name
     from wan_loader.formats.inventory import checkpoints_in
-    from wan_loader.profiler.analysis.simulate import blocks_of, plan_elsewhere
+    from wan_loader.profiler.analysis.simulate import blocks_of, plan_elsewhere, start_range
     from wan_loader.profiler.probe.busy import busy_reason, crowding
     from wan_loader.profiler.probe.ceilings import known_samples
 
@@ -106,9 +106,9 @@ def _document(
     rows = []
     for name, disk_rate in _storages(disk, known):
         seconds = {key: _played(blocks, slots, device, disk_rate, rates, key) for key in ("typical", "most", "least")}
-        # on a crowded machine a start may have a processor for itself, or share it with all who want one
-        spread = {"fastest_s": seconds["most"].seconds / crowd, "slowest_s": seconds["least"].seconds * crowd}
-        rows.append({"storage": name, "disk_bytes_per_s": disk_rate.typical, **_row(seconds["typical"]), **spread})
+        row = {"storage": name, "disk_bytes_per_s": disk_rate.typical, **_row(seconds["typical"])}
+        fastest_s, slowest_s = start_range(*(seconds[key].seconds for key in ("most", "typical", "least")), crowd)
+        rows.append(row | {"fastest_s": fastest_s, "slowest_s": slowest_s})
     return {
         "schema_version": 1,
         "command": "estimate",
@@ -120,7 +120,7 @@ def _document(
         "checkpoints": [{"path": c.path, "nbytes": c.nbytes} for c in checkpoints],
         "rates": {name: rate.to_json("seconds" if name == "fixed" else "bytes_per_s") for name, rate in rates.items()},
         "estimates": rows,
-        "notes": [f"the machine is busy now ({busy}): a start may be {crowd:.1f} times as long, or as short"]
+        "notes": [f"the machine is busy now ({busy}): a start may take half as long, or {crowd:.1f} times"]
         if busy
         else [],
         "warnings": _missing(path),

@@ -8,14 +8,15 @@ What several of them win together is `remedies`' matter.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from wan_loader.profiler.analysis.case import Case, cold_share, in_gb, quoted, scaled
 from wan_loader.profiler.analysis.commands import Program
 from wan_loader.profiler.analysis.edits import Edit, converted_load, first_lines
 from wan_loader.profiler.analysis.outside import OWN_END
-from wan_loader.profiler.analysis.remedies import Part, Parts, Remedy, parts_of, worth_following
+from wan_loader.profiler.analysis.remedies import Part, Remedy, parts_of, worth_following
 from wan_loader.profiler.analysis.session import Advice
+from wan_loader.profiler.analysis.spared import spared
 from wan_loader.sizes import format_seconds
 from wan_loader.verdict import ideal_seconds
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from wan_loader.profiler.analysis.weight_files import OpenedFile
     from wan_loader.verdict import Evidence
 
-__all__ = ["Case", "advise"]
+__all__ = ["advise"]
 
 _WORTH = 0.02
 _WORTH_S = 0.005
@@ -39,42 +40,8 @@ _LOADER_SHARE = 0.15
 _LOADER = Part("import", "wan_loader")
 #: Weights that are kept are mapped: measured, 22 ms for 5.6 GB.
 _ATTACH_GBPS = 250.0
-#: Initialisations of fewer bytes do not wait under the fast path.
-_INIT_BYTES = 64 << 20
-_DRAWN_AT_ONCE = ("trunc", "orthogonal", "sparse")
 _SHORT = {"bfloat16": "bf16", "float16": "fp16"}
 _MOST_NAMED = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A session's evidence, with what makes its advice that of this program."""
-
-    evidence: Evidence
-    parts: Parts
-    program: Program = field(default_factory=Program)
-    files: Mapping[str, OpenedFile] = field(default_factory=dict)
-    """The weight files that were opened."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """The text of the program's own files."""
-    target: str = ""
-    """The checkpoint, of a load."""
-    served: float = 1.0
-    """The share of imports that happen where a stand-by server would have done them before."""
-
-    def seconds(self, *phases: str) -> dict[Part, float]:
-        """Return the parts of some phases."""
-        return {part: s for part, s in self.parts.items() if part.phase in phases}
-
-    def shown(self, path: str) -> str:
-        """Return a path as short as it may be typed where the program was started."""
-        return path.removeprefix(self.program.directory + os.sep) if self.program.directory else path
-
-    def weights(self) -> list[str]:
-        """Return the checkpoints that were opened, as they are typed, the largest first."""
-        if self.target:
-            return [self.target]
-        return [self.shown(path) for path in sorted(self.files, key=lambda path: -self.files[path].nbytes)]
 
 
 def advise(
@@ -109,17 +76,9 @@ def advise(
     return worth_following(case.parts, remedies, max(_WORTH * e.seconds, _WORTH_S))
 
 
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
-
-
-def _scaled(parts: Mapping[Part, float], factor: float) -> dict[Part, float]:
-    return {part: s * max(0.0, factor) for part, s in parts.items()}
-
-
 def _fast_path(c: Case) -> Iterator[Remedy]:
     """Advise the fast path: initialisations and copies that nobody needs are left out, a GPU is served by one plan."""
-    found = _spared(c)
+    found = spared(c)
     if not found:
         return
     command = c.program.under_run()
@@ -127,86 +86,6 @@ def _fast_path(c: Case) -> Iterator[Remedy]:
     code = "with wan_loader.accelerate():" if c.program.inside else "import wan_loader; wan_loader.install()"
     advice = Advice("fast-path", text, "; ".join(why for why, _ in found), 0.0, command=command, code=code)
     yield Remedy(advice=advice, leaves={part: s for _, leaves in found for part, s in leaves.items()})
-
-
-def _spared(c: Case) -> list[tuple[str, dict[Part, float]]]:
-    """Find what the fast path would leave out: each with what speaks for it, and what remains."""
-    if c.evidence.kind != "program" or c.program.is_ours:
-        return []
-    found = (_initialisation(c), _one_plan(c) if c.evidence.cuda else _mapped(c))
-    return [one for one in found if one is not None]
-
-
-def _initialisation(c: Case) -> tuple[str, dict[Part, float]] | None:
-    """Find random numbers that are overwritten, and would wait until then."""
-    e, seconds = c.evidence, c.evidence.blame.get("random_init", 0.0)
-    if not seconds or not (e.nbytes_file or "assign" in e.phases):
-        return None
-    spans = [s for s in e.of_phase("random_init") if s.nbytes]
-    nbytes = sum(s.nbytes for s in spans)
-    label = dict.fromkeys(spans, "")
-    waiting = sum(
-        s.nbytes
-        for s in label
-        if s.nbytes >= _INIT_BYTES and not any(word in getattr(s, "label", "") for word in _DRAWN_AT_ONCE)
-    )
-    if not waiting:
-        return None
-    why = f"{_gb(nbytes)} were filled with random numbers in {seconds:.2f} s, and weights are loaded over them"
-    return why, _scaled(c.seconds("random_init"), 1 - waiting / nbytes)
-
-
-def _mapped(c: Case) -> tuple[str, dict[Part, float]] | None:
-    """Find copies in host memory that a mapping of the file makes needless."""
-    e = c.evidence
-    copies = {p: s for p, s in c.seconds("h2d").items() if p.label == "copy in host memory" and "assign" in e.phases}
-    reads = {p: s for p, s in c.seconds("read").items() if p.label == "torch.load"}
-    if e.storage.get("network") or str(e.storage.get("filesystem", "")).startswith(("overlay", "fuse")):
-        reads = {}
-    rate, share = e.ceilings.get("page_cache_gbps"), _cold_share(e)
-    nbytes = sum(row[2] for row in e.labels("read") if row[0] == "torch.load")
-    leaves = dict.fromkeys(copies, 0.0)
-    if rate and reads:
-        # what is in the page cache is only mapped, and its pages are touched later
-        touched_s = nbytes * (1 - share) / rate / 1e9 / 2
-        leaves |= _scaled(reads, share + touched_s / sum(reads.values()))
-    if not leaves:
-        return None
-    seconds = sum(s for part, s in c.parts.items() if part in leaves)
-    return f"copies of files into memory took {seconds:.2f} s: they are mapped instead", leaves
-
-
-def _one_plan(c: Case) -> tuple[str, dict[Part, float]] | None:
-    """Find reading, converting and copying to a GPU one after the other, where all may go on at the same time."""
-    e, moved = c.evidence, c.seconds("read", "cast", "h2d")
-    seconds = sum(moved.values())
-    to_device = sum(s.nbytes for s in e.of_phase("h2d") if "host to" in getattr(s, "label", ""))
-    to_device += sum(s.nbytes for s in e.of_phase("cast") if "host to" in getattr(s, "label", ""))
-    if not to_device:
-        return None
-    known = [ideal_seconds(e, name) for name in ("read", "h2d", "cast")]
-    ideal = max(
-        (e.blame.get(name, 0.0) if best is None else best)
-        for name, best in zip(("read", "h2d", "cast"), known, strict=True)
-    )
-    if not seconds or ideal >= seconds:
-        return None
-    parts = ", ".join(
-        f"{name} {format_seconds(e.blame[name])}" for name in ("read", "cast", "h2d") if e.blame.get(name)
-    )
-    why = f"reading, converting and copying took turns ({parts}): at the same time they take {ideal:.2f} s"
-    return why, _scaled(moved, ideal / seconds)
-
-
-def _cold_share(e: Evidence) -> float:
-    """Return the share of the reading time that the disk had, by the rates of disk and page cache where known."""
-    nbytes = max(e.nbytes_file, 1)
-    cold = min(e.cold_bytes, nbytes)
-    disk, cache = e.ceilings.get("disk_gbps"), e.ceilings.get("page_cache_gbps")
-    if not (disk and cache):
-        return cold / nbytes
-    cold_s, warm_s = cold / disk, (nbytes - cold) / cache
-    return cold_s / (cold_s + warm_s) if cold_s else 0.0
 
 
 def _fp32_file(c: Case) -> Iterator[Remedy]:
@@ -221,13 +100,14 @@ def _fp32_file(c: Case) -> Iterator[Remedy]:
         return
     dtype = _SHORT[rows[0][0].split()[2]]
     edits, paths = _edits(c, dtype)
-    once = tuple(f"wan-loader cache build {_quoted(path)} --dtype {dtype}" for path in paths)
+    once = tuple(f"wan-loader cache build {quoted(path)} --dtype {dtype}" for path in paths)
     share = min(1.0, nbytes / max(e.nbytes_file, nbytes))
     casts = {Part("cast", row[0]): c.parts.get(Part("cast", row[0]), 0.0) for row in rows}
-    touched_s = nbytes / 2 / e.ceilings.get("page_cache_gbps", _NVME_GBPS) / 1e9
-    leaves = _scaled(casts, touched_s / max(sum(casts.values()), touched_s, 1e-9))
-    leaves |= _scaled(c.seconds("read"), 1 - share / 2)
-    evidence = f"{_gb(nbytes)} of fp32 were converted to {dtype} in {seconds:.2f} s, after being read in full"
+    # however often they were converted, the copy's pages come once
+    touched_s = min(nbytes, e.nbytes_file or nbytes) / 2 / e.ceilings.get("page_cache_gbps", _NVME_GBPS) / 1e9
+    leaves = scaled(casts, touched_s / max(sum(casts.values()), touched_s, 1e-9))
+    leaves |= scaled(c.seconds("read"), 1 - share / 2)
+    evidence = f"{in_gb(nbytes)} of fp32 were converted to {dtype} in {seconds:.2f} s, after being read in full"
     later = "" if once else "; the first start writes it"
     advice = Advice(
         "fp32-file",
@@ -251,9 +131,9 @@ def _fp32_load(c: Case) -> Iterator[Remedy]:
     e = c.evidence
     if _SHORT.get(e.dtype or "", e.dtype) not in _SHORT.values() or e.fp32_bytes <= e.nbytes_file / 2:
         return
-    dtype, path = _SHORT.get(e.dtype or "", e.dtype), _quoted(c.target or "PATH")
-    evidence = f"{_gb(e.fp32_bytes)} of {_gb(e.nbytes_file)} in the files are fp32, {dtype} was asked for"
-    leaves = _scaled(c.seconds("read", "h2d", "cast", "register"), 1 - e.fp32_bytes / e.nbytes_file / 2)
+    dtype, path = _SHORT.get(e.dtype or "", e.dtype), quoted(c.target or "PATH")
+    evidence = f"{in_gb(e.fp32_bytes)} of {in_gb(e.nbytes_file)} in the files are fp32, {dtype} was asked for"
+    leaves = scaled(c.seconds("read", "h2d", "cast", "register"), 1 - e.fp32_bytes / e.nbytes_file / 2)
     advice = Advice(
         "fp32-file",
         f"keep a copy converted to {dtype}: cache=True, or --cache",
@@ -283,12 +163,6 @@ def _edits(c: Case, dtype: str) -> tuple[tuple[Edit, ...], list[str]]:
     return tuple(edits.values()), paths[:_MOST_NAMED]
 
 
-def _quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
-
-
 def _standby(c: Case) -> Iterator[Remedy]:
     """Advise the stand-by server, which has imported everything before."""
     command = c.program.forked()
@@ -301,20 +175,20 @@ def _standby(c: Case) -> Iterator[Remedy]:
     if sum(end.values()) > _FORK_S:
         evidence += f", and Python's own end {sum(end.values()):.2f} s"
     # what is forked runs with the fast path inside
-    spared = [] if c.program.loads_in_children else _spared(c)
-    evidence = "; ".join([evidence, *(why for why, _ in spared)])
+    found = [] if c.program.loads_in_children else spared(c)
+    evidence = "; ".join([evidence, *(why for why, _ in found)])
     advice = Advice(
         "stand-by",
         "start it as a fork of a process that has imported everything"
-        + (", with the fast path inside" if spared else "")
+        + (", with the fast path inside" if found else "")
         + "; from its second start on nothing is imported",
         evidence,
         0.0,
         once=("wan-loader standby start",),
         command=command,
     )
-    leaves = {part: s for _, left in spared for part, s in left.items()}
-    leaves |= _scaled({**imports, **end}, 1 - c.served) | {_LOADER: 0.0}
+    leaves = {part: s for _, left in found for part, s in left.items()}
+    leaves |= scaled({**imports, **end}, 1 - c.served) | {_LOADER: 0.0}
     yield Remedy(advice=advice, leaves=leaves, adds={_FORK: _FORK_S})
 
 
@@ -336,13 +210,13 @@ def _keep(c: Case) -> Iterator[Remedy]:
     advice = Advice(
         "keep",
         "leave the weights on the GPU between starts, where nothing writes to them",
-        f"{_gb(e.nbytes_file)} were brought to the GPU in {seconds:.2f} s",
+        f"{in_gb(e.nbytes_file)} were brought to the GPU in {seconds:.2f} s",
         0.0,
-        once=tuple(f"wan-loader standby keep {_quoted(path)} --device {e.device}" for path in paths),
+        once=tuple(f"wan-loader standby keep {quoted(path)} --device {e.device}" for path in paths),
         command=command,
     )
     attached_s = e.nbytes_file / _ATTACH_GBPS / 1e9
-    yield Remedy(advice=advice, leaves=_scaled(moved, attached_s / seconds if seconds else 0.0))
+    yield Remedy(advice=advice, leaves=scaled(moved, attached_s / seconds if seconds else 0.0))
 
 
 def _vram_limit(c: Case) -> Iterator[Remedy]:
@@ -353,11 +227,11 @@ def _vram_limit(c: Case) -> Iterator[Remedy]:
     if not (c.program.generates and e.cuda and isinstance(device, int) and e.nbytes_file) or given:
         return
     if nbytes > 1.2 * e.nbytes_file:
-        evidence = f"{_gb(nbytes)} went to the GPU, of {_gb(e.nbytes_file)} in the files: networks take turns there"
+        evidence = f"{in_gb(nbytes)} went to the GPU, of {in_gb(e.nbytes_file)} in the files: networks take turns there"
         limit = f"{device * 0.95 / 1e9:.0f}GB"
         text = f"let what fits into {limit} stay on the GPU"
         advice = Advice("vram-limit", text, evidence, 0.0, command=c.program.with_option("--vram_limit", limit))
-        yield Remedy(advice=advice, leaves=_scaled(copies, e.nbytes_file / nbytes))
+        yield Remedy(advice=advice, leaves=scaled(copies, e.nbytes_file / nbytes))
 
 
 def _construction(c: Case) -> Iterator[Remedy]:
@@ -373,7 +247,7 @@ def _construction(c: Case) -> Iterator[Remedy]:
             code=f"with wan_loader.empty_weights():\n    model = {rows[0][0]}(...)\n"
             f"wan_loader.load_into(model, {(c.weights() or ['PATH'])[0]!r}, device={c.evidence.device!r})",
         )
-        yield Remedy(advice=advice, leaves=_scaled(built, 0.2 / seconds) if seconds > 0.2 else {})
+        yield Remedy(advice=advice, leaves=scaled(built, 0.2 / seconds) if seconds > 0.2 else {})
 
 
 def _one_reader(c: Case) -> Iterator[Remedy]:
@@ -382,9 +256,9 @@ def _one_reader(c: Case) -> Iterator[Remedy]:
     ideal, seconds = ideal_seconds(e, "read"), e.blame.get("read", 0.0)
     if e.kind == "load" and len(tracks) == 1 and ideal is not None and ideal < 0.7 * seconds:
         evidence = f"one thread read everything: {seconds:.2f} s where several would need {ideal:.2f} s"
-        command = f"wan-loader load {_quoted(c.target or 'PATH')}" + (f" --dtype {e.dtype}" if e.dtype else "")
+        command = f"wan-loader load {quoted(c.target or 'PATH')}" + (f" --dtype {e.dtype}" if e.dtype else "")
         advice = Advice("one-reader", "read with several threads: leave out --threads", evidence, 0.0, command=command)
-        yield Remedy(advice=advice, leaves=_scaled(c.seconds("read"), ideal / seconds))
+        yield Remedy(advice=advice, leaves=scaled(c.seconds("read"), ideal / seconds))
 
 
 def _cold(c: Case) -> Iterator[Remedy]:
@@ -392,11 +266,11 @@ def _cold(c: Case) -> Iterator[Remedy]:
     e, reads = c.evidence, c.seconds("read")
     cache = e.ceilings.get("page_cache_gbps")
     free = int(e.limits.get("memory_available_bytes") or 0)
-    seconds = sum(reads.values()) * _cold_share(e)
+    seconds = sum(reads.values()) * cold_share(e)
     if not (e.cold_bytes and cache and seconds and free > 2 * e.nbytes_file):
         return
     paths = c.weights()[:_MOST_NAMED] or ["PATH"]
-    evidence = f"{_gb(e.cold_bytes)} came from the disk, in about {seconds:.2f} s; {_gb(free)} of memory are free"
+    evidence = f"{in_gb(e.cold_bytes)} came from the disk, in about {seconds:.2f} s; {in_gb(free)} of memory are free"
     warm_s = min(seconds, e.cold_bytes / cache / 1e9)
     edits: tuple[Edit, ...] = ()
     imports_s = 0.0
@@ -409,10 +283,10 @@ def _cold(c: Case) -> Iterator[Remedy]:
         + (", or beside its imports, by these lines" if edits else ""),
         evidence,
         0.0,
-        once=tuple(f"wan-loader warm {_quoted(path)}" for path in paths),
+        once=tuple(f"wan-loader warm {quoted(path)}" for path in paths),
         code="\n".join(edit.replacement for edit in edits) if imports_s else f"wan_loader.prewarm({paths[0]!r})",
     )
-    yield Remedy(advice=advice, leaves=_scaled(reads, 1 - (seconds - warm_s) / sum(reads.values())))
+    yield Remedy(advice=advice, leaves=scaled(reads, 1 - (seconds - warm_s) / sum(reads.values())))
 
 
 def _at_the_head(c: Case, new: list[str]) -> tuple[Edit, ...]:
@@ -430,14 +304,14 @@ def _slow_storage(c: Case) -> Iterator[Remedy]:
     network = bool(e.storage.get("network"))
     what = "a network file system" if network else "a disk that calls itself rotating"
     reads = c.seconds("read")
-    seconds = sum(reads.values()) * _cold_share(e)
+    seconds = sum(reads.values()) * cold_share(e)
     reached = e.cold_bytes / seconds / 1e9 if seconds > 0 else _NVME_GBPS
     if not network:  # virtual disks often call themselves rotating: what was measured of them counts
         reached = max(reached, e.ceilings.get("disk_gbps", 0.0))
     slow = reached < _NVME_GBPS / 10
     if not (e.cold_bytes and seconds and slow and (network or e.storage.get("rotational"))):
         return
-    evidence = f"{_gb(e.cold_bytes)} were read from {what} ({e.storage.get('filesystem')}) in about {seconds:.2f} s"
+    evidence = f"{in_gb(e.cold_bytes)} were read from {what} ({e.storage.get('filesystem')}) in about {seconds:.2f} s"
     fast_s = min(seconds, e.cold_bytes / _NVME_GBPS / 1e9)
     path = (c.weights() or ["PATH"])[0]
     advice = Advice(
@@ -445,10 +319,10 @@ def _slow_storage(c: Case) -> Iterator[Remedy]:
         "keep a copy of the files on a local NVMe drive, at DIR",
         evidence,
         0.0,
-        once=(f"wan-loader stage {_quoted(path)} --to DIR",),
+        once=(f"wan-loader stage {quoted(path)} --to DIR",),
         command=c.program.with_path(path, f"DIR/{os.path.basename(path)}"),
     )
-    yield Remedy(advice=advice, leaves=_scaled(reads, 1 - (seconds - fast_s) / sum(reads.values())))
+    yield Remedy(advice=advice, leaves=scaled(reads, 1 - (seconds - fast_s) / sum(reads.values())))
 
 
 def _slots(c: Case) -> Iterator[Remedy]:
@@ -459,7 +333,7 @@ def _slots(c: Case) -> Iterator[Remedy]:
     advice = Advice("slots", "allow more memory for the pinned ring, or fewer threads", evidence, 0.0)
     paced = c.seconds("wait", "read", "h2d")
     total = sum(paced.values())
-    yield Remedy(advice=advice, leaves=_scaled(paced, 1 - min(waited, total) / total) if total else {})
+    yield Remedy(advice=advice, leaves=scaled(paced, 1 - min(waited, total) / total) if total else {})
 
 
 _RULES: tuple[Callable[[Case], Iterator[Remedy]], ...] = (

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from wan_loader.plan.layout import StoragePlan
     from wan_loader.plan.plan import LoadPlan
 
-__all__ = ["STORAGES", "Hardware", "Prediction", "SimulatedBlock", "blocks_of", "plan_elsewhere", "simulate"]
+__all__ = [
+    "STORAGES",
+    "Hardware",
+    "Prediction",
+    "SimulatedBlock",
+    "blocks_of",
+    "plan_elsewhere",
+    "simulate",
+    "start_range",
+]
 
 #: Sequential reads of large blocks, in bytes per second, as such storage is sold and measured.
 STORAGES: Mapping[str, float] = {
@@ -39,6 +48,8 @@ STORAGES: Mapping[str, float] = {
     "raid0x4": 26e9,
     "tmpfs": 30e9,
 }
+#: So much faster a start may be than samples that were taken in a crowd.
+_ALONE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,3 +145,18 @@ def simulate(blocks: Sequence[SimulatedBlock], hardware: Hardware) -> Prediction
         freed.append(copied if hardware.cuda else cast)
         read_s, copy_s, cast_s = read_s + reading, copy_s + copying, cast_s + converting
     return Prediction(max(read, copied, cast), read_s, copy_s, cast_s, hardware.fixed_s)
+
+
+def start_range(best_s: float, typical_s: float, worst_s: float, crowd: float) -> tuple[float, float]:
+    """Return between what a start may take.
+
+    Where several processes want each processor, the samples may have been taken with it for themselves, and the start
+    shares it with all; or the other way round, so that it takes half as long.
+
+    Args:
+        best_s: What it takes with the best of all samples.
+        typical_s: With their medians.
+        worst_s: With the worst of them.
+        crowd: How many processes want each processor now: 1 where all find one.
+    """
+    return best_s / min(crowd, _ALONE), max(worst_s, typical_s * crowd)
