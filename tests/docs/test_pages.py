@@ -33,6 +33,12 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(str(target.resolve().relative_to(ROOT))), link
 
 
+def test_the_index_has_every_document():
+    listed = set(links("docs/README.md"))
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {"README.md"}
+    assert pages <= listed
+
+
 def command_of(program, words):
     """The command that words name, and the words that are left."""
     if program == "wan-loader":
