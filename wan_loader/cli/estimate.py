@@ -228,7 +228,9 @@ def _print(document: dict[str, Any]) -> None:
         + (f", {format_bytes(cast)} of it converted" if cast else "")
         + "; cold, everything at its rate, imports before the first byte\n"
     )
-    times = (Column(title, right=True) for title in ("reads", "start", "from .. to", "disk", "copy", "cast"))
+    # what goes first where there is little room
+    drops = {"reads": 0, "start": 0, "from .. to": 3, "disk": 0, "copy": 2, "cast": 1}
+    times = (Column(title, right=True, drop=drop) for title, drop in drops.items())
     table = Columns(Column("storage", least=12), *times, "limit")
     for row in document["estimates"]:
         parts = [format_seconds(row[k]) if row[k] else "" for k in ("read_s", "copy_s", "cast_s")]
