@@ -1,5 +1,6 @@
 """What is rendered from a session: terminal, trace, page (looked at in a browser)."""
 
+import html
 import io
 import re
 import shutil
@@ -13,7 +14,7 @@ from test_session import S, make_program, make_session
 from wan_loader.console import PlainConsole
 from wan_loader.events import Span
 from wan_loader.printable import shorten
-from wan_loader.profiler.analysis.session import Turn
+from wan_loader.profiler.analysis.session import Advice, Turn
 from wan_loader.profiler.render.page import to_page
 from wan_loader.profiler.render.shapes import axis_step
 from wan_loader.profiler.render.terminal import print_session, shown_processes
@@ -106,6 +107,30 @@ class TestFamilies:
     def test_the_middle_is_cut_out(self):
         assert shorten("a" * 10, 10) == "a" * 10
         assert shorten("abcdefghijkl", 7) == "ab…ijkl"
+
+
+class TestWhatToType:
+    """Commands and code that advice gives: what is copied is what was meant."""
+
+    COMMAND = "wan-loader run /a/long/way/to/a/program/with/a/long/name.py --an-option=1 --another-option=2 <x>"
+    CODE = "pipe = WanPipeline.from_pretrained('/a/long/way/to/a/model', torch_dtype=torch.bfloat16, token='<x>')"
+
+    @pytest.fixture
+    def advised(self):
+        advice = Advice("rule", "do it", "because", 1.0, once=("wan-loader standby start",), command=self.COMMAND)
+        return replace(make_session(), advice=(replace(advice, code=f"{self.CODE}\n{self.CODE}"),))
+
+    def test_in_a_terminal(self, advised):
+        lines = text_of(advised, 80).splitlines()
+        assert lines.count(f"     {self.CODE}") == 2, "code stays whole"
+        first = lines.index("   $ wan-loader standby start") + 1
+        assert lines[first].endswith(" \\")
+        assert f"{lines[first][:-1]}{lines[first + 1].strip()}" == f"   $ {self.COMMAND}"
+
+    def test_on_the_page(self, advised):
+        (text,) = re.findall(r"<pre>(.*?)</pre>", to_page(advised), re.S)
+        assert html.unescape(text).splitlines()[:2] == ["$ wan-loader standby start", f"$ {self.COMMAND}"]
+        assert "<x>" not in text
 
 
 class TestTrace:

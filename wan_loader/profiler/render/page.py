@@ -60,7 +60,9 @@ tr.pace td { font-weight: 650; } tr.pace small { font-weight: 400; }
 svg { width: 100%; height: auto; display: block; min-width: 640px; }
 .p-ink { fill: var(--ink); } .p-soft { fill: var(--soft); } .p-life { fill: var(--life); }
 .l-line { stroke: var(--line); } path { stroke-linejoin: round; } .l-storage { stroke: #d9822b; }
-ol { margin: 0; padding-left: 20px; } li { margin-bottom: 10px; } li small { display: block; color: var(--soft); }
+ol { margin: 0; padding-left: 20px; } li { margin-bottom: 10px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 6px 0 0; }
+li small { display: block; color: var(--soft); }
 """
 
 
@@ -106,7 +108,7 @@ def _advice(session: Session) -> str:
         return ""
     items = "".join(
         f"<li>{markup_text(a.text)} <b>({gain_of(a)})</b><small>{markup_text(a.evidence)}</small>"
-        + (f"<pre>{markup_text(text)}</pre></li>" if (text := "\n".join(lines_of(a))) else "</li>")
+        + (f"<pre>{text}</pre></li>" if (text := "\n".join(map(markup_text, lines_of(a)))) else "</li>")
         for a in session.advice
     )
     saved = format_seconds(session.together_s)

@@ -79,7 +79,8 @@ def print_session(console: Console, session: Session) -> None:
     for number, advice in enumerate(session.advice, 1):
         console.print(marked("[bold]{}. {}[/] ({})\n   {}", number, advice.text, gain_of(advice), advice.evidence))
         for line in lines_of(advice):
-            console.print(marked("   [cyan]{}[/]", line))
+            # code is whole however wide it is; a command is folded as a shell reads it
+            console.print(marked("   [cyan]{}[/]", line), no_wrap=not line.startswith("$ "))
     if len(session.advice) > 1:
         whole, saved = format_seconds(session.report.seconds), format_seconds(session.together_s)
         console.print(
