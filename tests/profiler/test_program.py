@@ -99,10 +99,35 @@ with open(weights, encoding="latin1") as file:
     assert profiled[1].startswith(bare[1])
 
 
-def test_failing_import_shows_no_frame_of_ours(tmp_path):
-    (tmp_path / "broken.py").write_text("import not_there_at_all\n")
+@pytest.mark.parametrize("fault", ["import not_there_at_all", "1 / 0", "this is no Python", "import math, deeper"])
+def test_failing_import_shows_no_frame_of_ours(tmp_path, fault):
+    (tmp_path / "deeper.py").write_text("raise ValueError('on purpose')\n")
+    (tmp_path / "broken.py").write_text(fault + "\n")
     bare, profiled = bare_and_profiled(tmp_path, "import broken\n")
+    assert "Error" in bare[1]
     assert profiled[1].startswith(bare[1])
+
+
+def test_modules_are_what_they_are_without_a_recording(tmp_path):
+    """Whatever the import system sets, and loaders of their own."""
+    (tmp_path / "plain.py").write_text("value = 1\nimport sys\nframes = sys._getframe().f_back is not None\n")
+    source = """
+import importlib.abc, importlib.machinery, importlib.util, plain
+names = ("__name__", "__file__", "__package__", "__doc__", "__cached__")
+print({name: getattr(plain, name) for name in names}, type(plain.__builtins__), plain.__spec__, plain.frames)
+class Nothing(importlib.machinery.SourceFileLoader):
+    def get_code(self, name):
+        return None
+spec = importlib.util.spec_from_file_location("nothing", plain.__file__, loader=Nothing("nothing", plain.__file__))
+try:
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+except ImportError as error:
+    print(error)
+"""
+    bare, profiled = bare_and_profiled(tmp_path, source)
+    assert bare[2] == profiled[2] == 0, bare[1]
+    assert "get_code() returns None" in bare[0]
+    assert profiled[0].partition("at 0x")[0] == bare[0].partition("at 0x")[0]
 
 
 def test_exit_code(tmp_path):
