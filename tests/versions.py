@@ -61,5 +61,14 @@ def needs_dtype(name):
 
 
 def as_dtype(dtype):
-    """The keyword of diffusers' `from_pretrained` for a dtype; an old one ignores the new name."""
+    """The keyword of diffusers' `from_pretrained` for a dtype: an old one ignores the new name.
+
+    None stands for the dtypes of the files. With transformers 4, a text encoder would become fp32.
+    """
+    if dtype is None:
+        return (
+            {}
+            if TRANSFORMERS >= (5, 0)
+            else {"torch_dtype": {"text_encoder": torch.bfloat16, "default": torch.float32}}
+        )
     return {"torch_dtype" if DIFFUSERS < (0, 40) else "dtype": dtype}
