@@ -45,6 +45,9 @@ IN_SAFETENSORS = {
     if (dtype := getattr(torch, name, None)) and _can_save(dtype, lambda tensor: safetensors.torch.save({"w": tensor}))
 }
 
+needs_parallelism = pytest.mark.skipif(
+    TORCH < (2, 6) or DIFFUSERS < (0, 36), reason="before torch 2.6 and diffusers 0.36: no fully_shard, no Ulysses"
+)
 needs_offset_keys = pytest.mark.skipif(
     not hasattr(safetensors.safe_open, "offset_keys"), reason="this safetensors has no offset_keys"
 )

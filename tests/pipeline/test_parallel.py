@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("imageio_ffmpeg")
 
 import torch
+from versions import needs_parallelism
 
 from wan_loader.errors import OptionError
 from wan_pipeline import WanT2V
@@ -23,6 +24,7 @@ from wan_pipeline.commands.app import main
 from wan_pipeline.parallel import Degrees, _of_library
 from wan_pipeline.wan_checkpoint import open_wan
 
+pytestmark = needs_parallelism
 ROOT = Path(__file__).parents[2]
 SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3"]
 
