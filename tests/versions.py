@@ -45,6 +45,9 @@ IN_SAFETENSORS = {
     if (dtype := getattr(torch, name, None)) and _can_save(dtype, lambda tensor: safetensors.torch.save({"w": tensor}))
 }
 
+needs_parallelism = pytest.mark.skipif(
+    TORCH < (2, 6) or DIFFUSERS < (0, 36), reason="before torch 2.6 and diffusers 0.36: no fully_shard, no Ulysses"
+)
 needs_offset_keys = pytest.mark.skipif(
     not hasattr(safetensors.safe_open, "offset_keys"), reason="this safetensors has no offset_keys"
 )
@@ -61,5 +64,14 @@ def needs_dtype(name):
 
 
 def as_dtype(dtype):
-    """The keyword of diffusers' `from_pretrained` for a dtype; an old one ignores the new name."""
+    """The keyword of diffusers' `from_pretrained` for a dtype: an old one ignores the new name.
+
+    None stands for the dtypes of the files. With transformers 4, a text encoder would become fp32.
+    """
+    if dtype is None:
+        return (
+            {}
+            if TRANSFORMERS >= (5, 0)
+            else {"torch_dtype": {"text_encoder": torch.bfloat16, "default": torch.float32}}
+        )
     return {"torch_dtype" if DIFFUSERS < (0, 40) else "dtype": dtype}

@@ -250,16 +250,24 @@ def divide(run: DistributedRun, name: str, module: Any) -> None:
     if name in EXPERTS and run.degrees.ulysses_size > 1:
         import diffusers
 
-        config: Any = diffusers.ContextParallelConfig
+        config = _of_library(diffusers, "ContextParallelConfig", "diffusers 0.36")
         with _counted_devices(run.device), _quiet_diffusers():
             module.enable_parallelism(config=config(ulysses_degree=run.degrees.ulysses_size))
     if run.degrees.shards(name):
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed import fsdp
 
+        fully_shard = _of_library(fsdp, "fully_shard", "torch 2.6")
         module.requires_grad_(False)
         for block in module.blocks if name in EXPERTS else module.encoder.block:
             fully_shard(block, mesh=run.mesh)
         fully_shard(module, mesh=run.mesh)
+
+
+def _of_library(module: Any, name: str, since: str) -> Any:
+    """Return what a library has in newer versions; `OptionError` where it is too old."""
+    if (found := getattr(module, name, None)) is None:
+        raise OptionError.because(f"{module.__name__} has no {name}", f"install {since} or later")
+    return found
 
 
 @contextlib.contextmanager

@@ -16,13 +16,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("imageio_ffmpeg")
 
 import torch
+from versions import needs_parallelism
 
 from wan_loader.errors import OptionError
 from wan_pipeline import WanT2V
 from wan_pipeline.commands.app import main
-from wan_pipeline.parallel import Degrees
+from wan_pipeline.parallel import Degrees, _of_library
 from wan_pipeline.wan_checkpoint import open_wan
 
+pytestmark = needs_parallelism
 ROOT = Path(__file__).parents[2]
 SMALL = ["--prompt", "two cats", "--size", "32*32", "--frame_num", "5", "--sample_steps", "3"]
 
@@ -209,3 +211,8 @@ def test_defaults_of_a_preset():
         Degrees().resolved("fastest", 8, t5_cpu=False)
     assert "for one process" in error.value.reason
     assert error.value.remedy.startswith("use --preset multi-gpu")
+
+
+def test_what_an_old_library_lacks_is_said():
+    with pytest.raises(OptionError, match=r"json has no fully_shard: install torch 2\.6 or later"):
+        _of_library(json, "fully_shard", "torch 2.6")

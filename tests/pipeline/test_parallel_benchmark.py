@@ -8,6 +8,10 @@ from programs import PIPELINE
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from versions import needs_parallelism
+
+pytestmark = needs_parallelism
+
 
 @pytest.fixture
 def run(tmp_path, benchmark_main, capfd):

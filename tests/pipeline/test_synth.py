@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import torch
 from safetensors.torch import load_file, save_file
-from versions import TRANSFORMERS
+from versions import TRANSFORMERS, needs_torch
 
 from wan_pipeline.keymap import to_diffusers
 from wan_pipeline.synth import plan_synth, synth
@@ -151,6 +151,7 @@ def test_safetensors_as_the_library_writes_them(tiny, tmp_path):
         assert (tmp_path / "again").read_bytes() == file.read_bytes(), file
 
 
+@needs_torch(2, 6, "files have other records")
 @pytest.mark.parametrize("name", ["models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"])
 def test_pth_as_torch_writes_them(tiny, tmp_path, name):
     file = tiny["native"] / name
