@@ -61,35 +61,28 @@ print(json.dumps({"ended_ns": time.monotonic_ns(), "load_s": report.seconds, "mo
 
 def make(directory: Path, case: Case, gb: float) -> Path:
     """Make the files of a case, unless they are there; return what is loaded."""
-    for i, name in enumerate(case.files):
-        path = directory / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make_file(path, case.source, int(gb * 1e9 / len(case.files)))
-            if len(case.files) > 1:
-                rename_tensors(path, f"part{i}.")
-    if len(case.files) == 1:
-        return directory / case.files[0]
-    write_index(directory, case.files)
-    return directory / Path(case.files[0]).parent
+    first = directory / case.files[0]
+    if not first.exists():
+        first.parent.mkdir(parents=True, exist_ok=True)
+        make_file(first, case.source, int(gb * 1e9))
+        if len(case.files) > 1:
+            divide(directory, case.files)
+    return first if len(case.files) == 1 else first.parent
 
 
-def rename_tensors(path: Path, prefix: str) -> None:
-    """Give the tensors of a file names that no other has."""
+def divide(directory: Path, files: tuple[str, ...]) -> None:
+    """Share out the tensors of the first file among all, and write their index."""
     from safetensors.torch import load_file, save_file
 
-    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
-
-
-def write_index(directory: Path, files: tuple[str, ...]) -> None:
-    """Write the index of a checkpoint of several files."""
-    from safetensors import safe_open
-
-    names = {}
+    tensors = [*load_file(directory / files[0]).items()]
+    index = {}
+    for i, name in enumerate(files):
+        part = {key: tensor.clone() for key, tensor in tensors[i :: len(files)]}
+        save_file(part, directory / f"{name}.new")
+        index |= dict.fromkeys(part, Path(name).name)
     for name in files:
-        with safe_open(directory / name, "pt") as file:
-            names |= dict.fromkeys(file.keys(), Path(name).name)
-    (directory / Path(files[0]).parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        (directory / f"{name}.new").replace(directory / name)
+    (directory / Path(files[0]).parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def settle(directory: Path, case: Case) -> None:
