@@ -6,7 +6,7 @@ Makes the files it needs (`--gb` each) unless they are there. Before each case t
 --refresh`, whose samples add up), then the estimate is made from headers, then the start is timed: from the start of
 Python to the end of the load, imports included. The page cache is warm, or the files were evicted from it. An estimate
 is right if it is within 10 % of the median; where the machine is not steady, if the median lies within what the
-estimate itself says it may be off by.
+estimate itself says it may be off by. With --patience, each measurement waits until the machine is not busy.
 """
 
 from __future__ import annotations
@@ -107,11 +107,21 @@ def run(*words: str, environ: dict[str, str]) -> str:
     return done.stdout
 
 
+def wait_for_quiet(patience_s: float) -> None:
+    """Wait until nobody waits for a processor, but not for ever."""
+    from wan_loader.profiler.probe.busy import busy_reason
+
+    until_s = time.monotonic() + patience_s
+    while time.monotonic() < until_s and busy_reason():
+        time.sleep(0.5)
+
+
 def measure(directory: Path, name: str, args: argparse.Namespace, environ: dict[str, str]) -> dict[str, Any]:
     """Estimate and time one case."""
     case = CASES[name]
     path = make(directory, case, args.gb)
     settle(directory, case)
+    wait_for_quiet(args.patience)
     run("doctor", str(path), "--device", "cpu", "--refresh", "--json", environ=environ)
     words = ["--dtype", case.dtype] if case.dtype else []
     document = json.loads(run("estimate", str(path), "--device", "cpu", *words, "--json", environ=environ))
@@ -124,6 +134,7 @@ def measure(directory: Path, name: str, args: argparse.Namespace, environ: dict[
     samples = []
     for _ in range(args.samples):
         settle(directory, case)
+        wait_for_quiet(args.patience)
         start_ns = time.monotonic_ns()
         done = subprocess.run(
             [sys.executable, "-c", program, str(path), case.dtype or "-"], env=environ, capture_output=True, check=True
@@ -151,6 +162,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="where the files are, or are made")
     parser.add_argument("--gb", type=float, default=1.6, help="of each case (default: 1.6)")
     parser.add_argument("--samples", type=int, default=3, help="starts of each case (default: 3)")
+    parser.add_argument("--patience", type=float, default=0.0, help="wait so many seconds for a quiet machine")
     parser.add_argument("--case", choices=CASES, action="append", help="only this one (again for more)")
     parser.add_argument("--output", type=Path, help="all samples, as JSON")
     args = parser.parse_args()
