@@ -6,7 +6,7 @@ Makes the files it needs (`--gb` each) unless they are there. Before each case t
 --refresh`, whose samples add up), then the estimate is made from headers, then the start is timed: from the start of
 Python to the end of the load, imports included. The page cache is warm, or the files were evicted from it. An estimate
 is right if it is within 10 % of the median; where the machine is not steady, if the median lies within what the
-estimate itself says it may be off by.
+estimate itself says it may be off by. With --patience, each measurement waits until the machine is not busy.
 """
 
 from __future__ import annotations
@@ -61,35 +61,28 @@ print(json.dumps({"ended_ns": time.monotonic_ns(), "load_s": report.seconds, "mo
 
 def make(directory: Path, case: Case, gb: float) -> Path:
     """Make the files of a case, unless they are there; return what is loaded."""
-    for i, name in enumerate(case.files):
-        path = directory / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make_file(path, case.source, int(gb * 1e9 / len(case.files)))
-            if len(case.files) > 1:
-                rename_tensors(path, f"part{i}.")
-    if len(case.files) == 1:
-        return directory / case.files[0]
-    write_index(directory, case.files)
-    return directory / Path(case.files[0]).parent
+    first = directory / case.files[0]
+    if not first.exists():
+        first.parent.mkdir(parents=True, exist_ok=True)
+        make_file(first, case.source, int(gb * 1e9))
+        if len(case.files) > 1:
+            divide(directory, case.files)
+    return first if len(case.files) == 1 else first.parent
 
 
-def rename_tensors(path: Path, prefix: str) -> None:
-    """Give the tensors of a file names that no other has."""
+def divide(directory: Path, files: tuple[str, ...]) -> None:
+    """Share out the tensors of the first file among all, and write their index."""
     from safetensors.torch import load_file, save_file
 
-    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
-
-
-def write_index(directory: Path, files: tuple[str, ...]) -> None:
-    """Write the index of a checkpoint of several files."""
-    from safetensors import safe_open
-
-    names = {}
+    tensors = [*load_file(directory / files[0]).items()]
+    index = {}
+    for i, name in enumerate(files):
+        part = {key: tensor.clone() for key, tensor in tensors[i :: len(files)]}
+        save_file(part, directory / f"{name}.new")
+        index |= dict.fromkeys(part, Path(name).name)
     for name in files:
-        with safe_open(directory / name, "pt") as file:
-            names |= dict.fromkeys(file.keys(), Path(name).name)
-    (directory / Path(files[0]).parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        (directory / f"{name}.new").replace(directory / name)
+    (directory / Path(files[0]).parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def settle(directory: Path, case: Case) -> None:
@@ -114,11 +107,21 @@ def run(*words: str, environ: dict[str, str]) -> str:
     return done.stdout
 
 
+def wait_for_quiet(patience_s: float) -> None:
+    """Wait until nobody waits for a processor, but not for ever."""
+    from wan_loader.profiler.probe.busy import busy_reason
+
+    until_s = time.monotonic() + patience_s
+    while time.monotonic() < until_s and busy_reason():
+        time.sleep(0.5)
+
+
 def measure(directory: Path, name: str, args: argparse.Namespace, environ: dict[str, str]) -> dict[str, Any]:
     """Estimate and time one case."""
     case = CASES[name]
     path = make(directory, case, args.gb)
     settle(directory, case)
+    wait_for_quiet(args.patience)
     run("doctor", str(path), "--device", "cpu", "--refresh", "--json", environ=environ)
     words = ["--dtype", case.dtype] if case.dtype else []
     document = json.loads(run("estimate", str(path), "--device", "cpu", *words, "--json", environ=environ))
@@ -131,6 +134,7 @@ def measure(directory: Path, name: str, args: argparse.Namespace, environ: dict[
     samples = []
     for _ in range(args.samples):
         settle(directory, case)
+        wait_for_quiet(args.patience)
         start_ns = time.monotonic_ns()
         done = subprocess.run(
             [sys.executable, "-c", program, str(path), case.dtype or "-"], env=environ, capture_output=True, check=True
@@ -158,6 +162,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="where the files are, or are made")
     parser.add_argument("--gb", type=float, default=1.6, help="of each case (default: 1.6)")
     parser.add_argument("--samples", type=int, default=3, help="starts of each case (default: 3)")
+    parser.add_argument("--patience", type=float, default=0.0, help="wait so many seconds for a quiet machine")
     parser.add_argument("--case", choices=CASES, action="append", help="only this one (again for more)")
     parser.add_argument("--output", type=Path, help="all samples, as JSON")
     args = parser.parse_args()

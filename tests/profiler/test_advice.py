@@ -214,6 +214,7 @@ def test_a_real_program_is_told_its_own_words_and_lines(tmp_path, monkeypatch, c
     from safetensors.torch import save_file
 
     from wan_loader.profiler.analysis.session import read_session
+    from wan_loader.profiler.render.page import to_page
     from wan_loader.profiler.render.terminal import print_session
 
     monkeypatch.chdir(tmp_path)
@@ -246,3 +247,4 @@ def test_a_real_program_is_told_its_own_words_and_lines(tmp_path, monkeypatch, c
 
     print_session(PlainConsole(), session)
     assert "together they save about" in capsys.readouterr().out
+    assert "<pre>$ wan-loader standby start\n$ wan-loader run start.py model.safetensors</pre>" in to_page(session)

@@ -107,8 +107,8 @@ def _document(
     for name, disk_rate in _storages(disk, known):
         seconds = {key: _played(blocks, slots, device, disk_rate, rates, key) for key in ("typical", "most", "least")}
         row = {"storage": name, "disk_bytes_per_s": disk_rate.typical, **_row(seconds["typical"])}
-        best_s, typical_s, worst_s = (seconds[key].seconds for key in ("most", "typical", "least"))
-        fastest_s, slowest_s = start_range(best_s, typical_s, worst_s, crowd)
+        best, typical, worst = (seconds[key].seconds for key in ("most", "typical", "least"))
+        fastest_s, slowest_s = start_range(best, typical, worst, crowd)
         rows.append(row | {"fastest_s": fastest_s, "slowest_s": slowest_s})
     return {
         "schema_version": 1,

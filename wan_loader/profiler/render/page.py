@@ -108,12 +108,16 @@ def _advice(session: Session) -> str:
         return ""
     items = "".join(
         f"<li>{markup_text(a.text)} <b>({gain_of(a)})</b><small>{markup_text(a.evidence)}</small>"
-        + (f"<pre>{text}</pre></li>" if (text := "\n".join(map(markup_text, lines_of(a)))) else "</li>")
+        f"{_typed(lines_of(a))}</li>"
         for a in session.advice
     )
     saved = format_seconds(session.together_s)
     hint = f'<p class="soft">Together they save about {saved}: what several of them save counts once.</p>'
     return f"<h2>What to change</h2><section><ol>{items}</ol>{hint if session.advice[1:] else ''}</section>"
+
+
+def _typed(lines: Sequence[str]) -> str:
+    return "<pre>" + "\n".join(markup_text(line) for line in lines) + "</pre>" if lines else ""
 
 
 def _legend(names: Sequence[tuple[str, str]]) -> str:
