@@ -66,7 +66,10 @@ class TestUnseenWaits:
         assert waits_of(seen) == [("wait", SLEEP, 1, 3), ("wait", NETWORK, 4, 6)]
 
     def test_who_computes_does_not_wait_whatever_it_was_seen_in(self):
-        assert waits_of(seen_at((1, 0, ""), (2, 0.5, SLEEP), (3, 0.5, ""), (4, 0.5, ""))) == []
+        assert waits_of(seen_at((1, 0, ""), (2, 0.5, SLEEP), (3, 1, ""), (4, 1, ""))) == []
+
+    def test_who_was_seen_just_as_it_went_on_waited_as_before(self):
+        assert waits_of(seen_at((1, 0, NETWORK), (2, 0.01, ""), (3, 0.02, NETWORK))) == [("wait", NETWORK, 1, 3)]
 
     def test_what_is_recorded_stays(self):
         """A frame around others is no record of what happens in it."""

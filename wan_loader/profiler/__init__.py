@@ -3,6 +3,7 @@
     program    runs any program with the agent inside it, and brings back what its processes wrote
     in_process the same for a block of this process
     watch      processes as they look from outside
+    blocked    what a process that does nothing waits for
     logs       what the agent wrote, read back as anybody's
     agent      the recording inside a foreign program
     analysis   from a recording to a `Session` with its advice; the verdict's rules are in `wan_loader.verdict`

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 __all__ = ["ALONE", "FOR_PROCESS", "LOCK", "NETWORK", "SLEEP", "SOMETHING", "STORAGE", "blocked_by"]
@@ -33,6 +34,7 @@ _FUNCTIONS = (
     (EVENTS, ("poll", "select", "wait_woken", "pipe", "unix_", "skb_wait", "eventfd", "tty")),
 )
 _MAX_THREADS = 32
+_MAX_FDS = 256
 #: In proc(5) net/tcp: established, being connected, closed by the other end.
 _CONNECTED = ("01", "02", "08")
 
@@ -70,15 +72,23 @@ def _of_other_threads(pid: int) -> str:
 
 def _is_connected(pid: int) -> bool:
     """Tell whether a process has a connection to a server."""
-    inodes = set()
+    sockets = set()
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd")[:_MAX_FDS]:
+            with suppress(OSError):
+                path = os.readlink(f"/proc/{pid}/fd/{name}")
+                if path.startswith("socket:["):
+                    sockets.add(path[8:-1])
+    return bool(sockets) and _has_connected(pid, frozenset(sockets))
+
+
+@lru_cache(maxsize=256)
+def _has_connected(pid: int, sockets: frozenset[str]) -> bool:
+    """Tell whether one of these sockets is connected. The kernel takes milliseconds to tell, and nothing changes."""
     with suppress(OSError):
         for name in ("tcp", "tcp6"):
             for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
                 fields = line.split()
-                if fields[3] in _CONNECTED:
-                    inodes.add(f"socket:[{fields[9]}]")
-        for name in os.listdir(f"/proc/{pid}/fd") if inodes else ():
-            with suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{name}") in inodes:
+                if fields[3] in _CONNECTED and fields[9] in sockets:
                     return True
     return False

@@ -55,9 +55,8 @@ def _idle(counters: Sequence[Counters]) -> Iterator[tuple[int, int, str]]:
     """Yield the times between looks in which a process used no processor to speak of; equal ones are one."""
     start_ns, end_ns, reason = 0, 0, ""
     for a, b in pairwise(counters):
-        # of what has ended nothing is told: it waited as before
-        told = a.blocked_by if b is counters[-1] and not b.blocked_by else b.blocked_by
-        now = told if is_idle(a, b) else ""
+        # of what has ended nothing is told, nor of what was just about to go on: it waited as before
+        now = (b.blocked_by or a.blocked_by) if is_idle(a, b) else ""
         if now == reason and a.at_ns == end_ns:
             end_ns = b.at_ns
             continue
