@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch
-from versions import as_dtype
+from versions import DIFFUSERS, as_dtype
 
 import wan_pipeline
 from wan_loader.errors import CheckpointError, DeviceError, OptionError
@@ -132,7 +132,8 @@ def test_official_grid_and_solvers(tiny_wan):
         assert not np.array_equal(pipe(PROMPT, **{**SMALL, "seed": 4}).frames_THWC, videos[0])
     assert all(np.isfinite(v).all() for v in videos)
     assert not np.array_equal(videos[0], videos[1])
-    assert not np.array_equal(videos[0], videos[2])
+    # an old diffusers has the official grid itself
+    assert np.array_equal(videos[0], videos[2]) == (DIFFUSERS < (0, 37))
 
 
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

@@ -57,7 +57,7 @@ def own_connection(store: Any) -> Any:
 
 
 def _connect_again(base: Any) -> Any:
-    """Do what `clone` does, which torch has from 2.11 on.
+    """Do what `clone` does, which an old torch lacks (2.7 does, 2.13 does not).
 
     The prefixes of a store cannot be asked for. In their place comes what they are for, in a run of torchrun: keys of
     an attempt that has failed are not found in the next one.
@@ -74,7 +74,7 @@ def _connect_again(base: Any) -> Any:
             store = base
         case name:
             raise OptionError.because(
-                f"torch {torch.__version__} opens no second connection to a {name}", "use torch 2.11 or later"
+                f"torch {torch.__version__} opens no second connection to a {name}", "use a newer torch"
             )
     return stores.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -81,12 +81,15 @@ def meta_module(arch: Arch, name: MapName) -> Any:
     """Build the module of one component on the meta device: `.config` and names, no weights."""
     import torch
 
-    with torch.device("meta"):
-        if name == "text_encoder":
-            from transformers import UMT5Config, UMT5EncoderModel
+    # imported outside of the mode, in which some versions of torch cannot import their compiler
+    if name == "text_encoder":
+        from transformers import UMT5Config, UMT5EncoderModel
 
+        with torch.device("meta"):
             return UMT5EncoderModel(UMT5Config(**arch.text.transformers_config()))
-        import diffusers
+    import diffusers
 
-        cls: Any = diffusers.WanTransformer3DModel if name == "dit" else diffusers.AutoencoderKLWan
-        return cls(**(arch.dit if name == "dit" else arch.vae).diffusers_config())
+    cls: Any = diffusers.WanTransformer3DModel if name == "dit" else diffusers.AutoencoderKLWan
+    config = (arch.dit if name == "dit" else arch.vae).diffusers_config()
+    with torch.device("meta"):
+        return cls(**config)

@@ -19,17 +19,17 @@ _METHODS = """
     is_inference is_neg is_signed ndimension nelement numel requires_grad_ size stride
 """
 _FUNCTIONS = "is_complex is_conj is_floating_point is_inference is_neg is_signed numel"
-#: Functions that need no values, and whose outcome is none.
-FACTS = frozenset(
+#: Functions that need no values, and whose outcome is none. (A dict, here and below: torch 2.7 compiles no frozenset.)
+FACTS = dict.fromkeys(
     [getattr(_T, name).__get__ for name in _GETTERS.split() if hasattr(_T, name)]
     + [getattr(_T, name) for name in _METHODS.split()]
     + [getattr(torch, name) for name in _FUNCTIONS.split()]
     + [_T.requires_grad.__set__]
 )
 
-_OVERWRITE_METHODS = frozenset({_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_})
+_OVERWRITE_METHODS = dict.fromkeys([_T.copy_, _T.fill_, _T.zero_, _T.normal_, _T.uniform_])
 #: Those of `torch.nn.init` that ask a tensor of another class first; by name, as they may be replaced.
-_OVERWRITE_INIT = frozenset({"uniform_", "normal_", "constant_", "kaiming_uniform_"})
+_OVERWRITE_INIT = dict.fromkeys(["uniform_", "normal_", "constant_", "kaiming_uniform_"])
 
 
 def overwrites(func: Any) -> bool:
