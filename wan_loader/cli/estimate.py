@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -188,6 +187,8 @@ def _rates(pcie: str | None, device: str, known: Mapping[str, Sequence[float]]) 
 
 
 def _measured(samples: Sequence[float], unit: float) -> _Rate | None:
+    from statistics import median
+
     if not samples:
         return None
     return _Rate(median(samples) * unit, min(samples) * unit, max(samples) * unit, "measured here")
