@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_cli_starts_light():
 @pytest.mark.parametrize(("flag", "start"), [("--version", "wan-pipeline "), ("-h", "Usage: "), ("--help", "Usage: ")])
 def test_version_and_help(call_main, capsys, flag, start):
     assert call_main(main, flag) == 0
-    assert capsys.readouterr().out.startswith(start)
+    assert capsys.readouterr().out.lstrip().startswith(start.rstrip())
 
 
 def test_wan_loader_synth_is_called_by_its_name():
@@ -155,8 +156,8 @@ def test_help_of_generate_is_clean(call_main, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "--profile_out" in line]
     example = next(i for i, line in enumerate(lines) if "torchrun" in line)
-    assert lines[example].endswith("--prompt TEXT \\")
-    assert lines[example + 1].split() == ["--dit_fsdp", "--t5_fsdp", "--ulysses_size", "8"]
+    words = " ".join(itertools.takewhile(str.strip, lines[example:])).split()
+    assert words[-4:] == ["TEXT", "--dit_fsdp", "--ulysses_size", "8"]
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path, call_main, capsys):

@@ -103,5 +103,6 @@ def worth_following(parts: Parts, remedies: Sequence[Remedy], least_s: float, mo
             break
         chosen.append(best)
         left = [r for r in left if r is not best and fits(r.advice.command, best.advice.command)]
-        advice.append(replace(best.advice, gain_s=saved_s(parts, [best]), beside_s=beside_s))
+        # alone it may cost more than it saves, where others bring what it needs, too
+        advice.append(replace(best.advice, gain_s=max(0.0, saved_s(parts, [best])), beside_s=beside_s))
     return tuple(advice)
