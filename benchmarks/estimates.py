@@ -181,7 +181,7 @@ def main() -> None:
                 flush=True,
             )
             if args.output is not None:
-                args.output.write_text(json.dumps(describe_run() | {"gb": args.gb, "cases": results}, indent=1) + "\n")
+                args.output.write_text(json.dumps(describe_run() | {"gb": args.gb, "starts": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ class Program:
 
 _HEAD = "import os, sys, time\nW, URL = sys.argv[1:]\n"
 _READ = "open(W, 'rb').read()"
+_EVICT = f"os.posix_fadvise(os.open('{COLD}', os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)"
 _READ_COLD = f"open('{COLD}', 'rb').read()"
 _READS = f"for _ in range(20): {_READ}"
 _BURN = "t = time.time() + {0}\nwhile time.time() < t: pass\n"
@@ -142,7 +143,7 @@ _ONE_PROCESS = {
     "state_dict_copies": Program(
         because="a state dict is copied again and again",
         phase="h2d",
-        source=_HEAD + _TORCH + _LOAD + "import copy\nstate = load_file(W)\nfor _ in range(20): copy.deepcopy(state)",
+        source=_HEAD + _TORCH + _LOAD + "import copy\nstate = load_file(W)\nfor _ in range(60): copy.deepcopy(state)",
     ),
     "weights_swapped": Program(
         because="the weights of a module are replaced by another set, and back",
@@ -153,7 +154,7 @@ _ONE_PROCESS = {
         + "net.to_empty(device='cpu')\n"
         + "a = {k: torch.zeros_like(v) for k, v in net.state_dict().items()}\n"
         + "b = {k: torch.ones_like(v) for k, v in a.items()}\n"
-        + "for _ in range(20):\n    net.load_state_dict(a)\n    net.load_state_dict(b)",
+        + "for _ in range(60):\n    net.load_state_dict(a)\n    net.load_state_dict(b)",
     ),
     "load_of_bytes": Program(
         because="safetensors.torch.load copies tensors out of bytes in memory",
@@ -161,10 +162,10 @@ _ONE_PROCESS = {
         source=_HEAD + _TORCH + _LOAD + "data = " + _READ + "\nfor _ in range(20): load(data)",
     ),
     "disable_mmap": Program(
-        because="the whole of an evicted file is read into bytes before any tensor is made",
+        because="the whole of an evicted file is read into bytes before any tensor is made, three times",
         phase="read",
         file=COLD,
-        source=_HEAD + _TORCH + _LOAD + f"load({_READ_COLD})",
+        source=_HEAD + _TORCH + _LOAD + f"for _ in range(3):\n    {_EVICT}\n    load({_READ_COLD})",
     ),
     "unpickle": Program(
         because="millions of small Python objects are unpickled",

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -267,6 +268,16 @@ def test_recorded_reads_are_not_counted_again():
     (found,) = unseen_reads([read], seen, recording)
     assert (found.nbytes, found.label) == (30 * MB, COUNTED)
     assert found.start_ns >= S // 2
+
+
+def test_what_is_fetched_for_a_recorded_call_is_not_counted_with_the_call():
+    """Storage is counted while the call goes on, the call when it is over."""
+    seen = counted((0.1, 0), (0.2, 0), (0.3, 0), (0.4, 100 * MB), (0.5, 100 * MB))
+    fetched = (0, 40 * MB, 90 * MB, 100 * MB, 100 * MB)
+    seen.counters[:] = [replace(c, read_bytes=nbytes) for c, nbytes in zip(seen.counters, fetched, strict=True)]
+    recording = Recording(argv=("x",), pid=7, start_ns=0, end_ns=S, returncode=0, logs=(), seen=(seen,))
+    read = Mark("read", S // 8, int(0.35 * S), 100 * MB, "MainThread", "open().read")
+    assert not list(unseen_reads([read], seen, recording))
 
 
 def test_counters_of_children_that_were_waited_for_are_taken_out():

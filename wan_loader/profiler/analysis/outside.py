@@ -81,23 +81,25 @@ def unseen_reads(spans: Sequence[Mark], seen: SeenProcess, recording: Recording)
     covered = union(spans)
     reads = [s for s in spans if s.name == "read"]
     children = [s for s in recording.seen if s.parent == seen.pid and s.end_ns is not None and s.counters]
-    # the kernel counts a call when it is over, so bytes that are recorded may be counted later
-    owed = 0
+    # the kernel counts a call when it is over, and what is fetched for it before, so what is recorded is owed by each
+    owed_fetched = owed_called = 0
     # read calls also read pipes and sockets; those of children that were too short to be seen are like their siblings'
     of_weights = any(child.files for child in children)
     left = {id(child): max(child.counters[-1].read_bytes, child.counters[-1].called_bytes) for child in children}
     for a, b in pairwise(_from_birth(seen, zero)):
         start_ns, end_ns = max(0, a.at_ns - zero), b.at_ns - zero
-        owed += sum(s.nbytes for s in reads if start_ns <= s.start_ns < end_ns)
-        nbytes = _counted(a, b, children, left, of_weights=of_weights)
-        owed, nbytes = max(0, owed - nbytes), max(0, nbytes - owed)
+        recorded = sum(s.nbytes for s in reads if start_ns <= s.start_ns < end_ns)
+        fetched, called = _counted(a, b, children, left, of_weights=of_weights)
+        owed_fetched, owed_called = owed_fetched + recorded - fetched, owed_called + recorded - called
+        nbytes = max(0, -owed_fetched, -owed_called)
         if nbytes >= _WORTH_BYTES:
             free = gaps(covered, start_ns, end_ns)
             free_ns = sum(e - s for s, e in free)
             for s, e in free:
                 yield Mark("read", s, e, nbytes * (e - s) // free_ns, "kernel", COUNTED)
-        if not any(s.start_ns < end_ns < s.end_ns for s in reads):
-            owed = 0
+        is_reading = any(s.start_ns < end_ns < s.end_ns for s in reads)
+        owed_fetched = max(0, owed_fetched) if is_reading else 0
+        owed_called = max(0, owed_called) if is_reading else 0
 
 
 def _from_birth(seen: SeenProcess, zero: int) -> Sequence[Counters]:
@@ -115,8 +117,8 @@ def _from_birth(seen: SeenProcess, zero: int) -> Sequence[Counters]:
 
 def _counted(
     a: Counters, b: Counters, children: Sequence[SeenProcess], left: dict[int, int], *, of_weights: bool
-) -> int:
-    """Return the bytes that a process itself has read between two looks.
+) -> tuple[int, int]:
+    """Return the bytes that a process itself has fetched from storage, and has read by calls, between two looks.
 
     Args:
         a: The first look.
@@ -126,11 +128,11 @@ def _counted(
         of_weights: Read calls are known to read weights, though no file of them is open.
     """
     called = b.called_bytes - a.called_bytes if of_weights or a.has_weights or b.has_weights else 0
-    nbytes = max(0, b.read_bytes - a.read_bytes, called)
+    fetched, called = max(0, b.read_bytes - a.read_bytes), max(0, called)
     for child in children:
         # its end is noticed a little later than it happens
         if a.at_ns - _SHORT_NS <= (child.end_ns or 0) <= b.at_ns + _SHORT_NS:
-            taken = min(nbytes, left[id(child)])
+            taken = min(max(fetched, called), left[id(child)])
             left[id(child)] -= taken
-            nbytes -= taken
-    return nbytes
+            fetched, called = max(0, fetched - taken), max(0, called - taken)
+    return fetched, called
