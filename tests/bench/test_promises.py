@@ -77,7 +77,7 @@ def test_an_estimate_beside_a_start(script, tmp_path, monkeypatch, benchmark_mai
     monkeypatch.setattr(estimates, "run", lambda *words, environ: json.dumps(document))
     words = [tmp_path / "data", "--gb", "0.002", "--samples", "1", "--case", "four files fp32 to fp16"]
     benchmark_main("estimates", *words, "--output", tmp_path / "o.json", modules=TORCH)
-    (case,) = json.loads((tmp_path / "o.json").read_text())["cases"].values()
+    (case,) = json.loads((tmp_path / "o.json").read_text())["starts"].values()
     assert case["within_spread"]
     assert case["samples"][0]["seconds"] > case["samples"][0]["load_s"] > 0
     assert "four files fp32 to fp16" in capfd.readouterr().out
