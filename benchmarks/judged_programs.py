@@ -143,7 +143,7 @@ _ONE_PROCESS = {
     "state_dict_copies": Program(
         because="a state dict is copied again and again",
         phase="h2d",
-        source=_HEAD + _TORCH + _LOAD + "import copy\nstate = load_file(W)\nfor _ in range(60): copy.deepcopy(state)",
+        source=_HEAD + _TORCH + _LOAD + "import copy\nstate = load_file(W)\nfor _ in range(200): copy.deepcopy(state)",
     ),
     "weights_swapped": Program(
         because="the weights of a module are replaced by another set, and back",

@@ -625,8 +625,8 @@ GOOD = {"zip": small_file(), "legacy": small_file(**LEGACY)}
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_a_file_cut_anywhere_is_refused(path, kind):
-    leaked = {}
-    for nbytes in range(len(GOOD[kind])):
+    leaked, last = {}, len(GOOD[kind])
+    for nbytes in {*range(0, last, 3), *range(max(0, last - 200), last)}:  # a zip's directory is at its end
         path.write_bytes(GOOD[kind][:nbytes])
         try:
             load_file(path)
