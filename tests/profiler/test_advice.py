@@ -192,6 +192,7 @@ def test_a_load_of_an_fp32_file():
     assert advice.gain_s == pytest.approx(5)
     assert advice.once == ("wan-loader cache build 'my model' --dtype bf16",)
     assert advice.command == "wan-loader load 'my model' --dtype bf16 --cache"
+    assert advice.code == """wan_loader.load_file('my model', dtype="bf16", cache=True)"""
 
 
 def test_a_load_by_one_reader():

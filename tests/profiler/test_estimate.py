@@ -20,7 +20,7 @@ from wan_loader.profiler.analysis.simulate import (
     start_range,
 )
 from wan_loader.profiler.probe import measure
-from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings, known_samples
+from wan_loader.profiler.probe.ceilings import find_ceilings, known_ceilings
 from wan_loader.profiler.probe.machine_findings import diagnose
 from wan_loader.profiler.probe.system_facts import nvidia_gpus
 from wan_loader.sizes import parse_rate, parse_size
@@ -130,7 +130,7 @@ def test_ceilings_are_cached_and_measured_again(tmp_path, checkpoint, monkeypatc
     assert len(calls) == 5 * 3
     assert find_ceilings([str(checkpoint)], quick=True, file=file).values == first.values
     assert len(calls) == 5 * 3
-    assert known_ceilings([str(checkpoint)], file=file) == first.values
+    assert known_ceilings([str(checkpoint)], file=file).values == first.values
     find_ceilings([str(checkpoint)], quick=True, refresh=True, file=file)
     assert len(calls) == 5 * 6
 
@@ -147,7 +147,7 @@ def test_a_ceiling_is_the_best_of_some_samples_which_are_kept(tmp_path, checkpoi
     first = find_ceilings([str(checkpoint)], file=file)
     assert (first.values["copy_gbps"], first.samples["copy_gbps"]) == (3.0, (1.0, 2.0, 3.0))
     assert (first.values["import_torch_s"], first.samples["import_torch_s"]) == (4.0, (4.0, 5.0, 6.0))
-    assert known_samples([str(checkpoint)], file=file) == first.samples
+    assert known_ceilings([str(checkpoint)], file=file).samples == first.samples
     for _ in range(3):
         again = find_ceilings([str(checkpoint)], refresh=True, file=file)
     assert len(again.samples["copy_gbps"]) == 9
@@ -197,7 +197,7 @@ def test_a_disk_is_not_measured_where_it_is_unknown_what_is_cached(checkpoint, m
 def test_a_damaged_cache_is_measured_anew(tmp_path, content):
     file = tmp_path / "ceilings.json"
     file.write_text(content)
-    assert known_ceilings([], file=file) == {}
+    assert known_ceilings([], file=file).values == {}
 
 
 def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch):

@@ -92,12 +92,12 @@ def _document(
     from wan_loader.formats.inventory import checkpoints_in
     from wan_loader.profiler.analysis.simulate import blocks_of, plan_elsewhere, start_range
     from wan_loader.profiler.probe.busy import busy_reason, crowding
-    from wan_loader.profiler.probe.ceilings import known_samples
+    from wan_loader.profiler.probe.ceilings import known_ceilings
 
     checkpoints = checkpoints_in(path, part)
     plans = [plan_elsewhere(c, dtype_name(dtype), cuda=device == "cuda") for c in checkpoints]
     blocks, slots = [block for plan in plans for block in blocks_of(plan)], min(plan.settings.n_slots for plan in plans)
-    known = known_samples([f.path for c in checkpoints for f in c.files], device=device)
+    known = known_ceilings([f.path for c in checkpoints for f in c.files], device=device).samples
     rates = _rates(pcie, device, known)
     # what nobody has measured does not depend on what this machine is doing
     busy = busy_reason() if known else ""

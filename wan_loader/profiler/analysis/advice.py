@@ -8,9 +8,10 @@ What several of them win together is `remedies`' matter.
 from __future__ import annotations
 
 import os
+from shlex import quote
 from typing import TYPE_CHECKING
 
-from wan_loader.profiler.analysis.case import Case, cold_share, in_gb, quoted, scaled
+from wan_loader.profiler.analysis.case import Case, cold_share, in_gb, scaled
 from wan_loader.profiler.analysis.commands import Program
 from wan_loader.profiler.analysis.edits import Edit, converted_load, first_lines
 from wan_loader.profiler.analysis.outside import OWN_END
@@ -100,7 +101,7 @@ def _fp32_file(c: Case) -> Iterator[Remedy]:
         return
     dtype = _SHORT[rows[0][0].split()[2]]
     edits, paths = _edits(c, dtype)
-    once = tuple(f"wan-loader cache build {quoted(path)} --dtype {dtype}" for path in paths)
+    once = tuple(f"wan-loader cache build {quote(path)} --dtype {dtype}" for path in paths)
     share = min(1.0, nbytes / max(e.nbytes_file, nbytes))
     casts = {Part("cast", row[0]): c.parts.get(Part("cast", row[0]), 0.0) for row in rows}
     # however often they were converted, the copy's pages come once
@@ -131,7 +132,7 @@ def _fp32_load(c: Case) -> Iterator[Remedy]:
     e = c.evidence
     if _SHORT.get(e.dtype or "", e.dtype) not in _SHORT.values() or e.fp32_bytes <= e.nbytes_file / 2:
         return
-    dtype, path = _SHORT.get(e.dtype or "", e.dtype), quoted(c.target or "PATH")
+    dtype, path = _SHORT.get(e.dtype or "", e.dtype), c.target or "PATH"
     evidence = f"{in_gb(e.fp32_bytes)} of {in_gb(e.nbytes_file)} in the files are fp32, {dtype} was asked for"
     leaves = scaled(c.seconds("read", "h2d", "cast", "register"), 1 - e.fp32_bytes / e.nbytes_file / 2)
     advice = Advice(
@@ -139,8 +140,8 @@ def _fp32_load(c: Case) -> Iterator[Remedy]:
         f"keep a copy converted to {dtype}: cache=True, or --cache",
         evidence,
         0.0,
-        once=(f"wan-loader cache build {path} --dtype {dtype}",),
-        command=f"wan-loader load {path} --dtype {dtype} --cache",
+        once=(f"wan-loader cache build {quote(path)} --dtype {dtype}",),
+        command=f"wan-loader load {quote(path)} --dtype {dtype} --cache",
         code=f'wan_loader.load_file({path!r}, dtype="{dtype}", cache=True)',
     )
     yield Remedy(advice=advice, leaves=leaves)
@@ -212,7 +213,7 @@ def _keep(c: Case) -> Iterator[Remedy]:
         "leave the weights on the GPU between starts, where nothing writes to them",
         f"{in_gb(e.nbytes_file)} were brought to the GPU in {seconds:.2f} s",
         0.0,
-        once=tuple(f"wan-loader standby keep {quoted(path)} --device {e.device}" for path in paths),
+        once=tuple(f"wan-loader standby keep {quote(path)} --device {e.device}" for path in paths),
         command=command,
     )
     attached_s = e.nbytes_file / _ATTACH_GBPS / 1e9
@@ -256,7 +257,7 @@ def _one_reader(c: Case) -> Iterator[Remedy]:
     ideal, seconds = ideal_seconds(e, "read"), e.blame.get("read", 0.0)
     if e.kind == "load" and len(tracks) == 1 and ideal is not None and ideal < 0.7 * seconds:
         evidence = f"one thread read everything: {seconds:.2f} s where several would need {ideal:.2f} s"
-        command = f"wan-loader load {quoted(c.target or 'PATH')}" + (f" --dtype {e.dtype}" if e.dtype else "")
+        command = f"wan-loader load {quote(c.target or 'PATH')}" + (f" --dtype {e.dtype}" if e.dtype else "")
         advice = Advice("one-reader", "read with several threads: leave out --threads", evidence, 0.0, command=command)
         yield Remedy(advice=advice, leaves=scaled(c.seconds("read"), ideal / seconds))
 
@@ -283,7 +284,7 @@ def _cold(c: Case) -> Iterator[Remedy]:
         + (", or beside its imports, by these lines" if edits else ""),
         evidence,
         0.0,
-        once=tuple(f"wan-loader warm {quoted(path)}" for path in paths),
+        once=tuple(f"wan-loader warm {quote(path)}" for path in paths),
         code="\n".join(edit.replacement for edit in edits) if imports_s else f"wan_loader.prewarm({paths[0]!r})",
     )
     yield Remedy(advice=advice, leaves=scaled(reads, 1 - (seconds - warm_s) / sum(reads.values())))
@@ -319,14 +320,14 @@ def _slow_storage(c: Case) -> Iterator[Remedy]:
         "keep a copy of the files on a local NVMe drive, at DIR",
         evidence,
         0.0,
-        once=(f"wan-loader stage {quoted(path)} --to DIR",),
+        once=(f"wan-loader stage {quote(path)} --to DIR",),
         command=c.program.with_path(path, f"DIR/{os.path.basename(path)}"),
     )
     yield Remedy(advice=advice, leaves=scaled(reads, 1 - (seconds - fast_s) / sum(reads.values())))
 
 
 def _slots(c: Case) -> Iterator[Remedy]:
-    _e, waited = c.evidence, c.evidence.slot_wait_s
+    waited = c.evidence.slot_wait_s
     if not waited:
         return
     evidence = f"readers waited {waited:.2f} s for a slot of the pinned ring while nothing else was at its limit"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from wan_loader.profiler.analysis.weight_files import OpenedFile
     from wan_loader.verdict import Evidence
 
-__all__ = ["Case", "cold_share", "in_gb", "quoted", "scaled"]
+__all__ = ["Case", "cold_share", "in_gb", "scaled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +68,3 @@ def cold_share(e: Evidence) -> float:
         return cold / nbytes
     cold_s, warm_s = cold / disk, (nbytes - cold) / cache
     return cold_s / (cold_s + warm_s) if cold_s else 0.0
-
-
-def quoted(word: str) -> str:
-    """Return a word as it may be typed."""
-    return shlex.quote(word)

@@ -30,7 +30,7 @@ from wan_loader.system.machine import machine_card
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Ceilings", "cache_file", "find_ceilings", "known_ceilings", "known_samples"]
+__all__ = ["Ceilings", "cache_file", "find_ceilings", "known_ceilings"]
 
 _KEYS = (
     "disk_gbps",
@@ -136,8 +136,8 @@ def find_ceilings(
     return Ceilings(found, tuple(notes), new, samples, since)
 
 
-def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | None = None) -> dict[str, float]:
-    """Return what was measured before on this machine; measure nothing.
+def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | None = None) -> Ceilings:
+    """Return what was measured before on this machine, one sample of what earlier versions measured; measure nothing.
 
     Args:
         paths: The files.
@@ -146,18 +146,11 @@ def known_ceilings(paths: Sequence[str], *, device: str = "cpu", file: Path | No
     """
     store = _read(file or cache_file())
     here = [entry for key, entry in store.items() if key.startswith(f"machine {device}")]
-    return _values(*here, store.get(_disk_key(paths), {}))
-
-
-def known_samples(
-    paths: Sequence[str], *, device: str = "cpu", file: Path | None = None
-) -> dict[str, tuple[float, ...]]:
-    """Return all samples of what `known_ceilings` returns the best of; one of what earlier versions measured."""
-    store = _read(file or cache_file())
-    here = [entry for key, entry in store.items() if key.startswith(f"machine {device}")]
     entries = (*here, store.get(_disk_key(paths), {}))
-    single = {name: (value,) for name, value in _values(*entries).items()}
-    return single | {name: tuple(many) for entry in entries for name, many in _samples(entry).items() if many}
+    values = _values(*entries)
+    samples: dict[str, tuple[float, ...]] = {name: (value,) for name, value in values.items()}
+    samples |= {name: tuple(many) for entry in entries for name, many in _samples(entry).items() if many}
+    return Ceilings(values, samples=samples)
 
 
 def _sampled(measurement: Callable[[], dict[str, float]]) -> dict[str, list[float]]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_loader.profiler.analysis.assemble import Environment
 from wan_loader.profiler.probe.busy import ProcessorTimes, others_note, processor_times
-from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings, known_ceilings, known_samples
+from wan_loader.profiler.probe.ceilings import Ceilings, find_ceilings, known_ceilings
 from wan_loader.profiler.probe.system_facts import limits, storage_facts
 from wan_loader.system.files import read_capped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_MOST_SOURCE_BYTES = 1 << 20
 __all__ = ["Before", "before_recording", "surroundings"]
+
+_MOST_SOURCE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,12 @@ def surroundings(
     files = [path for path in paths if Path(path).is_file()]
     others = others_note(before.times, processor_times(), "during the run", os.cpu_count() or 1)
     stalled = limits().get("memory_stall_s", 0.0) - before.limits.get("memory_stall_s", 0.0)
-    found = Ceilings({})
-    if known:
-        samples = known_samples(files, device=device)
-        found = Ceilings(known_ceilings(files, device=device), samples=samples)
     if measure:
         found = find_ceilings(files, device=device)
-    elif not found.values:
-        found = Ceilings({}, ("the machine was not measured",))
+    else:
+        found = known_ceilings(files, device=device) if known else Ceilings({})
+        if not found.values:
+            found = replace(found, notes=("the machine was not measured",))
     return Environment(
         ceilings=found.values,
         samples=found.samples,
