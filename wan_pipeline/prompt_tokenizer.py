@@ -10,6 +10,7 @@ The model is untrusted: its length is capped, and what is no such protocol buffe
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,10 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, float]], dict[str, int], 
             one = dict(_fields(value))
             if _TEXT not in one:
                 raise ValueError("a piece without text")
-            pieces.append((one[_TEXT].decode(), struct.unpack("<f", one.get(_SCORE, bytes(4)))[0]))
+            (score,) = struct.unpack("<f", one.get(_SCORE, bytes(4)))
+            if not math.isfinite(score):  # transformers could not write it down
+                raise ValueError(f"a piece whose score is {score}")
+            pieces.append((one[_TEXT].decode(), score))
             if len(pieces) > _MAX_PIECES:
                 raise ValueError(f"more than {_MAX_PIECES} pieces")
         elif field == _TRAINER:
