@@ -1,6 +1,7 @@
-"""What `wan-loader estimate` says of a start, beside that start: ten loads into host memory, each a fresh process.
+"""What `wan-loader estimate` says of a start, beside that start: ten loads, each a fresh process.
 
     python benchmarks/estimates.py /data --output benchmarks/results/MACHINE/estimates.json
+    python benchmarks/estimates.py /data --device cuda --gb 10
 
 Makes the files it needs (`--gb` each) unless they are there. Before each case the machine is measured again (`doctor
 --refresh`, whose samples add up), then the estimate is made from headers, then the start is timed: from the start of
@@ -53,8 +54,8 @@ _START = """
 import json, sys, time
 import torch
 import wan_loader
-path, dtype = sys.argv[1:]
-report = wan_loader.load(path, device="cpu", dtype=None if dtype == "-" else dtype, io=IO).report
+path, device, dtype, io = sys.argv[1:]
+report = wan_loader.load(path, device=device, dtype=None if dtype == "-" else dtype, io=io).report
 print(json.dumps({"ended_ns": time.monotonic_ns(), "load_s": report.seconds, "mode": report.io.mode}))
 """
 
@@ -122,23 +123,22 @@ def measure(directory: Path, name: str, args: argparse.Namespace, environ: dict[
     path = make(directory, case, args.gb)
     settle(directory, case)
     wait_for_quiet(args.patience)
-    run("doctor", str(path), "--device", "cpu", "--refresh", "--json", environ=environ)
+    run("doctor", str(path), "--device", args.device, "--refresh", "--json", environ=environ)
     words = ["--dtype", case.dtype] if case.dtype else []
-    document = json.loads(run("estimate", str(path), "--device", "cpu", *words, "--json", environ=environ))
+    document = json.loads(run("estimate", str(path), "--device", args.device, *words, "--json", environ=environ))
     wanted = "this disk" if case.cold else "page cache"
     estimate = next((row for row in document["estimates"] if row["storage"] == wanted), None)
     if estimate is None:
         sys.exit(f"{name}: {wanted} was not measured: files that are larger may help (--gb)")
-    # what lies in the page cache would else be mapped, and read later
-    program = _START.replace("IO", repr("auto" if case.cold else "buffered"))
+    # what lies in the page cache would else be mapped into host memory, and read later
+    io = "buffered" if args.device == "cpu" and not case.cold else "auto"
+    words = [sys.executable, "-c", _START, str(path), args.device, case.dtype or "-", io]
     samples = []
     for _ in range(args.samples):
         settle(directory, case)
         wait_for_quiet(args.patience)
         start_ns = time.monotonic_ns()
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(path), case.dtype or "-"], env=environ, capture_output=True, check=True
-        )
+        done = subprocess.run(words, env=environ, capture_output=True, check=True)
         found = json.loads(done.stdout)
         samples.append({"seconds": (found.pop("ended_ns") - start_ns) / 1e9, **found})
     return {"estimate": estimate, "rates": document["rates"], "notes": document["notes"], "samples": samples}
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3, help="starts of each case (default: 3)")
     parser.add_argument("--patience", type=float, default=0.0, help="wait so many seconds for a quiet machine")
     parser.add_argument("--case", choices=CASES, action="append", help="only this one (again for more)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--output", type=Path, help="all samples, as JSON")
     args = parser.parse_args()
     results = {}
@@ -171,6 +172,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         environ = os.environ | {"XDG_CACHE_HOME": cache}
         for name in args.case or CASES:
+            if not results:  # before the first: byte code is compiled, libraries are in the page cache
+                subprocess.run([sys.executable, "-c", "import torch, wan_loader; wan_loader.load"], check=True)
             result = measure(args.directory, name, args, environ)
             results[name] = result | judged(result)
             row, outcome = result["estimate"], results[name]

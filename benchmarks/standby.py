@@ -16,8 +16,8 @@ Makes a checkpoint in A14B's shapes with few blocks an expert, in the diffusers 
 Ways: `plain` (python, torchrun), `direct` (wan-loader, without a server; for `step`, python), `stand-by`, and for
 `step` also `kept`: stand-by, and the networks are in the device's memory before (`wan-loader standby keep`). Every
 sample is a fresh process; ways take turns, every second round the other way round, apart from `kept`, which comes at
-the end, when there is room. One round comes before those that count: from then on the page cache is warm (with --cold,
-each sample finds none of the files there), byte code is compiled, and the server has learned what is imported. A sum
+the end, when there is room. One round comes before those that count: from then on the page cache is warm, byte code is
+compiled, and the server has learned what is imported. Samples of --cold find none of the files in the page cache. A sum
 over the bytes of all weights must be the same in all, and what a step gives. The server is one of the benchmark's own,
 and its start is told as well. Each round also measures what no start can do without: the start of Python, `import
 torch`, the device's context, and the rate of copies from pinned memory.
@@ -99,7 +99,7 @@ try:
         from diffusers import WanPipeline
         pipe = WanPipeline.from_pretrained(path, torch_dtype=torch.bfloat16).to(device)
         watch(pipe.transformer)
-        generator = torch.Generator(device).manual_seed(1)
+        generator = torch.Generator("cpu").manual_seed(1)
         options = {"num_frames": int(frames), "num_inference_steps": 4, "generator": generator}
         pipe(prompt, width=width, height=height, **options)
     else:
@@ -164,12 +164,12 @@ def command(program: str, way: str, args: argparse.Namespace) -> list[str] | Non
     return script if way == "plain" else [*run, *script]
 
 
-def sample(program: str, way: str, args: argparse.Namespace) -> dict[str, Any] | None:
+def sample(program: str, way: str, args: argparse.Namespace, *, cold: bool = False) -> dict[str, Any] | None:
     """Take one sample: seconds by what has happened, and the sum of the weights."""
     words = command(program, way, args)
     if words is None:
         return None
-    if args.cold:
+    if cold:
         evict([str(file) for file in Path(args.ckpt).rglob("*.safetensors")])
     env = args.environment | {"TURNS_START_NS": str(time.monotonic_ns())}
     done = subprocess.run([sys.executable, *words], env=env, cwd="/", capture_output=True, text=True, check=False)
@@ -224,21 +224,33 @@ def take_turns(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, A
         for program, way in reversed(turns) if i % 2 else turns:
             if (found := sample(program, way, args)) is not None:
                 samples[program].setdefault(way, []).append(found)
+                print(f"{program}, {way}: {_seconds(found)}", file=sys.stderr, flush=True)
+    for program, way in turns * args.cold:
+        if (found := sample(program, way, args, cold=True)) is not None:
+            samples[program].setdefault(f"{way}, cold", []).append(found)
+            print(f"{program}, {way}, cold: {_seconds(found)}", file=sys.stderr, flush=True)
     if "step" in args.program:
         standby(args, "keep", args.ckpt, "--device", args.device)
         sample("step", "kept", args)
+        time.sleep(2)
+        wait_until_ready(args)  # it has learned of attaching
         samples["step"]["kept"] = [found for _ in range(args.pairs) if (found := sample("step", "kept", args))]
         standby(args, "keep", "stop")
     return samples
 
 
+def _seconds(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["seconds"].items())
+
+
 def table(samples: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """Write medians, with the fastest and the slowest sample."""
-    lines = ["| program | until | " + " | ".join(WAYS) + " |", "|---|---|" + "---:|" * len(WAYS)]
-    for program, ways in samples.items():
-        sums = {one["sum"] for found in ways.values() for one in found}
-        for name in next(iter(ways.values()))[0]["seconds"]:
-            cells = [_told([one["seconds"][name] for one in ways[way]]) if way in ways else "" for way in WAYS]
+    ways = dict.fromkeys(way for found in samples.values() for way in found)
+    lines = ["| program | until | " + " | ".join(ways) + " |", "|---|---|" + "---:|" * len(ways)]
+    for program, found in samples.items():
+        sums = {one["sum"] for taken in found.values() for one in taken}
+        for name in next(iter(found.values()))[0]["seconds"]:
+            cells = [_told([one["seconds"][name] for one in found[way]]) if way in found else "" for way in ways]
             lines.append(f"| {program}{'' if len(sums) == 1 else ' OTHER WEIGHTS'} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -257,7 +269,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=PROGRAMS[:3])
     parser.add_argument("--pairs", type=int, default=5, help="samples of each (default: 5)")
-    parser.add_argument("--cold", action="store_true", help="the files are not in the page cache")
+    parser.add_argument("--cold", type=int, default=0, help="samples from a cold page cache, after the others")
     parser.add_argument("--output", type=Path, help="all samples, as JSON")
     args = parser.parse_args()
     Path(args.directory).mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ def test_it_takes_turns_and_writes_a_table(monkeypatch, tmp_path, capsys):
     )
     clock = types.SimpleNamespace(sleep=lambda seconds: None, monotonic_ns=time.monotonic_ns)  # nothing is learned
     monkeypatch.setattr(script, "time", clock)
-    words = ["--ckpt", str(tmp_path), "--pairs", "1", "--program", "script", "--output", str(tmp_path / "out.json")]
+    words = ["--ckpt", str(tmp_path), "--pairs", "1", "--program", "script", "--device", "cpu"]
+    words += ["--output", str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", ["standby.py", str(tmp_path), *words])
     script.main()
     assert "| script | loaded | 0." in capsys.readouterr().out

@@ -56,6 +56,21 @@ def test_from_its_start_to_its_end(own, script):
     assert "there is no stand-by server" in why(server.run(path, said=True))
 
 
+def test_one_that_still_imports_is_not_said_to_be_missing(own, script, modules):
+    (modules / "slow_module.py").write_text("import os, time\ntime.sleep(60)")
+    server = own(modules)
+    starting = subprocess.Popen(
+        server.words("standby", "start", "--only", "--import", "slow_module"),
+        env=server.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(server.pid)
+    assert "the stand-by server is still importing" in why(server.run(script(_WHERE), said=True))
+    os.kill(server.pid(), signal.SIGKILL)
+    starting.wait()
+
+
 def test_it_ends_when_nobody_asks(own):
     server = own()
     server.start(idle_s=0.3)

@@ -41,3 +41,27 @@ def test_torch_is_as_in_a_process_of_its_own(with_torch, script, device):
     off = with_torch.run(path, device, env=env | {"WAN_LOADER_ACCELERATE": "0"}, said=True)
     assert off.stdout.startswith("False False False 3 False 9.0\n")
     assert off.stderr == "wan-loader: the fast path is off: WAN_LOADER_ACCELERATE=0\n"
+
+
+@pytest.mark.gpu
+def test_on_cuda_what_looks_for_a_gpu_while_it_is_imported_is_served(own, script):
+    if not torch_has_cuda():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("diffusers")
+    server = own()
+    del server.env["CUDA_VISIBLE_DEVICES"]
+    server.start("torch", "diffusers.utils.torch_utils", "diffusers.models.transformers.transformer_wan")
+    assert "left to programs" not in server.command("standby", "status").stdout
+    path = script(
+        "import sys\nassert 'diffusers.models.transformers.transformer_wan' in sys.modules\n"
+        "import torch\nprint(torch.cuda.is_available(), torch.cuda.device_count(), float(torch.ones(9).cuda().sum()))"
+    )
+    import torch
+
+    assert server.run(path, said=True).stdout == f"True {torch.cuda.device_count()} 9.0\n"
+
+
+def torch_has_cuda():
+    import torch
+
+    return torch.cuda.is_available()

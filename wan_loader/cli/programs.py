@@ -144,7 +144,15 @@ def from_standby(entry: str, *, first: str, program: str, fast_path: bool = Fals
     from wan_loader.standby.client import hand_over
 
     why = hand_over(entry, first=first, program=program, fast_path=fast_path)
-    return why or ("there is no stand-by server: `wan-loader standby start` starts one" if wanted else "")
+    return why or (_why_no_server() if wanted else "")
+
+
+def _why_no_server() -> str:
+    from wan_loader.standby.control import running
+
+    if running() is not None:
+        return "the stand-by server is still importing"
+    return "there is no stand-by server: `wan-loader standby start` starts one"
 
 
 def _run_children(request: RunRequest, words: Sequence[str]) -> NoReturn:

@@ -14,6 +14,7 @@ import time
 
 from wan_loader.entry_points import entry_points
 from wan_loader.sizes import format_count
+from wan_loader.standby.elsewhere import Elsewhere
 
 __all__ = ["Unforkable", "import_all", "joined_modules"]
 
@@ -43,6 +44,15 @@ def import_all(names: list[str]) -> dict[str, str]:
         Unforkable: No process may be forked after one of them.
     """
     failed: dict[str, str] = {}
+    elsewhere = Elsewhere()
+    try:
+        _import_each(names, failed, elsewhere)
+    finally:
+        elsewhere.end()
+    return failed
+
+
+def _import_each(names: list[str], failed: dict[str, str], elsewhere: Elsewhere) -> None:
     seen = {_top(name) for name in sys.modules}
     for name in names:
         if name in sys.modules:
@@ -56,9 +66,9 @@ def import_all(names: list[str]) -> dict[str, str]:
         if new := {_top(name) for name in sys.modules} - seen:
             seen |= new
             _check(name)
+        elsewhere.begin()
     if names:
         _check(names[-1])
-    return failed
 
 
 def _top(name: str) -> str:

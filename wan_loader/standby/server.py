@@ -105,7 +105,7 @@ class Server:
 
     def _wanted(self) -> list[str]:
         others = [] if self._only else [*joined_modules(), *self._learned.modules()]
-        names = dict.fromkeys([*self._modules, *others])
+        names = dict.fromkeys([*others, *self._modules])
         return [name for name in names if name.partition(".")[0] not in self._left_out]
 
     def _next(self, listener: socket.socket, prepared: Prepared, tried: set[str]) -> tuple[socket.socket, str]:
