@@ -93,6 +93,7 @@ def watch(network):
     network.register_forward_hook(after)
 
 prompt = "two cats boxing on a stage"
+pipeline = None
 try:
     if way == "plain":
         import torch
@@ -108,10 +109,13 @@ try:
         preset, kept = "fastest", way == "kept"
         with WanT2V.from_checkpoint(path, preset=preset, device=device, keep=kept, **settings) as pipe:
             watch(pipe.pipe.transformer)
-            pipe(prompt, steps=4, seed=1, **settings)
+            try:
+                pipe(prompt, steps=4, seed=1, **settings)
+            finally:
+                pipeline = pipe.report()["pipeline"] | {"phases": pipe.report()["phases"]}
 except Done:
     pass
-print(json.dumps({"seconds": seconds, "sum": found[0]}))
+print(json.dumps({"seconds": seconds, "sum": found[0], "pipeline": pipeline}))
 """
 _NEEDED = """
 import json, os, sys, time
@@ -183,7 +187,7 @@ def sample(program: str, way: str, args: argparse.Namespace, *, cold: bool = Fal
         return {"seconds": {"first step": report["pipeline"]["time_to_first_step_s"]}, "sum": 0}
     each = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     slowest = {name: max(one["seconds"][name] for one in each) for name in each[0]["seconds"]}
-    return {"seconds": slowest, "sum": sum(one["sum"] for one in each) // len(each)}
+    return each[0] | {"seconds": slowest, "sum": sum(one["sum"] for one in each) // len(each)}
 
 
 def needed(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,6 @@ to run.
 
 from __future__ import annotations
 
-import sys
 import threading
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from wan_loader import Prewarm, StrPath
+    from wan_loader import CancelToken, Prewarm, StrPath
     from wan_pipeline.lean.import_times import Import
     from wan_pipeline.memory_plan import MemoryPlan
     from wan_pipeline.pipeline_cache import PipelineCache
@@ -148,12 +147,17 @@ def _open_cache(checkpoint: WanCheckpoint, options: StartOptions) -> PipelineCac
 
 def _begin(context: _StartContext) -> Started:
     recorder = context.recorder
-    _start_device(context.options.device, recorder)
+    device_started = _start_device(context.options.device, recorder)
     with span(recorder, "import"):
         import torch  # noqa: F401
     found: list[Started] = []
+
+    def fetch(stop: CancelToken) -> None:
+        device_started.wait()  # torch would wait for the driver with the interpreter's lock
+        found.append(_start_fetching(context))
+
     # the CUDA context, and then the weights, take their time while the libraries are imported
-    first = BackgroundFetch("start", lambda stop: found.append(_start_fetching(context)))
+    first = BackgroundFetch("start", fetch)
     try:
         with span(recorder, "import"):
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
@@ -187,17 +191,23 @@ def _begin(context: _StartContext) -> Started:
     return started
 
 
-def _start_device(device: str | torch.device, recorder: Recorder) -> None:
-    """Have the driver start this process's device in the background while torch is imported."""
+def _start_device(device: str | torch.device, recorder: Recorder) -> threading.Event:
+    """Have the driver start this process's device in the background; return what tells that it has."""
     kind, _, index = str(device).partition(":")
-    index = index or str(local_rank())
+    index, done = index or str(local_rank()), threading.Event()
 
     def work() -> None:
-        with span(recorder, "cuda_init"):
-            start_device(int(index))
+        try:
+            with span(recorder, "cuda_init"):
+                start_device(int(index))
+        finally:
+            done.set()
 
-    if "torch" not in sys.modules and kind in ("auto", "cuda") and index.isdecimal():
+    if kind in ("auto", "cuda") and index.isdecimal():
         threading.Thread(target=work, name="start device", daemon=True).start()
+    else:
+        done.set()
+    return done
 
 
 def _checked_degrees(checkpoint: WanCheckpoint, options: StartOptions) -> StartOptions:
