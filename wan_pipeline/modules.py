@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan_pipeline.memory_plan import Streaming
     from wan_pipeline.wan_checkpoint import Component
 
-__all__ = ["adopt", "build", "check", "empty", "fetch", "nbytes", "stream"]
+__all__ = ["adopt", "build", "check", "construct", "empty", "fetch", "nbytes", "set_dtypes", "stream"]
 
 
 def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool = False) -> torch.nn.Module:
@@ -35,27 +35,32 @@ def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool
         dtype: The dtype of its weights; None leaves what is in the file.
         decoder_only: Leave out a VAE's encoder, which text-to-video never uses.
     """
+    module = construct(component, decoder_only=decoder_only)
+    set_dtypes(module, component, dtype)
+    return module
+
+
+def construct(component: Component, *, decoder_only: bool = False) -> torch.nn.Module:
+    """Build a module as `build` does, in the dtypes of its class."""
     from wan_loader import empty_weights
 
     with empty_weights():  # the rotary tables are in no checkpoint
-        module: torch.nn.Module = _construct(component)
+        module: torch.nn.Module = _made(component)
     if decoder_only and component.network.kind == "vae":
         # what is not there is neither loaded nor missed
         module.register_module("encoder", None)
         module.register_module("quant_conv", None)
-    _set_dtypes(module, component, dtype)
-    module.eval()
-    return module
+    return module.eval()
 
 
-def _construct(component: Component) -> Any:
+def _made(component: Component) -> Any:
     config = dict(component.config)
     library, name = component.network.module
     made: Any = getattr(import_module(library), name)
     return made(made.config_class(**config)) if library == "transformers" else made(**config)
 
 
-def _set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtype | None) -> None:
+def set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtype | None) -> None:
     """Give meta parameters their final dtypes: pipelines ask for a module's dtype before it is filled."""
     import torch
 

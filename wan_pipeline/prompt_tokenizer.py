@@ -94,10 +94,19 @@ class SentencePiece:
             raise CheckpointError.because(f"cannot be read: {error.strerror}", path=self.path) from error
 
 
-def load_tokenizer(source: Path | SentencePiece) -> Any:
-    """Load the tokenizer as transformers has it."""
+def load_tokenizer(source: Path | SentencePiece, *, quick: bool = False) -> Any:
+    """Load the tokenizer as transformers has it.
+
+    Args:
+        source: Its directory, or a sentencepiece model.
+        quick: Have what makes the same ids of a prompt, and all else when it is asked for.
+    """
     if isinstance(source, SentencePiece):
         return source.load()
+    if quick:
+        from wan_pipeline.quick_tokenizer import QuickTokenizer
+
+        return QuickTokenizer(source)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(source))

@@ -29,6 +29,7 @@ from wan_pipeline.short_imports import short_imports
 from wan_pipeline.wan_checkpoint import open_wan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -161,6 +162,9 @@ def _begin(context: _StartContext) -> Started:
     try:
         with span(recorder, "import"):
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
+        with span(recorder, "init"):  # while the driver starts the device
+            tokenizer = load_tokenizer(context.checkpoint.tokenizer, quick=not context.options.like_diffusers)
+            texts = _construct(context, "transformers")
         first.wait()
         started = found[0]
         # the current device is each thread's own: that of the fetching thread is set already
@@ -168,12 +172,12 @@ def _begin(context: _StartContext) -> Started:
         with span(
             recorder, "init"
         ):  # one whose blocks are streamed is fetched once it is built: behind the next import
-            built = _build(started, context.options, "transformers")
+            built = _settle(started, texts)
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
-            built |= _build(started, context.options, "diffusers")
-            started.pipe = _pipeline(context.checkpoint, built)
+            built |= _settle(started, _construct(context, "diffusers"))
+            started.pipe = _pipeline(context.checkpoint, tokenizer, built)
             attach(started.pipe, started.residency, started.device)
         # collectives of a load must not meet those of a network
         if started.run is not None:
@@ -293,32 +297,38 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
     return Started(None, checkpoint, residency, plan, options, limit, device, context.recorder, cache, run)
 
 
-def _build(started: Started, options: StartOptions, library: str) -> dict[str, Any]:
-    """Build the networks whose classes are a library's on meta, and make them known to the residency.
+def _construct(context: _StartContext, library: str) -> dict[str, torch.nn.Module]:
+    """Build the networks whose classes are a library's, on meta."""
+    return {
+        component.name: modules.construct(component, decoder_only=not context.options.like_diffusers)
+        for component in context.checkpoint.components
+        if component.network.module[0] == library
+    }
+
+
+def _settle(started: Started, constructed: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    """Give networks the dtypes of the preset, and make them known to the residency.
 
     Raises:
         KeyMismatchError: A checkpoint does not fit its module.
     """
     built: dict[str, Any] = {}
-    for component in started.checkpoint.components:
-        if component.network.module[0] != library:
-            continue
-        dtype = network_dtype(component, started.preset, options)
-        module = modules.build(component, dtype, decoder_only=not options.like_diffusers)
+    for name, module in constructed.items():
+        component = started.checkpoint[name]
+        modules.set_dtypes(module, component, network_dtype(component, started.preset, started.options))
         modules.check(module, component)
         if started.run is not None:
-            parallel.divide(started.run, component.name, module)
-        if component.name in started.plan.tiled:
+            parallel.divide(started.run, name, module)
+        if name in started.plan.tiled:
             module.enable_tiling()  # type: ignore[operator]
-        started.residency.provide(component.name, module)
-        built[component.name] = module
+        started.residency.provide(name, module)
+        built[name] = module
     return built
 
 
-def _pipeline(checkpoint: WanCheckpoint, built: dict[str, Any]) -> Any:
+def _pipeline(checkpoint: WanCheckpoint, tokenizer: Any, built: dict[str, Any]) -> Any:
     import diffusers
 
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
     scheduler: Any = getattr(diffusers, checkpoint.scheduler.get("_class_name", "UniPCMultistepScheduler"))
     wan: Any = diffusers.WanPipeline
     return wan(

@@ -162,7 +162,7 @@ def test_load(tiny_wan, tmp_path, run, capfd):
         "low-noise expert",
         "VAE",
     ]
-    assert re.search(r" since the process began: imports .*s, loads .*s, all else .*s", lines[-2])
+    assert re.search(r" since the start: imports .*s, loads .*s, all else .*s", lines[-2])
     assert lines[-1].startswith("verdict: ")
     assert json.loads((tmp_path / "run.json").read_text())["command"] == "load"
 

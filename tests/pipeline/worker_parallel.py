@@ -43,6 +43,6 @@ if CASE == "cancels":  # loading is under way when something else fails
 
     if RANK == 1:
         shard_group._GroupToken.check = slowly
-        startup._build = failing
+        startup._settle = failing
 
 main()

@@ -27,7 +27,7 @@ def print_load_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     seconds, shares = report["seconds"], time_shares(report)
     told = ", ".join(f"{what} {format_seconds(share)}" for what, share in shares.items())
-    console.print(marked("\n[bold]{}[/] since the process began: {}", format_seconds(seconds), told))
+    console.print(marked("\n[bold]{}[/] since the start: {}", format_seconds(seconds), told))
     packages = {name: spent for name, spent in report["pipeline"]["imports"].items() if name != "others"}
     longest = sorted(packages, key=lambda name: packages[name], reverse=True)[:_MOST_NAMED]
     most = max(shares, key=lambda what: shares[what])
