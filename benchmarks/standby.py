@@ -246,6 +246,7 @@ def take_turns(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, A
         for program, way in reversed(turns) if i % 2 else turns:
             if (found := sample(program, way, args)) is not None:
                 samples[program].setdefault(way, []).append(found)
+                write(args, samples)
                 print(f"{program}, {way}: {_seconds(found)}", file=sys.stderr, flush=True)
     for program, way in turns * args.cold:
         if (found := sample(program, way, args, cold=True)) is not None:
@@ -263,6 +264,18 @@ def take_turns(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, A
 
 def _seconds(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["seconds"].items())
+
+
+def write(args: argparse.Namespace, samples: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    """Write what there is: a benchmark that is ended keeps it."""
+    if args.output is not None:
+        document = describe_run() | {
+            "machine": machine(),
+            "server": args.server,
+            "needed": args.needed,
+            "samples": samples,
+        }
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def table(samples: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
@@ -322,14 +335,7 @@ def main() -> None:
         )
         print(f"the link: {rate / 1e9:.1f} GB/s, {nbytes / rate:.2f} s for all files")
     print(f"the server: {args.server['n_modules']} modules in {args.server['seconds']:.1f} s")
-    if args.output is not None:
-        document = describe_run() | {
-            "machine": machine(),
-            "server": args.server,
-            "needed": args.needed,
-            "samples": samples,
-        }
-        args.output.write_text(json.dumps(document, indent=1) + "\n")
+    write(args, samples)
 
 
 if __name__ == "__main__":

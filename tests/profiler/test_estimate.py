@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wan_loader.cli.estimate import _measured
 from wan_loader.errors import OptionError
 from wan_loader.formats.inventory import checkpoints_in
 from wan_loader.profiler.analysis.simulate import (
@@ -312,3 +313,10 @@ def test_gpus_are_counted_without_torch(tmp_path):
     (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
     (tmp_path / "proc/driver/nvidia/gpus/0000:02:00.0").mkdir(parents=True)
     assert nvidia_gpus(tmp_path) == 2
+
+
+def test_a_range_is_never_narrower_than_quiet_machines_differ():
+    one, many = _measured([2.0], 10.0), _measured([1.0, 2.0, 5.0], 10.0)
+    assert (one.typical, one.least, one.most) == (20.0, pytest.approx(18.0), pytest.approx(22.0))
+    assert (many.typical, many.least, many.most) == (20.0, 10.0, 50.0)
+    assert _measured([], 1.0) is None

@@ -23,6 +23,8 @@ __all__ = ["estimate"]
 #: Where nothing was measured on this machine: PCIe 5 x16 and a current GPU; memory and cores of a workstation.
 _DEFAULTS = {"h2d_pinned_gbps": 50.0, "cast_gpu_gbps": 1500.0, "fill_gbps": 5.0, "convert_gbps": 7.5}
 _FIXED_S = {"cuda": 2.5, "cpu": 2.0}
+#: The share by which rates and starts on a quiet machine differ, whatever few samples say.
+_UNSTEADY = 0.1
 
 
 class DeviceChoice(enum.StrEnum):
@@ -187,11 +189,14 @@ def _rates(pcie: str | None, device: str, known: Mapping[str, Sequence[float]]) 
 
 
 def _measured(samples: Sequence[float], unit: float) -> _Rate | None:
+    """Return the median, and between what the next sample may be: of few, that is more than what they differ by."""
     from statistics import median
 
     if not samples:
         return None
-    return _Rate(median(samples) * unit, min(samples) * unit, max(samples) * unit, "measured here")
+    typical = median(samples)
+    least, most = min(*samples, typical * (1 - _UNSTEADY)), max(*samples, typical * (1 + _UNSTEADY))
+    return _Rate(typical * unit, least * unit, most * unit, "measured here")
 
 
 def _given(value: float, origin: str) -> _Rate:
