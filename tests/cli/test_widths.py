@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from once import made_once
 from rich.cells import cell_len
 from safetensors.torch import save_file
 
@@ -54,7 +56,11 @@ KEPT = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with a checkpoint, its cache entry, and what profile and bench have saved of it."""
-    place = tmp_path_factory.mktemp("place-with-a-long-name")
+    made, _ = made_once(tmp_path_factory, "place-of-widths", make_place)
+    return shutil.copytree(made, tmp_path_factory.mktemp("place-with-a-long-name"), dirs_exist_ok=True)
+
+
+def make_place(place):
     tensors = {f"blocks.{i}.self_attn.some_projection.weight": torch.ones(40, 50) for i in range(3)}
     save_file(tensors, place / NAME)
     (place / "run.json").write_text(json.dumps(RUN))
@@ -77,7 +83,6 @@ def place(tmp_path_factory):
     cli("profile", "--no-ceilings", "-o", "load.json", "--dtype", "bf16", NAME)
     cli("bench", NAME, "--repeat", 1, "--loader", "safetensors", "--loader", "torch", "--export-json", "bench.json")
     cli("cache", "build", NAME, "--cache-dir", "cache")
-    return place
 
 
 @pytest.fixture

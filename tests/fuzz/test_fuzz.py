@@ -15,7 +15,7 @@ from inputs import KINDS, make
 from programs import forking
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz"
-COUNT, SEED = 500, 15
+COUNT, SEED = 300, 15
 
 
 @pytest.mark.timeout(400)

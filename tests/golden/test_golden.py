@@ -7,6 +7,7 @@ import json
 
 import pytest
 from golden_cases import CAPTURES, HERE, LOADER, STARTED
+from once import made_once
 
 pytest.importorskip("diffusers")  # `synth` is a command only where it is
 
@@ -19,7 +20,7 @@ def answers(tmp_path_factory):
     def answers(name):
         if name not in made:
             golden = json.loads((HERE / f"{name}.json").read_text())
-            made[name] = golden, json.loads(json.dumps(CAPTURES[name](tmp_path_factory.mktemp(name))))
+            made[name] = golden, made_once(tmp_path_factory, f"golden-{name}", CAPTURES[name])[1]
         return made[name]
 
     return answers

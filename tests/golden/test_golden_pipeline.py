@@ -8,6 +8,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("imageio_ffmpeg")
 
 from golden_cases import HERE, MODEL, PIPELINE, capture_pipeline
+from once import made_once
 
 # imageio's writer leaves its pipes to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 def answers(tmp_path_factory):
     """(golden, now)."""
     golden = json.loads((HERE / "pipeline.json").read_text())
-    return golden, json.loads(json.dumps(capture_pipeline(tmp_path_factory.mktemp("pipeline"))))
+    return golden, made_once(tmp_path_factory, "golden-pipeline", capture_pipeline)[1]
 
 
 @pytest.mark.parametrize(
