@@ -269,6 +269,8 @@ def main():
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device is None else "nccl", device_id=device)
     n = dist.get_world_size()
+    opened, connect = [], group_module.own_connection
+    group_module.own_connection = lambda store: (opened.append(store), connect(store))[1]
     wan_loader.load_file(
         HERE / "net.safetensors", io="buffered", device=DEVICE, group=dist.group.WORLD
     )  # reads modules, too
@@ -278,6 +280,7 @@ def main():
     threads()
     if n == 4:
         hsdp()
+    assert len(opened) == 1  # by all loads
     dist.barrier()
     dist.destroy_process_group()
 

@@ -16,10 +16,11 @@ import os
 import platform
 import threading
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 from wan_loader.cancel import CancelToken
 from wan_loader.devices.resolve import check_room_for_torch
@@ -58,6 +59,9 @@ _SAMPLE_BYTES = 4096
 _counts: dict[str, int] = {}
 #: Loads of one group follow each other: their collectives would meet those of another load of the same group.
 _turns: defaultdict[tuple[int, ...], threading.Lock] = defaultdict(threading.Lock)
+#: torch's store -> a connection to it.
+_connections: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_connecting = threading.Lock()
 
 
 @dataclass(slots=True)
@@ -374,9 +378,17 @@ def _host() -> str:
 
 
 def _store() -> Any:
+    """Return a connection of ours to torch's store. It serves all loads: to open one may take a name server's time."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return own_connection(_get_default_store())
+    store: Any = _get_default_store()
+    with _connecting:
+        if (found := _connections.get(store)) is not None:
+            with suppress(RuntimeError):  # broken: another may do
+                found.check(["wan_loader"])
+                return found
+        _connections[store] = found = own_connection(store)
+        return found
 
 
 def _name(ranks: tuple[int, ...]) -> str:
