@@ -18,7 +18,7 @@ from wan_loader.cli import bench, render
 from wan_loader.cli.app import main
 from wan_loader.keeper import client
 from wan_loader.profiler.analysis.ranks import RankComparison, RankSummary
-from wan_loader.profiler.probe import measure
+from wan_loader.profiler.probe import ceilings, measure
 
 WIDTHS = [80, 100, 120]
 NAME = "diffusion_pytorch_model-of-the-high-noise-expert-00001-of-00006.safetensors"
@@ -90,6 +90,7 @@ def printed(place, monkeypatch, capfd):
     """What an action prints on stdout at some width."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "xdg"))
+    monkeypatch.setattr(ceilings, "_SAMPLES", 1)
     monkeypatch.setattr(measure, "measure_start", lambda: {"import_torch_s": 1.0, "start_s": 1.5})  # takes seconds
 
     def print_it(action, width):
