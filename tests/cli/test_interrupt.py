@@ -145,3 +145,17 @@ def test_main_called_by_others_leaves_signals_alone(monkeypatch, capsys):
         main()
     assert signal.getsignal(signal.SIGINT) is before
     assert capsys.readouterr().out.startswith("wan-loader ")
+
+
+def test_what_python_makes_of_an_interrupt_while_a_class_is_made_is_no_error(tmp_path):
+    body = (
+        "class Slow:\n"
+        "    def __set_name__(self, owner, name):\n"
+        "        ready()\n"
+        "        time.sleep(20)\n"
+        "class Made:\n"
+        "    slow = Slow()"
+    )
+    code, said, seconds = interrupted(body, tmp_path)
+    assert (code, said) == (130, "interrupted\n")
+    assert seconds < 1

@@ -59,7 +59,8 @@ def _run(app: typer.Typer) -> int:
     except OSError as error:
         return _check_output() or _tell_os_error(error)
     except Exception as error:
-        return _tell_unexpected(error)
+        # Python 3.11 makes a RuntimeError of what is raised while a class gets its attributes
+        return INTERRUPTED if was_interrupted() else _tell_unexpected(error)
 
 
 def _tell_usage(app: typer.Typer, error: Any) -> int:
