@@ -1,5 +1,6 @@
 """The quick tokenizer gives transformers' numbers, whatever the file and the prompt are."""
 
+import io
 import json
 
 import pytest
@@ -8,11 +9,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("torch")
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from wan_pipeline.prompt_tokenizer import load_tokenizer
+from wan_pipeline.prompt_tokenizer import SentencePiece, load_tokenizer
 from wan_pipeline.synth.tokenizer import tokenizer_files
 
 PROMPTS = (
@@ -142,3 +143,29 @@ def test_what_cannot_be_read_is_for_transformers_to_tell(published, tmp_path, na
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).write_bytes(content)
     assert load_tokenizer(tmp_path, quick=True)._quick is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The tokenizer of a model that was trained as T5's are, with its map of characters."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model, root = io.BytesIO(), tmp_path_factory.mktemp("trained")
+    sentences = iter(["Two cats are boxing on a stage, and it is cafe time"] * 30)
+    options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "hard_vocab_limit": False, "vocab_size": 60}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=model, normalization_rule_name="nmt_nfkc", minloglevel=2, **options
+    )
+    (root / "spiece.model").write_bytes(model.getvalue())
+    for name, content in SentencePiece(root / "spiece.model", 0, len(model.getvalue())).files().items():
+        (root / name).write_bytes(content)
+    return load_tokenizer(root, quick=True), AutoTokenizer.from_pretrained(str(root))
+
+
+@given(st.text(max_size=60))
+@example("\ufb01ve \uff1c/s\uff1e ①\u3000two\tcafé\u00a0")
+@settings(max_examples=300)
+def test_characters_are_mapped_alike(trained, text):
+    quick, whole = trained
+    assert quick._quick.tokenizer.normalizer is not None
+    found, expected = (one(text, max_length=16, **WANTED) for one in (quick, whole))
+    assert torch.equal(found.input_ids, expected.input_ids), text
