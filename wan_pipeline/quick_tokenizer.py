@@ -60,8 +60,11 @@ class QuickTokenizer:
                 return found
         return self._made(text, **options)
 
+    def __len__(self) -> int:
+        return len(self._made)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):  # diffusers looks for some of its own in whatever a pipeline has
             raise AttributeError(name)
         return getattr(self._made, name)
 

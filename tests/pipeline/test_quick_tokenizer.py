@@ -1,5 +1,6 @@
 """The quick tokenizer gives transformers' numbers, whatever the file and the prompt are."""
 
+import copy
 import io
 import json
 
@@ -98,6 +99,11 @@ def test_other_calls_are_transformers_own(published, options):
 
 def test_what_else_it_is_asked_for_is_transformers_own(published):
     quick = load_tokenizer(published, quick=True)
+    assert len(quick) == len(AutoTokenizer.from_pretrained(str(published)))
+    again = copy.deepcopy(load_tokenizer(published, quick=True))
+    assert torch.equal(
+        again("two cats", max_length=9, **WANTED).input_ids, quick("two cats", max_length=9, **WANTED).input_ids
+    )
     assert quick.decode([3, 4]) == AutoTokenizer.from_pretrained(str(published)).decode([3, 4])
     with pytest.raises(AttributeError):
         _ = quick.__nothing__
