@@ -228,15 +228,16 @@ def test_a_portion_is_made_when_little_is_left(load, path):
 
 def test_slow_reads_do_not_keep_mapping_waiting(load, path, monkeypatch):
     """Mapping begins once everything is drawn, and drawing waits for no read."""
-    plain, waited_s = AioRequest.result, []
+    plain, waited_s, asked = AioRequest.result, [], []
 
     def wait_any(requests, timeout_s):
         waited_s.append(timeout_s)
         time.sleep(timeout_s)
 
     def late(request):
-        """Done once mapping has begun."""
-        return plain(request) if load.devices[-1].n_pins else None
+        """Done once mapping has begun, and not at the first look."""
+        asked.append(request)
+        return plain(request) if load.devices[-1].n_pins and asked[1:] else None
 
     monkeypatch.setattr(AioRequest, "result", late)
     monkeypatch.setattr(PosixAio, "wait_any", staticmethod(wait_any))
