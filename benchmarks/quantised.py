@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from turns import describe_run, environment, make_expert, run_fresh
+from turns import block_shapes, describe_run, environment, make_expert, run_fresh
 
 #: Form -> the file below the directory.
 FORMS = {"bf16": "bf16", "scaled fp8": "fp8.safetensors", "Q8_0": "Q8_0.gguf", "Q4_K": "Q4_K.gguf"}
@@ -64,18 +64,7 @@ print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "nbytes": nbytes, "peak_by
 """
 
 
-def shapes(blocks: int, width: int) -> dict[str, tuple[int, int]]:
-    """Return the matrices of an expert's blocks."""
-    hidden, found = width * 27 // 10, {}
-    for block in range(blocks):
-        for attention in ("self_attn", "cross_attn"):
-            found |= {f"blocks.{block}.{attention}.{part}.weight": (width, width) for part in "qkvo"}
-        found[f"blocks.{block}.ffn.0.weight"] = (hidden, width)
-        found[f"blocks.{block}.ffn.2.weight"] = (width, hidden)
-    return found
-
-
-def make_fp8(path: Path, matrices: dict[str, tuple[int, int]]) -> None:
+def make_fp8(path: Path, matrices: dict[str, tuple[int, ...]]) -> None:
     """Make scaled fp8 safetensors: weights that are finite, one scale each, and the marker."""
     import torch
     from safetensors.torch import save_file
@@ -88,7 +77,7 @@ def make_fp8(path: Path, matrices: dict[str, tuple[int, int]]) -> None:
     save_file(tensors, path)
 
 
-def make_gguf(path: Path, matrices: dict[str, tuple[int, int]]) -> None:
+def make_gguf(path: Path, matrices: dict[str, tuple[int, ...]]) -> None:
     """Make a GGUF file of random blocks; their scales are small, so that all numbers are finite."""
     import gguf
     import numpy as np
@@ -112,7 +101,9 @@ def make(args: argparse.Namespace) -> dict[str, Path]:
     """Make what is not there: form -> file or directory."""
     width = 5120 if args.size == "full" else 256
     paths = {form: args.directory / f"quantised-{args.size}-{args.blocks}" / name for form, name in FORMS.items()}
-    matrices = shapes(args.blocks, width) if args.size == "full" else {"blocks.0.ffn.0.weight": (512, width)}
+    matrices = {name: shape for name, shape in block_shapes(args.blocks, width).items() if len(shape) == 2}
+    if args.size == "tiny":
+        matrices = {"blocks.0.ffn.0.weight": (512, width)}
     for form, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():

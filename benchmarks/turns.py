@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -90,6 +91,19 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_s
 """
 
 
+def block_shapes(n_blocks: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the blocks of an expert, by name (`width` 5120: of A14B)."""
+    hidden, shapes = width * 27 // 10, dict[str, tuple[int, ...]]()
+    for block in range(n_blocks):
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                shapes[f"blocks.{block}.{attention}.{part}.weight"] = (width, width)
+                shapes[f"blocks.{block}.{attention}.{part}.bias"] = (width,)
+        shapes[f"blocks.{block}.ffn.0.weight"] = (hidden, width)
+        shapes[f"blocks.{block}.ffn.2.weight"] = (width, hidden)
+    return shapes
+
+
 def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
     """Make blocks in the shapes of an A14B expert (`width` 5120), random bytes, in six shards with an index."""
     import torch
@@ -98,18 +112,11 @@ def make_expert(path: Path, n_blocks: int, dtype: str, width: int) -> None:
     if path.exists():
         return
     path.mkdir(parents=True)
-    hidden, shapes = width * 27 // 10, {}
-    for block in range(n_blocks):
-        for attention in ("self_attn", "cross_attn"):
-            for part in "qkvo":
-                shapes[f"blocks.{block}.{attention}.{part}.weight"] = (width, width)
-                shapes[f"blocks.{block}.{attention}.{part}.bias"] = (width,)
-        shapes[f"blocks.{block}.ffn.0.weight"], shapes[f"blocks.{block}.ffn.2.weight"] = (
-            (hidden, width),
-            (width, hidden),
-        )
+    shapes = block_shapes(n_blocks, width)
     names, kind = list(shapes), getattr(torch, dtype)
-    largest = hidden * width * kind.itemsize // 2  # in words of two bytes; of a longer pool the rest is never written
+    largest = (
+        max(map(math.prod, shapes.values())) * kind.itemsize // 2
+    )  # in words of two bytes; of a longer pool the rest is never written
     pool = torch.randint(0, 1 << 14, (min(1 << 24, largest),), dtype=torch.int16)  # no NaN in any dtype
 
     def write(i: int) -> dict[str, str]:

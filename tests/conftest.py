@@ -194,3 +194,16 @@ def disk_or_memory(request, tmp_path):
         return
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="wan-loader-test-") as name:
         yield Path(name)
+
+
+@pytest.fixture
+def printed(monkeypatch, capfd):
+    """What an action prints on stdout at some width."""
+
+    def print_it(action, width):
+        monkeypatch.setenv("COLUMNS", str(width))
+        capfd.readouterr()
+        action()
+        return capfd.readouterr().out
+
+    return print_it

@@ -3,7 +3,7 @@
 Loading needs only torch: `fetch` loads tensors under the names of the file, so that it can begin while transformers and
 diffusers are still being imported. `build` makes the real module, its weights on the meta device, which costs
 milliseconds and no memory; `adopt` hands it the loaded tensors; `empty` gives the memory back and leaves the module
-as `build` made it. Weights never change, so nothing is ever copied back to the host. `stream` fills a module whose
+as it was before. Weights never change, so nothing is ever copied back to the host. `stream` fills a module whose
 blocks stay in the files.
 """
 
@@ -24,24 +24,16 @@ if TYPE_CHECKING:
     from wan_pipeline.memory_plan import Streaming
     from wan_pipeline.wan_checkpoint import Component
 
-__all__ = ["adopt", "build", "check", "construct", "empty", "fetch", "nbytes", "set_dtypes", "stream"]
+__all__ = ["adopt", "build", "check", "empty", "fetch", "nbytes", "set_dtypes", "stream"]
 
 
-def build(component: Component, dtype: torch.dtype | None, *, decoder_only: bool = False) -> torch.nn.Module:
-    """Build the module of a component: its weights on meta, in the dtypes that it will have once filled, in eval mode.
+def build(component: Component, *, decoder_only: bool = False) -> torch.nn.Module:
+    """Build the module of a component: its weights on meta, in the dtypes of its class, in eval mode.
 
     Args:
         component: The network.
-        dtype: The dtype of its weights; None leaves what is in the file.
         decoder_only: Leave out a VAE's encoder, which text-to-video never uses.
     """
-    module = construct(component, decoder_only=decoder_only)
-    set_dtypes(module, component, dtype)
-    return module
-
-
-def construct(component: Component, *, decoder_only: bool = False) -> torch.nn.Module:
-    """Build a module as `build` does, in the dtypes of its class."""
     from wan_loader import empty_weights
 
     with empty_weights():  # the rotary tables are in no checkpoint
@@ -61,7 +53,13 @@ def _made(component: Component) -> Any:
 
 
 def set_dtypes(module: torch.nn.Module, component: Component, dtype: torch.dtype | None) -> None:
-    """Give meta parameters their final dtypes: pipelines ask for a module's dtype before it is filled."""
+    """Give meta parameters the dtypes that they will have once filled, which pipelines ask for before.
+
+    Args:
+        module: What `build` made of the component.
+        component: The network.
+        dtype: The dtype of its weights; None leaves what is in the file.
+    """
     import torch
 
     stored = {t.name: getattr(torch, t.dtype) for t in component.facts.tensors} if dtype is None else {}

@@ -149,11 +149,11 @@ def _is_known(tokenizer: Any, end: str) -> bool:
         for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor)
     )
     parts = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    text = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}
+    text = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}]
     return (
         all(part["type"] == "Precompiled" or part == _ONE_SPACE for part in parts)
         and words == _WORDS
         and after is not None
-        and after.get("single") == [*text]
+        and after.get("single") == text
         and after["special_tokens"][end]["ids"] == [tokenizer.token_to_id(end)]
     )

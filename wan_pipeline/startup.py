@@ -164,7 +164,7 @@ def _begin(context: _StartContext) -> Started:
             from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
         with span(recorder, "init"):  # while the driver starts the device
             tokenizer = load_tokenizer(context.checkpoint.tokenizer, quick=not context.options.like_diffusers)
-            texts = _construct(context, "transformers")
+            texts = _build(context, "transformers")
         first.wait()
         started = found[0]
         # the current device is each thread's own: that of the fetching thread is set already
@@ -176,7 +176,7 @@ def _begin(context: _StartContext) -> Started:
         with span(recorder, "import"):
             from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: F401
         with span(recorder, "init"):
-            built |= _settle(started, _construct(context, "diffusers"))
+            built |= _settle(started, _build(context, "diffusers"))
             started.pipe = _pipeline(context.checkpoint, tokenizer, built)
             attach(started.pipe, started.residency, started.device)
         # collectives of a load must not meet those of a network
@@ -297,10 +297,10 @@ def _fetching(context: _StartContext, run: parallel.DistributedRun | None) -> St
     return Started(None, checkpoint, residency, plan, options, limit, device, context.recorder, cache, run)
 
 
-def _construct(context: _StartContext, library: str) -> dict[str, torch.nn.Module]:
+def _build(context: _StartContext, library: str) -> dict[str, torch.nn.Module]:
     """Build the networks whose classes are a library's, on meta."""
     return {
-        component.name: modules.construct(component, decoder_only=not context.options.like_diffusers)
+        component.name: modules.build(component, decoder_only=not context.options.like_diffusers)
         for component in context.checkpoint.components
         if component.network.module[0] == library
     }

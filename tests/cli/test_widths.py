@@ -86,20 +86,13 @@ def make_place(place):
 
 
 @pytest.fixture
-def printed(place, monkeypatch, capfd):
-    """What an action prints on stdout at some width."""
+def printed(place, monkeypatch, printed):
+    """What an action prints on stdout at some width, in the place."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "xdg"))
     monkeypatch.setattr(ceilings, "_SAMPLES", 1)
     monkeypatch.setattr(measure, "measure_start", lambda: {"import_torch_s": 1.0, "start_s": 1.5})  # takes seconds
-
-    def print_it(action, width):
-        monkeypatch.setenv("COLUMNS", str(width))
-        capfd.readouterr()
-        action()
-        return capfd.readouterr().out
-
-    return print_it
+    return printed
 
 
 def words_of(text):

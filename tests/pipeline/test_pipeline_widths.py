@@ -25,17 +25,6 @@ REPORT = {
 }
 
 
-@pytest.fixture
-def printed(monkeypatch, capfd):
-    def print_it(action, width):
-        monkeypatch.setenv("COLUMNS", str(width))
-        capfd.readouterr()
-        action()
-        return capfd.readouterr().out
-
-    return print_it
-
-
 def check(printed, action, width):
     text, wide = printed(action, width), printed(action, 1000)
     assert wide

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("diffusers")
 
 import torch
+from networks import built
 
 from wan_pipeline import modules, residency
 from wan_pipeline.presets import ResidencyStep, load_preset, residency_steps
@@ -30,7 +31,7 @@ def make(tiny_wan):
             parts, residency_steps(load_preset(preset), NAMES), warm_ahead=load_preset(preset).warm_ahead
         )
         made.append(keeper)
-        keeper.built = {c.name: modules.build(c, None) for c in checkpoint.components}
+        keeper.built = {c.name: built(c, None) for c in checkpoint.components}
         if provide:
             for name, module in keeper.built.items():
                 keeper.provide(name, module)

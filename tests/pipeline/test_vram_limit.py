@@ -19,6 +19,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch
+from networks import built
 
 import wan_pipeline
 from wan_loader.errors import DeviceMemoryError, HostMemoryError, OptionError
@@ -229,7 +230,7 @@ def test_blocks_are_measured_as_streaming_does(six_blocks, layout, name, dtype):
         one = Streaming(
             blocks=blocks, n_streamed=blocks.count, buffers=buffers, device_nbytes=budget, cache_nbytes=None
         )
-        module = modules.build(component, wanted)
+        module = built(component, wanted)
         with modules.stream(module, component, one, device="cpu", dtype=wanted) as streamed:
             assert len(streamed.report.streamed) == blocks.count
             assert streamed.report.device_nbytes == budget

@@ -12,6 +12,7 @@ from wan_loader.errors import CheckpointError, MissingFileError
 pytest.importorskip("diffusers")
 
 import torch
+from networks import built
 from safetensors.torch import load_file, save_file
 from versions import as_dtype
 
@@ -68,7 +69,7 @@ def test_modules_are_what_from_pretrained_makes(tiny_wan, layout, dtype):
 
     expected = WanPipeline.from_pretrained(tiny_wan("diffusers"), **as_dtype(dtype))
     for component in open_wan(tiny_wan(layout)).components:
-        module = modules.build(component, dtype)
+        module = built(component, dtype)
         modules.check(module, component)
         assert all(p.is_meta for p in module.parameters())
         for _ in range(2):  # the second time after it was emptied
@@ -94,7 +95,7 @@ def assert_same(module, expected):
 
 def test_a_vae_without_its_encoder(tiny_wan):
     component = open_wan(tiny_wan())["vae"]
-    module = modules.build(component, torch.float32, decoder_only=True)
+    module = built(component, torch.float32, decoder_only=True)
     modules.check(module, component)
     tree, report = modules.fetch(component, device="cpu", dtype=torch.float32, decoder_only=True)
     modules.adopt(module, component, tree)
@@ -190,7 +191,7 @@ def test_experts_may_be_quantised_files(copy, tmp_path, form):
         component = checkpoint[name]
         assert component.facts.quantised
         tensors, report = modules.fetch(component, device="cpu", dtype=torch.bfloat16)
-        module = modules.build(component, dtype=torch.bfloat16)
+        module = built(component, dtype=torch.bfloat16)
         modules.check(module, component)
         modules.adopt(module, component, tensors)
         assert report.nbytes_device == sum(t.nbytes for t in tensors.values()) == component.nbytes("bfloat16")

@@ -18,7 +18,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", os.getpid, raising=False)
     elsewhere = Elsewhere()
     yield elsewhere
-    elsewhere.end()
+    elsewhere.close()
 
 
 def test_each_question_is_asked_once_and_in_a_process_of_its_own(asked):
@@ -31,7 +31,7 @@ def test_each_question_is_asked_once_and_in_a_process_of_its_own(asked):
 
 def test_afterwards_torch_asks_for_itself(asked):
     asked.begin()
-    asked.end()
+    asked.close()
     assert torch.cuda._device_count_nvml() == torch._C._cuda_getDeviceCount() == os.getpid()
 
 

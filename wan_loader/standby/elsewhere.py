@@ -27,7 +27,7 @@ _VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Elsewhere:
-    """From `begin` to `end`, torch of this process asks for devices in forks; each question once."""
+    """From `begin` to `close`, torch of this process asks for devices in forks; each question once."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], Any] = {}
@@ -42,7 +42,7 @@ class Elsewhere:
                 self._found[place] = function
                 setattr(sys.modules[place[0]], place[1], _asked_once(function))
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Have torch ask for itself again."""
         for (module, name), function in self._found.items():
             setattr(sys.modules[module], name, function)

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import time
+from contextlib import closing
 
 from wan_loader.entry_points import entry_points
 from wan_loader.sizes import format_count
@@ -44,31 +45,24 @@ def import_all(names: list[str]) -> dict[str, str]:
         Unforkable: No process may be forked after one of them.
     """
     failed: dict[str, str] = {}
-    elsewhere = Elsewhere()
-    try:
-        _import_each(names, failed, elsewhere)
-    finally:
-        elsewhere.end()
-    return failed
-
-
-def _import_each(names: list[str], failed: dict[str, str], elsewhere: Elsewhere) -> None:
     seen = {_top(name) for name in sys.modules}
-    for name in names:
-        if name in sys.modules:
-            continue
-        try:
-            importlib.import_module(name)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        if new := {_top(name) for name in sys.modules} - seen:
-            seen |= new
-            _check(name)
-        elsewhere.begin()
-    if names:
-        _check(names[-1])
+    with closing(Elsewhere()) as elsewhere:
+        for name in names:
+            if name in sys.modules:
+                continue
+            try:
+                importlib.import_module(name)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            if new := {_top(name) for name in sys.modules} - seen:
+                seen |= new
+                _check(name)
+            elsewhere.begin()
+        if names:
+            _check(names[-1])
+    return failed
 
 
 def _top(name: str) -> str:
